@@ -1,0 +1,38 @@
+"""`megatron-opt COMMAND …`: one word, one module, imported only when asked for."""
+
+import importlib
+import sys
+
+from megatron_opt.errors import UserError
+
+COMMANDS = {
+    "data": ("megatron_opt.data.cli", "fetch a corpus, train a tokenizer, write .bin/.idx, inspect a dataset"),
+    "study": ("megatron_opt.study.cli", "plan, tune, run, fit and report a comparison of optimizers"),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "usage: megatron-opt COMMAND …\n\ncommands:\n" + "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; exit code 0 done, 1 failed, 2 bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        print(f"megatron-opt: no command {argv[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[argv[0]][0])
+    try:
+        return int(module.main(argv[1:], prog=f"megatron-opt {argv[0]}") or 0)
+    except UserError as error:
+        print(f"megatron-opt {argv[0]}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
