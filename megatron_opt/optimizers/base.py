@@ -1,0 +1,159 @@
+"""What every optimizer is: a rule on whole logical matrices, or a rule on single elements. No process group in sight."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one matrix costs in one step; ownership packs by it and the cost model reads it.
+
+    `flops` is the FLOPs of an ordinary step by kernel class (`gemm`, `small_gemm`, `qr`, `eigh`, `solve`),
+    `refresh` the FLOPs added by a refresh step, which comes once in `refresh_every` steps;
+    `elementwise_bytes` is the memory traffic of passes over the matrix; `state_bytes` what stays between steps.
+    """
+
+    flops: dict[str, float] = field(default_factory=dict)
+    refresh: dict[str, float] = field(default_factory=dict)
+    refresh_every: float = 1.0
+    elementwise_bytes: float = 0.0
+    state_bytes: float = 0.0
+
+    def mean_flops(self) -> float:
+        """FLOPs per step, refreshes spread evenly."""
+        return sum(self.flops.values()) + sum(self.refresh.values()) / self.refresh_every
+
+
+@dataclass(frozen=True)
+class MatrixInfo:
+    """A logical matrix as an optimizer may see it.
+
+    `name` is global (`decoder.layers.3.self_attention.linear_qkv.weight.q`), `shape` is the whole matrix as
+    (out, in) or (n,), `kind` one of `hidden`, `embedding`, `output`, `router`, `norm`, `bias`, and `role` what the
+    layer calls it (`q`, `k`, `v`, `attention_output`, `gate`, `up`, `down`, …); `heads` is the number of equal blocks
+    of rows that belong to one head (or KV group for q), 1 where there are none.
+    """
+
+    name: str
+    shape: Shape
+    kind: str = "hidden"
+    role: str = ""
+    heads: int = 1
+
+
+class MatrixOptimizer:
+    """A rule that sees whole logical matrices and returns the direction u; the caller does W ← W − lr·(u + wd·W).
+
+    `Config` is a frozen dataclass whose fields are the rule's hyperparameters and become flags `--NAME-FIELD`.
+    State tensors are fp32 unless the config says otherwise, live on the matrix's device, and are never resized.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    clip: ClassVar[bool] = False  # whether the study clips this rule's gradients by global norm
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
+        """State before the first step, from the initial weight (out, in) in fp32."""
+        raise NotImplementedError
+
+    def update(
+        self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
+    ) -> list[Tensor]:
+        """Directions for many matrices of any shapes; `step` counts from 1; states change in place, grads may be reused."""
+        raise NotImplementedError
+
+    def cost(self, info: MatrixInfo) -> Cost:
+        """FLOPs and bytes of one step on one whole matrix."""
+        raise NotImplementedError
+
+    # A rule that can work on slices of a matrix along one side, with one small factor summed over the slices,
+    # says which side may be cut and gives the three parts; `update` on a whole matrix is their composition.
+
+    def split_dim(self, info: MatrixInfo) -> int | None:
+        """The side (0 or 1) that may be cut into slices, or None where the rule needs the whole matrix."""
+        return None
+
+    def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
+        """State that travels with one slice of the weight."""
+        raise NotImplementedError
+
+    def init_shared(self, info: MatrixInfo, device: torch.device) -> State:
+        """State that exists once per matrix (factors, bases), at the matrix's owner."""
+        raise NotImplementedError
+
+    def partial(self, grad: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
+        """The slice's share of the small factor; the shares of all slices are summed."""
+        raise NotImplementedError
+
+    def combine(self, factor: Tensor, shared: State, step: int, info: MatrixInfo) -> Tensor:
+        """From the summed factor, at the owner, what every slice needs to finish."""
+        raise NotImplementedError
+
+    def finish(self, grad: Tensor, combined: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
+        """The slice's direction."""
+        raise NotImplementedError
+
+    def combined_shape(self, info: MatrixInfo) -> Shape:
+        """Shape of what `combine` returns (fp32)."""
+        raise NotImplementedError
+
+    def partial_shape(self, info: MatrixInfo) -> Shape:
+        """Shape of what `partial` returns (fp32)."""
+        raise NotImplementedError
+
+
+@dataclass
+class Reducer:
+    """Sums that a flat shard cannot see by itself; the default is for whole tensors on one process.
+
+    `per_matrix` takes one value a piece and returns, for each piece, the sum over all pieces of its logical matrix on
+    all ranks; `total` returns the sum over all pieces everywhere, each element counted once; `numel` is the size of the
+    whole logical matrix of each piece.
+    """
+
+    numel: Sequence[int]
+    per_matrix: Callable[[Tensor], Tensor] = lambda values: values
+    total: Callable[[Tensor], Tensor] = lambda values: values.sum()
+
+
+class ElementwiseOptimizer:
+    """A rule on single elements, exact on any flat shard; updates parameters in place through one fused kernel."""
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    clip: ClassVar[bool] = True
+    state_keys: ClassVar[tuple[str, ...]]  # each has the shape of the parameter, fp32 unless the config says otherwise
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def init_state(self, param: Tensor) -> State:
+        """Zeros for every state key."""
+        return {key: torch.zeros_like(param, dtype=torch.float32) for key in self.state_keys}
+
+    def update(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        step: int,
+        lr: float,
+        weight_decay: float,
+        reducer: Reducer | None = None,
+    ) -> None:
+        """One step on many flat pieces, each inside one logical matrix; p ← p − lr·(u + wd·p)."""
+        raise NotImplementedError
+
+    def cost(self, numel: int) -> Cost:
+        """Bytes of one step on `numel` elements."""
+        raise NotImplementedError

@@ -1,0 +1,39 @@
+"""Names of optimizers. A file of this folder registers its rule with a decorator; a name can be taken once."""
+
+import importlib
+from typing import Any
+
+from megatron_opt.errors import UserError
+
+_RULES: dict[str, type] = {}
+_MODULES = ("elementwise", "sophia", "adam_mini", "muon", "scion", "soap", "kron", "shampoo")
+
+
+def register(cls: type) -> type:
+    """Class decorator: makes the rule known under its `name`."""
+    name = cls.name  # type: ignore[attr-defined]
+    if name in _RULES:
+        raise ValueError(f"optimizer {name!r} is registered twice, by {_RULES[name]} and {cls}")
+    _RULES[name] = cls
+    return cls
+
+
+def rules() -> dict[str, type]:
+    """All rules by name, importing their files once."""
+    for module in _MODULES:
+        importlib.import_module(f"megatron_opt.optimizers.{module}")
+    return dict(_RULES)
+
+
+def build(name: str, options: dict[str, Any]) -> Any:
+    """An optimizer from its name and options; unknown names and options are refused."""
+    known = rules()
+    if name not in known:
+        raise UserError(f"there is no optimizer {name!r}; there are {', '.join(sorted(known))}.")
+    cls = known[name]
+    fields = set(cls.Config.__dataclass_fields__)  # type: ignore[attr-defined]
+    if unknown := sorted(set(options) - fields):
+        raise UserError(
+            f"optimizer {name!r} has no option {unknown[0]!r}; it has {', '.join(sorted(fields)) or 'none'}."
+        )
+    return cls(cls.Config(**options))  # type: ignore[attr-defined]
