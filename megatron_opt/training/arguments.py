@@ -1,0 +1,204 @@
+"""Flags: Megatron's own, presets, and what this project adds."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_opt.errors import UserError
+from megatron_opt.platform import on_cpu
+
+PRESETS = Path(__file__).parent.parent / "presets"
+
+# What a Megatron job needs to be told on CPU; put before the user's flags, so that his win.
+CPU_FLAGS = (
+    "--distributed-backend gloo --transformer-impl local --use-cpu-initialization --no-gradient-accumulation-fusion "
+    "--no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion --no-bias-swiglu-fusion "
+    "--no-bias-gelu-fusion --no-bias-dropout-fusion --no-create-attention-mask-in-dataloader "
+    "--num-workers 0 --ckpt-format torch_dist --eval-iters 10 --log-throughput"
+).split()
+
+
+def preset_names() -> list[str]:
+    """Names of the files in `presets/`."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """A preset's flags; `base: OTHER` in a preset takes the other's flags first."""
+    path = PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"--preset {name}: there is no such preset; there are {', '.join(preset_names())}.")
+    flags = yaml.safe_load(path.read_text())
+    base = flags.pop("base", None)
+    return (read_preset(base) if base else {}) | flags
+
+
+def _as_argv(flags: dict[str, Any]) -> list[str]:
+    argv: list[str] = []
+    for key, value in flags.items():
+        if value is True:
+            argv.append(f"--{key}")
+        elif value is not False and value is not None:
+            values = value if isinstance(value, list) else [value]
+            argv += [f"--{key}", *map(str, values)]
+    return argv
+
+
+def _given(argv: Sequence[str]) -> set[str]:
+    return {word.split("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
+
+
+def expand(argv: Sequence[str]) -> list[str]:
+    """The command line with CPU defaults and the preset put before the user's own flags, which win."""
+    argv = list(argv)
+    given = _given(argv)
+    flags: dict[str, Any] = {}
+    if "preset" in given:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--preset")
+        flags = read_preset(parser.parse_known_args(argv)[0].preset or "")
+    for one, other in (("train-samples", "train-iters"), ("train-iters", "train-samples")):
+        if one in given:  # Megatron refuses the two together
+            flags = {key: value for key, value in flags.items() if not key.startswith(other)}
+    if given & {"train-data-path", "data-path", "data-args-path", "per-split-data-args-path", "mock-data"}:
+        flags = {key: value for key, value in flags.items() if not key.endswith("data-path")}
+    flags = {key: value for key, value in flags.items() if key not in given}
+    return [*(CPU_FLAGS if on_cpu() else []), *_as_argv(flags), *argv]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """This project's flags, and Megatron's `--optimizer` with our names among its choices."""
+    from megatron_opt.optimizers.flags import add_optimizer_arguments
+
+    group = parser.add_argument_group("megatron_opt")
+    group.add_argument("--preset", help=f"flags from presets/NAME.yaml: {', '.join(preset_names())}")
+    group.add_argument("--print-config", action="store_true", help="print every flag's value and exit")
+    group.add_argument("--output-dir", help="folder for results.json and metrics.jsonl")
+    group.add_argument(
+        "--init-style", choices=["megatron", "study"], default="megatron",
+        help="megatron: normal(0, --init-method-std), residual outputs scaled by 1/sqrt(2·layers); "
+        "study: normal truncated at 3 sigma over sqrt(fan_in), embedding over hidden size (arXiv 2509.02046)",
+    )
+    group.add_argument(
+        "--megatron-init", action="store_true",
+        help="initialize as Megatron does, which gives every layout another model",
+    )
+    group.add_argument("--print-optimizer-plan", action="store_true", help="print who owns which matrix")
+    group.add_argument("--optimizer-groups", metavar="FILE", help="YAML: pattern -> optimizer and options")
+    group.add_argument(
+        "--on-bad-matrix", choices=["skip", "abort"], default="skip",
+        help="a matrix whose gradient is not finite: leave it as it is for this step and count it, or stop",
+    )
+    group.add_argument(
+        "--matrix-mode", choices=["auto", "owner", "sharded"], default="auto",
+        help="compute a matrix whole on one rank, or in slices on all; auto picks by cost",
+    )
+    group.add_argument("--exchange-dtype", choices=["fp32", "bf16"], default="fp32",
+                       help="type of gradients and updates on the wire between shards and owners")
+    group.add_argument("--exchange-bucket-mb", type=float, default=64.0,
+                       help="matrices travel in buckets of this many megabytes a rank; the next one while this is computed")
+    add_optimizer_arguments(parser)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """Parse and check the expanded command line as Megatron does; bad input is a UserError, on every rank alike."""
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.global_vars import set_global_variables
+
+    from megatron_opt.optimizers.flags import check_optimizer_arguments
+
+    expanded = expand(argv)
+    saved, sys.argv = sys.argv, [sys.argv[0], *expanded]
+    try:
+        args = parse_args(add_arguments)
+    finally:
+        sys.argv = saved
+    if args.print_config:
+        print_config(args)
+        raise SystemExit(0)
+    _check(args)
+    check_optimizer_arguments(args)
+    name, args.optimizer = args.optimizer, "adam"  # Megatron would route other names to its layer-wise wrapper
+    try:
+        _quietly(validate_args, args)
+    except (AssertionError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"Megatron refuses these flags: {_sentence(error)}") from error
+    args.optimizer = name
+    try:
+        set_global_variables(args)
+    except (AssertionError, ValueError, OSError, RuntimeError) as error:
+        raise UserError(f"setting up the tokenizer or a log writer failed: {_sentence(error)}") from error
+    return args
+
+
+def _sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if text:
+        return text
+    import traceback
+
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.line} ({Path(frame.filename).name}:{frame.lineno})"
+
+
+def _quietly(function: Callable[..., Any], *args: Any) -> Any:
+    """Megatron prints hundreds of flags while validating; rank 0 gets them by --print-config."""
+    if os.environ.get("MEGATRON_OPT_VERBOSE"):
+        return function(*args)
+    with open(os.devnull, "w") as sink:
+        saved, sys.stdout = sys.stdout, sink
+        try:
+            return function(*args)
+        finally:
+            sys.stdout = saved
+
+
+def print_config(args: Any) -> None:
+    """Every flag and its value, one a line, in alphabetical order, on rank 0."""
+    if args.rank == 0:
+        values = {key: value for key, value in vars(args).items() if not key.startswith("_")}
+        width = max(map(len, values))
+        for key in sorted(values):
+            print(f"{key:<{width}}  {values[key]}")
+
+
+def _check(args: Any) -> None:
+    """Refusals that Megatron would make late, unclearly or not at all."""
+    world, tp, pp = args.world_size, args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    cp, ep = args.context_parallel_size, args.expert_model_parallel_size
+    if on_cpu() and cp > 1:
+        raise UserError(
+            f"--context-parallel-size {cp} needs Transformer Engine's attention, which needs a GPU; use 1 on CPU."
+        )
+    if world % (tp * pp * cp):
+        raise UserError(
+            f"{world} ranks are not divisible by --tensor-model-parallel-size {tp} × "
+            f"--pipeline-model-parallel-size {pp} × --context-parallel-size {cp}; change one of them or the rank count."
+        )
+    if args.num_attention_heads and args.num_attention_heads % tp:
+        raise UserError(
+            f"--num-attention-heads {args.num_attention_heads} is not divisible by "
+            f"--tensor-model-parallel-size {tp}."
+        )
+    if args.hidden_size and args.num_attention_heads and args.kv_channels is None \
+            and args.hidden_size % args.num_attention_heads:
+        raise UserError(
+            f"--hidden-size {args.hidden_size} is not divisible by --num-attention-heads {args.num_attention_heads}; "
+            "change one, or give --kv-channels."
+        )
+    if args.num_experts and args.num_experts % ep:
+        raise UserError(f"--num-experts {args.num_experts} is not divisible by --expert-model-parallel-size {ep}.")
+    if args.fp16 and args.optimizer not in ("adam", "sgd"):
+        raise UserError(f"--fp16 does not work with --optimizer {args.optimizer}; use --bf16 or fp32.")
+    for flag, needed in (("num_layers", "--num-layers"), ("hidden_size", "--hidden-size"),
+                         ("num_attention_heads", "--num-attention-heads"), ("seq_length", "--seq-length")):
+        if getattr(args, flag) is None:
+            raise UserError(f"{needed} is missing; give it, or a whole model by --preset ({', '.join(preset_names())}).")
+    if args.max_position_embeddings is None:
+        args.max_position_embeddings = args.seq_length
