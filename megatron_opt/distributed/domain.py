@@ -1,0 +1,130 @@
+"""A domain: the ranks that share a set of logical matrices, what each of them holds, and who computes what.
+
+The dense parameters of one pipeline stage make one domain (its tensor-, context- and data-parallel ranks), the experts
+of one expert-parallel rank in that stage another (its expert-tensor and expert-data-parallel ranks).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_opt.distributed.exchange import Exchange, Holdings, Part, Route, find_routes
+from megatron_opt.distributed.fragments import Fragment
+from megatron_opt.distributed.ownership import Job, Plan, make_buckets, pack
+from megatron_opt.errors import UserError
+from megatron_opt.optimizers.base import MatrixInfo
+
+
+def shape2d(info: MatrixInfo) -> tuple[int, int]:
+    """(rows, columns); a vector is one column."""
+    return (info.shape[0], info.shape[1]) if len(info.shape) == 2 else (info.shape[0], 1)
+
+
+@dataclass
+class Domain:
+    """Fragments of this rank, holdings of all ranks, and the group that they exchange over."""
+
+    name: str
+    group: Any
+    rank: int
+    size: int
+    fragments: list[Fragment]
+    holdings: list[Holdings]
+    infos: dict[str, MatrixInfo]
+    exchange: Exchange
+
+    def __post_init__(self) -> None:
+        self.order = {name: index for index, name in enumerate(sorted(self.infos))}
+        self.counted = torch.ones(len(self.order), dtype=torch.float64)
+        holders: dict[tuple[Any, ...], int] = {}
+        for held in self.holdings:
+            for _, rect in held:
+                holders[rect.place] = holders.get(rect.place, 0) + 1
+        self.weight = {place: 1.0 / count for place, count in holders.items()}
+        for fragment in self.fragments:
+            if not fragment.view.counts:
+                for rect in fragment.rects:
+                    self.counted[self.order[rect.matrix]] = 0.0
+        self.counted = self.sum_over_ranks(1.0 - self.counted).eq(0).double()
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """All-reduce over the domain; values are float64 on the CPU."""
+        if self.size == 1:
+            return values
+        moved = values.to(torch.cuda.current_device())
+        dist.all_reduce(moved, group=self.group)
+        return moved.cpu()
+
+    def sum_per_matrix(self, rect_values: Sequence[Sequence[float]]) -> Tensor:
+        """From one value a rectangle of each fragment, the sum over each whole matrix, replicas counted once."""
+        total = torch.zeros(len(self.order), dtype=torch.float64)
+        for fragment, values in zip(self.fragments, rect_values, strict=True):
+            for rect, value in zip(fragment.rects, values, strict=True):
+                total[self.order[rect.matrix]] += value * self.weight[rect.place]
+        return self.sum_over_ranks(total)
+
+
+@dataclass
+class MatrixPlan:
+    """Placement of the matrices that matrix rules take, and the routes to it."""
+
+    plan: Plan
+    parts: dict[tuple[str, int], Part]
+    buckets: list[list[str]]
+    routes: list[Route]
+
+    @staticmethod
+    def make(domain: Domain, jobs: Sequence[Job], mode: str, bucket_bytes: float) -> "MatrixPlan":
+        """Plan and routes; equal on every rank of the domain."""
+        plan = pack(jobs, domain.size, mode)
+        wire = torch.empty(0, dtype=domain.exchange.wire).element_size()
+        buckets = make_buckets(plan.parts, domain.size, bucket_bytes, wire)
+        routes = find_routes(domain.holdings, plan.parts, domain.rank, buckets)
+        return MatrixPlan(plan, {part.key: part for part in plan.parts}, buckets, routes)
+
+    def of_matrix(self, name: str) -> list[Part]:
+        """A matrix's parts in order."""
+        found, index = [], 0
+        while (name, index) in self.parts:
+            found.append(self.parts[name, index])
+            index += 1
+        return found
+
+
+def gather_objects(value: Any, group: Any, size: int) -> list[Any]:
+    """One picklable object from every rank of a group."""
+    if size == 1:
+        return [value]
+    found: list[Any] = [None] * size
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
+def subgroups(key: Any) -> tuple[Any, int, int, list[Any]]:
+    """Process group of the ranks with this rank's key, this rank's place in it, its size, and all keys by rank."""
+    world = dist.get_world_size()
+    keys = gather_objects(key, None, world)
+    mine, me = None, dist.get_rank()
+    if len(set(keys)) == 1:
+        return dist.group.WORLD, me, world, keys
+    for each in sorted(set(keys)):
+        ranks = [rank for rank, other in enumerate(keys) if other == each]
+        group = dist.new_group(ranks)
+        if each == key:
+            mine, members = group, ranks
+    return mine, members.index(me), len(members), keys
+
+
+def agree(what: str, value: str, group: Any, size: int) -> None:
+    """Refuse to start where ranks differ in what they must have in common."""
+    values = gather_objects(value, group, size)
+    if len(set(values)) > 1:
+        odd = [rank for rank, other in enumerate(values) if other != values[0]]
+        raise UserError(
+            f"ranks disagree on the {what}: ranks {odd[:8]} of the group have {values[odd[0]]}, rank 0 has "
+            f"{values[0]}; start all ranks with the same flags and the same version of megatron_opt."
+        )

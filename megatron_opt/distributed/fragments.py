@@ -1,0 +1,107 @@
+"""What a rank holds: a flat interval of each local parameter, and the rectangles of logical matrices inside it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_opt.distributed.matrices import ParamView
+
+
+@dataclass(frozen=True, order=True)
+class Rect:
+    """Rows [row0, row1) and columns [col0, col1) of a matrix, contiguous in a fragment from `offset`."""
+
+    matrix: str
+    row0: int
+    row1: int
+    col0: int
+    col1: int
+    offset: int = 0
+
+    @property
+    def numel(self) -> int:
+        return (self.row1 - self.row0) * (self.col1 - self.col0)
+
+    @property
+    def place(self) -> tuple[str, int, int, int, int]:
+        return (self.matrix, self.row0, self.row1, self.col0, self.col1)
+
+
+def rectangles(view: ParamView, start: int, stop: int) -> list[Rect]:
+    """Cut elements [start, stop) of a row-major parameter into rectangles: a partial row, whole rows, a partial row."""
+    c = view.cols
+    found = []
+    for piece in view.pieces:
+        low, high = max(start, piece.local_row * c), min(stop, (piece.local_row + piece.rows) * c)
+        while low < high:
+            row, col = divmod(low, c)
+            if col or high - low < c:
+                rows, width = 1, min(c - col, high - low)
+            else:
+                rows, width = (high - low) // c, c
+            first = piece.row + row - piece.local_row
+            left = piece.col + col
+            found.append(Rect(piece.matrix, first, first + rows, left, left + width, low - start))
+            low += rows * width
+    return found
+
+
+@dataclass(eq=False)
+class Fragment:
+    """This rank's interval [start, stop) of one parameter: its fp32 main copy, gradient and element-wise state."""
+
+    view: ParamView
+    start: int
+    stop: int
+    main: Tensor  # flat, fp32; a view of the parameter itself where that is fp32
+    rects: list[Rect]
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    def grad(self) -> Tensor | None:
+        """The reduced gradient of the interval in fp32, or None where the parameter got none."""
+        grad = getattr(self.view.param, "main_grad", None)
+        if grad is None:
+            grad = self.view.param.grad
+        if grad is None:
+            return None
+        return grad.view(-1)[self.start : self.stop].float()
+
+    def publish(self) -> None:
+        """Write the main copy back to the model's parameter where the two are distinct."""
+        param = self.view.param
+        if param.dtype != torch.float32:
+            param.data.view(-1)[self.start : self.stop].copy_(self.main)
+
+
+def _interval(param: Tensor, buffers: Iterable[Any]) -> tuple[int, int]:
+    """The part of a parameter that Megatron's reduce-scatter leaves on this rank."""
+    for buffer in buffers:
+        if param not in buffer.param_index_map:
+            continue
+        first, last, bucket_id = buffer.param_index_map[param]
+        bucket = buffer.buckets[bucket_id]
+        shard = bucket.grad_data.numel() // buffer.data_parallel_group.size()
+        low = bucket.offset + buffer.data_parallel_group.rank() * shard
+        start, stop = max(first, low), min(last, low + shard)
+        return (start - first, stop - first) if start < stop else (0, 0)
+    raise KeyError("the parameter is in no gradient buffer")
+
+
+def make_fragments(views: Iterable[ParamView], chunks: list[Any], distributed: bool) -> list[Fragment]:
+    """Fragments of this rank; whole parameters without the distributed optimizer, and empty ones left out."""
+    fragments = []
+    for view in views:
+        param, start, stop = view.param, 0, view.param.numel()
+        if distributed:
+            chunk = chunks[view.chunk]
+            start, stop = _interval(param, chunk.buffers + chunk.expert_parallel_buffers)
+        if start == stop:
+            continue
+        shard = param.detach().view(-1)[start:stop]
+        main = shard if param.dtype == torch.float32 else shard.clone().float()
+        param.main_param, param.main_param_sharded = main, distributed  # type: ignore[attr-defined]
+        fragments.append(Fragment(view, start, stop, main, rectangles(view, start, stop)))
+    return fragments

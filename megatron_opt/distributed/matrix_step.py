@@ -1,0 +1,197 @@
+"""One step of the matrix rules over a domain: shards to owners, the rule on whole matrices or slices, updates back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_opt.distributed.domain import Domain, MatrixPlan, shape2d
+from megatron_opt.distributed.exchange import Part, Route, Trip
+from megatron_opt.optimizers.base import MatrixInfo, State
+
+Key = tuple[str, int]
+
+
+@dataclass
+class MatrixStep:
+    """State of the parts that this rank computes, and the pipeline that steps them bucket by bucket."""
+
+    domain: Domain
+    placed: MatrixPlan
+    rules: dict[str, Any]  # matrix name -> its MatrixOptimizer
+    infos: dict[str, MatrixInfo]
+    states: dict[Key, State] = field(default_factory=dict)
+    shared: dict[str, State] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.mine = {key: part for key, part in self.placed.parts.items() if part.rank == self.domain.rank}
+        self.sliced = {
+            name: parts for name in self.infos if len(parts := self.placed.of_matrix(name)) > 1
+        }
+
+    def _slabs(self, names: Sequence[str], route: Route, flats: Sequence[Tensor]) -> dict[Key, Tensor]:
+        """Room for this rank's parts; where a part already lies whole in one local rectangle, that rectangle itself."""
+        local: dict[Key, list[Any]] = {}
+        for source, items in enumerate(route.gather_in):
+            for item in items:
+                local.setdefault(item.part, []).append((source, item))
+        slabs = {}
+        wanted = set(names)
+        for key, part in self.mine.items():
+            if part.matrix not in wanted:
+                continue
+            items = local.get(key, [])
+            if len(items) == 1 and items[0][0] == self.domain.rank and items[0][1].numel == _numel(part):
+                slabs[key] = items[0][1].of_fragment(flats[items[0][1].fragment])
+            else:
+                slabs[key] = flats[0].new_empty(part.slab_shape)
+        return slabs
+
+    def gather(self, flats: Sequence[Tensor]) -> dict[Key, Tensor]:
+        """This rank's parts of per-fragment flat tensors (weights, say), bucket after bucket."""
+        found: dict[Key, Tensor] = {}
+        for names, route in zip(self.placed.buckets, self.placed.routes, strict=True):
+            slabs = self._slabs(names, route, flats)
+            self.domain.exchange.gather(route, flats, slabs).finish()
+            found.update(slabs)
+        return found
+
+    def init_states(self, weights: Sequence[Tensor]) -> None:
+        """State before the first step, from the current weights."""
+        for key, slab in self.gather(weights).items():
+            name, _ = key
+            rule, info = self.rules[name], self.infos[name]
+            if name in self.sliced:
+                self.states[key] = rule.init_slice(slab, info)
+            else:
+                self.states[key] = rule.init_state(slab.view(info.shape).clone(), info)
+        for name in self.sliced:
+            if self.placed.plan.owner[name] == self.domain.rank:
+                self.shared[name] = self.rules[name].init_shared(self.infos[name], weights[0].device)
+
+    def step(self, grads: Sequence[Tensor], scale: dict[str, float], skip: set[str], number: int) -> None:
+        """Replace the gradients in `grads` by directions u; `scale` are clip factors, `skip` matrices left alone.
+
+        While one bucket is computed, the next one's gradients and the last one's directions travel.
+        """
+        exchange, placed = self.domain.exchange, self.placed
+        under_way: list[Trip] = []
+        pending: tuple[Trip, dict[Key, Tensor]] | None = None
+        for index in range(len(placed.buckets) + 1):
+            coming = None
+            if index < len(placed.buckets):
+                slabs = self._slabs(placed.buckets[index], placed.routes[index], grads)
+                coming = exchange.gather(placed.routes[index], grads, slabs), slabs
+            if pending is not None:
+                trip, slabs = pending
+                trip.finish()
+                done = self._compute(placed.buckets[index - 1], slabs, scale, skip, number)
+                under_way.append(exchange.scatter(placed.routes[index - 1], done, grads))
+            pending = coming
+        for trip in under_way:
+            trip.finish()
+
+    def _compute(
+        self, names: Sequence[str], slabs: dict[Key, Tensor], scale: dict[str, float], skip: set[str], number: int
+    ) -> dict[Key, Tensor]:
+        """Directions of this rank's parts of one bucket."""
+        done: dict[Key, Tensor] = {}
+        batches: dict[int, list[Key]] = {}
+        rules: dict[int, Any] = {}
+        for key, slab in slabs.items():
+            name = key[0]
+            if name in skip:
+                done[key] = slab.zero_()
+                continue
+            if scale.get(name, 1.0) != 1.0:
+                slab.mul_(scale[name])
+            if name not in self.sliced:
+                rule = self.rules[name]
+                rules[id(rule)] = rule
+                batches.setdefault(id(rule), []).append(key)
+        for which, keys in batches.items():
+            infos = [self.infos[name] for name, _ in keys]
+            grads = [slabs[key].view(info.shape) for key, info in zip(keys, infos, strict=True)]
+            updates = rules[which].update(grads, [self.states[key] for key in keys], number, infos)
+            for key, info, update in zip(keys, infos, updates, strict=True):
+                done[key] = update.view(shape2d(info))
+        cut = [name for name in names if name in self.sliced and name not in skip]
+        if cut:
+            done.update(self._compute_sliced(cut, slabs, number))
+        return done
+
+    def _compute_sliced(self, names: Sequence[str], slabs: dict[Key, Tensor], number: int) -> dict[Key, Tensor]:
+        """Slices on all ranks, one small factor a matrix summed at its owner in the order of the slices."""
+        exchange, size, me = self.domain.exchange, self.domain.size, self.domain.rank
+        owner = self.placed.plan.owner
+        to_owner = _Round(size)
+        shares: dict[Key, Tensor] = {}
+        for part in self._parts(names):
+            rule, info = self.rules[part.matrix], self.infos[part.matrix]
+            if part.rank == me:
+                share = rule.partial(slabs[part.key], self.states[part.key], number, info)
+                to_owner.outgoing[owner[part.matrix]].append(share)
+            if owner[part.matrix] == me:
+                shares[part.key] = slabs_like(slabs, rule.partial_shape(info), rule.factor_dtype(), self.domain)
+                to_owner.expect(part.rank, shares[part.key])
+        wide = torch.float64 if any(t.dtype == torch.float64 for t in shares.values()) or any(
+            self.rules[name].factor_dtype() == torch.float64 for name in names
+        ) else torch.float32
+        to_owner.go(exchange, "factors to owners", wide)
+        back = _Round(size)
+        combined: dict[str, Tensor] = {}
+        for name in names:
+            if owner[name] == me:
+                parts = self.sliced[name]
+                total = shares[parts[0].key]
+                for part in parts[1:]:
+                    total = total + shares[part.key]
+                combined[name] = self.rules[name].combine(total, self.shared[name], number, self.infos[name])
+        arrived: dict[Key, Tensor] = {}
+        for part in self._parts(names):
+            rule, info = self.rules[part.matrix], self.infos[part.matrix]
+            if owner[part.matrix] == me:
+                back.outgoing[part.rank].append(combined[part.matrix])
+            if part.rank == me:
+                arrived[part.key] = slabs_like(slabs, rule.combined_shape(info), torch.float32, self.domain)
+                back.expect(owner[part.matrix], arrived[part.key])
+        back.go(exchange, "factors to slices", torch.float32)
+        return {
+            part.key: self.rules[part.matrix].finish(
+                slabs[part.key], arrived[part.key], self.states[part.key], number, self.infos[part.matrix]
+            )
+            for part in self._parts(names)
+            if part.rank == me
+        }
+
+    def _parts(self, names: Sequence[str]) -> list[Part]:
+        return [part for name in names for part in self.sliced[name]]
+
+
+class _Round:
+    """One all-to-all of small tensors, in an order that sender and receiver share."""
+
+    def __init__(self, size: int) -> None:
+        self.outgoing: list[list[Tensor]] = [[] for _ in range(size)]
+        self.incoming: list[list[Tensor]] = [[] for _ in range(size)]
+
+    def expect(self, source: int, place: Tensor) -> None:
+        self.incoming[source].append(place)
+
+    def go(self, exchange: Any, what: str, wire: torch.dtype) -> None:
+        places = [[(lambda t=t: t) for t in items] for items in self.incoming]
+        counts = [[t.numel() for t in items] for items in self.incoming]
+        exchange.start(self.outgoing, places, counts, what, wire).finish()
+
+
+def slabs_like(slabs: dict[Key, Tensor], shape: Sequence[int], dtype: torch.dtype, domain: Domain) -> Tensor:
+    """An empty tensor on the domain's device."""
+    device = domain.fragments[0].main.device if domain.fragments else torch.device("cpu")
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def _numel(part: Part) -> int:
+    rows, cols = part.slab_shape
+    return rows * cols
