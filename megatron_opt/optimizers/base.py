@@ -38,7 +38,8 @@ class MatrixInfo:
     `name` is global (`decoder.layers.3.self_attention.linear_qkv.weight.q`), `shape` is the whole matrix as
     (out, in) or (n,), `kind` one of `hidden`, `embedding`, `output`, `router`, `norm`, `bias`, and `role` what the
     layer calls it (`q`, `k`, `v`, `attention_output`, `gate`, `up`, `down`, …); `heads` is the number of equal blocks
-    of rows that belong to one head (or KV group for q), 1 where there are none.
+    of rows that belong to one head (or KV group for q), 1 where there are none. `cut` is the side that the layout cuts
+    into slices, where it cuts one: a rule that could work on either side's slices then takes this one.
     """
 
     name: str
@@ -46,18 +47,22 @@ class MatrixInfo:
     kind: str = "hidden"
     role: str = ""
     heads: int = 1
+    cut: int | None = None
 
 
 class MatrixOptimizer:
     """A rule that sees whole logical matrices and returns the direction u; the caller does W ← W − lr·(u + wd·W).
 
     `Config` is a frozen dataclass whose fields are the rule's hyperparameters and become flags `--NAME-FIELD`.
-    State tensors are fp32 unless the config says otherwise, live on the matrix's device, and are never resized.
+    State tensors have the weight's dtype (fp32; fp64 in tests) unless the config says otherwise, live on the matrix's
+    device, and are never resized.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type]
     clip: ClassVar[bool] = False  # whether the study clips this rule's gradients by global norm
+    vectors: ClassVar[bool] = False  # whether 1-D parameters are welcome
+    projects: ClassVar[bool] = False  # whether steps are rescaled to a fixed norm (Hyperball)
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -76,8 +81,19 @@ class MatrixOptimizer:
         """FLOPs and bytes of one step on one whole matrix."""
         raise NotImplementedError
 
+    # A rule that projects takes two more factors from norms over the whole matrix; it allows no weight decay.
+
+    def direction_scale(self, squared_norm: Tensor, state: State) -> Tensor:
+        """Factor on the slices' directions from ‖u‖² (`update` on a whole matrix has applied it already)."""
+        raise NotImplementedError
+
+    def projection(self, squared_norm: Tensor, state: State) -> Tensor:
+        """Factor on the weight after the step, from its ‖W‖²."""
+        raise NotImplementedError
+
     # A rule that can work on slices of a matrix along one side, with one small factor summed over the slices,
-    # says which side may be cut and gives the three parts; `update` on a whole matrix is their composition.
+    # says which side may be cut and gives the three parts; `update` on a whole matrix equals their composition.
+    # The whole matrix's state is the union of the slices' (cut along the same side, in proportion) and the shared one.
 
     def split_dim(self, info: MatrixInfo) -> int | None:
         """The side (0 or 1) that may be cut into slices, or None where the rule needs the whole matrix."""
@@ -87,9 +103,13 @@ class MatrixOptimizer:
         """State that travels with one slice of the weight."""
         raise NotImplementedError
 
-    def init_shared(self, info: MatrixInfo, device: torch.device) -> State:
-        """State that exists once per matrix (factors, bases), at the matrix's owner."""
-        raise NotImplementedError
+    def init_shared(self, info: MatrixInfo, device: torch.device, dtype: torch.dtype = torch.float32) -> State:
+        """State that exists once per matrix (factors, bases), at the matrix's owner; empty by default."""
+        return {}
+
+    def factor_dtype(self) -> torch.dtype:
+        """The dtype in which `partial`'s factor travels and is summed."""
+        return torch.float32
 
     def partial(self, grad: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
         """The slice's share of the small factor; the shares of all slices are summed."""
@@ -108,7 +128,7 @@ class MatrixOptimizer:
         raise NotImplementedError
 
     def partial_shape(self, info: MatrixInfo) -> Shape:
-        """Shape of what `partial` returns (fp32)."""
+        """Shape of what `partial` returns (in `factor_dtype`)."""
         raise NotImplementedError
 
 

@@ -1,12 +1,12 @@
 """Names of optimizers. A file of this folder registers its rule with a decorator; a name can be taken once."""
 
 import importlib
+import pkgutil
 from typing import Any
 
 from megatron_opt.errors import UserError
 
 _RULES: dict[str, type] = {}
-_MODULES = ("elementwise", "sophia", "adam_mini", "muon", "scion", "soap", "kron", "shampoo")
 
 
 def register(cls: type) -> type:
@@ -20,8 +20,9 @@ def register(cls: type) -> type:
 
 def rules() -> dict[str, type]:
     """All rules by name, importing their files once."""
-    for module in _MODULES:
-        importlib.import_module(f"megatron_opt.optimizers.{module}")
+    package = importlib.import_module("megatron_opt.optimizers")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"megatron_opt.optimizers.{module.name}")
     return dict(_RULES)
 
 

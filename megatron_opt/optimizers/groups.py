@@ -1,0 +1,257 @@
+"""Parameter groups as data: pattern → optimizer and options, first match wins, nothing left over, nothing unmatched."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_opt.errors import UserError
+from megatron_opt.optimizers import registry
+from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
+
+KINDS = ("hidden", "embedding", "output", "router", "norm", "bias")
+UNDECAYED = ("embedding", "norm", "bias")  # the study decays the output layer, not these
+DECAY_MODES = ("decoupled", "independent", "cautious")
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class GroupRule:
+    """One line of a grouping.
+
+    `match`: a regular expression searched in the global name, or `kind=hidden,router`, or `role=q,k`.
+    `lr_scale`: factor on the run's learning rate. `weight_decay`: true the run's, false none, a number that value,
+    unset by kind (norms, embeddings and biases not). `clip`: true with the other clipped groups by one norm, a word
+    with the groups of that word, false never, unset as the optimizer's paper. `optional`: may match nothing.
+    """
+
+    match: str
+    optimizer: str
+    options: Options = field(default_factory=dict)
+    lr_scale: float = 1.0
+    weight_decay: bool | float | None = None
+    decay_mode: str | None = None
+    clip: bool | str | None = None
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.lr_scale >= 0:
+            raise UserError(f"group {self.match!r}: lr_scale is {self.lr_scale}; it must be at least 0.")
+        if self.decay_mode not in (None, *DECAY_MODES):
+            raise UserError(f"group {self.match!r}: decay_mode {self.decay_mode!r}; use {', '.join(DECAY_MODES)}.")
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise UserError(f"group {self.match!r} is not a regular expression: {error}; mend it.") from error
+
+    def takes(self, info: MatrixInfo) -> bool:
+        """Whether the pattern matches, other groups aside."""
+        key, _, words = self.match.partition("=")
+        if key in ("kind", "role") and words:
+            return getattr(info, key) in words.split(",")
+        return re.search(self.match, info.name) is not None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices that share an optimizer, its options, learning-rate factor, decay and clipping."""
+
+    name: str
+    optimizer: str
+    options: Options
+    lr_scale: float
+    weight_decay: bool | float
+    decay_mode: str
+    clip_scope: str | None  # groups with the same word are clipped by one norm over all of them; None: not clipped
+    infos: tuple[MatrixInfo, ...]
+
+    def decay(self, run_value: float) -> float:
+        """Weight decay of this group in a run whose own is `run_value`."""
+        if isinstance(self.weight_decay, bool):
+            return run_value if self.weight_decay else 0.0
+        return self.weight_decay
+
+    @property
+    def numel(self) -> int:
+        """Parameters in the group."""
+        return sum(_numel(info) for info in self.infos)
+
+
+def _numel(info: MatrixInfo) -> int:
+    count = 1
+    for side in info.shape:
+        count *= side
+    return count
+
+
+# Who takes what the matrix rule does not, with the study's tuned values (most frequent over its 12 regimes).
+_SCALARS: dict[str, tuple[str, float, Options]] = {
+    "muon": ("adamw", 0.3, {"beta1": 0.8, "beta2": 0.98, "eps": 1e-15}),
+    "scion": ("signum", 0.1, {"beta1": 0.98}),
+}
+_HYPERBALL_SCALARS: tuple[str, float, Options] = ("adamw", 1.0, {"beta1": 0.9, "beta2": 0.98, "eps": 1e-10})
+
+
+def default_rules(
+    optimizer: str, flags: Mapping[str, Options] | None = None, scalar_lr_scale: float | None = None
+) -> list[GroupRule]:
+    """The study's grouping for an optimizer.
+
+    `flags` holds the options the user gave, by optimizer name; they win over the study's values. `scalar_lr_scale` is
+    the learning-rate factor of the group that the matrix rule does not take.
+    """
+    flags = flags or {}
+
+    def options(name: str, tuned: Options | None = None) -> dict[str, Any]:
+        return {**(tuned or {}), **flags.get(name, {})}
+
+    def rest(scalars: tuple[str, float, Options], clip: bool | str, decay: float | None = None) -> GroupRule:
+        name, ratio, tuned = scalars
+        scale = ratio if scalar_lr_scale is None else scalar_lr_scale
+        return GroupRule(".*", name, options(name, tuned), scale, weight_decay=decay, clip=clip, optional=True)
+
+    if optimizer in _SCALARS:
+        hidden = GroupRule("kind=hidden", optimizer, options(optimizer), clip=False)
+        decay = {"constrained": 1.0, "unconstrained": 0.0}.get(hidden.options.get("form", ""))
+        return [replace(hidden, weight_decay=decay), rest(_SCALARS[optimizer], clip=True, decay=decay)]
+    if scalar_lr_scale is not None and not optimizer.endswith("_h"):
+        raise UserError(f"{optimizer} takes all parameters: there is no other group for a learning-rate factor.")
+    if optimizer.endswith("_h"):
+        tuned = {"scale_mode": "none"} if optimizer == "muon_h" else {}
+        return [
+            GroupRule("kind=hidden", optimizer, options(optimizer, tuned), weight_decay=False, clip="hidden"),
+            GroupRule("kind=output", "adam_h", options("adam_h"), weight_decay=False, clip="output", optional=True),
+            rest(_HYPERBALL_SCALARS, clip="rest"),
+        ]
+    if optimizer == "adam_mini":
+        return [
+            GroupRule("kind=norm,bias", optimizer, options(optimizer), clip=True, optional=True),
+            GroupRule(".*", optimizer, options(optimizer), clip=False),
+        ]
+    return [GroupRule(".*", optimizer, options(optimizer))]
+
+
+def load_rules(path: str | Path, flags: Mapping[str, Options] | None = None) -> list[GroupRule]:
+    """Rules from a YAML file with a list `groups`; `flags` are the options given on the command line, which rules override."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {error}.") from error
+    entries = content.get("groups") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path} has no list `groups`; write one entry (match, optimizer, …) for each group.")
+    known = {item.name for item in fields(GroupRule)}
+    rules = []
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict) or not {"match", "optimizer"} <= set(entry):
+            raise UserError(f"{path}, group {number}: give at least `match` and `optimizer`.")
+        if unknown := sorted(set(entry) - known):
+            raise UserError(f"{path}, group {number} has no key {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+        given = (flags or {}).get(entry["optimizer"], {})
+        rules.append(GroupRule(**{**entry, "options": {**given, **(entry.get("options") or {})}}))
+    return rules
+
+
+def assign(
+    infos: Sequence[MatrixInfo],
+    rules: Sequence[GroupRule],
+    decay_mode: str = "decoupled",
+    lr_multiplier: Mapping[str, float] | None = None,
+) -> list[Group]:
+    """Every matrix into the group of the first rule that takes it.
+
+    `lr_multiplier` gives a further learning-rate factor by matrix name (widths, `mup.py`).
+    Raises UserError for matrices that no rule takes, rules that take none, and rules that cannot take what they match.
+    """
+    taken: dict[tuple[int, bool | float, float], list[MatrixInfo]] = {}
+    left, hits, matched = [], [0] * len(rules), [0] * len(rules)
+    for info in infos:
+        takers = [index for index, rule in enumerate(rules) if rule.takes(info)]
+        for index in takers:
+            matched[index] += 1
+        if not takers:
+            left.append(info.name)
+            continue
+        first = takers[0]
+        hits[first] += 1
+        rule = rules[first]
+        decay = rule.weight_decay if rule.weight_decay is not None else info.kind not in UNDECAYED
+        scale = rule.lr_scale * (lr_multiplier or {}).get(info.name, 1.0)
+        taken.setdefault((first, decay, scale), []).append(info)
+    if left:
+        raise UserError(
+            f"no group takes {len(left)} parameters ({_some(left)}); add a group that matches them, such as '.*', last."
+        )
+    for index, rule in enumerate(rules):
+        if not hits[index] and not rule.optional:
+            why = "earlier groups take all it matches" if matched[index] else "no parameter has such a name"
+            names = _some([info.name for info in infos])
+            raise UserError(f"group {rule.match!r} is empty: {why}; mend or remove it. Names are like {names}.")
+    groups = []
+    for (index, decay, scale), members in sorted(taken.items(), key=lambda item: (item[0][0], -item[0][1], item[0][2])):
+        rule = rules[index]
+        optimizer = registry.build(rule.optimizer, dict(rule.options))
+        _check_members(rule, optimizer, members, decay)
+        clip = optimizer.clip if rule.clip is None else rule.clip
+        groups.append(
+            Group(
+                name=f"{rule.optimizer}.{index}.{len(groups)}",
+                optimizer=rule.optimizer,
+                options=rule.options,
+                lr_scale=scale,
+                weight_decay=decay,
+                decay_mode=rule.decay_mode or decay_mode,
+                clip_scope=("global" if clip is True else clip) or None,
+                infos=tuple(members),
+            )
+        )
+    return groups
+
+
+def _check_members(rule: GroupRule, optimizer: Any, members: Sequence[MatrixInfo], decay: bool | float) -> None:
+    if not isinstance(optimizer, MatrixOptimizer):
+        return
+    vectors = [info.name for info in members if len(info.shape) != 2]
+    if vectors and not optimizer.vectors:
+        raise UserError(
+            f"{rule.optimizer} works on matrices, and group {rule.match!r} gives it vectors ({_some(vectors)}); "
+            "put a group for them first, such as kind=norm,bias with adamw."
+        )
+    if optimizer.projects and decay:
+        raise UserError(
+            f"{rule.optimizer} keeps each weight's norm, so weight decay means nothing on group {rule.match!r}; "
+            "set its weight_decay to false."
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def describe(groups: Sequence[Group], weight_decay: float | None = None) -> str:
+    """A table of the grouping: matrices, parameters, optimizer, options, learning-rate factor, decay, clipping."""
+    rows = [("optimizer", "kinds", "matrices", "parameters", "lr ×", "decay", "clip", "options")]
+    for group in groups:
+        kinds = ",".join(dict.fromkeys(info.kind for info in group.infos))
+        if weight_decay is None and isinstance(group.weight_decay, bool):
+            decay = "yes" if group.weight_decay else "no"
+        else:
+            decay = f"{group.decay(weight_decay or 0.0):g}"
+        if group.decay_mode != "decoupled":
+            decay += f" {group.decay_mode}"
+        options = " ".join(f"{key}={value}" for key, value in sorted(group.options.items()))
+        counts = (str(len(group.infos)), f"{group.numel:,}")
+        rows.append((group.optimizer, kinds, *counts, f"{group.lr_scale:g}", decay, group.clip_scope or "no", options))
+    total = (str(sum(len(group.infos) for group in groups)), f"{sum(group.numel for group in groups):,}")
+    rows.append(("total", "", *total, "", "", "", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    right = (2, 3, 4)
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

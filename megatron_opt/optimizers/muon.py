@@ -1,0 +1,225 @@
+"""Muon: momentum, orthogonalized.
+
+kellerjordan.github.io/posts/muon, arXiv 2502.16982; row normalization (NorMuon) arXiv 2510.05491.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_opt.errors import UserError
+from megatron_opt.kernels import orthogonalize as ns
+from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, Shape, State
+from megatron_opt.optimizers.options import check, choice, option
+from megatron_opt.optimizers.registry import register
+
+SCALE_MODES = ("shape_scaling", "spectral", "unit_rms_norm", "none")
+MOMENTUM_DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: the weight's own
+
+
+def shape_scale(shape: Shape, mode: str) -> float:
+    """√max(1, out/in) `shape_scaling`, √max(out, in) `spectral`, √(out/in) `unit_rms_norm`, 1 `none`."""
+    rows, columns = shape
+    match mode:
+        case "shape_scaling":
+            return max(1.0, rows / columns) ** 0.5
+        case "spectral":
+            return float(max(rows, columns)) ** 0.5
+        case "unit_rms_norm":
+            return (rows / columns) ** 0.5
+    return 1.0
+
+
+@dataclass(frozen=True)
+class SpectralConfig:
+    """What every rule built on orthogonalized momentum shares."""
+
+    scale_mode: str = choice("shape_scaling", SCALE_MODES, "factor by the matrix's shape (out, in)")
+    extra_scale_factor: float = option(1.0, "further factor on the update; 0.2 with spectral matches AdamW's RMS")
+    num_ns_steps: int = option(5, "Newton–Schulz steps")
+    coefficient_type: str = choice("simple", (*ns.SETS, "custom"), "Newton–Schulz coefficients")
+    custom_coefficients: tuple[tuple[float, float, float], ...] = option((), "(a, b, c) per step for `custom`")
+    fp32_matmul_prec: str = choice("medium", tuple(ns.ITERATION_DTYPES), "iterate in bf16 (medium) or fp32")
+    norm_form: str = choice("add", ("add", "max"), "divide by ‖u‖ + eps or by max(‖u‖, eps)")
+    momentum_dtype: str = choice("fp32", tuple(MOMENTUM_DTYPES), "dtype of the momentum")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if bool(self.custom_coefficients) != (self.coefficient_type == "custom"):
+            raise UserError("custom_coefficients goes with coefficient_type=custom, and only with it; give both or none.")
+        ns.coefficients(self.coefficient_type, self.num_ns_steps, self.custom_coefficients)
+
+
+@dataclass(frozen=True)
+class MuonConfig(SpectralConfig):
+    """Hyperparameters of Muon; tuned values of the study."""
+
+    momentum: float = option(0.98, "momentum μ (tuned: 0.95 for the smallest budget, else 0.98)", low=0, below=1)
+    nesterov: bool = option(True, "orthogonalize μ·buf + g in place of buf")
+    momentum_form: str = choice("sum", ("sum", "ema"), "buf ← μ·buf + g, or μ·buf + (1−μ)·g")
+    eps: float = option(1e-5, "added to the norm", above=0)
+    normuon: bool = option(False, "normalize rows by their running second moment, keeping the norm (NorMuon)")
+    normuon_beta2: float = option(0.95, "decay of NorMuon's second moment", low=0, below=1)
+    normuon_eps: float = option(1e-10, "added to the square root of NorMuon's second moment", above=0)
+
+
+class SpectralOptimizer(MatrixOptimizer):
+    """Orthogonalize a momentum and scale by shape; the momentum is the subclass's."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.table = ns.coefficients(config.coefficient_type, config.num_ns_steps, config.custom_coefficients)
+
+    def momentum(self, buffer: Tensor, grad: Tensor) -> None:
+        """Advance the momentum in place; both have the gradient's dtype."""
+        raise NotImplementedError
+
+    def direction(self, grad: Tensor, buffer: Tensor) -> Tensor:
+        """What is orthogonalized, from the gradient and the new momentum."""
+        return buffer
+
+    @property
+    def eps(self) -> float:
+        """Added to the norm before the iteration."""
+        return self.config.eps
+
+    def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
+        if len(info.shape) != 2:
+            raise UserError(f"{self.name} needs matrices, {info.name} has shape {info.shape}; route it to another optimizer.")
+        dtype = MOMENTUM_DTYPES[self.config.momentum_dtype] or weight.dtype
+        return {"momentum_buffer": torch.zeros_like(weight, dtype=dtype)}
+
+    def advance(self, grad: Tensor, state: State) -> Tensor:
+        """One momentum step; returns what is orthogonalized."""
+        buffer = state["momentum_buffer"]
+        wide = buffer.to(grad.dtype)
+        self.momentum(wide, grad)
+        if wide is not buffer:
+            buffer.copy_(wide)
+        return self.direction(grad, buffer.to(grad.dtype))
+
+    def factor(self, info: MatrixInfo) -> float:
+        """Scale of the orthogonal matrix."""
+        return self.config.extra_scale_factor * shape_scale(info.shape, self.config.scale_mode)
+
+    def update(
+        self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
+    ) -> list[Tensor]:
+        moments = [self.advance(grad, state) for grad, state in zip(grads, states)]
+        cfg = self.config
+        results = ns.orthogonalize(moments, self.table, self.eps, cfg.fp32_matmul_prec, cfg.norm_form)
+        return [self.rescale(x, state, info) for x, state, info in zip(results, states, infos)]
+
+    def rescale(self, x: Tensor, state: State, info: MatrixInfo) -> Tensor:
+        """What follows the orthogonalization of a whole matrix."""
+        return x.mul_(self.factor(info))
+
+    def cost(self, info: MatrixInfo) -> Cost:
+        k, K = sorted(info.shape)
+        kind = "gemm" if k > 128 else "small_gemm"
+        width = 2 if self.config.momentum_dtype == "bf16" else 4
+        # grad, momentum in and out, norm, normalized copy, scaled result
+        return Cost(
+            flops={kind: ns.flops(k, K, self.table, self.config.fp32_matmul_prec)},
+            elementwise_bytes=k * K * (2.0 * width + 6 * 4),
+            state_bytes=float(width * k * K),
+        )
+
+    # Slices: the Gram matrix of the uncut side is a sum over slices; polynomial at the owner; apply on the slice.
+
+    def split_dim(self, info: MatrixInfo) -> int | None:
+        """The longer side (the layout's cut side where both are equal): the Gram matrix is then the small one."""
+        longer = 0 if info.shape[0] > info.shape[1] else 1
+        if info.cut is None:
+            return longer
+        return info.cut if info.shape[info.cut] >= info.shape[1 - info.cut] else None
+
+    def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
+        return SpectralOptimizer.init_state(self, weight, info)
+
+    def factor_dtype(self) -> torch.dtype:
+        """fp64 where fp32 accuracy is asked for: a k×k iteration squares the condition number."""
+        short = self.config.fp32_matmul_prec == "medium" and self.config.num_ns_steps <= 5
+        return torch.float32 if short else torch.float64
+
+    def _gram(self, x: Tensor, info: MatrixInfo) -> Tensor:
+        x = x if self.split_dim(info) == 1 else x.mT
+        return x @ x.mT
+
+    def partial(self, grad: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
+        return self._gram(self.advance(grad, state).to(self.factor_dtype()), info)
+
+    def combine(self, factor: Tensor, shared: State, step: int, info: MatrixInfo) -> Tensor:
+        norm = factor.diagonal().sum().sqrt()
+        scale = ns.scale_to_unit(norm, self.eps, self.config.norm_form)
+        polynomial = ns.gram_polynomial(factor * scale**2, self.table)
+        return (polynomial * (scale * self.factor(info))).float()
+
+    def finish(self, grad: Tensor, combined: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
+        u = self.direction(grad, state["momentum_buffer"].to(grad.dtype))
+        q = combined.to(grad.dtype)
+        return q @ u if self.split_dim(info) == 1 else u @ q
+
+    def _factor_shape(self, info: MatrixInfo) -> Shape:
+        dim = self.split_dim(info)
+        assert dim is not None
+        return (info.shape[1 - dim],) * 2
+
+    def combined_shape(self, info: MatrixInfo) -> Shape:
+        return self._factor_shape(info)
+
+    def partial_shape(self, info: MatrixInfo) -> Shape:
+        return self._factor_shape(info)
+
+
+@register
+class Muon(SpectralOptimizer):
+    """buf ← μ·buf + g;  u = μ·buf + g;  O = NS(u/(‖u‖_F + ε));  direction = √max(1, out/in)·O."""
+
+    name: ClassVar[str] = "muon"
+    Config: ClassVar[type] = MuonConfig
+
+    def momentum(self, buffer: Tensor, grad: Tensor) -> None:
+        mu = self.config.momentum
+        if self.config.momentum_form == "ema":
+            buffer.lerp_(grad, 1 - mu)
+        else:
+            buffer.mul_(mu).add_(grad)
+
+    def direction(self, grad: Tensor, buffer: Tensor) -> Tensor:
+        if not self.config.nesterov:
+            return buffer
+        mu = self.config.momentum
+        return torch.lerp(grad, buffer, mu) if self.config.momentum_form == "ema" else grad.add(buffer, alpha=mu)
+
+    def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
+        state = super().init_state(weight, info)
+        if self.config.normuon:
+            state["row_second_moment"] = weight.new_zeros(info.shape[0], 1)
+        return state
+
+    def rescale(self, x: Tensor, state: State, info: MatrixInfo) -> Tensor:
+        if self.config.normuon:
+            moment = state["row_second_moment"]
+            moment.lerp_(x.square().mean(dim=1, keepdim=True), 1 - self.config.normuon_beta2)
+            rows = x / (moment.sqrt() + self.config.normuon_eps)
+            # row norms change, the matrix's norm does not
+            x = rows * (x.norm() / rows.norm().clamp_min(torch.finfo(x.dtype).tiny))
+        return super().rescale(x, state, info)
+
+    def split_dim(self, info: MatrixInfo) -> int | None:
+        return None if self.config.normuon else super().split_dim(info)
+
+    def cost(self, info: MatrixInfo) -> Cost:
+        cost = super().cost(info)
+        if not self.config.normuon:
+            return cost
+        rows, columns = info.shape
+        return Cost(
+            cost.flops,
+            elementwise_bytes=cost.elementwise_bytes + 5 * 4.0 * rows * columns,
+            state_bytes=cost.state_bytes + 4.0 * rows,
+        )

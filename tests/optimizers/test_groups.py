@@ -1,0 +1,115 @@
+"""Parameter groups: the study's defaults, YAML rules, and what is refused."""
+
+import pytest
+
+from megatron_opt.errors import UserError
+from megatron_opt.optimizers import groups as g
+from megatron_opt.optimizers.base import MatrixInfo
+
+INFOS = [
+    MatrixInfo("embedding.word_embeddings.weight", (1000, 32), "embedding"),
+    MatrixInfo("decoder.layers.0.self_attention.linear_qkv.weight.q", (32, 32), "hidden", "q", 4),
+    MatrixInfo("decoder.layers.0.self_attention.linear_qkv.weight.k", (16, 32), "hidden", "k", 2),
+    MatrixInfo("decoder.layers.0.mlp.linear_fc1.weight.gate", (64, 32), "hidden", "gate"),
+    MatrixInfo("decoder.layers.0.mlp.linear_fc2.weight", (32, 64), "hidden", "down"),
+    MatrixInfo("decoder.layers.0.mlp.linear_fc2.bias", (32,), "bias"),
+    MatrixInfo("decoder.layers.0.mlp.router.weight", (4, 32), "router"),
+    MatrixInfo("decoder.final_layernorm.weight", (32,), "norm"),
+    MatrixInfo("output_layer.weight", (1000, 32), "output"),
+]
+
+
+def by_name(groups):
+    return {info.name: group for group in groups for info in group.infos}
+
+
+def of_kind(groups, kind):
+    return next(by_name(groups)[info.name] for info in INFOS if info.kind == kind)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "scion", "adamw", "lion"])
+def test_every_parameter_is_in_one_group(optimizer):
+    groups = g.assign(INFOS, g.default_rules(optimizer))
+    assert sorted(info.name for group in groups for info in group.infos) == sorted(info.name for info in INFOS)
+    assert sum(group.numel for group in groups) == 1000 * 32 * 2 + 32 * 32 + 16 * 32 + 2 * 64 * 32 + 32 + 128 + 32
+
+
+def test_muon_groups_are_the_studys():
+    groups = g.assign(INFOS, g.default_rules("muon", {"muon": {"momentum": 0.9}}))
+    hidden, scalar = of_kind(groups, "hidden"), of_kind(groups, "embedding")
+    assert (hidden.optimizer, hidden.lr_scale, hidden.clip_scope, hidden.decay(0.1)) == ("muon", 1.0, None, 0.1)
+    assert hidden.options == {"momentum": 0.9}
+    assert (scalar.optimizer, scalar.lr_scale, scalar.clip_scope) == ("adamw", 0.3, "global")
+    assert scalar.options == {"beta1": 0.8, "beta2": 0.98, "eps": 1e-15}
+    assert [of_kind(groups, kind).optimizer for kind in ("output", "router", "norm", "bias")] == ["adamw"] * 4
+    assert [of_kind(groups, kind).decay(0.1) for kind in g.KINDS] == [0.1, 0.0, 0.1, 0.1, 0.0, 0.0]
+
+
+def test_flags_win_over_the_studys_values():
+    rules = g.default_rules("muon", {"adamw": {"beta1": 0.9}}, scalar_lr_scale=0.5)
+    scalar = of_kind(g.assign(INFOS, rules), "norm")
+    assert scalar.options["beta1"] == 0.9 and scalar.options["beta2"] == 0.98 and scalar.lr_scale == 0.5
+
+
+def test_scion_forms_fix_the_decay():
+    decays = []
+    for form in ("study", "unconstrained", "constrained"):
+        groups = g.assign(INFOS, g.default_rules("scion", {"scion": {"form": form}}))
+        decays.append((of_kind(groups, "hidden").decay(0.1), of_kind(groups, "output").decay(0.1)))
+    assert decays == [(0.1, 0.1), (0.0, 0.0), (1.0, 1.0)]
+
+
+def test_yaml_rules(tmp_path):
+    path = tmp_path / "groups.yaml"
+    path.write_text(
+        "groups:\n"
+        "- {match: 'role=q,k', optimizer: muon, options: {momentum: 0.8}, lr_scale: 0.5, weight_decay: 0.3}\n"
+        "- {match: 'linear_fc', optimizer: muon, weight_decay: false}\n"
+        "- {match: '.*', optimizer: adamw, clip: scalars, decay_mode: cautious}\n"
+    )
+    with pytest.raises(UserError, match="vectors"):  # linear_fc matches a bias
+        g.assign(INFOS, g.load_rules(path))
+    path.write_text(path.read_text().replace("'linear_fc'", "'linear_fc.*weight'"))
+    named = by_name(g.assign(INFOS, g.load_rules(path, {"muon": {"num_ns_steps": 6, "momentum": 0.7}})))
+    q, fc2 = named[INFOS[1].name], named[INFOS[4].name]
+    assert q.options == {"momentum": 0.8, "num_ns_steps": 6} and q.lr_scale == 0.5 and q.decay(0.1) == 0.3
+    assert fc2.options == {"momentum": 0.7, "num_ns_steps": 6} and fc2.decay(0.1) == 0.0
+    assert named[INFOS[0].name].clip_scope == "scalars" and named[INFOS[8].name].decay_mode == "cautious"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("groups: []", "no list"),
+        ("- a", "no list"),
+        ("groups: [{match: a}]", "at least"),
+        ("groups: [{match: '.*', optimizer: muon, wd: 1}]", "no key 'wd'"),
+        ("groups: [{match: '(', optimizer: muon}]", "regular expression"),
+        ("groups: [{match: 'kind=hidden', optimizer: muon}]", "no group takes 5 parameters"),
+        ("groups: [{match: '.*', optimizer: adamw}, {match: 'fc1', optimizer: muon}]", "earlier groups"),
+        ("groups: [{match: 'fc9', optimizer: muon}, {match: '.*', optimizer: adamw}]", "no parameter has"),
+        ("groups: [{match: '.*', optimizer: muonn}]", "no optimizer 'muonn'"),
+        ("groups: [{match: '.*', optimizer: adamw, options: {betta: 1}}]", "no option 'betta'"),
+        ("groups: [{match: '.*', optimizer: adamw, decay_mode: x}]", "decay_mode"),
+        ("groups: [", "YAML"),
+    ],
+)
+def test_bad_rules_are_refused_with_a_remedy(tmp_path, text, words):
+    path = tmp_path / "groups.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        g.assign(INFOS, g.load_rules(path))
+
+
+def test_describe_counts():
+    text = g.describe(g.assign(INFOS, g.default_rules("muon")), 0.1)
+    lines = text.splitlines()
+    assert lines[0].split()[:4] == ["optimizer", "kinds", "matrices", "parameters"]
+    assert lines[1].split()[:6] == ["muon", "hidden", "4", "5,632", "1", "0.1"]
+    assert lines[-1].split() == ["total", "9", "69,824"]
+
+
+def test_widths_split_groups():
+    wide = {INFOS[1].name: 0.25}
+    named = by_name(g.assign(INFOS, g.default_rules("muon"), lr_multiplier=wide))
+    assert named[INFOS[1].name].lr_scale == 0.25 and named[INFOS[2].name].lr_scale == 1.0
