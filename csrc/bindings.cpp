@@ -1,0 +1,17 @@
+// The Python module: facts about the build. The operators themselves are torch's (operators.cpp).
+#include <pybind11/pybind11.h>
+
+#include "cpu/multi_tensor.h"
+#include "operators.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("source_hash") = MEGATRON_OPT_SOURCE_HASH;
+  m.attr("torch_version") = MEGATRON_OPT_TORCH_VERSION;
+#ifdef MEGATRON_OPT_WITH_CUDA
+  m.attr("cuda") = true;
+#else
+  m.attr("cuda") = false;
+#endif
+  m.def("register_operators", &megatron_opt::register_operators);
+  m.def("cpu_kernels", &megatron_opt::cpu_kernels_name);
+}

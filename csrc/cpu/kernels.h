@@ -1,0 +1,23 @@
+// Entry points of one instruction-set build of the CPU kernels; multi_tensor.cpp picks the build for this processor.
+#pragma once
+
+#include "../include/launch.h"
+
+namespace megatron_opt {
+
+// Elements begin … begin+count (count <= kBlock, begin a multiple of it) of one piece; `sums` has three entries or is null.
+using UpdateBlock = void (*)(const Options&, const Piece&, float scale, float factor, int64_t begin, int64_t count,
+                             double* sums);
+using SumBlock = void (*)(const Options&, const Piece&, int64_t begin, int64_t count, double* sums);
+
+struct Kernels {
+  const char* name;
+  UpdateBlock update[8];  // by Rule
+  SumBlock sum[4];        // by Sum
+};
+
+Kernels portable_kernels();
+Kernels avx2_kernels();
+Kernels avx512_kernels();
+
+}  // namespace megatron_opt

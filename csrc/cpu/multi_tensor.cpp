@@ -1,0 +1,102 @@
+#include "multi_tensor.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "../include/chunks.h"
+#include "kernels.h"
+
+namespace megatron_opt {
+namespace {
+
+// A chunk is what a thread takes at a time and what sums are added over: it does not depend on the number of threads.
+constexpr int64_t kBlocksPerChunk = 16;
+constexpr int64_t kChunk = kBlocksPerChunk * kBlock;
+
+const Kernels& chosen_kernels() {
+  static const Kernels kernels = [] {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+    const char* wanted = std::getenv("MEGATRON_OPT_ISA");
+    const auto allowed = [&](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && allowed("avx512")) {
+      return avx512_kernels();
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+        allowed("avx2")) {
+      return avx2_kernels();
+    }
+#endif
+    return portable_kernels();
+  }();
+  return kernels;
+}
+
+// work(piece, first element, elements, chunk) over all chunks, in one parallel loop.
+template <class Work>
+void for_chunks(const std::vector<Piece>& pieces, const std::vector<int64_t>& first, const Work& work) {
+  int64_t elements = 0;
+  for (const Piece& piece : pieces) elements += piece.numel;
+  const int64_t chunks = first.back();
+  const int64_t mean = std::max<int64_t>(1, elements / std::max<int64_t>(1, chunks));
+  at::parallel_for(0, chunks, std::max<int64_t>(1, kChunk / mean), [&](int64_t begin, int64_t end) {
+    int index = locate(first.data(), static_cast<int>(pieces.size()), begin);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      while (chunk >= first[index + 1]) ++index;
+      const int64_t start = (chunk - first[index]) * kChunk;
+      work(index, start, std::min(kChunk, pieces[index].numel - start), chunk);
+    }
+  });
+}
+
+std::vector<int64_t> first_chunks(const std::vector<Piece>& pieces) {
+  std::vector<int64_t> first(pieces.size() + 1, 0);
+  for (size_t i = 0; i < pieces.size(); ++i) first[i + 1] = first[i] + (pieces[i].numel + kChunk - 1) / kChunk;
+  return first;
+}
+
+void add_chunks(const std::vector<int64_t>& first, const std::vector<double>& partial, double* sums) {
+  for (size_t i = 0; i + 1 < first.size(); ++i) {
+    for (int k = 0; k < 3; ++k) {
+      double sum = 0.0;
+      for (int64_t chunk = first[i]; chunk < first[i + 1]; ++chunk) sum += partial[3 * chunk + k];
+      sums[3 * i + k] = sum;
+    }
+  }
+}
+
+}  // namespace
+
+void update_cpu(Rule rule, const Options& options, const std::vector<Piece>& pieces) {
+  const UpdateBlock update = chosen_kernels().update[static_cast<int>(rule)];
+  const std::vector<int64_t> first = first_chunks(pieces);
+  std::vector<double> partial(options.sums != nullptr ? 3 * first.back() : 0, 0.0);
+  for_chunks(pieces, first, [&](int index, int64_t start, int64_t count, int64_t chunk) {
+    const float scale = options.scales != nullptr ? options.scales[2 * index] : 1.0f;
+    const float factor = options.scales != nullptr ? options.scales[2 * index + 1] : 1.0f;
+    double* sums = options.sums != nullptr ? &partial[3 * chunk] : nullptr;
+    for (int64_t at = start; at < start + count; at += kBlock) {
+      update(options, pieces[index], scale, factor, at, std::min(kBlock, start + count - at), sums);
+    }
+  });
+  if (options.sums != nullptr) add_chunks(first, partial, options.sums);
+}
+
+void sum_cpu(Sum kind, const Options& options, const std::vector<Piece>& pieces, double* sums) {
+  const SumBlock add = chosen_kernels().sum[static_cast<int>(kind)];
+  const std::vector<int64_t> first = first_chunks(pieces);
+  std::vector<double> partial(3 * first.back(), 0.0);
+  for_chunks(pieces, first, [&](int index, int64_t start, int64_t count, int64_t chunk) {
+    for (int64_t at = start; at < start + count; at += kBlock) {
+      add(options, pieces[index], at, std::min(kBlock, start + count - at), &partial[3 * chunk]);
+    }
+  });
+  add_chunks(first, partial, sums);
+}
+
+const char* cpu_kernels_name() { return chosen_kernels().name; }
+
+}  // namespace megatron_opt

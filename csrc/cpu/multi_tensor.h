@@ -1,0 +1,18 @@
+// Multi-tensor calls on CPU: one parallel loop over the blocks of all tensors.
+#pragma once
+
+#include <vector>
+
+#include "../include/launch.h"
+
+namespace megatron_opt {
+
+void update_cpu(Rule rule, const Options& options, const std::vector<Piece>& pieces);
+
+// Three sums a piece into `sums`.
+void sum_cpu(Sum kind, const Options& options, const std::vector<Piece>& pieces, double* sums);
+
+// "portable", "avx2" or "avx512": what this processor runs.
+const char* cpu_kernels_name();
+
+}  // namespace megatron_opt

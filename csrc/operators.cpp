@@ -1,0 +1,204 @@
+// Native kernels of the operators that megatron_opt/kernels/dispatch.py defines: checks, then plain data to CPU or CUDA.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <string>
+
+#include "cpu/multi_tensor.h"
+#include "include/chunks.h"
+#include "operators.h"
+#ifdef MEGATRON_OPT_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "cuda/multi_tensor.h"
+#endif
+
+namespace megatron_opt {
+namespace {
+
+using at::Tensor;
+using Tensors = at::TensorList;
+
+Format format_of(const Tensor& tensor, int slot, const char* list) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return Format::f32;
+    case at::kBFloat16:
+      return Format::bf16;
+    case at::kChar:
+      if (slot == kState0 || slot == kState1) return Format::signed8;
+      break;
+    case at::kByte:
+      if (slot == kState0 || slot == kState1) return Format::unsigned8;
+      break;
+    default:
+      break;
+  }
+  TORCH_CHECK(false, list, " has a tensor of type ", tensor.scalar_type(), "; the native kernels take float32 and ",
+              "bfloat16, and 8-bit states.");
+}
+
+struct List {
+  std::vector<Piece> pieces;
+  at::Device device{at::kCPU};
+
+  explicit List(Tensors grads) : pieces(grads.size()) {
+    if (!grads.empty()) device = grads[0].device();
+    for (size_t i = 0; i < grads.size(); ++i) {
+      pieces[i] = Piece{};
+      pieces[i].numel = grads[i].numel();
+    }
+    add(kGrad, grads, "grads");
+  }
+
+  void add(int slot, Tensors tensors, const char* name) {
+    if (tensors.empty()) return;
+    TORCH_CHECK(tensors.size() == pieces.size(), name, " has ", tensors.size(), " tensors, grads ", pieces.size(), ".");
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const Tensor& tensor = tensors[i];
+      check(tensor, name, i, pieces[i].numel);
+      pieces[i].data[slot] = tensor.data_ptr();
+      pieces[i].format[slot] = format_of(tensor, slot, name);
+    }
+  }
+
+  void add_absmax(int slot, Tensors tensors, const char* name) {
+    const bool needed = !pieces.empty() && pieces[0].format[slot] >= Format::signed8;
+    TORCH_CHECK(!needed || tensors.size() == pieces.size(), name, " has ", tensors.size(), " tensors, grads ",
+                pieces.size(), ".");
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      check(tensors[i], name, i, blocks_of(pieces[i].numel));
+      TORCH_CHECK(tensors[i].scalar_type() == at::kFloat, name, "[", i, "] is not float32.");
+      pieces[i].absmax[slot] = tensors[i].mutable_data_ptr<float>();
+    }
+    for (const Piece& piece : pieces) {
+      TORCH_CHECK(piece.format[slot] < Format::signed8 || piece.absmax[slot] != nullptr, name, " is missing.");
+    }
+  }
+
+  void check(const Tensor& tensor, const char* name, size_t i, int64_t numel) const {
+    TORCH_CHECK(tensor.device() == device, name, "[", i, "] is on ", tensor.device(), ", grads[0] on ", device, ".");
+    TORCH_CHECK(tensor.is_contiguous(), name, "[", i, "] is not contiguous.");
+    TORCH_CHECK(tensor.numel() == numel, name, "[", i, "] has ", tensor.numel(), " elements instead of ", numel, ".");
+  }
+};
+
+void read_coefficients(at::ArrayRef<double> values, Options& options) {
+  TORCH_CHECK(values.size() == kCoefficients, "got ", values.size(), " coefficients instead of ", kCoefficients, ".");
+  float* to = reinterpret_cast<float*>(&options.coefficients);
+  for (int i = 0; i < kCoefficients; ++i) to[i] = static_cast<float>(values[i]);
+}
+
+// Tensors that each rule needs, by Rule: states, and whether it writes an output instead of parameters.
+constexpr int kRuleStates[] = {2, 3, 2, 1, 1, 2, 1, 0};
+constexpr bool kRuleOutput[] = {false, false, false, false, false, false, true, false};
+
+Tensor update(int64_t rule, Tensors params, Tensors grads, Tensors state0, Tensors state1, Tensors state2,
+              Tensors copies, Tensors absmax0, Tensors absmax1, const std::optional<Tensor>& scales,
+              at::ArrayRef<double> coefficients, const std::optional<Tensor>& device_coefficients, bool cautious_decay,
+              bool stochastic, int64_t seed, int64_t step, at::IntArrayRef firsts, bool with_sums) {
+  TORCH_CHECK(rule >= 0 && rule < 8, "there is no rule ", rule, ".");
+  const size_t count = grads.size();
+  const Tensors states[] = {state0, state1, state2};
+  for (int k = 0; k < 3; ++k) {
+    TORCH_CHECK(states[k].size() == (k < kRuleStates[rule] ? count : 0), "state", k, " has ", states[k].size(),
+                " tensors, grads ", count, "; the rule has ", kRuleStates[rule], " states.");
+  }
+  TORCH_CHECK(params.size() == (kRuleOutput[rule] ? 0 : count), "params has ", params.size(), " tensors, grads ", count, ".");
+  TORCH_CHECK(!kRuleOutput[rule] || copies.size() == count, "outputs has ", copies.size(), " tensors, grads ", count, ".");
+  List list(grads);
+  list.add(kParam, params, "params");
+  for (int k = 0; k < 3; ++k) list.add(kState0 + k, states[k], "states");
+  list.add(kCopy, copies, kRuleOutput[rule] ? "outputs" : "copies");
+  list.add_absmax(kState0, absmax0, "absmax0");
+  list.add_absmax(kState1, absmax1, "absmax1");
+  for (const Piece& piece : list.pieces) {
+    TORCH_CHECK(kRuleOutput[rule] || piece.format[kCopy] == Format::absent || piece.format[kCopy] == Format::bf16,
+                "copies must be bfloat16.");
+  }
+  TORCH_CHECK(firsts.empty() || firsts.size() == count, "firsts has ", firsts.size(), " numbers, grads ", count, ".");
+  uint64_t first = 0;
+  for (size_t i = 0; i < count; ++i) {
+    list.pieces[i].first = firsts.empty() ? first : static_cast<uint64_t>(firsts[i]);
+    first += static_cast<uint64_t>(list.pieces[i].numel);
+  }
+  Options options{};
+  read_coefficients(coefficients, options);
+  options.cautious_decay = cautious_decay;
+  options.stochastic = stochastic;
+  options.seed = static_cast<uint64_t>(seed);
+  options.step = static_cast<uint32_t>(step);
+  if (scales.has_value()) {
+    list.check(*scales, "scales", 0, 2 * static_cast<int64_t>(count));
+    TORCH_CHECK(scales->scalar_type() == at::kFloat, "scales is not float32.");
+    options.scales = scales->const_data_ptr<float>();
+  }
+  if (device_coefficients.has_value()) {
+    list.check(*device_coefficients, "device_coefficients", 0, kCoefficients);
+    TORCH_CHECK(device_coefficients->scalar_type() == at::kFloat, "device_coefficients is not float32.");
+    options.device_coefficients = device_coefficients->const_data_ptr<float>();
+  }
+  const int64_t rows = with_sums ? static_cast<int64_t>(count) : 0;
+  Tensor sums = at::empty({rows, 3}, at::TensorOptions().dtype(at::kDouble).device(list.device));
+  if (with_sums) options.sums = sums.mutable_data_ptr<double>();
+#ifdef MEGATRON_OPT_WITH_CUDA
+  if (list.device.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(list.device);
+    const Tensor workspace = at::empty({with_sums ? workspace_cuda(list.pieces) : 0}, sums.options());
+    update_cuda(static_cast<Rule>(rule), options, list.pieces, with_sums ? workspace.mutable_data_ptr<double>() : nullptr,
+                c10::cuda::getCurrentCUDAStream());
+    return sums;
+  }
+#endif
+  if (options.device_coefficients != nullptr) {
+    std::memcpy(&options.coefficients, options.device_coefficients, sizeof(Coefficients));
+  }
+  update_cpu(static_cast<Rule>(rule), options, list.pieces);
+  return sums;
+}
+
+Tensor sum(int64_t kind, Tensors params, Tensors grads, Tensors state0, Tensors absmax0,
+           at::ArrayRef<double> coefficients) {
+  TORCH_CHECK(kind >= 0 && kind < 4, "there is no sum ", kind, ".");
+  List list(grads);
+  const bool with_state = kind == static_cast<int>(Sum::cautious_mask) || kind == static_cast<int>(Sum::mars_norm);
+  TORCH_CHECK(state0.size() == (with_state ? grads.size() : 0), "state0 has ", state0.size(), " tensors.");
+  TORCH_CHECK(params.size() == (kind == static_cast<int>(Sum::products) ? grads.size() : 0), "params has ",
+              params.size(), " tensors.");
+  list.add(kParam, params, "params");
+  list.add(kState0, state0, "states");
+  list.add_absmax(kState0, absmax0, "absmax0");
+  Options options{};
+  read_coefficients(coefficients, options);
+  Tensor sums = at::empty({static_cast<int64_t>(grads.size()), 3},
+                          at::TensorOptions().dtype(at::kDouble).device(list.device));
+#ifdef MEGATRON_OPT_WITH_CUDA
+  if (list.device.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(list.device);
+    const Tensor workspace = at::empty({workspace_cuda(list.pieces)}, sums.options());
+    sum_cuda(static_cast<Sum>(kind), options, list.pieces, workspace.mutable_data_ptr<double>(),
+             sums.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream());
+    return sums;
+  }
+#endif
+  sum_cpu(static_cast<Sum>(kind), options, list.pieces, sums.mutable_data_ptr<double>());
+  return sums;
+}
+
+}  // namespace
+
+// Called once the Python side has checked that this build is the right one: an import alone changes nothing.
+void register_operators() {
+  static torch::Library cpu(torch::Library::IMPL, "megatron_opt", c10::DispatchKey::CPU, __FILE__, __LINE__);
+  cpu.impl("multi_tensor_update", update);
+  cpu.impl("multi_tensor_sum", sum);
+#ifdef MEGATRON_OPT_WITH_CUDA
+  static torch::Library cuda(torch::Library::IMPL, "megatron_opt", c10::DispatchKey::CUDA, __FILE__, __LINE__);
+  cuda.impl("multi_tensor_update", update);
+  cuda.impl("multi_tensor_sum", sum);
+#endif
+}
+
+}  // namespace megatron_opt
