@@ -210,7 +210,7 @@ class Exchange:
         send = [t.reshape(-1).to(wire) for r in others for t in outgoing[r]]
         in_splits = [sum(t.numel() for t in outgoing[r]) if r != self.rank else 0 for r in range(self.size)]
         out_splits = [sum(counts[r]) if r != self.rank else 0 for r in range(self.size)]
-        device = send[0].device if send else torch.device(torch.cuda.current_device())
+        device = send[0].device if send else torch.device(torch.cuda.current_device())  # an index on CUDA
         message = torch.cat(send) if send else torch.empty(0, dtype=wire, device=device)
         received = torch.empty(sum(out_splits), dtype=wire, device=device)
         self.traffic.add(what, message.numel() * message.element_size())
@@ -222,20 +222,36 @@ class Exchange:
         ]
         return Trip(work, received, places)
 
-    def gather(self, route: Route, grads: Sequence[Tensor], slabs: dict[tuple[str, int], Tensor]) -> Trip:
+    def gather(
+        self,
+        route: Route,
+        grads: Sequence[Tensor],
+        slabs: dict[tuple[str, int], Tensor],
+        what: str = "gradients to owners",
+        wire: torch.dtype | None = None,
+    ) -> Trip:
         """Shards of gradients to the parts that need them."""
         return self.start(
             [[item.of_fragment(grads[item.fragment]) for item in items] for items in route.gather_out],
             [[lambda item=item: item.of_slab(slabs[item.part]) for item in items] for items in route.gather_in],  # type: ignore[misc]
             [[item.numel for item in items] for items in route.gather_in],
-            "gradients to owners",
+            what,
+            wire,
         )
 
-    def scatter(self, route: Route, slabs: dict[tuple[str, int], Tensor], updates: Sequence[Tensor]) -> Trip:
+    def scatter(
+        self,
+        route: Route,
+        slabs: dict[tuple[str, int], Tensor],
+        updates: Sequence[Tensor],
+        what: str = "updates to shards",
+        wire: torch.dtype | None = None,
+    ) -> Trip:
         """Updates of parts back to every rank that holds a shard of them."""
         return self.start(
             [[item.of_slab(slabs[item.part]) for item in items] for items in route.scatter_out],
             [[lambda item=item: item.of_fragment(updates[item.fragment]) for item in items] for items in route.scatter_in],  # type: ignore[misc]
             [[item.numel for item in items] for items in route.scatter_in],
-            "updates to shards",
+            what,
+            wire,
         )

@@ -1,4 +1,5 @@
-"""One fused multi-tensor update for the whole element-wise family, and the sums that some of its rules need first.
+"""One fused multi-tensor update for the whole element-wise family, and the sums that some of its rules need
+first.
 
 p ← (p − lr·u − shrink·p)·factor with the direction u of a rule; rules and coefficients are those of
 csrc/include/updates.h, here beside their reference in plain torch.
@@ -85,7 +86,7 @@ def _direction(rule: Rule, g: Tensor, states: list[Tensor], scale: Tensor | floa
         return _adam(corrected, states[0], states[1], c)
     if rule == Rule.CAUTIOUS:
         mask = _cautious_mask(g, states[0], c)
-        return _adam(g, states[0], states[1], c) * (mask * scale)
+        return _adam(g, states[0], states[1], c) * torch.where(mask, scale, 0.0)
     if rule == Rule.APPLY:
         return g * scale
     m = states[0]
@@ -169,7 +170,11 @@ def _update_reference(
     _check(lists | {f"states[{k}]": s for k, s in enumerate(states)}, grads)
     if not writes_output:
         _check({"params": params}, grads)
-    sums = grads[0].new_zeros((count if with_sums else 0, 3), dtype=torch.float64) if grads else torch.zeros(0, 3)
+    sums = (
+        grads[0].new_zeros((count if with_sums else 0, 3), dtype=torch.float64)
+        if grads
+        else torch.zeros(0, 3)
+    )
     absmax = [absmax0, absmax1, ()]
     following = 0
     for i, grad in enumerate(grads):
@@ -199,7 +204,9 @@ def _update_reference(
                 sums[i, 2] = u.double().square().sum()
             continue
         p = _open(params[i], None, dtype)
-        decay = c.shrink * p if not cautious_decay else torch.where(u * p >= 0, c.shrink * p, torch.zeros_like(p))
+        decay = (
+            c.shrink * p if not cautious_decay else torch.where(u * p >= 0, c.shrink * p, torch.zeros_like(p))
+        )
         p = p - (c.lr * u + decay)
         if scales is not None:
             p = p * scales.view(-1, 2)[i, 1]
@@ -211,7 +218,12 @@ def _update_reference(
 
 @torch.no_grad()
 def _sum_reference(
-    kind: int, params: Tensors, grads: Tensors, state0: Tensors, absmax0: Tensors, coefficients: Sequence[float]
+    kind: int,
+    params: Tensors,
+    grads: Tensors,
+    state0: Tensors,
+    absmax0: Tensors,
+    coefficients: Sequence[float],
 ) -> Tensor:
     kind, c = Sum(kind), Coefficients(*coefficients)
     _check({"grads": grads}, grads)
@@ -235,16 +247,19 @@ def _sum_reference(
 
 _update = Operation(
     "multi_tensor_update",
-    "(int rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state0, Tensor(c!)[] state1, Tensor(d!)[] state2, "
-    "Tensor(e!)[] copies, Tensor(f!)[] absmax0, Tensor(g!)[] absmax1, Tensor? scales, float[] coefficients, "
+    "(int rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state0, Tensor(c!)[] state1, "
+    "Tensor(d!)[] state2, Tensor(e!)[] copies, Tensor(f!)[] absmax0, Tensor(g!)[] absmax1, Tensor? scales, float[] coefficients, "
     "Tensor? device_coefficients, bool cautious_decay, bool stochastic, int seed, int step, int[] firsts, "
     "bool with_sums) -> Tensor",
     _update_reference,
-    lambda rule, params, grads, *rest: grads[0].new_empty((len(grads) if rest[-1] else 0, 3), dtype=torch.float64),
+    lambda rule, params, grads, *rest: grads[0].new_empty(
+        (len(grads) if rest[-1] else 0, 3), dtype=torch.float64
+    ),
 )
 _sum = Operation(
     "multi_tensor_sum",
-    "(int kind, Tensor[] params, Tensor[] grads, Tensor[] state0, Tensor[] absmax0, float[] coefficients) -> Tensor",
+    "(int kind, Tensor[] params, Tensor[] grads, Tensor[] state0, Tensor[] absmax0, float[] coefficients) "
+    "-> Tensor",
     _sum_reference,
     lambda kind, params, grads, *rest: grads[0].new_empty((len(grads), 3), dtype=torch.float64),
 )
@@ -275,19 +290,32 @@ def update(
 ) -> Tensor:
     """One step of `rule` on many contiguous tensors, in place; fp32 and bf16 may be mixed at will.
 
-    `states` are the rule's state lists; 8-bit ones (int8 for signed, uint8 for non-negative) come with block maxima in
-    `absmax`. `copies` are bf16 images of the new parameters, or the outputs of Rule.MOMENTUM. `scales` (n, 2) fp32 has
-    the rule's scale and a factor on the new parameter for each tensor. `device_coefficients` (12,) fp32 on the tensors'
-    device replaces `coefficients`, so that a captured CUDA graph can be replayed with others. `stochastic` rounds bf16
-    parameters and states and int8 states by bits drawn from (seed, step, element number); `firsts` numbers each
-    tensor's first element. Returns Σg², the count of Inf and NaN in g, and Σu² where u is an output: (n, 3) fp64, or
-    (0, 3) without `with_sums`. Raises RuntimeError on tensors that are not contiguous or do not fit together.
+    `states` are the rule's state lists; 8-bit ones (int8 for signed, uint8 for non-negative) come with block
+    maxima in `absmax`. `copies` are bf16 images of the new parameters, or the outputs of Rule.MOMENTUM.
+    `scales` (n, 2) fp32 has the rule's scale and a factor on the new parameter for each tensor.
+    `device_coefficients` (12,) fp32 on the tensors' device replaces `coefficients`, so that a captured CUDA
+    graph can be replayed with others. `stochastic` rounds bf16 parameters and states and int8 states by bits
+    drawn from (seed, step, element number); `firsts` numbers each tensor's first element. Returns Σg², the
+    count of Inf and NaN in g, and Σu² where u is an output: (n, 3) fp64, or (0, 3) without `with_sums`.
+    Raises RuntimeError on tensors that are not contiguous or do not fit together.
     """
     if not grads:
         return torch.zeros(0, 3, dtype=torch.float64)
     state0, state1, state2 = [*states, (), (), ()][:3]
     arguments = (
-        *(int(rule), params, grads, state0, state1, state2, copies, absmax[0], absmax[1], scales, coefficients),
+        *(
+            int(rule),
+            params,
+            grads,
+            state0,
+            state1,
+            state2,
+            copies,
+            absmax[0],
+            absmax[1],
+            scales,
+            coefficients,
+        ),
         *(device_coefficients, cautious_decay, stochastic, seed, step, firsts, with_sums),
     )
     if not _native(grads):

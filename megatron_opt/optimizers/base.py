@@ -152,6 +152,7 @@ class ElementwiseOptimizer:
     name: ClassVar[str]
     Config: ClassVar[type]
     clip: ClassVar[bool] = True
+    projects: ClassVar[bool] = False
     state_keys: ClassVar[tuple[str, ...]]  # each has the shape of the parameter, fp32 unless the config says otherwise
 
     def __init__(self, config: Any) -> None:

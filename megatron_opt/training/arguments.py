@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -73,7 +73,7 @@ def expand(argv: Sequence[str]) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """This project's flags, and Megatron's `--optimizer` with our names among its choices."""
-    from megatron_opt.optimizers.flags import add_optimizer_arguments
+    from megatron_opt.training.optimizer_flags import add_optimizer_arguments
 
     group = parser.add_argument_group("megatron_opt")
     group.add_argument("--preset", help=f"flags from presets/NAME.yaml: {', '.join(preset_names())}")
@@ -103,15 +103,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--exchange-bucket-mb", type=float, default=64.0,
                        help="matrices travel in buckets of this many megabytes a rank; the next one while this is computed")
     add_optimizer_arguments(parser)
+    parser.error = _refuse  # type: ignore[method-assign]
     return parser
+
+
+def _refuse(message: str) -> NoReturn:
+    """In place of argparse's error, which prints hundreds of lines of usage first."""
+    raise UserError(f"{message}; --help lists all flags.")
 
 
 def parse(argv: Sequence[str]) -> Any:
     """Parse and check the expanded command line as Megatron does; bad input is a UserError, on every rank alike."""
+    import megatron.training.arguments as megatron_arguments
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
-    from megatron_opt.optimizers.flags import check_optimizer_arguments
+    from megatron_opt.training.optimizer_flags import check_optimizer_arguments
 
     expanded = expand(argv)
     saved, sys.argv = sys.argv, [sys.argv[0], *expanded]
@@ -123,13 +130,15 @@ def parse(argv: Sequence[str]) -> Any:
         print_config(args)
         raise SystemExit(0)
     _check(args)
-    check_optimizer_arguments(args)
+    check_optimizer_arguments(args, sorted(_given(expanded)))
     name, args.optimizer = args.optimizer, "adam"  # Megatron would route other names to its layer-wise wrapper
     try:
         _quietly(validate_args, args)
     except (AssertionError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"Megatron refuses these flags: {_sentence(error)}") from error
     args.optimizer = name
+    # Megatron's fault-tolerance hooks parse the command line once more, without our flags and presets
+    megatron_arguments.parse_args = lambda *_, **__: args
     try:
         set_global_variables(args)
     except (AssertionError, ValueError, OSError, RuntimeError) as error:

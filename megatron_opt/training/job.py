@@ -1,12 +1,16 @@
 """The job itself: our model hooks, optimizer and monitoring put into Megatron-LM's pretrain()."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+
+from megatron_opt.training.optimizer_flags import MEGATRON_OWN, group_rules
 
 
 def train(args: Any) -> None:
     """Run Megatron-LM's pretrain() on validated flags."""
-    import functools
-
     import megatron.training.training as training
     from megatron.core.enums import ModelType
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
@@ -16,8 +20,46 @@ def train(args: Any) -> None:
 
     if platform.on_cpu():
         training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
+    if args.optimizer not in MEGATRON_OWN:
+        training.get_megatron_optimizer = make_optimizer
     config = gpt_config_from_args(args)
+    if not args.megatron_init:
+        config.pre_wrap_hooks = [*config.pre_wrap_hooks, functools.partial(_initialize, args)]
     container = pretrain_cfg_container_from_args(args, config)
-    training.pretrain(
-        container, batches.build_datasets, ModelType.encoder_or_decoder, batches.forward_step
+    training.pretrain(container, batches.build_datasets, ModelType.encoder_or_decoder, batches.forward_step)
+
+
+def _initialize(args: Any, chunks: list[Any]) -> list[Any]:
+    from megatron_opt.training.initialization import initialize
+
+    initialize(chunks, chunks[0].config, args.seed, args.init_style)
+    return chunks
+
+
+def make_optimizer(config: Any, model_chunks: Sequence[Any], **ignored: Any) -> Any:
+    """In place of Megatron's `get_megatron_optimizer`: our optimizer by the run's flags."""
+    from megatron.training import get_args
+    from megatron.training.utils import print_rank_0
+
+    from megatron_opt.distributed.build import build_optimizer
+    from megatron_opt.distributed.ownership import plan_table
+    from megatron_opt.optimizers.groups import describe
+
+    args = get_args()
+    optimizer = build_optimizer(
+        config,
+        model_chunks,
+        group_rules(args),
+        mode=args.matrix_mode,
+        bucket_bytes=args.exchange_bucket_mb * 2**20,
+        wire={"fp32": torch.float32, "bf16": torch.bfloat16}[args.exchange_dtype],
+        per_head=args.split_heads,
+        on_bad_matrix=args.on_bad_matrix,
+        decay_mode=args.decay_mode,
     )
+    print_rank_0(describe(optimizer.groups, args.weight_decay))
+    if args.print_optimizer_plan:
+        for domain, step in zip(optimizer.domains, optimizer.matrix_steps, strict=True):
+            if domain.rank == 0:
+                print(plan_table(step.placed.plan, title=f"optimizer plan, {domain.name}"), flush=True)
+    return optimizer

@@ -1,0 +1,102 @@
+"""One step of the element-wise rules on this rank's flat slices of logical matrices."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_opt.distributed.domain import Domain
+from megatron_opt.distributed.fragments import Fragment
+from megatron_opt.optimizers.base import ElementwiseOptimizer, Reducer, State
+from megatron_opt.optimizers.groups import Group
+
+
+@dataclass(eq=False)
+class Slice:
+    """A contiguous run of a fragment that lies in one logical matrix."""
+
+    fragment: int
+    offset: int
+    numel: int
+    matrix: str
+    share: float  # one over the number of ranks that hold this run
+    state: State = field(default_factory=dict)
+
+    def of(self, flats: Sequence[Tensor]) -> Tensor:
+        return flats[self.fragment][self.offset : self.offset + self.numel]
+
+
+@dataclass
+class ElementwiseStep:
+    """Slices by group, their state, and the sums over whole matrices that some rules need."""
+
+    domain: Domain
+    groups: Sequence[Group]
+    rules: Sequence[Any]
+    group_of: dict[str, int]
+
+    def __post_init__(self) -> None:
+        self.slices: dict[int, list[Slice]] = {}
+        for index, fragment in enumerate(self.domain.fragments):
+            for rect in fragment.rects:
+                group = self.group_of[rect.matrix]
+                if isinstance(self.rules[group], ElementwiseOptimizer):
+                    share = self.domain.weight[rect.place]
+                    piece = Slice(index, rect.offset, rect.numel, rect.matrix, share)
+                    piece.state = self.rules[group].init_state(self._main(fragment, piece))
+                    self.slices.setdefault(group, []).append(piece)
+
+    @staticmethod
+    def _main(fragment: Fragment, piece: Slice) -> Tensor:
+        return fragment.main[piece.offset : piece.offset + piece.numel]
+
+    def step(
+        self, grads: list[Tensor], factors: list[float], skip: set[str], number: int, param_groups: list[dict[str, Any]]
+    ) -> None:
+        """p ← p − lr·(u + wd·p) on every slice; every rank of the domain runs every group, for the sums."""
+        mains = [fragment.main for fragment in self.domain.fragments]
+        for index, rule in enumerate(self.rules):
+            if not isinstance(rule, ElementwiseOptimizer):
+                continue
+            pieces = [piece for piece in self.slices.get(index, []) if piece.matrix not in skip]
+            group = param_groups[index]
+            rule.update(
+                [piece.of(mains) for piece in pieces],
+                [piece.of(grads) for piece in pieces],
+                [piece.state for piece in pieces],
+                number,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                reducer=self._reducer(pieces, index),
+                grad_scale=factors[index],
+                decay_mode=self.groups[index].decay_mode,
+            )
+
+    def _reducer(self, pieces: list[Slice], group: int) -> Reducer:
+        domain = self.domain
+
+        def per_matrix(values: Tensor) -> Tensor:
+            total = torch.zeros(len(domain.order), dtype=torch.float64)
+            for piece, value in zip(pieces, values.double().tolist(), strict=True):
+                total[domain.order[piece.matrix]] += value * piece.share
+            total = domain.sum_over_ranks(total)
+            return torch.stack([total[domain.order[p.matrix]] for p in pieces]).to(values) if pieces else values
+
+        def whole(values: Tensor) -> Tensor:
+            total = torch.zeros(1, dtype=torch.float64)
+            for piece, value in zip(pieces, values.double().tolist(), strict=True):
+                total += value * piece.share * float(domain.counted[domain.order[piece.matrix]])
+            if torch.distributed.get_world_size() > 1:
+                total = total.to(torch.cuda.current_device())
+                torch.distributed.all_reduce(total)
+            return total[0].to(values)
+
+        numel = []
+        for piece in pieces:
+            count = 1
+            for side in domain.infos[piece.matrix].shape:
+                count *= side
+            numel.append(count)
+        return Reducer(numel, per_matrix, whole)

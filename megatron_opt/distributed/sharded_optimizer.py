@@ -1,0 +1,351 @@
+"""The optimizer that Megatron's training loop sees: one for all parameters, layouts and rules."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from megatron_opt.distributed.domain import Domain, MatrixPlan, shape2d
+from megatron_opt.distributed.elementwise import ElementwiseStep
+from megatron_opt.distributed.health import Health
+from megatron_opt.distributed.matrix_step import MatrixStep
+from megatron_opt.distributed.ownership import Job
+from megatron_opt.optimizers import registry
+from megatron_opt.optimizers.base import MatrixOptimizer
+from megatron_opt.optimizers.groups import Group
+
+
+class ShardedOptimizer(MegatronOptimizer):
+    """Steps every logical matrix once, wherever its shards are.
+
+    Gradients come reduced from Megatron's buffers, whole or as the distributed optimizer's shard. Element-wise rules
+    work on them in place; matrix rules on whole matrices at their owners. Parameter groups follow Megatron's scheduler
+    (`lr_mult`, `wd_mult`); norms for clipping are sums over logical matrices, so no layout counts an element twice.
+    """
+
+    is_stub_optimizer = False
+
+    def __init__(
+        self,
+        config: Any,
+        chunks: Sequence[Any],
+        domains: Sequence[Domain],
+        groups: Sequence[Group],
+        *,
+        mode: str = "auto",
+        bucket_bytes: float = 64 * 2**20,
+        on_bad_matrix: str = "skip",
+    ) -> None:
+        super().__init__(_Groups(), config)
+        self.model_chunks, self.domains, self.groups = list(chunks), list(domains), list(groups)
+        self.distributed = bool(chunks[0].ddp_config.use_distributed_optimizer)
+        self.overlap_param_gather = bool(chunks[0].ddp_config.overlap_param_gather)
+        self.step_number = 0
+        self.health = Health(on_bad_matrix)
+        self.stats: dict[str, dict[str, float]] | None = None  # filled by a step when `want_stats` is set
+        self.want_stats = False
+        self._scale_one = torch.ones(1, dtype=torch.float32, device=torch.cuda.current_device())
+        self.rules = [registry.build(group.optimizer, dict(group.options)) for group in self.groups]
+        group_of = {info.name: index for index, group in enumerate(self.groups) for info in group.infos}
+        self.group_of = group_of
+        self.matrix_steps: list[MatrixStep] = []
+        self.element_steps: list[ElementwiseStep] = []
+        for domain in self.domains:
+            matrix_names = [n for n in sorted(domain.infos) if isinstance(self.rules[group_of[n]], MatrixOptimizer)]
+            infos = {name: domain.infos[name] for name in matrix_names}
+            rules = {name: self.rules[group_of[name]] for name in matrix_names}
+            jobs = [
+                Job(name, shape2d(info), rules[name].cost(info), rules[name].split_dim(info))
+                for name, info in infos.items()
+            ]
+            placed = MatrixPlan.make(domain, jobs, mode, bucket_bytes)
+            self.matrix_steps.append(MatrixStep(domain, placed, rules, infos))
+            self.element_steps.append(ElementwiseStep(domain, self.groups, self.rules, group_of))
+        self.param_groups = self._make_param_groups()
+
+    def _make_param_groups(self) -> list[dict[str, Any]]:
+        made = []
+        for index, group in enumerate(self.groups):
+            params = [
+                fragment.main
+                for domain in self.domains
+                for fragment in domain.fragments
+                if any(self.group_of[rect.matrix] == index for rect in fragment.rects)
+            ]
+            made.append(
+                {
+                    "params": params,
+                    "name": group.name,
+                    "lr": self.config.lr or 0.0,
+                    "weight_decay": self.config.weight_decay,
+                    "lr_mult": group.lr_scale,
+                    "is_expert_parallel": False,
+                    "default_config": index == 0,  # whose learning rate Megatron logs
+                    **_decay_of(group),
+                }
+            )
+        return made
+
+    # Megatron's interface
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    def get_loss_scale(self) -> Tensor:
+        return self._scale_one
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop autograd's own gradients; the main ones are zeroed with Megatron's buffers."""
+        for fragment in self._fragments():
+            fragment.view.param.grad = None
+
+    def prepare_grads(self) -> bool:
+        return False
+
+    def step_with_ready_grads(self) -> bool:
+        return bool(self.step()[0])
+
+    def reload_model_params(self, state_dict: Any = None) -> None:
+        """Take the model's parameters as the new main copies (after a load without optimizer state)."""
+        for fragment in self._fragments():
+            param = fragment.view.param
+            if param.dtype != torch.float32:
+                fragment.main.copy_(param.detach().view(-1)[fragment.start : fragment.stop])
+        for step in self.matrix_steps:
+            if self.step_number == 0:
+                step.states.clear()
+
+    def get_grad_norm(self) -> float:
+        grads = [[fragment.grad() for fragment in domain.fragments] for domain in self.domains]
+        return self._norms(grads)[0]
+
+    def count_zeros(self) -> float:
+        """Zeros in the gradients, each element counted once."""
+        total = torch.zeros(1, dtype=torch.float64)
+        for domain in self.domains:
+            values = [
+                [float((grad[r.offset : r.offset + r.numel] == 0).sum()) for r in fragment.rects]
+                for fragment in domain.fragments
+                if (grad := fragment.grad()) is not None
+            ]
+            total += (domain.sum_per_matrix(values) * domain.counted).sum() / domain.size
+        return float(self._sum_over_world(total))
+
+    # The step
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, float, float | None]:
+        """Clip, update all parameters, publish them; returns (True, gradient norm, zeros or None)."""
+        self.ensure_states()
+        zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
+        grads = [[_grad(fragment) for fragment in domain.fragments] for domain in self.domains]
+        grad_norm, scopes, squares = self._norms(grads)
+        coefficients = [self._clip_factor(scopes, group) for group in self.groups]
+        self.step_number += 1
+        for index, domain in enumerate(self.domains):
+            self._step_domain(domain, grads[index], squares[index], coefficients, index)
+        for domain in self.domains:
+            for fragment in domain.fragments:
+                fragment.publish()
+        if self.distributed and not self.overlap_param_gather:
+            for chunk in self.model_chunks:
+                chunk.start_param_sync()
+        return True, grad_norm, zeros
+
+    def _step_domain(
+        self, domain: Domain, grads: list[Tensor], squares: Tensor, factors: list[float], index: int
+    ) -> None:
+        matrix, element = self.matrix_steps[index], self.element_steps[index]
+        names = sorted(domain.infos)
+        bad = {name for name in names if not math.isfinite(float(squares[domain.order[name]]))}
+        zero = {name for name in matrix.infos if float(squares[domain.order[name]]) == 0.0}
+        self.health.report(bad, self.step_number, domain.rank == 0)
+        before = self._weights_before(domain)
+        clip = {name: factors[self.group_of[name]] for name in matrix.infos}
+        matrix.step(grads, clip, bad | zero, self.step_number)
+        self._apply(domain, matrix, grads, bad | zero)
+        element.step(grads, factors, bad, self.step_number, self.param_groups)
+        if before is not None:
+            self._record(domain, before)
+
+    def _apply(self, domain: Domain, matrix: MatrixStep, updates: list[Tensor], skip: set[str]) -> None:
+        """W ← W − lr·u − decay on this rank's shards of matrices, then the projection of the rules that have one."""
+        projected: dict[str, Any] = {}
+        for fragment, update in zip(domain.fragments, updates, strict=True):
+            for rect in fragment.rects:
+                if rect.matrix not in matrix.infos or rect.matrix in skip:
+                    continue
+                index = self.group_of[rect.matrix]
+                group, mode = self.param_groups[index], self.groups[index].decay_mode
+                span = slice(rect.offset, rect.offset + rect.numel)
+                decay_weights(fragment.main[span], update[span], group["lr"], group["weight_decay"], mode)
+                fragment.main[span].add_(update[span], alpha=-group["lr"])
+                if self.rules[index].projects:
+                    projected[rect.matrix] = self.rules[index]
+        if any(rule.projects for rule in self.rules):
+            self._project(domain, matrix, projected)
+
+    def _project(self, domain: Domain, matrix: MatrixStep, projected: dict[str, Any]) -> None:
+        """Rescale weights to the norm that their rule keeps (Hyperball); the state is at the owner."""
+        squares = domain.sum_per_matrix(
+            [
+                [float(f.main[r.offset : r.offset + r.numel].double().square().sum()) if r.matrix in projected else 0.0
+                 for r in f.rects]
+                for f in domain.fragments
+            ]
+        )
+        factors = torch.zeros(len(domain.order), dtype=torch.float64)
+        for (name, part), state in matrix.states.items():
+            if part == 0 and name in matrix.rules and self.rules[self.group_of[name]].projects:
+                at = domain.order[name]
+                factors[at] = float(self.rules[self.group_of[name]].projection(squares[at], state))
+        factors = domain.sum_over_ranks(factors)
+        for fragment in domain.fragments:
+            for rect in fragment.rects:
+                if rect.matrix in projected:
+                    fragment.main[rect.offset : rect.offset + rect.numel].mul_(float(factors[domain.order[rect.matrix]]))
+
+    def ensure_states(self) -> None:
+        """Make the matrix rules' state from the current weights where there is none yet."""
+        for domain, step in zip(self.domains, self.matrix_steps, strict=True):
+            wanted = domain.sum_over_ranks(torch.tensor([float(len(step.states) < len(step.mine))], dtype=torch.float64))
+            if float(wanted) > 0:
+                step.init_states([fragment.main for fragment in domain.fragments])
+
+    # Norms
+
+    def _norms(self, grads: list[list[Tensor]]) -> tuple[float, dict[str, float], list[Tensor]]:
+        """The global norm, the norm of each clipping scope, and squared norms by matrix of each domain.
+
+        Matrices whose norm is not finite are left out of the sums: they will be skipped.
+        """
+        squares = []
+        scopes = sorted({group.clip_scope for group in self.groups if group.clip_scope})
+        totals = torch.zeros(1 + len(scopes), dtype=torch.float64)
+        for domain, flats in zip(self.domains, grads, strict=True):
+            found = domain.sum_per_matrix(
+                [squared_norms(flat, [(r.offset, r.numel) for r in f.rects])
+                 for f, flat in zip(domain.fragments, flats, strict=True)]
+            )
+            squares.append(found)
+            finite = torch.where(torch.isfinite(found), found, 0.0) * domain.counted / domain.size
+            totals[0] += finite.sum()
+            for name, at in domain.order.items():
+                scope = self.groups[self.group_of[name]].clip_scope
+                if scope:
+                    totals[1 + scopes.index(scope)] += finite[at]
+        totals = self._sum_over_world(totals)
+        norms = totals.sqrt().tolist()
+        return norms[0], dict(zip(scopes, norms[1:], strict=True)), squares
+
+    def _clip_factor(self, norms: dict[str, float], group: Group) -> float:
+        limit = self.config.clip_grad
+        if limit <= 0 or group.clip_scope is None:
+            return 1.0
+        return min(1.0, limit / (norms[group.clip_scope] + 1e-6))
+
+    def _sum_over_world(self, values: Tensor) -> Tensor:
+        if dist.get_world_size() == 1:
+            return values
+        moved = values.to(torch.cuda.current_device())
+        dist.all_reduce(moved)
+        return moved.cpu()
+
+    # Statistics for the log
+
+    def _weights_before(self, domain: Domain) -> list[Tensor] | None:
+        if not self.want_stats:
+            return None
+        if domain is self.domains[0]:
+            self._sums = torch.zeros(len(self.groups), 3, dtype=torch.float64)
+        return [fragment.main.clone() for fragment in domain.fragments]
+
+    def _record(self, domain: Domain, before: list[Tensor]) -> None:
+        """Squared norms of weights and updates, and their product, by group."""
+        for what in range(3):
+            values = []
+            for fragment, old in zip(domain.fragments, before, strict=True):
+                change = fragment.main - old
+                a, b = ((fragment.main, fragment.main), (change, change), (old, fragment.main))[what]
+                values.append([float(torch.dot(a[r.offset : r.offset + r.numel], b[r.offset : r.offset + r.numel]))
+                               for r in fragment.rects])
+            found = domain.sum_per_matrix(values) * domain.counted / domain.size
+            for name, at in domain.order.items():
+                self._sums[self.group_of[name], what] += found[at]
+        if domain is self.domains[-1]:
+            sums = self._sum_over_world(self._sums)
+            self.stats = {
+                group.name: {"weight_norm": math.sqrt(max(w, 0.0)), "update_norm": math.sqrt(max(u, 0.0))}
+                for group, (w, u, _) in zip(self.groups, sums.tolist(), strict=True)
+            }
+
+    def _fragments(self) -> list[Any]:
+        return [fragment for domain in self.domains for fragment in domain.fragments]
+
+    # Checkpoints: see state.py
+
+    def state_dict(self, is_loading: bool = False) -> dict[str, Any]:
+        from megatron_opt.distributed.state import common_state
+
+        return common_state(self)
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        from megatron_opt.distributed.state import sharded_state
+
+        return sharded_state(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        from megatron_opt.distributed.state import load_state
+
+        load_state(self, state_dict)
+
+
+def _decay_of(group: Group) -> dict[str, float]:
+    """Megatron's scheduler keys: the run's weight decay, none, or a value of the group's own."""
+    if isinstance(group.weight_decay, bool):
+        return {"wd_mult": float(group.weight_decay)}
+    return {"wd_mult": 1.0, "start_wd": group.weight_decay, "end_wd": group.weight_decay}
+
+
+class _Groups:
+    """What Megatron reaches through `optimizer.optimizer`: the parameter groups."""
+
+    def __init__(self) -> None:
+        self.param_groups: list[dict[str, Any]] = []
+        self.state: dict[Any, Any] = {}
+
+
+def _grad(fragment: Any) -> Tensor:
+    grad = fragment.grad()
+    return torch.zeros_like(fragment.main) if grad is None else grad
+
+
+def squared_norms(flat: Tensor, spans: Sequence[tuple[int, int]]) -> list[float]:
+    """Σx² of each span (offset, length) of a flat tensor."""
+    if not spans:
+        return []
+    norms = torch._foreach_norm([flat[start : start + length] for start, length in spans])
+    return [value * value for value in torch.stack(norms).double().tolist()]
+
+
+def decay_weights(weight: Tensor, update: Tensor, lr: float, decay: float, mode: str) -> None:
+    """W ← W − lr·wd·W (decoupled), W − wd·W (independent), or decoupled only where u and W have one sign (cautious)."""
+    if not decay:
+        return
+    if mode == "independent":
+        weight.mul_(1 - decay)
+    elif mode == "cautious":
+        weight.sub_(weight * (update * weight > 0), alpha=lr * decay)
+    else:
+        weight.mul_(1 - lr * decay)

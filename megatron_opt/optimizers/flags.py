@@ -1,2 +1,0 @@
-def add_optimizer_arguments(parser): return parser
-def check_optimizer_arguments(args): pass

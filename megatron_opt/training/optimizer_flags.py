@@ -1,0 +1,140 @@
+"""Every hyperparameter of every optimizer as a flag, `--NAME-FIELD`, from the rules' own configurations."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_opt.errors import UserError
+from megatron_opt.optimizers import registry
+from megatron_opt.optimizers.groups import GroupRule, default_rules, load_rules
+
+MEGATRON_OWN = ("adam", "sgd")  # left to Megatron's optimizers, as a baseline
+_ADAM_FLAGS = {"adam-beta1": "beta1", "adam-beta2": "beta2", "adam-eps": "eps"}
+
+
+def _dest(name: str, field: str) -> str:
+    return f"rule_{name}_{field}"
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes", "on"):
+        return True
+    if text.lower() in ("false", "0", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Our optimizers among the choices of `--optimizer`, and a flag for every field of their configurations.
+
+    Where Megatron has the same flag (`--muon-momentum`), ours takes its place.
+    """
+    rules = registry.rules()
+    for action in parser._actions:
+        if action.dest == "optimizer":
+            action.choices = [*MEGATRON_OWN, *sorted(rules)]
+            action.help = "optimizer; adam and sgd are Megatron's own, the others megatron_opt's"
+    shared = parser.add_argument_group("optimizers")
+    shared.conflict_handler = "resolve"
+    shared.add_argument(
+        "--scalar-lr-ratio", type=float,
+        help="learning rate of the parameters that a matrix optimizer leaves to an element-wise one, over --lr",
+    )
+    shared.add_argument("--decay-mode", choices=["decoupled", "independent", "cautious"], default="decoupled",
+                        help="weight decay: times lr, not times lr, or only where the update shrinks the weight")
+    shared.add_argument("--split-heads", action="store_true", help="one logical matrix a head for q, k and v")
+    for name, rule in sorted(rules.items()):
+        group = parser.add_argument_group(f"optimizer {name}", (rule.__doc__ or "").split("\n")[0])
+        group.conflict_handler = "resolve"
+        for field in dataclasses.fields(rule.Config):  # type: ignore[attr-defined]
+            flag = f"--{name}-{field.name}".replace("_", "-")
+            text = f"{field.metadata.get('help', '')} (default {field.default})".replace("%", "%%")
+            kind: Any = type(field.default)
+            kind = {bool: _boolean, tuple: json.loads}.get(kind, kind)
+            extra: dict[str, Any] = {}
+            if isinstance(field.default, bool):  # --muon-nesterov alone means true, as in Megatron
+                extra = {"nargs": "?", "const": True, "metavar": "true|false"}
+            elif choices := field.metadata.get("choices"):
+                extra["choices"] = [*choices, *(_MEGATRON_WORDS.get(flag, {}))]
+            group.add_argument(flag, dest=_dest(name, field.name), type=kind, default=None, help=text, **extra)
+
+
+# words of Megatron's flags for the same thing
+_MEGATRON_WORDS: dict[str, dict[str, str]] = {"--muon-fp32-matmul-prec": {"low": "medium"}}
+
+
+def given_options(args: Any, given: set[str]) -> dict[str, dict[str, Any]]:
+    """Options that the user gave, by optimizer."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, rule in registry.rules().items():
+        fields = {field.name for field in dataclasses.fields(rule.Config)}  # type: ignore[attr-defined]
+        options = {}
+        if name == args.optimizer:  # Megatron's --adam-beta1 speaks of the run's own element-wise rule
+            options = {
+                field: getattr(args, flag.replace("-", "_"))
+                for flag, field in _ADAM_FLAGS.items()
+                if flag in given and field in fields
+            }
+        for field in fields:
+            value = getattr(args, _dest(name, field), None)
+            if value is not None:
+                flag = f"--{name}-{field}".replace("_", "-")
+                value = _MEGATRON_WORDS.get(flag, {}).get(value, value) if isinstance(value, str) else value
+                options[field] = tuple(map(tuple, value)) if isinstance(value, list) else value
+        if options:
+            found[name] = options
+    return found
+
+
+def group_rules(args: Any) -> list[GroupRule]:
+    """The run's grouping: the study's for `--optimizer`, or the file of `--optimizer-groups`."""
+    options = given_options(args, args.given_flags)
+    if args.optimizer_groups:
+        return load_rules(args.optimizer_groups, options)
+    return default_rules(args.optimizer, options, args.scalar_lr_ratio)
+
+
+def check_optimizer_arguments(args: Any, given: Sequence[str]) -> None:
+    """Refuse flags that would have no effect or another one than they say."""
+    args.given_flags = set(given)
+    if args.optimizer in MEGATRON_OWN:
+        return
+    rules = group_rules(args)
+    for rule in rules:
+        registry.build(rule.optimizer, dict(rule.options))
+    used = {rule.optimizer for rule in rules}
+    for name in given_options(args, args.given_flags):
+        if name not in used:
+            raise UserError(
+                f"--{name.replace('_', '-')}-… is given, but no parameter is trained by {name} "
+                f"(--optimizer {args.optimizer} uses {', '.join(sorted(used))}); remove the flag."
+            )
+    for flag, why in _REFUSED.items():
+        if flag in args.given_flags:
+            raise UserError(f"--{flag} has no meaning with --optimizer {args.optimizer}: {why}")
+    for name, (wrong, why) in _UNSUPPORTED.items():
+        if getattr(args, name, None) not in (None, False, *wrong):
+            raise UserError(f"--{name.replace('_', '-')} does not work with --optimizer {args.optimizer}: {why}")
+
+
+_REFUSED = {
+    "muon-tp-mode": "every layout computes the whole matrix; --matrix-mode says how.",
+    "muon-no-split-qkv": "q, k and v are matrices of their own; --optimizer-groups can treat them apart.",
+    "muon-scalar-optimizer": "say it in a file for --optimizer-groups.",
+    "sgd-momentum": "it is for --optimizer sgd.",
+}
+# flag: (values that are fine, why others are not)
+_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "use_megatron_fsdp": ((), "Megatron-FSDP shards parameters in a way of its own; use --use-distributed-optimizer."),
+    "use_torch_fsdp2": ((), "FSDP2 shards parameters in a way of its own; use --use-distributed-optimizer."),
+    "num_distributed_optimizer_instances": ((1,), "one instance shards over all data-parallel ranks; leave it at 1."),
+    "optimizer_cpu_offload": ((), "state stays on the parameters' device; remove the flag."),
+    "use_precision_aware_optimizer": ((), "set the state's type by --OPTIMIZER-state-dtype or -momentum-dtype."),
+    "overlap_param_gather_with_optimizer_step": ((), "use --overlap-param-gather."),
+    "fp8_param_gather": ((), "main copies are written back in bf16; remove the flag."),
+    "reuse_grad_buf_for_mxfp8_param_ag": ((), "it needs FP8 parameters; remove the flag."),
+    "optimizer_cuda_graph": ((), "the step exchanges shards of changing sizes; remove the flag."),
+    "use_layer_wise_distributed_optimizer": ((), "matrices have owners already; use --use-distributed-optimizer."),
+}
