@@ -2,6 +2,10 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_opt.data.tokenizer import Tokenizer
 
 
 def main(argv: list[str], prog: str) -> int:
@@ -31,6 +35,10 @@ def _tiktoken(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="as of Megatron (default 1000)",
     )
+
+
+def _tiktoken_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"pattern": args.tiktoken_pattern, "special_tokens": args.tiktoken_num_special_tokens}
 
 
 def _count(text: str) -> int:
@@ -91,6 +99,7 @@ def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
         help="SentencePiece model, tokenizer.json or tiktoken ranks",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--eod", metavar="TOKEN", help="token of a tokenizer.json that ends a document")
     parser.add_argument("--vocab-size", type=_count, default=4096, help="pieces to train (default 4096)")
     parser.add_argument("--json-key", default="text")
     _tiktoken(parser)
@@ -99,12 +108,20 @@ def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
 
 
 def _tokenizer(args: argparse.Namespace) -> int:
+    if args.source is not None:
+        from megatron_opt.data.adopt_tokenizer import adopt_tokenizer
+
+        return _show(
+            adopt_tokenizer(args.source, args.output, args.eod, args.force, **_tiktoken_options(args))
+        )
     from megatron_opt.data.train_tokenizer import train_tokenizer
 
-    tokenizer = train_tokenizer(args.input, args.vocab_size, args.output, args.json_key, force=args.force)
-    print(
-        f"{tokenizer.path}: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, end of document {tokenizer.eod}"
-    )
+    return _show(train_tokenizer(args.input, args.vocab_size, args.output, args.json_key, force=args.force))
+
+
+def _show(tokenizer: "Tokenizer") -> int:
+    size = f"{tokenizer.vocab_size:,} tokens, end of document {tokenizer.eod}"
+    print(f"{tokenizer.path}: {tokenizer.kind}, {size}")
     print(f"Megatron: {' '.join(tokenizer.flags)}")
     return 0
 
@@ -157,9 +174,5 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
 def _inspect(args: argparse.Namespace) -> int:
     from megatron_opt.data.describe import describe
 
-    print(
-        describe(
-            args.prefix, args.tokenizer, args.sample, args.tiktoken_pattern, args.tiktoken_num_special_tokens
-        )
-    )
+    print(describe(args.prefix, args.tokenizer, args.sample, **_tiktoken_options(args)))
     return 0

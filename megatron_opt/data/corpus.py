@@ -59,7 +59,9 @@ def sources(name: str) -> list[Source]:
 
 def _manual(manual: debian.Manual) -> Source:
     package = debian.find_package(manual)
-    return Source(package, manual.licence, partial(apt_download, package), partial(debian.read_manual, manual))
+    return Source(
+        package, manual.licence, partial(apt_download, package), partial(debian.read_manual, manual)
+    )
 
 
 def build_named(name: str, output: Path, split: str, seed: int, force: bool = False) -> dict[str, Any]:
@@ -97,7 +99,9 @@ def build_from_files(
     inputs: list[str], output: Path, split: str, seed: int, json_key: str, force: bool = False
 ) -> dict[str, Any]:
     """Build a corpus from the user's files, folders and globs; returns its record. Raises UserError."""
-    files = find_files(inputs)
+    files = [path for path in find_files(inputs) if output.resolve() not in path.resolve().parents]
+    if not files:
+        raise UserError(f"all input files lie in the output folder {output}; choose another --output")
     stats = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     digest = blake2b(json.dumps(stats).encode(), digest_size=16).hexdigest()
     settings = {

@@ -1,9 +1,19 @@
 """What a dataset holds, checked against itself, in words."""
 
+from typing import Any
+
 import numpy as np
 
 from megatron_opt.data.check import check_dataset
-from megatron_opt.data.indexed import Index, bin_path, idx_path, read_index, read_tokens, sidecar_path
+from megatron_opt.data.indexed import (
+    Index,
+    bin_path,
+    idx_path,
+    read_index,
+    read_record,
+    read_tokens,
+    sidecar_path,
+)
 from megatron_opt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_opt.errors import UserError
 
@@ -11,20 +21,15 @@ BLOCK = 2**24  # tokens looked at in one go
 SHOWN = 600  # characters of a sample
 
 
-def describe(
-    prefix: str,
-    tokenizer: str | None = None,
-    sample: int = 1,
-    pattern: str = "v2",
-    special_tokens: int = 1000,
-) -> str:
-    """A report on the dataset `prefix` (with or without .bin or .idx), with `sample` documents spread over it.
+def describe(prefix: str, tokenizer: str | None = None, sample: int = 1, **tiktoken_options: Any) -> str:
+    """A report on the dataset `prefix` (.bin or .idx may follow), with `sample` documents spread over it.
 
-    Every token is looked at. Raises UserError: files missing, corrupt or empty; another tokenizer than the one given.
+    Every token is looked at.
+    Raises UserError: files missing, corrupt or empty; another tokenizer than the one given.
     """
     if prefix.endswith((".bin", ".idx")):
         prefix = prefix[:-4]
-    model = load_tokenizer(tokenizer, pattern=pattern, special_tokens=special_tokens) if tokenizer else None
+    model = load_tokenizer(tokenizer, **tiktoken_options) if tokenizer else None
     check_dataset(prefix, None, model.sha256() if model else None)
     index = read_index(prefix)
     tokens = read_tokens(prefix, index)
@@ -71,7 +76,7 @@ def _ends(index: Index) -> np.ndarray:
 
 def _record(prefix: str) -> str:
     path = sidecar_path(prefix)
-    return f"{path.name} agrees" if path.exists() else "none (not written by megatron-opt)"
+    return f"{path.name} agrees" if read_record(prefix) else "none (not written by megatron-opt)"
 
 
 def _samples(index: Index, tokens: np.ndarray, model: Tokenizer | None, count: int) -> list[str]:

@@ -38,23 +38,23 @@ def write_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """Binary stream that becomes `path` when the block ends well and leaves nothing behind when it does not."""
+    """Binary stream that becomes `path` when the block ends well, and leaves nothing when it does not."""
     make_folder(path.parent)
     with write_errors(path):
-        stream = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with stream:
+            with os.fdopen(descriptor, "wb") as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             # A temporary file is private; give it what a plain open() would have given.
             mask = os.umask(0)
             os.umask(mask)
-            os.chmod(stream.name, 0o666 & ~mask)
-            os.replace(stream.name, path)
+            os.chmod(name, 0o666 & ~mask)
+            os.replace(name, path)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(stream.name)
+                os.unlink(name)
             raise
 
 

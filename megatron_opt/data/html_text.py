@@ -1,4 +1,4 @@
-"""The text of an HTML manual page: blocks on lines of their own, preformatted text as it is, navigation left out."""
+"""The text of an HTML manual: blocks on lines of their own, preformatted text as it is, no navigation."""
 
 import re
 from html.parser import HTMLParser
@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 SKIPPED = {"head", "script", "style", "nav"}
 SKIPPED_CLASSES = {"navheader", "navfooter"}
 BLOCKS = {
-    "p", "div", "h1", "h2", "h3", "h4", "h5", "h6", "li", "dt", "dd", "tr", "pre", "table", "ul", "ol", "dl", "br", "hr",
-    "section", "blockquote",
+    "p", "div", "h1", "h2", "h3", "h4", "h5", "h6", "li", "dt", "dd", "tr", "pre", "table", "ul", "ol", "dl",
+    "br", "hr", "section", "blockquote",
 }  # fmt: skip
 VOID = {"br", "hr", "img", "meta", "link", "input", "col"}
 

@@ -1,7 +1,7 @@
-"""Text to `.bin`/`.idx`: chunks of documents go to worker processes, each leaves a shard, the shards are joined.
+"""Text to `.bin`/`.idx`: worker processes make a shard of each chunk of documents, the shards are joined.
 
-A shard is named by the digest of what it was made from, so that a run that was killed takes up its finished shards,
-and a changed corpus or tokenizer never meets stale ones.
+A shard is named by the digest of what it was made from, so that a run that was killed takes up its finished
+shards, and a changed corpus or tokenizer never meets stale ones.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import numpy as np
 from megatron_opt.data import indexed
 from megatron_opt.data.files import already_done, atomic, make_folder, read_json, sha256, write_json
 from megatron_opt.data.progress import byte_progress
-from megatron_opt.data.read import lines, parse_line
+from megatron_opt.data.read import COMPRESSED, lines, parse_line
 from megatron_opt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_opt.errors import UserError
 
@@ -69,28 +69,41 @@ def build_index(
     """
     if not source.is_file():
         raise UserError(f"the corpus {source} does not exist; make it with `megatron-opt data corpus`")
+    record_path = indexed.sidecar_path(prefix)
+    if record_path.exists() and indexed.read_record(prefix) is None:
+        raise UserError(
+            f"{record_path} is no record of a dataset and would be lost; give another --output-prefix"
+        )
     tokenizer = options.load()
     make_folder(Path(prefix).absolute().parent)
     settings = {**asdict(options), "tokenizer": tokenizer.sha256(), "source": sha256(source)}
     outputs = [indexed.bin_path(prefix), indexed.idx_path(prefix)]
-    record = already_done(indexed.sidecar_path(prefix), settings, outputs, force)
+    record = already_done(record_path, settings, outputs, force)
     if record is not None:
-        return record
+        return {**record, "megatron_flags": tokenizer.flags}
     parts = make_folder(Path(f"{prefix}.parts"))
     key = repr([settings, np.dtype(indexed.token_dtype(tokenizer.vocab_size)).name]).encode()
     with byte_progress() as progress:
-        task = progress.add_task(
-            "tokenizing", total=None if source.suffix in (".gz", ".zst") else source.stat().st_size
-        )
+        task = progress.add_task("tokenizing", total=_text_bytes(source))
         shards = []
-        for chunk in _tokenized(
-            _chunks(source, parts, key), options, workers or len(os.sched_getaffinity(0))
-        ):
+        for chunk in _tokenized(_chunks(source, parts, key), options, _workers(source, workers)):
             progress.advance(task, sum(map(len, chunk.lines)))
             shards.append(chunk.shard)
     record = _join(source, prefix, shards, tokenizer, settings)
     shutil.rmtree(parts)
     return record
+
+
+def _text_bytes(source: Path) -> int | None:
+    return None if source.suffix in COMPRESSED else source.stat().st_size
+
+
+def _workers(source: Path, asked: int | None) -> int:
+    """As many as asked for or as there are cores, and not more than there are chunks."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    size = _text_bytes(source)
+    chunks = cores if size is None else -(-size // CHUNK_BYTES)
+    return min(asked or cores, chunks)
 
 
 def _chunks(source: Path, parts: Path, key: bytes) -> Iterator[Chunk]:

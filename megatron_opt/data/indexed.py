@@ -1,10 +1,12 @@
 """Megatron's indexed dataset, version 1: `P.bin` holds the tokens, `P.idx` says where each sequence lies.
 
-P.idx: magic (9 bytes), version (uint64 = 1), dtype code (uint8), S = sequences (uint64), D = document bounds (uint64),
-lengths (S × int32, tokens), pointers (S × int64, bytes into P.bin), bounds (D × int64, sequence numbers), and for
-multimodal data modes (S × int8). All little-endian. Source: megatron/core/datasets/indexed_dataset.py.
+P.idx: magic (9 bytes), version (uint64 = 1), dtype code (uint8), S = sequences (uint64), D = document bounds
+(uint64), lengths (S × int32, tokens), pointers (S × int64, bytes into P.bin), bounds (D × int64, sequence
+numbers), and for multimodal data modes (S × int8). All little-endian.
+Source: megatron/core/datasets/indexed_dataset.py.
 """
 
+import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,8 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES: dict[int, type[np.generic]] = {
-    1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16,
+    1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32,
+    8: np.uint16,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -41,6 +44,18 @@ def idx_path(prefix: str | Path) -> Path:
 def sidecar_path(prefix: str | Path) -> Path:
     """The record that `megatron-opt data index` leaves beside the dataset."""
     return Path(f"{prefix}.json")
+
+
+def read_record(prefix: str | Path) -> dict[str, Any] | None:
+    """The record beside a dataset, None where there is none: other people's P.json is left alone."""
+    path = sidecar_path(prefix)
+    try:
+        if not path.is_file() or path.stat().st_size > 2**20:
+            return None
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and "tokenizer_sha256" in record else None
 
 
 @dataclass(frozen=True)
@@ -129,9 +144,7 @@ def read_tokens(prefix: str | Path, index: Index) -> np.ndarray:
 def _missing(prefix: str, path: Path) -> str:
     if prefix.endswith((".bin", ".idx")):
         return f"{path} does not exist; give the dataset as a prefix, {prefix[:-4]!r}"
-    if path.suffix == ".idx" or idx_path(prefix).is_file():
-        return f"{path} does not exist; write the dataset with `megatron-opt data index --output-prefix {prefix}`"
-    return f"{path} does not exist"
+    return f"{path} does not exist; write it with `megatron-opt data index --output-prefix {prefix}`"
 
 
 def _map(idx: Path, dtype: np.dtype, sequences: int, bounds: int) -> Index:

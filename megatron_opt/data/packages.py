@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def pip_download(requirement: str, folder: Path, source: bool) -> Path:
     """
     if importlib.util.find_spec("pip") is None:
         raise UserError(
-            f"{sys.executable} has no pip to fetch {requirement} with; run `{sys.executable} -m ensurepip`"
+            f"{sys.executable} has no pip to fetch {requirement}; run `{sys.executable} -m ensurepip`"
         )
     name = requirement.partition("==")[0]
     kind = "--no-binary" if source else "--only-binary"
@@ -29,11 +30,11 @@ def pip_download(requirement: str, folder: Path, source: bool) -> Path:
 
 
 def apt_download(package: str, folder: Path) -> Path:
-    """Fetch one Debian package into the empty `folder`; needs no root. Raises UserError with apt's own last words."""
+    """Fetch one Debian package into the empty `folder`, without root; raises UserError with apt's last words."""
     for program in ("apt-get", "dpkg-deb"):
         if shutil.which(program) is None:
             raise UserError(
-                f"{program} is not here: this corpus needs Debian or Ubuntu; take --name small, or --input"
+                f"no {program} here: this corpus needs Debian or Ubuntu; take --name small or --input"
             )
     _run(["apt-get", "download", "--quiet", package], folder, package)
     return _only_file(folder, package)
@@ -41,6 +42,13 @@ def apt_download(package: str, folder: Path) -> Path:
 
 def archive_files(path: Path) -> Iterator[tuple[str, bytes]]:
     """Name and content of the regular files of a wheel, a tar archive or a Debian package, in stored order."""
+    try:
+        yield from _files(path)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise UserError(f"the package {path.name} is damaged ({error}); fetch it again") from None
+
+
+def _files(path: Path) -> Iterator[tuple[str, bytes]]:
     if path.suffix == ".deb":
         process = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(path)], stdout=subprocess.PIPE)
         with process, tarfile.open(fileobj=process.stdout, mode="r|") as archive:

@@ -54,7 +54,7 @@ def find_files(inputs: list[str]) -> list[Path]:
 def documents(path: Path, json_key: str = "text") -> Iterator[Document]:
     """Documents of one file: each row of JSONL or Parquet, or the whole of a text file.
 
-    Raises UserError naming file and line: malformed JSON, a missing key or column, undecodable or truncated data.
+    Raises UserError naming file and line: malformed JSON, missing key or column, undecodable or truncated data.
     """
     suffix = _suffix(path)
     if suffix == ".parquet":
@@ -122,7 +122,7 @@ def read_all(stream: io.BufferedIOBase, path: Path) -> bytes:
 
 
 class _Zstd(io.RawIOBase):
-    """Decompressed bytes of zstd frames; a truncated frame is an error, which the package's own reader passes over."""
+    """Decompressed zstd frames; a truncated frame is an error, which the package's own reader passes over."""
 
     def __init__(self, raw: io.BufferedIOBase):
         try:

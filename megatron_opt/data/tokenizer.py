@@ -21,7 +21,7 @@ from megatron_opt.errors import UserError
 
 # Megatron's TikTokenTokenizer: seven named special tokens, fillers up to their number, then the byte pairs.
 TIKTOKEN_SPECIAL = ["<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>"]
-TIKTOKEN_SPECIAL_COUNT = 1000
+SPECIAL_COUNT = 1000
 TIKTOKEN_PATTERNS = {
     "v1": r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
     "v2": "|".join([
@@ -56,6 +56,10 @@ class Tokenizer(ABC):
     def sha256(self) -> str:
         """Digest of the tokenizer file."""
         return sha256(self.path)
+
+    def summary(self) -> dict[str, Any]:
+        """What the record beside a tokenizer says of it."""
+        return {"kind": self.kind, "vocab_size": self.vocab_size, "eod": self.eod, "sha256": self.sha256()}
 
 
 class SentencePiece(Tokenizer):
@@ -93,34 +97,36 @@ class HuggingFace(Tokenizer):
     """A Hugging Face `tokenizer.json`, with special tokens where its post-processor adds them."""
 
     kind = "huggingface"
-    EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
+    USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, eod_token: str | None = None):
         tokenizers = _extra("tokenizers")
         self.path = path
         try:
             self._model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises bare Exception
             raise UserError(f"{path} is not a Hugging Face tokenizer.json: {error}") from None
-        self.eod_token = self._eod_token()
+        self.eod_token = eod_token or self._configured_eod() or self._usual_eod()
         self.eod = self._model.token_to_id(self.eod_token)
+        if self.eod is None:
+            raise UserError(
+                f"{path} has no token {self.eod_token!r} to end documents with; name another with --eod"
+            )
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
 
-    def _eod_token(self) -> str:
+    def _configured_eod(self) -> str | None:
         config = self.path.with_name("tokenizer_config.json")
-        if config.exists():
-            token = read_json(config).get("eos_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if token is not None and self._model.token_to_id(token) is None:
-                raise UserError(
-                    f"{config} names the eos_token {token!r}, which {self.path.name} does not have"
-                )
-            if token is not None:
-                return token
-        for token in self.EOD_NAMES:
+        token = read_json(config).get("eos_token") if config.exists() else None
+        return token.get("content") if isinstance(token, dict) else token
+
+    def _usual_eod(self) -> str:
+        for token in self.USUAL_EOD:
             if self._model.token_to_id(token) is not None:
                 return token
-        raise UserError(f"{self.path} has no known end-of-text token; name it as eos_token in {config}")
+        raise UserError(
+            f"{self.path} does not say which token ends a text;"
+            f" take it over with `megatron-opt data tokenizer --from {self.path} --eod TOKEN`"
+        )
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text).ids
@@ -139,7 +145,7 @@ class TikToken(Tokenizer):
     kind = "tiktoken"
     eod = TIKTOKEN_SPECIAL.index("</s>")
 
-    def __init__(self, path: Path, pattern: str = "v2", special_tokens: int = TIKTOKEN_SPECIAL_COUNT):
+    def __init__(self, path: Path, pattern: str = "v2", special_tokens: int = SPECIAL_COUNT):
         tiktoken = _extra("tiktoken")
         self.path, self._pattern, self._special_tokens = path, pattern, special_tokens
         if special_tokens < len(TIKTOKEN_SPECIAL):
@@ -167,26 +173,36 @@ class TikToken(Tokenizer):
         ]  # fmt: skip
 
 
-def load_tokenizer(path: str | Path, **tiktoken_options: Any) -> Tokenizer:
-    """Load a tokenizer file, its family told from its content.
+def load_tokenizer(
+    path: str | Path,
+    *,
+    eod_token: str | None = None,
+    pattern: str = "v2",
+    special_tokens: int = SPECIAL_COUNT,
+) -> Tokenizer:
+    """Load a tokenizer file, or a folder with a tokenizer.json; its family is told from its content.
 
-    `tiktoken_options` (pattern, special_tokens) matter to tiktoken files only.
+    `eod_token` matters to a tokenizer.json only, `pattern` and `special_tokens` to a tiktoken list only.
     Raises UserError: missing, unreadable or foreign file; no end-of-document token; a package is missing.
     """
-    path = Path(path)
-    if path.is_dir() and (path / "tokenizer.json").is_file():
-        path = path / "tokenizer.json"
+    path = tokenizer_file(path)
     head = _head(path)
     if head.startswith(b"["):
-        return TikToken(path, **tiktoken_options)
+        return TikToken(path, pattern, special_tokens)
     if head.startswith(b"{"):
-        return HuggingFace(path)
+        return HuggingFace(path, eod_token)
     if is_ranks(path):
         raise UserError(
             f"{path} holds bare tiktoken ranks, which Megatron does not load;"
-            f" convert it: megatron-opt data tokenizer --from {path} --output tokenizer.json"
+            f" convert it with `megatron-opt data tokenizer --from {path} --output NAME.json`"
         )
     return SentencePiece(path)
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """The file that holds the tokenizer: `path`, or the tokenizer.json in the folder `path`."""
+    path = Path(path)
+    return path / "tokenizer.json" if path.is_dir() else path
 
 
 def is_ranks(path: Path) -> bool:

@@ -41,13 +41,8 @@ def train_tokenizer(
     with atomic(output) as stream:
         stream.write(model)
     tokenizer = SentencePiece(output)
-    write_json(
-        record,
-        {
-            "kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod,
-            "sha256": tokenizer.sha256(), "settings": settings, "files": {output.name: {"bytes": len(model)}},
-        },
-    )  # fmt: skip
+    files = {output.name: {"bytes": len(model)}}
+    write_json(record, {**tokenizer.summary(), "settings": settings, "files": files})
     return tokenizer
 
 
@@ -80,7 +75,8 @@ def _train(lines: Iterator[str], source: Path, vocab_size: int) -> bytes:
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=sentences(), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            character_coverage=0.9999, byte_fallback=True, split_digits=True, user_defined_symbols=["\n\n", "\n"],
+            character_coverage=0.9999, byte_fallback=True, split_digits=True,
+            user_defined_symbols=["\n\n", "\n"],
             normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
             allow_whitespace_only_pieces=True, max_sentence_length=2**30, num_threads=1, minloglevel=2,
             unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
