@@ -1,0 +1,65 @@
+"""`study plan`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_opt.study.display import print_table
+from megatron_opt.study.executors.local import LocalExecutor
+from megatron_opt.study.planning import plan_costs
+from megatron_opt.study.scheduler import STORE_NAME
+from megatron_opt.study.spec import read_study
+from megatron_opt.study.store import Store
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Print runs, FLOPs, tokens and expected hours of each phase."""
+    parser = argparse.ArgumentParser(prog=prog)
+    parser.add_argument("study", type=Path, help="study file (YAML)")
+    parser.add_argument(
+        "--output", type=Path, help="folder of earlier runs, whose measured speed gives the hours"
+    )
+    options = parser.parse_args(argv)
+    study = read_study(options.study)
+    records = []
+    if options.output is not None and (options.output / STORE_NAME).is_file():
+        with Store(options.output / STORE_NAME) as store:
+            records = store.runs(status="completed")
+    costs = plan_costs(study, records)
+    console = Console()
+    print_table(
+        console,
+        ["phase", "optimizer", "runs", "tokens", "FLOPs", "hours"],
+        [
+            [
+                c.phase,
+                c.optimizer,
+                str(c.most) if c.least == c.most else f"{c.least} to {c.most}",
+                f"{c.tokens:.3g}",
+                f"{c.flops:.3g}",
+                "unknown" if c.hours is None else f"{c.hours:.2f}",
+            ]
+            for c in costs
+        ],
+        f"{study.name}: {len(study.models)} models, {len(study.regimes())} regimes, baseline "
+        f"{study.baseline}",
+    )
+    hours = [c.hours for c in costs if c.hours is not None]
+    if not hours:
+        console.print(
+            "Hours are unknown until a run has finished (`--output`) or `executor: flops_per_s:` is given."
+        )
+        return 0
+    slots = study.executor.jobs or (
+        LocalExecutor(study.executor).slots if study.executor.kind == "local" else 1
+    )
+    total = sum(hours)
+    console.print(f"At most {total:.2f} hours of runs, about {total / slots:.2f} hours with {slots} at once.")
+    if study.max_hours is not None and total * study.executor.ranks > study.max_hours:
+        console.print(
+            f"This may exceed the budget of {study.max_hours:g} hours, at which no further run is started."
+        )
+    return 0

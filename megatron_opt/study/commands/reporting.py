@@ -1,0 +1,29 @@
+"""`study report`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_opt.study.dataset import from_store
+from megatron_opt.study.display import print_summary
+from megatron_opt.study.report import write_report
+from megatron_opt.study.scheduler import STORE_NAME
+from megatron_opt.study.store import Store
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Write the report of the runs that a store has."""
+    parser = argparse.ArgumentParser(prog=prog)
+    parser.add_argument("output", type=Path, help="folder of the study")
+    parser.add_argument("--to", type=Path, help="folder of the report (default: OUTPUT/report)")
+    options = parser.parse_args(argv)
+    with Store(options.output / STORE_NAME) as store:
+        dataset = from_store(store)
+        page = write_report(dataset, options.to or options.output / "report")
+    console = Console()
+    print_summary(console, dataset)
+    console.print(f"report: {page}", soft_wrap=True, markup=False)
+    return 0

@@ -1,0 +1,57 @@
+"""`study run`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_opt.study.dataset import from_store
+from megatron_opt.study.display import observe, print_summary
+from megatron_opt.study.report import write_report
+from megatron_opt.study.scheduler import Stopped, open_study
+from megatron_opt.study.spec import read_study
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Run or resume a study; exit code 0 complete, 1 runs failed or the budget is spent, 130 stopped."""
+    parser = argparse.ArgumentParser(prog=prog)
+    parser.add_argument("study", type=Path, help="study file (YAML)")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for the store, the runs and the report"
+    )
+    parser.add_argument(
+        "--max-hours", type=float, help="start no further run after this time; run again to go on"
+    )
+    parser.add_argument("--retry-failed", action="store_true", help="try failed runs again")
+    options = parser.parse_args(argv)
+    study = read_study(options.study)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    with open_study(study, options.output) as scheduler:
+        store = scheduler.store
+        if options.retry_failed:
+            store.retry_failed()
+        try:
+            with observe(console, store) as observer:
+                complete = scheduler.run(observer, options.max_hours)
+                observer.update(scheduler)
+        except (Stopped, KeyboardInterrupt):
+            console.print("Stopped; every run was saved. The same command goes on from here.")
+            return 130
+        dataset = from_store(store)
+        page = write_report(dataset, options.output / "report")
+        print_summary(console, dataset)
+        failed = [record for record in dataset.records if record.status == "failed"]
+        waiting = [record for record in dataset.records if record.status == "planned"]
+    for record in failed[:5]:
+        console.print(
+            f"failed: run {record.id}, {record.optimizer} {record.regime}: {record.reason}", markup=False
+        )
+    if len(failed) > 5:
+        console.print(f"… and {len(failed) - 5} more failed runs")
+    if waiting:
+        console.print(f"{len(waiting)} runs wait: the time or budget is spent; the same command goes on.")
+    console.print(f"report: {page}", soft_wrap=True, markup=False)
+    return 0 if complete else 1

@@ -1,0 +1,110 @@
+"""The interface of an executor, and what all of them share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_opt.study.spec import ExecutorSettings
+
+RUN_VARIABLE = "MEGATRON_OPT_STUDY_RUN"
+"""environment variable that marks every process of a run with the run's folder"""
+
+TORCHRUN = (
+    "{python}",
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "{ranks}",
+    "-m",
+    "megatron_opt.pretrain",
+    "{flags}",
+)
+SINGLE = ("{python}", "-m", "megatron_opt.pretrain", "{flags}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to start: its folder holds metrics.jsonl, results.json, log.txt and checkpoints."""
+
+    run: str
+    folder: Path
+    arguments: list[str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended. `code` is None when it ended while nobody watched."""
+
+    run: str
+    code: int | None
+    timed_out: bool = False
+
+
+class Executor(Protocol):
+    """Starts jobs and says which have ended; knows nothing of the study."""
+
+    slots: int
+    """jobs that may be submitted at once"""
+
+    def submit(self, job: Job) -> str:
+        """Start a job; returns a label such as `pid 123`, kept for the record."""
+        ...
+
+    def adopt(self, job: Job, label: str | None) -> bool:
+        """Take over a job of a scheduler that is gone; False when the job is not alive any more."""
+        ...
+
+    def poll(self) -> list[Outcome]:
+        """Jobs that ended since the last call; returns at once."""
+        ...
+
+    def stop(self) -> None:
+        """End every job with a signal that lets it save a checkpoint."""
+        ...
+
+
+def command_of(settings: ExecutorSettings, job: Job, template: tuple[str, ...] | None = None) -> list[str]:
+    """The command line of a job from its template.
+
+    Words may hold {python} {ranks} {nodes} {output} {run}; the word {flags} becomes all flags.
+    """
+    template = settings.command or template or (SINGLE if settings.ranks == 1 else TORCHRUN)
+    checkpoints = str(job.folder / "checkpoints")
+    flags = [*job.arguments, "--output-dir", str(job.folder), "--save", checkpoints, "--load", checkpoints]
+    names = {
+        "python": sys.executable,
+        "ranks": settings.ranks,
+        "nodes": settings.nodes,
+        "output": job.folder,
+        "run": job.run,
+    }
+    words: list[str] = []
+    for word in template:
+        words += flags if word == "{flags}" else [word.format(**names)]
+    return words
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """results.json of a finished run; None when absent, interrupted or unreadable."""
+    try:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(results, dict) or results.get("status") not in ("completed", "diverged"):
+        return None
+    return results
+
+
+def last_words(folder: Path, limit: int = 300) -> str:
+    """The end of a run's log: the line that most likely says why it failed."""
+    try:
+        lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "no log"
+    lines = [line.strip() for line in lines if line.strip()]
+    return lines[-1][-limit:] if lines else "an empty log"

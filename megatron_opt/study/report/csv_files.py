@@ -1,0 +1,82 @@
+"""The report's numbers as CSV, one row a point or a run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_opt.study.dataset import Dataset
+from megatron_opt.study.files import write_text
+from megatron_opt.study.report.plots import Plot
+from megatron_opt.study.summary import HEADER, summary
+
+
+def _write(path: Path, header: list[str], rows: list[list[Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_plot_csv(plot: Plot, path: Path) -> None:
+    """Columns: series, x, y, low, high, run; y is empty where the run diverged."""
+    rows = []
+    for series in plot.series:
+        for i, x in enumerate(series.x):
+            rows.append(
+                [
+                    series.label,
+                    x,
+                    "" if series.crosses else series.y[i],
+                    series.low[i] if series.low else "",
+                    series.high[i] if series.high else "",
+                    series.runs[i] if series.runs else "",
+                ]
+            )
+    _write(path, ["series", plot.x_label, plot.y_label, "low", "high", "run"], rows)
+
+
+def write_summary_csv(dataset: Dataset, path: Path) -> None:
+    """The result table."""
+    _write(path, HEADER, [row.cells() for row in summary(dataset)])
+
+
+def write_runs_csv(dataset: Dataset, path: Path) -> None:
+    """Every run of the study, finished or not."""
+    header = [
+        "run",
+        "optimizer",
+        "model",
+        "ratio",
+        "parameters",
+        "tokens",
+        "seed",
+        "status",
+        "loss",
+        "attempts",
+        "hyperparameters",
+    ]
+    _write(
+        path,
+        header,
+        [
+            [
+                r.id,
+                r.optimizer,
+                r.regime.model,
+                r.regime.ratio,
+                r.parameters,
+                r.tokens,
+                r.seed,
+                r.status,
+                "" if r.loss is None else r.loss,
+                r.attempts,
+                json.dumps(r.hyper),
+            ]
+            for r in dataset.records
+        ],
+    )

@@ -1,0 +1,75 @@
+"""Figures as PNG files, drawn by matplotlib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from megatron_opt.study.files import replace_with
+from megatron_opt.study.report.plots import Plot, Series
+
+matplotlib.use("Agg")
+
+
+def write_png(plot: Plot, path: Path) -> None:
+    """Draw one figure, 1200 × 750 pixels."""
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
+    if plot.x_log:
+        axes.set_xscale("log")
+    if plot.y_log:
+        axes.set_yscale("log")
+    if plot.y_range:
+        axes.set_ylim(*plot.y_range)
+    drawn = [series for series in plot.series if not series.crosses]
+    for series in drawn:
+        _draw(axes, series)
+    for series in plot.series:
+        if series.crosses:
+            top = axes.get_ylim()[1]
+            axes.plot(
+                series.x, [top] * len(series.x), "x", color=series.color, clip_on=False, label=series.label
+            )
+    for x, label in plot.vertical:
+        axes.axvline(x, color="#888888", linestyle=":", linewidth=1)
+        axes.annotate(
+            label, (x, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7, ha="right"
+        )
+    for y, label in plot.horizontal:
+        axes.axhline(y, color="#888888", linestyle=":", linewidth=1)
+        axes.annotate(label, (0.01, y), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
+    axes.grid(True, color="#e5e5e5", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    xs = sorted({x for series in plot.series if series.points for x in series.x})
+    if plot.x_log and 0 < len(xs) <= 8:
+        axes.set_xticks(xs)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    if any(series.label for series in plot.series):
+        axes.legend(fontsize=8, frameon=False)
+    with replace_with(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _draw(axes, series: Series) -> None:
+    style = ("--" if series.dash else "-") if series.line else "none"
+    marker = "o" if series.points else None
+    if series.low is not None and series.high is not None:
+        if series.line:
+            axes.fill_between(series.x, series.low, series.high, color=series.color, alpha=0.15, linewidth=0)
+        else:
+            axes.vlines(series.x, series.low, series.high, color=series.color, linewidth=1)
+    axes.plot(
+        series.x,
+        series.y,
+        linestyle=style,
+        marker=marker,
+        markersize=4,
+        color=series.color,
+        linewidth=1.5,
+        label=series.label or None,
+    )
