@@ -1,22 +1,8 @@
 """Megatron-Core on CPU with gloo; with a GPU present this folder does nothing at all."""
 
+import os
+
 import torch
-
-CPU_DEFAULTS = {
-    "distributed_backend": "gloo",
-    "transformer_impl": "local",
-    "use_cpu_initialization": True,
-    "gradient_accumulation_fusion": False,
-    "masked_softmax_fusion": False,
-    "bias_dropout_fusion": False,
-    "bias_gelu_fusion": False,
-    "bias_swiglu_fusion": False,
-    "apply_rope_fusion": False,
-    "persist_layer_norm": False,
-    "no_persist_layer_norm": True,
-    "cross_entropy_loss_fusion": False,
-}
-
 
 def on_cpu() -> bool:
     """True where torch sees no CUDA device."""
@@ -28,5 +14,6 @@ def activate() -> None:
     if on_cpu():
         from megatron_opt.platform import cuda_answers, megatron_patches
 
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it under tensor parallelism
         cuda_answers.install()
         megatron_patches.install()
