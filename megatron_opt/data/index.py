@@ -65,7 +65,7 @@ def build_index(
 
     The files are, byte for byte, those of Megatron's own tool with the same tokenizer and `--append-eod`.
     A document that gives no token is left out. A second call with nothing changed returns the record at once.
-    Raises UserError: unreadable, malformed or empty corpus; bad tokenizer; unwritable output; a worker that died.
+    Raises UserError: unreadable, malformed or empty corpus; bad tokenizer; unwritable output; a dead worker.
     """
     if not source.is_file():
         raise UserError(f"the corpus {source} does not exist; make it with `megatron-opt data corpus`")
@@ -189,7 +189,7 @@ def _done(shard: Path) -> bool:
 
 
 def _tokenize(chunk: Chunk) -> None:
-    """Write the shard of a chunk: `.bin` tokens, `.npy` lengths, and last `.json` text bytes and largest id."""
+    """Write the shard of a chunk: `.bin` tokens, `.npy` lengths, last `.json` text bytes and largest id."""
     dtype = indexed.token_dtype(_tokenizer.vocab_size)
     ids: list[int] = []
     lengths = []
