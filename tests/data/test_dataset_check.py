@@ -38,8 +38,10 @@ def test_another_tokenizer(prefix):
 
 
 def test_token_beyond_the_vocabulary(prefix, tmp_path):
-    with pytest.raises(UserError, match="token id 399, the vocabulary has 399"):
-        check_dataset(prefix, 399)
+    largest = json.loads(prefix.with_suffix(".json").read_text())["max_token_id"]
+    check_dataset(prefix, largest + 1)
+    with pytest.raises(UserError, match=f"token id {largest}, the vocabulary has {largest} tokens"):
+        check_dataset(prefix, largest)
     bare = write(tmp_path / "bare", [0, 7])
     check_dataset(bare, 8, "0" * 64)
     with pytest.raises(UserError, match="token id 7"):
