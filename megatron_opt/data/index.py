@@ -22,7 +22,15 @@ from typing import Any
 import numpy as np
 
 from megatron_opt.data import indexed
-from megatron_opt.data.files import already_done, atomic, make_folder, read_json, sha256, write_json
+from megatron_opt.data.files import (
+    already_done,
+    atomic,
+    make_folder,
+    read_json,
+    sha256,
+    sole_writer,
+    write_json,
+)
 from megatron_opt.data.progress import byte_progress
 from megatron_opt.data.read import COMPRESSED, lines, parse_line
 from megatron_opt.data.tokenizer import Tokenizer, load_tokenizer
@@ -81,16 +89,17 @@ def build_index(
     record = already_done(record_path, settings, outputs, force)
     if record is not None:
         return {**record, "megatron_flags": tokenizer.flags}
-    parts = make_folder(Path(f"{prefix}.parts"))
+    parts = Path(f"{prefix}.parts")
     key = repr([settings, np.dtype(indexed.token_dtype(tokenizer.vocab_size)).name]).encode()
-    with byte_progress() as progress:
-        task = progress.add_task("tokenizing", total=_text_bytes(source))
-        shards = []
-        for chunk in _tokenized(_chunks(source, parts, key), options, _workers(source, workers)):
-            progress.advance(task, sum(map(len, chunk.lines)))
-            shards.append(chunk.shard)
-    record = _join(source, prefix, shards, tokenizer, settings)
-    shutil.rmtree(parts)
+    with sole_writer(parts / ".lock", outputs):
+        with byte_progress() as progress:
+            task = progress.add_task("tokenizing", total=_text_bytes(source))
+            shards = []
+            for chunk in _tokenized(_chunks(source, parts, key), options, _workers(source, workers)):
+                progress.advance(task, sum(map(len, chunk.lines)))
+                shards.append(chunk.shard)
+        record = _join(source, prefix, shards, tokenizer, settings)
+        shutil.rmtree(parts)
     return record
 
 

@@ -143,6 +143,23 @@ def test_killed_run_goes_on_where_it_stopped(tmp_path, long_corpus, model, monke
     assert not Path(f"{prefix}.parts").exists()
 
 
+def test_two_runs_do_not_write_one_dataset(tmp_path, long_corpus, model):
+    process = start(long_corpus, tmp_path / "data", model)
+    with pytest.raises(UserError, match="another run is writing"):
+        build_index(long_corpus, str(tmp_path / "data"), Options(str(model)), workers=1)
+    assert process.wait(60) == 0
+    process.stderr.close()
+    assert (tmp_path / "data.idx").exists()
+
+
+def test_leftovers_of_a_kill_are_swept(tmp_path, corpus, model):
+    (tmp_path / ".data.bin.abcd1234").write_bytes(b"half")
+    (tmp_path / ".data.bin.notes-of-mine").write_bytes(b"whole")
+    build_index(corpus, str(tmp_path / "data"), Options(str(model)), workers=1)
+    assert not (tmp_path / ".data.bin.abcd1234").exists()
+    assert (tmp_path / ".data.bin.notes-of-mine").exists()
+
+
 def test_worker_that_dies_is_reported(tmp_path, long_corpus, model):
     process = start(long_corpus, tmp_path / "data", model)
     workers = [
