@@ -36,7 +36,7 @@ from megatron_opt.data.read import COMPRESSED, lines, parse_line
 from megatron_opt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_opt.errors import UserError
 
-CHUNK_BYTES = 4 * 2**20
+CHUNK_BYTES = 4 * 2**20  # at most; small files get smaller chunks, for a bar that moves
 
 
 @dataclass(frozen=True)
@@ -111,17 +111,21 @@ def _workers(source: Path, asked: int | None) -> int:
     """As many as asked for or as there are cores, and not more than there are chunks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     size = _text_bytes(source)
-    chunks = cores if size is None else -(-size // CHUNK_BYTES)
+    chunks = cores if size is None else -(-size // _chunk_bytes(source))
     return min(asked or cores, chunks)
+
+
+def _chunk_bytes(source: Path) -> int:
+    return min(CHUNK_BYTES, max(source.stat().st_size // 64, 2**18))
 
 
 def _chunks(source: Path, parts: Path, key: bytes) -> Iterator[Chunk]:
     batch: list[bytes] = []
-    first, size = 1, 0
+    first, size, full = 1, 0, _chunk_bytes(source)
     for number, line in lines(source):
         batch.append(line)
         size += len(line)
-        if size >= CHUNK_BYTES:
+        if size >= full:
             yield Chunk(str(source), first, batch, parts / _digest(key, batch))
             batch, first, size = [], number + 1, 0
     if batch:
