@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_up import sentences, write_jsonl
 from tokenizers import Tokenizer as HfTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from megatron_opt.data import train_tokenizer as train_module
 from megatron_opt.data.adopt_tokenizer import adopt_tokenizer
@@ -80,14 +80,26 @@ def test_tiktoken_agrees_with_megatron(tmp_path, monkeypatch, pattern, special_t
     ]
 
 
-@pytest.mark.parametrize("eos", ["</s>", "<|done|>"])
-def test_hugging_face_agrees_with_megatron(tmp_path, monkeypatch, eos):
+@pytest.mark.parametrize(("eos", "begin"), [("</s>", False), ("<|done|>", True)])
+def test_hugging_face_agrees_with_megatron(tmp_path, monkeypatch, eos, begin):
     pytest.importorskip(
         "transformers", reason="Megatron's HuggingFaceTokenizer needs the package transformers"
     )
     source = hugging_face(tmp_path / "source", eos)
+    if begin:
+        tokenizer = HfTokenizer.from_file(str(source))
+        tokenizer.post_processor = processors.TemplateProcessing("<pad> $A", "<pad> $A $B", [("<pad>", 0)])
+        tokenizer.save(str(source))
     ours = adopt_tokenizer(source, tmp_path / "out" / "tokenizer.json", eod_token=eos)
     agree(ours, monkeypatch)
+    assert (ours.encode("the")[0] == 0) is begin
+
+
+def test_null_tokenizer_has_the_same_vocabulary_and_end(model, monkeypatch):
+    ours = load_tokenizer(model)
+    flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(ours.vocab_size)]
+    theirs = megatrons([*flags, "--null-tokenizer-eod-id", str(ours.eod)], monkeypatch)
+    assert (theirs.vocab_size, theirs.eod) == (ours.vocab_size, ours.eod)
 
 
 def test_hugging_face_end_of_document(tmp_path):
