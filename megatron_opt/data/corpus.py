@@ -11,12 +11,20 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from megatron_opt.data import debian, small
-from megatron_opt.data.files import already_done, atomic, make_folder, sha256, write_errors, write_json
+from megatron_opt.data.files import (
+    already_done,
+    atomic,
+    make_folder,
+    sha256,
+    sole_writer,
+    write_errors,
+    write_json,
+)
 from megatron_opt.data.packages import apt_download, pip_download
 from megatron_opt.data.progress import byte_progress
 from megatron_opt.data.read import Document, documents, find_files
@@ -155,51 +163,60 @@ def deal(keys: np.ndarray, shares: list[float]) -> np.ndarray:
 def _skip(output: Path, settings: dict[str, Any], force: bool) -> dict[str, Any] | None:
     parse_split(settings["split"])
     make_folder(output)
-    return already_done(
-        output / "corpus.json", settings, [output / f"{name}.jsonl" for name in SPLITS], force
-    )
+    return already_done(output / "corpus.json", settings, _outputs(output), force)
+
+
+def _outputs(output: Path) -> list[Path]:
+    return [output / f"{name}.jsonl" for name in SPLITS]
 
 
 def _build(
     read: Iterator[Document], output: Path, settings: dict[str, Any], origins: list[dict[str, str]]
 ) -> dict[str, Any]:
-    shares = parse_split(settings["split"])
-    seed = str(settings["seed"]).encode()
-    seen: set[bytes] = set()
-    keys: list[int] = []
-    duplicates = empty = 0
-    with write_errors(output), tempfile.TemporaryFile(dir=output) as spool:
-        for document in read:
-            text = document.text.encode()
-            digest = blake2b(text, digest_size=16).digest()
-            if not text.strip():
-                empty += 1
-            elif digest in seen:
-                duplicates += 1
-            else:
-                seen.add(digest)
-                keys.append(int.from_bytes(blake2b(digest, digest_size=8, key=seed).digest()))
-                spool.write(json.dumps({"text": document.text}, ensure_ascii=False).encode() + b"\n")
+    outputs = _outputs(output)
+    with (
+        sole_writer(output / ".lock", outputs),
+        write_errors(output),
+        tempfile.TemporaryFile(dir=output) as spool,
+    ):
+        keys, counts = _unique(read, spool, str(settings["seed"]).encode())
         if not keys:
             raise UserError(
-                f"the corpus holds no text ({empty} empty documents); give --input files with text in them"
+                f"the corpus holds no text ({counts['empty_removed']} empty documents);"
+                " give --input files with text in them"
             )
-        splits = deal(np.array(keys, dtype=np.uint64), shares)
+        splits = deal(np.array(keys, dtype=np.uint64), parse_split(settings["split"]))
         (output / "corpus.json").unlink(missing_ok=True)
-        for number, name in enumerate(SPLITS):
+        for number, path in enumerate(outputs):
             spool.seek(0)
-            with atomic(output / f"{name}.jsonl") as stream:
+            with atomic(path) as stream:
                 stream.writelines(line for line, split in zip(spool, splits) if split == number)
-    files = {f"{name}.jsonl": output / f"{name}.jsonl" for name in SPLITS}
-    record = {
-        "documents": {name: int((splits == number).sum()) for number, name in enumerate(SPLITS)},
-        "duplicates_removed": duplicates,
-        "empty_removed": empty,
-        "origins": origins,
-        "settings": settings,
-        "files": {
-            name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()
-        },
-    }
-    write_json(output / "corpus.json", record)
+        record = {
+            "documents": {name: int((splits == number).sum()) for number, name in enumerate(SPLITS)},
+            **counts,
+            "origins": origins,
+            "settings": settings,
+            "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in outputs},
+        }
+        write_json(output / "corpus.json", record)
     return record
+
+
+def _unique(read: Iterator[Document], spool: IO[bytes], seed: bytes) -> tuple[list[int], dict[str, int]]:
+    """Write each new document as a line of `spool`; their seeded digests, and counts of what was left out."""
+    seen: set[bytes] = set()
+    keys: list[int] = []
+    counts = {"text_bytes": 0, "duplicates_removed": 0, "empty_removed": 0}
+    for document in read:
+        text = document.text.encode()
+        digest = blake2b(text, digest_size=16).digest()
+        if not text.strip():
+            counts["empty_removed"] += 1
+        elif digest in seen:
+            counts["duplicates_removed"] += 1
+        else:
+            seen.add(digest)
+            keys.append(int.from_bytes(blake2b(digest, digest_size=8, key=seed).digest()))
+            counts["text_bytes"] += len(text)
+            spool.write(json.dumps({"text": document.text}, ensure_ascii=False).encode() + b"\n")
+    return keys, counts

@@ -1,6 +1,8 @@
 """Files that appear only when complete, their digests, and the record that tells whether a step was done."""
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -56,6 +58,31 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
             with contextlib.suppress(OSError):
                 os.unlink(name)
             raise
+
+
+@contextlib.contextmanager
+def sole_writer(lock: Path, outputs: list[Path]) -> Iterator[None]:
+    """Hold `lock` while writing `outputs`, and sweep away what a killed run left of them.
+
+    Raises UserError when another process holds it.
+    """
+    make_folder(lock.parent)
+    with write_errors(lock):
+        opened = lock.open("wb")
+    with opened as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run is writing {outputs[0]}; wait for it, or give another output"
+            ) from None
+        try:
+            for path in outputs:
+                for left in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+                    left.unlink()
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -22,13 +22,21 @@ from typing import Any
 import numpy as np
 
 from megatron_opt.data import indexed
-from megatron_opt.data.files import already_done, atomic, make_folder, read_json, sha256, write_json
+from megatron_opt.data.files import (
+    already_done,
+    atomic,
+    make_folder,
+    read_json,
+    sha256,
+    sole_writer,
+    write_json,
+)
 from megatron_opt.data.progress import byte_progress
 from megatron_opt.data.read import COMPRESSED, lines, parse_line
 from megatron_opt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_opt.errors import UserError
 
-CHUNK_BYTES = 4 * 2**20
+CHUNK_BYTES = 4 * 2**20  # at most; small files get smaller chunks, for a bar that moves
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ def build_index(
 
     The files are, byte for byte, those of Megatron's own tool with the same tokenizer and `--append-eod`.
     A document that gives no token is left out. A second call with nothing changed returns the record at once.
-    Raises UserError: unreadable, malformed or empty corpus; bad tokenizer; unwritable output; a worker that died.
+    Raises UserError: unreadable, malformed or empty corpus; bad tokenizer; unwritable output; a dead worker.
     """
     if not source.is_file():
         raise UserError(f"the corpus {source} does not exist; make it with `megatron-opt data corpus`")
@@ -81,16 +89,17 @@ def build_index(
     record = already_done(record_path, settings, outputs, force)
     if record is not None:
         return {**record, "megatron_flags": tokenizer.flags}
-    parts = make_folder(Path(f"{prefix}.parts"))
+    parts = Path(f"{prefix}.parts")
     key = repr([settings, np.dtype(indexed.token_dtype(tokenizer.vocab_size)).name]).encode()
-    with byte_progress() as progress:
-        task = progress.add_task("tokenizing", total=_text_bytes(source))
-        shards = []
-        for chunk in _tokenized(_chunks(source, parts, key), options, _workers(source, workers)):
-            progress.advance(task, sum(map(len, chunk.lines)))
-            shards.append(chunk.shard)
-    record = _join(source, prefix, shards, tokenizer, settings)
-    shutil.rmtree(parts)
+    with sole_writer(parts / ".lock", outputs):
+        with byte_progress() as progress:
+            task = progress.add_task("tokenizing", total=_text_bytes(source))
+            shards = []
+            for chunk in _tokenized(_chunks(source, parts, key), options, _workers(source, workers)):
+                progress.advance(task, sum(map(len, chunk.lines)))
+                shards.append(chunk.shard)
+        record = _join(source, prefix, shards, tokenizer, settings)
+        shutil.rmtree(parts)
     return record
 
 
@@ -102,17 +111,21 @@ def _workers(source: Path, asked: int | None) -> int:
     """As many as asked for or as there are cores, and not more than there are chunks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     size = _text_bytes(source)
-    chunks = cores if size is None else -(-size // CHUNK_BYTES)
+    chunks = cores if size is None else -(-size // _chunk_bytes(source))
     return min(asked or cores, chunks)
+
+
+def _chunk_bytes(source: Path) -> int:
+    return min(CHUNK_BYTES, max(source.stat().st_size // 64, 2**18))
 
 
 def _chunks(source: Path, parts: Path, key: bytes) -> Iterator[Chunk]:
     batch: list[bytes] = []
-    first, size = 1, 0
+    first, size, full = 1, 0, _chunk_bytes(source)
     for number, line in lines(source):
         batch.append(line)
         size += len(line)
-        if size >= CHUNK_BYTES:
+        if size >= full:
             yield Chunk(str(source), first, batch, parts / _digest(key, batch))
             batch, first, size = [], number + 1, 0
     if batch:
@@ -189,7 +202,7 @@ def _done(shard: Path) -> bool:
 
 
 def _tokenize(chunk: Chunk) -> None:
-    """Write the shard of a chunk: `.bin` tokens, `.npy` lengths, and last `.json` text bytes and largest id."""
+    """Write the shard of a chunk: `.bin` tokens, `.npy` lengths, last `.json` text bytes and largest id."""
     dtype = indexed.token_dtype(_tokenizer.vocab_size)
     ids: list[int] = []
     lengths = []

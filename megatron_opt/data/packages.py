@@ -30,7 +30,7 @@ def pip_download(requirement: str, folder: Path, source: bool) -> Path:
 
 
 def apt_download(package: str, folder: Path) -> Path:
-    """Fetch one Debian package into the empty `folder`, without root; raises UserError with apt's last words."""
+    """Fetch one Debian package into the empty `folder`; no root needed. Raises UserError with apt's words."""
     for program in ("apt-get", "dpkg-deb"):
         if shutil.which(program) is None:
             raise UserError(
@@ -41,7 +41,7 @@ def apt_download(package: str, folder: Path) -> Path:
 
 
 def archive_files(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and content of the regular files of a wheel, a tar archive or a Debian package, in stored order."""
+    """Name and content of the files of a wheel, a tar archive or a Debian package, in stored order."""
     try:
         yield from _files(path)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:

@@ -54,7 +54,7 @@ def find_files(inputs: list[str]) -> list[Path]:
 def documents(path: Path, json_key: str = "text") -> Iterator[Document]:
     """Documents of one file: each row of JSONL or Parquet, or the whole of a text file.
 
-    Raises UserError naming file and line: malformed JSON, missing key or column, undecodable or truncated data.
+    Raises UserError naming file and line: malformed JSON, missing key or column, bytes that do not decode.
     """
     suffix = _suffix(path)
     if suffix == ".parquet":

@@ -1,8 +1,8 @@
 """The small corpus: plays and poems of Shakespeare, Milton, and the American Standard Version of the Bible.
 
-Shakespeare is cut at acts and scenes, the Bible at chapters, Milton at blank lines. The package also holds the
-First Folio and a second edition of Milton's poems: they repeat the same works in another spelling and would leak
-from one split into another, so they are left out.
+Shakespeare is cut at acts and scenes, the Bible at chapters, Milton at blank lines. The package also holds
+the First Folio and a second edition of Milton's poems: they repeat the same works in another spelling and
+would leak from one split into another, so they are left out.
 """
 
 import re
