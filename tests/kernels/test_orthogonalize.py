@@ -61,7 +61,7 @@ def test_error_on_a_power_law(kind, steps, fp32, bf16, slack, skewed):
         assert abs(error(y, polar) - expected) < slack, precision
 
 
-@pytest.mark.parametrize("kind, expected, slack", [("simple", 0.146, 0.01), ("quintic", 0.017, 0.005)])
+@pytest.mark.parametrize("kind, expected, slack", [("simple", 0.146, 0.015), ("quintic", 0.017, 0.005)])
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_error_on_a_gaussian(kind, expected, slack, precision, gaussian):
     x, polar = gaussian
