@@ -14,40 +14,42 @@ from torch import Tensor
 _NOISE = 8.0  # a column shorter than this many roundings of the longest is rounding itself
 
 
-def complete(columns: Tensor) -> Tensor:
+def _noise(dtype: torch.dtype, size: int) -> float:
+    return _NOISE * torch.finfo(dtype).eps * size**0.5
+
+
+def complete(columns: Tensor, noise: float | None = None) -> Tensor:
     """Orthonormal Q (…, K, K) whose first r columns are those of the QR decomposition of (…, K, r), diag R ≥ 0.
 
-    Columns that are rounding noise (|R_jj| ≤ 8·ε·√K·max|R|) are treated as zero: their place is filled like the null space.
+    Columns that are rounding noise (|R_jj| ≤ noise·max|R|, default 8·ε·√K) count as zero: filled like the null space.
     """
     size, rank = columns.shape[-2:]
-    noise = _NOISE * torch.finfo(columns.dtype).eps * size**0.5
+    noise = _noise(columns.dtype, size) if noise is None else noise
     reflectors, tau = torch.geqrf(columns)
     diagonal = reflectors.diagonal(dim1=-2, dim2=-1)
     small = diagonal.abs() <= noise * diagonal.abs().amax(-1, keepdim=True)
     if bool(small.any()):
-        kept = columns.masked_fill(small.unsqueeze(-2), 0.0)
-        reflectors, tau = torch.geqrf(kept)
+        reflectors, tau = torch.geqrf(columns.masked_fill(small.unsqueeze(-2), 0.0))
         diagonal = reflectors.diagonal(dim1=-2, dim2=-1).masked_fill(small, 0.0)
+    signs = torch.where(diagonal < 0, -1.0, 1.0).to(columns.dtype).unsqueeze(-2)
     if rank < size:
         reflectors = torch.nn.functional.pad(reflectors, (0, size - rank))
     basis = torch.linalg.householder_product(reflectors, tau)
-    basis[..., :rank] *= torch.where(diagonal < 0, -1.0, 1.0).to(basis.dtype).unsqueeze(-2)
+    basis[..., :rank] *= signs
     return basis
 
 
 def _descending(factor: Tensor) -> Tensor:
-    """Eigenvectors of symmetric (…, K, K), largest eigenvalue first, each with a positive sum of weighted components."""
+    """Eigenvectors of symmetric (…, K, K), largest eigenvalue first, each with a positive product with one fixed vector."""
     vectors = torch.linalg.eigh(factor).eigenvectors.flip(-1)
-    # a fixed generic direction decides the sign: no vector is likely to be orthogonal to it
     weights = torch.arange(1, factor.shape[-1] + 1, dtype=factor.dtype, device=factor.device).sin()
-    return vectors * torch.where(weights @ vectors < 0, -1.0, 1.0).unsqueeze(-2)
+    return vectors * torch.where(weights @ vectors < 0, -1.0, 1.0).to(factor.dtype).unsqueeze(-2)
 
 
-def first_basis_of_factor(factor: Tensor, rank: int) -> Tensor:
-    """Basis (…, K, K) from a symmetric factor of the given rank at most: its eigenvectors, completed. Computed in fp64."""
-    wide = factor.double()
-    vectors = _descending(wide)[..., :rank]
-    return complete(wide @ vectors).to(factor.dtype)
+def first_basis_of_factor(factor: Tensor, rank: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Basis (…, K, K) in `dtype` from a symmetric fp64 factor of gradients in `dtype`, of the given rank at most."""
+    vectors = _descending(factor.double())[..., :rank]
+    return complete(factor.double() @ vectors, _noise(dtype, factor.shape[-1]) ** 2).to(dtype)
 
 
 def first_bases(grad: Tensor, sides: tuple[int, ...]) -> dict[int, Tensor]:
@@ -58,10 +60,13 @@ def first_bases(grad: Tensor, sides: tuple[int, ...]) -> dict[int, Tensor]:
     wide = grad.double()
     short = 0 if grad.shape[-2] <= grad.shape[-1] else 1
     oriented = wide if short == 0 else wide.mT  # (…, k, K)
-    vectors = _descending(oriented @ oriented.mT)
-    long_columns = oriented.mT @ vectors
-    bases = {short: complete(oriented @ long_columns), 1 - short: complete(long_columns)}
-    return {side: bases[side].to(grad.dtype) for side in sides}
+    noise = _noise(grad.dtype, max(grad.shape[-2:]))
+    long_columns = oriented.mT @ _descending(oriented @ oriented.mT)
+    bases = {}
+    for side in sides:
+        columns, level = (oriented @ long_columns, noise**2) if side == short else (long_columns, noise)
+        bases[side] = complete(columns, level).to(grad.dtype)
+    return bases
 
 
 def power_step(factor: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:

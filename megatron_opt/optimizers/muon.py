@@ -131,11 +131,8 @@ class SpectralOptimizer(MatrixOptimizer):
     # Slices: the Gram matrix of the uncut side is a sum over slices; polynomial at the owner; apply on the slice.
 
     def split_dim(self, info: MatrixInfo) -> int | None:
-        """The longer side (the layout's cut side where both are equal): the Gram matrix is then the small one."""
-        longer = 0 if info.shape[0] > info.shape[1] else 1
-        if info.cut is None:
-            return longer
-        return info.cut if info.shape[info.cut] >= info.shape[1 - info.cut] else None
+        """The longer side: the Gram matrix is then the small one."""
+        return 0 if info.shape[0] > info.shape[1] else 1
 
     def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
         return SpectralOptimizer.init_state(self, weight, info)

@@ -160,10 +160,3 @@ def test_bf16_momentum_error_is_small_and_known():
 def test_meaningless_options_are_refused(options):
     with pytest.raises(UserError):
         registry.build("muon", options)
-
-
-def test_square_matrices_follow_the_layouts_cut():
-    rule = registry.build("muon", {})
-    assert [rule.split_dim(MatrixInfo("w", (8, 8), cut=cut)) for cut in (None, 0, 1)] == [1, 0, 1]
-    assert [rule.split_dim(MatrixInfo("w", (8, 16), cut=cut)) for cut in (None, 0, 1)] == [1, None, 1]
-    assert [rule.split_dim(MatrixInfo("w", (16, 8), cut=cut)) for cut in (None, 0, 1)] == [0, 0, None]
