@@ -41,8 +41,12 @@ class SoapConfig:
     precondition_1d: bool = option(True, "precondition vectors too")
     variant: str = choice("study", ("study", "authors"), "which form of counting and refreshing")
     stagger: bool = option(False, "spread refreshes over steps by a hash of the matrix's name")
-    adaptive_tol: float = option(0.0, "skip a due refresh while a probe of the basis turns less than this", low=0)
-    factor_precision: str = choice("fp32", ("fp32", "fp64"), "dtype of the factors; fp64 makes small eigenvectors exact")
+    adaptive_tol: float = option(
+        0.0, "skip a due refresh while a probe of the basis turns less than this", low=0
+    )
+    factor_precision: str = choice(
+        "fp32", ("fp32", "fp64"), "dtype of the factors; fp64 makes small eigenvectors exact"
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -70,7 +74,9 @@ class Soap(MatrixOptimizer):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.failures: Counter[str] = Counter()  # decompositions that failed twice, by matrix; the old basis was kept
+        self.failures: Counter[str] = (
+            Counter()
+        )  # decompositions that failed twice, by matrix; the old basis was kept
 
     # Which sides, which blocks
 
@@ -146,12 +152,11 @@ class Soap(MatrixOptimizer):
             found = self._region_step(items, states, infos, sides, step, due)
             for item, stack in zip(items, found):
                 blocks[item.matrix][item.region] = stack
-        for index, stacks in cuts.items():
+        for index, seconds in cuts.items():
             grid = self.grid(infos[index])
-            found = [blocks[index][region] for region in range(len(stacks))]
-            grid.join(found, as_matrix(directions[index]))
-            if sum(len(stack) for stack in stacks) > 1:
-                grid.join(stacks, as_matrix(states[index]["exp_avg_sq"]))
+            grid.join([blocks[index][region] for region in range(len(seconds))], as_matrix(directions[index]))
+            if sum(map(len, seconds)) > 1:
+                grid.join(seconds, as_matrix(states[index]["exp_avg_sq"]))
         return directions
 
     def _first(self, grad: Tensor, state: State, info: MatrixInfo) -> None:
@@ -274,7 +279,9 @@ class Soap(MatrixOptimizer):
 
     def _stacks(self, info: MatrixInfo) -> list[tuple[int, int]]:
         """(count, size) of the blocks of the factor's side, by region; nothing where no side has one."""
-        return [(count, block[side]) for side in self.sides(info) for count, *block in self.grid(info).shapes()]
+        return [
+            (count, block[side]) for side in self.sides(info) for count, *block in self.grid(info).shapes()
+        ]
 
     def partial_shape(self, info: MatrixInfo) -> Shape:
         return (sum(count * size * size for count, size in self._stacks(info)),)
@@ -289,7 +296,9 @@ class Soap(MatrixOptimizer):
         grad = as_matrix(grad)
         if not state["exp_avg"].any():  # the first factor is decomposed: its small eigenvalues count
             grad = grad.double()
-        shares = [g @ g.mT if side[0] == 0 else g.mT @ g for g in self.grid(info, tuple(grad.shape)).cut(grad)]
+        shares = [
+            g @ g.mT if side[0] == 0 else g.mT @ g for g in self.grid(info, tuple(grad.shape)).cut(grad)
+        ]
         return torch.cat([share.flatten() for share in shares]).double()
 
     def combine(self, factor: Tensor, shared: State, step: int, info: MatrixInfo) -> Tensor:
@@ -308,7 +317,9 @@ class Soap(MatrixOptimizer):
                 order = torch.arange(size, device=q.device).repeat(count, 1)
                 if first:
                     found = eigenbasis.guarded(
-                        lambda a, r, dtype=q.dtype: eigenbasis.first_basis_of_factor(a, r, dtype), (share,), rank or size
+                        lambda a, r, dtype=q.dtype: eigenbasis.first_basis_of_factor(a, r, dtype),
+                        (share,),
+                        rank or size,
                     )
                     self._keep(q, found, info.name)
                 elif due and cfg.variant == "study":
@@ -327,14 +338,11 @@ class Soap(MatrixOptimizer):
         matrix = as_matrix(grad)
         grid = self.grid(info, tuple(matrix.shape))
         parts = [grid.cut(as_matrix(x)) for x in (matrix, state["exp_avg"], state["exp_avg_sq"])]
-        stacks, offset = self._stacks(info), 1
-        found, seconds = [], []
-        for region, (g, m, v) in enumerate(zip(*parts)):
+        rest, found, seconds = combined[1:], [], []
+        for (g, m, v), (count, size) in zip(zip(*parts), self._stacks(info) or [(0, 0)]):
             bases, order = {}, None
             for side in self.sides(info):
-                count, size = stacks[region]
-                basis, order = combined[offset:].split([count * size * size, count * size, combined.numel() - offset - count * size * (size + 1)])[:2]
-                offset += count * size * (size + 1)
+                basis, order, rest = rest.tensor_split([count * size**2, count * (size**2 + size)])
                 bases[side] = basis.view(count, size, size).to(g.dtype)
                 order = order.view(count, size).round().long()
             found.append(self._direction(g, m, v, bases, step))

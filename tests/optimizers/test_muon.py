@@ -130,7 +130,12 @@ def test_scales():
 def test_rms_matching():
     """Moonlight's 0.2·√max gives an update of AdamW's RMS, about 0.2, for any shape."""
     for shape in [(64, 64), (32, 128), (128, 32)]:
-        (u,) = run("muon", dict(scale_mode="spectral", extra_scale_factor=0.2), gradients(shape, 1, torch.float32), shape)
+        (u,) = run(
+            "muon",
+            dict(scale_mode="spectral", extra_scale_factor=0.2),
+            gradients(shape, 1, torch.float32),
+            shape,
+        )
         assert 0.15 < float(u.square().mean().sqrt()) < 0.25
 
 

@@ -14,7 +14,8 @@ def gradients(shape, count, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     mean = torch.randn(shape, dtype=torch.float64, generator=generator)
     return [
-        (0.5 * mean + torch.randn(shape, dtype=torch.float64, generator=generator)).to(dtype) for _ in range(count)
+        (0.5 * mean + torch.randn(shape, dtype=torch.float64, generator=generator)).to(dtype)
+        for _ in range(count)
     ]
 
 
