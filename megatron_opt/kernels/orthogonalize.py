@@ -160,7 +160,9 @@ def orthogonalize(
     return [result for result in results if result is not None]
 
 
-def flops(k: int, K: int, table: Coefficients, precision: str = "medium", dtype: torch.dtype = torch.float32) -> float:
+def flops(
+    k: int, K: int, table: Coefficients, precision: str = "medium", dtype: torch.dtype = torch.float32
+) -> float:
     """FLOPs of one matrix as `orthogonalize` computes it: T(4Kk² + 2k³), or 4Kk² + (8T − 6)k³ per Gram segment of T steps."""
     work = ITERATION_DTYPES[precision] or dtype
     if not uses_gram_form(k, K, work, table):

@@ -38,8 +38,7 @@ class MatrixInfo:
     `name` is global (`decoder.layers.3.self_attention.linear_qkv.weight.q`), `shape` is the whole matrix as
     (out, in) or (n,), `kind` one of `hidden`, `embedding`, `output`, `router`, `norm`, `bias`, and `role` what the
     layer calls it (`q`, `k`, `v`, `attention_output`, `gate`, `up`, `down`, …); `heads` is the number of equal blocks
-    of rows that belong to one head (or KV group for q), 1 where there are none. `cut` is the side that the layout cuts
-    into slices, where it cuts one: a rule that could work on either side's slices then takes this one.
+    of rows that belong to one head (or KV group for q), 1 where there are none.
     """
 
     name: str
@@ -47,7 +46,6 @@ class MatrixInfo:
     kind: str = "hidden"
     role: str = ""
     heads: int = 1
-    cut: int | None = None
 
 
 class MatrixOptimizer:

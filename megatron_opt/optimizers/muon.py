@@ -38,10 +38,14 @@ class SpectralConfig:
     """What every rule built on orthogonalized momentum shares."""
 
     scale_mode: str = choice("shape_scaling", SCALE_MODES, "factor by the matrix's shape (out, in)")
-    extra_scale_factor: float = option(1.0, "further factor on the update; 0.2 with spectral matches AdamW's RMS")
+    extra_scale_factor: float = option(
+        1.0, "further factor on the update; 0.2 with spectral matches AdamW's RMS"
+    )
     num_ns_steps: int = option(5, "Newton–Schulz steps")
     coefficient_type: str = choice("simple", (*ns.SETS, "custom"), "Newton–Schulz coefficients")
-    custom_coefficients: tuple[tuple[float, float, float], ...] = option((), "(a, b, c) per step for `custom`")
+    custom_coefficients: tuple[tuple[float, float, float], ...] = option(
+        (), "(a, b, c) per step for `custom`"
+    )
     fp32_matmul_prec: str = choice("medium", tuple(ns.ITERATION_DTYPES), "iterate in bf16 (medium) or fp32")
     norm_form: str = choice("add", ("add", "max"), "divide by ‖u‖ + eps or by max(‖u‖, eps)")
     momentum_dtype: str = choice("fp32", tuple(MOMENTUM_DTYPES), "dtype of the momentum")
@@ -49,7 +53,9 @@ class SpectralConfig:
     def __post_init__(self) -> None:
         check(self)
         if bool(self.custom_coefficients) != (self.coefficient_type == "custom"):
-            raise UserError("custom_coefficients goes with coefficient_type=custom, and only with it; give both or none.")
+            raise UserError(
+                "custom_coefficients goes with coefficient_type=custom, and only with it; give both or none."
+            )
         ns.coefficients(self.coefficient_type, self.num_ns_steps, self.custom_coefficients)
 
 
@@ -57,7 +63,9 @@ class SpectralConfig:
 class MuonConfig(SpectralConfig):
     """Hyperparameters of Muon; tuned values of the study."""
 
-    momentum: float = option(0.98, "momentum μ (tuned: 0.95 for the smallest budget, else 0.98)", low=0, below=1)
+    momentum: float = option(
+        0.98, "momentum μ (tuned: 0.95 for the smallest budget, else 0.98)", low=0, below=1
+    )
     nesterov: bool = option(True, "orthogonalize μ·buf + g in place of buf")
     momentum_form: str = choice("sum", ("sum", "ema"), "buf ← μ·buf + g, or μ·buf + (1−μ)·g")
     eps: float = option(1e-5, "added to the norm", above=0)
@@ -88,7 +96,9 @@ class SpectralOptimizer(MatrixOptimizer):
 
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
         if len(info.shape) != 2:
-            raise UserError(f"{self.name} needs matrices, {info.name} has shape {info.shape}; route it to another optimizer.")
+            raise UserError(
+                f"{self.name} needs matrices, {info.name} has shape {info.shape}; route it to another optimizer."
+            )
         dtype = MOMENTUM_DTYPES[self.config.momentum_dtype] or weight.dtype
         return {"momentum_buffer": torch.zeros_like(weight, dtype=dtype)}
 
@@ -131,11 +141,8 @@ class SpectralOptimizer(MatrixOptimizer):
     # Slices: the Gram matrix of the uncut side is a sum over slices; polynomial at the owner; apply on the slice.
 
     def split_dim(self, info: MatrixInfo) -> int | None:
-        """The longer side (the layout's cut side where both are equal): the Gram matrix is then the small one."""
-        longer = 0 if info.shape[0] > info.shape[1] else 1
-        if info.cut is None:
-            return longer
-        return info.cut if info.shape[info.cut] >= info.shape[1 - info.cut] else None
+        """The longer side: the Gram matrix is then the small one."""
+        return 0 if info.shape[0] > info.shape[1] else 1
 
     def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
         return SpectralOptimizer.init_state(self, weight, info)
@@ -156,7 +163,7 @@ class SpectralOptimizer(MatrixOptimizer):
         norm = factor.diagonal().sum().sqrt()
         scale = ns.scale_to_unit(norm, self.eps, self.config.norm_form)
         polynomial = ns.gram_polynomial(factor * scale**2, self.table)
-        return (polynomial * (scale * self.factor(info))).float()
+        return polynomial * (scale * self.factor(info))
 
     def finish(self, grad: Tensor, combined: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
         u = self.direction(grad, state["momentum_buffer"].to(grad.dtype))
@@ -193,7 +200,9 @@ class Muon(SpectralOptimizer):
         if not self.config.nesterov:
             return buffer
         mu = self.config.momentum
-        return torch.lerp(grad, buffer, mu) if self.config.momentum_form == "ema" else grad.add(buffer, alpha=mu)
+        return (
+            torch.lerp(grad, buffer, mu) if self.config.momentum_form == "ema" else grad.add(buffer, alpha=mu)
+        )
 
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
         state = super().init_state(weight, info)

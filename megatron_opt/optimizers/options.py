@@ -7,7 +7,12 @@ from megatron_opt.errors import UserError
 
 
 def option(
-    default: Any, help: str, *, low: float | None = None, above: float | None = None, below: float | None = None
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """A dataclass field with help; numbers must be ≥ low, > above, < below."""
     return field(default=default, metadata={"help": help, "low": low, "above": above, "below": below})

@@ -30,14 +30,24 @@ def of_kind(groups, kind):
 @pytest.mark.parametrize("optimizer", ["muon", "scion", "adamw", "lion"])
 def test_every_parameter_is_in_one_group(optimizer):
     groups = g.assign(INFOS, g.default_rules(optimizer))
-    assert sorted(info.name for group in groups for info in group.infos) == sorted(info.name for info in INFOS)
-    assert sum(group.numel for group in groups) == 1000 * 32 * 2 + 32 * 32 + 16 * 32 + 2 * 64 * 32 + 32 + 128 + 32
+    assert sorted(info.name for group in groups for info in group.infos) == sorted(
+        info.name for info in INFOS
+    )
+    assert (
+        sum(group.numel for group in groups)
+        == 1000 * 32 * 2 + 32 * 32 + 16 * 32 + 2 * 64 * 32 + 32 + 128 + 32
+    )
 
 
 def test_muon_groups_are_the_studys():
     groups = g.assign(INFOS, g.default_rules("muon", {"muon": {"momentum": 0.9}}))
     hidden, scalar = of_kind(groups, "hidden"), of_kind(groups, "embedding")
-    assert (hidden.optimizer, hidden.lr_scale, hidden.clip_scope, hidden.decay(0.1)) == ("muon", 1.0, None, 0.1)
+    assert (hidden.optimizer, hidden.lr_scale, hidden.clip_scope, hidden.decay(0.1)) == (
+        "muon",
+        1.0,
+        None,
+        0.1,
+    )
     assert hidden.options == {"momentum": 0.9}
     assert (scalar.optimizer, scalar.lr_scale, scalar.clip_scope) == ("adamw", 0.3, "global")
     assert scalar.options == {"beta1": 0.8, "beta2": 0.98, "eps": 1e-15}

@@ -1,0 +1,118 @@
+"""Eigenbases of second-moment factors: a first eigendecomposition, then QR power iterations, well-defined at any rank.
+
+A factor of t gradients of rank k has rank t·k at most. Where that is less than its size, a decomposition fills the
+null space with whatever rounding leaves, and the preconditioned step depends on it. Here the range's basis B is
+completed by the Householder reflections of its own QR decomposition, applied to the identity's remaining columns: a
+function of B alone, as smooth as B's basis. Signs: the diagonal of R is positive, so columns keep theirs.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_NOISE = 8.0  # a column shorter than this many roundings of the longest is rounding itself
+
+
+def _noise(dtype: torch.dtype, size: int) -> float:
+    return _NOISE * torch.finfo(dtype).eps * size**0.5
+
+
+def complete(columns: Tensor, noise: float | None = None) -> Tensor:
+    """Orthonormal Q (…, K, K) whose first r columns are those of the QR decomposition of (…, K, r), diag R ≥ 0.
+
+    Columns that are rounding noise (|R_jj| ≤ noise·max|R|, default 8·ε·√K) count as zero: filled like the null space.
+    """
+    size, rank = columns.shape[-2:]
+    noise = _noise(columns.dtype, size) if noise is None else noise
+    reflectors, tau = torch.geqrf(columns)
+    diagonal = reflectors.diagonal(dim1=-2, dim2=-1)
+    small = diagonal.abs() <= noise * diagonal.abs().amax(-1, keepdim=True)
+    if bool(small.any()):
+        reflectors, tau = torch.geqrf(columns.masked_fill(small.unsqueeze(-2), 0.0))
+        diagonal = reflectors.diagonal(dim1=-2, dim2=-1).masked_fill(small, 0.0)
+    signs = torch.where(diagonal < 0, -1.0, 1.0).to(columns.dtype).unsqueeze(-2)
+    if rank < size:
+        reflectors = torch.nn.functional.pad(reflectors, (0, size - rank))
+    basis = torch.linalg.householder_product(reflectors, tau)
+    basis[..., :rank] *= signs
+    return basis
+
+
+def _descending(factor: Tensor) -> Tensor:
+    """Eigenvectors of symmetric (…, K, K), largest eigenvalue first, each with a positive product with one fixed vector."""
+    vectors = torch.linalg.eigh(factor).eigenvectors.flip(-1)
+    weights = torch.arange(1, factor.shape[-1] + 1, dtype=factor.dtype, device=factor.device).sin()
+    return vectors * torch.where(weights @ vectors < 0, -1.0, 1.0).to(factor.dtype).unsqueeze(-2)
+
+
+def first_basis_of_factor(factor: Tensor, rank: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Basis (…, K, K) in `dtype` from a symmetric fp64 factor of gradients in `dtype`, of the given rank at most."""
+    vectors = _descending(factor.double())[..., :rank]
+    return complete(factor.double() @ vectors, _noise(dtype, factor.shape[-1]) ** 2).to(dtype)
+
+
+def first_bases(grad: Tensor, sides: tuple[int, ...]) -> dict[int, Tensor]:
+    """Bases of G·Gᵀ (side 0) and GᵀG (side 1) of (…, m, n), from the short side's eigenvectors U: the long side's are GᵀU.
+
+    Works on G in fp64, so that the bases depend on G as its singular vectors do, not as those of a rounded product.
+    """
+    wide = grad.double()
+    short = 0 if grad.shape[-2] <= grad.shape[-1] else 1
+    oriented = wide if short == 0 else wide.mT  # (…, k, K)
+    noise = _noise(grad.dtype, max(grad.shape[-2:]))
+    long_columns = oriented.mT @ _descending(oriented @ oriented.mT)
+    bases = {}
+    for side in sides:
+        columns, level = (oriented @ long_columns, noise**2) if side == short else (long_columns, noise)
+        bases[side] = complete(columns, level).to(grad.dtype)
+    return bases
+
+
+def power_step(factor: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """One QR power iteration: sort the basis by qᵀAq, then orthonormalize A·Q; returns (basis, order (…, K)).
+
+    `rank` bounds the factor's rank: so many columns are sorted and iterated, the others keep their order and are completed.
+    """
+    image = factor @ basis
+    values = (basis * image).sum(-2)
+    if rank < values.shape[-1]:
+        kept = values.topk(rank, dim=-1).indices
+        lowest = torch.full_like(values, -torch.inf)
+        values = lowest.scatter(-1, kept, values.gather(-1, kept))
+    order = torch.argsort(values, dim=-1, descending=True, stable=True)
+    columns = order[..., :rank].unsqueeze(-2).expand(*image.shape[:-1], -1)
+    return complete(image.gather(-1, columns)), order
+
+
+def rotation(factor: Tensor, basis: Tensor, columns: Tensor) -> Tensor:
+    """How far (…) the basis is from the factor's: ‖offdiag(QᵀAQ)‖/‖QᵀAQ‖ on the given columns of Q. 2cK² FLOPs."""
+    probe = basis.index_select(-1, columns)
+    image = factor @ probe
+    total = image.square().sum((-2, -1))
+    aligned = (probe * image).sum(-2).square().sum(-1)
+    return ((total - aligned).clamp_min(0) / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt()
+
+
+def guarded(compute: Callable[..., Tensor | tuple], arguments: tuple[Tensor, ...], *rest: int) -> list:
+    """Results of a batched decomposition, one a matrix; where it fails, once more in fp64, and None where that fails too."""
+    try:
+        result = compute(*arguments, *rest)
+        if all(bool(part.isfinite().all()) for part in (result if isinstance(result, tuple) else (result,))):
+            return list(zip(*result)) if isinstance(result, tuple) else list(result)
+    except torch.linalg.LinAlgError:
+        pass
+    if len(arguments[0]) > 1:
+        rows = zip(*(argument.split(1) for argument in arguments))
+        return [single for row in rows for single in guarded(compute, row, *rest)]
+    if arguments[0].dtype == torch.float64:
+        return [None]
+    (single,) = guarded(compute, tuple(argument.double() for argument in arguments), *rest)
+    dtype = arguments[0].dtype
+
+    def narrow(part: Tensor) -> Tensor:
+        return part.to(dtype) if part.is_floating_point() else part
+
+    if single is None:
+        return [None]
+    return [tuple(map(narrow, single)) if isinstance(single, tuple) else narrow(single)]

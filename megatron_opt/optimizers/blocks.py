@@ -1,0 +1,69 @@
+"""Matrices cut into blocks; equal blocks are stacked, so that one batched product serves them all."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Span = tuple[int, int, int]  # start, stop, block
+
+
+def _spans(length: int, block: int) -> list[Span]:
+    """Whole blocks, then the remainder as one smaller block."""
+    block = min(block, length) or 1
+    whole = length - length % block
+    spans = [(0, whole, block)] if whole else []
+    return [*spans, (whole, length, length - whole)] if whole < length else spans
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A matrix (m, n) as at most four regions of equal blocks."""
+
+    rows: tuple[Span, ...]
+    columns: tuple[Span, ...]
+
+    @classmethod
+    def of(cls, shape: Sequence[int], block: Sequence[int]) -> "Grid":
+        """Blocks of `block` = (rows, columns), smaller at the ends."""
+        return cls(tuple(_spans(shape[0], block[0])), tuple(_spans(shape[1], block[1])))
+
+    def regions(self) -> list[tuple[Span, Span]]:
+        """(rows, columns) of each region."""
+        return [(rows, columns) for rows in self.rows for columns in self.columns]
+
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """(count, block rows, block columns) of each region."""
+        return [
+            ((r1 - r0) // rb * ((c1 - c0) // cb), rb, cb) for (r0, r1, rb), (c0, c1, cb) in self.regions()
+        ]
+
+    def cut(self, x: Tensor) -> list[Tensor]:
+        """Stacks (count, block rows, block columns); views where a region is one block."""
+        stacks = []
+        for (r0, r1, rb), (c0, c1, cb) in self.regions():
+            region = x[r0:r1, c0:c1]
+            if (r1 - r0, c1 - c0) == (rb, cb):
+                stacks.append(region.unsqueeze(0))
+            else:
+                split = region.reshape((r1 - r0) // rb, rb, (c1 - c0) // cb, cb)
+                stacks.append(split.transpose(1, 2).reshape(-1, rb, cb))
+        return stacks
+
+    def join(self, stacks: Sequence[Tensor], out: Tensor) -> Tensor:
+        """The inverse of `cut`, into `out`."""
+        for stack, ((r0, r1, rb), (c0, c1, cb)) in zip(stacks, self.regions(), strict=True):
+            split = stack.reshape((r1 - r0) // rb, (c1 - c0) // cb, rb, cb).transpose(1, 2)
+            out[r0:r1, c0:c1] = split.reshape(r1 - r0, c1 - c0)
+        return out
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """A vector as one column."""
+    return x if x.ndim == 2 else x.unsqueeze(-1)
+
+
+def batched(tensors: Sequence[Tensor]) -> Tensor:
+    """Stacks of equal blocks as one stack."""
+    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]

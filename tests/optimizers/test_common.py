@@ -1,0 +1,209 @@
+"""One table: every matrix rule × shapes × dtypes × what must hold of any optimizer."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_opt.errors import UserError
+from megatron_opt.optimizers import registry
+from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
+
+# name of the case -> (rule, options); whatever a rule can be switched to has a line
+CASES = {
+    "muon": ("muon", {}),
+    "muon-fp32": ("muon", dict(fp32_matmul_prec="high")),
+    "muon-bf16-momentum": ("muon", dict(momentum_dtype="bf16", momentum_form="ema")),
+    "muon-normuon": ("muon", dict(normuon=True)),
+    "scion": ("scion", {}),
+    "soap": ("soap", dict(precondition_frequency=2)),
+    "soap-blocks": ("soap", dict(block_size=8, precondition_frequency=2, stagger=True)),
+    "soap-one-sided": ("soap", dict(one_sided=True, precondition_frequency=2, block_size=16)),
+    "soap-authors": ("soap", dict(variant="authors", precondition_frequency=2, max_precond_dim=40)),
+}
+SHAPES = {
+    "tall": (32, 12),
+    "wide": (12, 32),
+    "square": (16, 16),
+    "vector": (24,),
+    "vocabulary": (300, 16),
+    "one": (1, 1),
+}
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+def build(case, **more):
+    name, options = CASES[case]
+    return registry.build(name, options | more)
+
+
+def info_of(shape, index=0):
+    return MatrixInfo(f"layers.{index}.weight", shape, heads=4 if shape[0] % 4 == 0 else 1, role="k")
+
+
+def gradients(shape, count, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.randn(shape, dtype=torch.float64, generator=generator)
+    draws = [mean + torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(count)]
+    return [draw.to(dtype) for draw in draws]
+
+
+def accepted(rule, shape):
+    """Skip what the rule refuses (and see that it does so with a sentence)."""
+    info = info_of(shape)
+    if len(shape) == 1 and not rule.vectors:
+        with pytest.raises(UserError, match="route it"):
+            rule.init_state(torch.zeros(shape), info)
+        pytest.skip("matrices only")
+    return info
+
+
+def steps(rule, state, grads, info, start=1):
+    return [rule.update([g.clone()], [state], t, [info])[0] for t, g in enumerate(grads, start)]
+
+
+table = pytest.mark.parametrize("case", list(CASES))
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
+
+
+def test_every_matrix_rule_is_in_the_table():
+    known = {name for name, cls in registry.rules().items() if issubclass(cls, MatrixOptimizer)}
+    assert known == {name for name, _ in CASES.values()}
+
+
+@table
+@shapes
+@dtypes
+def test_directions_are_finite_of_the_right_kind_and_repeatable(case, shape, dtype):
+    rule = build(case)
+    info = accepted(rule, shape)
+    weight = torch.ones(shape, dtype=dtype)
+    grads = gradients(shape, 5, dtype)
+    runs = []
+    for _ in range(2):
+        state = rule.init_state(weight.clone(), info)
+        runs.append(steps(rule, state, grads, info))
+    for first, second in zip(*runs):
+        assert first.shape == shape and first.dtype == dtype and first.isfinite().all()
+        assert first.is_contiguous() and torch.equal(first, second)
+    assert runs[0][-1].any()
+
+
+@table
+@shapes
+def test_resume_is_bit_for_bit(case, shape):
+    rule = build(case)
+    info = accepted(rule, shape)
+    grads = gradients(shape, 7, torch.float32)
+    state = rule.init_state(torch.ones(shape), info)
+    steps(rule, state, grads[:4], info)
+    saved = {key: value.clone() for key, value in state.items()}
+    expected = steps(rule, state, grads[4:], info, 5)
+    resumed = steps(build(case), saved, grads[4:], info, 5)
+    assert all(torch.equal(a, b) for a, b in zip(expected, resumed))
+    assert set(saved) == set(state) and all(torch.equal(saved[key], state[key]) for key in state)
+
+
+@table
+@shapes
+@dtypes
+def test_zero_gradients_give_zeros_first_and_finite_numbers_later(case, shape, dtype):
+    rule = build(case)
+    info = accepted(rule, shape)
+    zero = torch.zeros(shape, dtype=dtype)
+    state = rule.init_state(torch.ones(shape, dtype=dtype), info)
+    for u in steps(rule, state, [zero, zero, zero], info):
+        assert not u.any()
+    later = steps(rule, state, [*gradients(shape, 3, dtype), zero, zero], info, 4)
+    assert all(u.isfinite().all() for u in later) and all(value.isfinite().all() for value in state.values())
+
+
+@table
+def test_many_matrices_at_once_are_each_alone(case):
+    """Batches of equal shapes, mixed with others, change nothing but rounding."""
+    rule = build(case)
+    some = [(12, 8), (8, 12), (12, 8), (8, 8), (30, 4), (12, 8), (8, 8)]
+    infos = [info_of(shape, index) for index, shape in enumerate(some)]
+    grads = [gradients(shape, 6, torch.float64, seed=index) for index, shape in enumerate(some)]
+    weights = [torch.ones(shape, dtype=torch.float64) for shape in some]
+    together = [rule.init_state(weight, info) for weight, info in zip(weights, infos)]
+    alone = copy.deepcopy(together)
+    tolerance = 0.05 if getattr(rule.config, "fp32_matmul_prec", "high") == "medium" else 1e-9
+    for t in range(6):
+        all_at_once = rule.update([g[t].clone() for g in grads], together, t + 1, infos)
+        for index, info in enumerate(infos):
+            (one,) = rule.update([grads[index][t].clone()], [alone[index]], t + 1, [info])
+            assert float((one - all_at_once[index]).norm()) <= tolerance * float(one.norm()) + 1e-12
+
+
+@table
+@shapes
+@dtypes
+@pytest.mark.parametrize("pieces", [2, 3, 5])
+def test_slices_equal_the_whole(case, shape, dtype, pieces):
+    rule = build(case)
+    info = accepted(rule, shape)
+    dim = rule.split_dim(info)
+    if dim is None or shape[dim] < pieces:
+        pytest.skip("this rule needs this matrix whole")
+    weight = gradients(shape, 1, dtype, seed=3)[0]
+    whole = rule.init_state(weight.clone(), info)
+    slices = [rule.init_slice(part.clone(), info) for part in weight.tensor_split(pieces, dim)]
+    shared = rule.init_shared(info, weight.device, dtype)
+    assert set(whole) == set(slices[0]) | set(shared)
+    exact = getattr(rule.config, "fp32_matmul_prec", "high") == "high"
+    tolerance = (1e-9 if dtype == torch.float64 else 1e-4) if exact else 0.05
+    for t, g in enumerate(gradients(shape, 6, dtype), 1):
+        (expected,) = rule.update([g.clone()], [whole], t, [info])
+        parts = [part.clone() for part in g.tensor_split(pieces, dim)]
+        factors = [rule.partial(part, state, t, info) for part, state in zip(parts, slices)]
+        assert all(f.dtype == rule.factor_dtype() and f.shape == rule.partial_shape(info) for f in factors)
+        combined = rule.combine(sum(factors), shared, t, info)
+        assert combined.shape == rule.combined_shape(info)
+        found = [rule.finish(part, combined, state, t, info) for part, state in zip(parts, slices)]
+        assert (
+            float((torch.cat(found, dim) - expected).norm()) <= tolerance * float(expected.norm()) + 1e-12
+        ), t
+    for key, value in whole.items():
+        joined = shared[key] if key in shared else torch.cat([state[key] for state in slices], dim)
+        assert joined.shape == value.shape
+        difference = float((joined.double() - value.double()).norm())
+        assert difference <= 1e-4 * float(value.double().norm()) + 1e-12, key
+
+
+@table
+def test_converges_on_a_quadratic(case):
+    """½‖A(W − W*)‖² with condition 100 and noisy gradients: below 1% of the start after 300 steps of decaying size."""
+    rule = build(case)
+    torch.manual_seed(0)
+    target, weight = torch.randn(16, 12), torch.zeros(16, 12)
+    scale = torch.logspace(0, -1, 16)[:, None]
+    info = info_of((16, 12))
+    state = rule.init_state(weight, info)
+    start = float((scale * (weight - target)).square().sum())
+    for t in range(1, 301):
+        grad = scale**2 * (weight - target) + 0.05 * torch.randn(16, 12)
+        weight = weight - 0.1 * (1 - t / 301) * rule.update([grad], [state], t, [info])[0]
+    assert float((scale * (weight - target)).square().sum()) < 0.01 * start
+
+
+@table
+@shapes
+def test_cost_counts_what_runs(case, shape):
+    """State bytes are the tensors'; matrix-product FLOPs are the counter's over a refresh period."""
+    rule = build(case)
+    info = accepted(rule, shape)
+    state = rule.init_state(torch.zeros(shape), info)
+    cost = rule.cost(info)
+    assert cost.state_bytes == sum(value.numel() * value.element_size() for value in state.values())
+    grads = gradients(shape, 12, torch.float32)
+    steps(rule, state, grads[:4], info)
+    period = int(cost.refresh_every)
+    products = {torch.ops.aten.baddbmm_: lambda _, a, b, **rest: 2 * a[0] * a[1] * a[2] * b[2]}
+    with FlopCounterMode(display=False, custom_mapping=products) as counter:
+        steps(rule, state, grads[4 : 4 + period], info, 5)
+    gemm = sum(value for key, value in cost.flops.items() if "gemm" in key) * period
+    gemm += sum(value for key, value in cost.refresh.items() if "gemm" in key)
+    assert counter.get_total_flops() == pytest.approx(gemm, rel=1e-6)
