@@ -76,7 +76,9 @@ def extension():
     sources += sorted(map(str, Path("csrc/cuda").glob("*.cu")))
     options["define_macros"] = [*macros, ("MEGATRON_OPT_WITH_CUDA", None)]
     options["include_dirs"] = [str(headers)]
-    return CUDAExtension("megatron_opt._C", sources, extra_compile_args=compile_args, **options)
+    module = CUDAExtension("megatron_opt._C", sources, extra_compile_args=compile_args, **options)
+    module.libraries.remove("cudart")  # torch's own is loaded already, and pip's has no name to link by
+    return module
 
 
 from torch.utils.cpp_extension import BuildExtension  # noqa: E402
