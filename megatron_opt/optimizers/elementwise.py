@@ -1,8 +1,6 @@
-"""Rules on single elements: AdamW, NAdamW, Mars, Cautious, Lion, Signum. Each is flags and coefficients of
-one fused kernel.
+"""Rules on single elements: AdamW, NAdamW, Mars, Cautious, Lion, Signum, as coefficients of one fused kernel.
 
-The study's forms (arXiv 2509.02046) are the defaults; where other implementations differ, an option names
-theirs.
+The study's forms (arXiv 2509.02046) are the defaults; where others differ, an option names theirs.
 """
 
 import functools
@@ -39,7 +37,7 @@ class ElementwiseConfig:
 
 
 class FusedRule(ElementwiseOptimizer):
-    """A rule of the fused kernel: a subclass names it, its states, and computes the coefficients of a step."""
+    """A rule of the fused kernel: a subclass names it and its states, and computes a step's coefficients."""
 
     rule: ClassVar[Rule]
     quantizable: ClassVar[
