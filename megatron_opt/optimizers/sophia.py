@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from megatron_opt.kernels import multi_tensor
@@ -62,7 +61,7 @@ class Sophia(FusedRule):
         `squared`, scale = number of labels. Hutchinson: estimates = z·(Hz), scale 1.
         """
         gain = 1.0 - self.config.beta2
-        values = torch._foreach_mul(estimates, estimates) if squared and estimates else estimates
+        values = [estimate.square() if squared else estimate for estimate in estimates]
         hessian = [state["hessian"] for state in states]
         c = Coefficients(lr=-gain, shrink=gain, grad_scale=scale)  # h − (−gain·scale·estimate + gain·h)
         multi_tensor.update(Rule.APPLY, hessian, values, (), c)
