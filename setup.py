@@ -88,6 +88,7 @@ def extension():
     return module
 
 
-from torch.utils.cpp_extension import BuildExtension  # noqa: E402
+if __name__ == "__main__":
+    from torch.utils.cpp_extension import BuildExtension
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})
+    setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})
