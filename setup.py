@@ -45,7 +45,9 @@ def cuda_wanted(home: Path | None, headers: Path | None) -> bool:
         raise SystemExit(f"setup.py: MEGATRON_OPT_CUDA=1, but {missing} was not found.")
     if switch == "1" or (not missing and torch.cuda.is_available()):
         return True
-    why = f"{missing} was not found" if missing else "no GPU here; MEGATRON_OPT_CUDA=1 builds them all the same"
+    why = (
+        f"{missing} was not found" if missing else "no GPU here; MEGATRON_OPT_CUDA=1 builds them all the same"
+    )
     print(f"setup.py: leaving the CUDA kernels out ({why}).", file=sys.stderr)
     return False
 
@@ -58,7 +60,9 @@ def extension():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    digest = runpy.run_path(str(ROOT / "megatron_opt" / "kernels" / "source_hash.py"))["source_hash"](ROOT / "csrc")
+    digest = runpy.run_path(str(ROOT / "megatron_opt" / "kernels" / "source_hash.py"))["source_hash"](
+        ROOT / "csrc"
+    )
     macros = [
         ("MEGATRON_OPT_SOURCE_HASH", f'"{digest}"'),
         ("MEGATRON_OPT_TORCH_VERSION", f'"{torch.__version__}"'),
@@ -66,7 +70,10 @@ def extension():
     sources = ["csrc/bindings.cpp", "csrc/operators.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     # Without errno and floating-point traps square roots and selects are vectorised; results stay IEEE.
     cxx = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-g0"]
-    for folder, name in ((ROOT, "."), (Path(torch.__file__).parent, "torch")):  # messages name no path of this machine
+    for folder, name in (
+        (ROOT, "."),
+        (Path(torch.__file__).parent, "torch"),
+    ):  # messages name no path of this machine
         cxx.append(f"-ffile-prefix-map={folder}={name}")
     options = {"include_dirs": [], "extra_link_args": ["-fopenmp", "-s"], "define_macros": macros}
     compile_args = {"cxx": cxx}
@@ -76,9 +83,12 @@ def extension():
     sources += sorted(map(str, Path("csrc/cuda").glob("*.cu")))
     options["define_macros"] = [*macros, ("MEGATRON_OPT_WITH_CUDA", None)]
     options["include_dirs"] = [str(headers)]
-    return CUDAExtension("megatron_opt._C", sources, extra_compile_args=compile_args, **options)
+    module = CUDAExtension("megatron_opt._C", sources, extra_compile_args=compile_args, **options)
+    module.libraries.remove("cudart")  # torch's own is loaded already, and pip's has no name to link by
+    return module
 
 
-from torch.utils.cpp_extension import BuildExtension  # noqa: E402
+if __name__ == "__main__":
+    from torch.utils.cpp_extension import BuildExtension
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})
+    setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})

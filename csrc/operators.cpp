@@ -1,4 +1,5 @@
 // Native kernels of the operators that megatron_opt/kernels/dispatch.py defines: checks, then plain data to CPU or CUDA.
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -155,7 +156,7 @@ Tensor update(int64_t rule, Tensors params, Tensors grads, Tensors state0, Tenso
   if (options.device_coefficients != nullptr) {
     std::memcpy(&options.coefficients, options.device_coefficients, sizeof(Coefficients));
   }
-  update_cpu(static_cast<Rule>(rule), options, list.pieces);
+  update_cpu(static_cast<Rule>(rule), options, list.pieces, at::get_num_threads());
   return sums;
 }
 
@@ -183,7 +184,7 @@ Tensor sum(int64_t kind, Tensors params, Tensors grads, Tensors state0, Tensors 
     return sums;
   }
 #endif
-  sum_cpu(static_cast<Sum>(kind), options, list.pieces, sums.mutable_data_ptr<double>());
+  sum_cpu(static_cast<Sum>(kind), options, list.pieces, sums.mutable_data_ptr<double>(), at::get_num_threads());
   return sums;
 }
 

@@ -1,6 +1,6 @@
 #include "multi_tensor.h"
 
-#include <ATen/Parallel.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -35,21 +35,25 @@ const Kernels& chosen_kernels() {
   return kernels;
 }
 
-// work(piece, first element, elements, chunk) over all chunks, in one parallel loop.
+// work(piece, first element, elements, chunk) over all chunks; each thread takes an equal share of consecutive ones.
 template <class Work>
-void for_chunks(const std::vector<Piece>& pieces, const std::vector<int64_t>& first, const Work& work) {
+void for_chunks(const std::vector<Piece>& pieces, const std::vector<int64_t>& first, int threads, const Work& work) {
   int64_t elements = 0;
   for (const Piece& piece : pieces) elements += piece.numel;
   const int64_t chunks = first.back();
-  const int64_t mean = std::max<int64_t>(1, elements / std::max<int64_t>(1, chunks));
-  at::parallel_for(0, chunks, std::max<int64_t>(1, kChunk / mean), [&](int64_t begin, int64_t end) {
+  const auto share = [&](int64_t begin, int64_t end) {
     int index = locate(first.data(), static_cast<int>(pieces.size()), begin);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       while (chunk >= first[index + 1]) ++index;
       const int64_t start = (chunk - first[index]) * kChunk;
       work(index, start, std::min(kChunk, pieces[index].numel - start), chunk);
     }
-  });
+  };
+  const int64_t shares = std::min<int64_t>({threads, chunks, elements / kChunk});  // no thread for less than a chunk
+  if (chunks == 0) return;
+  if (shares <= 1 || omp_in_parallel()) return share(0, chunks);
+#pragma omp parallel for num_threads(static_cast<int>(shares)) schedule(static, 1)
+  for (int64_t i = 0; i < shares; ++i) share(chunks * i / shares, chunks * (i + 1) / shares);
 }
 
 std::vector<int64_t> first_chunks(const std::vector<Piece>& pieces) {
@@ -70,11 +74,11 @@ void add_chunks(const std::vector<int64_t>& first, const std::vector<double>& pa
 
 }  // namespace
 
-void update_cpu(Rule rule, const Options& options, const std::vector<Piece>& pieces) {
+void update_cpu(Rule rule, const Options& options, const std::vector<Piece>& pieces, int threads) {
   const UpdateBlock update = chosen_kernels().update[static_cast<int>(rule)];
   const std::vector<int64_t> first = first_chunks(pieces);
   std::vector<double> partial(options.sums != nullptr ? 3 * first.back() : 0, 0.0);
-  for_chunks(pieces, first, [&](int index, int64_t start, int64_t count, int64_t chunk) {
+  for_chunks(pieces, first, threads, [&](int index, int64_t start, int64_t count, int64_t chunk) {
     const float scale = options.scales != nullptr ? options.scales[2 * index] : 1.0f;
     const float factor = options.scales != nullptr ? options.scales[2 * index + 1] : 1.0f;
     double* sums = options.sums != nullptr ? &partial[3 * chunk] : nullptr;
@@ -85,11 +89,11 @@ void update_cpu(Rule rule, const Options& options, const std::vector<Piece>& pie
   if (options.sums != nullptr) add_chunks(first, partial, options.sums);
 }
 
-void sum_cpu(Sum kind, const Options& options, const std::vector<Piece>& pieces, double* sums) {
+void sum_cpu(Sum kind, const Options& options, const std::vector<Piece>& pieces, double* sums, int threads) {
   const SumBlock add = chosen_kernels().sum[static_cast<int>(kind)];
   const std::vector<int64_t> first = first_chunks(pieces);
   std::vector<double> partial(3 * first.back(), 0.0);
-  for_chunks(pieces, first, [&](int index, int64_t start, int64_t count, int64_t chunk) {
+  for_chunks(pieces, first, threads, [&](int index, int64_t start, int64_t count, int64_t chunk) {
     for (int64_t at = start; at < start + count; at += kBlock) {
       add(options, pieces[index], at, std::min(kBlock, start + count - at), &partial[3 * chunk]);
     }

@@ -7,10 +7,10 @@
 
 namespace megatron_opt {
 
-void update_cpu(Rule rule, const Options& options, const std::vector<Piece>& pieces);
+void update_cpu(Rule rule, const Options& options, const std::vector<Piece>& pieces, int threads);
 
 // Three sums a piece into `sums`.
-void sum_cpu(Sum kind, const Options& options, const std::vector<Piece>& pieces, double* sums);
+void sum_cpu(Sum kind, const Options& options, const std::vector<Piece>& pieces, double* sums, int threads);
 
 // "portable", "avx2" or "avx512": what this processor runs.
 const char* cpu_kernels_name();

@@ -1,7 +1,8 @@
-"""Operations with a native kernel and a torch reference; torch's dispatcher picks by device, the user can force either.
+"""Operations with a native kernel and a torch reference; torch's dispatcher picks by device, the user can
+force either.
 
-`MEGATRON_OPT_KERNELS=reference` never loads the extension, `native` refuses to run without it; unset, the extension is
-used where it is there and current, and a line on stderr says when it is not.
+`MEGATRON_OPT_KERNELS=reference` never loads the extension, `native` refuses to run without it; unset, the
+extension is used where it is there and current, and a line on stderr says when it is not.
 """
 
 import functools
@@ -79,7 +80,9 @@ def native_available(device: torch.device | str = "cpu") -> bool:
 class Operation:
     """One operation: `reference` is plain torch; calling it runs the native kernel where there is one."""
 
-    def __init__(self, name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    def __init__(
+        self, name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]
+    ) -> None:
         self.reference = reference
         _LIBRARY.define(name + schema)
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")

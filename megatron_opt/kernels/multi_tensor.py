@@ -248,8 +248,9 @@ def _sum_reference(
 _update = Operation(
     "multi_tensor_update",
     "(int rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state0, Tensor(c!)[] state1, "
-    "Tensor(d!)[] state2, Tensor(e!)[] copies, Tensor(f!)[] absmax0, Tensor(g!)[] absmax1, Tensor? scales, float[] coefficients, "
-    "Tensor? device_coefficients, bool cautious_decay, bool stochastic, int seed, int step, int[] firsts, "
+    "Tensor(d!)[] state2, Tensor(e!)[] copies, Tensor(f!)[] absmax0, Tensor(g!)[] absmax1, Tensor? scales, "
+    "float[] coefficients, Tensor? device_coefficients, bool cautious_decay, bool stochastic, int seed, "
+    "int step, int[] firsts, "
     "bool with_sums) -> Tensor",
     _update_reference,
     lambda rule, params, grads, *rest: grads[0].new_empty(

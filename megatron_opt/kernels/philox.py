@@ -1,4 +1,4 @@
-"""Philox4x32-10 in torch: the random bits of csrc/include/philox.h, for the reference of stochastic rounding."""
+"""Philox4x32-10 in torch: the random bits of csrc/include/philox.h, for the reference of rounding."""
 
 import torch
 from torch import Tensor

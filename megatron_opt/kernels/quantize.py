@@ -1,4 +1,5 @@
-"""8-bit optimizer state in blocks of 2048 values that share one absolute maximum (csrc/include/codes.h in torch).
+"""8-bit optimizer state in blocks of 2048 values that share one absolute maximum (csrc/include/codes.h in
+torch).
 
 Signed codes are linear (8-bit Muon, arXiv 2509.23106); unsigned codes have 5 exponent and 3 mantissa bits.
 """

@@ -1,4 +1,4 @@
-"""Hash of the extension's sources: setup.py compiles it in, the import compares it (so it imports nothing of ours)."""
+"""Hash of the extension's sources: setup.py compiles it in, the import compares it."""
 
 import hashlib
 from pathlib import Path

@@ -150,8 +150,8 @@ class ElementwiseOptimizer:
     name: ClassVar[str]
     Config: ClassVar[type]
     clip: ClassVar[bool] = True
-    projects: ClassVar[bool] = False
-    state_keys: ClassVar[tuple[str, ...]]  # each has the shape of the parameter, fp32 unless the config says otherwise
+    state_keys: ClassVar[tuple[str, ...]]  # each has the shape of the parameter, fp32 unless the config says otherwise;
+    # an 8-bit state has besides it `KEY_absmax`, one fp32 number for each 2048 elements
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -169,8 +169,19 @@ class ElementwiseOptimizer:
         lr: float,
         weight_decay: float,
         reducer: Reducer | None = None,
+        *,
+        grad_scale: float = 1.0,
+        decay_mode: str = "decoupled",
+        copies: Sequence[Tensor] = (),
+        firsts: Sequence[int] = (),
     ) -> None:
-        """One step on many flat pieces, each inside one logical matrix; p ← p − lr·(u + wd·p)."""
+        """One step on many contiguous pieces, each inside one logical matrix; p ← p − lr·(u + wd·p).
+
+        `step` counts from 1. Gradients are multiplied by `grad_scale` (clipping, loss scale) on the way.
+        `decay_mode` is `decoupled` (lr·wd·p), `independent` (wd·p) or `cautious` (lr·wd·p where u·p ≥ 0).
+        `copies` are bf16 images of the parameters, written in the same pass. `firsts` numbers each piece's
+        first element in the whole model, so that stochastic rounding does not depend on how it is cut.
+        """
         raise NotImplementedError
 
     def cost(self, numel: int) -> Cost:

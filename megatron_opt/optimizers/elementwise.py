@@ -1,8 +1,6 @@
-"""Rules on single elements: AdamW, NAdamW, Mars, Cautious, Lion, Signum. Each is flags and coefficients of
-one fused kernel.
+"""Rules on single elements: AdamW, NAdamW, Mars, Cautious, Lion, Signum, as coefficients of one fused kernel.
 
-The study's forms (arXiv 2509.02046) are the defaults; where other implementations differ, an option names
-theirs.
+The study's forms (arXiv 2509.02046) are the defaults; where others differ, an option names theirs.
 """
 
 import functools
@@ -39,9 +37,11 @@ class ElementwiseConfig:
 
 
 class FusedRule(ElementwiseOptimizer):
-    """A rule of the fused kernel: a subclass names it, its states, and computes the coefficients of a step."""
+    """A rule of the fused kernel: a subclass names it and its states, and computes a step's coefficients."""
 
     rule: ClassVar[Rule]
+    summed: ClassVar[tuple[str, ...]] = ()  # what the sums before the update read: "grad" or a state
+    written: ClassVar[int | None] = None  # states that the update writes, from the first; None: all
     quantizable: ClassVar[
         dict[str, torch.dtype]
     ] = {}  # states that may be 8-bit: int8 signed, uint8 non-negative
@@ -118,12 +118,17 @@ class FusedRule(ElementwiseOptimizer):
         return [state[name] for state in states] if states and name in states[0] else []
 
     def cost(self, numel: int) -> Cost:
-        """Parameter read and written, gradient read, states read and written; fp32 but for the states."""
-        widths = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4.0 / quantize.BLOCK}
-        narrow = widths[self.config.state_dtype]
-        wide = 4.0 if self.config.state_dtype == "int8" else narrow
-        state = sum(narrow if key in self.quantizable else wide for key in self.state_keys) * numel
-        return Cost(elementwise_bytes=12.0 * numel + 2.0 * state, state_bytes=state)
+        """Parameter read and written, gradient read, states read and written; then what sums read before."""
+        widths = {"grad": 4.0} | {key: self._width(key) for key in self.state_keys}
+        passes = (*self.state_keys, *self.state_keys[: self.written], *self.summed)
+        moved = 12.0 + sum(widths[key] for key in passes)
+        state = sum(widths[key] for key in self.state_keys)
+        return Cost(elementwise_bytes=moved * numel, state_bytes=state * numel)
+
+    def _width(self, key: str) -> float:
+        if self.config.state_dtype == "int8":
+            return 1.0 + 4.0 / quantize.BLOCK if key in self.quantizable else 4.0
+        return 2.0 if self.config.state_dtype == "bf16" else 4.0
 
 
 def adam_coefficients(beta1: float, beta2: float, eps: float, step: int) -> Coefficients:
@@ -241,6 +246,7 @@ class Mars(AdamW):
     clip = False
     rule = Rule.MARS
     state_keys = ("exp_avg", "exp_avg_sq", "prev_grad")
+    summed = ("grad", "prev_grad")
 
     def coefficients(self, step: int) -> Coefficients:
         o = self.config
@@ -283,6 +289,7 @@ class Cautious(AdamW):
     name = "cautious"
     Config: ClassVar[type] = CautiousConfig
     rule = Rule.CAUTIOUS
+    summed = ("grad", "exp_avg")
 
     def scales(
         self, grads: Sequence[Tensor], states: Sequence[State], c: Coefficients, reducer: Reducer
