@@ -150,6 +150,7 @@ class ElementwiseOptimizer:
     name: ClassVar[str]
     Config: ClassVar[type]
     clip: ClassVar[bool] = True
+    projects: ClassVar[bool] = False
     state_keys: ClassVar[tuple[str, ...]]  # each has the shape of the parameter, fp32 unless the config says otherwise;
     # an 8-bit state has besides it `KEY_absmax`, one fp32 number for each 2048 elements
 

@@ -51,6 +51,9 @@ def build_datasets(num_samples: tuple[int | None, ...], vp_stage: int | None = N
     return datasets
 
 
+build_datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it, for its barriers
+
+
 def data_prefixes(args: Any) -> list[str]:
     """Every dataset prefix that the data flags name, weights left out."""
     prefixes: list[str] = []
