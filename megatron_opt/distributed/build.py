@@ -52,6 +52,17 @@ def all_matrices(domains: Sequence[Domain]) -> list[MatrixInfo]:
     return [merged[name] for name in sorted(merged)]
 
 
+def model_matrices(chunks: Sequence[Any]) -> list[MatrixInfo]:
+    """Logical matrices of the whole model, whatever optimizer trains it."""
+    from megatron.core.utils import get_model_config, unwrap_model
+
+    found = declare(unwrap_model(list(chunks)), get_model_config(chunks[0]))
+    merged: dict[str, MatrixInfo] = {}
+    for part in gather_objects(found.matrices, None, dist.get_world_size()):
+        merged.update(part)
+    return [merged[name] for name in sorted(merged)]
+
+
 def build_optimizer(
     config: Any,
     chunks: Sequence[Any],

@@ -19,8 +19,10 @@ CPU_FLAGS = (
     "--distributed-backend gloo --transformer-impl local --use-cpu-initialization --no-gradient-accumulation-fusion "
     "--no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion --no-bias-swiglu-fusion "
     "--no-bias-gelu-fusion --no-bias-dropout-fusion --no-create-attention-mask-in-dataloader "
-    "--num-workers 0 --ckpt-format torch_dist --eval-iters 10 --log-throughput"
+    "--num-workers 0 --ckpt-format torch_dist --eval-iters 10"
 ).split()
+# Ours everywhere: divergence is a result of a study, and a bad matrix is skipped; both are counted and logged.
+OUR_FLAGS = "--no-check-for-nan-in-loss-and-grad --log-throughput --lr-wsd-decay-style linear".split()
 
 
 def preset_names() -> list[str]:
@@ -68,7 +70,7 @@ def expand(argv: Sequence[str]) -> list[str]:
     if given & {"train-data-path", "data-path", "data-args-path", "per-split-data-args-path", "mock-data"}:
         flags = {key: value for key, value in flags.items() if not key.endswith("data-path")}
     flags = {key: value for key, value in flags.items() if key not in given}
-    return [*(CPU_FLAGS if on_cpu() else []), *_as_argv(flags), *argv]
+    return [*OUR_FLAGS, *(CPU_FLAGS if on_cpu() else []), *_as_argv(flags), *argv]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -126,11 +128,13 @@ def parse(argv: Sequence[str]) -> Any:
         args = parse_args(add_arguments)
     finally:
         sys.argv = saved
+    args.command_line = list(argv)
     if args.print_config:
         print_config(args)
         raise SystemExit(0)
+    args.given_flags = _given(argv)
     _check(args)
-    check_optimizer_arguments(args, sorted(_given(expanded)))
+    check_optimizer_arguments(args)
     name, args.optimizer = args.optimizer, "adam"  # Megatron would route other names to its layer-wise wrapper
     try:
         _quietly(validate_args, args)
@@ -209,5 +213,8 @@ def _check(args: Any) -> None:
                          ("num_attention_heads", "--num-attention-heads"), ("seq_length", "--seq-length")):
         if getattr(args, flag) is None:
             raise UserError(f"{needed} is missing; give it, or a whole model by --preset ({', '.join(preset_names())}).")
+    if "make-vocab-size-divisible-by" not in args.given_flags and args.padded_vocab_size is None:
+        # Megatron pads to this times TP, so that every TP size has another output layer; ours is one for all sizes
+        args.make_vocab_size_divisible_by = max(1, args.make_vocab_size_divisible_by // tp)
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length

@@ -15,18 +15,30 @@ def train(args: Any) -> None:
     from megatron.core.enums import ModelType
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
+    from megatron.training.utils import print_rank_last
+
     from megatron_opt import platform
     from megatron_opt.training import batches
 
+    from megatron_opt.training.monitoring import Diverged, Monitor
+
+    monitor = Monitor(args)
     if platform.on_cpu():
         training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
-    if args.optimizer not in MEGATRON_OWN:
-        training.get_megatron_optimizer = make_optimizer
+    make = training.get_megatron_optimizer if args.optimizer in MEGATRON_OWN else make_optimizer
+    training.get_megatron_optimizer = functools.partial(_watched, monitor, make)
+    monitor.install(training)
     config = gpt_config_from_args(args)
     if not args.megatron_init:
         config.pre_wrap_hooks = [*config.pre_wrap_hooks, functools.partial(_initialize, args)]
     container = pretrain_cfg_container_from_args(args, config)
-    training.pretrain(container, batches.build_datasets, ModelType.encoder_or_decoder, batches.forward_step)
+    try:
+        training.pretrain(container, batches.build_datasets, ModelType.encoder_or_decoder, batches.forward_step)
+    except Diverged:
+        print_rank_last("the loss is not finite: the run ends here, as diverged")
+        monitor.finish("diverged")
+    else:
+        monitor.finish("completed")
 
 
 def _initialize(args: Any, chunks: list[Any]) -> list[Any]:
@@ -34,6 +46,15 @@ def _initialize(args: Any, chunks: list[Any]) -> list[Any]:
 
     initialize(chunks, chunks[0].config, args.seed, args.init_style)
     return chunks
+
+
+def _watched(monitor: Any, make: Any, config: Any, model_chunks: Sequence[Any], **kwargs: Any) -> Any:
+    from megatron_opt.distributed.build import model_matrices
+
+    optimizer = make(config, model_chunks, **kwargs)
+    monitor.matrices = model_matrices(model_chunks)
+    monitor.watch(optimizer, model_chunks)
+    return optimizer
 
 
 def make_optimizer(config: Any, model_chunks: Sequence[Any], **ignored: Any) -> Any:

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from megatron_opt.errors import UserError
@@ -96,9 +95,8 @@ def group_rules(args: Any) -> list[GroupRule]:
     return default_rules(args.optimizer, options, args.scalar_lr_ratio)
 
 
-def check_optimizer_arguments(args: Any, given: Sequence[str]) -> None:
+def check_optimizer_arguments(args: Any) -> None:
     """Refuse flags that would have no effect or another one than they say."""
-    args.given_flags = set(given)
     if args.optimizer in MEGATRON_OWN:
         return
     rules = group_rules(args)
