@@ -127,7 +127,8 @@ def already_done(
         strangers = [path for path in outputs if path.exists()]
         if strangers and (lock is None or not lock.exists()):
             raise UserError(
-                f"{strangers[0]} exists and is not of this command; give another output, or --force to lose it"
+                f"{strangers[0]} exists and is not of this command;"
+                " give another output, or --force to replace it"
             )
         return None
     done = read_json(record)
