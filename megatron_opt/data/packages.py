@@ -24,9 +24,20 @@ def pip_download(requirement: str, folder: Path, source: bool) -> Path:
         )
     name = requirement.partition("==")[0]
     kind = "--no-binary" if source else "--only-binary"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--quiet", kind, name]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--no-input",
+        "--quiet",
+        kind,
+        name,
+    ]
     remedy = "check the network and pip's configuration, or use your own text with --input"
-    _run([*command, "--dest", str(folder), requirement], folder, requirement, remedy)
+    _run([*command, "--dest", str(folder), requirement], None, requirement, remedy)
     return _only_file(folder, requirement)
 
 
@@ -72,7 +83,7 @@ def _tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
             yield member.name, stream.read()
 
 
-def _run(command: list[str], folder: Path, package: str, remedy: str) -> None:
+def _run(command: list[str], folder: Path | None, package: str, remedy: str) -> None:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     except OSError as error:
