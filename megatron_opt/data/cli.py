@@ -1,6 +1,7 @@
 """`megatron-opt data corpus | tokenizer | index | inspect`."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,11 @@ def main(argv: list[str], prog: str) -> int:
     _add_index(commands)
     _add_inspect(commands)
     args = parser.parse_args(argv)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; the same command goes on", file=sys.stderr)
+        return 130
 
 
 def _force(parser: argparse.ArgumentParser) -> None:

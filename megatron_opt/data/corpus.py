@@ -163,7 +163,7 @@ def deal(keys: np.ndarray, shares: list[float]) -> np.ndarray:
 def _skip(output: Path, settings: dict[str, Any], force: bool) -> dict[str, Any] | None:
     parse_split(settings["split"])
     make_folder(output)
-    return already_done(output / "corpus.json", settings, _outputs(output), force)
+    return already_done(output / "corpus.json", settings, _outputs(output), force, output / ".lock")
 
 
 def _outputs(output: Path) -> list[Path]:

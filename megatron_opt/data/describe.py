@@ -57,7 +57,7 @@ def describe(prefix: str, tokenizer: str | None = None, sample: int = 1, **tikto
         ("record", _record(prefix)),
     ]
     if model is not None:
-        ended = sum(int(tokens[end - 1]) == model.eod for end in _ends(index))
+        ended = int((tokens[_ends(index) - 1] == model.eod).sum())
         rows.append(("end of document", f"id {model.eod} closes {ended:,} of {documents:,} documents"))
     text = "\n".join([f"{prefix}", *(f"  {name:<16} {value}" for name, value in rows)])
     return "\n".join([text, *_samples(index, tokens, model, min(sample, documents))])

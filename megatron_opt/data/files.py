@@ -114,13 +114,22 @@ def sha256(path: Path) -> str:
 
 
 def already_done(
-    record: Path, settings: dict[str, Any], outputs: list[Path], force: bool
+    record: Path, settings: dict[str, Any], outputs: list[Path], force: bool, lock: Path | None = None
 ) -> dict[str, Any] | None:
     """The record of an earlier call with the same settings and all its outputs in place, or None to start.
 
-    Raises UserError when `record` was written with other settings, unless `force`.
+    Raises UserError, unless `force`, when `record` was written with other settings, or when an output is
+    there without a record and no `lock` tells of a killed run: then it is the user's own.
     """
-    if force or not record.exists():
+    if force:
+        return None
+    if not record.exists():
+        strangers = [path for path in outputs if path.exists()]
+        if strangers and (lock is None or not lock.exists()):
+            raise UserError(
+                f"{strangers[0]} exists and is not of this command;"
+                " give another output, or --force to replace it"
+            )
         return None
     done = read_json(record)
     before = done.get("settings", {})
@@ -130,8 +139,8 @@ def already_done(
             f"{record} was made with other settings ({', '.join(differing)} differ);"
             " give another output, or --force to replace it"
         )
-    sizes = done.get("files", {})
+    files = done.get("files", {})
     complete = all(
-        path.is_file() and sizes.get(path.name, {}).get("bytes") == path.stat().st_size for path in outputs
+        path.is_file() and files.get(path.name, {}).get("bytes") == path.stat().st_size for path in outputs
     )
     return done if complete else None

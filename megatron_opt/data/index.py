@@ -9,6 +9,7 @@ import hashlib
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -77,6 +78,8 @@ def build_index(
     """
     if not source.is_file():
         raise UserError(f"the corpus {source} does not exist; make it with `megatron-opt data corpus`")
+    if source.suffix == ".parquet":
+        raise UserError(f"{source} is not JSONL; make it so with `megatron-opt data corpus --input {source}`")
     record_path = indexed.sidecar_path(prefix)
     if record_path.exists() and indexed.read_record(prefix) is None:
         raise UserError(
@@ -86,10 +89,10 @@ def build_index(
     make_folder(Path(prefix).absolute().parent)
     settings = {**asdict(options), "tokenizer": tokenizer.sha256(), "source": sha256(source)}
     outputs = [indexed.bin_path(prefix), indexed.idx_path(prefix)]
-    record = already_done(record_path, settings, outputs, force)
+    parts = Path(f"{prefix}.parts")
+    record = already_done(record_path, settings, outputs, force, parts / ".lock")
     if record is not None:
         return {**record, "megatron_flags": tokenizer.flags}
-    parts = Path(f"{prefix}.parts")
     key = repr([settings, np.dtype(indexed.token_dtype(tokenizer.vocab_size)).name]).encode()
     with sole_writer(parts / ".lock", outputs):
         with byte_progress() as progress:
@@ -185,6 +188,7 @@ def _start(options: Options) -> None:
 
 
 def _start_worker(options: Options) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     # A parent that is killed closes nothing that a worker waits for: end with it.
     parent = multiprocessing.parent_process()
     if parent is not None:

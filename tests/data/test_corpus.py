@@ -107,6 +107,16 @@ def test_failed_build_leaves_nothing(tmp_path, source):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_files_of_somebody_else_are_kept(tmp_path, source):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "valid.jsonl").write_text("mine")
+    with pytest.raises(UserError, match=r"valid\.jsonl exists .*--force"):
+        build([source], tmp_path / "out")
+    assert (tmp_path / "out" / "valid.jsonl").read_text() == "mine"
+    (tmp_path / "out" / ".lock").touch()
+    build([source], tmp_path / "out")
+
+
 def test_unwritable_output(tmp_path, source):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot create the folder"):

@@ -33,6 +33,16 @@ if __name__ == "__main__":
 """
 
 
+INTERRUPTED_RUN = """
+import sys
+import megatron_opt.data.index as index
+from megatron_opt.data.cli import main
+if __name__ == "__main__":
+    index.CHUNK_BYTES = 20_000
+    sys.exit(main(sys.argv[1:], "megatron-opt data"))
+"""
+
+
 def files(prefix):
     return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
 
@@ -98,16 +108,14 @@ def test_second_call_does_nothing_and_other_settings_are_refused(tmp_path, corpu
 
 @pytest.fixture
 def long_corpus(tmp_path):
-    return write_jsonl(tmp_path / "long.jsonl", [sentences(60, seed) for seed in range(1500)])
+    return write_jsonl(tmp_path / "long.jsonl", [sentences(60, seed) for seed in range(600)])
 
 
-def start(source, prefix, model):
+def launch(command, prefix):
     """A run in a process of its own, once it has left its first shard."""
-    script = Path(f"{prefix}.py")
-    script.write_text(SLOW_RUN)
-    command = [sys.executable, str(script), str(source), str(prefix), str(model)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()}
+        command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
     deadline = time.monotonic() + 60
     while not list(Path(f"{prefix}.parts").glob("*.json")):
@@ -115,6 +123,13 @@ def start(source, prefix, model):
         assert time.monotonic() < deadline
         time.sleep(0.002)
     return process
+
+
+def start(source, prefix, model):
+    """A run with small chunks and two workers."""
+    script = Path(f"{prefix}.py")
+    script.write_text(SLOW_RUN)
+    return launch([sys.executable, str(script), str(source), str(prefix), str(model)], prefix)
 
 
 def test_killed_run_goes_on_where_it_stopped(tmp_path, long_corpus, model, monkeypatch):
@@ -141,6 +156,17 @@ def test_killed_run_goes_on_where_it_stopped(tmp_path, long_corpus, model, monke
     build_index(long_corpus, str(tmp_path / "fresh"), Options(str(model)), workers=1)
     assert files(prefix) == files(tmp_path / "fresh")
     assert not Path(f"{prefix}.parts").exists()
+
+
+def test_interrupt_ends_with_one_line(tmp_path, long_corpus, model):
+    script = tmp_path / "run.py"
+    script.write_text(INTERRUPTED_RUN)
+    arguments = ["index", "--input", long_corpus, "--tokenizer", model, "--output-prefix", tmp_path / "data"]
+    process = launch([sys.executable, str(script), *map(str, arguments), "--workers", "2"], tmp_path / "data")
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "megatron-opt data: interrupted; the same command goes on\n")
+    assert not (tmp_path / "data.idx").exists()
 
 
 def test_two_runs_do_not_write_one_dataset(tmp_path, long_corpus, model):
@@ -210,6 +236,28 @@ def test_unwritable_output(tmp_path, corpus, model):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot create the folder"):
         build_index(corpus, str(tmp_path / "file" / "data"), Options(str(model)), workers=1)
+
+
+def test_dataset_of_somebody_else_is_kept(tmp_path, corpus, model):
+    (tmp_path / "data.bin").write_bytes(b"tokens of another tool")
+    with pytest.raises(UserError, match=r"data\.bin exists .*--force"):
+        build_index(corpus, str(tmp_path / "data"), Options(str(model)), workers=1)
+    assert (tmp_path / "data.bin").read_bytes() == b"tokens of another tool"
+    build_index(corpus, str(tmp_path / "data"), Options(str(model)), workers=1, force=True)
+
+
+def test_run_killed_between_its_files_goes_on(tmp_path, corpus, model):
+    first = build_index(corpus, str(tmp_path / "data"), Options(str(model)), workers=1)
+    (tmp_path / "data.json").unlink()
+    (tmp_path / "data.parts").mkdir()
+    (tmp_path / "data.parts" / ".lock").touch()
+    assert build_index(corpus, str(tmp_path / "data"), Options(str(model)), workers=1) == first
+
+
+def test_parquet_goes_through_corpus(tmp_path, model):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="data corpus --input"):
+        build_index(tmp_path / "a.parquet", str(tmp_path / "data"), Options(str(model)))
 
 
 def test_json_that_is_not_ours_is_kept(tmp_path, model):

@@ -152,6 +152,15 @@ def test_training_is_deterministic_and_done_once(tmp_path, corpus, model):
     assert train_tokenizer(corpus, 410, output, force=True).vocab_size == 410
 
 
+def test_tokenizer_of_somebody_else_is_kept(tmp_path, corpus, model):
+    (tmp_path / "t.model").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"t\.model exists .*--force"):
+        train_tokenizer(corpus, 400, tmp_path / "t.model")
+    with pytest.raises(UserError, match=r"t\.model exists .*--force"):
+        adopt_tokenizer(model, tmp_path / "t.model")
+    assert (tmp_path / "t.model").read_bytes() == b"mine"
+
+
 def test_sampling_takes_about_the_share_asked_for(corpus, texts):
     size = sum(map(len, texts))
     taken = sum(map(len, train_module._lines(corpus, "text", corpus.stat().st_size // 2)))
