@@ -6,10 +6,12 @@ import argparse
 import importlib
 
 COMMANDS = {
-    "plan": ("planning", "say what a study would run, and how long it takes, without starting anything"),
-    "run": ("running", "run or resume a study and write its report"),
-    "status": ("watching", "show the runs of a study, live"),
-    "report": ("reporting", "write the report of a study again"),
+    "plan": ("planning.main", "say what a study would run, and how long it takes, without starting anything"),
+    "run": ("running.main", "run or resume a study and write its report"),
+    "status": ("watching.main", "show the runs of a study, live"),
+    "report": ("reporting.main", "write the report of a study again"),
+    "fit": ("fitting.main", "fit scaling laws to the runs and extrapolate"),
+    "demo-paper": ("fitting.demo_paper", "fit and report the published study without training"),
 }
 
 
@@ -21,5 +23,6 @@ def main(argv: list[str], prog: str) -> int:
     for name, (_, what) in COMMANDS.items():
         commands.add_parser(name, help=what, description=what, add_help=False)
     known = parser.parse_args(argv[:1])
-    module = importlib.import_module(f"megatron_opt.study.commands.{COMMANDS[known.command][0]}")
-    return module.main(argv[1:], f"{prog} {known.command}")
+    module, function = COMMANDS[known.command][0].split(".")
+    command = getattr(importlib.import_module(f"megatron_opt.study.commands.{module}"), function)
+    return command(argv[1:], f"{prog} {known.command}")

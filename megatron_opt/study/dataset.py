@@ -39,6 +39,8 @@ class Dataset:
     attribution: str = ""
     phases: dict[str, list[str]] = field(default_factory=dict)
     tokens_per_parameter: float = 20.0
+    effort_known: bool = True
+    """all runs that were ever made are here, so that run counts can be compared"""
 
     @property
     def finished(self) -> list[Record]:

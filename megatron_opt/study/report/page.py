@@ -28,7 +28,6 @@ def write_page(dataset: Dataset, sections: list[Section], path: Path) -> Path:
         body.append(f'<section id="s{number}"><h2>{escape(section.title)}</h2>')
         body += [f"<p>{escape(text)}</p>" for text in section.text]
         body += [f'<p class="warning">{escape(text)}</p>' for text in section.warnings]
-        body += [_table(table) for table in section.tables]
         if section.plots:
             body.append('<div class="figures">')
             for plot in section.plots:
@@ -39,6 +38,7 @@ def write_page(dataset: Dataset, sections: list[Section], path: Path) -> Path:
                     f'<div class="legend"></div>{note}</figure>'
                 )
             body.append("</div>")
+        body += [_table(table) for table in section.tables]
         body.append("</section>")
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     lead = (
@@ -62,6 +62,7 @@ def write_page(dataset: Dataset, sections: list[Section], path: Path) -> Path:
 
 
 def _table(table: Table) -> str:
+    table = _without_empty_columns(table)
     head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
     rows = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
@@ -69,6 +70,13 @@ def _table(table: Table) -> str:
     caption = f'<p class="caption">{escape(table.caption)}</p>' if table.caption else ""
     table_text = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     return f'{caption}<div class="scroll">{table_text}</div>'
+
+
+def _without_empty_columns(table: Table) -> Table:
+    """Columns where no row has a value are left out."""
+    keep = [i for i in range(len(table.header)) if not table.rows or any(row[i] != "–" for row in table.rows)]
+    rows = [[row[i] for i in keep] for row in table.rows]
+    return Table([table.header[i] for i in keep], rows, table.caption)
 
 
 def _finite(value: Any) -> Any:

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import math
 
+from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.dataset import Dataset
+from megatron_opt.study.report.costs import costs
 from megatron_opt.study.report.curves import loss_curves
+from megatron_opt.study.report.dynamics import dynamics
+from megatron_opt.study.report.extrapolation import extrapolation, prediction_error
+from megatron_opt.study.report.pitfalls import pitfalls
 from megatron_opt.study.report.plots import Section, Table
+from megatron_opt.study.report.scaling import final_losses, significance, speedup_section
 from megatron_opt.study.report.sensitivity import lr_sensitivity
+from megatron_opt.study.report.tuning import hyper_laws, transfer
 from megatron_opt.study.summary import HEADER, summary
 
 
-def build_sections(dataset: Dataset) -> list[Section]:
-    """Every section that the data can fill."""
-    sections = [_results(dataset), lr_sensitivity(dataset), loss_curves(dataset), _effort(dataset)]
-    return [section for section in sections if section.plots or section.tables or section.warnings]
+def build_sections(dataset: Dataset, analysis: Analysis | None, reason: str = "") -> list[Section]:
+    """Every section that the data can fill; without an analysis, those that need no fit, and the
+    reason why.
+    """
+    sections = [_results(dataset), _pitfalls(dataset)]
+    if analysis is not None:
+        sections += [significance(analysis), speedup_section(analysis), final_losses(analysis)]
+        sections += [prediction_error(analysis), extrapolation(analysis)]
+    sections += [lr_sensitivity(dataset)]
+    if analysis is not None:
+        sections += [hyper_laws(analysis)]
+    sections += [transfer(dataset), loss_curves(dataset), costs(dataset), dynamics(dataset), _effort(dataset)]
+    sections.append(Section("Notes", text=[reason] if analysis is None else analysis.notes))
+    return [s for s in sections if s.plots or s.tables or s.warnings or (s.title == "Notes" and any(s.text))]
 
 
 def _results(dataset: Dataset) -> Section:
@@ -30,6 +47,10 @@ def _results(dataset: Dataset) -> Section:
     return section
 
 
+def _pitfalls(dataset: Dataset) -> Section:
+    return Section("Pitfalls found", warnings=pitfalls(dataset))
+
+
 def _effort(dataset: Dataset) -> Section:
     header = ["optimizer", "runs", "completed", "diverged", "failed", "waiting", "training hours"]
     rows = []
@@ -39,8 +60,5 @@ def _effort(dataset: Dataset) -> Section:
         hours = math.fsum(r.results.get("train_time_s") or 0.0 for r in mine) / 3600
         waiting = len(mine) - sum(count.values())
         rows.append([name, str(len(mine)), *map(str, count.values()), str(waiting), f"{hours:.2f}"])
-    return Section(
-        "Tuning effort",
-        ["The minimum over more runs is lower by chance alone; equal counts are fair."],
-        tables=[Table(header, rows)],
-    )
+    text = "The minimum over more runs is lower by chance alone; equal counts are fair."
+    return Section("Tuning effort", [text], tables=[Table(header, rows)])

@@ -1,0 +1,155 @@
+"""Everything the fits say about a data set, computed once for the command line, the report and `verify`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from megatron_opt.errors import UserError
+from megatron_opt.study.dataset import Dataset
+from megatron_opt.study.fits.extrapolate import (
+    TARGET_N,
+    TARGET_RATIOS,
+    Crossing,
+    Extrapolation,
+    NextRun,
+    crossing,
+    extrapolate,
+    next_runs,
+)
+from megatron_opt.study.fits.hyper_laws import HyperLaw, fit_hyper_law
+from megatron_opt.study.fits.noise import Comparison, NoiseFloor, compare, noise_floor
+from megatron_opt.study.fits.observations import Observations, observations
+from megatron_opt.study.fits.scaling import KINDS, Fit, fit_law
+from megatron_opt.study.fits.speedups import Speedup, speedups
+from megatron_opt.study.fits.validation import Prediction, hold_out_largest, leave_one_out
+from megatron_opt.study.spec import Regime
+
+LAW_HYPERPARAMETERS = ("lr", "batch_size", "warmup", "weight_decay")
+
+
+@dataclass
+class Analysis:
+    """Fits and what follows from them; what could not be computed is said in `notes`."""
+
+    dataset: Dataset
+    data: Observations
+    noise: NoiseFloor
+    target: tuple[float, tuple[float, ...]]
+    """N and the Chinchilla ratios to extrapolate to"""
+    speedups: list[Speedup] = field(default_factory=list)
+    fits: dict[str, Fit] = field(default_factory=dict)
+    left_out: dict[str, np.ndarray] = field(default_factory=dict)
+    """kind → leave-one-out errors"""
+    held_out: dict[str, Prediction] = field(default_factory=dict)
+    extrapolations: list[Extrapolation] = field(default_factory=list)
+    crossings: list[Crossing] = field(default_factory=list)
+    next_runs: dict[str, list[NextRun]] = field(default_factory=dict)
+    """optimizer → candidate runs, the most informative first"""
+    hyper_laws: list[HyperLaw] = field(default_factory=list)
+    comparisons: list[tuple[Regime, str, Comparison]] = field(default_factory=list)
+    """each optimizer against the baseline in each regime"""
+    notes: list[str] = field(default_factory=list)
+
+
+def analyse(
+    dataset: Dataset,
+    *,
+    optimizers: list[str] | None = None,
+    target: float = TARGET_N,
+    ratios: tuple[float, ...] = TARGET_RATIOS,
+    resamples: int = 200,
+) -> Analysis:
+    """Fit a data set; raises UserError when there is nothing to compare."""
+    if optimizers is not None:
+        optimizers = [dataset.baseline] + [name for name in optimizers if name != dataset.baseline]
+    data, noise = observations(dataset, optimizers), noise_floor(dataset)
+    found = Analysis(dataset, data, noise, (target, ratios))
+    if not noise.measured:
+        found.notes.append(
+            "No configuration ran with two seeds: the noise of a final loss is assumed to be "
+            f"{noise.sigma:g}. "
+            "Differences smaller than that mean nothing."
+        )
+    found.comparisons = _comparisons(dataset, data.optimizers, noise)
+    found.speedups = speedups(data, noise.sigma, resamples)
+    _fit_laws(found, resamples)
+    _fit_hyper_laws(found)
+    return found
+
+
+def _comparisons(
+    dataset: Dataset, optimizers: tuple[str, ...], noise: NoiseFloor
+) -> list[tuple[Regime, str, Comparison]]:
+    best = dataset.best()
+    return [
+        (regime, name, compare(best[name, regime].losses, best[dataset.baseline, regime].losses, noise))
+        for regime in dataset.regimes
+        for name in optimizers[1:]
+        if (name, regime) in best and (dataset.baseline, regime) in best
+    ]
+
+
+def _fit_laws(found: Analysis, resamples: int) -> None:
+    n, ratios = found.target
+    per_parameter = found.dataset.tokens_per_parameter
+    for kind in KINDS:
+        try:
+            fit = fit_law(found.data, kind, noise=found.noise.sigma, resamples=resamples)
+        except UserError as error:
+            found.notes.append(f"No {kind} law: {error}.")
+            continue
+        found.fits[kind] = fit
+        found.left_out[kind] = leave_one_out(fit)
+        found.notes += fit.diagnosis()
+        try:
+            found.held_out[kind] = hold_out_largest(found.data, kind, found.noise.sigma, resamples)
+        except UserError as error:
+            found.notes.append(f"No held-out check of the {kind} law: {error}.")
+        for ratio in ratios:
+            found.extrapolations += extrapolate(fit, n, ratio * per_parameter * n)
+            found.crossings += [crossing(fit, name, ratio, per_parameter) for name in fit.optimizers[1:]]
+    if "shared" in found.fits:
+        fit = found.fits["shared"]
+        d = ratios[0] * per_parameter * n
+        found.next_runs = {
+            name: next_runs(fit, name, n, d, tokens_per_parameter=per_parameter)
+            for name in fit.optimizers[1:]
+        }
+
+
+def _fit_hyper_laws(found: Analysis) -> None:
+    best = found.dataset.best()
+    for name in found.data.optimizers:
+        cells = [cell.record for (optimizer, _), cell in best.items() if optimizer == name]
+        for key in LAW_HYPERPARAMETERS:
+            records = [r for r in cells if isinstance(r.hyper.get(key), (int, float)) and r.hyper[key] > 0]
+            values = [float(r.hyper[key]) for r in records]
+            if len(records) < 3 or len(set(values)) < 2:
+                continue
+            ratio = _grid_ratio(found.dataset, name, key)
+            found.hyper_laws.append(
+                fit_hyper_law(
+                    name,
+                    key,
+                    np.array([float(r.parameters) for r in records]),
+                    np.array([float(r.tokens) for r in records]),
+                    np.array(values),
+                    grid_ratio=ratio,
+                )
+            )
+
+
+def _grid_ratio(dataset: Dataset, optimizer: str, key: str) -> float:
+    """The usual factor between neighbouring values that were tried."""
+    tried = sorted(
+        {
+            float(r.hyper[key])
+            for r in dataset.finished
+            if r.optimizer == optimizer and isinstance(r.hyper.get(key), (int, float)) and r.hyper[key] > 0
+        }
+    )
+    steps = [b / a for a, b in pairwise(tried)]
+    return float(np.median(steps)) if steps else 2.0

@@ -1,0 +1,103 @@
+"""`study fit` and `study demo-paper`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_opt.study.analysis import Analysis, analyse
+from megatron_opt.study.dataset import Dataset, from_store
+from megatron_opt.study.display import print_table
+from megatron_opt.study.fit_files import write_fits
+from megatron_opt.study.fits.extrapolate import TARGET_N, TARGET_RATIOS
+from megatron_opt.study.paper_data import paper_dataset
+from megatron_opt.study.report import write_report
+from megatron_opt.study.report.extrapolation import extrapolation, prediction_error
+from megatron_opt.study.report.scaling import significance, speedup_section
+from megatron_opt.study.scheduler import STORE_NAME
+from megatron_opt.study.store import Store
+
+
+def add_fit_options(parser: argparse.ArgumentParser) -> None:
+    """What `fit` and `demo-paper` share."""
+    parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="fit these and the baseline only")
+    parser.add_argument(
+        "--target", type=float, default=TARGET_N, help="parameters to extrapolate to (default 7e9)"
+    )
+    parser.add_argument(
+        "--ratios",
+        type=float,
+        nargs="+",
+        default=list(TARGET_RATIOS),
+        help="Chinchilla ratios to extrapolate to",
+    )
+    parser.add_argument("--resamples", type=int, default=200, help="bootstrap copies behind every interval")
+
+
+def analyse_with(dataset: Dataset, options: argparse.Namespace) -> Analysis:
+    """Fit a data set as the options say."""
+    return analyse(
+        dataset,
+        optimizers=options.optimizers,
+        target=options.target,
+        ratios=tuple(options.ratios),
+        resamples=options.resamples,
+    )
+
+
+def print_analysis(console: Console, analysis: Analysis) -> None:
+    """Speedups, laws and extrapolations as tables, then what could not be settled."""
+    for section in (
+        significance(analysis),
+        speedup_section(analysis),
+        prediction_error(analysis),
+        extrapolation(analysis),
+    ):
+        for table in section.tables:
+            print_table(console, table.header, table.rows, table.caption or section.title)
+    for crossing in analysis.crossings:
+        if crossing.ratio == analysis.target[1][0]:
+            console.print(crossing.sentence(), markup=False, highlight=False)
+    for note in analysis.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Fit the runs of a store; writes OUTPUT/fits.json."""
+    parser = argparse.ArgumentParser(prog=prog)
+    parser.add_argument("output", type=Path, help="folder of the study")
+    add_fit_options(parser)
+    options = parser.parse_args(argv)
+    with Store(options.output / STORE_NAME) as store:
+        analysis = analyse_with(from_store(store), options)
+        write_fits(analysis, options.output / "fits.json")
+    console = Console()
+    print_analysis(console, analysis)
+    console.print(f"fits: {options.output / 'fits.json'}", soft_wrap=True, markup=False)
+    return 0
+
+
+def demo_paper(argv: list[str], prog: str) -> int:
+    """Fit and report the published study without training anything."""
+    parser = argparse.ArgumentParser(prog=prog)
+    parser.add_argument("--output", type=Path, default=Path("paper-study"), help="folder of the report")
+    add_fit_options(parser)
+    options = parser.parse_args(argv)
+    dataset = paper_dataset()
+    analysis = analyse_with(dataset, options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    page = write_report(dataset, options.output, analysis)
+    write_fits(analysis, options.output / "fits.json")
+    console = Console()
+    print_analysis(console, analysis)
+    held = {kind: prediction.rmse for kind, prediction in analysis.held_out.items()}
+    if held:
+        best = min(held, key=lambda kind: held[kind])
+        console.print(
+            f"Largest size predicted from the smaller ones: error {held[best]:.4f} ({best} law), "
+            f"noise of one loss {analysis.noise.sigma:g}."
+        )
+    console.print(f"report: {page}", soft_wrap=True, markup=False)
+    return 0

@@ -1,0 +1,86 @@
+"""Fits as a JSON file that other programs, and `study verify`, can read."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_opt.study.analysis import Analysis
+from megatron_opt.study.files import write_text
+
+
+def fits_as_dict(analysis: Analysis) -> dict[str, Any]:
+    """Laws, speedups, extrapolations, crossings and suggestions; infinite values are null."""
+    laws = {}
+    for kind, fit in analysis.fits.items():
+        held = analysis.held_out.get(kind)
+        laws[kind] = {
+            "form": fit.form,
+            "sigma": fit.sigma,
+            "origin": fit.origin,
+            "theta": fit.theta.tolist(),
+            "columns": [
+                "log E",
+                "log A",
+                "a",
+                "log B",
+                "b",
+                "log kappa",
+                "log rho_N, log rho_D of each further optimizer",
+            ],
+            "optimizers": fit.optimizers,
+            "leave_one_out_rmse": float(np.sqrt(np.nanmean(analysis.left_out[kind] ** 2))),
+            "held_out_rmse": None if held is None else held.rmse,
+            "efficiency": {name: fit.efficiency(name) for name in fit.optimizers}
+            if kind == "shared"
+            else None,
+            "diagnosis": fit.diagnosis(),
+        }
+    return {
+        "name": analysis.dataset.name,
+        "baseline": analysis.data.optimizers[0],
+        "noise": asdict(analysis.noise),
+        "observations": [
+            {"optimizer": analysis.data.optimizers[k], "parameters": n, "tokens": d, "loss": loss, "run": run}
+            for k, n, d, loss, run in zip(
+                analysis.data.index, analysis.data.n, analysis.data.d, analysis.data.loss, analysis.data.runs
+            )
+        ],
+        "speedups": [asdict(item) for item in analysis.speedups],
+        "laws": laws,
+        "extrapolations": [asdict(item) for item in analysis.extrapolations],
+        "crossings": [asdict(item) for item in analysis.crossings],
+        "next_runs": {name: [asdict(run) for run in runs[:10]] for name, runs in analysis.next_runs.items()},
+        "hyperparameter_laws": [
+            {
+                "optimizer": law.optimizer,
+                "hyperparameter": law.hyperparameter,
+                "theta": law.theta.tolist(),
+                "spread": law.spread,
+            }
+            for law in analysis.hyper_laws
+        ],
+        "notes": analysis.notes,
+    }
+
+
+def write_fits(analysis: Analysis, path: Path) -> None:
+    """Write the fits as JSON, atomically."""
+    write_text(path, json.dumps(_plain(fits_as_dict(analysis)), indent=1, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.floating, float)):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

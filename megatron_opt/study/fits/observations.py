@@ -1,0 +1,81 @@
+"""The table that fits read: one final loss for each optimizer, model size and token budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_opt.errors import UserError
+from megatron_opt.study.dataset import Dataset
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Final losses; arrays have one entry an observation."""
+
+    optimizers: tuple[str, ...]
+    """the baseline first"""
+    index: np.ndarray
+    """position of the observation's optimizer in `optimizers`"""
+    n: np.ndarray
+    """non-embedding parameters"""
+    d: np.ndarray
+    """training tokens"""
+    loss: np.ndarray
+    runs: tuple[str, ...] = ()
+    """run behind each loss"""
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    def where(self, mask: np.ndarray) -> Observations:
+        """The observations that a boolean mask keeps; optimizers keep their positions."""
+        runs = tuple(run for run, keep in zip(self.runs, mask) if keep)
+        return Observations(
+            self.optimizers, self.index[mask], self.n[mask], self.d[mask], self.loss[mask], runs
+        )
+
+    def of(self, optimizer: str) -> Observations:
+        """The observations of one optimizer, alone."""
+        kept = self.where(self.index == self.optimizers.index(optimizer))
+        return Observations((optimizer,), np.zeros(len(kept), int), kept.n, kept.d, kept.loss, kept.runs)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Distinct model sizes, ascending."""
+        return np.unique(self.n)
+
+
+def observations(dataset: Dataset, optimizers: list[str] | None = None) -> Observations:
+    """The best final loss of every cell of a dataset, mean over seeds; raises UserError without a
+    baseline.
+    """
+    dataset.check_tokenizers()
+    names = optimizers or dataset.optimizers
+    unknown = [name for name in names if name not in dataset.optimizers]
+    if unknown:
+        raise UserError(f"no runs of {', '.join(unknown)}; there are {', '.join(dataset.optimizers)}")
+    best = dataset.best()
+    if dataset.baseline not in dataset.optimizers:
+        raise UserError(
+            f"the baseline {dataset.baseline!r} has no runs; run it, or name another with --baseline"
+        )
+    cells = [(name, regime) for name in names for regime in dataset.regimes if (name, regime) in best]
+    for name, regime in cells:
+        if (dataset.baseline, regime) not in best:
+            raise UserError(
+                f"regime {regime} has results of {name} but none of the baseline {dataset.baseline}; run the "
+                "baseline there, or leave the regime out"
+            )
+    if not cells:
+        raise UserError("no finished run to fit; run the study first")
+    chosen = [best[cell] for cell in cells]
+    return Observations(
+        tuple(names),
+        np.array([names.index(name) for name, _ in cells]),
+        np.array([float(b.record.parameters) for b in chosen]),
+        np.array([float(b.record.tokens) for b in chosen]),
+        np.array([b.loss for b in chosen]),
+        tuple(b.record.id for b in chosen),
+    )

@@ -1,0 +1,81 @@
+"""Effective learning rate and weight norm during training, from what runs log for each kind of matrix.
+
+For scale-invariant weights, weight decay acts through the angular update of a step: in equilibrium
+‖W‖ ∝ √(η/2λ) and the angle is √(2ηλ(1−β1)/(1+β1)) (arXiv 2606.16899).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megatron_opt.study.dataset import Dataset
+from megatron_opt.study.report.plots import Plot, Section, Series, Table, colors
+
+KEYS = {
+    "angular_update": ("Angular update of a step", "radians"),
+    "weight_norm": ("Weight norm", "Frobenius norm"),
+}
+
+
+def dynamics(dataset: Dataset) -> Section:
+    """Mean over matrix kinds of each optimizer's best run in the largest regime, and the table of
+    every kind.
+    """
+    section = Section("Effective learning rate and weight norm")
+    best, color = dataset.best(), colors(dataset.optimizers)
+    regimes = [regime for regime in reversed(dataset.regimes) if (dataset.baseline, regime) in best]
+    if not regimes:
+        return section
+    regime = regimes[0]
+    rows = []
+    for key, (title, unit) in KEYS.items():
+        series = []
+        for name in dataset.optimizers:
+            cell = best.get((name, regime))
+            curve = dataset.curve(cell.record.id) if cell else None
+            points = [p for p in curve.train if isinstance(p.get(key), dict) and p[key]] if curve else []
+            if cell is None or not points:
+                continue
+            means = [math.fsum(p[key].values()) / len(p[key]) for p in points]
+            series.append(
+                Series(
+                    name,
+                    [float(p["iteration"]) for p in points],
+                    means,
+                    color[name],
+                    points=False,
+                    runs=[cell.record.id] * len(points),
+                )
+            )
+            rows += [
+                [name, kind, title.lower(), f"{value:.3g}", _expected(key, cell.record.hyper)]
+                for kind, value in sorted(points[-1][key].items())
+            ]
+        if series:
+            section.plots.append(
+                Plot(
+                    f"{key.replace('_', '-')}-{regime}",
+                    f"{title}, {regime}",
+                    "iteration",
+                    unit,
+                    series,
+                    y_log=True,
+                )
+            )
+    if rows:
+        section.text.append(
+            "The angular update is the step that training really takes on scale-invariant weights."
+        )
+        section.tables.append(
+            Table(["optimizer", "matrices", "what", "at the end", "equilibrium at full lr"], rows)
+        )
+    return section
+
+
+def _expected(key: str, hyper: dict[str, Any]) -> str:
+    """√(2ηλ(1−β1)/(1+β1)) where η, λ and β1 are known."""
+    lr, decay, beta = hyper.get("lr"), hyper.get("weight_decay"), hyper.get("momentum", hyper.get("beta1"))
+    if key != "angular_update" or not lr or not decay or beta is None:
+        return "–"
+    return f"{math.sqrt(2 * lr * decay * (1 - beta) / (1 + beta)):.3g}"

@@ -1,0 +1,235 @@
+"""Final losses against model size and tokens, with the fitted laws; speedups; efficiency factors."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_opt.study.analysis import Analysis
+from megatron_opt.study.fits.intervals import interval
+from megatron_opt.study.fits.scaling import Fit
+from megatron_opt.study.report.plots import Plot, Section, Series, Table, colors
+
+
+def final_losses(analysis: Analysis) -> Section:
+    """Loss over tokens at each size and over size at each ratio; curves are the shared law."""
+    section = Section("Final loss against size and tokens")
+    fit = analysis.fits.get("shared") or analysis.fits.get("separate")
+    data, color = analysis.data, colors(analysis.dataset.optimizers)
+    if fit is not None:
+        section.text.append(
+            f"Points are runs, curves the {fit.kind} {fit.form} law; a loss scatters around it by "
+            f"{fit.sigma:.4f}."
+        )
+    for size in data.sizes:
+        cells = data.where(data.n == size)
+        if len(np.unique(cells.d)) < 2:
+            continue
+        series = []
+        grid = np.geomspace(cells.d.min() / 1.3, cells.d.max() * 1.3, 40)
+        for k in np.unique(cells.index):
+            name, mine = data.optimizers[k], cells.where(cells.index == k)
+            series.append(_points(name, mine.d, mine.loss, color[name], list(mine.runs)))
+            if fit is not None:
+                series.append(_curve(grid, fit.predict(name, size, grid), color[name]))
+        section.plots.append(
+            Plot(
+                f"loss-against-tokens-{size:.3g}",
+                f"Final loss against tokens, {size:,.0f} parameters",
+                "tokens",
+                "final validation loss",
+                series,
+                x_log=True,
+            )
+        )
+    ratios = np.round(data.d / data.n / analysis.dataset.tokens_per_parameter, 1)
+    for ratio in np.unique(ratios):
+        cells = data.where(ratios == ratio)
+        if len(cells.sizes) < 2:
+            continue
+        grid = np.geomspace(cells.n.min() / 1.3, cells.n.max() * 1.3, 40)
+        series = []
+        for k in np.unique(cells.index):
+            name, mine = data.optimizers[k], cells.where(cells.index == k)
+            series.append(_points(name, mine.n, mine.loss, color[name], list(mine.runs)))
+            if fit is not None:
+                tokens = grid * ratio * analysis.dataset.tokens_per_parameter
+                series.append(_curve(grid, fit.predict(name, grid, tokens), color[name]))
+        section.plots.append(
+            Plot(
+                f"loss-against-size-{ratio:g}x",
+                f"Final loss against size, {ratio:g}x",
+                "non-embedding parameters",
+                "final validation loss",
+                series,
+                x_log=True,
+            )
+        )
+    return section
+
+
+def _points(name: str, x: np.ndarray, y: np.ndarray, color: str, runs: list[str]) -> Series:
+    return Series(name, x.tolist(), y.tolist(), color, line=False, runs=runs or None)
+
+
+def _curve(x: np.ndarray, y: np.ndarray, color: str) -> Series:
+    return Series("", x.tolist(), y.tolist(), color, points=False)
+
+
+def speedup_section(analysis: Analysis) -> Section:
+    """Token speedup over the baseline: against the ratio at each size, and against size at each ratio."""
+    baseline = analysis.data.optimizers[0]
+    section = Section(
+        "Token speedup",
+        [
+            f"Tokens {baseline} needs for the same loss, over the tokens spent; 1 is no gain. A "
+            "speedup in tokens, not in "
+            "seconds. Intervals are 90%."
+        ],
+    )
+    if not analysis.speedups:
+        return Section("Token speedup")
+    color = colors(analysis.dataset.optimizers)
+    names = {record.parameters: record.regime.model for record in analysis.dataset.records}
+    per = analysis.dataset.tokens_per_parameter
+    others = analysis.data.optimizers[1:]
+
+    def series(name: str, chosen: list, x: list[float]) -> Series:
+        return Series(
+            name,
+            x,
+            [s.value for s in chosen],
+            color[name],
+            low=[s.low for s in chosen],
+            high=[s.high for s in chosen],
+        )
+
+    for size in analysis.data.sizes:
+        lines = []
+        for name in others:
+            chosen = sorted(
+                (s for s in analysis.speedups if s.optimizer == name and s.n == size), key=lambda s: s.d
+            )
+            chosen = [s for s in chosen if np.isfinite([s.value, s.low, s.high]).all()]
+            if chosen:
+                lines.append(series(name, chosen, [s.d / s.n / per for s in chosen]))
+        if lines and len(lines[0].x) > 1:
+            label = names.get(int(size), f"{size:.3g}")
+            section.plots.append(
+                Plot(
+                    f"speedup-{label}",
+                    f"Speedup against ratio, {label}",
+                    "Chinchilla ratio",
+                    "token speedup",
+                    lines,
+                    x_log=True,
+                    horizontal=[(1.0, "no gain")],
+                )
+            )
+    for ratio in sorted({round(s.d / s.n / per, 1) for s in analysis.speedups}):
+        lines = []
+        for name in others:
+            chosen = sorted(
+                (
+                    s
+                    for s in analysis.speedups
+                    if s.optimizer == name
+                    and round(s.d / s.n / per, 1) == ratio
+                    and np.isfinite([s.value, s.low, s.high]).all()
+                ),
+                key=lambda s: s.n,
+            )
+            if chosen:
+                lines.append(series(name, chosen, [s.n for s in chosen]))
+        if lines and len(lines[0].x) > 1:
+            section.plots.append(
+                Plot(
+                    f"speedup-{ratio:g}x",
+                    f"Speedup against size, {ratio:g}x",
+                    "non-embedding parameters",
+                    "token speedup",
+                    lines,
+                    x_log=True,
+                    horizontal=[(1.0, "no gain")],
+                )
+            )
+    rows = [
+        [
+            s.optimizer,
+            names.get(int(s.n), f"{s.n:.3g}"),
+            f"{s.d / s.n / per:.3g}x",
+            f"{s.value:.3f}",
+            f"{s.low:.3f} to {s.high:.3f}",
+            "own L(D)" if s.method == "size" else "shared law",
+        ]
+        for s in analysis.speedups
+    ]
+    section.tables.append(Table(["optimizer", "model", "ratio", "speedup", "90% interval", "by"], rows))
+    return section
+
+
+def significance(analysis: Analysis) -> Section:
+    """Whether each difference to the baseline exceeds the noise, and how many seeds would settle it."""
+    noise = analysis.noise
+    low, high = noise.interval()
+    how = (
+        f"measured with {noise.freedom} degrees of freedom, 90% interval {low:.4f} to {high:.4f}"
+        if noise.measured
+        else "assumed, since no configuration ran with two seeds"
+    )
+    section = Section(
+        "Is the difference real?",
+        [
+            f"Noise of one final loss: {noise.sigma:.4f} ({how}). “Better” means p < 0.05; seeds are "
+            "per optimizer, for "
+            "80% power at that level."
+        ],
+    )
+    rows = []
+    for regime, name, c in analysis.comparisons:
+        verdict = "not settled" if not c.significant else "better" if c.gain > 0 else "worse"
+        rows.append(
+            [
+                str(regime),
+                name,
+                f"{c.gain:+.4f}",
+                f"{c.low:+.4f} to {c.high:+.4f}",
+                f"{c.p:.2g}",
+                verdict,
+                str(c.seeds_needed or "–"),
+            ]
+        )
+    if rows:
+        section.tables.append(
+            Table(
+                ["regime", "optimizer", "gain over baseline", "90% interval", "p", "verdict", "seeds needed"],
+                rows,
+            )
+        )
+    return section
+
+
+def law_table(fit: Fit) -> Table:
+    """The parameters of a fit with 90% intervals from its bootstrap copies."""
+    if fit.kind == "shared":
+        rows = []
+        for name in fit.optimizers:
+            rho = fit.efficiency(name)
+            copies = np.array([fit.efficiency(name, theta) for theta in fit.draws])
+            low, high = interval(copies)
+            rows.append([name, *(f"{rho[i]:.3f} ({low[i]:.3f} to {high[i]:.3f})" for i in (0, 1))])
+        return Table(
+            ["optimizer", "ρ_N (size)", "ρ_D (tokens)"],
+            rows,
+            f"Shared {fit.form} law: the baseline needs ρ_N times the parameters and ρ_D times the tokens.",
+        )
+    rows = []
+    for block, name in enumerate(fit.optimizers):
+        cells = [name]
+        for column in (0, 2, 4, 5):
+            value, copies = fit.theta[block, column], fit.draws[:, block, column]
+            if column in (0, 5):
+                value, copies = np.exp(value), np.exp(copies)
+            low, high = interval(copies)
+            cells.append(f"{value:.3f} ({low:.3f} to {high:.3f})")
+        rows.append(cells)
+    return Table(["optimizer", "E", "a (size)", "b (tokens)", "κ"], rows, f"Separate {fit.form} laws.")

@@ -1,0 +1,129 @@
+"""Hyperparameter laws, and how the best learning rate moves with width and depth."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_opt.study.analysis import Analysis
+from megatron_opt.study.dataset import Dataset
+from megatron_opt.study.fits.intervals import interval
+from megatron_opt.study.report.plots import Plot, Section, Series, Table, colors
+
+
+def hyper_laws(analysis: Analysis) -> Section:
+    """h(N, D) = α·N^−A·D^−B + β: tuned values, the law along N at each ratio, the prediction for the
+    target.
+    """
+    section = Section("Hyperparameter laws")
+    if not analysis.hyper_laws:
+        return section
+    section.text.append(
+        "Tuned values in each regime (points) and the law h = α·N^−A·D^−B + β at the lowest ratio "
+        "(curve, 90% band). A "
+        "grid knows an optimum only to about half a step."
+    )
+    color, per = colors(analysis.dataset.optimizers), analysis.dataset.tokens_per_parameter
+    n, ratios = analysis.target
+    for key in dict.fromkeys(law.hyperparameter for law in analysis.hyper_laws):
+        series = []
+        for law in analysis.hyper_laws:
+            if law.hyperparameter != key:
+                continue
+            ratio = float((law.d / law.n).min())
+            grid = np.geomspace(law.n.min(), max(n, law.n.max()), 30)
+            bands = np.array([law.interval(size, ratio * size) for size in grid])
+            c = color[law.optimizer]
+            series.append(Series(law.optimizer, law.n.tolist(), law.value.tolist(), c, line=False))
+            series.append(
+                Series(
+                    "",
+                    grid.tolist(),
+                    law.predict(grid, ratio * grid).tolist(),
+                    c,
+                    points=False,
+                    low=bands[:, 0].tolist(),
+                    high=bands[:, 1].tolist(),
+                )
+            )
+        section.plots.append(
+            Plot(
+                f"hyper-law-{key}",
+                f"Tuned {key} against size",
+                "non-embedding parameters",
+                key,
+                series,
+                x_log=True,
+                y_log=True,
+            )
+        )
+    rows = []
+    for law in analysis.hyper_laws:
+        d = ratios[0] * per * n
+        low, high = law.interval(n, d)
+        copies = np.array(interval(law.draws[:, 1:3]))
+        rows.append(
+            [
+                law.optimizer,
+                law.hyperparameter,
+                *(f"{law.theta[i]:.2f} ({copies[0, i - 1]:.2f} to {copies[1, i - 1]:.2f})" for i in (1, 2)),
+                f"{float(law.predict(n, d)):.3g}",
+                f"{low:.3g} to {high:.3g}",
+            ]
+        )
+    section.tables.append(
+        Table(
+            [
+                "optimizer",
+                "hyperparameter",
+                "A (size)",
+                "B (tokens)",
+                f"at {n:.2g}, {ratios[0]:g}x",
+                "90% interval",
+            ],
+            rows,
+        )
+    )
+    return section
+
+
+def transfer(dataset: Dataset) -> Section:
+    """The best learning rate against width and against depth, other shape numbers mixed as they were run."""
+    section = Section(
+        "Transfer of the best learning rate",
+        ["Flat lines transfer: the rate tuned on a small model is right for a large one."],
+    )
+    color, best = colors(dataset.optimizers), dataset.best()
+    for flag, label in (("hidden-size", "width"), ("num-layers", "depth")):
+        series = []
+        for name in dataset.optimizers:
+            points = sorted(
+                (cell.record.config["flags"][flag], cell.record.hyper["lr"], cell.record.id)
+                for (optimizer, _), cell in best.items()
+                if optimizer == name
+                and flag in cell.record.config.get("flags", {})
+                and "lr" in cell.record.hyper
+            )
+            if len({x for x, *_ in points}) > 1:
+                series.append(
+                    Series(
+                        name,
+                        [float(p[0]) for p in points],
+                        [p[1] for p in points],
+                        color[name],
+                        line=False,
+                        runs=[p[2] for p in points],
+                    )
+                )
+        if series:
+            section.plots.append(
+                Plot(
+                    f"transfer-{label}",
+                    f"Best learning rate against {label}",
+                    label,
+                    "best learning rate",
+                    series,
+                    x_log=True,
+                    y_log=True,
+                )
+            )
+    return section
