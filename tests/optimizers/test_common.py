@@ -21,6 +21,9 @@ CASES = {
     "soap-blocks": ("soap", dict(block_size=8, precondition_frequency=2, stagger=True)),
     "soap-one-sided": ("soap", dict(one_sided=True, precondition_frequency=2, block_size=16)),
     "soap-authors": ("soap", dict(variant="authors", precondition_frequency=2, max_precond_dim=40)),
+    "kron": ("kron", dict(update_probability=1.0, preconditioner_lr=0.1)),
+    "kron-blocks": ("kron", dict(update_probability=1.0, block_size=8, max_size_triangular=100)),
+    "kron-procrustes": ("kron", dict(update_probability=1.0, update_form="procrustes", block_size=16)),
 }
 SHAPES = {
     "tall": (32, 12),

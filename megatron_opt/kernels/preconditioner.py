@@ -1,0 +1,118 @@
+"""Kronecker preconditioners P = QᵀQ of blocks (B, m, n), learnt from pairs of gradient and noise, and matrix roots.
+
+A factor is dense (B, k, k) or diagonal (B, k). PSGD: arXiv 1512.04202, 2402.11858. The triangular update and the norm's
+bound are those of kron-torch and of the study's code; the Procrustes form is dQ = Q^½ E Q^{3/2} of 2402.11858.
+"""
+
+import torch
+from torch import Tensor
+
+Factors = dict[int, Tensor]  # by side
+
+
+def norm_bound(a: Tensor) -> Tensor:
+    """A lower bound (B,) of ‖A‖₂, tight to √2 for symmetric and skew matrices: two products with its largest column."""
+    largest = a.abs().amax((-2, -1), keepdim=True)
+    scaled = a / largest.clamp_min(torch.finfo(a.dtype).tiny)
+    index = scaled.square().sum(-2).argmax(-1)
+    column = scaled.gather(-1, index.view(-1, 1, 1).expand(-1, a.shape[-2], 1))  # (B, k, 1)
+    x = scaled.mT @ column
+    x = scaled @ (x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(a.dtype).tiny))
+    return largest.flatten() * torch.linalg.vector_norm(x, dim=(-2, -1))
+
+
+def _times(x: Tensor, factor: Tensor, side: int, transposed: bool = False) -> Tensor:
+    """Q·x (side 0) or x·Qᵀ (side 1), with Qᵀ for Q where asked."""
+    if factor.ndim == 2:
+        return x * (factor.unsqueeze(-1) if side == 0 else factor.unsqueeze(-2))
+    q = factor.mT if transposed else factor
+    return q @ x if side == 0 else x @ q.mT
+
+
+def whiten(x: Tensor, factors: Factors) -> Tensor:
+    """Q₀·x·Q₁ᵀ."""
+    for side, factor in factors.items():
+        x = _times(x, factor, side)
+    return x
+
+
+def precondition(x: Tensor, factors: Factors) -> Tensor:
+    """Q₀ᵀQ₀·x·Q₁ᵀQ₁. 4k² FLOPs a dense side and element of the other side."""
+    for side, factor in factors.items():
+        x = _times(_times(x, factor, side), factor, side, transposed=True)
+    return x
+
+
+def _unwhiten(v: Tensor, factors: Factors) -> Tensor:
+    """Q₀⁻ᵀ·v·Q₁⁻¹ for upper triangular or diagonal factors."""
+    for side, factor in factors.items():
+        if factor.ndim == 2:
+            v = v / (factor.unsqueeze(-1) if side == 0 else factor.unsqueeze(-2))
+        elif side == 0:
+            v = torch.linalg.solve_triangular(factor.mT, v, upper=False)
+        else:
+            v = torch.linalg.solve_triangular(factor, v, upper=True, left=False)
+    return v
+
+
+def _moment(x: Tensor, side: int, diagonal: bool) -> Tensor:
+    """x·xᵀ (side 0) or xᵀx (side 1), or its diagonal."""
+    if diagonal:
+        return x.square().sum(2 - side)
+    return x @ x.mT if side == 0 else x.mT @ x
+
+
+def triangular_update(factors: Factors, g: Tensor, v: Tensor, lr: float) -> None:
+    """Q ← Q − lr·triu(AAᵀ − BBᵀ)·Q/‖AAᵀ + BBᵀ‖ for every side, A = Q₀gQ₁ᵀ, B = Q₀⁻ᵀvQ₁⁻¹, v Gaussian; in place."""
+    a, b = whiten(g, factors), _unwhiten(v, factors)
+    for side, q in factors.items():
+        diagonal = q.ndim == 2
+        found, wanted = _moment(a, side, diagonal), _moment(b, side, diagonal)
+        tiny = torch.finfo(q.dtype).tiny
+        if diagonal:
+            q.sub_((found - wanted) * q * (lr / (found + wanted).amax(-1, keepdim=True).clamp_min(tiny)))
+        else:
+            step = lr / norm_bound(found + wanted).clamp_min(tiny)
+            q.sub_(((found - wanted).triu_() * step.view(-1, 1, 1)) @ q)
+
+
+def _rotate_to_symmetric(q: Tensor, largest_step: float = 0.125) -> Tensor:
+    """One step exp(aR)·Q, R = Qᵀ − Q normalized, to second order, towards the rotation that makes Q symmetric positive."""
+    r = q.mT - q
+    r = r / norm_bound(r).clamp_min(torch.finfo(q.dtype).tiny).view(-1, 1, 1)
+    rq = r @ q
+    rrq = r @ rq
+    slope, curve = (x.diagonal(dim1=-2, dim2=-1).sum(-1) for x in (rq, rrq))
+    best = torch.where(curve < 0, -slope / curve, torch.full_like(slope, largest_step))
+    step = best.clamp(0, largest_step).view(-1, 1, 1)
+    return q + step * (rq + 0.5 * step * rrq)
+
+
+def procrustes_update(factors: Factors, bounds: Factors, g: Tensor, lr: float, decay: float = 0.9) -> None:
+    """Q ← Q − (lr/L)·(C − c·I)·Q, then a rotation towards symmetric Q; C the side's moment of P·g, c the other side's size.
+
+    L is the running bound of ‖C‖ + c, kept in `bounds` (B,). In place, no solve.
+    """
+    whitened = precondition(g, factors)
+    for side, q in factors.items():
+        diagonal = q.ndim == 2
+        moment = _moment(whitened, side, diagonal)
+        other = float(g.shape[2 - side])
+        norm = (moment.amax(-1) if diagonal else norm_bound(moment)) + other
+        bound = bounds[side]
+        bound.copy_(torch.maximum(decay * bound + (1 - decay) * norm, norm))
+        if diagonal:
+            q.mul_(1 - (lr / bound).unsqueeze(-1) * (moment - other))
+        else:
+            q.sub_((lr / bound).view(-1, 1, 1) * (moment @ q - other * q))
+            q.copy_(_rotate_to_symmetric(q))
+
+
+def balance(factors: Factors) -> None:
+    """Give the two factors of each block the same largest entry, their product kept; in place."""
+    if len(factors) < 2:
+        return
+    largest = [q.abs().flatten(1).amax(1) for q in factors.values()]
+    mean = (largest[0] * largest[1]).sqrt()
+    for q, most in zip(factors.values(), largest):
+        q.mul_((mean / most).view(-1, *[1] * (q.ndim - 1)))
