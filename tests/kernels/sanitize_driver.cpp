@@ -1,0 +1,87 @@
+// Runs every rule and sum of the CPU kernels on exactly allocated, misaligned, empty, tiny and odd buffers in every format, with
+// values from denormal to Inf and NaN; built with sanitizers by tools/sanitize.sh.
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <random>
+
+#include "../../csrc/cpu/multi_tensor.h"
+#include "../../csrc/include/chunks.h"
+
+using namespace megatron_opt;
+
+namespace {
+
+std::mt19937 random_bits(7);
+
+int64_t draw(int64_t below) { return static_cast<int64_t>(random_bits() % static_cast<uint64_t>(below)); }
+
+int64_t width(Format format) { return format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1; }
+
+float value() {
+  constexpr float scales[] = {1.0f, 1e-40f, 1e-20f, 1e30f, 0.0f, INFINITY, NAN};
+  const float x = static_cast<float>(static_cast<int32_t>(random_bits())) * 0x1p-31f;
+  return x * scales[draw(20) < 14 ? 0 : draw(7)];
+}
+
+using Memory = std::vector<std::unique_ptr<unsigned char[]>>;
+
+// A tensor of exactly `numel` elements that ends where its allocation ends, at any element-aligned address.
+void* allocate(Memory& memory, Format format, int64_t numel) {
+  const int64_t skipped = draw(9);
+  memory.push_back(std::make_unique<unsigned char[]>(static_cast<size_t>((numel + skipped) * width(format))));
+  unsigned char* start = memory.back().get() + skipped * width(format);
+  for (int64_t i = 0; i < numel; ++i) {
+    if (format == Format::f32) reinterpret_cast<float*>(start)[i] = value();
+    if (format == Format::bf16) reinterpret_cast<uint16_t*>(start)[i] = float_to_bf16(value());
+    if (format >= Format::signed8) start[i] = static_cast<unsigned char>(draw(249));
+  }
+  return start;
+}
+
+Piece make_piece(Memory& memory) {
+  constexpr int64_t sizes[] = {0, 1, 3, 17, 2047, 2048, 2049, 5000, 70000};
+  Piece piece{};
+  piece.numel = sizes[draw(9)];
+  piece.first = static_cast<uint64_t>(draw(1 << 30)) << draw(8);
+  for (int slot = kParam; slot < kSlots; ++slot) {
+    Format format = draw(2) != 0 ? Format::f32 : Format::bf16;
+    if (slot == kState0 && draw(3) == 0) format = Format::signed8;
+    if (slot == kState1 && draw(3) == 0) format = Format::unsigned8;
+    piece.format[slot] = slot == kCopy ? Format::bf16 : format;
+    piece.data[slot] = allocate(memory, piece.format[slot], piece.numel);
+    if (format >= Format::signed8) {
+      piece.absmax[slot] = static_cast<float*>(allocate(memory, Format::f32, blocks_of(piece.numel)));
+    }
+  }
+  return piece;
+}
+
+}  // namespace
+
+int main() {
+  int calls = 0;
+  for (int round = 0; round < 40; ++round) {
+    Memory memory;
+    std::vector<Piece> pieces;
+    for (int64_t i = draw(6); i > 0; --i) pieces.push_back(make_piece(memory));
+    std::vector<double> sums(3 * pieces.size());
+    std::vector<float> scales(2 * pieces.size(), 0.5f);
+    Options options{};
+    options.coefficients = {1e-3f, 1e-4f, 1.0f, 0.9f, 0.1f, 0.98f, 0.02f, 1e-10f, 1.5f, 0.2f, 2.0f, 0.3f};
+    options.cautious_decay = draw(2) != 0;
+    options.stochastic = draw(2) != 0;
+    options.scales = draw(2) != 0 ? scales.data() : nullptr;
+    options.sums = draw(2) != 0 ? sums.data() : nullptr;
+    options.seed = random_bits();
+    options.step = static_cast<uint32_t>(round);
+    for (int rule = 0; rule < 8; ++rule, ++calls) {
+      update_cpu(static_cast<Rule>(rule), options, pieces, 1 + static_cast<int>(draw(3)));
+    }
+    for (int kind = 0; kind < 4; ++kind, ++calls) {
+      sum_cpu(static_cast<Sum>(kind), options, pieces, sums.data(), 1 + static_cast<int>(draw(3)));
+    }
+  }
+  std::printf("%s: %d calls\n", cpu_kernels_name(), calls);
+  return 0;
+}

@@ -1,0 +1,94 @@
+"""Choosing between native kernels and the torch reference: forced, missing, stale, and what tracing sees."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_opt.errors import UserError
+from megatron_opt.kernels import dispatch
+from megatron_opt.kernels import multi_tensor as mt
+
+STEP = """
+import sys, torch
+from megatron_opt.kernels import multi_tensor as mt
+p = [torch.ones(3)]
+mt.update(mt.Rule.APPLY, p, [torch.ones(3)], (), mt.Coefficients(lr=0.5))
+mt.update(mt.Rule.APPLY, p, [torch.ones(3)], (), mt.Coefficients(lr=0.25))
+print(p[0].tolist(), "megatron_opt._C" in sys.modules)
+"""
+MISSING = "import sys; sys.modules['megatron_opt._C'] = None\n"
+STALE = "import megatron_opt.kernels.dispatch as d; d.source_hash = lambda folder: 'other'\n"
+OTHER_TORCH = "import megatron_opt.kernels.dispatch as d, types, sys\n" + (
+    "sys.modules['megatron_opt._C'] = types.SimpleNamespace(torch_version='1.0', source_hash='')\n"
+)
+native = pytest.mark.skipif(not dispatch.native_available(), reason="the extension is not built")
+
+
+def run(program, **environment):
+    env = {key: value for key, value in os.environ.items() if key not in ("MEGATRON_OPT_KERNELS", "RANK")}
+    return subprocess.run(
+        [sys.executable, "-c", program], env=env | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_reference_never_loads_the_extension():
+    result = run(STEP, MEGATRON_OPT_KERNELS="reference")
+    assert (result.stdout.strip(), result.stderr) == ("[0.25, 0.25, 0.25] False", "")
+
+
+@native
+def test_native_is_silent():
+    result = run(STEP, MEGATRON_OPT_KERNELS="native")
+    assert (result.stdout.strip(), result.stderr) == ("[0.25, 0.25, 0.25] True", "")
+
+
+@pytest.mark.parametrize(
+    "spoiled, reason",
+    [
+        (MISSING, "is not built"),
+        (OTHER_TORCH, f"was built for torch 1.0, this is {torch.__version__}"),
+        pytest.param(STALE, "is older than csrc", marks=native),
+    ],
+)
+def test_an_extension_that_cannot_be_used_is_named_once_and_passed_over(spoiled, reason):
+    result = run(spoiled + STEP)
+    assert result.stdout.startswith("[0.25, 0.25, 0.25]")
+    assert result.stderr.count("\n") == 1 and reason in result.stderr and "pip install" in result.stderr
+    assert run(spoiled + STEP, RANK="1").stderr == ""
+    forced = run(spoiled + STEP, MEGATRON_OPT_KERNELS="native")
+    assert forced.returncode != 0 and "UserError: MEGATRON_OPT_KERNELS=native, but" in forced.stderr
+
+
+def test_an_unknown_mode_is_refused(monkeypatch):
+    monkeypatch.setenv("MEGATRON_OPT_KERNELS", "fast")
+    with pytest.raises(UserError, match="'fast'; set it to reference or native"):
+        dispatch.native_available()
+
+
+def test_a_device_without_kernels_takes_the_reference(monkeypatch, capsys):
+    assert not dispatch.native_available("meta")
+
+
+@native
+def test_operators_have_fakes_that_agree():
+    def tensors(count, *shape):
+        return [torch.rand(*shape) for _ in range(count)]
+
+    c = list(mt.Coefficients(eps=1e-8))
+    p, g, m, v = (tensors(2, 5, 3) for _ in range(4))
+    update = (0, p, g, m, v, [], [], [], [], None, c, None, False, False, 0, 1, [], True)
+    torch.library.opcheck(torch.ops.megatron_opt.multi_tensor_update.default, update)
+    torch.library.opcheck(torch.ops.megatron_opt.multi_tensor_sum.default, (3, p, g, [], [], c))
+
+
+@native
+def test_fake_tensors_pass_through():
+    with FakeTensorMode():
+        params, grads = [torch.empty(4, 5)], [torch.empty(4, 5)]
+        sums = mt.update(mt.Rule.APPLY, params, grads, (), mt.Coefficients(), with_sums=True)
+        assert sums.shape == (1, 3) and sums.dtype == torch.float64
+        assert mt.sums(mt.Sum.PRODUCTS, grads, mt.Coefficients(), params=params).shape == (1, 3)
