@@ -216,5 +216,7 @@ def _check(args: Any) -> None:
     if "make-vocab-size-divisible-by" not in args.given_flags and args.padded_vocab_size is None:
         # Megatron pads to this times TP, so that every TP size has another output layer; ours is one for all sizes
         args.make_vocab_size_divisible_by = max(1, args.make_vocab_size_divisible_by // tp)
+    if args.save and args.save_interval is None:
+        args.save_interval = args.train_iters or 1000  # Megatron refuses to guess; ours is the end of the run
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length

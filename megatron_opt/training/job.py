@@ -28,6 +28,7 @@ def train(args: Any) -> None:
     make = training.get_megatron_optimizer if args.optimizer in MEGATRON_OWN else make_optimizer
     training.get_megatron_optimizer = functools.partial(_watched, monitor, make)
     monitor.install(training)
+    _check_data(args)
     config = gpt_config_from_args(args)
     if not args.megatron_init:
         config.pre_wrap_hooks = [*config.pre_wrap_hooks, functools.partial(_initialize, args)]
@@ -39,6 +40,16 @@ def train(args: Any) -> None:
         monitor.finish("diverged")
     else:
         monitor.finish("completed")
+
+
+def _check_data(args: Any) -> None:
+    """Refuse missing, damaged or foreign datasets, and a tokenizer that did not make them, before anything is built."""
+    from megatron_opt.data.check import check_dataset, tokenizer_digest
+    from megatron_opt.training.batches import data_prefixes
+
+    digest = tokenizer_digest(args.tokenizer_model) if args.tokenizer_model else None
+    for prefix in data_prefixes(args):
+        check_dataset(prefix, args.padded_vocab_size, digest)
 
 
 def _initialize(args: Any, chunks: list[Any]) -> list[Any]:

@@ -38,7 +38,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     shared = parser.add_argument_group("optimizers")
     shared.conflict_handler = "resolve"
     shared.add_argument(
-        "--scalar-lr-ratio", type=float,
+        "--scalar-lr-ratio", "--muon-scalar-lr-ratio", "--scion-scalar-lr-ratio", dest="scalar_lr_ratio", type=float,
         help="learning rate of the parameters that a matrix optimizer leaves to an element-wise one, over --lr",
     )
     shared.add_argument("--decay-mode", choices=["decoupled", "independent", "cautious"], default="decoupled",
@@ -64,13 +64,21 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
 _MEGATRON_WORDS: dict[str, dict[str, str]] = {"--muon-fp32-matmul-prec": {"low": "medium"}}
 
 
+def _adam_target(optimizer: str) -> str:
+    """Whom Megatron's --adam-beta1, --adam-beta2 and --adam-eps speak to: the rule of the scalars where there is one."""
+    if optimizer == "scion":
+        return "signum"
+    return "adamw" if optimizer == "muon" or optimizer.endswith("_h") else optimizer
+
+
 def given_options(args: Any, given: set[str]) -> dict[str, dict[str, Any]]:
     """Options that the user gave, by optimizer."""
     found: dict[str, dict[str, Any]] = {}
+    adam = _adam_target(args.optimizer)
     for name, rule in registry.rules().items():
         fields = {field.name for field in dataclasses.fields(rule.Config)}  # type: ignore[attr-defined]
         options = {}
-        if name == args.optimizer:  # Megatron's --adam-beta1 speaks of the run's own element-wise rule
+        if name == adam:
             options = {
                 field: getattr(args, flag.replace("-", "_"))
                 for flag, field in _ADAM_FLAGS.items()
