@@ -23,9 +23,7 @@ def main(architectures: list[str]) -> int:
             command = [home / "bin" / "nvcc", *flags, *codes, f"-I{headers}", "-c", source, "-o", target]
             if subprocess.run(command).returncode:
                 return 1
-            print(
-                f"{source.relative_to(ROOT)}: sm_{', sm_'.join(architectures)}, {target.stat().st_size} bytes"
-            )
+            print(f"{source.relative_to(ROOT)}: sm_{', sm_'.join(architectures)}, {target.stat().st_size} bytes")
     return 0
 
 

@@ -4,13 +4,14 @@ import os
 
 import torch
 
+
 def on_cpu() -> bool:
     """True where torch sees no CUDA device."""
     return not torch.cuda.is_available()
 
 
 def activate() -> None:
-    """Prepare this process: patches for CPU where there is no GPU, nothing otherwise. Call before importing Megatron."""
+    """Patch this process where there is no GPU, do nothing otherwise; to be called before Megatron is imported."""
     if on_cpu():
         from megatron_opt.platform import cuda_answers, megatron_patches
 

@@ -15,9 +15,10 @@ import torch
 
 CPU = torch.device("cpu")
 _FACTORIES = (
-    "arange as_tensor empty empty_like empty_strided eye full full_like linspace logspace ones ones_like "
-    "rand rand_like randint randint_like randn randn_like randperm tensor zeros zeros_like"
-).split()
+    "arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace",
+    "logspace", "ones", "ones_like", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like",
+    "randperm", "tensor", "zeros", "zeros_like",
+)
 _TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
     torch.float16: "torch.cuda.HalfTensor",
@@ -107,8 +108,11 @@ def memory_stats() -> dict[str, int]:
     """This process's resident memory under the keys that Megatron prints, in bytes."""
     now = psutil.Process().memory_info().rss
     peak = max(now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-    stats = {f"{kind}_bytes.all.{when}": value for kind in ("allocated", "reserved", "active")
-             for when, value in (("current", now), ("peak", peak))}
+    stats = {
+        f"{kind}_bytes.all.{when}": value
+        for kind in ("allocated", "reserved", "active")
+        for when, value in (("current", now), ("peak", peak))
+    }
     return stats | {"allocation.all.current": 0, "num_alloc_retries": 0}
 
 

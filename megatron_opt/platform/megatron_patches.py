@@ -1,4 +1,4 @@
-"""What Megatron-Core 0.19.2 does only on CUDA, done on the CPU: attention, norms under sequence parallelism, MoE, RNG."""
+"""What Megatron-Core 0.19.2 does only on CUDA, done on the CPU: attention, norms with sequence parallelism, MoE, RNG."""
 
 from contextlib import nullcontext
 from typing import Any

@@ -16,13 +16,16 @@ PRESETS = Path(__file__).parent.parent / "presets"
 
 # What a Megatron job needs to be told on CPU; put before the user's flags, so that his win.
 CPU_FLAGS = (
-    "--distributed-backend gloo --transformer-impl local --use-cpu-initialization --no-gradient-accumulation-fusion "
-    "--no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion --no-bias-swiglu-fusion "
-    "--no-bias-gelu-fusion --no-bias-dropout-fusion --no-create-attention-mask-in-dataloader "
-    "--num-workers 0 --ckpt-format torch_dist --eval-iters 10"
-).split()
+    "--distributed-backend", "gloo", "--transformer-impl", "local", "--use-cpu-initialization",
+    "--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion", "--no-persist-layer-norm",
+    "--no-rope-fusion", "--no-bias-swiglu-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion",
+    "--no-create-attention-mask-in-dataloader", "--num-workers", "0", "--ckpt-format", "torch_dist",
+    "--eval-iters", "10",
+)
 # Ours everywhere: divergence is a result of a study, and a bad matrix is skipped; both are counted and logged.
-OUR_FLAGS = "--no-check-for-nan-in-loss-and-grad --log-throughput --lr-wsd-decay-style linear".split()
+OUR_FLAGS = (
+    "--no-check-for-nan-in-loss-and-grad", "--log-throughput", "--lr-wsd-decay-style", "linear",
+)
 
 
 def preset_names() -> list[str]:
@@ -82,28 +85,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--print-config", action="store_true", help="print every flag's value and exit")
     group.add_argument("--output-dir", help="folder for results.json and metrics.jsonl")
     group.add_argument(
-        "--init-style", choices=["megatron", "study"], default="megatron",
+        "--init-style",
+        choices=["megatron", "study"],
+        default="megatron",
         help="megatron: normal(0, --init-method-std), residual outputs scaled by 1/sqrt(2·layers); "
         "study: normal truncated at 3 sigma over sqrt(fan_in), embedding over hidden size (arXiv 2509.02046)",
     )
     group.add_argument(
-        "--megatron-init", action="store_true",
+        "--megatron-init",
+        action="store_true",
         help="initialize as Megatron does, which gives every layout another model",
     )
     group.add_argument("--print-optimizer-plan", action="store_true", help="print who owns which matrix")
     group.add_argument("--optimizer-groups", metavar="FILE", help="YAML: pattern -> optimizer and options")
     group.add_argument(
-        "--on-bad-matrix", choices=["skip", "abort"], default="skip",
+        "--on-bad-matrix",
+        choices=["skip", "abort"],
+        default="skip",
         help="a matrix whose gradient is not finite: leave it as it is for this step and count it, or stop",
     )
     group.add_argument(
-        "--matrix-mode", choices=["auto", "owner", "sharded"], default="auto",
+        "--matrix-mode",
+        choices=["auto", "owner", "sharded"],
+        default="auto",
         help="compute a matrix whole on one rank, or in slices on all; auto picks by cost",
     )
-    group.add_argument("--exchange-dtype", choices=["fp32", "bf16"], default="fp32",
-                       help="type of gradients and updates on the wire between shards and owners")
-    group.add_argument("--exchange-bucket-mb", type=float, default=64.0,
-                       help="matrices travel in buckets of this many megabytes a rank; the next one while this is computed")
+    group.add_argument(
+        "--exchange-dtype",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="type of gradients and updates on the wire between shards and owners",
+    )
+    group.add_argument(
+        "--exchange-bucket-mb",
+        type=float,
+        default=64.0,
+        help="matrices travel in buckets of this many megabytes a rank; the next one while this is computed",
+    )
     add_optimizer_arguments(parser)
     parser.error = _refuse  # type: ignore[method-assign]
     return parser
@@ -196,11 +214,14 @@ def _check(args: Any) -> None:
         )
     if args.num_attention_heads and args.num_attention_heads % tp:
         raise UserError(
-            f"--num-attention-heads {args.num_attention_heads} is not divisible by "
-            f"--tensor-model-parallel-size {tp}."
+            f"--num-attention-heads {args.num_attention_heads} is not divisible by --tensor-model-parallel-size {tp}."
         )
-    if args.hidden_size and args.num_attention_heads and args.kv_channels is None \
-            and args.hidden_size % args.num_attention_heads:
+    if (
+        args.hidden_size
+        and args.num_attention_heads
+        and args.kv_channels is None
+        and args.hidden_size % args.num_attention_heads
+    ):
         raise UserError(
             f"--hidden-size {args.hidden_size} is not divisible by --num-attention-heads {args.num_attention_heads}; "
             "change one, or give --kv-channels."
@@ -209,10 +230,16 @@ def _check(args: Any) -> None:
         raise UserError(f"--num-experts {args.num_experts} is not divisible by --expert-model-parallel-size {ep}.")
     if args.fp16 and args.optimizer not in ("adam", "sgd"):
         raise UserError(f"--fp16 does not work with --optimizer {args.optimizer}; use --bf16 or fp32.")
-    for flag, needed in (("num_layers", "--num-layers"), ("hidden_size", "--hidden-size"),
-                         ("num_attention_heads", "--num-attention-heads"), ("seq_length", "--seq-length")):
+    for flag, needed in (
+        ("num_layers", "--num-layers"),
+        ("hidden_size", "--hidden-size"),
+        ("num_attention_heads", "--num-attention-heads"),
+        ("seq_length", "--seq-length"),
+    ):
         if getattr(args, flag) is None:
-            raise UserError(f"{needed} is missing; give it, or a whole model by --preset ({', '.join(preset_names())}).")
+            raise UserError(
+                f"{needed} is missing; give it, or a whole model by --preset ({', '.join(preset_names())})."
+            )
     if "make-vocab-size-divisible-by" not in args.given_flags and args.padded_vocab_size is None:
         # Megatron pads to this times TP, so that every TP size has another output layer; ours is one for all sizes
         args.make_vocab_size_divisible_by = max(1, args.make_vocab_size_divisible_by // tp)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megatron_opt.errors import UserError
 
-
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
@@ -103,9 +102,7 @@ def get_batch(data_iterator: Iterator[Any], vp_stage: int | None) -> tuple[Tenso
         )
     if args.context_parallel_size > 1:
         batch["cu_seqlens"] = None
-        batch = get_batch_on_this_cp_rank(
-            batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
-        )
+        batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
     return tuple(batch.get(key) for key in BATCH_KEYS)
 
 

@@ -1,4 +1,4 @@
-"""Seconds spent in parts of a step: by CUDA events on a GPU, so that nothing waits for it, by the wall clock elsewhere."""
+"""Seconds spent in parts of a step: by CUDA events on a GPU, so that nothing waits, by the wall clock elsewhere."""
 
 import functools
 import time

@@ -61,7 +61,9 @@ def scale_of(info: MatrixInfo, style: str, config: Any) -> float:
     return std
 
 
-def _fill(target: Tensor, seed: int, name: str, row: int, col: int, width: int, std: float, truncate: float | None) -> None:
+def _fill(
+    target: Tensor, seed: int, name: str, row: int, col: int, width: int, std: float, truncate: float | None
+) -> None:
     """Fill a local block whose upper left corner is (row, col) of a whole matrix of `width` columns."""
     rows, cols = target.shape
     step = max(1, _CHUNK // cols)

@@ -14,12 +14,10 @@ def train(args: Any) -> None:
     import megatron.training.training as training
     from megatron.core.enums import ModelType
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-
     from megatron.training.utils import print_rank_last
 
     from megatron_opt import platform
     from megatron_opt.training import batches
-
     from megatron_opt.training.monitoring import Diverged, Monitor
 
     monitor = Monitor(args)

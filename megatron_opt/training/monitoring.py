@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl while it trains, results.json at its end, and more in TensorBoard and the log.
+"""What a run leaves behind: metrics.jsonl while it trains, results.json at its end, more in TensorBoard and the log.
 
 Megatron's own log lines stay; this adds true throughput on CPU, the split of a step's time, and norms of weights and
 updates by parameter group.
@@ -40,7 +40,9 @@ def git_revision() -> str | None:
     """Commit of the source tree that this package runs from, or None."""
     folder = Path(megatron_opt.__file__).parent
     try:
-        done = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
@@ -79,9 +81,7 @@ class Monitor:
         log, evaluate_all, evaluate = training.training_log, training.evaluate_and_print_results, training.evaluate
         printer, schedule = training.print_rank_last, training.get_forward_backward_func
 
-        def training_log(
-            loss_dict: Any, total: Any, lr: Any, iteration: int, *args: Any, **kwargs: Any
-        ) -> Any:
+        def training_log(loss_dict: Any, total: Any, lr: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
             flag = log(loss_dict, total, lr, iteration, *args, **kwargs)
             grad_norm = args[3] if len(args) > 3 else kwargs.get("grad_norm")
             if not kwargs.get("is_first_iteration"):
@@ -256,7 +256,11 @@ class Monitor:
             "tokenizer": _tokenizer(args),
             "data": args.data_path or args.train_data_path,
             "git_revision": git_revision(),
-            "versions": {"megatron_opt": megatron_opt.__version__, "torch": torch.__version__, "megatron_core": _core()},
+            "versions": {
+                "megatron_opt": megatron_opt.__version__,
+                "torch": torch.__version__,
+                "megatron_core": _core(),
+            },
             "argv": args.command_line,
             "config": {key: _plain(value) for key, value in sorted(vars(args).items()) if not key.startswith("_")},
         }

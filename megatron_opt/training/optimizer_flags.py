@@ -38,11 +38,19 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     shared = parser.add_argument_group("optimizers")
     shared.conflict_handler = "resolve"
     shared.add_argument(
-        "--scalar-lr-ratio", "--muon-scalar-lr-ratio", "--scion-scalar-lr-ratio", dest="scalar_lr_ratio", type=float,
+        "--scalar-lr-ratio",
+        "--muon-scalar-lr-ratio",
+        "--scion-scalar-lr-ratio",
+        dest="scalar_lr_ratio",
+        type=float,
         help="learning rate of the parameters that a matrix optimizer leaves to an element-wise one, over --lr",
     )
-    shared.add_argument("--decay-mode", choices=["decoupled", "independent", "cautious"], default="decoupled",
-                        help="weight decay: times lr, not times lr, or only where the update shrinks the weight")
+    shared.add_argument(
+        "--decay-mode",
+        choices=["decoupled", "independent", "cautious"],
+        default="decoupled",
+        help="weight decay: times lr, not times lr, or only where the update shrinks the weight",
+    )
     shared.add_argument("--split-heads", action="store_true", help="one logical matrix a head for q, k and v")
     for name, rule in sorted(rules.items()):
         group = parser.add_argument_group(f"optimizer {name}", (rule.__doc__ or "").split("\n")[0])
@@ -65,7 +73,7 @@ _MEGATRON_WORDS: dict[str, dict[str, str]] = {"--muon-fp32-matmul-prec": {"low":
 
 
 def _adam_target(optimizer: str) -> str:
-    """Whom Megatron's --adam-beta1, --adam-beta2 and --adam-eps speak to: the rule of the scalars where there is one."""
+    """Whom Megatron's --adam-beta1, -beta2 and -eps speak to: the rule of the scalars where there is one."""
     if optimizer == "scion":
         return "signum"
     return "adamw" if optimizer == "muon" or optimizer.endswith("_h") else optimizer
