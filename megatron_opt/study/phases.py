@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
+from megatron_opt.errors import UserError
+from megatron_opt.study.descent import Search, descend, refine
 from megatron_opt.study.runs import Run, make_run
-from megatron_opt.study.spec import Phase, Regime, Study
+from megatron_opt.study.sensitivity import Sensitivity, Tried, best_of, classify
+from megatron_opt.study.spec import OptimizerSpace, Phase, Regime, Study
 
 Lookup = Callable[[Run], float | None]
 """final validation loss of a run: inf when it diverged, None when it has no result yet"""
@@ -24,69 +29,259 @@ class Progress:
     wanted: list[Run] = field(default_factory=list)
     """every run the phase is known to need so far, finished ones included"""
     complete: bool = True
+    trace: list[dict[str, Any]] = field(default_factory=list)
+    """decisions in words and numbers, for the report"""
 
 
-def advance(study: Study, phase: Phase, lookup: Lookup) -> Progress:
-    """What a phase needs, given the results so far."""
-    return _PHASES[phase.kind](study, phase, lookup)
+class Planner:
+    """Asks the phases of a study in order, each with the results of those before it."""
+
+    def __init__(self, study: Study, lookup: Lookup):
+        self.study, self.lookup = study, lookup
+        self.tried: dict[str, Tried] = {name: {} for name in study.optimizers}
+        self.sensitivity: dict[str, list[Sensitivity]] = {}
+
+    def phases(self) -> list[tuple[Phase, Progress]]:
+        """Progress of every phase up to the first that is not complete."""
+        kinds = {
+            "grid": self._grid,
+            "descent": self._descent,
+            "restricted": self._restricted,
+            "predict": self._predict,
+            "seeds": self._seeds,
+        }
+        found = []
+        for phase in self.study.phases:
+            progress = kinds[phase.kind](phase)
+            for run in progress.wanted:
+                self._remember(run)
+            found.append((phase, progress))
+            if not progress.complete:
+                break
+        return found
+
+    def _remember(self, run: Run) -> None:
+        loss = self.lookup(run)
+        if loss is not None and run.seed == self.study.seeds[0]:
+            cell = self.tried[run.optimizer].setdefault(run.regime, [])
+            if (run.hyper, loss) not in cell:
+                cell.append((run.hyper, loss))
+
+    def _run(self, name: str, regime: Regime, point: dict[str, Any], seed: int | None = None) -> Run:
+        return make_run(self.study, name, regime, point, self.study.seeds[0] if seed is None else seed)
+
+    def _collect(self, runs: list[Run]) -> Progress:
+        return Progress(runs, all(self.lookup(run) is not None for run in runs))
+
+    def _grid(self, phase: Phase) -> Progress:
+        return self._collect(
+            [
+                self._run(name, regime, point)
+                for regime in phase.regimes
+                for name, space in self.study.optimizers.items()
+                for point in space.points()
+            ]
+        )
+
+    def _descent(self, phase: Phase) -> Progress:
+        spaces = self.study.optimizers
+        progress = self._search(
+            phase,
+            {
+                (name, regime): (space.start, space.grid)
+                for regime in phase.regimes
+                for name, space in spaces.items()
+            },
+        )
+        if progress.complete:
+            for run in progress.wanted:
+                self._remember(run)
+            for name, space in spaces.items():
+                tried = {regime: runs for regime, runs in self.tried[name].items() if regime in phase.regimes}
+                self.sensitivity[name] = classify(name, space.grid, tried, self.study.insensitive)
+                progress.trace += [{"kind": "sensitivity", **asdict(one)} for one in self.sensitivity[name]]
+        return progress
+
+    def _restricted(self, phase: Phase) -> Progress:
+        """Sweep only the sensitive hyperparameters, from the nearest tuned regime."""
+        starts = {}
+        for regime in phase.regimes:
+            for name, space in self.study.optimizers.items():
+                start = dict(best_of(self.tried[name][self._nearest(name, regime)])[0])
+                start |= {
+                    one.hyperparameter: one.value for one in self.sensitivity[name] if not one.sensitive
+                }
+                sensitive = {one.hyperparameter for one in self.sensitivity[name] if one.sensitive}
+                grid = {key: values for key, values in space.grid.items() if key in sensitive}
+                starts[name, regime] = (start, grid)
+        return self._search(phase, starts)
+
+    def _search(self, phase: Phase, starts: dict[tuple[str, Regime], tuple[dict, dict]]) -> Progress:
+        """Descend everywhere; then, for equal effort, let early finishers refine up to the largest
+        run count.
+        """
+        progress = Progress()
+        for regime in phase.regimes:
+            searches: dict[str, Search] = {}
+            for name in self.study.optimizers:
+                start, grid = starts[name, regime]
+                searches[name] = descend(
+                    start, grid, self._evaluate(name, regime), self.study.adopt, self.study.max_runs
+                )
+            if self.study.equal_effort and all(search.complete for search in searches.values()):
+                most = max(len(search.wanted) for search in searches.values())
+                for name, search in searches.items():
+                    if len(search.wanted) < most:
+                        refine(search, self.study.optimizers[name].grid, self._evaluate(name, regime), most)
+            for name, search in searches.items():
+                progress.wanted += [self._run(name, regime, point) for point in search.wanted]
+                progress.complete &= search.complete
+                progress.trace += [
+                    {
+                        "kind": "sweep",
+                        "phase": phase.kind,
+                        "optimizer": name,
+                        "regime": str(regime),
+                        **asdict(sweep),
+                    }
+                    for sweep in search.sweeps
+                ]
+                if search.out_of_budget:
+                    progress.trace.append(
+                        {
+                            "kind": "budget",
+                            "phase": phase.kind,
+                            "optimizer": name,
+                            "regime": str(regime),
+                            "runs": len(search.wanted),
+                        }
+                    )
+        return progress
+
+    def _evaluate(self, name: str, regime: Regime) -> Callable[[dict[str, Any]], float | None]:
+        return lambda point: self.lookup(self._run(name, regime, point))
+
+    def _nearest(self, name: str, regime: Regime) -> Regime:
+        """The tuned regime closest in log N and log D."""
+
+        def place(one: Regime) -> np.ndarray:
+            parameters = self.study.models[one.model].non_embedding_parameters
+            return np.log([parameters, self.study.tokens(one)])
+
+        return min(self.tried[name], key=lambda one: float(np.linalg.norm(place(one) - place(regime))))
+
+    def _predict(self, phase: Phase) -> Progress:
+        """One run an optimizer and target, its hyperparameters from the laws h(N, D) of the tuned regimes."""
+        runs, trace = [], []
+        for regime in phase.regimes:
+            for name in self.study.optimizers:
+                point, laws = self._predicted(name, regime)
+                runs.append(self._run(name, regime, point))
+                trace.append(
+                    {
+                        "kind": "prediction",
+                        "optimizer": name,
+                        "regime": str(regime),
+                        "point": point,
+                        "from_laws": laws,
+                    }
+                )
+        progress = self._collect(runs)
+        progress.trace = trace
+        return progress
+
+    def _predicted(self, name: str, regime: Regime) -> tuple[dict[str, Any], list[str]]:
+        tuned = {one: best_of(runs)[0] for one, runs in self.tried[name].items() if one != regime}
+        point = dict(best_of(self.tried[name][self._nearest(name, regime)])[0])
+        verdicts = {one.hyperparameter: one for one in self.sensitivity.get(name, [])}
+        laws = []
+        n = float(self.study.models[regime.model].non_embedding_parameters)
+        for key, values in self.study.optimizers[name].grid.items():
+            verdict = verdicts.get(key)
+            if verdict is not None and not verdict.sensitive:
+                point[key] = verdict.value
+                continue
+            value = _law_value(
+                name,
+                key,
+                [(self._scale(one), hyper[key]) for one, hyper in tuned.items()],
+                (n, self.study.tokens(regime)),
+                values,
+            )
+            if value is not None:
+                point[key] = value
+                laws.append(key)
+        return point, laws
+
+    def _scale(self, regime: Regime) -> tuple[float, float]:
+        return float(self.study.models[regime.model].non_embedding_parameters), self.study.tokens(regime)
+
+    def _seeds(self, phase: Phase) -> Progress:
+        """The winner of each cell again, with every seed."""
+        runs = []
+        for regime in phase.regimes:
+            for name in self.study.optimizers:
+                if regime in self.tried[name] and math.isfinite(best_of(self.tried[name][regime])[1]):
+                    point = best_of(self.tried[name][regime])[0]
+                    runs += [self._run(name, regime, point, seed) for seed in self.study.seeds]
+        return self._collect(runs)
 
 
-def _collect(runs: list[Run], lookup: Lookup) -> Progress:
-    return Progress(runs, all(lookup(run) is not None for run in runs))
+def _law_value(
+    name: str,
+    key: str,
+    cells: list[tuple[tuple[float, float], Any]],
+    target: tuple[float, float],
+    grid: tuple,
+) -> Any | None:
+    """The law's value at the target, to three digits; None where there is no law to fit."""
+    numbers = [value for _, value in cells]
+    if len(cells) < 3 or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers):
+        return None
+    from megatron_opt.study.fits.hyper_laws import fit_hyper_law  # scipy, needed by this phase alone
 
-
-def _grid(study: Study, phase: Phase, lookup: Lookup) -> Progress:
-    return _collect(
-        [
-            make_run(study, name, regime, point, study.seeds[0])
-            for regime in phase.regimes
-            for name, space in study.optimizers.items()
-            for point in space.points()
-        ],
-        lookup,
-    )
-
-
-def best_point(study: Study, optimizer: str, regime: Regime, lookup: Lookup) -> dict[str, Any] | None:
-    """The hyperparameters of the lowest loss that the search phases found in a regime, first seed."""
-    best, best_loss = None, math.inf
-    for phase in study.phases:
-        if phase.kind == "seeds" or regime not in phase.regimes:
-            continue
-        for run in advance(study, phase, lookup).wanted:
-            if run.optimizer == optimizer and run.regime == regime and (lookup(run) or math.inf) < best_loss:
-                best, best_loss = run.hyper, lookup(run) or math.inf
-    return best
-
-
-def _seeds(study: Study, phase: Phase, lookup: Lookup) -> Progress:
-    runs = []
-    for regime in phase.regimes:
-        for name in study.optimizers:
-            point = best_point(study, name, regime, lookup)
-            if point is not None:
-                runs += [make_run(study, name, regime, point, seed) for seed in study.seeds]
-    return _collect(runs, lookup)
-
-
-_PHASES: dict[str, Callable[[Study, Phase, Lookup], Progress]] = {"grid": _grid, "seeds": _seeds}
+    try:
+        law = fit_hyper_law(
+            name,
+            key,
+            np.array([n for (n, _), _ in cells]),
+            np.array([d for (_, d), _ in cells]),
+            np.array(numbers),
+            resamples=1,
+        )
+    except UserError:
+        return None
+    value = float(f"{float(law.predict(*target)):.3g}")
+    if max(grid) < 1:
+        value = min(value, 0.999)
+    return max(1, round(value)) if all(isinstance(v, int) for v in grid) else value
 
 
 def expected_runs(study: Study, phase: Phase, optimizer: str) -> tuple[int, int, list[Run]]:
-    """(least, most, sample) number of runs of a phase before anything is known; the sample has the
-    runs' sizes.
+    """(least, most, sample) runs of a phase before anything is known; the sample has the sizes of all.
+
+    A descent takes one pass at least; three passes are counted as the most, or the budget of runs.
     """
-    space = study.optimizers[optimizer]
+    space, seed = study.optimizers[optimizer], study.seeds[0]
     if phase.kind == "seeds":
-        runs = [
-            make_run(study, optimizer, regime, space.start, seed)
-            for regime in phase.regimes
-            for seed in study.seeds[1:]
-        ]
-        return len(runs), len(runs), runs
-    runs = [
-        make_run(study, optimizer, regime, point, study.seeds[0])
+        points, seeds = [space.start], study.seeds[1:]
+    elif phase.kind == "grid":
+        points, seeds = space.points(), (seed,)
+    else:
+        points, seeds = [space.start], (seed,)
+    sample = [
+        make_run(study, optimizer, regime, point, one)
         for regime in phase.regimes
-        for point in space.points()
+        for point in points
+        for one in seeds
     ]
-    return len(runs), len(runs), runs
+    if phase.kind not in ("descent", "restricted"):
+        return len(sample), len(sample), sample
+    one_pass = _pass(space)
+    least, most = (one_pass, 3 * one_pass - 2) if phase.kind == "descent" else (1, 2 * one_pass)
+    limit = study.max_runs or most
+    return min(least, limit) * len(phase.regimes), min(most, limit) * len(phase.regimes), sample
+
+
+def _pass(space: OptimizerSpace) -> int:
+    return 1 + sum(len(values) - 1 for values in space.grid.values())

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from megatron_opt.study.hyperparameters import SCHEDULE, flag_of, schedule_flags
@@ -26,7 +27,7 @@ class Run:
     place: dict[str, Any]
     """flags that change where or how often, not what: paths, evaluation interval, micro-batch"""
 
-    @property
+    @cached_property
     def id(self) -> str:
         text = json.dumps(self.config, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -18,7 +18,7 @@ from megatron_opt.errors import UserError
 from megatron_opt.study import curves
 from megatron_opt.study.executors import Executor, Job, Outcome, make_executor
 from megatron_opt.study.executors.base import last_words, read_results
-from megatron_opt.study.phases import advance
+from megatron_opt.study.phases import Planner
 from megatron_opt.study.runs import Run
 from megatron_opt.study.spec import Study
 from megatron_opt.study.store import FINISHED, Store
@@ -42,6 +42,7 @@ class Scheduler:
         self.running: dict[str, Job] = {}
         self.queue: list[Run] = []
         self.complete = False
+        self._trace: list[dict[str, Any]] = []
         self.spent_hours = 0.0
 
     def run(self, observer: Any = None, max_hours: float | None = None, poll_seconds: float = 0.2) -> bool:
@@ -83,14 +84,15 @@ class Scheduler:
 
         parameters = {name: model.non_embedding_parameters for name, model in self.study.models.items()}
         wanted: dict[str, Run] = {}
-        self.complete = True
-        for phase in self.study.phases:
-            progress = advance(self.study, phase, lookup)
+        trace: list[dict[str, Any]] = []
+        for phase, progress in Planner(self.study, lookup).phases():
             self.store.plan(phase.kind, progress.wanted, parameters)
             wanted |= {run.id: run for run in progress.wanted}
-            if not progress.complete:
-                self.complete = False
-                break
+            trace += progress.trace
+            self.complete = progress.complete
+        if trace != self._trace:
+            self._trace = trace
+            self.store.set_meta("trace", trace)
         now = self.store.states(list(wanted))
         self.queue = [run for run in wanted.values() if now[run.id][0] == "planned"]
         self.queue.sort(key=lambda run: -run.tokens * parameters[run.regime.model])

@@ -14,7 +14,7 @@ from megatron_opt.study.hyperparameters import PAPER_GRIDS, PAPER_STARTS
 from megatron_opt.study.models import SHAPE_KEYS, Model
 from megatron_opt.study.yaml_lines import LocatedDict, LocatedList, Reader, load
 
-PHASES = ("grid", "seeds")
+PHASES = ("grid", "descent", "restricted", "predict", "seeds")
 
 
 @dataclass(frozen=True, order=True)
@@ -333,27 +333,48 @@ def _phases(
     everywhere = tuple(Regime(model, ratio) for model in models for ratio in ratios)
     raw = top.items("phases", ["grid"])
     lines = raw.lines if isinstance(raw, LocatedList) else [top.line_of("phases")] * len(raw)
-    phases = []
+    listed: list[tuple[str, tuple[Regime, ...] | None, int]] = []
     for item, line in zip(raw, lines):
         if isinstance(item, str):
-            kind, regimes = item, everywhere
+            listed.append((item, None, line))
         else:
             reader = Reader(item, top.path, "a phase", line)
-            kind = reader.text("kind", required=True)
-            regimes = _regimes(reader, models, everywhere)
+            listed.append((reader.text("kind", required=True), _regimes(reader, models), line))
             reader.finish()
-        if kind not in PHASES:
-            raise UserError(f"{top.path}:{line}: no phase {kind!r}; there are {', '.join(PHASES)}")
+    later = {r for kind, regimes, _ in listed for r in regimes or () if kind in ("restricted", "predict")}
+    phases: list[Phase] = []
+    for kind, regimes, line in listed:
+        _check_phase(top, kind, regimes, [phase.kind for phase in phases], line)
+        if regimes is None:
+            regimes = everywhere if kind == "seeds" else tuple(r for r in everywhere if r not in later)
         phases.append(Phase(kind, regimes))
     if several_seeds and all(phase.kind != "seeds" for phase in phases):
         phases.append(Phase("seeds", everywhere))
     return tuple(phases)
 
 
-def _regimes(reader: Reader, models: dict[str, Model], everywhere: tuple[Regime, ...]) -> tuple[Regime, ...]:
+def _check_phase(
+    top: Reader, kind: str, regimes: tuple[Regime, ...] | None, before: list[str], line: int
+) -> None:
+    where = f"{top.path}:{line}:"
+    if kind not in PHASES:
+        raise UserError(f"{where} no phase {kind!r}; there are {', '.join(PHASES)}")
+    if kind in before:
+        raise UserError(f"{where} phase {kind!r} is listed twice; give it all its regimes at once")
+    if kind in ("restricted", "predict") and regimes is None:
+        raise UserError(f"{where} phase {kind!r} needs `regimes:`, such as [large@1x]")
+    if kind == "restricted" and "descent" not in before:
+        raise UserError(
+            f"{where} phase 'restricted' needs a 'descent' before it, which finds what is sensitive"
+        )
+    if kind in ("predict", "seeds") and not {"grid", "descent"} & set(before):
+        raise UserError(f"{where} phase {kind!r} needs a 'grid' or 'descent' before it")
+
+
+def _regimes(reader: Reader, models: dict[str, Model]) -> tuple[Regime, ...] | None:
     listed = reader.items("regimes")
     if listed is None:
-        return everywhere
+        return None
     regimes = []
     for text in listed:
         try:

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from megatron_opt.study.dataset import from_store
 from megatron_opt.study.display import observe, print_summary
-from megatron_opt.study.report import write_report
 from megatron_opt.study.scheduler import Stopped, open_study
 from megatron_opt.study.spec import read_study
 
@@ -40,6 +39,9 @@ def main(argv: list[str], prog: str) -> int:
         except (Stopped, KeyboardInterrupt):
             console.print("Stopped; every run was saved. The same command goes on from here.")
             return 130
+        # The report's libraries take a second to load, which a restarted scheduler need not wait for.
+        from megatron_opt.study.report import write_report
+
         dataset = from_store(store)
         page = write_report(dataset, options.output / "report")
         print_summary(console, dataset)
