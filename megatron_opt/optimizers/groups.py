@@ -129,9 +129,8 @@ def default_rules(
             f"{optimizer} takes all parameters: there is no other group for a learning-rate factor."
         )
     if optimizer.endswith("_h"):
-        tuned = {"scale_mode": "none"} if optimizer == "muon_h" else {}
         return [
-            GroupRule("kind=hidden", optimizer, options(optimizer, tuned), weight_decay=False, clip="hidden"),
+            GroupRule("kind=hidden", optimizer, options(optimizer), weight_decay=False, clip="hidden"),
             GroupRule(
                 "kind=output", "adam_h", options("adam_h"), weight_decay=False, clip="output", optional=True
             ),
