@@ -17,7 +17,9 @@ def norm_bound(a: Tensor) -> Tensor:
     index = scaled.square().sum(-2).argmax(-1)
     column = scaled.gather(-1, index.view(-1, 1, 1).expand(-1, a.shape[-2], 1))  # (B, k, 1)
     x = scaled.mT @ column
-    x = scaled @ (x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(a.dtype).tiny))
+    x = scaled @ (
+        x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
+    )
     return largest.flatten() * torch.linalg.vector_norm(x, dim=(-2, -1))
 
 
@@ -127,7 +129,9 @@ def inverse_root_eigh(a: Tensor, order: int, damping: float) -> Tensor:
     return (vectors * torch.where(most > 0, roots, torch.zeros_like(roots)).unsqueeze(-2)) @ vectors.mT
 
 
-def inverse_root_newton(a: Tensor, order: int, damping: float, steps: int = 100, tolerance: float = 1e-6) -> Tensor:
+def inverse_root_newton(
+    a: Tensor, order: int, damping: float, steps: int = 100, tolerance: float = 1e-6
+) -> Tensor:
     """The same by the coupled Newton iteration (arXiv 2002.09018), products only: M → I, X → A^(−1/p).
 
     The damping is relative to the Frobenius norm; stops when all |M − I| are below the tolerance or grow.
@@ -138,7 +142,9 @@ def inverse_root_newton(a: Tensor, order: int, damping: float, steps: int = 100,
     alive = norm > 0
     norm = torch.where(alive, norm, torch.ones_like(norm))
     damped = a + damping * norm * eye
-    scale = (1 + order) / (2 * torch.linalg.matrix_norm(damped, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny))
+    scale = (1 + order) / (
+        2 * torch.linalg.matrix_norm(damped, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
+    )
     m, x = damped * scale, eye * scale ** (1.0 / order)
     error = (m - eye).abs().amax()
     for _ in range(steps):

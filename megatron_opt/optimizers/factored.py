@@ -63,7 +63,9 @@ class FactoredOptimizer(MatrixOptimizer):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.failures: Counter[str] = Counter()  # decompositions that failed twice, by matrix; the old one was kept
+        self.failures: Counter[str] = (
+            Counter()
+        )  # decompositions that failed twice, by matrix; the old one was kept
 
     def begin(self, grad: Tensor, state: State, info: MatrixInfo) -> bool:
         """Before a matrix's first step; False where that step moves nothing."""
@@ -146,8 +148,8 @@ class FactoredOptimizer(MatrixOptimizer):
             grid = self.grid(infos[index])
             grid.join([found[index, r] for r in range(len(grads_cut))], as_matrix(directions[index]))
             if sum(map(len, grads_cut)) > 1:  # one block is a view of the state itself
-                for key, stacks in zip(self.block_keys, cut):
-                    grid.join(stacks, as_matrix(states[index][key]))
+                for name, stacks in zip(self.block_keys, cut):
+                    grid.join(stacks, as_matrix(states[index][name]))
         return directions
 
     def before_blocks(self, grad: Tensor, state: State) -> None:
@@ -165,7 +167,10 @@ class FactoredOptimizer(MatrixOptimizer):
         due: bool,
     ) -> dict[tuple[int, int], Tensor]:
         """One block step for equal blocks of many matrices, stacked, and the results back to each."""
-        parts = [[cuts[index][which][region] for index, region in members] for which in range(1 + len(self.block_keys))]
+        parts = [
+            [cuts[index][which][region] for index, region in members]
+            for which in range(1 + len(self.block_keys))
+        ]
         held = {
             (kind, side): [states[index][f"{kind}.{region}.{side}"] for index, region in members]
             for kind in ("gg", "q")

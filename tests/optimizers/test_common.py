@@ -25,7 +25,10 @@ CASES = {
     "kron-blocks": ("kron", dict(update_probability=1.0, block_size=8, max_size_triangular=100)),
     "kron-procrustes": ("kron", dict(update_probability=1.0, update_form="procrustes", block_size=16)),
     "shampoo": ("shampoo", dict(precondition_frequency=2)),
-    "shampoo-blocks": ("shampoo", dict(precondition_frequency=3, block_size=8, grafting="none", damping=1e-3)),
+    "shampoo-blocks": (
+        "shampoo",
+        dict(precondition_frequency=3, block_size=8, grafting="none", damping=1e-3),
+    ),
     "adam_mini": ("adam_mini", {}),
     "muon_h": ("muon_h", {}),
     "scion_h": ("scion_h", dict(fp32_matmul_prec="high")),
