@@ -6,8 +6,6 @@ completed by the Householder reflections of its own QR decomposition, applied to
 function of B alone, as smooth as B's basis. Signs: the diagonal of R is positive, so columns keep theirs.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -92,27 +90,3 @@ def rotation(factor: Tensor, basis: Tensor, columns: Tensor) -> Tensor:
     total = image.square().sum((-2, -1))
     aligned = (probe * image).sum(-2).square().sum(-1)
     return ((total - aligned).clamp_min(0) / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt()
-
-
-def guarded(compute: Callable[..., Tensor | tuple], arguments: tuple[Tensor, ...], *rest: int) -> list:
-    """Results of a batched decomposition, one a matrix; where it fails, once more in fp64, and None where that fails too."""
-    try:
-        result = compute(*arguments, *rest)
-        if all(bool(part.isfinite().all()) for part in (result if isinstance(result, tuple) else (result,))):
-            return list(zip(*result)) if isinstance(result, tuple) else list(result)
-    except torch.linalg.LinAlgError:
-        pass
-    if len(arguments[0]) > 1:
-        rows = zip(*(argument.split(1) for argument in arguments))
-        return [single for row in rows for single in guarded(compute, row, *rest)]
-    if arguments[0].dtype == torch.float64:
-        return [None]
-    (single,) = guarded(compute, tuple(argument.double() for argument in arguments), *rest)
-    dtype = arguments[0].dtype
-
-    def narrow(part: Tensor) -> Tensor:
-        return part.to(dtype) if part.is_floating_point() else part
-
-    if single is None:
-        return [None]
-    return [tuple(map(narrow, single)) if isinstance(single, tuple) else narrow(single)]

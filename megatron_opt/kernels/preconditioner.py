@@ -17,7 +17,9 @@ def norm_bound(a: Tensor) -> Tensor:
     index = scaled.square().sum(-2).argmax(-1)
     column = scaled.gather(-1, index.view(-1, 1, 1).expand(-1, a.shape[-2], 1))  # (B, k, 1)
     x = scaled.mT @ column
-    x = scaled @ (x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(a.dtype).tiny))
+    x = scaled @ (
+        x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
+    )
     return largest.flatten() * torch.linalg.vector_norm(x, dim=(-2, -1))
 
 
@@ -116,3 +118,42 @@ def balance(factors: Factors) -> None:
     mean = (largest[0] * largest[1]).sqrt()
     for q, most in zip(factors.values(), largest):
         q.mul_((mean / most).view(-1, *[1] * (q.ndim - 1)))
+
+
+def inverse_root_eigh(a: Tensor, order: int, damping: float) -> Tensor:
+    """(A + d·I)^(−1/p) of symmetric (B, k, k) by eigendecomposition, d = damping·largest eigenvalue; zero stays zero."""
+    values, vectors = torch.linalg.eigh(a)
+    most = values.amax(-1, keepdim=True)
+    damped = values.clamp_min(0) + damping * most
+    roots = torch.where(most > 0, damped, torch.ones_like(damped)) ** (-1.0 / order)
+    return (vectors * torch.where(most > 0, roots, torch.zeros_like(roots)).unsqueeze(-2)) @ vectors.mT
+
+
+def inverse_root_newton(
+    a: Tensor, order: int, damping: float, steps: int = 100, tolerance: float = 1e-6
+) -> Tensor:
+    """The same by the coupled Newton iteration (arXiv 2002.09018), products only: M → I, X → A^(−1/p).
+
+    The damping is relative to the Frobenius norm; stops when all |M − I| are below the tolerance or grow.
+    """
+    size = a.shape[-1]
+    eye = torch.eye(size, dtype=a.dtype, device=a.device)
+    norm = torch.linalg.matrix_norm(a, keepdim=True)
+    alive = norm > 0
+    norm = torch.where(alive, norm, torch.ones_like(norm))
+    damped = a + damping * norm * eye
+    scale = (1 + order) / (
+        2 * torch.linalg.matrix_norm(damped, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
+    )
+    m, x = damped * scale, eye * scale ** (1.0 / order)
+    error = (m - eye).abs().amax()
+    for _ in range(steps):
+        t = ((order + 1) * eye - m) / order
+        new_m, new_x = torch.linalg.matrix_power(t, order) @ m, x @ t
+        new_error = (new_m - eye).abs().amax()
+        if not new_error < 1.2 * error:
+            break
+        m, x, error = new_m, new_x, new_error
+        if error < tolerance:
+            break
+    return torch.where(alive, x, torch.zeros_like(x))

@@ -79,14 +79,8 @@ class MatrixOptimizer:
         """FLOPs and bytes of one step on one whole matrix."""
         raise NotImplementedError
 
-    # A rule that projects takes two more factors from norms over the whole matrix; it allows no weight decay.
-
-    def direction_scale(self, squared_norm: Tensor, state: State) -> Tensor:
-        """Factor on the slices' directions from ‖u‖² (`update` on a whole matrix has applied it already)."""
-        raise NotImplementedError
-
     def projection(self, squared_norm: Tensor, state: State) -> Tensor:
-        """Factor on the weight after the step, from its ‖W‖²."""
+        """Factor on the weight after the step, from the whole matrix's ‖W‖² (rules with `projects`, without decay)."""
         raise NotImplementedError
 
     # A rule that can work on slices of a matrix along one side, with one small factor summed over the slices,

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from megatron_opt.errors import UserError
-from megatron_opt.optimizers import registry
+from megatron_opt.optimizers import mup, registry
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
 
 KINDS = ("hidden", "embedding", "output", "router", "norm", "bias")
@@ -129,9 +129,8 @@ def default_rules(
             f"{optimizer} takes all parameters: there is no other group for a learning-rate factor."
         )
     if optimizer.endswith("_h"):
-        tuned = {"scale_mode": "none"} if optimizer == "muon_h" else {}
         return [
-            GroupRule("kind=hidden", optimizer, options(optimizer, tuned), weight_decay=False, clip="hidden"),
+            GroupRule("kind=hidden", optimizer, options(optimizer), weight_decay=False, clip="hidden"),
             GroupRule(
                 "kind=output", "adam_h", options("adam_h"), weight_decay=False, clip="output", optional=True
             ),
@@ -172,14 +171,15 @@ def assign(
     infos: Sequence[MatrixInfo],
     rules: Sequence[GroupRule],
     decay_mode: str = "decoupled",
-    lr_multiplier: Mapping[str, float] | None = None,
+    width_ratio: float | None = None,
 ) -> list[Group]:
     """Every matrix into the group of the first rule that takes it.
 
-    `lr_multiplier` gives a further learning-rate factor by matrix name (widths, `mup.py`).
+    `width_ratio`, the model's width over the one that hyperparameters were tuned at, scales learning rates (`mup.py`).
     Raises UserError for matrices that no rule takes, rules that take none, and rules that cannot take what they match.
     """
     taken: dict[tuple[int, bool | float, float], list[MatrixInfo]] = {}
+    built = [registry.build(rule.optimizer, dict(rule.options)) for rule in rules]
     left, hits, matched = [], [0] * len(rules), [0] * len(rules)
     for info in infos:
         takers = [index for index, rule in enumerate(rules) if rule.takes(info)]
@@ -192,7 +192,9 @@ def assign(
         hits[first] += 1
         rule = rules[first]
         decay = rule.weight_decay if rule.weight_decay is not None else info.kind not in UNDECAYED
-        scale = rule.lr_scale * (lr_multiplier or {}).get(info.name, 1.0)
+        scale = rule.lr_scale * mup.lr_multiplier(
+            rule.optimizer, built[first].config, info, width_ratio or 1.0
+        )
         taken.setdefault((first, decay, scale), []).append(info)
     if left:
         raise UserError(
@@ -210,9 +212,8 @@ def assign(
         taken.items(), key=lambda item: (item[0][0], -item[0][1], item[0][2])
     ):
         rule = rules[index]
-        optimizer = registry.build(rule.optimizer, dict(rule.options))
-        _check_members(rule, optimizer, members, decay)
-        clip = optimizer.clip if rule.clip is None else rule.clip
+        _check_members(rule, built[index], members, decay)
+        clip = built[index].clip if rule.clip is None else rule.clip
         groups.append(
             Group(
                 name=f"{rule.optimizer}.{index}.{len(groups)}",

@@ -100,7 +100,9 @@ class Kron(MatrixOptimizer):
         """Blocks; a side with a diagonal factor is not cut."""
         shape, size = (*info.shape, 1)[:2], self.config.block_size
         diagonal = (*self.diagonal(info), True)[:2]
-        return Grid.of(shape, tuple(size if size and not flat else side for side, flat in zip(shape, diagonal)))
+        return Grid.of(
+            shape, tuple(size if size and not flat else side for side, flat in zip(shape, diagonal))
+        )
 
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
         state = {"exp_avg": torch.zeros_like(weight)}
@@ -138,10 +140,10 @@ class Kron(MatrixOptimizer):
             if mean is not None and mean > 0:  # factors learn nothing from zeros
                 noise = self.noise(info, step, moment)
                 extra = list(zip(grid.cut(moment + _DAMPING * mean * noise), grid.cut(noise)))
-            for region, (m, (damped, noise)) in enumerate(zip(stacks, extra)):
+            for region, (m, (damped, drawn)) in enumerate(zip(stacks, extra)):
                 key = (*m.shape[1:], flat, damped is not None, m.dtype, m.device)
                 key = key if max(m.shape[1:]) <= _SMALL else (*key, index, region)
-                groups.setdefault(key, []).append(_Item(index, region, m, damped, noise))
+                groups.setdefault(key, []).append(_Item(index, region, m, damped, drawn))
         for items in groups.values():
             for item, stack in zip(items, self._region_step(items, states, infos, number)):
                 found[item.matrix][item.region] = stack

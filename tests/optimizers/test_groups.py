@@ -1,10 +1,13 @@
 """Parameter groups: the study's defaults, YAML rules, and what is refused."""
 
 import pytest
+import torch
 
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import groups as g
-from megatron_opt.optimizers.base import MatrixInfo
+from megatron_opt.optimizers import registry
+from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
+from megatron_opt.optimizers.mup import hidden_exponent, init_multiplier, logit_multiplier
 
 INFOS = [
     MatrixInfo("embedding.word_embeddings.weight", (1000, 32), "embedding"),
@@ -119,7 +122,57 @@ def test_describe_counts():
     assert lines[-1].split() == ["total", "9", "69,824"]
 
 
-def test_widths_split_groups():
-    wide = {INFOS[1].name: 0.25}
-    named = by_name(g.assign(INFOS, g.default_rules("muon"), lr_multiplier=wide))
-    assert named[INFOS[1].name].lr_scale == 0.25 and named[INFOS[2].name].lr_scale == 1.0
+@pytest.mark.parametrize(
+    "optimizer, flags, hidden, others",
+    [
+        ("adamw", {}, 0.25, 1.0),
+        ("lion", {}, 0.25, 1.0),
+        ("soap", {}, 0.5, 1.0),
+        ("adam_mini", {}, 0.25, 1.0),
+        ("kron", {}, 0.5, 1.0),
+        ("muon", {}, 1.0, 0.3),
+        ("muon", {"muon": {"scale_mode": "spectral"}}, 0.5, 0.3),
+        ("scion", {}, 1.0, 0.1),
+        ("shampoo", {}, 0.5, 1.0),
+        ("muon_h", {}, 1.0, 1.0),
+    ],
+)
+def test_learning_rates_follow_the_width(optimizer, flags, hidden, others):
+    groups = g.assign(INFOS, g.default_rules(optimizer, flags), width_ratio=4.0)
+    assert of_kind(groups, "hidden").lr_scale == hidden
+    assert {of_kind(groups, kind).lr_scale for kind in ("embedding", "output", "norm", "bias")} == {others}
+
+
+def test_routers_follow_the_width_as_hidden_matrices_do():
+    groups = g.assign(INFOS, g.default_rules("muon"), width_ratio=4.0)
+    assert of_kind(groups, "router").optimizer == "adamw" and of_kind(groups, "router").lr_scale == 0.3 * 0.25
+
+
+@pytest.mark.parametrize("name", ["muon", "scion", "soap", "kron", "signum", "adamw"])
+def test_width_multipliers_keep_a_steps_effect(name):
+    """‖lr·u‖₂ on a hidden matrix is the same at four times the width: low-rank gradients (noise, for Kron's whitening)."""
+    sizes = []
+    for width in (32, 128):
+        torch.manual_seed(0)
+        rule, info = registry.build(name, {}), MatrixInfo("w", (width, width))
+        outer = torch.randn(width, 1) @ torch.randn(1, width)
+        weight = torch.zeros(width, width)
+        state = (
+            rule.init_state(weight, info) if isinstance(rule, MatrixOptimizer) else rule.init_state(weight)
+        )
+        for t in range(1, 60):
+            grad = torch.randn(width, width) if name == "kron" else outer + 0.01 * torch.randn(width, width)
+            if isinstance(rule, MatrixOptimizer):
+                (u,) = rule.update([grad], [state], t, [info])
+            else:
+                u = torch.zeros(width, width)
+                rule.update([u], [grad], [state], t, 1.0, 0.0)
+        sizes.append(
+            float(torch.linalg.matrix_norm(u, 2)) * (width / 32) ** hidden_exponent(name, rule.config)
+        )
+    assert 0.7 < sizes[1] / sizes[0] < 1.45
+
+
+def test_init_and_logits_follow_the_width():
+    assert [init_multiplier(info, 4.0) for info in INFOS] == [1.0, 0.5, 0.5, 0.5, 0.5, 1.0, 0.5, 1.0, 1.0]
+    assert logit_multiplier(4.0) == 0.25

@@ -18,12 +18,19 @@ def gradients(shape, count, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     mean = torch.randn(shape, dtype=torch.float64, generator=generator)
     return [
-        (0.5 * mean + torch.randn(shape, dtype=torch.float64, generator=generator)).to(dtype) for _ in range(count)
+        (0.5 * mean + torch.randn(shape, dtype=torch.float64, generator=generator)).to(dtype)
+        for _ in range(count)
     ]
 
 
 def run(grads, **options):
-    options = {"beta1": BETA, "preconditioner_lr": LR, "update_flat_start": 0, "update_probability": 1.0, **options}
+    options = {
+        "beta1": BETA,
+        "preconditioner_lr": LR,
+        "update_flat_start": 0,
+        "update_probability": 1.0,
+        **options,
+    }
     info = MatrixInfo("w", tuple(grads[0].shape))
     rule = registry.build("kron", options)
     state = rule.init_state(torch.zeros_like(grads[0]), info)
@@ -41,7 +48,10 @@ def lower_bound(a):
 def transcription(grads, rule, info, due=lambda t: True, normalize=True, scale=1.0, clip=1.1, balance=0):
     """Triangular PSGD on one block in float64."""
     m, n = grads[0].shape
-    q0, q1 = math.sqrt(scale) * torch.eye(m, dtype=torch.float64), math.sqrt(scale) * torch.eye(n, dtype=torch.float64)
+    q0, q1 = (
+        math.sqrt(scale) * torch.eye(m, dtype=torch.float64),
+        math.sqrt(scale) * torch.eye(n, dtype=torch.float64),
+    )
     mu, out, updates = torch.zeros(m, n, dtype=torch.float64), [], 0
     for t, g in enumerate(grads, 1):
         if normalize:
@@ -76,7 +86,9 @@ def close(ours, theirs, tolerance):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_triangular_is_the_papers(shape, normalize):
     grads = gradients(shape, 50)
-    ours, _, rule, info = run(grads, normalize_grads=normalize, preconditioner_init_scale=2.0, balance_every=7)
+    ours, _, rule, info = run(
+        grads, normalize_grads=normalize, preconditioner_init_scale=2.0, balance_every=7
+    )
     close(ours, transcription(grads, rule, info, normalize=normalize, scale=2.0, balance=7), 1e-8)
 
 
@@ -102,7 +114,7 @@ def test_schedule():
 
 def test_uneven_blocks_are_blocks():
     grads = gradients((11, 13), 6)
-    ours, state, rule, info = run(grads, block_size=8, normalize_grads=False, max_update_rms=0.0)
+    ours, _, rule, info = run(grads, block_size=8, normalize_grads=False, max_update_rms=0.0)
     damping = []  # the whole matrix's mean enters each block
     mu = torch.zeros(11, 13, dtype=torch.float64)
     for t, g in enumerate(grads, 1):
@@ -111,7 +123,10 @@ def test_uneven_blocks_are_blocks():
     for rows in (slice(0, 8), slice(8, 11)):
         for columns in (slice(0, 8), slice(8, 13)):
             m = torch.zeros(11, 13, dtype=torch.float64)
-            q = {0: torch.eye(rows.stop - rows.start).double()[None], 1: torch.eye(columns.stop - columns.start).double()[None]}
+            q = {
+                0: torch.eye(rows.stop - rows.start).double()[None],
+                1: torch.eye(columns.stop - columns.start).double()[None],
+            }
             for t, g in enumerate(grads, 1):
                 m = BETA * m + (1 - BETA) * g
                 h = m / (1 - BETA**t)
@@ -126,7 +141,11 @@ def test_vectors_and_long_sides_have_diagonal_factors():
     _, state, *_ = run(gradients((40,), 3))
     assert state["q.0.0"].shape == (1, 40)
     _, state, *_ = run(gradients((40, 6), 3), max_size_triangular=20, block_size=4)
-    assert state["q.0.0"].shape == (1, 40) and state["q.0.1"].shape == (1, 4, 4) and state["q.1.1"].shape == (1, 2, 2)
+    assert (
+        state["q.0.0"].shape == (1, 40)
+        and state["q.0.1"].shape == (1, 4, 4)
+        and state["q.1.1"].shape == (1, 2, 2)
+    )
 
 
 def test_equals_kron_torch_over_50_steps(monkeypatch):
@@ -136,11 +155,17 @@ def test_equals_kron_torch_over_50_steps(monkeypatch):
     _, _, rule, info = run(grads[:1])
     parameter = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.float64))
     step = [0]
+
     def draw(like):
         return rule.noise(info, step[0], like)
 
     theirs = peer.Kron(
-        [parameter], lr=1.0, b1=BETA, preconditioner_update_probability=1.0, precond_lr=LR, precond_dtype=torch.float64
+        [parameter],
+        lr=1.0,
+        b1=BETA,
+        preconditioner_update_probability=1.0,
+        precond_lr=LR,
+        precond_dtype=torch.float64,
     )
     theirs.rng.random = lambda: 1.0
     monkeypatch.setattr(peer.torch, "randn_like", draw)
@@ -159,7 +184,10 @@ def test_equals_kron_torch_over_50_steps(monkeypatch):
 def test_factors_whiten(form):
     """On gradients of one distribution P·g tends to unit covariance on both sides."""
     torch.manual_seed(0)
-    left, right = torch.linspace(0.3, 3, 6, dtype=torch.float64), torch.linspace(0.5, 2, 9, dtype=torch.float64)
+    left, right = (
+        torch.linspace(0.3, 3, 6, dtype=torch.float64),
+        torch.linspace(0.5, 2, 9, dtype=torch.float64),
+    )
     mix = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
     grads = [mix @ (left[:, None] * torch.randn(6, 9, dtype=torch.float64) * right) for _ in range(1500)]
     _, state, *_ = run(grads, update_form=form, beta1=0.0, normalize_grads=False, preconditioner_lr=0.05)

@@ -1,0 +1,91 @@
+"""Adam-mini: one second moment for each block of a weight that shares its curvature. arXiv 2406.16793."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, Shape, State
+from megatron_opt.optimizers.options import check, option
+from megatron_opt.optimizers.registry import register
+
+
+@dataclass(frozen=True)
+class AdamMiniConfig:
+    """Hyperparameters of Adam-mini; tuned values of the study."""
+
+    beta1: float = option(0.9, "decay of the first moment", low=0, below=1)
+    beta2: float = option(0.98, "decay of the blocks' second moments", low=0, below=1)
+    eps: float = option(1e-10, "added to the square root of the second moment", above=0)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@register
+class AdamMini(MatrixOptimizer):
+    """m ← EMA(g);  v ← EMA(mean of g² over the block);  direction = m̂/(√v̂ + ε).
+
+    Blocks: k by head, q by KV group, every other matrix by row (embedding and output: by token); vectors are AdamW.
+    """
+
+    name: ClassVar[str] = "adam_mini"
+    Config: ClassVar[type] = AdamMiniConfig
+    vectors: ClassVar[bool] = True
+
+    @staticmethod
+    def blocks(info: MatrixInfo) -> int:
+        """Blocks of equally many rows."""
+        return info.heads if info.role in ("q", "k") and len(info.shape) == 2 else info.shape[0]
+
+    def _init(self, weight: Tensor, blocks: int) -> State:
+        second = weight.new_zeros(blocks, *[1] * (weight.ndim - 1))
+        return {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": second}
+
+    def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
+        return self._init(weight, self.blocks(info))
+
+    def update(
+        self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
+    ) -> list[Tensor]:
+        return [self._direction(g, state, step) for g, state in zip(grads, states)]
+
+    def _direction(self, g: Tensor, state: State, step: int) -> Tensor:
+        cfg, second = self.config, state["exp_avg_sq"]
+        mean = torch.linalg.vector_norm(g.reshape(len(second), -1), dim=1).square() / (
+            g.numel() // len(second)
+        )
+        second.lerp_(mean.view(second.shape), 1 - cfg.beta2)
+        state["exp_avg"].lerp_(g, 1 - cfg.beta1)
+        scale = (second / (1 - cfg.beta2**step)).sqrt().add_(cfg.eps).mul_(1 - cfg.beta1**step)
+        blocks = state["exp_avg"].view(len(second), -1)
+        return (blocks / scale.view(-1, 1)).view(g.shape)
+
+    def cost(self, info: MatrixInfo) -> Cost:
+        numel = torch.Size(info.shape).numel()
+        return Cost(elementwise_bytes=4.0 * 8 * numel, state_bytes=4.0 * (numel + self.blocks(info)))
+
+    # Slices of whole rows need nothing of each other
+
+    def split_dim(self, info: MatrixInfo) -> int | None:
+        return 0 if self.blocks(info) == info.shape[0] else None
+
+    def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
+        return self._init(weight, weight.shape[0])
+
+    def partial_shape(self, info: MatrixInfo) -> Shape:
+        return (0,)
+
+    def combined_shape(self, info: MatrixInfo) -> Shape:
+        return (0,)
+
+    def partial(self, grad: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
+        return grad.new_empty(0, dtype=self.factor_dtype())
+
+    def combine(self, factor: Tensor, shared: State, step: int, info: MatrixInfo) -> Tensor:
+        return factor
+
+    def finish(self, grad: Tensor, combined: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
+        return self._direction(grad, state, step)

@@ -1,0 +1,229 @@
+"""What SOAP and Shampoo share: factors G·Gᵀ and GᵀG of blocks, a matrix derived from each, and when it is refreshed."""
+
+import logging
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer, Shape, State
+from megatron_opt.optimizers.blocks import Grid, as_matrix, batched
+from megatron_opt.optimizers.options import check, choice, option
+
+log = logging.getLogger(__name__)
+_SMALL = 128  # blocks up to this side go through one batched product over all matrices
+
+
+@dataclass(frozen=True)
+class FactoredConfig:
+    """Factors, blocks and refreshes; tuned values of the study (for SOAP)."""
+
+    shampoo_beta: float = option(0.95, "decay of the factors G·Gᵀ and GᵀG", low=0, below=1)
+    precondition_frequency: int = option(10, "steps between refreshes", low=1)
+    block_size: int = option(512, "matrices are cut into blocks of this side; 0: whole", low=0)
+    max_precond_dim: int = option(10000, "a side this long or longer has no factor, and is not cut", low=1)
+    one_sided: bool = option(False, "a factor for the shorter side of a matrix only")
+    precondition_1d: bool = option(True, "a factor for vectors too")
+    stagger: bool = option(False, "spread refreshes over steps by a hash of the matrix's name")
+    factor_precision: str = choice(
+        "fp32", ("fp32", "fp64"), "dtype of the factors; fp64 keeps small eigenvectors exact"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass
+class Blocks:
+    """Equal blocks of one or many matrices as one stack."""
+
+    grad: Tensor  # (B, b, c)
+    states: list[Tensor]  # (B, b, c) each: the rule's `block_keys`
+    factors: dict[int, Tensor]  # by side (B, k, k)
+    derived: dict[int, Tensor]  # by side (B, k, k)
+    step: int
+    due: bool
+    names: list[str]  # of each block's matrix
+
+    def other(self, side: int) -> int:
+        """The block's extent along the other side."""
+        return self.grad.shape[2 - side]
+
+
+class FactoredOptimizer(MatrixOptimizer):
+    """A rule with a factor for each side of each block; the subclass says what is derived from it and used how."""
+
+    block_keys: ClassVar[tuple[str, ...]]  # states of the matrix's shape that a block step reads and writes
+    clip: ClassVar[bool] = True
+    vectors: ClassVar[bool] = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.failures: Counter[str] = (
+            Counter()
+        )  # decompositions that failed twice, by matrix; the old one was kept
+
+    def begin(self, grad: Tensor, state: State, info: MatrixInfo) -> bool:
+        """Before a matrix's first step; False where that step moves nothing."""
+        return True
+
+    def block_step(self, blocks: Blocks) -> Tensor:
+        """Directions (B, b, c); states, factors and what is derived from them change in place."""
+        raise NotImplementedError
+
+    # Which sides, which blocks, when
+
+    def sides(self, info: MatrixInfo) -> tuple[int, ...]:
+        """Sides with a factor."""
+        limit = self.config.max_precond_dim
+        if len(info.shape) == 1:
+            return (0,) if self.config.precondition_1d and info.shape[0] < limit else ()
+        sides = tuple(side for side in (0, 1) if info.shape[side] < limit)
+        if self.config.one_sided and len(sides) == 2:
+            return (0,) if info.shape[0] <= info.shape[1] else (1,)
+        return sides
+
+    def grid(self, info: MatrixInfo, shape: Shape | None = None) -> Grid:
+        """Blocks of the matrix, or of a slice of the given shape; a side without a factor is not cut."""
+        whole = shape or (*info.shape, 1)[:2]
+        sides, size = self.sides(info), self.config.block_size
+        return Grid.of(whole, [size if size and side in sides else whole[side] for side in (0, 1)])
+
+    def is_large(self, info: MatrixInfo) -> bool:
+        """Whether a block fills the machine by itself."""
+        return max(max(block) for _, *block in self.grid(info).shapes()) > _SMALL
+
+    def is_due(self, info: MatrixInfo, step: int) -> bool:
+        """Whether this matrix is refreshed at this step: a function of name and step alone."""
+        offset = zlib.crc32(info.name.encode()) if self.config.stagger else 0
+        return (step + offset) % self.config.precondition_frequency == 0
+
+    # State
+
+    def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
+        return {key: torch.zeros_like(weight) for key in self.block_keys}
+
+    def init_shared(
+        self, info: MatrixInfo, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> State:
+        state = {"ready": torch.zeros(1, dtype=dtype, device=device)}
+        wide = torch.float64 if self.config.factor_precision == "fp64" else dtype
+        for region, (count, *block) in enumerate(self.grid(info).shapes()):
+            for side in self.sides(info):
+                shape = (count, block[side], block[side])
+                state[f"gg.{region}.{side}"] = torch.zeros(shape, dtype=wide, device=device)
+                state[f"q.{region}.{side}"] = torch.zeros(shape, dtype=dtype, device=device)
+        return state
+
+    def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
+        return self.init_slice(weight, info) | self.init_shared(info, weight.device, weight.dtype)
+
+    # One step on whole matrices
+
+    def update(
+        self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
+    ) -> list[Tensor]:
+        ready = torch.cat([state["ready"] for state in states]).tolist()
+        directions = [torch.zeros_like(grad) for grad in grads]
+        groups: dict[tuple, list[tuple[int, int]]] = {}
+        cuts: dict[int, list[list[Tensor]]] = {}
+        for index, (grad, state, info) in enumerate(zip(grads, states, infos)):
+            if not ready[index] and not self.begin(as_matrix(grad), state, info):
+                continue
+            self.before_blocks(grad, state)
+            grid, due = self.grid(info), not ready[index] or self.is_due(info, step)
+            cuts[index] = [grid.cut(as_matrix(x)) for x in (grad, *(state[key] for key in self.block_keys))]
+            for region, stack in enumerate(cuts[index][0]):
+                key = (*stack.shape[1:], self.sides(info), due, grad.dtype, grad.device)
+                key = key if max(stack.shape[1:]) <= _SMALL else (*key, index, region)
+                groups.setdefault(key, []).append((index, region))
+        found: dict[tuple[int, int], Tensor] = {}
+        for (_, _, sides, due, *_), members in groups.items():
+            found.update(self._step_group(members, cuts, states, infos, sides, step, due))
+        for index, (grads_cut, *cut) in cuts.items():
+            grid = self.grid(infos[index])
+            grid.join([found[index, r] for r in range(len(grads_cut))], as_matrix(directions[index]))
+            if sum(map(len, grads_cut)) > 1:  # one block is a view of the state itself
+                for name, stacks in zip(self.block_keys, cut):
+                    grid.join(stacks, as_matrix(states[index][name]))
+        return directions
+
+    def before_blocks(self, grad: Tensor, state: State) -> None:
+        """What is done to the whole matrix's state first: the first moment."""
+        state["exp_avg"].lerp_(grad, 1 - self.config.beta1)
+
+    def _step_group(
+        self,
+        members: Sequence[tuple[int, int]],
+        cuts: dict[int, list[list[Tensor]]],
+        states: Sequence[State],
+        infos: Sequence[MatrixInfo],
+        sides: tuple[int, ...],
+        step: int,
+        due: bool,
+    ) -> dict[tuple[int, int], Tensor]:
+        """One block step for equal blocks of many matrices, stacked, and the results back to each."""
+        parts = [
+            [cuts[index][which][region] for index, region in members]
+            for which in range(1 + len(self.block_keys))
+        ]
+        held = {
+            (kind, side): [states[index][f"{kind}.{region}.{side}"] for index, region in members]
+            for kind in ("gg", "q")
+            for side in sides
+        }
+        grad, *stacks = map(batched, parts)
+        tensors = {key: batched(several) for key, several in held.items()}
+        counts = [len(stack) for stack in parts[0]]
+        blocks = Blocks(
+            grad,
+            stacks,
+            {side: tensors["gg", side] for side in sides},
+            {side: tensors["q", side] for side in sides},
+            step,
+            due,
+            [infos[index].name for (index, _), count in zip(members, counts) for _ in range(count)],
+        )
+        direction = self.block_step(blocks)
+        if len(members) > 1:
+            copies = [(held[key], tensors[key]) for key in held] + list(zip(parts[1:], blocks.states))
+            for several, together in copies:
+                for part, new in zip(several, together.split(counts)):
+                    part.copy_(new)
+        return dict(zip(members, direction.split(counts)))
+
+    def advance(self, factor: Tensor, grad: Tensor, side: int) -> None:
+        """GG ← β·GG + (1−β)·g gᵀ (side 0) or gᵀg (side 1), in place."""
+        beta, g = self.config.shampoo_beta, grad.to(factor.dtype)
+        left, right = (g, g.mT) if side == 0 else (g.mT, g)
+        factor.baddbmm_(left, right, beta=beta, alpha=1 - beta)
+
+    def failed(self, name: str) -> None:
+        """Count and log a decomposition that failed in fp64 too."""
+        self.failures[name] += 1
+        log.warning("%s: decomposition failed (%d so far); the old one is kept", name, self.failures[name])
+
+
+def guarded(compute: Callable[..., Any], arguments: tuple[Tensor, ...], *rest: Any) -> list[Any]:
+    """Results of a batched decomposition, one a block; where it fails, once more in fp64; None where that fails too."""
+    try:
+        result = compute(*arguments, *rest)
+        several = result if isinstance(result, tuple) else (result,)
+        if all(bool(part.isfinite().all()) for part in several):
+            return list(zip(*result)) if isinstance(result, tuple) else list(result)
+    except torch.linalg.LinAlgError:
+        pass
+    if len(arguments[0]) > 1:
+        rows = zip(*(argument.split(1) for argument in arguments))
+        return [single for row in rows for single in guarded(compute, row, *rest)]
+    dtype = arguments[0].dtype
+    if dtype == torch.float64:
+        return [None]
+    (single,) = guarded(compute, tuple(argument.double() for argument in arguments), *rest)
+    if isinstance(single, tuple):
+        return [tuple(part.to(dtype) if part.is_floating_point() else part for part in single)]
+    return [single if single is None else single.to(dtype)]

@@ -1,0 +1,113 @@
+"""Hyperball: any rule with steps and weights on spheres. arXiv 2606.16899.
+
+R = ‖W₀‖_F per logical matrix, fixed; W ← R·N(W − η·R·N(u)), N(x) = x/‖x‖_F. The learning rate is a relative step,
+about √(lr·wd) of the wrapped rule's own; weight decay means nothing here and is refused.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_opt.errors import UserError
+from megatron_opt.optimizers import elementwise
+from megatron_opt.optimizers.base import Cost, ElementwiseOptimizer, MatrixInfo, MatrixOptimizer, State
+from megatron_opt.optimizers.kron import Kron
+from megatron_opt.optimizers.muon import Muon
+from megatron_opt.optimizers.registry import register
+from megatron_opt.optimizers.scion import Scion
+from megatron_opt.optimizers.shampoo import Shampoo
+from megatron_opt.optimizers.soap import Soap
+
+_FLOOR = 1e-10
+
+
+class ElementwiseDirection(MatrixOptimizer):
+    """An element-wise rule's direction u on whole matrices: one step of size 1 from zero."""
+
+    vectors = True
+
+    def __init__(self, inner: ElementwiseOptimizer) -> None:
+        super().__init__(inner.config)
+        self.inner = inner
+
+    def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
+        return self.inner.init_state(weight)
+
+    def update(
+        self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
+    ) -> list[Tensor]:
+        moved = [torch.zeros_like(grad) for grad in grads]
+        self.inner.update(moved, grads, states, step, 1.0, 0.0)
+        return [direction.neg_() for direction in moved]
+
+    def cost(self, info: MatrixInfo) -> Cost:
+        return self.inner.cost(torch.Size(info.shape).numel())
+
+
+class Hyperball(MatrixOptimizer):
+    """W ← R·N(W − η·R·N(u)) with u of the rule named before `_h`."""
+
+    inner_class: ClassVar[type]
+    clip: ClassVar[bool] = True
+    projects: ClassVar[bool] = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        inner = self.inner_class(config)
+        self.inner = inner if isinstance(inner, MatrixOptimizer) else ElementwiseDirection(inner)
+        self.vectors = self.inner.vectors  # type: ignore[misc]
+
+    def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
+        state = self.inner.init_state(weight, info)
+        radius = torch.linalg.vector_norm(weight.double()).to(weight.dtype)
+        if not radius > 0:
+            raise UserError(
+                f"{info.name} starts at zero, and {self.name} would keep it there; give it another initialization "
+                "or another optimizer (--optimizer-groups)."
+            )
+        return state | {"radius": radius.view(1)}
+
+    def update(
+        self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
+    ) -> list[Tensor]:
+        directions = self.inner.update(grads, states, step, infos)
+        for u, state in zip(directions, states):
+            u.mul_(state["radius"] / torch.linalg.vector_norm(u).clamp_min(_FLOOR))
+        return directions
+
+    def projection(self, squared_norm: Tensor, state: State) -> Tensor:
+        """R/‖W‖."""
+        return state["radius"][0] / squared_norm.sqrt().clamp_min(_FLOOR)
+
+    def cost(self, info: MatrixInfo) -> Cost:
+        inner, numel = self.inner.cost(info), torch.Size(info.shape).numel()
+        return Cost(
+            inner.flops,
+            inner.refresh,
+            inner.refresh_every,
+            inner.elementwise_bytes + 4.0 * 6 * numel,  # two norms, two scalings
+            inner.state_bytes + 4.0,
+        )
+
+
+def _wrap(name: str, inner: type) -> type:
+    body = {"name": name, "Config": inner.Config, "inner_class": inner, "__doc__": Hyperball.__doc__}  # type: ignore[attr-defined]
+    return register(type(f"{inner.__name__}Hyperball", (Hyperball,), body))
+
+
+_WRAPPED = {
+    "muon_h": Muon,
+    "scion_h": Scion,
+    "soap_h": Soap,
+    "kron_h": Kron,
+    "shampoo_h": Shampoo,
+    "adam_h": elementwise.AdamW,
+    "nadamw_h": elementwise.NAdamW,
+    "cautious_h": elementwise.Cautious,
+    "lion_h": elementwise.Lion,
+    "signum_h": elementwise.Signum,
+}
+for _name, _inner in _WRAPPED.items():
+    _wrap(_name, _inner)

@@ -1,0 +1,94 @@
+"""Shampoo with blocks and grafting. arXiv 1802.09568, 2002.09018, 2309.06497."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_opt.kernels import preconditioner
+from megatron_opt.optimizers.base import Cost, MatrixInfo, State
+from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer, guarded
+from megatron_opt.optimizers.options import choice, option
+from megatron_opt.optimizers.registry import register
+
+
+@dataclass(frozen=True)
+class ShampooConfig(FactoredConfig):
+    """Hyperparameters of Shampoo."""
+
+    beta1: float = option(0.95, "decay of the first moment", low=0, below=1)
+    grafting: str = choice("adam", ("adam", "none"), "take the length of the direction from AdamW's")
+    graft_beta2: float = option(0.98, "decay of the grafted rule's second moment", low=0, below=1)
+    graft_eps: float = option(1e-10, "added to the square root of the grafted second moment", above=0)
+    damping: float = option(1e-6, "added to the factors, relative to their norm", above=0)
+    root: str = choice("eigh", ("eigh", "newton"), "inverse roots by eigendecomposition or coupled Newton")
+
+
+@register
+class Shampoo(FactoredOptimizer):
+    """m ← EMA(g), bias-corrected;  direction = L^(−1/4)·m·R^(−1/4), its norm that of AdamW's; one side: power −1/2."""
+
+    name: ClassVar[str] = "shampoo"
+    Config: ClassVar[type] = ShampooConfig
+    block_keys: ClassVar[tuple[str, ...]] = ("exp_avg",)
+
+    def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
+        state = super().init_state(weight, info)
+        if self.config.grafting == "adam":
+            state["graft_sq"] = torch.zeros_like(weight)
+        return state
+
+    def block_step(self, blocks: Blocks) -> Tensor:
+        cfg, order = self.config, 2 * len(blocks.factors)
+        roots = {"eigh": preconditioner.inverse_root_eigh, "newton": preconditioner.inverse_root_newton}
+        direction = blocks.states[0] / (1 - cfg.beta1**blocks.step)
+        for side, factor in blocks.factors.items():
+            self.advance(factor, blocks.grad, side)
+            root = blocks.derived[side]
+            if blocks.due:
+                mean = factor / (1 - cfg.shampoo_beta**blocks.step)
+                for block, found in enumerate(guarded(roots[cfg.root], (mean,), order, cfg.damping)):
+                    if found is None:
+                        self.failed(blocks.names[block])
+                    else:
+                        root[block] = found
+            direction = root @ direction if side == 0 else direction @ root
+        return direction
+
+    def update(
+        self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
+    ) -> list[Tensor]:
+        cfg = self.config
+        directions = super().update(grads, states, step, infos)
+        for u, g, state in zip(directions, grads, states):
+            state["ready"].copy_(torch.maximum(state["ready"], g.any().to(g.dtype)))
+            if cfg.grafting == "adam":
+                second = state["graft_sq"].mul_(cfg.graft_beta2).addcmul_(g, g, value=1 - cfg.graft_beta2)
+                graft = state["exp_avg"] / ((second / (1 - cfg.graft_beta2**step)).sqrt_() + cfg.graft_eps)
+                length = torch.linalg.vector_norm(graft) / (1 - cfg.beta1**step)
+                norm = torch.linalg.vector_norm(u)
+                u.mul_(torch.where(norm > 0, length / norm, torch.zeros_like(norm)))
+        return directions
+
+    def cost(self, info: MatrixInfo) -> Cost:
+        gemm, refresh, state = 0.0, 0.0, 4.0
+        numel = torch.Size(info.shape).numel()
+        wide = 8.0 if self.config.factor_precision == "fp64" else 4.0
+        for count, *block in self.grid(info).shapes():
+            for side in self.sides(info):
+                size, other = block[side], block[1 - side]
+                gemm += count * 4.0 * size * size * other  # factor 2, root 2
+                refresh += count * float(size**3)
+                state += count * size * size * (wide + 4.0)
+        grafted = self.config.grafting == "adam"
+        newton = self.config.root == "newton"
+        return Cost(
+            flops={"gemm" if self.is_large(info) else "small_gemm": gemm} if gemm else {},
+            # eigh: V·Λ·Vᵀ beside the decomposition; Newton: about 20 iterations of two squarings and two products
+            refresh={"gemm": 160.0 * refresh} if newton else {"eigh": 9.0 * refresh, "gemm": 2.0 * refresh},
+            refresh_every=self.config.precondition_frequency,
+            elementwise_bytes=4.0 * (10 + 8 * grafted) * numel,
+            state_bytes=state + 4.0 * (1 + grafted) * numel,
+        )
