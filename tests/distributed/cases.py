@@ -1,0 +1,90 @@
+"""A training run to be made by the pool of ranks, and the flags of the small models that the tests train."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+COMMON = (
+    "--seq-length 16 --micro-batch-size 2 --global-batch-size 8 --lr 3e-3 --lr-warmup-iters 2 --min-lr 3e-4 "
+    "--lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 --tokenizer-type NullTokenizer --vocab-size 127 "
+    "--make-vocab-size-divisible-by 32 --eval-interval 1000 --eval-iters 0 --log-interval 1000 --hidden-dropout 0 "
+    "--attention-dropout 0 --position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear "
+    "--no-create-attention-mask-in-dataloader --distributed-timeout-minutes 2 --init-method-std 0.1"
+).split()
+
+DENSE = "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --untie-embeddings-and-output-weights".split()
+TIED = "--num-layers 4 --hidden-size 32 --num-attention-heads 4".split()
+GQA = [*DENSE, "--group-query-attention", "--num-query-groups", "2"]
+GPT2 = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --position-embedding-type learned_absolute "
+    "--normalization LayerNorm"
+).split()
+MOE = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --untie-embeddings-and-output-weights --num-experts 4 "
+    "--moe-router-topk 2 --moe-ffn-hidden-size 48 --moe-router-load-balancing-type none "
+    "--moe-token-dispatcher-type alltoall"
+).split()
+
+MUON = "--optimizer muon --muon-fp32-matmul-prec high".split()
+ADAMW = "--optimizer adamw".split()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parallel sizes as flags; `ranks` is the world size."""
+
+    name: str
+    ranks: int
+    flags: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(
+        name: str, ranks: int, tp: int = 1, pp: int = 1, *, ep: int = 1, etp: int = 0, vpp: int = 0,
+        sp: bool = False, distopt: bool = False, more: Sequence[str] = (),
+    ) -> "Layout":
+        flags = [f"--tensor-model-parallel-size={tp}", f"--pipeline-model-parallel-size={pp}"]
+        flags += [f"--expert-model-parallel-size={ep}"] if ep > 1 else []
+        flags += [f"--expert-tensor-parallel-size={etp}"] if etp else []
+        flags += [f"--num-virtual-stages-per-pipeline-rank={vpp}"] if vpp else []
+        flags += ["--sequence-parallel"] if sp else []
+        flags += ["--use-distributed-optimizer"] if distopt else []
+        return Layout(name, ranks, (*flags, *more))
+
+
+ONE = Layout("one", 1)
+TP2 = Layout.of("tp2", 2, tp=2)
+PP2 = Layout.of("pp2", 2, pp=2)
+VPP2 = Layout.of("pp2-vpp2", 2, pp=2, vpp=2)
+DP2 = Layout.of("dp2", 2)
+DP2_DIST = Layout.of("dp2-distopt", 2, distopt=True)
+SP2 = Layout.of("tp2-sp", 2, tp=2, sp=True)
+TP2_PP2 = Layout.of("tp2-pp2", 4, tp=2, pp=2)
+TP2_DP2 = Layout.of("tp2-dp2", 4, tp=2)
+TP2_DP2_DIST = Layout.of("tp2-dp2-distopt", 4, tp=2, distopt=True)
+EP2 = Layout.of("ep2", 2, ep=2)
+EP2_DIST = Layout.of("ep2-distopt", 2, ep=2, distopt=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: `hook` names a function of `hooks.py` that is called with the case inside the ranks, before training."""
+
+    name: str
+    layout: Layout
+    flags: tuple[str, ...]
+    steps: int = 20
+    hook: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> int:
+        return self.layout.ranks
+
+    def argv(self, data: str) -> list[str]:
+        fixed = ["--train-iters", str(self.steps), "--lr-decay-iters", "30", "--train-data-path", data]
+        return [*COMMON, *fixed, *self.layout.flags, *self.flags]
+
+
+def case(model: Sequence[str], optimizer: Sequence[str], layout: Layout, name: str = "", **more: Any) -> Case:
+    """A case named by its layout unless told otherwise."""
+    return Case(name or layout.name, layout, (*model, *optimizer), **more)

@@ -1,0 +1,149 @@
+"""Starts ranks once, lets them make many runs, and hands back what each run recorded."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_opt.data.indexed import bin_path, idx_path, write_index
+from tests.distributed import recording
+from tests.distributed.cases import Case
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 600.0  # seconds for one batch; nothing may hang longer
+
+
+def write_dataset(prefix: Path, documents: int = 400) -> str:
+    """A small corpus of made-up sentences as bytes below 127, in Megatron's format."""
+    draw = random.Random(1)
+    words = "the of a to in and that it is was for on are with as his they be at one have this from by".split()
+    texts = [" ".join(draw.choice(words) for _ in range(draw.randint(5, 40))) + ". " for _ in range(documents)]
+    tokens = np.frombuffer("".join(texts).encode(), dtype=np.uint8).astype(np.uint16)
+    bin_path(prefix).write_bytes(tokens.tobytes())
+    with open(idx_path(prefix), "wb") as stream:
+        write_index(stream, np.uint16, np.array([len(text) for text in texts], dtype=np.int32))
+    return str(prefix)
+
+
+@dataclass
+class Run:
+    """What the ranks of one case recorded."""
+
+    case: Case
+    ranks: list[dict[str, Any]]
+
+    @property
+    def error(self) -> str | None:
+        """The first rank's error, if any rank had one."""
+        return next((r["error"] for r in self.ranks if "error" in r), None)
+
+    @property
+    def user_errors(self) -> list[str | None]:
+        return [r.get("user_error") for r in self.ranks]
+
+    @property
+    def losses(self) -> list[float]:
+        assert self.error is None and not any(self.user_errors), (self.case.name, self.error, self.user_errors)
+        return max((r["losses"] for r in self.ranks), key=len)
+
+    @property
+    def grad_norms(self) -> list[float]:
+        return self.ranks[0]["grad_norms"]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return recording.whole([block for rank in self.ranks for block in rank["weights"]])
+
+    @property
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Whole state tensors by kind and matrix."""
+        keys = sorted({key for rank in self.ranks for key in rank["state"]})
+        return {
+            key: recording.whole([block for rank in self.ranks for block in rank["state"].get(key, [])]) for key in keys
+        }
+
+
+class Pool:
+    """Processes that import Megatron once and then make batch after batch of cases."""
+
+    def __init__(self, folder: Path, members: int) -> None:
+        self.folder, self.members, self.batches, self.starts = folder, members, 0, 0
+        folder.mkdir(parents=True, exist_ok=True)
+        self.data = write_dataset(folder / "text")
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def _start(self) -> None:
+        self.home = self.folder / f"start{self.starts}"
+        self.home.mkdir()
+        self.starts, self.batches = self.starts + 1, 0
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "tests.distributed.worker", str(self.home), str(self.members), self.data]
+        with open(self.home / "launcher.log", "w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def close(self) -> None:
+        """End all processes of this pool."""
+        if self.process is not None:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            self.process.wait()
+            self.process = None
+
+    def run(self, cases: Sequence[Case], timeout: float = TIMEOUT) -> dict[str, Run]:
+        """Make all cases; those that need fewer ranks than there are members run side by side."""
+        assert len({case.name for case in cases}) == len(cases), "cases need names of their own"
+        if self.process is None or self.process.poll() is not None:
+            self._start()
+        here = self.home / str(self.batches)
+        here.mkdir()
+        part = self.home / "plan.part"
+        part.write_text(json.dumps(_schedule(cases, self.members)))
+        os.replace(part, self.home / f"plan.{self.batches}.json")
+        self.batches += 1
+        waiting = [here / f"{case.name}.{rank}.pt" for case in cases for rank in range(case.ranks)]
+        deadline = time.monotonic() + timeout
+        while waiting and time.monotonic() < deadline and self.process and self.process.poll() is None:
+            waiting = [path for path in waiting if not path.exists()]
+            time.sleep(0.05)
+        if waiting:
+            self.close()
+        return {case.name: self._collect(case, here) for case in cases}
+
+    def _collect(self, case: Case, here: Path) -> Run:
+        ranks = []
+        for rank in range(case.ranks):
+            path = here / f"{case.name}.{rank}.pt"
+            if path.exists():
+                ranks.append(torch.load(path, weights_only=False))
+            else:
+                tails = [log.read_text(errors="replace")[-1500:] for log in sorted(self.home.glob("*.log"))]
+                ranks.append({"error": f"{path.name} is missing; the logs end:\n" + "\n".join(tails)})
+        return Run(case, ranks)
+
+
+def _schedule(cases: Sequence[Case], members: int) -> list[dict[str, Any]]:
+    """Members for every case, the least busy ones; the order of cases is the same for all, so none waits for ever."""
+    busy = [0.0] * members
+    entries = []
+    for case in cases:
+        start = min(range(members - case.ranks + 1), key=lambda s: (max(busy[s : s + case.ranks]), s))
+        chosen = range(start, start + case.ranks)
+        until = max(busy[m] for m in chosen) + case.steps
+        for member in chosen:
+            busy[member] = until
+        entries.append({**asdict(case), "members": list(chosen)})
+    return entries

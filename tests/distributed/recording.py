@@ -1,0 +1,116 @@
+"""What a run is judged by: losses and gradient norms at full precision, weights and state by logical name."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Block = tuple[str, int, int, int, int, Tensor]  # matrix, rows [r0, r1), columns [c0, c1), values
+
+
+class Record:
+    """Listens to Megatron's train_step and to the making of the optimizer."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+        self.optimizer: Any = None
+        self.after_step: list[Any] = []  # called with this record after every step
+        self.extra: dict[str, Any] = {}
+
+    def watch(self, training: Any, job: Any) -> None:
+        make, step = job.make_optimizer, training.train_step
+
+        def making(*args: Any, **kwargs: Any) -> Any:
+            self.optimizer = make(*args, **kwargs)
+            return self.optimizer
+
+        def stepping(*args: Any, **kwargs: Any) -> Any:
+            found = step(*args, **kwargs)
+            if found[0]:
+                self.losses.append(float(found[0]["lm loss"].double()))
+            self.grad_norms.append(float(found[5]))
+            for callback in self.after_step:
+                callback(self)
+            return found
+
+        job.make_optimizer, training.train_step = making, stepping
+
+    def partial(self) -> dict[str, Any]:
+        return {"losses": self.losses, "grad_norms": self.grad_norms, **self.extra}
+
+    def finish(self) -> dict[str, Any]:
+        found = self.partial()
+        if hasattr(self.optimizer, "domains"):
+            found |= {"weights": weights(self.optimizer), "state": states(self.optimizer)}
+            found["sent"] = [dict(domain.exchange.traffic.sent) for domain in self.optimizer.domains]
+        return found
+
+
+def weights(optimizer: Any) -> list[Block]:
+    """This rank's rectangles of the fp32 weights."""
+    return [
+        (r.matrix, r.row0, r.row1, r.col0, r.col1,
+         fragment.main[r.offset : r.offset + r.numel].detach().clone().view(r.row1 - r.row0, r.col1 - r.col0))
+        for domain in optimizer.domains
+        for fragment in domain.fragments
+        for r in fragment.rects
+    ]
+
+
+def states(optimizer: Any) -> dict[str, list[Block]]:
+    """This rank's blocks of every kind of state; tensors that do not have the matrix's shape are whole blocks."""
+    found: dict[str, list[Block]] = {}
+    for element in optimizer.element_steps:
+        for pieces in element.slices.values():
+            for piece in pieces:
+                fragment = element.domain.fragments[piece.fragment]
+                r = next(r for r in fragment.rects if r.offset == piece.offset)
+                for key, tensor in piece.state.items():
+                    block = tensor.detach().clone().view(r.row1 - r.row0, r.col1 - r.col0)
+                    found.setdefault(key, []).append((r.matrix, r.row0, r.row1, r.col0, r.col1, block))
+    for step in optimizer.matrix_steps:
+        for (name, index), state in step.states.items():
+            r0, r1, c0, c1 = step.placed.parts[name, index].bounds
+            for key, tensor in state.items():
+                _add(found, key, name, tensor.detach().clone(), (r0, r1, c0, c1))
+        for name, state in step.shared.items():
+            for key, tensor in state.items():
+                _add(found, key, name, tensor.detach().clone(), None)
+    return found
+
+
+def _add(
+    found: dict[str, list[Block]], key: str, name: str, tensor: Tensor, bounds: tuple[int, int, int, int] | None
+) -> None:
+    if bounds:
+        r0, r1, c0, c1 = bounds
+        if tensor.dim() in (1, 2) and tensor.numel() == (r1 - r0) * (c1 - c0):
+            found.setdefault(key, []).append((name, r0, r1, c0, c1, tensor.view(r1 - r0, c1 - c0)))
+            return
+        if tensor.dim() and tensor.numel() == tensor.shape[0] == r1 - r0:
+            found.setdefault(key, []).append((name, r0, r1, 0, 1, tensor.view(-1, 1)))
+            return
+    flat = tensor.reshape(1, -1)
+    found.setdefault(key, []).append((name, 0, 1, 0, flat.shape[1], flat))
+
+
+def whole(blocks: list[Block]) -> dict[str, Tensor]:
+    """Whole matrices from the blocks of all ranks; replicas must agree bit for bit, no element may be missing."""
+    sides: dict[str, tuple[int, int]] = {}
+    for name, _, r1, _, c1, _ in blocks:
+        rows, cols = sides.get(name, (0, 0))
+        sides[name] = max(rows, r1), max(cols, c1)
+    values = {name: torch.zeros(side, dtype=torch.float64) for name, side in sides.items()}
+    seen = {name: torch.zeros(side, dtype=torch.bool) for name, side in sides.items()}
+    for name, r0, r1, c0, c1, block in blocks:
+        target, known = values[name][r0:r1, c0:c1], seen[name][r0:r1, c0:c1]
+        wide = block.double()
+        if not torch.equal(torch.where(known, target, wide), wide):
+            raise AssertionError(f"replicas of {name} differ by {(torch.where(known, target, wide) - wide).abs().max()}")
+        target.copy_(wide)
+        known.fill_(True)
+    missing = [name for name, mask in seen.items() if not mask.all()]
+    if missing:
+        raise AssertionError(f"elements of {missing[:3]} are on no rank")
+    return values

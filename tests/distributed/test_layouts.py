@@ -1,0 +1,50 @@
+"""AdamW and Muon repeat one process's run on every layout."""
+
+import pytest
+
+from tests.distributed import cases as c
+from tests.distributed.cases import Layout, case
+from tests.distributed.compare import assert_same_curve, assert_same_state
+from tests.distributed.pool import Pool, Run
+
+OPTIMIZERS = {"adamw": c.ADAMW, "muon": c.MUON}
+DENSE_LAYOUTS = [
+    c.TP2, c.PP2, c.VPP2, c.DP2, c.DP2_DIST, c.SP2, c.TP2_PP2, c.TP2_DP2, c.TP2_DP2_DIST,
+    Layout.of("tp4", 4, tp=4), Layout.of("dp4-distopt", 4, distopt=True),
+    Layout.of("pp2-dp2-distopt", 4, pp=2, distopt=True),
+    Layout.of("pp2-uneven", 2, pp=2, more=("--decoder-first-pipeline-num-layers=1",)),
+]
+MODELS = {
+    "dense": (c.DENSE, DENSE_LAYOUTS),
+    "gqa": (c.GQA, [c.TP2, Layout.of("tp4", 4, tp=4)]),
+    "tied": (c.TIED, [c.TP2, c.PP2, c.VPP2, c.DP2_DIST, c.TP2_PP2]),
+    "gpt2": (c.GPT2, [c.TP2, c.TP2_PP2, c.DP2_DIST]),
+    "moe": (c.MOE, [c.EP2, c.EP2_DIST, c.DP2_DIST, c.PP2,
+                    Layout.of("tp2-ep2", 4, tp=2, ep=2, etp=1, sp=True),
+                    Layout.of("ep2-dp2-distopt", 4, ep=2, distopt=True)]),
+}  # fmt: skip
+CASES = [
+    case(flags, OPTIMIZERS[optimizer], layout, f"{model}-{optimizer}-{layout.name}")
+    for model, (flags, layouts) in MODELS.items()
+    for optimizer in OPTIMIZERS
+    for layout in [c.ONE, *layouts]
+]
+
+
+@pytest.fixture(scope="module")
+def runs(pool: Pool) -> dict[str, Run]:
+    return pool.run(CASES)
+
+
+@pytest.mark.parametrize("name", [each.name for each in CASES if each.layout.name != "one"])
+def test_layout_repeats_one_process(runs: dict[str, Run], name: str) -> None:
+    model, optimizer, _ = name.split("-", 2)
+    reference = runs[f"{model}-{optimizer}-one"]
+    assert_same_curve(runs[name], reference)
+    assert_same_state(runs[name], reference)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training_learns(runs: dict[str, Run], optimizer: str) -> None:
+    losses = runs[f"dense-{optimizer}-one"].losses
+    assert losses[-1] < 0.7 * losses[0]
