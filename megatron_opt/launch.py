@@ -1,0 +1,184 @@
+"""`megatron-opt train`: torchrun with this machine's rank count, thread count, signals and exit codes filled in.
+
+Exit code: 0 trained, 2 bad input, 128+n saved and left on signal n (143 SIGTERM, 138 SIGUSR1), 1 anything else.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_opt.errors import UserError
+
+TARGET = "megatron_opt.pretrain"
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+SHUTDOWN_SECONDS = 120
+RESTARTS = 3
+BAD_INPUT = 2
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this host gives to a job."""
+
+    cores: int
+    gpus: int
+
+
+def machine() -> Machine:
+    """Cores that this process may use (affinity and container quota) and GPUs that torch sees."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as stream:
+            quota, period = stream.read().split()
+        if quota != "max":
+            cores = max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return Machine(cores=cores, gpus=torch.cuda.device_count())
+
+
+def _size(flags: dict[str, str], name: str, default: int = 1) -> int:
+    try:
+        return int(flags.get(name, default))
+    except ValueError:
+        raise UserError(f"--{name} wants a whole number, not {flags[name]!r}.") from None
+
+
+def effective_flags(argv: Sequence[str]) -> dict[str, str]:
+    """The training flags with a preset's among them, each with its first value."""
+    from megatron_opt.training.arguments import expand
+
+    words = expand(argv)
+    flags: dict[str, str] = {}
+    for index, word in enumerate(words):
+        if word.startswith("--"):
+            key, equals, value = word.removeprefix("--").partition("=")
+            following = words[index + 1] if index + 1 < len(words) else ""
+            flags[key] = value if equals else ("" if following.startswith("--") else following)
+    return flags
+
+
+def rank_count(host: Machine, flags: dict[str, str]) -> int:
+    """Ranks for a run on this host alone: as many as fit the model's layout and divide the global batch.
+
+    A GPU holds one rank, a core too; fewer cores than the layout wants are shared, GPUs are not.
+    """
+    shard = 1
+    for name in ("tensor", "pipeline", "context"):
+        shard *= _size(flags, f"{name}{'-model' if name != 'context' else ''}-parallel-size")
+    places = host.gpus or host.cores
+    if host.gpus and shard > host.gpus:
+        raise UserError(f"the layout wants {shard} ranks a model copy and this machine has {host.gpus} GPUs; "
+                        "lower the parallel sizes, or use several nodes by --nnodes.")
+    copies = max(1, places // shard)
+    micro, batch = _size(flags, "micro-batch-size"), _size(flags, "global-batch-size", 0)
+    while copies > 1 and batch and batch % (micro * copies):
+        copies -= 1
+    return copies * shard
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog, allow_abbrev=False,
+        description="Train on this machine, or on this node of several; every flag not listed here goes to "
+        "megatron_opt.pretrain (see `python -m megatron_opt.pretrain --help`).",
+    )
+    parser.add_argument("--nproc-per-node", type=int, help="ranks on this node (default: from GPUs or cores)")
+    parser.add_argument("--nnodes", default="1", help="nodes, N or MIN:MAX (default 1)")
+    parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="meeting point of the nodes (c10d)")
+    parser.add_argument("--rdzv-id", default="megatron_opt", help="name of the job at the meeting point")
+    parser.add_argument("--rdzv-conf", default="", help="key=value,… for the rendezvous, as torchrun takes it")
+    parser.add_argument("--local-addr", help="this node's address, where its name does not resolve")
+    parser.add_argument("--max-restarts", type=int,
+                        help=f"times a dead rank is answered by a restart (default {RESTARTS} with --save, else 0)")
+    parser.add_argument("--shutdown-timeout", type=int, default=SHUTDOWN_SECONDS,
+                        help=f"seconds that ranks get to save after a signal (default {SHUTDOWN_SECONDS})")
+    parser.add_argument("--module", default=TARGET, help=argparse.SUPPRESS)
+    parser.add_argument("--dry-run", action="store_true", help="print the torchrun command and exit")
+    return parser
+
+
+def torchrun_arguments(own: argparse.Namespace, training: Sequence[str], host: Machine) -> list[str]:
+    """The command line for torchrun."""
+    flags = effective_flags(training) if own.module == TARGET else {}
+    ranks = own.nproc_per_node
+    if ranks is None:
+        ranks = rank_count(host, flags) if own.nnodes == "1" else (host.gpus or 1)
+    if ranks < 1:
+        raise UserError(f"--nproc-per-node {ranks} starts nothing; give at least 1.")
+    restarts = own.max_restarts
+    if restarts is None:
+        restarts = RESTARTS if "save" in flags else 0
+    words = ["--nnodes", own.nnodes, "--nproc-per-node", str(ranks), "--max-restarts", str(restarts),
+             "--signals-to-handle", SIGNALS, "--shutdown-timeout", str(own.shutdown_timeout)]
+    if own.rdzv_endpoint:
+        words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", own.rdzv_endpoint, "--rdzv-id", own.rdzv_id]
+        words += ["--rdzv-conf", own.rdzv_conf] if own.rdzv_conf else []
+    elif own.nnodes == "1":
+        words.append("--standalone")
+    else:
+        raise UserError(f"--nnodes {own.nnodes} needs --rdzv-endpoint HOST:PORT, where the nodes meet.")
+    words += ["--local-addr", own.local_addr] if own.local_addr else []
+    return [*words, "-m", own.module, *training]
+
+
+def _exit_code(failures: Sequence[int]) -> int:
+    """One code for the run from the codes of its failed ranks (negative: killed by that signal)."""
+    if BAD_INPUT in failures:
+        return BAD_INPUT
+    saved = [code for code in failures if code in (143, 138)]
+    return saved[0] if saved and len(saved) == len(failures) else 1
+
+
+def launch(words: Sequence[str]) -> int:
+    """Run torchrun in this process; bad input is not restarted."""
+    from torch.distributed import run
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher import api
+
+    class Agent(LocalElasticAgent):
+        def _monitor_workers(self, worker_group) -> RunResult:  # type: ignore[no-untyped-def]
+            result = super()._monitor_workers(worker_group)
+            if result.state == WorkerState.FAILED and any(
+                failure.exitcode == BAD_INPUT for failure in result.failures.values()
+            ):
+                self._remaining_restarts = 0
+            return result
+
+    api.LocalElasticAgent = Agent  # type: ignore[misc]
+    try:
+        run.run(run.parse_args(list(words)))
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        code = _exit_code(list(codes.values()))
+        if code == 1:
+            first = error.get_first_failure()[1]
+            how = f"was killed by signal {-first.exitcode}" if first.exitcode < 0 else f"left with {first.exitcode}"
+            print(f"megatron-opt train: local rank {first.local_rank} {how} (process {first.pid}); "
+                  "its own message stands above.", file=sys.stderr)
+        return code
+    except SignalException as signalled:
+        return 128 + int(signalled.sigval)
+    return 0
+
+
+def main(argv: list[str], prog: str = "megatron-opt train") -> int:
+    """Start the ranks of this node and wait for them."""
+    own, training = _parser(prog).parse_known_args(argv)
+    if training[:1] == ["--"]:
+        training = training[1:]
+    host = machine()
+    words = torchrun_arguments(own, training, host)
+    ranks = int(words[words.index("--nproc-per-node") + 1])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, host.cores // ranks)))
+    if own.dry_run:
+        print(f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} torchrun", *words)
+        return 0
+    return launch(words)

@@ -1,0 +1,65 @@
+"""The run's event log: one JSON object a line in DIR/events.jsonl, appended by any rank, never rewritten."""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+FILE = "events.jsonl"
+
+_path: Path | None = None
+
+
+def open_log(folder: str | os.PathLike[str] | None) -> None:
+    """Send this process's events to `folder`/events.jsonl; None sends them nowhere."""
+    global _path
+    _path = Path(folder) / FILE if folder else None
+    if _path:
+        _path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def record(event: str, **fields: Any) -> None:
+    """Append one event with time, rank, host and restart count; a full disk must not end a run, so errors pass.
+
+    One write() of one line with O_APPEND: ranks of a host do not tear each other's lines.
+    """
+    if _path is None:
+        return
+    entry = {
+        "time": round(time.time(), 3),
+        "event": event,
+        "rank": int(os.environ.get("RANK", "0")),
+        "host": socket.gethostname(),
+        "restart": restarts(),
+        **fields,
+    }
+    try:
+        descriptor = os.open(_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, (json.dumps(entry) + "\n").encode())
+        finally:
+            os.close(descriptor)
+    except OSError:
+        pass
+
+
+def restarts() -> int:
+    """Restarts of this job so far: torchrun's of its ranks plus Slurm's of the job."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return sum(int(os.environ.get(name) or 0) for name in names)
+
+
+def read(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All whole events of a run, oldest first; a torn last line is left out."""
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return []
+    events = []
+    for line in path.read_bytes().splitlines():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events
