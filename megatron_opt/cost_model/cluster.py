@@ -1,0 +1,208 @@
+"""A cluster file: what one device sustains by kernel class and size, its memory, and the links between devices."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_opt.errors import UserError
+
+CLASSES = ("gemm", "small_gemm", "qr", "eigh", "solve", "attention")
+Curve = tuple[tuple[float, float], ...]  # (size, FLOP/s), rising sizes
+
+
+@dataclass(frozen=True)
+class Link:
+    """Bytes per second that one device sends (sustained), and seconds of one message."""
+
+    bandwidth: float
+    latency: float
+
+
+@dataclass(frozen=True)
+class Overheads:
+    """Host seconds outside kernels: for each matrix and each held fragment of an optimizer step, each bucket, each step."""
+
+    matrix: float = 0.0
+    fragment: float = 0.0
+    bucket: float = 0.0
+    step: float = 0.0
+    layer: float = 0.0  # each layer of each micro-batch, forward and backward
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Devices of one kind, `gpus_per_node` to a node; rates are sustained FLOP/s of one device working alone."""
+
+    name: str
+    title: str
+    peak: Mapping[str, float]
+    memory: float
+    reserved: float
+    bandwidth: float  # bytes/s that element-wise passes sustain
+    rates: Mapping[str, Mapping[str, Curve]]  # class → dtype → curve over the smaller side
+    gpus_per_node: int
+    node: Link
+    network: Link
+    devices: int | None = None  # limit of the cluster; None: as many as asked for
+    step_efficiency: float = 1.0  # share of a step in which kernels run: launch gaps, stragglers
+    optimizer_efficiency: float = 1.0
+    overlap: float = 1.0  # share of a transfer that can run under computation
+    shared_cores: int = 0  # CPU: ranks beyond this number of cores take turns
+    overheads: Overheads = field(default_factory=Overheads)
+    sources: tuple[str, ...] = ()
+
+    def rate(self, kind: str, dtype: str, size: float) -> float:
+        """Sustained FLOP/s of a kernel class at a size (the smaller side of a product, the order of a factorization)."""
+        by_type = self.rates[kind]
+        curve = by_type.get(dtype) or by_type.get("fp32") or next(iter(by_type.values()))
+        return interpolate(curve, size)
+
+    def link(self, ranks: int, stride: int = 1) -> tuple[Link, float]:
+        """The link that a group of `ranks` devices, `stride` apart, is bound by; and the share of traffic that crosses it."""
+        if ranks <= 1:
+            return self.node, 0.0
+        inside = max(1, self.gpus_per_node // stride)
+        if ranks <= inside:
+            return self.node, (ranks - 1) / ranks
+        return self.network, (ranks - inside) / ranks
+
+    def transfer(self, bytes_sent: float, ranks: int, stride: int = 1) -> float:
+        """Seconds of an all-to-all in which each rank sends `bytes_sent` to the others in equal parts."""
+        if ranks <= 1 or bytes_sent <= 0:
+            return 0.0
+        inside = min(max(1, self.gpus_per_node // stride), ranks)
+        near = bytes_sent * (inside - 1) / (ranks - 1)
+        far = bytes_sent - near
+        link = self.network if ranks > inside else self.node
+        return max(near / self.node.bandwidth, far / self.network.bandwidth) + link.latency * (1 + ranks / 32)
+
+    def ring(self, bytes_sent: float, ranks: int, stride: int = 1) -> float:
+        """Seconds of a ring collective in which each rank sends `bytes_sent` in all: bound by the slowest link on the ring.
+
+        Where `inside` ranks share a node, NCCL runs that many rings, so that the network carries 1/inside of each.
+        """
+        if ranks <= 1 or bytes_sent <= 0:
+            return 0.0
+        inside = min(max(1, self.gpus_per_node // stride), ranks)
+        hops = math.ceil(math.log2(ranks))
+        if ranks <= inside:
+            return bytes_sent / self.node.bandwidth + hops * self.node.latency
+        through_network = bytes_sent / (self.network.bandwidth * inside)
+        return max(bytes_sent / self.node.bandwidth, through_network) + hops * self.network.latency
+
+    def crowding(self, ranks: int) -> float:
+        """How many times slower each rank is because ranks share cores; 1 on GPUs."""
+        return max(1.0, ranks / self.shared_cores) if self.shared_cores else 1.0
+
+
+def interpolate(curve: Curve, size: float) -> float:
+    """Straight lines in log size and log rate; constant beyond the ends."""
+    if size <= curve[0][0]:
+        return curve[0][1]
+    for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
+        if size <= x1:
+            share = math.log(size / x0) / math.log(x1 / x0)
+            return math.exp(math.log(y0) + share * math.log(y1 / y0))
+    return curve[-1][1]
+
+
+def names() -> list[str]:
+    """Clusters that come with the package."""
+    folder = resources.files("megatron_opt") / "cost_model" / "clusters"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def load(which: str) -> Cluster:
+    """A cluster by name or by the path of its file; raises UserError for what cannot be a cluster."""
+    if which in names():
+        text = (resources.files("megatron_opt") / "cost_model" / "clusters" / f"{which}.yaml").read_text()
+    elif Path(which).is_file():
+        text = Path(which).read_text()
+    else:
+        raise UserError(f"there is no cluster {which!r}; there are {', '.join(names())}, or give the path of a file.")
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{which} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{which} is no cluster file; start from a copy of clusters/h100.yaml.")
+    return _Reader(which).cluster(content)
+
+
+class _Reader:
+    """Reads a cluster's YAML, naming the key of what is wrong."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def number(self, section: Mapping[str, Any], key: str, default: float | None = None, zero: bool = False) -> float:
+        value = section.get(key, default)
+        try:
+            number = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            raise UserError(f"{self.path}: {key} is {value!r}; it must be a number.") from None
+        if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+            raise UserError(f"{self.path}: {key} is {value}; it must be {'at least' if zero else 'greater than'} 0.")
+        return number
+
+    def section(self, content: Mapping[str, Any], key: str, optional: bool = False) -> Mapping[str, Any]:
+        value = content.get(key, {} if optional else None)
+        if not isinstance(value, dict):
+            raise UserError(f"{self.path}: section `{key}` is missing; see clusters/h100.yaml.")
+        return value
+
+    def curve(self, values: Any, where: str) -> Curve:
+        if not isinstance(values, dict) or not values:
+            raise UserError(f"{self.path}: {where} must map sizes to FLOP/s.")
+        points = [(self.number({where: size}, where), self.number(values, size)) for size in values]
+        return tuple(sorted(points))
+
+    def cluster(self, content: Mapping[str, Any]) -> Cluster:
+        known = {
+            "name", "title", "sources", "device", "rates", "node", "network", "efficiency", "overheads", "devices"
+        }
+        if unknown := sorted(set(content) - known):
+            raise UserError(f"{self.path} has no section {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+        device, node, network = (self.section(content, key) for key in ("device", "node", "network"))
+        rates = {}
+        for kind, by_type in self.section(content, "rates").items():
+            if kind not in CLASSES:
+                raise UserError(f"{self.path}: there is no kernel class {kind!r}; there are {', '.join(CLASSES)}.")
+            rates[kind] = {dtype: self.curve(values, f"rates.{kind}.{dtype}") for dtype, values in by_type.items()}
+        if missing := [kind for kind in CLASSES if kind not in rates]:
+            raise UserError(f"{self.path}: rates of {', '.join(missing)} are missing.")
+        efficiency = self.section(content, "efficiency", optional=True)
+        overheads = self.section(content, "overheads", optional=True)
+        share = lambda key: min(1.0, self.number(efficiency, key, 1.0))  # noqa: E731
+        peak = {dtype: self.number(device["peak"], dtype) for dtype in self.section(device, "peak")}
+        return Cluster(
+            name=str(content.get("name", Path(self.path).stem)),
+            title=str(content.get("title", self.path)),
+            peak=peak,
+            memory=self.number(device, "memory"),
+            reserved=self.number(device, "reserved", 0.0, zero=True),
+            bandwidth=self.number(device, "memory_bandwidth") * share("elementwise"),
+            rates=rates,
+            gpus_per_node=int(self.number(node, "gpus")),
+            node=Link(self.number(node, "bandwidth") * share("node"), self.number(node, "latency", 0.0, zero=True)),
+            network=Link(
+                self.number(network, "bandwidth") * share("network"), self.number(network, "latency", 0.0, zero=True)
+            ),
+            devices=int(self.number(content, "devices")) if content.get("devices") else None,
+            step_efficiency=share("step"),
+            optimizer_efficiency=share("optimizer"),
+            overlap=min(1.0, self.number(efficiency, "overlap", 1.0, zero=True)),
+            shared_cores=int(self.number(device, "shared_cores", 0, zero=True)),
+            overheads=Overheads(
+                **{
+                    key: self.number(overheads, key, 0.0, zero=True)
+                    for key in ("matrix", "fragment", "bucket", "step", "layer")
+                }
+            ),
+            sources=tuple(str(item) for item in content.get("sources") or ()),
+        )

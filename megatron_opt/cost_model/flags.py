@@ -1,0 +1,190 @@
+"""Megatron's flags as the cost model reads them: from words, presets, YAML files and finished runs, without Megatron."""
+
+import ast
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_opt.errors import UserError
+from megatron_opt.optimizers import registry
+from megatron_opt.optimizers.groups import GroupRule, default_rules, load_rules
+
+Flags = dict[str, Any]
+
+# Flags that change the cost; others are accepted and listed as ignored.
+NUMBERS = (
+    "num-layers hidden-size ffn-hidden-size num-attention-heads num-query-groups kv-channels seq-length vocab-size "
+    "padded-vocab-size make-vocab-size-divisible-by max-position-embeddings num-experts moe-router-topk "
+    "moe-ffn-hidden-size moe-shared-expert-intermediate-size moe-layer-freq micro-batch-size global-batch-size "
+    "tensor-model-parallel-size pipeline-model-parallel-size num-layers-per-virtual-pipeline-stage "
+    "num-virtual-stages-per-pipeline-rank context-parallel-size expert-model-parallel-size expert-tensor-parallel-size "
+    "q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim v-head-dim recompute-num-layers exchange-bucket-mb "
+    "scalar-lr-ratio lr weight-decay clip-grad adam-beta1 adam-beta2 adam-eps train-iters train-samples lr-warmup-iters "
+    "world-size moe-first-dense-layers lr-warmup-samples lr-warmup-fraction min-lr"
+).split()
+WORDS = (
+    "optimizer normalization position-embedding-type recompute-granularity recompute-method matrix-mode exchange-dtype "
+    "optimizer-groups preset fp8-format transformer-impl lr-decay-style init-style decay-mode"
+).split()
+SWITCHES = (
+    "swiglu group-query-attention multi-latent-attention untie-embeddings-and-output-weights disable-bias-linear "
+    "add-qkv-bias bf16 fp16 sequence-parallel use-distributed-optimizer overlap-grad-reduce overlap-param-gather "
+    "tp-comm-overlap use-flash-attn split-heads recompute-activations no-gradient-accumulation-fusion "
+    "moe-grouped-gemm grad-reduce-in-bf16 attention-output-gate no-position-embedding use-rotary-position-embeddings"
+).split()
+_KNOWN = {**dict.fromkeys(NUMBERS, float), **dict.fromkeys(WORDS, str), **dict.fromkeys(SWITCHES, bool)}
+_ALIASES = {"use-rotary-position-embeddings": ("position-embedding-type", "rope")}
+
+
+def preset(name: str) -> Flags:
+    """Flags of `presets/NAME.yaml`, with those of the preset it is based on."""
+    folder = resources.files("megatron_opt") / "presets"
+    known = sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    if name not in known:
+        raise UserError(f"there is no preset {name!r}; there are {', '.join(known)}.")
+    found = yaml.safe_load((folder / f"{name}.yaml").read_text()) or {}
+    base = found.pop("base", None)
+    return (preset(base) if base else {}) | found
+
+
+def parse(words: Sequence[str]) -> tuple[Flags, list[str]]:
+    """Flags from a command line's words; a preset's come first, later ones win. Also the flags that change no cost."""
+    given: Flags = {}
+    ignored: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"{word!r} is not a flag; write flags as --name value.")
+        name, sign, value = word[2:].partition("=")
+        values = [value] if sign else []
+        while not sign and rest and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
+        if not _known(name):
+            near = difflib.get_close_matches(name, _KNOWN, 1, cutoff=0.88)
+            if near:
+                raise UserError(f"--{name} is no flag that is known here; did you mean --{near[0]}?")
+            ignored.append(name)
+            continue
+        given[name] = _value(name, values)
+    base = preset(given["preset"]) if "preset" in given else {}
+    return normalized(base | given), ignored
+
+
+def normalized(flags: Mapping[str, Any]) -> Flags:
+    """Types as the cost model wants them; flags of other matters are left out; underscores become hyphens."""
+    found: Flags = {}
+    for key, value in flags.items():
+        name = key.replace("_", "-")
+        if value is None or not _known(name):
+            continue
+        if name in _ALIASES:
+            name, value = _ALIASES[name]
+        found[name] = _value(name, [value])
+    return found
+
+
+def _known(name: str) -> bool:
+    return name in _KNOWN or _rule_option(name) is not None
+
+
+def _rule_option(name: str) -> tuple[str, str] | None:
+    """(optimizer, option) of a flag such as `muon-num-ns-steps`; the longest optimizer name wins."""
+    for rule, cls in sorted(registry.rules().items(), key=lambda item: -len(item[0])):
+        prefix = rule.replace("_", "-") + "-"
+        if name.startswith(prefix):
+            option = name.removeprefix(prefix).replace("-", "_")
+            if option in {field.name for field in fields(cls.Config)}:  # type: ignore[attr-defined]
+                return rule, option
+    return None
+
+
+def _value(name: str, values: Sequence[Any]) -> Any:
+    kind = _KNOWN.get(name)
+    if kind is bool or (not values and kind is None):
+        if not values or isinstance(values[0], bool):
+            return values[0] if values else True
+        return str(values[0]).lower() not in ("false", "0", "no", "none")
+    if not values:
+        raise UserError(f"--{name} needs a value.")
+    value = values[0]
+    if kind is float and name == "moe-layer-freq" and isinstance(value, str) and not value.isdigit():
+        return value
+    if kind is float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise UserError(f"--{name} is {value!r}; it must be a number.") from None
+        if not number >= 0 or number == float("inf"):
+            raise UserError(f"--{name} is {value}; it must be a finite number, at least 0.")
+        return int(number) if number == int(number) else number
+    if kind is str:
+        return str(value)
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """An optimizer's option from a word: number, true/false, list, or the word itself."""
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def from_run(path: str | Path) -> Flags:
+    """Flags of a finished or running job (a folder with results.json, or the file), or of a YAML file of flags."""
+    path = Path(path)
+    file = path / "results.json" if path.is_dir() else path
+    try:
+        text = file.read_text()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); give a run's folder or a YAML file of flags.") from error
+    try:
+        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file} is not {file.suffix[1:].upper() or 'YAML'}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no flags; write one `name: value` a line.")
+    if file.suffix == ".json":
+        if not isinstance(content.get("config"), dict):
+            raise UserError(f"{file} has no `config`; it is not the results.json of a run.")
+        content = {**content["config"], **({"world-size": content["world_size"]} if "world_size" in content else {})}
+    base = preset(content.pop("preset")) if content.get("preset") else {}
+    return normalized(base | content)
+
+
+def options(flags: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Options of optimizers among the flags, by optimizer."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in flags.items():
+        if name not in _KNOWN and (hit := _rule_option(name)):
+            found.setdefault(hit[0], {})[hit[1]] = value
+    return found
+
+
+def grouping(flags: Mapping[str, Any]) -> list[GroupRule]:
+    """The grouping that a run with these flags has; Megatron's own `adam` counts as adamw."""
+    name = {"adam": "adamw"}.get(flags.get("optimizer", "adamw"), flags.get("optimizer", "adamw"))
+    given = options(flags)
+    if flags.get("optimizer-groups"):
+        return load_rules(flags["optimizer-groups"], given)
+    if name not in registry.rules():
+        raise UserError(f"there is no optimizer {name!r}; there are {', '.join(sorted(registry.rules()))}.")
+    return default_rules(name, given, flags.get("scalar-lr-ratio"))
+
+
+def required(flags: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse flags that lack what a model needs."""
+    missing = [f"--{name}" for name in names if not flags.get(name)]
+    if missing:
+        raise UserError(f"{', '.join(missing)} missing; give them, or a whole model by --preset.")

@@ -1,0 +1,147 @@
+"""How a model is laid over ranks, and which ranks share what."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_opt.cost_model.model import Model
+from megatron_opt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parallel sizes and the flags that decide memory and traffic; `world` ranks in all."""
+
+    world: int
+    tp: int = 1
+    pp: int = 1
+    virtual: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    micro_batch: int = 1
+    global_batch: int = 1
+    dtype: str = "fp32"
+    sequence_parallel: bool = False
+    distributed: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    overlap_tp: bool = False
+    grad_reduce_bf16: bool = False
+    recompute: str = "none"  # none, selective, full
+    flash: bool = True
+    fp8: bool = False
+    matrix_mode: str = "auto"
+    wire_bytes: int = 4
+    bucket_bytes: float = 64 * 2**20
+
+    @staticmethod
+    def of(flags: Mapping[str, Any], world: int, model: Model) -> "Layout":
+        """From Megatron's flags; refuses what does not divide."""
+        number = lambda key, default=1: int(flags.get(key) or default)  # noqa: E731
+        pp = number("pipeline-model-parallel-size")
+        virtual = number("num-virtual-stages-per-pipeline-rank")
+        if per_stage := flags.get("num-layers-per-virtual-pipeline-stage"):
+            virtual = max(1, model.layers // pp // int(per_stage))
+        tp = number("tensor-model-parallel-size")
+        granularity = flags.get("recompute-granularity") or ("selective" if flags.get("recompute-activations") else "none")
+        layout = Layout(
+            world=world, tp=tp, pp=pp, virtual=virtual, cp=number("context-parallel-size"),
+            ep=number("expert-model-parallel-size"), etp=number("expert-tensor-parallel-size", tp),
+            micro_batch=number("micro-batch-size"), global_batch=number("global-batch-size", 0),
+            dtype="bf16" if flags.get("bf16") else "fp16" if flags.get("fp16") else "fp32",
+            sequence_parallel=bool(flags.get("sequence-parallel")) and tp > 1,
+            distributed=bool(flags.get("use-distributed-optimizer")),
+            overlap_grad_reduce=bool(flags.get("overlap-grad-reduce")),
+            overlap_param_gather=bool(flags.get("overlap-param-gather")),
+            overlap_tp=bool(flags.get("tp-comm-overlap")),
+            grad_reduce_bf16=bool(flags.get("grad-reduce-in-bf16")),
+            recompute=granularity, flash=flags.get("transformer-impl") != "local", fp8=bool(flags.get("fp8-format")),
+            matrix_mode=str(flags.get("matrix-mode", "auto")),
+            wire_bytes=2 if flags.get("exchange-dtype") == "bf16" else 4,
+            bucket_bytes=float(flags.get("exchange-bucket-mb") or 64) * 2**20,
+        )
+        if not layout.global_batch:
+            layout = Layout(**{**vars(layout), "global_batch": layout.micro_batch * layout.data_parallel})
+        layout.check(model)
+        return layout
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks with equal dense parameters and different data (context parallelism aside)."""
+        return max(1, self.world // (self.tp * self.pp * self.cp))
+
+    @property
+    def dense_ranks(self) -> int:
+        """Ranks that share one stage's dense parameters: the domain of its optimizer."""
+        return self.tp * self.cp * self.data_parallel
+
+    @property
+    def expert_data_parallel(self) -> int:
+        """Ranks with equal experts and different data."""
+        return max(1, self.dense_ranks // (self.ep * self.etp))
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that share one expert-parallel rank's experts."""
+        return self.etp * self.expert_data_parallel
+
+    @property
+    def microbatches(self) -> int:
+        """Micro-batches a step on each data-parallel rank."""
+        return self.global_batch // (self.micro_batch * self.data_parallel)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of one parameter in the model."""
+        return 4 if self.dtype == "fp32" else 2
+
+    def tokens(self, model: Model) -> int:
+        """Tokens a step over all ranks."""
+        return self.global_batch * model.sequence
+
+    def stages(self, model: Model) -> list[tuple[int, int]]:
+        """[first, last) layers of each pipeline stage; virtual stages are summed as if they were neighbours."""
+        edges = [model.layers * stage // self.pp for stage in range(self.pp + 1)]
+        return list(zip(edges[:-1], edges[1:], strict=True))
+
+    def problem(self, model: Model) -> str | None:
+        """Why this layout cannot run, in a clause; None where it can."""
+        sizes = self.tp * self.pp * self.cp
+        if self.world < sizes or self.world % sizes:
+            return f"{self.world} ranks are not divisible by TP {self.tp} × PP {self.pp} × CP {self.cp} = {sizes}"
+        if model.heads % self.tp:
+            return f"{model.heads} attention heads are not divisible by TP {self.tp}"
+        if model.groups % self.tp and self.tp % model.groups:
+            return f"{model.groups} query groups and TP {self.tp} do not divide one another"
+        if model.ffn % self.tp:
+            return f"FFN width {model.ffn} is not divisible by TP {self.tp}"
+        if self.pp * self.virtual > model.layers or model.layers % (self.pp * self.virtual):
+            return f"{model.layers} layers are not divisible by PP {self.pp} × {self.virtual} virtual stages"
+        if self.virtual > 1 and self.pp < 2:
+            return "virtual stages need PP of 2 or more"
+        if self.ep > 1 and not model.experts:
+            return f"EP {self.ep} needs a model with experts"
+        if model.experts and (model.experts % self.ep or self.dense_ranks % (self.ep * self.etp)):
+            return f"{model.experts} experts on {self.dense_ranks} ranks a stage do not fit EP {self.ep} × ETP {self.etp}"
+        if self.global_batch % (self.micro_batch * self.data_parallel) or not self.microbatches:
+            return (
+                f"global batch {self.global_batch} is not a multiple of micro-batch {self.micro_batch} × "
+                f"DP {self.data_parallel}"
+            )
+        if self.sequence_parallel and model.sequence % self.tp:
+            return f"sequence {model.sequence} is not divisible by TP {self.tp}"
+        if self.cp > 1 and model.sequence % (2 * self.cp):
+            return f"sequence {model.sequence} is not divisible by twice CP {self.cp}"
+        return None
+
+    def check(self, model: Model) -> None:
+        """Raise UserError for a layout that cannot run."""
+        if problem := self.problem(model):
+            raise UserError(f"the layout cannot run: {problem}; change a size or the number of GPUs.")
+
+    def name(self) -> str:
+        """Short form, such as TP2·PP4·DP8."""
+        parts = [("TP", self.tp), ("CP", self.cp), ("PP", self.pp), ("VPP", self.virtual), ("EP", self.ep)]
+        words = [f"{word}{size}" for word, size in parts if size > 1]
+        return "·".join([*words, f"DP{self.data_parallel}"])

@@ -1,0 +1,173 @@
+"""Seconds, FLOPs, bytes and state of the optimizer's part of a step, from its plan and a cluster."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_opt.cost_model.cluster import Cluster
+from megatron_opt.cost_model.layout import Layout
+from megatron_opt.cost_model.plan import DomainPlan
+from megatron_opt.optimizers.base import Cost, MatrixInfo
+
+# Bytes that the engine moves for each element that a rank holds, beside what the rules' own costs count:
+# the norm reads the gradient (4); W ← W − lr·u − decay passes over weight and direction twice (20);
+# a travelling element is packed and unpacked on each way (2 × 16).
+NORM_BYTES, APPLY_BYTES, TRAVEL_BYTES, PUBLISH_BYTES = 4.0, 20.0, 32.0, 6.0
+
+
+@dataclass
+class OptimizerTime:
+    """The slowest rank's part of one step. `by_class` and `element_wise` are seconds of an ordinary step;
+    `refresh` what a refresh step adds, once in `refresh_every`; `sent` bytes by what they are for.
+    """
+
+    by_class: dict[str, float] = field(default_factory=dict)
+    element_wise: float = 0.0
+    host: float = 0.0
+    refresh: float = 0.0
+    refresh_every: float = 1.0
+    staggered: bool = False
+    exchange: float = 0.0
+    exchange_hidden: float = 0.0
+    sent: dict[str, float] = field(default_factory=dict)
+    flops: float = 0.0  # mean over steps, all ranks of the domain
+    state_bytes: float = 0.0  # of the fullest rank
+    state_total: float = 0.0
+    imbalance: float = 1.0
+
+    @property
+    def compute(self) -> float:
+        """Seconds of computation in an ordinary step."""
+        return sum(self.by_class.values()) + self.element_wise + self.host
+
+    @property
+    def ordinary(self) -> float:
+        """An ordinary step: refreshes that are staggered are in every step."""
+        base = self.compute + self.exchange - self.exchange_hidden
+        return base + (self.refresh / self.refresh_every if self.staggered else 0.0)
+
+    @property
+    def worst(self) -> float:
+        """A step with refreshes."""
+        return self.ordinary if self.staggered else self.ordinary + self.refresh
+
+    @property
+    def mean(self) -> float:
+        """Averaged over steps."""
+        return self.ordinary + (0.0 if self.staggered else self.refresh / self.refresh_every)
+
+
+def dtype_of(rule: Any) -> str:
+    """The type in which a rule's products run: what its configuration says, else fp32."""
+    precision = getattr(rule.config, "fp32_matmul_prec", None)
+    return "bf16" if precision == "medium" else "fp32"
+
+
+def size_of(rule: Any, info: MatrixInfo) -> float:
+    """The side that decides a kernel's speed: the shorter one, or the rule's block."""
+    side = min(info.shape) if len(info.shape) == 2 else info.shape[0]
+    block = getattr(rule.config, "block_size", 0) or side
+    return float(min(side, block))
+
+
+def _seconds(flops: dict[str, float], cluster: Cluster, dtype: str, size: float) -> dict[str, float]:
+    return {kind: count / cluster.rate(kind, dtype, size) for kind, count in flops.items() if count}
+
+
+def matrix_seconds(rule: Any, info: MatrixInfo, cost: Cost, cluster: Cluster) -> tuple[dict[str, float], float]:
+    """Seconds of one whole matrix on one device: by kernel class in an ordinary step, and what a refresh adds."""
+    dtype, size = dtype_of(rule), size_of(rule, info)
+    ordinary = _seconds(cost.flops, cluster, dtype, size)
+    ordinary["element-wise"] = cost.elementwise_bytes / cluster.bandwidth
+    ordinary["host"] = cluster.overheads.matrix
+    return ordinary, sum(_seconds(cost.refresh, cluster, dtype, size).values())
+
+
+def domain_time(domain: DomainPlan, layout: Layout, cluster: Cluster) -> OptimizerTime:
+    """One domain's step, by its slowest rank."""
+    ranks = domain.ranks
+    seconds: list[dict[str, float]] = [{} for _ in range(ranks)]
+    refresh, owned = [0.0] * ranks, [0.0] * ranks
+    found = OptimizerTime()
+    timed: dict[tuple[Any, ...], tuple[dict[str, float], float]] = {}
+    for part in domain.plan.parts:
+        info, rule, cost = (table[part.matrix] for table in (domain.infos, domain.rules, domain.costs))
+        key = (id(rule), info.shape, info.kind, info.role, info.heads)
+        if key not in timed:
+            timed[key] = matrix_seconds(rule, info, cost, cluster)
+        ordinary, extra = timed[key]
+        share = (part.stop - part.start) / part.shape[part.dim]
+        for kind, value in ordinary.items():
+            seconds[part.rank][kind] = seconds[part.rank].get(kind, 0.0) + value * (1.0 if kind == "host" else share)
+        refresh[part.rank] += extra * share
+        owned[part.rank] += share * part.shape[0] * part.shape[1]
+        if extra:
+            found.refresh_every = max(found.refresh_every, cost.refresh_every)
+        found.staggered = found.staggered or bool(getattr(rule.config, "stagger", False))
+    every = found.refresh_every
+    slowest = max(range(ranks), key=lambda rank: sum(seconds[rank].values()) + refresh[rank] / every)
+    work = dict(seconds[slowest])
+    element, state = _element_wise(domain, layout, cluster)
+    found.element_wise = work.pop("element-wise", 0.0) + element
+    over = cluster.overheads
+    found.host = work.pop("host", 0.0) + over.fragment * domain.fragments + over.bucket * domain.buckets
+    found.by_class, found.refresh = work, refresh[slowest]
+    _exchange(found, domain, layout, cluster, owned[slowest])
+    slow = cluster.crowding(layout.world) / cluster.optimizer_efficiency
+    found.by_class = {kind: value * slow for kind, value in found.by_class.items()}
+    found.element_wise, found.host, found.refresh = (
+        value * slow for value in (found.element_wise, found.host, found.refresh)
+    )
+    found.exchange_hidden = min(found.exchange * cluster.overlap * max(0, domain.buckets - 1) / max(1, domain.buckets),
+                                found.compute)
+    found.flops = sum(cost.mean_flops() for cost in domain.costs.values())
+    found.state_bytes = max(domain.plan.state_bytes) + state
+    found.state_total = sum(domain.plan.state_bytes) + state * ranks
+    found.imbalance = domain.plan.imbalance()
+    return found
+
+
+def _element_wise(domain: DomainPlan, layout: Layout, cluster: Cluster) -> tuple[float, float]:
+    """Seconds and state bytes, on each rank, of element-wise rules and of the engine's passes."""
+    cut_over = domain.data if layout.distributed else 1
+    moved = domain.held / cut_over * (NORM_BYTES + (PUBLISH_BYTES if layout.dtype != "fp32" else 0.0))
+    state = 0.0
+    for entry in domain.elements:
+        numel = (entry.cut / domain.tp + entry.copied) / cut_over
+        cost = entry.rule.cost(1)
+        moved += numel * cost.elementwise_bytes
+        state += numel * cost.state_bytes
+    matrices = domain.matrix_numel / domain.tp / cut_over
+    moved += matrices * (APPLY_BYTES + (TRAVEL_BYTES if domain.ranks > 1 else 0.0))
+    return moved / cluster.bandwidth, state
+
+
+def _exchange(found: OptimizerTime, domain: DomainPlan, layout: Layout, cluster: Cluster, owned: float) -> None:
+    """Bytes that the slowest rank sends, and their seconds: shards to owners, updates back, factors of cut matrices."""
+    ranks = domain.ranks
+    if ranks == 1 or not domain.infos:
+        return
+    numel, tp = domain.matrix_numel, domain.tp
+    away = (ranks - 1) / ranks
+    if layout.distributed:  # each element is held once
+        to_owners = numel / ranks * away
+        to_shards = owned * away
+    else:  # every data-parallel rank holds its tensor-parallel shard: an owner has one, every holder gets a copy back
+        to_owners = numel / ranks * (tp - 1) / tp
+        to_shards = owned * (ranks / tp - 1 / tp)
+    found.sent["gradients to owners"] = to_owners * layout.wire_bytes
+    found.sent["updates to shards"] = to_shards * layout.wire_bytes
+    for name, count in domain.slices.items():
+        if count > 1:
+            rule, info = domain.rules[name], domain.infos[name]
+            width = 8 if "64" in str(rule.factor_dtype()) else 4
+            out, back = (_numel_of(shape) for shape in (rule.partial_shape(info), rule.combined_shape(info)))
+            found.sent["factors"] = found.sent.get("factors", 0.0) + (out * width + back * 4.0 * (count - 1)) / count
+    found.exchange = sum(cluster.transfer(value, ranks) for value in found.sent.values())
+    found.exchange += 2 * max(0, domain.buckets - 1) * cluster.link(ranks)[0].latency
+
+
+def _numel_of(shape: tuple[int, ...]) -> float:
+    count = 1.0
+    for side in shape:
+        count *= side
+    return count

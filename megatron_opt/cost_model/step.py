@@ -1,0 +1,181 @@
+"""One training step: seconds, FLOPs, bytes and memory per GPU, broken down."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_opt.cost_model import flags as flag_reader
+from megatron_opt.cost_model.cluster import Cluster
+from megatron_opt.cost_model.layout import Layout
+from megatron_opt.cost_model.memory import Memory, memory
+from megatron_opt.cost_model.model import Model
+from megatron_opt.cost_model.optimizer_time import OptimizerTime, domain_time
+from megatron_opt.cost_model.plan import DomainPlan, plans
+from megatron_opt.cost_model.traffic import Traffic, traffic
+from megatron_opt.errors import UserError
+
+
+@dataclass
+class Step:
+    """A predicted step; all times are seconds of the slowest GPU, averaged over steps unless they say otherwise."""
+
+    model: Model
+    layout: Layout
+    cluster: Cluster
+    optimizer_name: str
+    forward_backward: float
+    bubble: float
+    traffic: Traffic
+    optimizer: OptimizerTime
+    memory: Memory
+    plans: list[list[DomainPlan]] = field(repr=False, default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Mean seconds of a step."""
+        return self.base + self.optimizer.mean
+
+    @property
+    def base(self) -> float:
+        """Everything but the optimizer."""
+        return self.forward_backward + self.bubble + self.traffic.exposed
+
+    @property
+    def ordinary(self) -> float:
+        """A step without refreshes."""
+        return self.base + self.optimizer.ordinary
+
+    @property
+    def refresh_step(self) -> float:
+        """A step with refreshes."""
+        return self.base + self.optimizer.worst
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a step."""
+        return self.layout.tokens(self.model)
+
+    @property
+    def training_flops(self) -> float:
+        """Model FLOPs of a step over all GPUs, recomputation not counted."""
+        return self.model.step_flops_per_token * self.tokens
+
+    @property
+    def optimizer_flops(self) -> float:
+        """FLOPs of the optimizer in a mean step over all GPUs."""
+        stages = [sum(sum(c.mean_flops() for c in domain.costs.values()) * _copies(domain, self.layout)
+                      for domain in stage) for stage in self.plans]
+        return sum(stages)
+
+    @property
+    def flops_per_gpu(self) -> float:
+        """Model FLOP/s of each GPU."""
+        return self.training_flops / self.seconds / self.layout.world
+
+    @property
+    def optimizer_share(self) -> float:
+        """Optimizer's share of a mean step's time."""
+        return self.optimizer.mean / self.seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second over all GPUs."""
+        return self.tokens / self.seconds
+
+
+def _copies(domain: DomainPlan, layout: Layout) -> int:
+    """Domains with this plan in one stage: one for dense parameters, one for each expert-parallel rank's experts."""
+    return layout.ep if domain.name.startswith("experts") else 1
+
+
+def predict(flags: Mapping[str, Any], cluster: Cluster, world: int, grouping: Any = None) -> Step:
+    """The step that these flags take on `world` devices of the cluster; raises UserError for what cannot run."""
+    check_world(cluster, world)
+    model = Model.of(flags)
+    layout = Layout.of(flags, world, model)
+    rules = grouping if grouping is not None else flag_reader.grouping(flags)
+    name = str(flags.get("optimizer", "adamw"))
+    return predict_layout(model, layout, cluster, rules, name, str(flags.get("decay-mode", "decoupled")))
+
+
+def check_world(cluster: Cluster, world: int) -> None:
+    """Refuse a number of devices that the cluster does not have."""
+    if world < 1:
+        raise UserError(f"{world} GPUs is no number of devices; give 1 or more.")
+    if cluster.devices and world > cluster.devices:
+        raise UserError(f"the layout wants {world} devices, cluster {cluster.name} has {cluster.devices}; use fewer.")
+
+
+def predict_layout(
+    model: Model, layout: Layout, cluster: Cluster, rules: Any, name: str, decay_mode: str = "decoupled"
+) -> Step:
+    """The step of a model in a layout that is known to fit it."""
+    domains = plans(model, layout, rules, decay_mode)
+    timed: dict[int, OptimizerTime] = {}
+    slowest: OptimizerTime | None = None
+    for stage in domains:
+        if id(stage) not in timed:
+            timed[id(stage)] = _merge([domain_time(domain, layout, cluster) for domain in stage], cluster)
+        if slowest is None or timed[id(stage)].mean > slowest.mean:
+            slowest = timed[id(stage)]
+    assert slowest is not None
+    forward_backward = stage_seconds(model, layout, cluster)
+    bubble = forward_backward * (layout.pp - 1) / (layout.microbatches * layout.virtual)
+    moved = traffic(model, layout, cluster, forward_backward)
+    states = [timed[id(stage)].state_bytes for stage in domains]
+    return Step(model, layout, cluster, name, forward_backward, bubble, moved, slowest,
+                memory(model, layout, cluster, domains, states), domains)
+
+
+def _merge(parts: list[OptimizerTime], cluster: Cluster) -> OptimizerTime:
+    """Dense parameters and experts are stepped one after the other."""
+    total = OptimizerTime(host=cluster.overheads.step)
+    for part in parts:
+        for kind, value in part.by_class.items():
+            total.by_class[kind] = total.by_class.get(kind, 0.0) + value
+        for what, value in part.sent.items():
+            total.sent[what] = total.sent.get(what, 0.0) + value
+        for key in ("element_wise", "host", "refresh", "exchange", "exchange_hidden", "flops", "state_bytes", "state_total"):
+            setattr(total, key, getattr(total, key) + getattr(part, key))
+        total.refresh_every = max(total.refresh_every, part.refresh_every)
+        total.staggered = total.staggered or part.staggered
+        total.imbalance = max(total.imbalance, part.imbalance)
+    return total
+
+
+def stage_seconds(model: Model, layout: Layout, cluster: Cluster) -> float:
+    """Forward and backward of all micro-batches on the slowest stage, communication aside."""
+    tokens = layout.micro_batch * model.sequence / layout.cp
+    width = 4 if layout.dtype == "fp32" else 2
+    dtype = "fp8" if layout.fp8 else "bf16" if width == 2 else "fp32"
+    inner = layout.tp if layout.sequence_parallel else 1
+    slowest = 0.0
+    for first, last in layout.stages(model):
+        seconds = 0.0
+        for layer in range(first, last):
+            expert = layer in model.expert_layers
+            ffn = model.expert_ffn if expert else model.ffn
+            met = tokens * model.topk * layout.ep / model.experts if expert else tokens  # tokens of one product
+            attention = model.heads * model.head_dim / layout.tp
+            size = min(met, model.hidden, max(attention, ffn / (layout.etp if expert else layout.tp)))
+            flops = 3.0 * tokens * model.layer_flops(layer) / layout.tp
+            seconds += flops / cluster.rate("gemm", dtype, size)
+            attended = 3.0 * tokens * model.attention_flops() / layout.tp
+            seconds += attended / cluster.rate("attention", dtype, model.sequence)
+            if not layout.flash:  # scores are written and read about eight times
+                seconds += 8.0 * width * tokens * model.sequence * model.heads / layout.tp / cluster.bandwidth
+            heads = (model.heads + model.groups) * model.head_dim
+            passed = 10.0 * model.hidden / inner + (2.0 * heads + 3.0 * ffn * (model.topk if expert else 1)) / layout.tp
+            seconds += 3.0 * width * tokens * passed / cluster.bandwidth
+            if layout.recompute == "full":
+                seconds += (flops / cluster.rate("gemm", dtype, size)) / 3.0
+                seconds += attended / 3.0 / cluster.rate("attention", dtype, model.sequence)
+            elif layout.recompute == "selective":
+                seconds += attended / 3.0 / cluster.rate("attention", dtype, model.sequence)
+            seconds += cluster.overheads.layer
+        if last == model.layers:
+            plain = "bf16" if width == 2 else "fp32"
+            seconds += 3.0 * tokens * model.output_flops() / layout.tp / cluster.rate("gemm", plain, min(tokens, model.hidden))
+            seconds += 24.0 * tokens * model.vocabulary / layout.tp / cluster.bandwidth  # fp32 logits, six passes
+        slowest = max(slowest, seconds)
+    return slowest * layout.microbatches / cluster.step_efficiency * cluster.crowding(layout.world)
