@@ -11,6 +11,10 @@ COMMANDS = {
     "status": ("watching.main", "show the runs of a study, live"),
     "report": ("reporting.main", "write the report of a study again"),
     "fit": ("fitting.main", "fit scaling laws to the runs and extrapolate"),
+    "verify": ("verifying.main", "put predictions beside the outcome of large runs"),
+    "export": ("exchanging.export", "write the runs as CSV or Parquet"),
+    "import": ("exchanging.import_", "add runs from CSV or Parquet"),
+    "init": ("starting.main", "write a study file to start from"),
     "demo-paper": ("fitting.demo_paper", "fit and report the published study without training"),
 }
 

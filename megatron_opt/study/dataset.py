@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_opt.errors import UserError
 from megatron_opt.study.curves import Curve
@@ -38,6 +39,8 @@ class Dataset:
     curve: Callable[[str], Curve | None] = field(default=lambda run: None)
     attribution: str = ""
     phases: dict[str, list[str]] = field(default_factory=dict)
+    trace: list[dict[str, Any]] = field(default_factory=list)
+    """decisions of the search, as the scheduler recorded them"""
     tokens_per_parameter: float = 20.0
     effort_known: bool = True
     """all runs that were ever made are here, so that run counts can be compared"""
@@ -103,6 +106,7 @@ def from_store(store: Store) -> Dataset:
         records,
         store.curve,
         phases=store.phases(),
+        trace=store.meta("trace", []),
         tokens_per_parameter=store.meta("tokens_per_parameter", 20.0),
     )
     dataset.check_tokenizers()

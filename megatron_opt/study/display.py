@@ -22,6 +22,12 @@ from megatron_opt.study.summary import HEADER, summary
 STATES = ("completed", "diverged", "running", "planned", "failed")
 
 
+def make_console() -> Console:
+    """The terminal, or 180 columns where there is none, so that files get whole tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=180)
+
+
 def print_table(console: Console, header: list[str], rows: list[list[str]], title: str | None = None) -> None:
     """A table; on a narrow or dumb terminal rich folds it."""
     table = Table(*header, title=title, title_justify="left")

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_opt.errors import UserError
 from megatron_opt.study import curves
 from megatron_opt.study.executors import Executor, Job, Outcome, make_executor
-from megatron_opt.study.executors.base import last_words, read_results
+from megatron_opt.study.executors.base import last_words, read_results, was_interrupted
 from megatron_opt.study.phases import Planner
 from megatron_opt.study.runs import Run
 from megatron_opt.study.spec import Study
@@ -130,13 +130,18 @@ class Scheduler:
             return outcome.run
         record = self.store.run(outcome.run)
         code = outcome.code
-        interrupted = not outcome.timed_out and (code is None or code < 0 or code in _BY_SIGNAL)
+        by_signal = code is None or code < 0 or code in _BY_SIGNAL
+        interrupted = not outcome.timed_out and (
+            by_signal or was_interrupted(job.folder, record.started or 0.0)
+        )
         if outcome.timed_out:
             reason = f"stopped after {self.study.executor.timeout_minutes:g} minutes"
+        elif interrupted:
+            reason = "interrupted" if code is None else f"interrupted, exit code {code}"
         elif code == 0:
             reason = "ended without a final validation loss in results.json"
         else:
-            reason = f"exit code {code}: {last_words(job.folder)}" if code is not None else "ended unseen"
+            reason = f"exit code {code}: {last_words(job.folder)}"
         settings = self.study.executor
         failures = record.attempts - record.interruptions
         failed = code == 2 or (
@@ -155,9 +160,9 @@ class Scheduler:
 
     def _stop(self) -> None:
         """End the jobs so that they save, and return them to the queue."""
-        self.executor.stop()
+        left = self.executor.stop()
         for run in list(self.running):
-            if not self._file_result(run):
+            if run not in left and not self._file_result(run):
                 self.store.give_back(run, "stopped with the study", failed=False, interrupted=True)
             del self.running[run]
 

@@ -44,6 +44,28 @@ CREATE TABLE curves (run TEXT PRIMARY KEY REFERENCES runs (id), parquet BLOB NOT
 CREATE TABLE events (time REAL NOT NULL, run TEXT NOT NULL, what TEXT NOT NULL);
 """
 
+_COLUMNS = (
+    "id",
+    "optimizer",
+    "model",
+    "ratio",
+    "seed",
+    "hyper",
+    "config",
+    "arguments",
+    "parameters",
+    "tokens",
+    "status",
+    "attempts",
+    "interruptions",
+    "created",
+    "started",
+    "finished",
+    "loss",
+    "results",
+    "reason",
+)
+
 
 @dataclass(frozen=True)
 class Record:
@@ -227,6 +249,36 @@ class Store:
                 "UPDATE runs SET status = 'planned', attempts = 0, interruptions = 0 WHERE status = 'failed'"
             ).rowcount
 
+    def import_runs(self, rows: list[dict[str, Any]], curves: dict[str, bytes]) -> int:
+        """Add runs with their results; raises UserError, and adds nothing, when one contradicts the store."""
+        added = 0
+        with self.transaction() as db:
+            for row in rows:
+                known = db.execute("SELECT status, loss FROM runs WHERE id = ?", (row["id"],)).fetchone()
+                if known is None:
+                    marks = ",".join("?" * len(_COLUMNS))
+                    values = [row[column] for column in _COLUMNS]
+                    db.execute(f"INSERT INTO runs ({','.join(_COLUMNS)}) VALUES ({marks})", values)
+                    db.execute("INSERT INTO events VALUES (?, ?, 'imported')", (time.time(), row["id"]))
+                    added += 1
+                elif known["status"] in FINISHED and tuple(known) != (row["status"], row["loss"]):
+                    raise UserError(
+                        f"run {row['id']} is {known['status']} with loss {known['loss']} in {self.path} and "
+                        f"{row['status']} with {row['loss']} in the file; nothing was imported"
+                    )
+                for phase in row["phases"]:
+                    db.execute("INSERT OR IGNORE INTO phases VALUES (?, ?)", (phase, row["id"]))
+            for run, parquet in curves.items():
+                db.execute("INSERT OR IGNORE INTO curves VALUES (?, ?)", (run, parquet))
+            results = db.execute("SELECT results FROM runs WHERE results IS NOT NULL")
+            digests = {(json.loads(row[0]).get("tokenizer") or {}).get("sha256") for row in results} - {None}
+            if len(digests) > 1:
+                raise UserError(
+                    "the file's runs used another tokenizer than the store's; losses per token of different "
+                    "tokenizers cannot be compared, and nothing was imported"
+                )
+        return added
+
     # reading
 
     def runs(self, phase: str | None = None, status: str | None = None) -> list[Record]:
@@ -250,6 +302,15 @@ class Store:
             )
         return _record(rows[0])
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Every run with the store's own column names, JSON columns as text."""
+        return [dict(row) for row in self._connection.execute("SELECT * FROM runs ORDER BY created, id")]
+
+    def curve_bytes(self, run: str) -> bytes | None:
+        """The curve of a run as Parquet."""
+        row = self._connection.execute("SELECT parquet FROM curves WHERE run = ?", (run,)).fetchone()
+        return None if row is None else row[0]
+
     def states(self, ids: list[str]) -> dict[str, tuple[str, float | None]]:
         """id → (status, loss) of those of `ids` that the store knows."""
         found = {}
@@ -270,8 +331,8 @@ class Store:
         return found
 
     def curve(self, run: str) -> curves.Curve | None:
-        row = self._connection.execute("SELECT parquet FROM curves WHERE run = ?", (run,)).fetchone()
-        return None if row is None else curves.from_parquet(row[0])
+        parquet = self.curve_bytes(run)
+        return None if parquet is None else curves.from_parquet(parquet)
 
     def events(self, run: str | None = None) -> list[tuple[float, str, str]]:
         query = "SELECT time, run, what FROM events" + (" WHERE run = ?" if run else "") + " ORDER BY rowid"

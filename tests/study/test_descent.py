@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from megatron_opt.study.descent import descend, refine
 from megatron_opt.study.phases import Planner
 from megatron_opt.study.sensitivity import classify
-from megatron_opt.study.spec import Regime, read_study
+from megatron_opt.study.spec import Regime
+from megatron_opt.study.study_file import read_study
 
 GRID = {"lr": (0.001, 0.002, 0.004, 0.008, 0.016), "beta1": (0.8, 0.9, 0.95), "warmup": (100, 200, 400)}
 START = {"lr": 0.001, "beta1": 0.8, "warmup": 100, "batch_size": 8}

@@ -8,8 +8,8 @@ import pytest
 from megatron_opt.errors import UserError
 from megatron_opt.study import cli
 from megatron_opt.study.scheduler import open_study
-from megatron_opt.study.spec import read_study
 from megatron_opt.study.store import Store
+from megatron_opt.study.study_file import read_study
 from tests.study.conftest import STUDY
 
 

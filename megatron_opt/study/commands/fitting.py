@@ -9,7 +9,7 @@ from rich.console import Console
 
 from megatron_opt.study.analysis import Analysis, analyse
 from megatron_opt.study.dataset import Dataset, from_store
-from megatron_opt.study.display import print_table
+from megatron_opt.study.display import make_console, print_table
 from megatron_opt.study.fit_files import write_fits
 from megatron_opt.study.fits.extrapolate import TARGET_N, TARGET_RATIOS
 from megatron_opt.study.paper_data import paper_dataset
@@ -73,7 +73,7 @@ def main(argv: list[str], prog: str) -> int:
     with Store(options.output / STORE_NAME) as store:
         analysis = analyse_with(from_store(store), options)
         write_fits(analysis, options.output / "fits.json")
-    console = Console()
+    console = make_console()
     print_analysis(console, analysis)
     console.print(f"fits: {options.output / 'fits.json'}", soft_wrap=True, markup=False)
     return 0
@@ -90,7 +90,7 @@ def demo_paper(argv: list[str], prog: str) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     page = write_report(dataset, options.output, analysis)
     write_fits(analysis, options.output / "fits.json")
-    console = Console()
+    console = make_console()
     print_analysis(console, analysis)
     held = {kind: prediction.rmse for kind, prediction in analysis.held_out.items()}
     if held:

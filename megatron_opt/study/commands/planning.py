@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
-from megatron_opt.study.display import print_table
+from megatron_opt.study.display import make_console, print_table
 from megatron_opt.study.executors.local import LocalExecutor
 from megatron_opt.study.planning import plan_costs
 from megatron_opt.study.scheduler import STORE_NAME
-from megatron_opt.study.spec import read_study
 from megatron_opt.study.store import Store
+from megatron_opt.study.study_file import read_study
 
 
 def main(argv: list[str], prog: str) -> int:
@@ -29,7 +27,7 @@ def main(argv: list[str], prog: str) -> int:
         with Store(options.output / STORE_NAME) as store:
             records = store.runs(status="completed")
     costs = plan_costs(study, records)
-    console = Console()
+    console = make_console()
     print_table(
         console,
         ["phase", "optimizer", "runs", "tokens", "FLOPs", "hours"],

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from megatron_opt.study.dataset import from_store
-from megatron_opt.study.display import print_summary
+from megatron_opt.study.display import make_console, print_summary
 from megatron_opt.study.report import write_report
 from megatron_opt.study.scheduler import STORE_NAME
 from megatron_opt.study.store import Store
@@ -23,7 +21,7 @@ def main(argv: list[str], prog: str) -> int:
     with Store(options.output / STORE_NAME) as store:
         dataset = from_store(store)
         page = write_report(dataset, options.to or options.output / "report")
-    console = Console()
+    console = make_console()
     print_summary(console, dataset)
     console.print(f"report: {page}", soft_wrap=True, markup=False)
     return 0

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from megatron_opt.study.dataset import from_store
-from megatron_opt.study.display import observe, print_summary
+from megatron_opt.study.display import make_console, observe, print_summary
 from megatron_opt.study.scheduler import Stopped, open_study
-from megatron_opt.study.spec import read_study
+from megatron_opt.study.study_file import read_study
 
 
 def main(argv: list[str], prog: str) -> int:
@@ -27,7 +24,7 @@ def main(argv: list[str], prog: str) -> int:
     parser.add_argument("--retry-failed", action="store_true", help="try failed runs again")
     options = parser.parse_args(argv)
     study = read_study(options.study)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = make_console()
     with open_study(study, options.output) as scheduler:
         store = scheduler.store
         if options.retry_failed:

@@ -6,10 +6,9 @@ import argparse
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.live import Live
 
-from megatron_opt.study.display import STATES, counts, live_view, print_table
+from megatron_opt.study.display import STATES, counts, live_view, make_console, print_table
 from megatron_opt.study.scheduler import STORE_NAME
 from megatron_opt.study.store import FINISHED, Store
 
@@ -21,7 +20,7 @@ def main(argv: list[str], prog: str) -> int:
     parser.add_argument("--live", action="store_true", help="keep showing, until nothing runs or waits")
     parser.add_argument("--runs", action="store_true", help="list every run")
     options = parser.parse_args(argv)
-    console = Console()
+    console = make_console()
     with Store(options.output / STORE_NAME) as store:
         if options.live:
             with Live(console=console, refresh_per_second=2) as live:

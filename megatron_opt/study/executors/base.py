@@ -63,8 +63,10 @@ class Executor(Protocol):
         """Jobs that ended since the last call; returns at once."""
         ...
 
-    def stop(self) -> None:
-        """End every job with a signal that lets it save a checkpoint."""
+    def stop(self) -> list[str]:
+        """End jobs with a signal that lets them save a checkpoint; returns the runs that go on by
+        themselves.
+        """
         ...
 
 
@@ -98,6 +100,17 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     if not isinstance(results, dict) or results.get("status") not in ("completed", "diverged"):
         return None
     return results
+
+
+def was_interrupted(folder: Path, since: float) -> bool:
+    """The run itself says, after `since` (Unix time), that it saved a checkpoint and stopped before
+    its end.
+    """
+    path = folder / "results.json"
+    try:
+        return path.stat().st_mtime >= since and json.loads(path.read_text())["status"] == "interrupted"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def last_words(folder: Path, limit: int = 300) -> str:

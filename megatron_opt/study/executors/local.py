@@ -101,7 +101,7 @@ class LocalExecutor:
             ended.append(Outcome(run, code, live.timed_out))
         return ended
 
-    def stop(self) -> None:
+    def stop(self) -> list[str]:
         for number, seconds in ((signal.SIGTERM, 60.0), (signal.SIGKILL, 10.0)):
             for live in self._live.values():
                 self._signal(live, number)
@@ -112,6 +112,7 @@ class LocalExecutor:
             if live.process is not None:
                 live.process.wait()
         self._live.clear()
+        return []
 
     def _signal(self, live: _Live, number: int) -> None:
         if live.process is not None and live.process.poll() is None:

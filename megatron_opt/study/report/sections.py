@@ -13,6 +13,7 @@ from megatron_opt.study.report.extrapolation import extrapolation, prediction_er
 from megatron_opt.study.report.pitfalls import pitfalls
 from megatron_opt.study.report.plots import Section, Table
 from megatron_opt.study.report.scaling import final_losses, significance, speedup_section
+from megatron_opt.study.report.search import search
 from megatron_opt.study.report.sensitivity import lr_sensitivity
 from megatron_opt.study.report.tuning import hyper_laws, transfer
 from megatron_opt.study.summary import HEADER, summary
@@ -26,7 +27,7 @@ def build_sections(dataset: Dataset, analysis: Analysis | None, reason: str = ""
     if analysis is not None:
         sections += [significance(analysis), speedup_section(analysis), final_losses(analysis)]
         sections += [prediction_error(analysis), extrapolation(analysis)]
-    sections += [lr_sensitivity(dataset)]
+    sections += [search(dataset), lr_sensitivity(dataset)]
     if analysis is not None:
         sections += [hyper_laws(analysis)]
     sections += [transfer(dataset), loss_curves(dataset), costs(dataset), dynamics(dataset), _effort(dataset)]

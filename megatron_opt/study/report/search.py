@@ -1,0 +1,89 @@
+"""How the search went: every sweep, what it decided, and what was then predicted."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megatron_opt.study.dataset import Dataset
+from megatron_opt.study.report.plots import Section, Table
+
+
+def search(dataset: Dataset) -> Section:
+    """Sweeps, verdicts on sensitivity, and predicted hyperparameters, from the scheduler's record."""
+    section = Section("Search")
+    sweeps = [step for step in dataset.trace if step["kind"] == "sweep"]
+    if sweeps:
+        section.tables.append(
+            Table(
+                ["phase", "regime", "optimizer", "swept", "from", "best", "gain", "moved"],
+                [
+                    [
+                        s["phase"],
+                        s["regime"],
+                        s["optimizer"],
+                        s["coordinate"],
+                        _show(s["before"]),
+                        _show(s["best"]),
+                        "from divergence" if math.isinf(s["gain"]) else f"{s['gain']:.4f}",
+                        "yes" if s["adopted"] else "no",
+                    ]
+                    for s in sweeps
+                ],
+                "Coordinate descent: one row a sweep; it moves only for a gain above Δ1.",
+            )
+        )
+    verdicts = [step for step in dataset.trace if step["kind"] == "sensitivity"]
+    if verdicts:
+        section.tables.append(
+            Table(
+                [
+                    "optimizer",
+                    "hyperparameter",
+                    "scaling",
+                    "one value for all",
+                    "costs at most",
+                    "optimum in each regime",
+                ],
+                [
+                    [
+                        v["optimizer"],
+                        v["hyperparameter"],
+                        "sensitive" if v["sensitive"] else "insensitive",
+                        _show(v["value"]),
+                        "diverges" if math.isinf(v["excess"]) else f"{v['excess']:.4f}",
+                        ", ".join(f"{regime} {_show(value)}" for regime, value in v["optima"].items()),
+                    ]
+                    for v in verdicts
+                ],
+                "Insensitive: one value lies within Δ2 of the optimum in every regime.",
+            )
+        )
+    predictions = [step for step in dataset.trace if step["kind"] == "prediction"]
+    if predictions:
+        section.tables.append(
+            Table(
+                ["regime", "optimizer", "hyperparameters", "from laws"],
+                [
+                    [
+                        p["regime"],
+                        p["optimizer"],
+                        ", ".join(f"{k} {_show(v)}" for k, v in p["point"].items()),
+                        ", ".join(p["from_laws"]) or "none",
+                    ]
+                    for p in predictions
+                ],
+                "Hyperparameters of the target runs, predicted from the tuned regimes.",
+            )
+        )
+    spent = [step for step in dataset.trace if step["kind"] == "budget"]
+    section.warnings = [
+        f"The search of {s['optimizer']} in {s['regime']} ended at its budget of runs ({s['runs']}), "
+        "not at an optimum."
+        for s in spent
+    ]
+    return section
+
+
+def _show(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,168 @@
+"""The Slurm executor on a real Slurm: a study, a cancelled job, a dead scheduler, two nodes, bad options."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_opt.errors import UserError
+from megatron_opt.study import cli
+from megatron_opt.study.executors import Job, slurm
+from megatron_opt.study.executors.slurm import SlurmExecutor
+from megatron_opt.study.spec import ExecutorSettings
+from megatron_opt.study.store import Store
+from megatron_opt.study.study_file import read_study
+from tests.study.conftest import STUDY
+from tests.study.slurm_cluster import Cluster, missing
+
+ON_SLURM = STUDY.replace("executor:\n  jobs: 2", "executor:\n  kind: slurm\n  slurm: {partition: debug}")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    if missing():
+        pytest.skip(missing())
+    folder = Path(tempfile.mkdtemp(prefix="slurm"))
+    cluster = Cluster(folder)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def on_slurm(cluster, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    monkeypatch.setattr(slurm, "POLL_SECONDS", 0.3)
+    return cluster
+
+
+def records(output):
+    with Store(output / "study.sqlite") as store:
+        return store.runs()
+
+
+def test_a_study_runs_through_slurm(on_slurm, make_study, tmp_path):
+    output = tmp_path / "out"
+    assert cli.main(["run", str(make_study(ON_SLURM)), "--output", str(output)], "study") == 0
+    found = records(output)
+    assert len(found) == 6 and all(r.attempts == 1 and r.job.startswith("slurm ") for r in found)
+    assert sum(r.status == "diverged" for r in found) == 1
+
+
+def test_a_cancelled_job_goes_on_from_its_checkpoint(on_slurm, make_study, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_SLEEP", "0.15")
+    output = tmp_path / "out"
+    text = ON_SLURM.replace("[0.004, 0.008, 0.064]", "[0.004]").replace("[0.008, 0.016, 0.032]", "[0.008]")
+    study = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from megatron_opt.study.executors import slurm; slurm.POLL_SECONDS = 0.3\n"
+            "from megatron_opt.study import cli; sys.exit(cli.main(sys.argv[1:], 's'))",
+            "run",
+            str(make_study(text)),
+            "--output",
+            str(output),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        env=dict(os.environ),
+    )
+    end = time.monotonic() + 60
+    while not list(output.glob("runs/*/ledger")) and time.monotonic() < end:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    cancelled = next(output.glob("runs/*/ledger")).parent.name
+    subprocess.run(["scancel", "--name", cancelled], check=True)
+    _, errors = study.communicate(timeout=120)
+    assert study.returncode == 0, errors
+    run = next(r for r in records(output) if r.id == cancelled)
+    assert run.status == "completed" and run.attempts == 2 and run.interruptions == 1
+    steps = (output / "runs" / cancelled / "ledger").read_text().split()
+    assert len(set(steps)) == 20 and len(steps) <= 21
+
+
+def test_jobs_outlive_the_scheduler_and_are_adopted(on_slurm, make_study, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_SLEEP", "0.1")
+    output = tmp_path / "out"
+    path = make_study(ON_SLURM)
+    study = subprocess.Popen(
+        [sys.executable, "-m", "megatron_opt.cli", "study", "run", str(path), "--output", str(output)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=Path(__file__).parents[2],
+        env=dict(os.environ),
+    )
+    end = time.monotonic() + 60
+    while not list(output.glob("runs/*/ledger")) and time.monotonic() < end:
+        time.sleep(0.1)
+    study.send_signal(signal.SIGTERM)
+    assert study.wait(60) == 130
+    assert cli.main(["run", str(path), "--output", str(output)], "study") == 0
+    assert all(r.attempts == 1 for r in records(output))
+
+
+def test_a_job_on_two_nodes_starts_one_launcher_on_each(on_slurm, tmp_path):
+    settings = ExecutorSettings(
+        kind="slurm", nodes=2, ranks=2, command=("bash", "-c", "echo $SLURMD_NODENAME $0", slurm.RENDEZVOUS)
+    )
+    executor = SlurmExecutor(settings, tmp_path)
+    executor.submit(Job("two", tmp_path / "two", []))
+    end = time.monotonic() + 60
+    while not (ended := executor.poll()) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert [(one.run, one.code) for one in ended] == [("two", 0)]
+    lines = sorted((tmp_path / "two" / "log.txt").read_text().split("\n"))
+    nodes, places = zip(*(line.split() for line in lines if line))
+    assert nodes == ("n1", "n2") and len(set(places)) == 1 and places[0].startswith("n1:")
+
+
+def test_a_refused_option_is_reported_and_nothing_is_lost(on_slurm, make_study, tmp_path):
+    output = tmp_path / "out"
+    bad = make_study(ON_SLURM.replace("partition: debug", "partition: nowhere"))
+    with pytest.raises(UserError, match=r"sbatch refused .*partition"):
+        cli.main(["run", str(bad), "--output", str(output)], "study")
+    assert all(r.status == "planned" for r in records(output))
+    assert cli.main(["run", str(make_study(ON_SLURM)), "--output", str(output)], "study") == 0
+
+
+def test_the_script_starts_torchrun_on_every_node_and_quotes_what_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: f"/usr/bin/{name}")
+    settings = ExecutorSettings(
+        kind="slurm",
+        nodes=4,
+        ranks=8,
+        timeout_minutes=90,
+        environment={"A": "b c"},
+        slurm={"gpus_per_node": 8, "account": "lab"},
+    )
+    script = SlurmExecutor(settings, tmp_path)._script(
+        Job("r1", tmp_path / "a b", ["--lr", "0.1", "--x", "$HOME"])
+    )
+    for line in (
+        '#SBATCH --nodes="4"',
+        '#SBATCH --gpus-per-node="8"',
+        '#SBATCH --time="0:5400"',
+        "export A='b c'",
+        '#SBATCH --signal="TERM@120"',
+    ):
+        assert line in script
+    assert '--nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint "$head:$port"' in script
+    assert "'$HOME'" in script and f"'{tmp_path}/a b'" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_without_slurm_the_message_says_so(monkeypatch, make_study, tmp_path):
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="needs sbatch"):
+        SlurmExecutor(read_study(make_study(ON_SLURM)).executor, tmp_path)
