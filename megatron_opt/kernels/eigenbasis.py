@@ -50,8 +50,8 @@ def first_basis_of_factor(factor: Tensor, rank: int, dtype: torch.dtype = torch.
     return complete(factor.double() @ vectors, _noise(dtype, factor.shape[-1]) ** 2).to(dtype)
 
 
-def first_bases(grad: Tensor, sides: tuple[int, ...]) -> dict[int, Tensor]:
-    """Bases of G·Gᵀ (side 0) and GᵀG (side 1) of (…, m, n), from the short side's eigenvectors U: the long side's are GᵀU.
+def first_bases(grad: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Bases of G·Gᵀ (side 0) and GᵀG (side 1) of (…, m, n), from the short side's eigenvectors U and GᵀU.
 
     Works on G in fp64, so that the bases depend on G as its singular vectors do, not as those of a rounded product.
     """
@@ -60,11 +60,11 @@ def first_bases(grad: Tensor, sides: tuple[int, ...]) -> dict[int, Tensor]:
     oriented = wide if short == 0 else wide.mT  # (…, k, K)
     noise = _noise(grad.dtype, max(grad.shape[-2:]))
     long_columns = oriented.mT @ _descending(oriented @ oriented.mT)
-    bases = {}
+    bases = []
     for side in sides:
         columns, level = (oriented @ long_columns, noise**2) if side == short else (long_columns, noise)
-        bases[side] = complete(columns, level).to(grad.dtype)
-    return bases
+        bases.append(complete(columns, level).to(grad.dtype))
+    return tuple(bases)
 
 
 def power_step(factor: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -52,11 +52,13 @@ class Soap(FactoredOptimizer):
 
     def begin(self, grad: Tensor, state: State, info: MatrixInfo) -> bool:
         """Factors of the first gradient and their bases; nothing moves."""
+        sides = self.sides(info)
         for region, stack in enumerate(self.grid(info).cut(grad)):
-            for side in self.sides(info):
+            found = guarded(eigenbasis.first_bases, (stack,), sides) if sides else []
+            for which, side in enumerate(sides):
                 self.advance(state[f"gg.{region}.{side}"], stack, side)
-                found = guarded(lambda g, s: eigenbasis.first_bases(g, (s,))[s], (stack,), side)
-                self._keep(state[f"q.{region}.{side}"], found, [info.name] * len(stack))
+                bases = [result and result[which] for result in found]
+                self._keep(state[f"q.{region}.{side}"], bases, [info.name] * len(stack))
         state["ready"].fill_(float(grad.any()))
         return False
 
