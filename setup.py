@@ -67,7 +67,10 @@ def extension():
         ("MEGATRON_OPT_SOURCE_HASH", f'"{digest}"'),
         ("MEGATRON_OPT_TORCH_VERSION", f'"{torch.__version__}"'),
     ]
-    sources = ["csrc/bindings.cpp", "csrc/operators.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+    sources = [
+        *sorted(map(str, Path("csrc").glob("*.cpp"))),
+        *sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
+    ]
     # Without errno and floating-point traps square roots and selects are vectorised; results stay IEEE.
     cxx = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-g0"]
     for folder, name in (

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/multi_tensor.h"
+#include "cpu/product.h"
 #include "operators.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -12,6 +13,11 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda") = false;
 #endif
-  m.def("register_operators", &megatron_opt::register_operators);
+  m.def("register_operators", [] {
+    megatron_opt::register_operators();
+    megatron_opt::register_matrix_operators();
+  });
+  m.attr("products") = megatron_opt::has_products();
+  m.attr("bf16_products") = megatron_opt::has_bf16_products();
   m.def("cpu_kernels", &megatron_opt::cpu_kernels_name);
 }

@@ -2,7 +2,8 @@
 
 namespace megatron_opt {
 
-// Gives torch the native kernels of the megatron_opt operators; at most once.
+// Give torch the native kernels of the megatron_opt operators; at most once.
 void register_operators();
+void register_matrix_operators();
 
 }  // namespace megatron_opt

@@ -1,0 +1,246 @@
+"""Time of one optimizer step, ours and the peers', on the same gradients in one process: one table.
+
+    python benchmarks/optimizer_step.py [--rules adamw muon …] [--cases model small large] [--threads 1]
+
+Contenders take turns; a figure is the median over rounds of processor time (threads = 1) or wall time. The
+bound is what the step's bytes take at the bandwidth that our AdamW reaches on `model`, plus what its matrix
+products take at the rate of a 1024-cube product in the same type.
+"""
+
+import argparse
+import gc
+import importlib
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_opt.kernels import multi_tensor
+from megatron_opt.kernels.multi_tensor import Coefficients, Rule
+from megatron_opt.optimizers import registry
+from megatron_opt.optimizers.base import ElementwiseOptimizer, MatrixInfo
+
+LAYER = [(512, 512)] * 4 + [(1408, 512)] * 2 + [(512, 1408)]
+CASES = {
+    "model": LAYER * 8,  # 25.7M parameters: hidden 512, FFN 1408, 8 layers
+    "small": [(64, 64)] * 400,
+    "large": [(1024, 4096)] * 4,
+    "tiny-model": [(192, 192)] * 48 + [(512, 192)] * 24 + [(192, 512)] * 12,
+}
+LR, WD = 1e-3, 0.1
+
+
+class Peer:
+    """An optimizer of torch's interface; its gradients are put back, as some take them away."""
+
+    def __init__(self, optimizer: Any, params: list[torch.nn.Parameter]) -> None:
+        self.optimizer, self.params, self.grads = optimizer, params, [p.grad for p in params]
+
+    def step(self) -> None:
+        for p, g in zip(self.params, self.grads):
+            p.grad = g
+        self.optimizer.step()
+
+
+class Ours:
+    """Our rule with the parameter update it ends in, as the engine runs it on one process."""
+
+    def __init__(self, name: str, params: list[Tensor], grads: list[Tensor]) -> None:
+        self.params, self.grads, self.rule, self.number = params, grads, registry.build(name, {}), 0
+        self.elementwise = isinstance(self.rule, ElementwiseOptimizer)
+        self.infos = [MatrixInfo(f"w{i}", tuple(p.shape)) for i, p in enumerate(params)]
+        if self.elementwise:
+            self.states = [self.rule.init_state(p) for p in params]
+        else:
+            self.states = [self.rule.init_state(p, info) for p, info in zip(params, self.infos)]
+
+    def step(self) -> None:
+        self.number += 1
+        if self.elementwise:
+            self.rule.update(self.params, self.grads, self.states, self.number, LR, WD)
+            return
+        directions = self.rule.update(self.grads, self.states, self.number, self.infos)
+        multi_tensor.update(Rule.APPLY, self.params, directions, (), Coefficients(lr=LR, shrink=LR * WD))
+
+    def cost(self) -> tuple[float, dict[str, float]]:
+        """(bytes, FLOPs by kernel class) of a mean step."""
+        if self.elementwise:
+            return sum(self.rule.cost(p.numel()).elementwise_bytes for p in self.params), {}
+        total_bytes, flops = 0.0, dict[str, float]()
+        for p, info in zip(self.params, self.infos):
+            cost = self.rule.cost(info)
+            total_bytes += cost.elementwise_bytes + 12.0 * p.numel()
+            for kind, amount in cost.flops.items():
+                flops[kind] = flops.get(kind, 0.0) + amount
+            for kind, amount in cost.refresh.items():
+                flops[kind] = flops.get(kind, 0.0) + amount / cost.refresh_every
+        return total_bytes, flops
+
+
+Factory = Callable[[list[torch.nn.Parameter]], Any]
+
+
+def _of(module: str, name: str, **options: Any) -> Factory:
+    def build(params: list[torch.nn.Parameter]) -> Any:
+        loaded = importlib.import_module(module)
+        if module == "heavyball":
+            loaded.utils.compile_mode = None  # its compiled step needs minutes before the first one
+        groups: Any = (
+            [{"params": params, "use_muon": True}]
+            if (module, name) == ("pytorch_optimizer", "Muon")
+            else params
+        )
+        return getattr(loaded, name)(groups, lr=LR, weight_decay=WD, **options)
+
+    return build
+
+
+PEERS: dict[str, dict[str, Factory]] = {
+    "adamw": {
+        "torch fused": _of("torch.optim", "AdamW", fused=True),
+        "torch foreach": _of("torch.optim", "AdamW", foreach=True),
+        "heavyball": _of("heavyball", "AdamW"),
+    },
+    "nadamw": {"torch foreach": _of("torch.optim", "NAdam", foreach=True, decoupled_weight_decay=True)},
+    "mars": {"pytorch-optimizer": _of("pytorch_optimizer", "MARS", optimize_1d=True)},
+    "cautious": {"heavyball": _of("heavyball", "AdamW", caution=True)},
+    "lion": {
+        "lion-pytorch": _of("lion_pytorch", "Lion"),
+        "pytorch-optimizer": _of("pytorch_optimizer", "Lion"),
+    },
+    "signum": {"pytorch-optimizer": _of("pytorch_optimizer", "SignSGD")},
+    "sophia": {},
+    "muon": {
+        "torch": _of("torch.optim", "Muon"),
+        "emerging-optimizers": _of(
+            "emerging_optimizers.orthogonalized_optimizers", "Muon", coefficient_type="simple", nesterov=True,
+            scale_mode="shape_scaling",
+        ),
+        "pytorch-optimizer": _of("pytorch_optimizer", "Muon"),
+        "heavyball": _of("heavyball", "Muon"),
+    },
+    "soap": {
+        "pytorch-optimizer": _of("pytorch_optimizer", "SOAP"),
+        "heavyball": _of("heavyball", "SOAP", precondition_frequency=10, use_precond_schedule=False),
+    },
+    "kron": {
+        "kron-torch": _of("kron_torch", "Kron"),
+        "heavyball": _of("heavyball", "PSGDKron"),
+    },
+    "adam_mini": {"pytorch-optimizer": _of("pytorch_optimizer", "AdamC")},
+}  # fmt: skip
+
+
+def contenders(rule: str, shapes: list[tuple[int, int]]) -> dict[str, Any]:
+    """Ours and the peers that are installed, each with its own parameters and the gradients of all."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    grads = [torch.randn(shape, generator=generator) for shape in shapes]
+
+    def parameters() -> list[torch.nn.Parameter]:
+        params = [torch.nn.Parameter(p.clone()) for p in start]
+        for p, g in zip(params, grads):
+            p.grad = g.clone()
+        return params
+
+    found: dict[str, Any] = {}
+    if rule in registry.rules():
+        found["ours"] = Ours(rule, [p.detach() for p in parameters()], [g.clone() for g in grads])
+    for name, build in PEERS.get(rule, {}).items():
+        try:
+            params = parameters()
+            found[name] = Peer(build(params), params)
+        except (ImportError, AttributeError, TypeError) as error:
+            print(f"{name}: {error}", file=sys.stderr)
+    return found
+
+
+def clock(threads: int) -> float:
+    """Processor seconds of one thread are not disturbed by other processes; of several they would add up."""
+    return time.process_time() if threads == 1 else time.perf_counter()
+
+
+def measure(found: dict[str, Any], rounds: int, threads: int, period: int) -> dict[str, list[float]]:
+    """Milliseconds a step: each contender in turn makes `period` steps a round, so that refreshes are in."""
+    times: dict[str, list[float]] = {name: [] for name in found}
+    for turn in range(rounds + 1):
+        for name, optimizer in found.items():
+            begin = clock(threads)
+            for _ in range(period):
+                optimizer.step()
+            if turn:
+                times[name].append(1e3 * (clock(threads) - begin) / period)
+    return times
+
+
+def product_rate(dtype: torch.dtype, threads: int) -> float:
+    """FLOP/s of a 1024-cube product."""
+    a, best = torch.randn(1024, 1024).to(dtype), float("inf")
+    for _ in range(7):
+        begin = clock(threads)
+        a @ a
+        best = min(best, clock(threads) - begin)
+    return 2 * 1024**3 / best
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="time of one optimizer step, ours and the peers'")
+    parser.add_argument("--rules", nargs="+", default=list(PEERS))
+    parser.add_argument("--cases", nargs="+", default=["model", "small"], choices=list(CASES))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(args.threads)
+    rates = {
+        "bf16": product_rate(torch.bfloat16, args.threads),
+        "fp32": product_rate(torch.float32, args.threads),
+    }
+    base = contenders("adamw", CASES["model"])["ours"]
+    adamw_ms = statistics.median(measure({"ours": base}, 9, args.threads, 1)["ours"])
+    bandwidth = base.cost()[0] / adamw_ms * 1e3
+    print(
+        f"threads {args.threads}; AdamW {bandwidth / 1e9:.1f} GB/s; products bf16 {rates['bf16'] / 1e9:.0f}, "
+        f"fp32 {rates['fp32'] / 1e9:.0f} GFLOP/s\n"
+    )
+    print("| rule | case | ours ms | peers ms | fastest peer / ours | bound ms | ours / bound |")
+    print("|---|---|---|---|---|---|---|")
+    for case in args.cases:
+        for rule in args.rules:
+            gc.collect()
+            found = contenders(rule, CASES[case])
+            period = 10 if rule in ("soap", "kron") else 1
+            rounds = max(2, args.rounds // period + 1) if period > 1 else args.rounds
+            times = {
+                name: statistics.median(v) for name, v in measure(found, rounds, args.threads, period).items()
+            }
+            peers = {name: value for name, value in times.items() if name != "ours"}
+            ours, best = times.get("ours"), min(peers.values(), default=None)
+            bound = None
+            if ours is not None:
+                moved, flops = found["ours"].cost()
+                rate = rates["bf16" if rule in ("muon", "scion") else "fp32"]
+                bound = 1e3 * (moved / bandwidth + sum(flops.values()) / rate)
+            listed = ", ".join(
+                f"{name} {value:.2f}" for name, value in sorted(peers.items(), key=lambda i: i[1])
+            )
+            cells = [
+                rule,
+                case,
+                f"{ours:.2f}" if ours else "–",
+                listed or "–",
+                f"{best / ours:.2f}" if best and ours else "–",
+                f"{bound:.2f}" if bound else "–",
+                f"{ours / bound:.2f}" if ours and bound else "–",
+            ]
+            print(f"| {' | '.join(cells)} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
