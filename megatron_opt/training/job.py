@@ -16,12 +16,13 @@ def train(args: Any) -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
     from megatron_opt import platform
-    from megatron_opt.training import batches
+    from megatron_opt.training import batches, checkpoints
 
     if platform.on_cpu():
         training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
     if args.optimizer not in MEGATRON_OWN:
         training.get_megatron_optimizer = make_optimizer
+        checkpoints.install(training)
     config = gpt_config_from_args(args)
     if not args.megatron_init:
         config.pre_wrap_hooks = [*config.pre_wrap_hooks, functools.partial(_initialize, args)]
