@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain
-from megatron_opt.distributed.fragments import Fragment
+from megatron_opt.distributed.fragments import Rect
 from megatron_opt.optimizers.base import ElementwiseOptimizer, Reducer, State
 from megatron_opt.optimizers.groups import Group
 
@@ -18,14 +18,16 @@ class Slice:
     """A contiguous run of a fragment that lies in one logical matrix."""
 
     fragment: int
-    offset: int
-    numel: int
-    matrix: str
+    rect: Rect
     share: float  # one over the number of ranks that hold this run
     state: State = field(default_factory=dict)
 
+    @property
+    def matrix(self) -> str:
+        return self.rect.matrix
+
     def of(self, flats: Sequence[Tensor]) -> Tensor:
-        return flats[self.fragment][self.offset : self.offset + self.numel]
+        return flats[self.fragment][self.rect.offset : self.rect.offset + self.rect.numel]
 
 
 @dataclass
@@ -44,13 +46,10 @@ class ElementwiseStep:
                 group = self.group_of[rect.matrix]
                 if isinstance(self.rules[group], ElementwiseOptimizer):
                     share = self.domain.weight[rect.place]
-                    piece = Slice(index, rect.offset, rect.numel, rect.matrix, share)
-                    piece.state = self.rules[group].init_state(self._main(fragment, piece))
+                    piece = Slice(index, rect, share)
+                    main = fragment.main[rect.offset : rect.offset + rect.numel]
+                    piece.state = self.rules[group].init_state(main)
                     self.slices.setdefault(group, []).append(piece)
-
-    @staticmethod
-    def _main(fragment: Fragment, piece: Slice) -> Tensor:
-        return fragment.main[piece.offset : piece.offset + piece.numel]
 
     def step(
         self, grads: list[Tensor], factors: list[float], skip: set[str], number: int, param_groups: list[dict[str, Any]]

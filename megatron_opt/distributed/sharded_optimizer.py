@@ -48,7 +48,9 @@ class ShardedOptimizer(MegatronOptimizer):
         self.health = Health(on_bad_matrix)
         self.stats: dict[str, dict[str, float]] | None = None  # filled by a step when `want_stats` is set
         self.want_stats = False
-        self._scale_one = torch.ones(1, dtype=torch.float32, device=torch.cuda.current_device())
+        self.device = torch.device(torch.cuda.current_device())  # an index on CUDA
+        self.stored: list[Any] = []  # state on its way from a checkpoint, between the two calls of Megatron's loading
+        self._scale_one = torch.ones(1, dtype=torch.float32, device=self.device)
         self.rules = [registry.build(group.optimizer, dict(group.options)) for group in self.groups]
         group_of = {info.name: index for index, group in enumerate(self.groups) for info in group.infos}
         self.group_of = group_of
@@ -105,7 +107,7 @@ class ShardedOptimizer(MegatronOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop autograd's own gradients; the main ones are zeroed with Megatron's buffers."""
-        for fragment in self._fragments():
+        for fragment in self.fragments():
             fragment.view.param.grad = None
 
     def prepare_grads(self) -> bool:
@@ -116,7 +118,7 @@ class ShardedOptimizer(MegatronOptimizer):
 
     def reload_model_params(self, state_dict: Any = None) -> None:
         """Take the model's parameters as the new main copies (after a load without optimizer state)."""
-        for fragment in self._fragments():
+        for fragment in self.fragments():
             param = fragment.view.param
             if param.dtype != torch.float32:
                 fragment.main.copy_(param.detach().view(-1)[fragment.start : fragment.stop])
@@ -288,7 +290,8 @@ class ShardedOptimizer(MegatronOptimizer):
                 for group, (w, u, _) in zip(self.groups, sums.tolist(), strict=True)
             }
 
-    def _fragments(self) -> list[Any]:
+    def fragments(self) -> list[Any]:
+        """Fragments of all domains."""
         return [fragment for domain in self.domains for fragment in domain.fragments]
 
     # Checkpoints: see state.py
@@ -303,7 +306,7 @@ class ShardedOptimizer(MegatronOptimizer):
     ) -> dict[str, Any]:
         from megatron_opt.distributed.state import sharded_state
 
-        return sharded_state(self)
+        return sharded_state(self, is_loading)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         from megatron_opt.distributed.state import load_state

@@ -2,16 +2,20 @@
 
 Tensors with a matrix's rows (fp32 main copies, element-wise state, momentum) are cut into row chunks on a grid that
 depends on the matrix alone; each chunk travels to one rank, which saves it under the matrix's global name. Tensors of
-other shapes (factors, bases) are whole at their owner and saved as they are. Loading is the same way back.
+other shapes (factors, bases) are whole at their owner and saved as they are. Loading is the same way back. 8-bit state
+is saved as the fp32 values that its codes stand for, which give the same codes again.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from megatron_opt.distributed import packed_state
 from megatron_opt.distributed.domain import Domain, gather_objects, shape2d
 from megatron_opt.distributed.exchange import Holdings, Part, Route, find_routes
 from megatron_opt.distributed.fragments import Rect
@@ -23,17 +27,46 @@ if TYPE_CHECKING:
 
 FORMAT = "megatron_opt.1"
 CHUNK = 1 << 24  # elements
+Kind = tuple[str, str]  # state key, dtype
+_PADDED = ("embedding", "output")  # their rows depend on how the vocabulary is padded
+
+
+@dataclass
+class Held:
+    """What this rank holds of one kind: rectangles and their flat tensors, and the whole shape by matrix."""
+
+    rects: list[Rect] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    codes: list[packed_state.Codes | None] = field(default_factory=list)
+
+    def add(
+        self, rect: Rect, tensor: Tensor, shape: tuple[int, int], codes: packed_state.Codes | None = None
+    ) -> None:
+        self.rects.append(Rect(*rect.place, 0))
+        self.tensors.append(tensor.detach().view(-1))
+        self.shapes[rect.matrix] = shape
+        self.codes.append(codes)
 
 
 @dataclass
 class Laid:
-    """One kind of state over a domain: this rank's flat tensors, and the chunks that it saves or loads."""
+    """One kind of state over a domain, and the chunks of it that this rank saves or loads."""
 
     key: str
-    flats: list[Tensor]
+    dtype: torch.dtype
+    held: Held
     parts: dict[tuple[str, int], Part]
     route: Route
-    dtype: torch.dtype
+
+
+@dataclass
+class Stored:
+    """Everything that one domain keeps between steps, and the chunks on their way to or from a checkpoint."""
+
+    laid: list[Laid]
+    whole: dict[tuple[str, str], Tensor]  # (state key, matrix)
+    slabs: list[dict[tuple[str, int], Tensor]] = field(default_factory=list)
 
 
 def _chunks(shapes: dict[str, tuple[int, int]], ranks: int) -> list[Part]:
@@ -51,124 +84,123 @@ def _chunks(shapes: dict[str, tuple[int, int]], ranks: int) -> list[Part]:
     return parts
 
 
-def _lay(domain: Domain, key: str, dtype: torch.dtype, held: list[tuple[Rect, Tensor]], shapes: dict[str, tuple[int, int]]) -> Laid:
-    """Route one kind of state from where it is held to the grid; `held` are flat tensors with the rectangle each covers."""
-    mine: Holdings = [
-        (index, Rect(r.matrix, r.row0, r.row1, r.col0, r.col1, 0)) for index, (r, _) in enumerate(held)
-    ]
-    holdings = gather_objects(mine, domain.group, domain.size)
-    parts = _chunks(shapes, domain.size)
-    route = find_routes(holdings, parts, domain.rank, [sorted(shapes)])[0]
-    flats = [tensor for _, tensor in held]
-    return Laid(key, flats, {p.key: p for p in parts if p.rank == domain.rank}, route, dtype)
-
-
-def _row_shape(tensor: Tensor, rows: int, cols: int) -> tuple[int, int] | None:
-    """(rows, columns) where a state tensor has the matrix's rows: its own shape, or one number a row."""
-    if tuple(tensor.shape) in ((rows, cols), (rows,)) and tensor.numel() == rows * cols:
-        return rows, cols
-    if tensor.dim() and tensor.shape[0] == rows and tensor.numel() == rows:
-        return rows, 1
-    return None
-
-
-def _matrix_kinds(step: MatrixStep) -> tuple[dict[str, list[tuple[Rect, Tensor]]], dict[str, Tensor]]:
-    """State of a matrix step on this rank: what is laid on the grid, by state key, and what is saved whole."""
-    laid: dict[str, list[tuple[Rect, Tensor]]] = {}
-    whole: dict[str, Tensor] = {}
+def _matrix_kinds(step: MatrixStep, held: dict[Kind, Held]) -> dict[tuple[str, str], Tensor]:
+    """Add a matrix step's row-shaped state to `held`; return what is saved whole."""
+    whole: dict[tuple[str, str], Tensor] = {}
     for (name, index), state in sorted(step.states.items()):
         part, rule, info = step.placed.parts[name, index], step.rules[name], step.infos[name]
-        common = set(rule.init_shared(info, torch.device("meta"))) if rule.split_dim(info) is not None else set()
+        cut = rule.split_dim(info) is not None
+        common = set(rule.init_shared(info, torch.device("meta"))) if cut else set()
         r0, r1, c0, c1 = part.bounds
+        rows, cols = shape2d(info)
         for key, tensor in sorted(state.items()):
-            shape = None if key in common else _row_shape(tensor, r1 - r0, c1 - c0)
-            if shape is None:
-                whole[f"{key}.{name}"] = tensor
+            if key not in common and tensor.dim() in (1, 2) and tensor.numel() == (r1 - r0) * (c1 - c0) \
+                    and tensor.shape[0] == r1 - r0:
+                _of(held, key, tensor).add(Rect(name, r0, r1, c0, c1), tensor, (rows, cols))
+            elif key not in common and tensor.dim() and tensor.shape[0] == tensor.numel() == r1 - r0:
+                _of(held, key, tensor).add(Rect(name, r0, r1, 0, 1), tensor, (rows, 1))
             else:
-                columns = (c0, c1) if shape[1] == c1 - c0 else (0, 1)
-                laid.setdefault(key, []).append((Rect(name, r0, r1, *columns), tensor))
+                whole[key, name] = tensor
     for name, state in sorted(step.shared.items()):
-        whole.update({f"{key}.{name}": tensor for key, tensor in sorted(state.items())})
-    return laid, whole
+        whole.update({(key, name): tensor for key, tensor in sorted(state.items())})
+    return whole
 
 
-def _kinds(optimizer: "ShardedOptimizer", index: int) -> tuple[list[Laid], dict[str, Tensor]]:
-    """Everything that one domain keeps between steps; every rank of it makes the same list of kinds."""
+def _of(held: dict[Kind, Held], key: str, tensor: Tensor) -> Held:
+    return held.setdefault((key, str(tensor.dtype).removeprefix("torch.")), Held())
+
+
+def collect(optimizer: "ShardedOptimizer", index: int) -> Stored:
+    """Everything that domain `index` keeps; every rank of it gets the same kinds in the same order."""
     domain = optimizer.domains[index]
-    held: dict[str, list[tuple[Rect, Tensor]]] = {}
+    held: dict[Kind, Held] = {}
     for fragment in domain.fragments:
         if fragment.view.param.dtype != torch.float32:
             for rect in fragment.rects:
                 flat = fragment.main[rect.offset : rect.offset + rect.numel]
-                held.setdefault("fp32_param", []).append((rect, flat))
-    element = optimizer.element_steps[index]
-    for pieces in element.slices.values():
+                _of(held, "fp32_param", flat).add(rect, flat, shape2d(domain.infos[rect.matrix]))
+    for pieces in optimizer.element_steps[index].slices.values():
         for piece in pieces:
-            rect = next(r for r in domain.fragments[piece.fragment].rects if r.offset == piece.offset)
+            rect, shape = piece.rect, shape2d(domain.infos[piece.matrix])
             for key, tensor in piece.state.items():
-                held.setdefault(key, []).append((rect, tensor))
-    laid, whole = _matrix_kinds(optimizer.matrix_steps[index])
-    for key, entries in laid.items():
-        held.setdefault(key, []).extend(entries)
-    # every rank must know every kind, its type and the matrices that have it
-    mine = {
-        key: (str(entries[0][1].dtype).removeprefix("torch."), {r.matrix: r.col1 if t.numel() == (r.row1 - r.row0) and r.col1 == 1 else 0 for r, t in entries})
-        for key, entries in held.items()
-    }
-    known: dict[str, tuple[str, dict[str, int]]] = {}
-    for other in gather_objects(mine, domain.group, domain.size):
-        for key, (dtype, names) in other.items():
-            known.setdefault(key, (dtype, {}))[1].update(names)
-    kinds = []
-    for key in sorted(known):
-        dtype, names = known[key]
-        shapes = {}
-        for name, narrow in names.items():
-            rows, cols = shape2d(domain.infos[name])
-            shapes[name] = (rows, 1) if narrow == 1 else (rows, cols)
-        kinds.append(_lay(domain, key, getattr(torch, dtype), held.get(key, []), shapes))
-    return kinds, whole
+                if codes := packed_state.find(piece.state, key):
+                    values = codes.decode()
+                    _of(held, key, values).add(rect, values, shape, codes)
+                elif not packed_state.is_scale(piece.state, key):
+                    _of(held, key, tensor).add(rect, tensor, shape)
+    whole = _matrix_kinds(optimizer.matrix_steps[index], held)
+    everyone = gather_objects({kind: (h.rects, h.shapes) for kind, h in held.items()}, domain.group, domain.size)
+    laid = []
+    for kind in sorted({kind for ranks in everyone for kind in ranks}):
+        shapes: dict[str, tuple[int, int]] = {}
+        holdings: list[Holdings] = []
+        for ranks in everyone:
+            rects, known = ranks.get(kind, ([], {}))
+            shapes.update(known)
+            holdings.append(list(enumerate(rects)))
+        parts = _chunks(shapes, domain.size)
+        route = find_routes(holdings, parts, domain.rank, [sorted(shapes)])[0]
+        mine = {part.key: part for part in parts if part.rank == domain.rank}
+        laid.append(Laid(kind[0], getattr(torch, kind[1]), held.get(kind, Held()), mine, route))
+    return Stored(laid, whole)
+
+
+def contents(optimizer: "ShardedOptimizer") -> str:
+    """Equal for two runs if and only if they keep the same state: matrices, their optimizers and options."""
+    groups = [
+        (group.optimizer, sorted((k, str(v)) for k, v in group.options.items()), sorted(i.name for i in group.infos))
+        for group in optimizer.groups
+    ]
+    return hashlib.sha256(json.dumps(groups).encode()).hexdigest()[:16]
 
 
 def common_state(optimizer: "ShardedOptimizer") -> dict[str, Any]:
-    """What is the same on every rank: step number, counts, and the groups without their tensors."""
+    """What is the same on every rank: step number, skipped matrices, and the groups without their tensors."""
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    return {"format": FORMAT, "step": optimizer.step_number, "param_groups": groups}
+    optimizers = sorted({group.optimizer for group in optimizer.groups})
+    return {
+        "format": FORMAT, "step": optimizer.step_number, "param_groups": groups, "optimizers": optimizers,
+        "contents": contents(optimizer),
+    }
 
 
-def sharded_state(optimizer: "ShardedOptimizer") -> dict[str, Any]:
-    """Megatron's sharded state dict; on loading, its tensors are filled in place of the saved ones."""
-    from megatron.core.dist_checkpointing import ShardedTensor
-
+def sharded_state(optimizer: "ShardedOptimizer", is_loading: bool = False) -> dict[str, Any]:
+    """Megatron's sharded state dict; on loading, its tensors are room for the saved ones."""
     optimizer.ensure_states()
     tensors: dict[str, Any] = {}
-    optimizer._laid = []  # kept for load_state_dict, which follows
+    optimizer.stored = []
     for index, domain in enumerate(optimizer.domains):
-        kinds, whole = _kinds(optimizer, index)
-        optimizer._laid.append((kinds, whole))
-        for kind in kinds:
+        stored = collect(optimizer, index)
+        optimizer.stored.append(stored)
+        for kind in stored.laid:
             slabs = {
-                key: torch.empty(part.slab_shape, dtype=kind.dtype, device=_device(optimizer))
+                key: torch.empty(part.slab_shape, dtype=kind.dtype, device=optimizer.device)
                 for key, part in kind.parts.items()
             }
-            domain.exchange.gather(kind.route, kind.flats, slabs, "state to checkpoint", kind.dtype).finish()
+            stored.slabs.append(slabs)
+            if not is_loading:
+                domain.exchange.gather(
+                    kind.route, kind.held.tensors, slabs, "state to checkpoint", kind.dtype
+                ).finish()
             for (name, number), slab in slabs.items():
-                entry = f"optimizer.state.{kind.key}.{name}.{number}"
-                tensors[entry] = _sharded(ShardedTensor, entry, slab, domain, name)
-        for name, tensor in whole.items():
-            entry = f"optimizer.state.{name}"
-            tensors[entry] = _sharded(ShardedTensor, entry, tensor, domain, name.split(".", 1)[1])
+                tensors[f"{kind.key}.{name}.{number}"] = _sharded(kind.key, name, number, slab, domain)
+        for (key, name), tensor in stored.whole.items():
+            # an asynchronous save must not see the next step's changes
+            room = tensor if is_loading or tensor.is_cuda else tensor.clone()
+            tensors[f"{key}.{name}"] = _sharded(key, name, None, room, domain)
     return {**common_state(optimizer), "tensors": tensors}
 
 
-def _sharded(cls: Any, entry: str, tensor: Tensor, domain: Domain, matrix: str) -> Any:
+def _sharded(key: str, matrix: str, number: int | None, tensor: Tensor, domain: Domain) -> Any:
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    entry = f"optimizer.state.{key}.{matrix}" + ("" if number is None else f".{number}")
     # the two stages of a tied embedding keep equal state: the second is a replica
-    counted = bool(domain.counted[domain.order[matrix]])
-    return cls.from_rank_offsets(entry, tensor.detach(), replica_id=0 if counted else 1)
-
-
-def _device(optimizer: "ShardedOptimizer") -> torch.device:
-    return optimizer._scale_one.device
+    replica = 0 if bool(domain.counted[domain.order[matrix]]) else 1
+    padded = domain.infos[matrix].kind in _PADDED and number is not None
+    return ShardedTensor.from_rank_offsets(
+        entry, tensor.detach(), replica_id=replica, allow_shape_mismatch=padded
+    )
 
 
 def load_state(optimizer: "ShardedOptimizer", state: dict[str, Any]) -> None:
@@ -179,16 +211,20 @@ def load_state(optimizer: "ShardedOptimizer", state: dict[str, Any]) -> None:
         )
     optimizer.step_number = int(state["step"])
     tensors = state["tensors"]
-    for domain, (kinds, whole) in zip(optimizer.domains, optimizer._laid, strict=True):
-        for kind in kinds:
-            slabs = {
-                (name, number): tensors[f"optimizer.state.{kind.key}.{name}.{number}"]
-                for name, number in kind.parts
-            }
-            domain.exchange.scatter(kind.route, slabs, kind.flats, "state from checkpoint", kind.dtype).finish()
-        for name, tensor in whole.items():
-            tensor.copy_(tensors[f"optimizer.state.{name}"])
-    optimizer._laid = []
+    for domain, stored in zip(optimizer.domains, optimizer.stored, strict=True):
+        for kind in stored.laid:
+            slabs = {key: tensors[f"{kind.key}.{key[0]}.{key[1]}"] for key in kind.parts}
+            domain.exchange.scatter(
+                kind.route, slabs, kind.held.tensors, "state from checkpoint", kind.dtype
+            ).finish()
+            for values, codes in zip(kind.held.tensors, kind.held.codes, strict=True):
+                if codes is not None:
+                    codes.encode(values)
+        for (key, name), tensor in stored.whole.items():
+            tensor.copy_(tensors[f"{key}.{name}"])
+    optimizer.stored = []
+    for fragment in optimizer.fragments():
+        fragment.publish()
     _restore_groups(optimizer.param_groups, state["param_groups"])
 
 

@@ -26,6 +26,7 @@ MOE = (
 ).split()
 
 MUON = "--optimizer muon --muon-fp32-matmul-prec high".split()
+SOAP = "--optimizer soap --soap-factor-precision fp64".split()
 ADAMW = "--optimizer adamw".split()
 
 
@@ -61,6 +62,8 @@ SP2 = Layout.of("tp2-sp", 2, tp=2, sp=True)
 TP2_PP2 = Layout.of("tp2-pp2", 4, tp=2, pp=2)
 TP2_DP2 = Layout.of("tp2-dp2", 4, tp=2)
 TP2_DP2_DIST = Layout.of("tp2-dp2-distopt", 4, tp=2, distopt=True)
+DP4_DIST = Layout.of("dp4-distopt", 4, distopt=True)
+TP4 = Layout.of("tp4", 4, tp=4)
 EP2 = Layout.of("ep2", 2, ep=2)
 EP2_DIST = Layout.of("ep2-distopt", 2, ep=2, distopt=True)
 

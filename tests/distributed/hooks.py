@@ -1,1 +1,37 @@
 """What a case may do inside its ranks before training: each takes (case, record, argv, folder)."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.distributed import recording
+from tests.distributed.cases import Case
+
+
+def checkpoint(case: Case, record: recording.Record, argv: list[str], folder: Path) -> list[str]:
+    """Options: `save` and `load` name checkpoints of this pool; `stop` ends a run of many steps early."""
+    home = folder.parent / "checkpoints"
+    argv = [*argv, "--save-interval", str(case.options.get("interval", case.steps)), "--ckpt-format", "torch_dist"]
+    if "save" in case.options:
+        argv += ["--save", str(home / case.options["save"])]
+    if "load" in case.options:
+        argv += ["--load", str(home / case.options["load"])]
+        _record_loaded(record)
+    if "stop" in case.options:
+        argv += ["--exit-interval", str(case.options["stop"])]
+    return argv
+
+
+def _record_loaded(record: recording.Record) -> None:
+    """Weights and state as they are right after loading."""
+    from megatron.training import training
+
+    train = training.train
+
+    def training_with(*args: Any, **kwargs: Any) -> Any:
+        if hasattr(record.optimizer, "domains"):
+            record.extra["loaded_weights"] = recording.weights(record.optimizer)
+            record.extra["loaded_state"] = recording.states(record.optimizer)
+            record.extra["loaded_step"] = record.optimizer.step_number
+        return train(*args, **kwargs)
+
+    training.train = training_with

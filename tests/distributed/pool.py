@@ -23,15 +23,24 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT = 600.0  # seconds for one batch; nothing may hang longer
 
 
-def write_dataset(prefix: Path, documents: int = 400) -> str:
-    """A small corpus of made-up sentences as bytes below 127, in Megatron's format."""
+def write_dataset(prefix: Path, documents: int = 800) -> str:
+    """Made-up documents of token ids 0 … 126 in Megatron's format: each id has a few likely successors.
+
+    Small batches hold more different tokens than the model is wide, so that no gradient is rank-deficient by its data:
+    in a null space SOAP would scale rounding noise up to whole updates, and no two layouts could agree.
+    """
     draw = random.Random(1)
-    words = "the of a to in and that it is was for on are with as his they be at one have this from by".split()
-    texts = [" ".join(draw.choice(words) for _ in range(draw.randint(5, 40))) + ". " for _ in range(documents)]
-    tokens = np.frombuffer("".join(texts).encode(), dtype=np.uint8).astype(np.uint16)
-    bin_path(prefix).write_bytes(tokens.tobytes())
+    successors = [[draw.randrange(127) for _ in range(4)] for _ in range(127)]
+    lengths, tokens = [], []
+    for _ in range(documents):
+        lengths.append(draw.randint(20, 100))
+        token = draw.randrange(127)
+        for _ in range(lengths[-1]):
+            tokens.append(token)
+            token = draw.choice(successors[token]) if draw.random() < 0.7 else draw.randrange(127)
+    bin_path(prefix).write_bytes(np.array(tokens, dtype=np.uint16).tobytes())
     with open(idx_path(prefix), "wb") as stream:
-        write_index(stream, np.uint16, np.array([len(text) for text in texts], dtype=np.int32))
+        write_index(stream, np.uint16, np.array(lengths, dtype=np.int32))
     return str(prefix)
 
 

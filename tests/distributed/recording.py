@@ -64,9 +64,11 @@ def states(optimizer: Any) -> dict[str, list[Block]]:
     for element in optimizer.element_steps:
         for pieces in element.slices.values():
             for piece in pieces:
-                fragment = element.domain.fragments[piece.fragment]
-                r = next(r for r in fragment.rects if r.offset == piece.offset)
+                r = piece.rect
                 for key, tensor in piece.state.items():
+                    if tensor.numel() != r.numel:  # one number for each 2048 codes
+                        _add(found, key, f"{r.matrix} {r.row0} {r.col0}", tensor.detach().clone(), None)
+                        continue
                     block = tensor.detach().clone().view(r.row1 - r.row0, r.col1 - r.col0)
                     found.setdefault(key, []).append((r.matrix, r.row0, r.row1, r.col0, r.col1, block))
     for step in optimizer.matrix_steps:

@@ -1,4 +1,4 @@
-"""AdamW and Muon repeat one process's run on every layout."""
+"""AdamW, Muon and SOAP repeat one process's run on every layout."""
 
 import pytest
 
@@ -7,16 +7,16 @@ from tests.distributed.cases import Layout, case
 from tests.distributed.compare import assert_same_curve, assert_same_state
 from tests.distributed.pool import Pool, Run
 
-OPTIMIZERS = {"adamw": c.ADAMW, "muon": c.MUON}
+OPTIMIZERS = {"adamw": c.ADAMW, "muon": c.MUON, "soap": c.SOAP}
 DENSE_LAYOUTS = [
     c.TP2, c.PP2, c.VPP2, c.DP2, c.DP2_DIST, c.SP2, c.TP2_PP2, c.TP2_DP2, c.TP2_DP2_DIST,
-    Layout.of("tp4", 4, tp=4), Layout.of("dp4-distopt", 4, distopt=True),
+    c.TP4, c.DP4_DIST,
     Layout.of("pp2-dp2-distopt", 4, pp=2, distopt=True),
     Layout.of("pp2-uneven", 2, pp=2, more=("--decoder-first-pipeline-num-layers=1",)),
 ]
 MODELS = {
     "dense": (c.DENSE, DENSE_LAYOUTS),
-    "gqa": (c.GQA, [c.TP2, Layout.of("tp4", 4, tp=4)]),
+    "gqa": (c.GQA, [c.TP2, c.TP4]),
     "tied": (c.TIED, [c.TP2, c.PP2, c.VPP2, c.DP2_DIST, c.TP2_PP2]),
     "gpt2": (c.GPT2, [c.TP2, c.TP2_PP2, c.DP2_DIST]),
     "moe": (c.MOE, [c.EP2, c.EP2_DIST, c.DP2_DIST, c.PP2,

@@ -40,7 +40,11 @@ def run_case(case: Case, rank: int, folder: Path, data: str) -> dict[str, Any]:
         if case.hook:
             argv = getattr(hooks, case.hook)(case, record, argv, folder) or argv
         args = arguments.parse(argv)
-        job.train(args)
+        try:
+            job.train(args)
+        except SystemExit as stopped:  # --exit-interval
+            if stopped.code:
+                raise
         found = record.finish()
     except UserError as error:
         found = {"user_error": str(error), **record.partial()}
