@@ -13,7 +13,7 @@ def test_published_figures_are_met_or_explained() -> None:
         print(f"not comparable: {name}: {why}")
     unexplained = [figure.what for figure in found if not figure.holds and not figure.why]
     assert not unexplained
-    assert sum(figure.holds for figure in found) >= 0.9 * len(found)
+    assert sum(not figure.holds for figure in found) <= 5
 
 
 def test_a_figure_outside_its_tolerance_does_not_hold() -> None:
