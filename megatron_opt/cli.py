@@ -8,6 +8,8 @@ from megatron_opt.errors import UserError
 COMMANDS = {
     "data": ("megatron_opt.data.cli", "fetch a corpus, train a tokenizer, write .bin/.idx, inspect a dataset"),
     "study": ("megatron_opt.study.cli", "plan, tune, run, fit and report a comparison of optimizers"),
+    "cost": ("megatron_opt.cost_model.cli", "predict a training step on a cluster; search layouts; calibrate"),
+    "migrate": ("megatron_opt.migrate.cli", "plan a change of optimizer; convert a checkpoint into a warm start"),
 }
 
 

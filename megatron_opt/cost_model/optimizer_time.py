@@ -33,11 +33,13 @@ class OptimizerTime:
     state_bytes: float = 0.0  # of the fullest rank
     state_total: float = 0.0
     imbalance: float = 1.0
+    asynchronous: bool = False  # the host runs ahead of its device, so the slower of the two counts
 
     @property
     def compute(self) -> float:
         """Seconds of computation in an ordinary step."""
-        return sum(self.by_class.values()) + self.element_wise + self.host
+        kernels = sum(self.by_class.values()) + self.element_wise
+        return max(kernels, self.host) if self.asynchronous else kernels + self.host
 
     @property
     def ordinary(self) -> float:
@@ -87,7 +89,7 @@ def domain_time(domain: DomainPlan, layout: Layout, cluster: Cluster) -> Optimiz
     ranks = domain.ranks
     seconds: list[dict[str, float]] = [{} for _ in range(ranks)]
     refresh, owned = [0.0] * ranks, [0.0] * ranks
-    found = OptimizerTime()
+    found = OptimizerTime(asynchronous=not cluster.shared_cores)
     timed: dict[tuple[Any, ...], tuple[dict[str, float], float]] = {}
     for part in domain.plan.parts:
         info, rule, cost = (table[part.matrix] for table in (domain.infos, domain.rules, domain.costs))
@@ -156,14 +158,27 @@ def _exchange(found: OptimizerTime, domain: DomainPlan, layout: Layout, cluster:
         to_shards = owned * (ranks / tp - 1 / tp)
     found.sent["gradients to owners"] = to_owners * layout.wire_bytes
     found.sent["updates to shards"] = to_shards * layout.wire_bytes
-    for name, count in domain.slices.items():
-        if count > 1:
-            rule, info = domain.rules[name], domain.infos[name]
-            width = 8 if "64" in str(rule.factor_dtype()) else 4
-            out, back = (_numel_of(shape) for shape in (rule.partial_shape(info), rule.combined_shape(info)))
-            found.sent["factors"] = found.sent.get("factors", 0.0) + (out * width + back * 4.0 * (count - 1)) / count
+    factors = _factor_bytes(domain)
+    if factors:
+        found.sent["factors"] = max(factors.values())
     found.exchange = sum(cluster.transfer(value, ranks) for value in found.sent.values())
     found.exchange += 2 * max(0, domain.buckets - 1) * cluster.link(ranks)[0].latency
+
+
+def _factor_bytes(domain: DomainPlan) -> dict[int, float]:
+    """Bytes of small factors that each rank sends: a slice its share to the owner, the owner its result to all slices."""
+    sent: dict[int, float] = {}
+    for part in domain.plan.parts:
+        count = domain.slices[part.matrix]
+        if count == 1:
+            continue
+        rule, info = domain.rules[part.matrix], domain.infos[part.matrix]
+        owner = domain.plan.owner[part.matrix]
+        if part.rank != owner:
+            width = 8.0 if "64" in str(rule.factor_dtype()) else 4.0
+            sent[part.rank] = sent.get(part.rank, 0.0) + _numel_of(rule.partial_shape(info)) * width
+            sent[owner] = sent.get(owner, 0.0) + _numel_of(rule.combined_shape(info)) * 4.0
+    return sent
 
 
 def _numel_of(shape: tuple[int, ...]) -> float:

@@ -129,7 +129,7 @@ def predict_layout(
 
 def _merge(parts: list[OptimizerTime], cluster: Cluster) -> OptimizerTime:
     """Dense parameters and experts are stepped one after the other."""
-    total = OptimizerTime(host=cluster.overheads.step)
+    total = OptimizerTime(host=cluster.overheads.step, asynchronous=not cluster.shared_cores)
     for part in parts:
         for kind, value in part.by_class.items():
             total.by_class[kind] = total.by_class.get(kind, 0.0) + value

@@ -1,0 +1,124 @@
+"""`megatron-opt cost step | search | tables | calibrate`: what a training step costs on a cluster."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_opt.errors import UserError
+
+
+def _shared(parser: argparse.ArgumentParser, gpus: bool = True) -> None:
+    parser.add_argument("--cluster", required=True, metavar="NAME|FILE", help="a100, h100, h200, b200, gb300, or a cluster file")
+    if gpus:
+        parser.add_argument("--gpus", type=int, required=True, help="number of devices")
+    parser.add_argument("--from", dest="source", metavar="RUN|FILE", help="flags of a run's folder or of a YAML file")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers as JSON too")
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """The command line; what it does not know are Megatron's flags."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Predict seconds, FLOPs, bytes and memory of a training step on a cluster.",
+        epilog="Model, layout and optimizer are Megatron's flags (--preset llama-7b --optimizer muon …).",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="step|search|tables|calibrate")
+    step = commands.add_parser("step", help="one layout's step, broken down", allow_abbrev=False)
+    _shared(step)
+    step.add_argument("--plan", action="store_true", help="print the optimizer's ownership plan")
+    search = commands.add_parser("search", help="layouts that fit, ranked, and why others do not", allow_abbrev=False)
+    _shared(search)
+    search.add_argument("--top", type=int, default=10, help="layouts to show")
+    tables = commands.add_parser("tables", help="overhead of each optimizer across scales, with plots", allow_abbrev=False)
+    tables.add_argument("--cluster", required=True, metavar="NAME|FILE")
+    tables.add_argument("--output", required=True, metavar="DIR", help="folder for CSV and PNG files")
+    tables.add_argument("--optimizers", default="adamw,muon,soap,lion", help="names, with commas")
+    calibrate = commands.add_parser("calibrate", help="measure this machine and write its cluster file", allow_abbrev=False)
+    calibrate.add_argument("--output", required=True, metavar="FILE", help="cluster file to write")
+    calibrate.add_argument("--ranks", type=int, default=0, help="ranks to measure traffic between (default: cores, 0 for none)")
+    return parser
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Run one of the commands; bad input raises UserError."""
+    parser = build_parser(prog)
+    args, rest = parser.parse_known_args(argv)
+    runs: dict[str, Callable[[argparse.Namespace, Sequence[str]], None]] = {
+        "step": _step, "search": _search, "tables": _tables, "calibrate": _calibrate
+    }
+    if rest and args.command in ("tables", "calibrate"):
+        raise UserError(f"{rest[0]} is unknown here; see --help.")
+    runs[args.command](args, rest)
+    return 0
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """A file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    data = content.encode() if isinstance(content, str) else content
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _flags(args: argparse.Namespace, rest: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    from megatron_opt.cost_model.flags import from_run, parse
+
+    given, ignored = parse(rest)
+    base = from_run(args.source) if args.source else {}
+    return {**base, **given}, ignored
+
+
+def _step(args: argparse.Namespace, rest: Sequence[str]) -> None:
+    from megatron_opt.cost_model import report
+    from megatron_opt.cost_model.cluster import load
+    from megatron_opt.cost_model.step import predict
+
+    flags, ignored = _flags(args, rest)
+    step = predict(flags, load(args.cluster), args.gpus)
+    if args.plan:
+        from megatron_opt.distributed.ownership import plan_table
+
+        for domain in {id(d): d for stage in step.plans for d in stage}.values():
+            print(plan_table(domain.plan, title=f"optimizer plan, {domain.name}"))
+    print(report.text(step, ignored))
+    if args.json:
+        write_atomically(Path(args.json), json.dumps(report.as_dict(step), indent=1) + "\n")
+
+
+def _search(args: argparse.Namespace, rest: Sequence[str]) -> None:
+    from megatron_opt.cost_model import report
+    from megatron_opt.cost_model.cluster import load
+    from megatron_opt.cost_model.search import search, table
+
+    if args.top < 1:
+        raise UserError(f"--top is {args.top}; it must be at least 1.")
+    flags, _ = _flags(args, rest)
+    found = search(flags, load(args.cluster), args.gpus, top=args.top)
+    print(table(found, args.top))
+    if args.json:
+        content = {"layouts": [report.as_dict(s) for s in found.steps], "refused": dict(found.refused), "tried": found.tried}
+        write_atomically(Path(args.json), json.dumps(content, indent=1) + "\n")
+
+
+def _tables(args: argparse.Namespace, rest: Sequence[str]) -> None:
+    from megatron_opt.cost_model.cluster import load
+    from megatron_opt.cost_model.tables import write_tables
+
+    print(write_tables(load(args.cluster), args.optimizers.split(","), Path(args.output)))
+
+
+def _calibrate(args: argparse.Namespace, rest: Sequence[str]) -> None:
+    from megatron_opt.cost_model.calibrate import calibrate
+
+    text = calibrate(args.ranks)
+    write_atomically(Path(args.output), text)
+    print(text, end="")
+    print(f"written to {args.output}", file=sys.stderr)

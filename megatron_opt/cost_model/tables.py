@@ -1,0 +1,210 @@
+"""Overhead of optimizers across batch, width, ranks and sizes from 130M to 1T: CSV, plots, and what bounds each."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_opt.cost_model import flags as flag_reader
+from megatron_opt.cost_model.cluster import Cluster
+from megatron_opt.cost_model.flags import preset
+from megatron_opt.cost_model.step import Step, predict
+from megatron_opt.errors import UserError
+
+LIMIT = 0.10  # share of a step from which an optimizer no longer scales
+_LLAMA = dict(preset("llama")) | {"bf16": True, "seq-length": 4096}
+
+
+def _llama(layers: int, hidden: int, ffn: int, heads: int) -> dict[str, Any]:
+    return _LLAMA | {"num-layers": layers, "hidden-size": hidden, "ffn-hidden-size": ffn, "num-attention-heads": heads}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the batch (sequences of 4096 tokens) that is usual at its size, and the TP × PP it is trained with."""
+
+    name: str
+    shape: Mapping[str, Any]
+    sequences: int
+    tp: int
+    pp: int
+
+
+CASES = (
+    Case("130M", _llama(32, 512, 2048, 8), 128, 1, 1),
+    Case("520M", _llama(32, 1024, 4096, 16), 128, 1, 1),
+    Case("1.2B", _llama(32, 1536, 6144, 24), 256, 1, 1),
+    Case("7B", _llama(32, 4096, 11008, 32), 1024, 2, 1),
+    Case("70B", _llama(80, 8192, 28672, 64), 2048, 8, 4),
+    Case("405B", _llama(128, 16384, 53248, 128), 4096, 8, 16),
+    Case("1T", _llama(128, 25600, 68096, 160), 8192, 8, 32),
+)
+GPUS = tuple(2**n for n in range(3, 15))
+
+
+def flags_of(case: Case, optimizer: str, **more: Any) -> dict[str, Any]:
+    """Flags of a run of a case."""
+    base = dict(case.shape) | {
+        "global-batch-size": case.sequences, "micro-batch-size": 1, "tensor-model-parallel-size": case.tp,
+        "pipeline-model-parallel-size": case.pp, "sequence-parallel": case.tp > 1, "use-distributed-optimizer": True,
+        "overlap-grad-reduce": True, "overlap-param-gather": True, "optimizer": optimizer,
+    }
+    return base | {key.replace("_", "-"): value for key, value in more.items()}
+
+
+def bound(step: Step) -> str:
+    """What takes most of the optimizer's time."""
+    o = step.optimizer
+    parts = dict(o.by_class)
+    parts["element-wise passes"] = o.element_wise
+    parts["exchange"] = o.exchange - o.exchange_hidden
+    parts["host"] = o.host
+    parts["refreshes"] = o.refresh / o.refresh_every
+    kind = max(parts, key=lambda key: parts[key])
+    idle = unconditioned(step)
+    if idle > 0.5:
+        return f"{kind}; {idle:.0%} of the parameters get no matrix work (every side is too long)"
+    uneven = kind not in ("element-wise passes", "host") and o.imbalance > 1.5
+    return f"{kind}, most loaded owner {o.imbalance:.1f}× the mean" if uneven else kind
+
+
+def unconditioned(step: Step) -> float:
+    """Share of the matrix rules' parameters that cost no FLOPs, such as SOAP's where both sides exceed its limit."""
+    domains = [domain for stage in step.plans for domain in stage]
+    total = sum(domain.matrix_numel for domain in domains)
+    idle = sum(
+        domain.infos[name].shape[0] * domain.infos[name].shape[-1]
+        for domain in domains for name, cost in domain.costs.items() if not cost.flops
+    )
+    return idle / total if total else 0.0
+
+
+def _row(sweep: str, x: float, case: str, optimizer: str, step: Step | None) -> dict[str, Any]:
+    if step is None:
+        return {"sweep": sweep, "model": case, "x": x, "optimizer": optimizer}
+    return {
+        "sweep": sweep, "model": case, "x": x, "optimizer": optimizer, "gpus": step.layout.world,
+        "tokens": step.tokens, "step_s": step.seconds, "optimizer_s": step.optimizer.mean,
+        "refresh_step_s": step.refresh_step, "share": step.optimizer_share,
+        "flop_share": step.optimizer_flops / step.training_flops, "memory_gb": step.memory.total / 1e9,
+        "state_gb": step.memory.optimizer_state / 1e9, "imbalance": step.optimizer.imbalance, "bound": bound(step),
+    }
+
+
+def _predict(flags: Mapping[str, Any], cluster: Cluster, gpus: int) -> Step | None:
+    try:
+        return predict(flags, cluster, gpus)
+    except UserError:
+        return None  # a layout that does not divide has no point in the plot
+
+
+def sweeps(cluster: Cluster, optimizers: Sequence[str]) -> list[dict[str, Any]]:
+    """Every point of every sweep."""
+    for name in optimizers:
+        flag_reader.grouping({"optimizer": name})
+    rows = []
+    seven = next(case for case in CASES if case.name == "7B")
+    for optimizer in optimizers:
+        for sequences in (64, 128, 256, 512, 1024, 2048, 4096):
+            step = _predict(flags_of(seven, optimizer, global_batch_size=sequences), cluster, 64)
+            rows.append(_row("batch", sequences * 4096, "7B", optimizer, step))
+        for hidden in (512, 1024, 2048, 4096, 8192, 16384):
+            case = Case(str(hidden), _llama(32, hidden, 4 * hidden, hidden // 64), 1024, 8, 1)
+            rows.append(_row("width", hidden, f"width {hidden}", optimizer, _predict(flags_of(case, optimizer), cluster, 64)))
+        for case in CASES:
+            for gpus in GPUS:
+                step = _predict(flags_of(case, optimizer), cluster, gpus)
+                if step is not None:
+                    rows.append(_row("gpus", gpus, case.name, optimizer, step))
+    return rows
+
+
+def scaling_summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """For each model and optimizer: up to how many GPUs the optimizer stays under 10% of a step, and what bounds it then."""
+    lines = [f"GPUs up to which the optimizer takes at most {LIMIT:.0%} of a mean step (usual batch of each size; "
+             "> where the largest layout that divides is still under it), and what bounds it there", ""]
+    lines.append(f"{'model':<7}{'optimizer':<12}{'GPUs':>8}{'share there':>13}{'share at most GPUs':>20}  bound at most GPUs")
+    keys = dict.fromkeys((row["model"], row["optimizer"]) for row in rows if row["sweep"] == "gpus")
+    for model, optimizer in keys:
+        mine = [row for row in rows if row["sweep"] == "gpus" and (row["model"], row["optimizer"]) == (model, optimizer)]
+        good = [row for row in mine if row["share"] <= LIMIT]
+        last = mine[-1]
+        largest = good[-1] if good else None
+        mark = "none" if largest is None else f"{'> ' if largest is last else ''}{largest['gpus']}"
+        share = f"{largest['share']:.1%}" if largest else "-"
+        at_last = f"{last['share']:.1%} at {last['gpus']}"
+        lines.append(f"{model:<7}{optimizer:<12}{mark:>8}{share:>13}{at_last:>20}  {last['bound']}")
+    return "\n".join(lines)
+
+
+def write_tables(cluster: Cluster, optimizers: Sequence[str], folder: Path) -> str:
+    """`sweeps.csv`, `scaling.txt` and one PNG a sweep in the folder; returns the summary."""
+    from megatron_opt.cost_model.cli import write_atomically
+
+    rows = sweeps(cluster, optimizers)
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder / "sweeps.csv", text.getvalue())
+    summary = scaling_summary(rows)
+    write_atomically(folder / "scaling.txt", summary + "\n")
+    for name, data in plots(rows, cluster.title, optimizers).items():
+        write_atomically(folder / f"{name}.png", data)
+    return summary
+
+
+def plots(rows: Sequence[Mapping[str, Any]], title: str, optimizers: Sequence[str]) -> dict[str, bytes]:
+    """PNG of each sweep: share of a step against batch and width, and against GPUs for every size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = {}
+    labels = {"batch": "tokens a step (7B, 64 GPUs)", "width": "width (32 layers, 64 GPUs, TP8)"}
+    for sweep, label in labels.items():
+        figure, axis = plt.subplots(figsize=(7, 4.5))
+        for optimizer in optimizers:
+            _line(axis, rows, optimizer, sweep=sweep)
+        _finish(axis, label, title)
+        found[sweep] = _png(figure)
+        plt.close(figure)
+    models = list(dict.fromkeys(row["model"] for row in rows if row["sweep"] == "gpus"))
+    figure, axes = plt.subplots(2, 4, figsize=(16, 8), sharey=True)
+    for axis, model in zip(axes.flat, models):
+        for optimizer in optimizers:
+            _line(axis, rows, optimizer, sweep="gpus", model=model)
+        _finish(axis, "GPUs", model)
+    for axis in axes.flat[len(models):]:
+        axis.axis("off")
+    figure.suptitle(title)
+    found["gpus"] = _png(figure)
+    plt.close(figure)
+    return found
+
+
+def _line(axis: Any, rows: Sequence[Mapping[str, Any]], optimizer: str, **where: str) -> None:
+    points = [row for row in rows if row["optimizer"] == optimizer and "share" in row
+              and all(row[key] == value for key, value in where.items())]
+    axis.plot([row["x"] for row in points], [100 * row["share"] for row in points], marker="o", markersize=3, label=optimizer)
+
+
+def _finish(axis: Any, label: str, title: str) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlabel(label)
+    axis.set_ylabel("optimizer, % of a mean step")
+    axis.set_title(title, fontsize=9)
+    axis.axhline(100 * LIMIT, color="grey", linewidth=0.8, linestyle=":")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def _png(figure: Any) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110, bbox_inches="tight")
+    return stream.getvalue()
