@@ -17,14 +17,14 @@ def train(args: Any) -> None:
     from megatron.training.utils import print_rank_last
 
     from megatron_opt import platform
-    from megatron_opt.training import batches, checkpoints
+    from megatron_opt.training import batches, resume
     from megatron_opt.training.monitoring import Diverged, Monitor
 
     monitor = Monitor(args)
     if platform.on_cpu():
         training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
     if args.optimizer not in MEGATRON_OWN:
-        checkpoints.install(training)
+        resume.install(training)
     make = training.get_megatron_optimizer if args.optimizer in MEGATRON_OWN else make_optimizer
     training.get_megatron_optimizer = functools.partial(_watched, monitor, make)
     monitor.install(training)
