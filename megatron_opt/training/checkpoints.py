@@ -6,17 +6,19 @@ Megatron writes into `iter_N` in place and then rewrites its tracker; here it wr
 
 import argparse
 import functools
+import multiprocessing
 import os
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 from megatron_opt.errors import UserError
-from megatron_opt.training import events, folders
+from megatron_opt.training import events, folders, signals
 
 _SPARE = 1.02  # of the last checkpoint's size must be free before the next is begun
 
@@ -66,7 +68,21 @@ def install(args: Any) -> None:
     serialization.save_config = _noted(serialization.save_config)
     training.save_checkpoint = functools.partial(_save, checkpointing.save_checkpoint)
     training.load_checkpoint = functools.partial(_load, checkpointing.load_checkpoint)
+    if args.save:
+        _start_results_queue()
     training.maybe_finalize_async_save = functools.partial(_finalize, training.maybe_finalize_async_save)
+
+
+def _start_results_queue() -> None:
+    """Megatron's queue of write results, forked now: at the first save it would import torch and Megatron once more.
+
+    Its process ends with this one; Megatron's outlives a killed rank for ever.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(initializer=signals.die_with_parent)
+    filesystem_async._results_queue = manager.Queue()
 
 
 def _rank() -> int:
@@ -144,6 +160,8 @@ class _Summed:
         self.write, self.folder, self.rank = write, folder, rank
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if multiprocessing.parent_process() is not None:  # an orphan would write into its successor's checkpoint
+            signals.die_with_parent()
         self.write(*args, **kwargs)
         folders.sum_files(self.folder, self.rank)
 
