@@ -81,7 +81,7 @@ def _start_results_queue() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(initializer=signals.die_with_parent)
+    manager.start(initializer=signals.serve_parent)
     filesystem_async._results_queue = manager.Queue()
 
 
@@ -161,7 +161,7 @@ class _Summed:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         if multiprocessing.parent_process() is not None:  # an orphan would write into its successor's checkpoint
-            signals.die_with_parent()
+            signals.serve_parent()
         self.write(*args, **kwargs)
         folders.sum_files(self.folder, self.rank)
 

@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,7 @@ class HangWatch:
 
             # a client of its own: the shared one may be held by a collective that never returns
             self._store = torch.distributed.distributed_c10d._get_default_store().clone()
+            self._store.set_timeout(timedelta(seconds=5))
             self._thread = threading.Thread(target=self._run, name="hang watch", daemon=True)
             self._thread.start()
 
@@ -217,19 +219,28 @@ class HangWatch:
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         where = position(sys._current_frames()[self._main])  # type: ignore[index]
         mine = {"iteration": self.iteration, **where}
-        prefix = f"megatron_opt/hang/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/"
-        self._store.set(f"{prefix}{rank}", json.dumps(mine))
-        time.sleep(max(2.0, self.limit / 5))  # the others find out within a tick of each other
-        reports: dict[int, dict[str, Any]] = {}
-        for other in range(world):
-            if self._store.check([f"{prefix}{other}"]):
-                reports[other] = json.loads(self._store.get(f"{prefix}{other}"))
+        reports = self._exchange(rank, world, mine)
         if rank == min(reports):
             verdict = judge(reports, world)
             events.record("hang", seconds=round(still, 1), **verdict)
             print(f"megatron_opt: no step for {still:.0f} s. {describe(verdict)}", file=sys.stderr, flush=True)
         if self.iteration == mine["iteration"] and time.monotonic() - self.moved > self.limit:
             os._exit(HANG_EXIT)
+
+
+    def _exchange(self, rank: int, world: int, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
+        """Reports by rank. The store lives in rank 0 or its agent: when that does not answer, rank 0 is silent."""
+        prefix = f"megatron_opt/hang/{events.restarts()}/"
+        reports = {rank: mine}
+        try:
+            self._store.set(f"{prefix}{rank}", json.dumps(mine))
+            time.sleep(max(2.0, self.limit / 5))  # the others find out within a tick of each other
+            for other in range(world):
+                if self._store.check([f"{prefix}{other}"]):
+                    reports[other] = json.loads(self._store.get(f"{prefix}{other}"))
+        except (RuntimeError, ValueError):
+            return {other: mine for other in range(1, world)} if rank else reports
+        return reports
 
 
 def position(frame: Any) -> dict[str, Any]:
