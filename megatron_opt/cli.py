@@ -7,9 +7,12 @@ from megatron_opt.errors import UserError
 
 COMMANDS = {
     "data": ("megatron_opt.data.cli", "fetch a corpus, train a tokenizer, write .bin/.idx, inspect a dataset"),
+    "doctor": ("megatron_opt.doctor", "check this machine or, under torchrun, every rank of a cluster"),
+    "status": ("megatron_opt.status", "what a run is doing: step, loss, speed, restarts, checkpoints, time to end"),
     "study": ("megatron_opt.study.cli", "plan, tune, run, fit and report a comparison of optimizers"),
     "cost": ("megatron_opt.cost_model.cli", "predict a training step on a cluster; search layouts; calibrate"),
     "migrate": ("megatron_opt.migrate.cli", "plan a change of optimizer; convert a checkpoint into a warm start"),
+    "train": ("megatron_opt.launch", "start a training run on this machine or as one node of several"),
 }
 
 

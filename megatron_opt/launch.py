@@ -178,6 +178,8 @@ def main(argv: list[str], prog: str = "megatron-opt train") -> int:
     words = torchrun_arguments(own, training, host)
     ranks = int(words[words.index("--nproc-per-node") + 1])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, host.cores // ranks)))
+    # torch 2.14 keeps one store over restarts, where gloo ranks read the addresses of their dead predecessors
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if own.dry_run:
         print(f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} torchrun", *words)
         return 0

@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Sequence
 
 from megatron_opt.errors import UserError
+from megatron_opt.training import signals
 
 
 def run(argv: Sequence[str]) -> None:
     """Train as the flags say; bad input raises UserError before anything is written."""
+    signals.die_with_launcher()
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer-engine).*")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # one process needs no launcher
         os.environ.setdefault("MASTER_ADDR", "localhost")
@@ -34,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f" [rank {rank}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         print(f"megatron_opt.pretrain{where}: {error}", file=sys.stderr, flush=True)
         return 2
+    except SystemExit as leaving:
+        return signals.exit_code(leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code)))
     return 0
 
 

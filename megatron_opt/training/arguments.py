@@ -78,6 +78,7 @@ def expand(argv: Sequence[str]) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """This project's flags, and Megatron's `--optimizer` with our names among its choices."""
+    from megatron_opt.training import checkpoints, faults
     from megatron_opt.training.optimizer_flags import add_optimizer_arguments
 
     group = parser.add_argument_group("megatron_opt")
@@ -122,6 +123,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=64.0,
         help="matrices travel in buckets of this many megabytes a rank; the next one while this is computed",
     )
+    checkpoints.add_arguments(parser)
+    faults.add_arguments(parser)
     add_optimizer_arguments(parser)
     parser.error = _refuse  # type: ignore[method-assign]
     return parser

@@ -45,6 +45,18 @@ def record(event: str, **fields: Any) -> None:
         pass
 
 
+def start(args: Any) -> None:
+    """Rank 0's first event of a process: how far this run is to go, on what."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        record(
+            "restart" if restarts() else "start",
+            train_iters=args.train_iters, world_size=args.world_size, global_batch_size=args.global_batch_size,
+            seq_length=args.seq_length, optimizer=args.optimizer, save=args.save, slurm_job=os.environ.get("SLURM_JOB_ID"),
+            layout={"tp": args.tensor_model_parallel_size, "pp": args.pipeline_model_parallel_size,
+                    "cp": args.context_parallel_size, "dp": args.data_parallel_size},
+        )
+
+
 def restarts() -> int:
     """Restarts of this job so far: torchrun's of its ranks plus Slurm's of the job."""
     names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron_opt.training import checkpoints, events, faults, signals
 from megatron_opt.training.optimizer_flags import MEGATRON_OWN, group_rules
 
 
@@ -29,6 +30,11 @@ def train(args: Any) -> None:
     training.get_megatron_optimizer = functools.partial(_watched, monitor, make)
     monitor.install(training)
     _check_data(args)
+    events.open_log(args.output_dir or args.save)
+    signals.install(args)
+    checkpoints.install(args)
+    faults.install(args)
+    events.start(args)
     config = gpt_config_from_args(args)
     if not args.megatron_init:
         config.pre_wrap_hooks = [*config.pre_wrap_hooks, functools.partial(_initialize, args)]

@@ -4,6 +4,7 @@ Megatron's `--exit-signal-handler` knows one signal and leaves with 0, which sch
 """
 
 import ctypes
+import functools
 import os
 import signal
 from types import FrameType
@@ -48,15 +49,22 @@ class ExitSignals:
 
 
 def install(args: Any) -> None:
-    """Listen to both signals where there is a folder to save to; call after Megatron's global variables are set."""
-    global _handler
+    """Listen to both signals from the first step on where there is a folder to save to; before, they end the process."""
     if not args.save:
         return
-    from megatron.training import global_vars
+    from megatron.training import global_vars, training
+
+    train = training.train
+
+    @functools.wraps(train)
+    def listening(*positional: Any, **named: Any) -> Any:
+        global _handler
+        _handler = ExitSignals()
+        global_vars._GLOBAL_SIGNAL_HANDLER = _handler
+        return train(*positional, **named)
 
     args.exit_signal_handler = True
-    _handler = ExitSignals()
-    global_vars._GLOBAL_SIGNAL_HANDLER = _handler
+    training.train = listening
 
 
 def exit_code(code: int) -> int:
@@ -67,4 +75,16 @@ def exit_code(code: int) -> int:
 def die_with_launcher() -> None:
     """Under torchrun, be killed when it is: ranks without an agent would go on beside their replacements."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however that ends (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+def serve_parent() -> None:
+    """For a helper process of a rank: live as long as it does, and leave signals to the whole group to it."""
+    die_with_parent()
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,407 @@
+"""Megatron's save and load with checkpoints that are complete or invisible, verified, and retained by rule.
+
+Megatron writes into `iter_N` in place and then rewrites its tracker; here it writes into `.saving/iter_N`, and
+`folders.publish` makes that visible. What is inside a checkpoint stays Megatron's.
+"""
+
+import argparse
+import functools
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
+
+from megatron_opt.errors import UserError
+from megatron_opt.training import events, folders, signals
+
+_SPARE = 1.02  # of the last checkpoint's size must be free before the next is begun
+
+_saving: str | None = None  # --save while Megatron prepares a checkpoint of _iteration
+_iteration = 0
+_error: str | None = None  # what went wrong on this rank inside Megatron's writer
+_started: dict[int, float] = {}  # when a save began, by iteration
+_announcements: list[Callable[[], None]] = []  # Weights & Biases, told of a checkpoint once it is published
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of retention, trust and failed saves."""
+    group = parser.add_argument_group("megatron_opt checkpoints")
+    group.add_argument("--keep-last", type=int, default=0, metavar="N",
+                       help="keep the N newest checkpoints (default 0: all)")
+    group.add_argument("--keep-every", type=int, default=0, metavar="N",
+                       help="with --keep-last, also keep checkpoints of iterations divisible by N")
+    group.add_argument("--on-save-failure", choices=["stop", "continue"], default="stop",
+                       help="a checkpoint that cannot be written (disk full, read-only): end the run, or train on")
+    group.add_argument("--trust-checkpoint", action="store_true",
+                       help="load a checkpoint although it has no checksums or its pickles import unknown names, "
+                       "which lets its author run code")
+
+
+def install(args: Any) -> None:
+    """Put save and load below into Megatron; call once, after its arguments are validated."""
+    if args.keep_every and not args.keep_last:
+        raise UserError(f"--keep-every {args.keep_every} adds to --keep-last N; give that too.")
+    if min(args.keep_last, args.keep_every) < 0:
+        raise UserError("--keep-last and --keep-every want numbers from 0 on.")
+    if getattr(args, "save_retain_interval", None):
+        if args.keep_last:
+            raise UserError("--save-retain-interval is Megatron's word for --keep-last 1 --keep-every N; give one of them.")
+        args.keep_last, args.keep_every, args.save_retain_interval = 1, args.save_retain_interval, None
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.training import checkpointing, training
+
+    checkpointing.get_checkpoint_name = _aside(checkpointing.get_checkpoint_name)
+    checkpointing.get_checkpoint_tracker_filename = _nowhere(checkpointing.get_checkpoint_tracker_filename)
+    checkpointing.wandb_utils.on_save_checkpoint_success = _later(
+        checkpointing.wandb_utils.on_save_checkpoint_success
+    )
+    checkpointing.schedule_async_save = _summed(checkpointing.schedule_async_save)
+    # rank 0 alone writes these two; were it to raise there, the others would wait for it
+    FileSystemWriterAsync.finish = _noted(FileSystemWriterAsync.finish)
+    serialization.save_config = _noted(serialization.save_config)
+    training.save_checkpoint = functools.partial(_save, checkpointing.save_checkpoint)
+    training.load_checkpoint = functools.partial(_load, checkpointing.load_checkpoint)
+    if args.save:
+        _start_results_queue()
+    training.maybe_finalize_async_save = functools.partial(_finalize, training.maybe_finalize_async_save)
+
+
+def _start_results_queue() -> None:
+    """Megatron's queue of write results, forked now: at the first save it would import torch and Megatron once more.
+
+    Its process ends with this one; Megatron's outlives a killed rank for ever.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(initializer=signals.serve_parent)
+    filesystem_async._results_queue = manager.Queue()
+
+
+def _rank() -> int:
+    import torch
+
+    return int(torch.distributed.get_rank())
+
+
+def _agree(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    import torch
+
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _first_error(error: str | None) -> str | None:
+    """The lowest rank's error, on every rank."""
+    import torch
+
+    errors: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(errors, error)
+    return next((f"rank {rank}: {text}" for rank, text in enumerate(errors) if text), None)
+
+
+# ---- saving
+
+
+def _aside(original: Callable[..., str]) -> Callable[..., str]:
+    @functools.wraps(original)
+    def named(checkpoints_path: Any, *args: Any, **kwargs: Any) -> str:
+        if _saving is not None and checkpoints_path == _saving:
+            checkpoints_path = os.path.join(checkpoints_path, folders.ASIDE)
+        return original(checkpoints_path, *args, **kwargs)
+
+    return named
+
+
+def _nowhere(original: Callable[..., str]) -> Callable[..., str]:
+    """Megatron would write its tracker before the checkpoint is published: it writes into the void instead."""
+
+    @functools.wraps(original)
+    def named(checkpoints_path: Any) -> str:
+        return os.devnull if _saving is not None and checkpoints_path == _saving else original(checkpoints_path)
+
+    return named
+
+
+def _later(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def announce(checkpoint: str, tracker: str, save: str, iteration: int) -> None:
+        published = os.path.join(save, folders.name_of(iteration))
+        _announcements.append(lambda: original(published, os.path.join(save, folders.TRACKER), save, iteration))
+
+    return announce
+
+
+def _noted(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        global _error
+        try:
+            return original(*args, **kwargs)
+        except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a full disk
+            _error = str(error)
+
+    return noted
+
+
+class _Summed:
+    """The writer of an asynchronous save, which digests its files before it ends; picklable for a spawned worker."""
+
+    def __init__(self, write: Callable[..., Any], folder: Path, rank: int) -> None:
+        self.write, self.folder, self.rank = write, folder, rank
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if multiprocessing.parent_process() is not None:  # an orphan would write into its successor's checkpoint
+            signals.serve_parent()
+        self.write(*args, **kwargs)
+        folders.sum_files(self.folder, self.rank)
+
+
+def _summed(original: Callable[..., None]) -> Callable[..., None]:
+    """In place of `schedule_async_save`: digest in the background, publish when all ranks are done."""
+
+    @functools.wraps(original)
+    def schedule(request: Any) -> None:
+        from megatron.training import get_args
+
+        if _saving is not None:
+            save = Path(_saving)
+            if request.async_fn is not None:
+                folder = save / folders.ASIDE / folders.name_of(_iteration)
+                request = request._replace(async_fn=_Summed(request.async_fn, folder, _rank()))
+            request.add_finalize_fn(functools.partial(_publish, get_args(), save, _iteration))
+        original(request)
+
+    return schedule
+
+
+def _save(original: Callable[..., Any], iteration: int, *args: Any, **kwargs: Any) -> None:
+    """Save aside, digest, publish, prune; a failure ends or is passed over as --on-save-failure says."""
+    global _saving, _iteration, _error
+    from megatron.core.dist_checkpointing.mapping import CheckpointingException
+    from megatron.training import get_args
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    flags = get_args()
+    if kwargs.get("non_persistent_ckpt") or kwargs.get("release"):
+        original(iteration, *args, **kwargs)
+        return
+    save = Path(flags.save)
+    began = time.monotonic()
+    trouble = _agree(_prepare(save, iteration) if _rank() == 0 else None)
+    if trouble:
+        _failed(flags, iteration, trouble)
+        return
+    _saving, _iteration, _error = flags.save, iteration, None
+    _started[iteration] = began
+    try:
+        original(iteration, *args, **kwargs)
+    except (CheckpointException, CheckpointingException) as error:  # raised on every rank alike
+        _error = _short(error)
+    finally:
+        _saving = None
+    if flags.async_save and _error is None:
+        if _rank() == 0:
+            events.record("save_started", iteration=iteration, stall_seconds=round(time.monotonic() - began, 3))
+        return
+    if _error is None:
+        try:
+            folders.sum_files(save / folders.ASIDE / folders.name_of(iteration), _rank())
+        except OSError as error:
+            _error = str(error)
+    _publish(flags, save, iteration)
+
+
+def _prepare(save: Path, iteration: int) -> str | None:
+    """Rank 0, before anything is written: an empty folder aside and room for as much as last time, or what is wrong."""
+    folder = save / folders.ASIDE / folders.name_of(iteration)
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / ".probe").write_bytes(b"\0" * 4096)
+        (folder / ".probe").unlink()
+        newest = folders.iterations(save)[:1]
+        wanted = sum(path.stat().st_size for path in (save / folders.name_of(newest[0])).rglob("*")) if newest else 0
+        free = shutil.disk_usage(save).free
+    except OSError as error:
+        return f"{error.strerror or error} ({save})"
+    if free < wanted * _SPARE:
+        return f"{free / 1e9:.2f} GB are free under {save}, the last checkpoint took {wanted / 1e9:.2f} GB"
+    return None
+
+
+def _publish(flags: Any, save: Path, iteration: int) -> None:
+    """Collective: every rank's error is known before rank 0 publishes."""
+    global _error
+    trouble, _error = _first_error(_error), None
+    if trouble is None:
+        trouble = _agree(_publish_on_rank_0(flags, save, iteration) if _rank() == 0 else None)
+    ready = list(_announcements)
+    _announcements.clear()
+    if trouble:
+        _failed(flags, iteration, trouble)
+        return
+    for announce in ready:
+        announce()
+
+
+def _publish_on_rank_0(flags: Any, save: Path, iteration: int) -> str | None:
+    try:
+        size = folders.publish(save, iteration)
+    except OSError as error:
+        return f"{error.strerror or error} ({error.filename or save})"
+    seconds = time.monotonic() - _started.pop(iteration, time.monotonic())
+    events.record("save", iteration=iteration, seconds=round(seconds, 3), bytes=size)
+    gone = folders.prune(save, flags.keep_last, flags.keep_every)
+    if gone:
+        events.record("prune", iterations=gone)
+    threading.Thread(target=folders.sweep, args=(save,)).start()
+    return None
+
+
+def _failed(flags: Any, iteration: int, trouble: str) -> None:
+    """Every rank: what is half written goes, earlier checkpoints stay."""
+    if _rank() == 0:
+        shutil.rmtree(Path(flags.save) / folders.ASIDE / folders.name_of(iteration), ignore_errors=True)
+        newest = folders.iterations(Path(flags.save))[:1]
+        kept = f"the newest whole one is of iteration {newest[0]}" if newest else "there is none yet"
+        events.record("save_failed", iteration=iteration, reason=trouble)
+        print(f"megatron_opt: the checkpoint of iteration {iteration} was not saved: {trouble}; {kept}.",
+              file=sys.stderr, flush=True)
+    if flags.on_save_failure == "stop":
+        raise UserError(f"the checkpoint of iteration {iteration} could not be saved ({trouble}); make room and start "
+                        "the same command again, or train on without it by --on-save-failure continue.")
+
+
+def _finalize(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Megatron's look at running asynchronous saves; a writer's failure reaches every rank as an exception."""
+    from megatron.training import get_args
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        original(*args, **kwargs)
+    except CheckpointException as error:
+        flags = get_args()
+        trouble = _agree(_short(error) if _rank() == 0 else None)
+        iteration = min(_started, default=_iteration)
+        _started.pop(iteration, None)
+        _failed(flags, iteration, trouble)
+
+
+def _short(error: BaseException) -> str:
+    """The innermost cause in one line; torch wraps it together with its stack."""
+    failures = getattr(error, "failures", None) or {}
+    for cause in failures.values():
+        cause = cause[0] if isinstance(cause, tuple) else cause
+        return " ".join(str(cause).split())
+    return " ".join(str(error).split())[:300]
+
+
+# ---- loading
+
+
+def _load(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Load the newest checkpoint that is whole, saying which ones are not."""
+    from megatron.training import get_args
+
+    flags = get_args()
+    load = getattr(flags, kwargs.get("load_arg", "load"))
+    if flags.save and _rank() == 0:
+        folders.sweep(Path(flags.save), aside=True)
+    if load is None or kwargs.get("load_arg", "load") != "load":
+        return original(*args, **kwargs)
+    wanted = getattr(flags, "ckpt_step", None)
+    chosen = _choose(Path(load), wanted, flags.trust_checkpoint, own=load == flags.save)
+    if chosen is None:
+        return original(*args, **kwargs)
+    began = time.monotonic()
+    flags.ckpt_step = chosen
+    try:
+        loaded = original(*args, **kwargs)
+    finally:
+        flags.ckpt_step = wanted
+    if _rank() == 0:
+        events.record("resume", iteration=loaded[0], seconds=round(time.monotonic() - began, 3),
+                      consumed_samples=flags.consumed_train_samples, world_size=flags.world_size)
+    return loaded
+
+
+def _choose(load: Path, wanted: int | None, trust: bool, own: bool) -> int | None:
+    """The newest sound iteration, agreed by all ranks; None leaves the matter to Megatron (nothing there, release)."""
+    import torch
+
+    found = _agree(_candidates(load, wanted) if _rank() == 0 else None)
+    refusals, damaged = [], []
+    for iteration in found:
+        files, trouble = _agree(_inspect(load, iteration, trust) if _rank() == 0 else None)
+        if trouble is None and files:
+            share, shares = _rank(), torch.distributed.get_world_size()
+            trouble = folders.damage(load / folders.name_of(iteration), files, share, shares)
+        trouble = _first_error(trouble)
+        if trouble is None:
+            if _rank() == 0 and own:
+                for number in damaged:  # else retention would count them
+                    folders.set_apart(load, number)
+            return int(iteration)
+        if folders.MISMATCH in trouble:
+            damaged.append(iteration)
+        refusals.append(f"iteration {iteration} ({trouble})")
+        if _rank() == 0:
+            events.record("damaged", iteration=iteration, reason=trouble)
+            print(f"megatron_opt: the checkpoint of iteration {iteration} under {load} is not used: {trouble}.",
+                  file=sys.stderr, flush=True)
+    if refusals:
+        raise UserError(f"no checkpoint under {load} can be used: {'; '.join(refusals[:3])}; repair or remove them, "
+                        "or load a foreign one that you trust by --trust-checkpoint.")
+    return None
+
+
+def _candidates(load: Path, wanted: int | None) -> list[int]:
+    if wanted:
+        return [wanted]
+    tracker = load / folders.TRACKER
+    if tracker.is_file() and tracker.read_text().strip() == "release":
+        return []
+    return folders.iterations(load)
+
+
+def _inspect(load: Path, iteration: int, trust: bool) -> tuple[dict[str, str] | None, str | None]:
+    """Rank 0: (digests by file, what forbids this checkpoint)."""
+    from megatron_opt.training.pickles import refused_names
+
+    folder = load / folders.name_of(iteration)
+    if not folder.is_dir():
+        return None, f"there is no {folder.name}"
+    try:
+        files = folders.manifest(load, iteration)
+    except (OSError, ValueError) as error:
+        return None, f"its {folders.MANIFEST} is unreadable ({error})"
+    if files is None and not any((folder / name).exists() for name in (".metadata", "common.pt")) \
+            and not list(folder.glob("mp_rank_*")):
+        return None, "it is incomplete"
+    if trust:
+        return files, None
+    if files is None:
+        return None, f"it has no {folders.MANIFEST}, so that its origin and wholeness are unknown"
+    small = {name: digest for name, digest in files.items() if not name.endswith(".distcp")}
+    if trouble := folders.damage(folder, small):
+        return None, trouble
+    try:
+        refused = refused_names(folder)
+    except OSError as error:
+        return None, f"{error.filename}: {error.strerror}"
+    if refused:
+        where, names = next(iter(refused.items()))
+        if names == {"unreadable"}:
+            return None, f"{where} is unreadable"
+        return None, f"{where} would import {', '.join(sorted(names))}"
+    return files, None

@@ -1,0 +1,294 @@
+"""What to do about a hang and about a loss that jumps; what torch and Megatron do not do themselves.
+
+Hang: a thread of each rank watches its training loop. When no step, evaluation or save has moved for the time limit, it posts
+where its main thread stands to the job's store, and rank by rank the log tells who waits in which collective and who
+does not. All ranks then leave, so that torchrun restarts them.
+
+Loss: `skip` leaves out the update of a step whose loss is not finite or a multiple of the recent median; `rollback` goes
+back to a checkpoint at least n steps old and skips the data of the steps in between (Megatron's --iterations-to-skip).
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from megatron_opt.errors import UserError
+from megatron_opt.training import events, folders
+
+HANG_EXIT = 70
+ROLLBACK_EXIT = 75  # EX_TEMPFAIL: start the same command again
+SKIP_FILE = "iterations_to_skip.json"
+_WINDOW = 32
+_LEAST = 8  # losses seen before one can be called a spike
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of hang detection and of losses that jump."""
+    group = parser.add_argument_group("megatron_opt faults")
+    group.add_argument("--hang-timeout", type=float, metavar="SECONDS",
+                       help="a rank that makes no step for so long is reported and the ranks leave, for a restart "
+                       "(default: nine tenths of --distributed-timeout-minutes; 0: never)")
+    group.add_argument("--on-loss-spike", choices=["ignore", "skip", "rollback"], default="ignore",
+                       help="a loss that is not finite or above --loss-spike-factor times the recent median: train on, "
+                       "leave the step's update out, or go back --rollback-steps and skip the data since")
+    group.add_argument("--loss-spike-factor", type=float, default=2.0, metavar="X",
+                       help=f"what counts as a spike, times the median of the last {_WINDOW} losses (default 2)")
+    group.add_argument("--rollback-steps", type=int, default=0, metavar="N",
+                       help="go back to the newest checkpoint at least N steps before the spike (default 0)")
+
+
+def install(args: Any) -> None:
+    """Put both watches into Megatron's loop; call once, after its arguments are validated."""
+    from megatron.training import training
+
+    if args.on_loss_spike != "ignore":
+        if args.loss_spike_factor <= 1:
+            raise UserError(f"--loss-spike-factor {args.loss_spike_factor} calls every loss a spike; give more than 1.")
+        if args.on_loss_spike == "rollback" and not args.save:
+            raise UserError("--on-loss-spike rollback goes back to a checkpoint; give --save and --save-interval.")
+        training.train_step = functools.partial(_guarded_step, training.train_step, LossWatch(args.loss_spike_factor))
+    if args.save:
+        args.iterations_to_skip = sorted({*args.iterations_to_skip, *skipped_iterations(Path(args.save))})
+    limit = args.hang_timeout
+    if limit is None:
+        limit = 0.9 * 60 * args.distributed_timeout_minutes
+    if limit > 0:
+        training.checkpoint_and_decide_exit = functools.partial(
+            _watched_step_end, training.checkpoint_and_decide_exit, HangWatch(limit)
+        )
+
+
+# ---- loss
+
+
+class LossWatch:
+    """Says whether a loss is a spike, by the median of those before it."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+        self.recent: deque[float] = deque(maxlen=_WINDOW)
+        self.spikes = 0
+
+    def spike(self, loss: float) -> bool:
+        """Count and tell; a loss that is none joins the window."""
+        high = len(self.recent) >= _LEAST and loss > self.factor * statistics.median(self.recent)
+        if not math.isfinite(loss) or high:
+            self.spikes += 1
+            return True
+        self.recent.append(loss)
+        return False
+
+
+def _global_loss(reduced: list[dict[str, Any]]) -> float:
+    """Mean loss of the step over all microbatches and ranks; a collective. Tensor-parallel copies cancel out."""
+    import torch
+
+    total = torch.zeros(2, dtype=torch.float64, device="cuda")
+    for entry in reduced or []:  # filled on the last pipeline stage
+        for value in entry.values():
+            total += value.detach().double().view(-1)[:2]
+    torch.distributed.all_reduce(total)
+    return float(total[0] / total[1]) if total[1] else math.nan
+
+
+def _guarded_step(original: Callable[..., Any], watch: LossWatch, forward_step: Any, iterator: Any, model: Any,
+                  optimizer: Any, scheduler: Any, config: Any, forward_backward: Callable[..., Any],
+                  **kwargs: Any) -> Any:
+    """Megatron's train_step, whose update is left out when the loss is a spike."""
+    from megatron.training import get_args
+
+    args, iteration = get_args(), kwargs["iteration"] + 1
+    spiked = False
+
+    @functools.wraps(forward_backward)
+    def watched(*positional: Any, **named: Any) -> Any:
+        nonlocal spiked
+        reduced = forward_backward(*positional, **named)
+        loss = _global_loss(reduced)
+        spiked = watch.spike(loss)
+        if spiked:
+            _report_spike(args, watch, iteration, loss)
+        return reduced
+
+    step = optimizer.step
+
+    def update() -> Any:
+        return (False, None, None) if spiked else step()
+
+    optimizer.step = update
+    try:
+        return original(forward_step, iterator, model, optimizer, scheduler, config, watched, **kwargs)
+    finally:
+        optimizer.step = step
+
+
+def _report_spike(args: Any, watch: LossWatch, iteration: int, loss: float) -> None:
+    import torch
+
+    rank = torch.distributed.get_rank()
+    shown = loss if math.isfinite(loss) else str(loss)
+    if args.on_loss_spike == "skip":
+        if rank == 0:
+            events.record("skip", iteration=iteration, loss=shown, count=watch.spikes)
+        return
+    target = rollback(Path(args.save), iteration, args.rollback_steps) if rank == 0 else None
+    box = [target]
+    torch.distributed.broadcast_object_list(box, src=0)
+    target = box[0]
+    if target is None:
+        raise UserError(
+            f"the loss of iteration {iteration} is {loss:.4g} and there is no checkpoint {args.rollback_steps} steps or more "
+            "before it to go back to; lower --lr, or save more often."
+        )
+    if rank == 0:
+        events.record("rollback", iteration=iteration, loss=shown, to=target, count=watch.spikes)
+        print(f"megatron_opt: the loss of iteration {iteration} is {loss:.4g}: going back to iteration {target}, the data of "
+              f"iterations {target + 1} to {iteration} will be skipped.", file=sys.stderr, flush=True)
+    torch.distributed.barrier()
+    raise SystemExit(ROLLBACK_EXIT)
+
+
+def rollback(save: Path, iteration: int, steps: int) -> int | None:
+    """Make the newest checkpoint at least `steps` before `iteration` the newest of all, and note what to skip."""
+    found = folders.iterations(save)
+    target = next((n for n in found if n <= iteration - max(steps, 1)), None)
+    if target is None:
+        return None
+    skip = sorted({*skipped_iterations(save), *range(target + 1, iteration + 1)})
+    folders.write_atomic(save / SKIP_FILE, json.dumps(skip))
+    for newer in (n for n in found if n > target):
+        folders.discard(save, newer)
+    folders.write_atomic(save / folders.TRACKER, str(target))
+    folders.sweep(save)
+    return target
+
+
+def skipped_iterations(save: Path) -> list[int]:
+    """Iterations whose data earlier rollbacks of this run have given up."""
+    path = save / SKIP_FILE
+    return [int(n) for n in json.loads(path.read_text())] if path.is_file() else []
+
+
+# ---- hang
+
+
+class HangWatch:
+    """A thread that looks at the main thread's stack when the loop has stood still for `limit` seconds."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.iteration = 0
+        self.moved = time.monotonic()
+        self._main = threading.main_thread().ident
+        self._thread: threading.Thread | None = None
+        self._store: Any = None
+
+    def beat(self, iteration: int) -> None:
+        """The loop has moved; the first call starts the thread, so that start-up may take its time."""
+        self.iteration, self.moved = iteration, time.monotonic()
+        if self._thread is None:
+            import torch
+
+            # a client of its own: the shared one may be held by a collective that never returns
+            self._store = torch.distributed.distributed_c10d._get_default_store().clone()
+            self._store.set_timeout(timedelta(seconds=5))
+            self._thread = threading.Thread(target=self._run, name="hang watch", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(min(1.0, self.limit / 10))
+            still = time.monotonic() - self.moved
+            if still > self.limit:
+                self._report(still)
+
+    def _report(self, still: float) -> None:
+        import torch
+
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        where = position(sys._current_frames()[self._main])  # type: ignore[index]
+        mine = {"iteration": self.iteration, **where}
+        reports = self._exchange(rank, world, mine)
+        if rank == min(reports):
+            verdict = judge(reports, world)
+            events.record("hang", seconds=round(still, 1), **verdict)
+            print(f"megatron_opt: no step for {still:.0f} s. {describe(verdict)}", file=sys.stderr, flush=True)
+        if self.iteration == mine["iteration"] and time.monotonic() - self.moved > self.limit:
+            os._exit(HANG_EXIT)
+
+
+    def _exchange(self, rank: int, world: int, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
+        """Reports by rank. The store lives in rank 0 or its agent: when that does not answer, rank 0 is silent."""
+        prefix = f"megatron_opt/hang/{events.restarts()}/"
+        reports = {rank: mine}
+        try:
+            self._store.set(f"{prefix}{rank}", json.dumps(mine))
+            time.sleep(max(2.0, self.limit / 5))  # the others find out within a tick of each other
+            for other in range(world):
+                if self._store.check([f"{prefix}{other}"]):
+                    reports[other] = json.loads(self._store.get(f"{prefix}{other}"))
+        except (RuntimeError, ValueError):
+            return {other: mine for other in range(1, world)} if rank else reports
+        return reports
+
+
+def position(frame: Any) -> dict[str, Any]:
+    """{"collective": its name or None, "at": "file:line function"} of a thread, innermost collective first."""
+    at, collective = None, None
+    while frame is not None:
+        name, module = frame.f_code.co_name, frame.f_globals.get("__name__", "")
+        if module == "torch.distributed.distributed_c10d" and not name.startswith("_") and name != "wrapper":
+            collective = name  # the outermost one is what the caller asked for
+        elif at is None and not module.startswith(("torch.", "megatron_opt.training.faults")):
+            at = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {name}"
+        frame = frame.f_back
+    return {"collective": collective, "at": at}
+
+
+def judge(reports: dict[int, dict[str, Any]], world: int) -> dict[str, Any]:
+    """Who holds the others up: ranks that do not answer, else those in no collective, else those behind."""
+    silent = sorted(set(range(world)) - set(reports))
+    busy = sorted(rank for rank, report in reports.items() if report["collective"] is None)
+    least = min((report["iteration"] for report in reports.values()), default=0)
+    behind = sorted(rank for rank, report in reports.items() if report["iteration"] == least)
+    behind = behind if len(behind) < len(reports) else []
+    guilty = silent or busy or behind
+    waiting = next((report for rank, report in sorted(reports.items()) if report["collective"] and rank not in guilty), None)
+    return {
+        "guilty": guilty,
+        "silent": silent,
+        "collective": waiting["collective"] if waiting else None,
+        "at": waiting["at"] if waiting else None,
+        "iteration": least + 1,
+        "ranks": {str(rank): report for rank, report in sorted(reports.items())[:64]},
+    }
+
+
+def describe(verdict: dict[str, Any]) -> str:
+    """One sentence for people."""
+    names = ", ".join(map(str, verdict["guilty"])) or "unknown"
+    how = "does not answer" if verdict["silent"] else "is in no collective or behind"
+    waiting = f"; the others wait in {verdict['collective']} ({verdict['at']})" if verdict["collective"] else ""
+    where = [
+        f"rank {rank} at {report['at']}" for rank, report in verdict["ranks"].items() if int(rank) in verdict["guilty"]
+    ]
+    return f"Held up by rank {names}, which {how}{waiting}{': ' + '; '.join(where) if where else ''}."
+
+
+def _watched_step_end(original: Callable[..., bool], watch: HangWatch, model: Any, optimizer: Any, scheduler: Any,
+                      iteration: int, *args: Any, **kwargs: Any) -> bool:
+    watch.beat(iteration)
+    leaving = original(model, optimizer, scheduler, iteration, *args, **kwargs)
+    watch.beat(iteration)
+    return leaving

@@ -1,0 +1,177 @@
+"""A folder of checkpoints on disk: which are whole, which are damaged, which may go. Knows nothing of Megatron's state.
+
+    SAVE/iter_0000100/                        published by one rename; integrity.json lists SHA-256 by file
+    SAVE/latest_checkpointed_iteration.txt    Megatron's tracker, replaced in one step after the rename
+    SAVE/.saving/iter_0000200/                being written: not there for any reader
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "integrity.json"  # Megatron's own name and format, so that its --verify-integrity reads ours
+TRACKER = "latest_checkpointed_iteration.txt"
+ASIDE = ".saving"
+DOOMED = ".deleting"
+MISMATCH = "does not match its checksum"
+_SUMS = ".sums-"
+_NAME = re.compile(r"iter_(\d{7,})")
+_CHUNK = 1 << 22
+
+
+def name_of(iteration: int) -> str:
+    """Megatron's name of an iteration's folder."""
+    return f"iter_{iteration:07d}"
+
+
+def iterations(save: Path) -> list[int]:
+    """Published iterations, newest first."""
+    if not save.is_dir():
+        return []
+    found = (_NAME.fullmatch(entry.name) for entry in save.iterdir() if entry.is_dir())
+    return sorted((int(match.group(1)) for match in found if match), reverse=True)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` last through a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """`path` with the new text, whole, or as it was before."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _members(folder: Path) -> list[str]:
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*")
+        if path.is_file() and path.name != MANIFEST and not path.name.startswith(_SUMS)
+    )
+
+
+def sum_files(folder: Path, rank: int) -> None:
+    """Digest the files that this rank wrote (torch names them `__RANK_N.distcp`), for `publish` to collect."""
+    sums = {path.name: sha256(path) for path in sorted(folder.glob(f"__{rank}_*"))}
+    (folder / f"{_SUMS}{rank}").write_text(json.dumps(sums))
+
+
+def publish(save: Path, iteration: int) -> int:
+    """Turn SAVE/.saving/iter_N, written by all ranks, into SAVE/iter_N and the newest checkpoint; returns its bytes.
+
+    Files that no rank has digested are digested here. Every name is on disk before the rename makes it visible.
+    """
+    folder = save / ASIDE / name_of(iteration)
+    sums: dict[str, str] = {}
+    for part in folder.glob(f"{_SUMS}*"):
+        sums.update(json.loads(part.read_text()))
+        part.unlink()
+    files, size = {}, 0
+    for name in _members(folder):
+        path = folder / name
+        if name not in sums:
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        files[name] = sums.get(name) or sha256(path)
+        size += path.stat().st_size
+    write_atomic(folder / MANIFEST, json.dumps({"algorithm": "sha256", "files": files}, indent=2))
+    sync_folder(folder)
+    target = save / name_of(iteration)
+    if target.exists():  # an older save of this iteration, damaged or of a run that was rolled back
+        discard(save, iteration)
+    os.rename(folder, target)
+    sync_folder(save)
+    write_atomic(save / TRACKER, str(iteration))
+    sync_folder(save)
+    return size
+
+
+def discard(save: Path, iteration: int) -> None:
+    """Take a checkpoint out of sight at once; `sweep` deletes it."""
+    doomed = save / DOOMED
+    doomed.mkdir(exist_ok=True)
+    target = doomed / name_of(iteration)
+    if target.exists():
+        shutil.rmtree(target, ignore_errors=True)
+    os.rename(save / name_of(iteration), target)
+
+
+def set_apart(save: Path, iteration: int) -> None:
+    """Rename a damaged checkpoint to iter_N.damaged, which no run reads or deletes."""
+    source = save / name_of(iteration)
+    with contextlib.suppress(OSError):
+        os.rename(source, source.with_name(f"{source.name}.damaged"))
+
+
+def sweep(save: Path, aside: bool = False) -> None:
+    """Delete discarded checkpoints, and with `aside` what a killed save has left."""
+    for name in (DOOMED, ASIDE) if aside else (DOOMED,):
+        shutil.rmtree(save / name, ignore_errors=True)
+
+
+def retained(found: list[int], last: int, every: int) -> set[int]:
+    """Iterations to keep of `found`: the newest `last` and multiples of `every`; 0 for `last` keeps all."""
+    if not last:
+        return set(found)
+    newest = sorted(found, reverse=True)[:last]
+    return set(newest) | {n for n in found if every and n % every == 0}
+
+
+def prune(save: Path, last: int, every: int) -> list[int]:
+    """Discard what is not retained; returns it."""
+    found = iterations(save)
+    doomed = sorted(set(found) - retained(found, last, every))
+    for iteration in doomed:
+        with contextlib.suppress(OSError):
+            if not (save / name_of(iteration)).is_symlink():
+                discard(save, iteration)
+    return doomed
+
+
+def manifest(save: Path, iteration: int) -> dict[str, str] | None:
+    """Digest by file name, None where there is no manifest; ValueError where there is an unreadable one."""
+    path = save / name_of(iteration) / MANIFEST
+    if not path.is_file():
+        return None
+    content: Any = json.loads(path.read_text())
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files or content.get("algorithm") != "sha256":
+        raise ValueError("no SHA-256 by file name in it")
+    return files
+
+
+def damage(folder: Path, files: dict[str, str], share: int = 0, shares: int = 1) -> str | None:
+    """What is wrong with every `shares`-th file of a checkpoint from `share` on, or None."""
+    for name in sorted(files)[share::shares]:
+        path = folder / name
+        try:
+            if sha256(path) != files[name]:
+                return f"{name} {MISMATCH}"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+    return None
