@@ -234,4 +234,5 @@ def _check_identity(study: Study, store: Store) -> None:
     store.set_meta("tokenizer", digest)
     store.set_meta("baseline", study.baseline)
     store.set_meta("tokens_per_parameter", study.tokens_per_parameter)
+    store.set_meta("target", study.target)
     store.set_meta("study_file", study.path.read_text(encoding="utf-8"))

@@ -33,6 +33,10 @@ def read_study(path: str | os.PathLike) -> Study:
     adopt = thresholds.number("adopt", 3e-3, least=0)
     insensitive = thresholds.number("insensitive", 6.4e-3, least=0)
     thresholds.finish()
+    target = top.nested("target") or Reader(_empty(), path, "`target:`")
+    target_n = float(target.number("parameters", 7e9, above=0))
+    target_ratios = tuple(float(r) for r in target.numbers("ratios", [1, 2, 4, 8, 16], above=0))
+    target.finish()
     budget = top.nested("budget") or Reader(_empty(), path, "`budget:`")
     max_hours = budget.number("hours", None, above=0)
     max_runs = budget.number("runs", None, above=0, whole=True)
@@ -57,6 +61,7 @@ def read_study(path: str | os.PathLike) -> Study:
         max_hours=max_hours,
         max_runs=max_runs,
         flags=dict(top.take("flags", {}) or {}),
+        target=(target_n, target_ratios),
         eval_points=top.number("eval_points", 10, above=0, whole=True),
         checkpoints=top.number("checkpoints", 4, least=0, whole=True),
     )
@@ -199,10 +204,15 @@ def _data(top: Reader) -> Data:
 
 
 def _path(reader: Reader, key: str, text: str) -> str:
-    """Environment variables expanded; a relative path starts at the study file's folder."""
+    """Environment variables expanded; a relative path starts at the study file's folder.
+
+    One that begins with a variable or `~` is the caller's, and starts at the current folder.
+    """
     expanded = os.path.expandvars(os.path.expanduser(text))
     if "$" in expanded:
         raise reader.error(f"`{key}: {text}` names an environment variable that is not set; export it", key)
+    if text.startswith(("$", "~")):
+        return os.path.abspath(expanded)
     return os.path.normpath(reader.path.resolve().parent / expanded)
 
 

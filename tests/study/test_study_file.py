@@ -199,3 +199,11 @@ def test_plan_gives_hours_from_measured_or_expected_speed(make_study, tmp_path, 
     tokens = 6 * make_run(study, "adamw", Regime("tiny", 1.0), study.optimizers["adamw"].start, 1).tokens
     hours = tokens * (6 * model.non_embedding_parameters + 6 * 2 * 32 * 64) / 1e6 / 3600
     assert f"At most {hours:.2f} hours" in capsys.readouterr().out
+
+
+def test_paths_start_at_the_study_file_and_variables_at_the_current_folder(make_study, tmp_path, monkeypatch):
+    monkeypatch.setenv("STUDY_DATA", "built")
+    monkeypatch.chdir(tmp_path.parent)
+    study = read_study(make_study(STUDY.replace("[train]", '["$STUDY_DATA/train"]')))
+    assert study.data.train == (str(tmp_path.parent / "built" / "train"),)
+    assert study.data.valid == (str(tmp_path / "valid"),)

@@ -37,10 +37,11 @@ def main(argv: list[str], prog: str) -> int:
             console.print("Stopped; every run was saved. The same command goes on from here.")
             return 130
         # The report's libraries take a second to load, which a restarted scheduler need not wait for.
+        from megatron_opt.study.analysis import analyse_if_possible
         from megatron_opt.study.report import write_report
 
         dataset = from_store(store)
-        page = write_report(dataset, options.output / "report")
+        page = write_report(dataset, options.output / "report", analyse_if_possible(dataset))
         print_summary(console, dataset)
         failed = [record for record in dataset.records if record.status == "failed"]
         waiting = [record for record in dataset.records if record.status == "planned"]
