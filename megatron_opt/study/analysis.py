@@ -133,8 +133,7 @@ def _fit_laws(found: Analysis, resamples: int) -> None:
         fit = found.fits["shared"]
         d = ratios[0] * per_parameter * n
         found.next_runs = {
-            name: next_runs(fit, name, n, d, tokens_per_parameter=per_parameter)
-            for name in fit.optimizers[1:]
+            name: next_runs(fit, name, n, d, tokens_per_parameter=per_parameter) for name in fit.optimizers[1:]
         }
 
 

@@ -87,14 +87,18 @@ def _models(top: Reader) -> dict[str, Model]:
             raise reader.error(f"model `{name}` is empty; give a `preset:` or a shape", name)
         if "@" in name:
             raise reader.error(f"model name `{name}` must not contain `@`", name)
-        preset = entry.text("preset")
+        preset = entry.text("preset", model_shapes.ARCHITECTURE)
         known = {}
-        if preset is not None:
+        if preset == "none":
+            preset = None
+        else:
             try:
                 known = model_shapes.preset_flags(preset)
             except UserError as error:
                 raise entry.error(str(error), "preset") from None
         given = {key: entry.number(key, None, above=0, whole=True) for key in SHAPE_KEYS}
+        if preset is not None and not known.get("ffn_hidden_size") and known.get("hidden_size"):
+            known["ffn_hidden_size"] = 4 * known["hidden_size"]  # Megatron's default
         shape: dict[str, int] = {key: value or known.get(key, 0) for key, value in given.items()}
         missing = [key for key, value in shape.items() if not value]
         if missing:
@@ -106,7 +110,7 @@ def _models(top: Reader) -> dict[str, Model]:
             preset,
             shape,
             flags=dict(entry.take("flags", {}) or {}),
-            gated=entry.flag("gated", bool(known.get("swiglu", True))),
+            gated=entry.flag("gated", bool(known.get("swiglu", False))),
             parameters=entry.number("non_embedding_parameters", None, above=0, whole=True),
         )
         entry.finish()
@@ -147,9 +151,7 @@ def _grid(entry: Reader, name: str, optimizer: str) -> tuple[dict[str, tuple], d
     raw = entry.take("grid", None)
     if raw == "paper":
         if optimizer not in PAPER_GRIDS:
-            raise entry.error(
-                f"the paper has no grid for {optimizer!r}; it has {', '.join(PAPER_GRIDS)}", "grid"
-            )
+            raise entry.error(f"the paper has no grid for {optimizer!r}; it has {', '.join(PAPER_GRIDS)}", "grid")
         return {key: tuple(values) for key, values in PAPER_GRIDS[optimizer].items()}, PAPER_STARTS[optimizer]
     if raw is None:
         return {}, {}
@@ -223,9 +225,7 @@ def _seeds(top: Reader) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _phases(
-    top: Reader, models: dict[str, Model], ratios: tuple[float, ...], several_seeds: bool
-) -> tuple[Phase, ...]:
+def _phases(top: Reader, models: dict[str, Model], ratios: tuple[float, ...], several_seeds: bool) -> tuple[Phase, ...]:
     """The search uses the first seed; further seeds repeat its winners in a last phase."""
     everywhere = tuple(Regime(model, ratio) for model in models for ratio in ratios)
     raw = top.items("phases", ["grid"])
@@ -250,9 +250,7 @@ def _phases(
     return tuple(phases)
 
 
-def _check_phase(
-    top: Reader, kind: str, regimes: tuple[Regime, ...] | None, before: list[str], line: int
-) -> None:
+def _check_phase(top: Reader, kind: str, regimes: tuple[Regime, ...] | None, before: list[str], line: int) -> None:
     where = f"{top.path}:{line}:"
     if kind not in PHASES:
         raise UserError(f"{where} no phase {kind!r}; there are {', '.join(PHASES)}")
@@ -261,9 +259,7 @@ def _check_phase(
     if kind in ("restricted", "predict") and regimes is None:
         raise UserError(f"{where} phase {kind!r} needs `regimes:`, such as [large@1x]")
     if kind == "restricted" and "descent" not in before:
-        raise UserError(
-            f"{where} phase 'restricted' needs a 'descent' before it, which finds what is sensitive"
-        )
+        raise UserError(f"{where} phase 'restricted' needs a 'descent' before it, which finds what is sensitive")
     if kind in ("predict", "seeds") and not {"grid", "descent"} & set(before):
         raise UserError(f"{where} phase {kind!r} needs a 'grid' or 'descent' before it")
 
@@ -279,9 +275,7 @@ def _regimes(reader: Reader, models: dict[str, Model]) -> tuple[Regime, ...] | N
         except UserError as error:
             raise reader.error(str(error), "regimes") from None
         if regime.model not in models:
-            raise reader.error(
-                f"regime {text!r} names no model of `models:` ({', '.join(models)})", "regimes"
-            )
+            raise reader.error(f"regime {text!r} names no model of `models:` ({', '.join(models)})", "regimes")
         regimes.append(regime)
     return tuple(regimes)
 

@@ -146,15 +146,9 @@ def test_a_runs_identity_is_what_it_trains_not_where_its_files_lie(make_study, t
 
     (tmp_path / "moved").mkdir()
     here = identity()
-    assert (
-        identity(STUDY.replace("[train]", "[moved/train]").replace("tokenizer.model", "moved/t.model"))
-        == here
-    )
+    assert identity(STUDY.replace("[train]", "[moved/train]").replace("tokenizer.model", "moved/t.model")) == here
     assert identity(STUDY + "eval_points: 3\n") == here
-    assert (
-        identity(lr=0.005) != here
-        and identity(STUDY.replace("sequence_length: 64", "sequence_length: 32")) != here
-    )
+    assert identity(lr=0.005) != here and identity(STUDY.replace("sequence_length: 64", "sequence_length: 32")) != here
     assert identity(STUDY.replace("[train]", "[other]")) != here
 
 

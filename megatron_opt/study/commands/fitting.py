@@ -23,9 +23,7 @@ from megatron_opt.study.store import Store
 def add_fit_options(parser: argparse.ArgumentParser) -> None:
     """What `fit`, `report` and `demo-paper` share."""
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="fit these and the baseline only")
-    parser.add_argument(
-        "--target", type=float, help="parameters to extrapolate to (default: the study's, or 7e9)"
-    )
+    parser.add_argument("--target", type=float, help="parameters to extrapolate to (default: the study's, or 7e9)")
     parser.add_argument(
         "--ratios",
         type=float,

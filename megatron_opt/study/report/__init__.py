@@ -25,9 +25,7 @@ def write_report(dataset: Dataset, folder: Path, analysis: Analysis | str) -> Pa
     try:
         figures.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"cannot write the report to {folder}: {error.strerror}; choose another folder"
-        ) from None
+        raise UserError(f"cannot write the report to {folder}: {error.strerror}; choose another folder") from None
     sections = build_sections(dataset, analysis)
     for section in sections:
         for plot in section.plots:

@@ -107,9 +107,7 @@ def extrapolation(analysis: Analysis) -> Section:
                 _show(e.speedup, 2),
             ]
         )
-    section.tables.append(
-        Table(["law", "ratio", "optimizer", "loss", "gain over baseline", "token speedup"], rows)
-    )
+    section.tables.append(Table(["law", "ratio", "optimizer", "loss", "gain over baseline", "token speedup"], rows))
     for kind in analysis.fits:
         series = []
         for name in analysis.data.optimizers[1:]:
