@@ -131,8 +131,7 @@ class Observer:
                 outcome = f"valid loss {record.loss:.4f}" if record.loss is not None else record.status
                 values = " ".join(f"{key}={value}" for key, value in record.hyper.items())
                 self._console.print(
-                    f"[{len(self._seen)}/{len(records)}] {record.optimizer} {record.regime} {values}: "
-                    f"{outcome}",
+                    f"[{len(self._seen)}/{len(records)}] {record.optimizer} {record.regime} {values}: {outcome}",
                     markup=False,
                     highlight=False,
                     soft_wrap=True,

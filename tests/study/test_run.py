@@ -37,13 +37,10 @@ def test_a_grid_runs_every_point_once_and_reports_the_best(make_study, tmp_path,
     completed = [r for r in found.values() if r.status == "completed"]
     assert len(completed) == 5
     best = {
-        name: min((r for r in completed if r.optimizer == name), key=lambda r: r.loss)
-        for name in ("adamw", "muon")
+        name: min((r for r in completed if r.optimizer == name), key=lambda r: r.loss) for name in ("adamw", "muon")
     }
     rows = list(csv.DictReader((output / "report" / "summary.csv").open()))
-    assert {row["optimizer"]: float(row["best lr"]) for row in rows} == {
-        n: r.hyper["lr"] for n, r in best.items()
-    }
+    assert {row["optimizer"]: float(row["best lr"]) for row in rows} == {n: r.hyper["lr"] for n, r in best.items()}
     for row in rows:
         assert float(row["valid loss"]) == pytest.approx(best[row["optimizer"]].loss, abs=5e-5)
         assert row["run id"] == best[row["optimizer"]].id
@@ -82,9 +79,7 @@ def test_a_second_call_runs_nothing_and_a_wider_grid_only_the_new_points(make_st
     assert len(after) == 8 and before.items() <= after.items()
 
 
-def test_a_failing_run_is_retried_then_reported_and_the_others_go_on(
-    make_study, tmp_path, monkeypatch, capsys
-):
+def test_a_failing_run_is_retried_then_reported_and_the_others_go_on(make_study, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FAKE_FAIL", "0.004")
     output = tmp_path / "out"
     text = STUDY.replace("executor:", "executor:\n  retries: 1")

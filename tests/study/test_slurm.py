@@ -146,9 +146,7 @@ def test_the_script_starts_torchrun_on_every_node_and_quotes_what_it_is_given(tm
         environment={"A": "b c"},
         slurm={"gpus_per_node": 8, "account": "lab"},
     )
-    script = SlurmExecutor(settings, tmp_path)._script(
-        Job("r1", tmp_path / "a b", ["--lr", "0.1", "--x", "$HOME"])
-    )
+    script = SlurmExecutor(settings, tmp_path)._script(Job("r1", tmp_path / "a b", ["--lr", "0.1", "--x", "$HOME"]))
     for line in (
         '#SBATCH --nodes="4"',
         '#SBATCH --gpus-per-node="8"',

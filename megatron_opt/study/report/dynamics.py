@@ -64,12 +64,8 @@ def dynamics(dataset: Dataset) -> Section:
                 )
             )
     if rows:
-        section.text.append(
-            "The angular update is the step that training really takes on scale-invariant weights."
-        )
-        section.tables.append(
-            Table(["optimizer", "matrices", "what", "at the end", "equilibrium at full lr"], rows)
-        )
+        section.text.append("The angular update is the step that training really takes on scale-invariant weights.")
+        section.tables.append(Table(["optimizer", "matrices", "what", "at the end", "equilibrium at full lr"], rows))
     return section
 
 

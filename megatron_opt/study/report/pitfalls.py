@@ -48,9 +48,7 @@ def _effort(dataset: Dataset, cells: dict[tuple[str, Regime], list[Record]]) -> 
         counts = {name: len(cells[name, regime]) for name in dataset.optimizers if (name, regime) in cells}
         if counts and max(counts.values()) > 1.2 * min(counts.values()):
             shown = ", ".join(f"{name} {count}" for name, count in counts.items())
-            found.append(
-                f"Unequal tuning effort in {regime}: {shown} runs. The best of more runs is lower by chance."
-            )
+            found.append(f"Unequal tuning effort in {regime}: {shown} runs. The best of more runs is lower by chance.")
     return found
 
 

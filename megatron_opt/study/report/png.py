@@ -31,14 +31,10 @@ def write_png(plot: Plot, path: Path) -> None:
     for series in plot.series:
         if series.crosses:
             top = axes.get_ylim()[1]
-            axes.plot(
-                series.x, [top] * len(series.x), "x", color=series.color, clip_on=False, label=series.label
-            )
+            axes.plot(series.x, [top] * len(series.x), "x", color=series.color, clip_on=False, label=series.label)
     for x, label in plot.vertical:
         axes.axvline(x, color="#888888", linestyle=":", linewidth=1)
-        axes.annotate(
-            label, (x, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7, ha="right"
-        )
+        axes.annotate(label, (x, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7, ha="right")
     for y, label in plot.horizontal:
         axes.axhline(y, color="#888888", linestyle=":", linewidth=1)
         axes.annotate(label, (0.01, y), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
