@@ -45,9 +45,7 @@ def cuda_wanted(home: Path | None, headers: Path | None) -> bool:
         raise SystemExit(f"setup.py: MEGATRON_OPT_CUDA=1, but {missing} was not found.")
     if switch == "1" or (not missing and torch.cuda.is_available()):
         return True
-    why = (
-        f"{missing} was not found" if missing else "no GPU here; MEGATRON_OPT_CUDA=1 builds them all the same"
-    )
+    why = f"{missing} was not found" if missing else "no GPU here; MEGATRON_OPT_CUDA=1 builds them all the same"
     print(f"setup.py: leaving the CUDA kernels out ({why}).", file=sys.stderr)
     return False
 
@@ -60,9 +58,7 @@ def extension():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    digest = runpy.run_path(str(ROOT / "megatron_opt" / "kernels" / "source_hash.py"))["source_hash"](
-        ROOT / "csrc"
-    )
+    digest = runpy.run_path(str(ROOT / "megatron_opt" / "kernels" / "source_hash.py"))["source_hash"](ROOT / "csrc")
     macros = [
         ("MEGATRON_OPT_SOURCE_HASH", f'"{digest}"'),
         ("MEGATRON_OPT_TORCH_VERSION", f'"{torch.__version__}"'),

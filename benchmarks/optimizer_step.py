@@ -91,9 +91,7 @@ def _of(module: str, name: str, **options: Any) -> Factory:
         if module == "heavyball":
             loaded.utils.compile_mode = None  # its compiled step needs minutes before the first one
         groups: Any = (
-            [{"params": params, "use_muon": True}]
-            if (module, name) == ("pytorch_optimizer", "Muon")
-            else params
+            [{"params": params, "use_muon": True}] if (module, name) == ("pytorch_optimizer", "Muon") else params
         )
         return getattr(loaded, name)(groups, lr=LR, weight_decay=WD, **options)
 
@@ -216,9 +214,7 @@ def main() -> int:
             found = contenders(rule, CASES[case])
             period = 10 if rule in ("soap", "kron") else 1
             rounds = max(2, args.rounds // period + 1) if period > 1 else args.rounds
-            times = {
-                name: statistics.median(v) for name, v in measure(found, rounds, args.threads, period).items()
-            }
+            times = {name: statistics.median(v) for name, v in measure(found, rounds, args.threads, period).items()}
             peers = {name: value for name, value in times.items() if name != "ours"}
             ours, best = times.get("ours"), min(peers.values(), default=None)
             bound = None
@@ -226,9 +222,7 @@ def main() -> int:
                 moved, flops = found["ours"].cost()
                 rate = rates["bf16" if rule in ("muon", "scion") else "fp32"]
                 bound = 1e3 * (moved / bandwidth + sum(flops.values()) / rate)
-            listed = ", ".join(
-                f"{name} {value:.2f}" for name, value in sorted(peers.items(), key=lambda i: i[1])
-            )
+            listed = ", ".join(f"{name} {value:.2f}" for name, value in sorted(peers.items(), key=lambda i: i[1]))
             cells = [
                 rule,
                 case,

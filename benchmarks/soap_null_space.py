@@ -118,7 +118,10 @@ def main():
     for name, fill in (("ours", ours), ("rounding", rounding), ("rotated", rotated)):
         eigenbasis.complete = fill
         losses = [train(text, seed, args.steps, args.frequency) for seed in range(args.seeds)]
-        print(f"{name:<12} " + " ".join(f"{loss:.4f}    " for loss in losses) + f"  {statistics.mean(losses):.4f}", flush=True)
+        print(
+            f"{name:<12} " + " ".join(f"{loss:.4f}    " for loss in losses) + f"  {statistics.mean(losses):.4f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

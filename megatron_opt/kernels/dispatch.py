@@ -80,9 +80,7 @@ def native_available(device: torch.device | str = "cpu") -> bool:
 class Operation:
     """One operation: `reference` is plain torch; calling it runs the native kernel where there is one."""
 
-    def __init__(
-        self, name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]
-    ) -> None:
+    def __init__(self, name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
         self.reference = reference
         _LIBRARY.define(name + schema)
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")

@@ -170,11 +170,7 @@ def _update_reference(
     _check(lists | {f"states[{k}]": s for k, s in enumerate(states)}, grads)
     if not writes_output:
         _check({"params": params}, grads)
-    sums = (
-        grads[0].new_zeros((count if with_sums else 0, 3), dtype=torch.float64)
-        if grads
-        else torch.zeros(0, 3)
-    )
+    sums = grads[0].new_zeros((count if with_sums else 0, 3), dtype=torch.float64) if grads else torch.zeros(0, 3)
     absmax = [absmax0, absmax1, ()]
     following = 0
     for i, grad in enumerate(grads):
@@ -204,9 +200,7 @@ def _update_reference(
                 sums[i, 2] = u.double().square().sum()
             continue
         p = _open(params[i], None, dtype)
-        decay = (
-            c.shrink * p if not cautious_decay else torch.where(u * p >= 0, c.shrink * p, torch.zeros_like(p))
-        )
+        decay = c.shrink * p if not cautious_decay else torch.where(u * p >= 0, c.shrink * p, torch.zeros_like(p))
         p = p - (c.lr * u + decay)
         if scales is not None:
             p = p * scales.view(-1, 2)[i, 1]
@@ -253,14 +247,11 @@ _update = Operation(
     "int step, int[] firsts, "
     "bool with_sums) -> Tensor",
     _update_reference,
-    lambda rule, params, grads, *rest: grads[0].new_empty(
-        (len(grads) if rest[-1] else 0, 3), dtype=torch.float64
-    ),
+    lambda rule, params, grads, *rest: grads[0].new_empty((len(grads) if rest[-1] else 0, 3), dtype=torch.float64),
 )
 _sum = Operation(
     "multi_tensor_sum",
-    "(int kind, Tensor[] params, Tensor[] grads, Tensor[] state0, Tensor[] absmax0, float[] coefficients) "
-    "-> Tensor",
+    "(int kind, Tensor[] params, Tensor[] grads, Tensor[] state0, Tensor[] absmax0, float[] coefficients) -> Tensor",
     _sum_reference,
     lambda kind, params, grads, *rest: grads[0].new_empty((len(grads), 3), dtype=torch.float64),
 )

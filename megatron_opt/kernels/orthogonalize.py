@@ -9,8 +9,10 @@ from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from megatron_opt.errors import UserError
+from megatron_opt.kernels import products
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
@@ -120,13 +122,46 @@ def gram_form(x: Tensor, table: Coefficients) -> Tensor:
     return x
 
 
-def uses_gram_form(k: int, K: int, dtype: torch.dtype, table: Coefficients) -> bool:
-    """Whether `orthogonalize` takes the Gram form: for long matrices, and in bf16 only where no step can overflow.
+def _steep(dtype: torch.dtype, table: Coefficients) -> bool:
+    """Whether bf16 must not iterate on the Gram matrix.
 
-    A rounded Gram matrix has small negative eigenvalues, which steep first steps (polar_express, cans) blow up in bf16.
+    Rounded, it has small negative eigenvalues, which steep first steps (polar_express, cans) blow up.
     """
-    steep = dtype == torch.bfloat16 and (len(table) > 5 or max(a for a, _, _ in table) > 5)
-    return len(table) > 2 and not steep and GRAM_ASPECT.get(dtype, float("inf")) * k <= K
+    return dtype == torch.bfloat16 and (len(table) > 5 or max(a for a, _, _ in table) > 5)
+
+
+def uses_gram_form(k: int, K: int, dtype: torch.dtype, table: Coefficients) -> bool:
+    """Whether torch's path takes the Gram form: for long matrices, and in bf16 only where no step can overflow."""
+    return len(table) > 2 and not _steep(dtype, table) and GRAM_ASPECT.get(dtype, float("inf")) * k <= K
+
+
+def native_segment(k: int, K: int, dtype: torch.dtype, table: Coefficients) -> int:
+    """Steps that the native kernel takes on the Gram matrix before it applies them: 1 is the standard form.
+
+    Two are cheaper from K ≥ 1.25·k and as exact (docs/kernels.md); more lose the small singular values, and bf16 loses
+    them in steep first steps already with two.
+    """
+    return 1 if _steep(dtype, table) or K < 1.25 * k else 2
+
+
+def _native(
+    matrices: Sequence[Tensor], table: Coefficients, eps: float, precision: str, norm_form: str
+) -> list[Tensor | None]:
+    """Results of the matrices that the native kernel takes."""
+    results: list[Tensor | None] = [None] * len(matrices)
+    calls: dict[tuple[bool, int], list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        work = ITERATION_DTYPES[precision] or matrix.dtype
+        bf16 = work == torch.bfloat16
+        if products.available(matrix, "bf16_products" if bf16 else "products"):
+            k, K = sorted(matrix.shape)
+            calls.setdefault((bf16, native_segment(k, K, work, table)), []).append(index)
+    for (bf16, gram), indices in calls.items():
+        given = [matrices[index].contiguous() for index in indices]
+        found = products.orthogonalize(given, table, eps, add_eps=norm_form == "add", bf16=bf16, gram=gram)
+        for index, result in zip(indices, found):
+            results[index] = result
+    return results
 
 
 def orthogonalize(
@@ -140,9 +175,11 @@ def orthogonalize(
 
     A zero matrix gives zeros. Results are contiguous and have each matrix's dtype.
     """
-    results: list[Tensor | None] = [None] * len(matrices)
+    results = _native(matrices, table, eps, precision, norm_form)
     batches: dict[tuple, list[int]] = {}
     for index, matrix in enumerate(matrices):
+        if results[index] is not None:
+            continue
         k, K = sorted(matrix.shape)
         batches.setdefault((k, K, matrix.dtype, matrix.device), []).append(index)
     for (k, K, dtype, _), indices in batches.items():
@@ -168,3 +205,19 @@ def flops(
     if not uses_gram_form(k, K, work, table):
         return len(table) * (4.0 * K * k * k + 2.0 * k**3)
     return sum(4.0 * K * k * k + (8.0 * part - 6.0) * k**3 for part in _segments(len(table), work))
+
+
+@register_flop_formula(torch.ops.megatron_opt.orthogonalize)
+def _native_flops(
+    matrices: Sequence[Sequence[int]],
+    steps: Sequence[float],
+    eps: float,
+    add_eps: bool,
+    bf16: bool,
+    gram: int,
+    **options: object,
+) -> float:
+    """The native kernel's work counted as torch's path would do it."""
+    table = tuple(zip(steps[::3], steps[1::3], steps[2::3], strict=True))
+    precision = "medium" if bf16 else "high"
+    return sum(flops(min(shape), max(shape), table, precision) for shape in matrices)

@@ -7,10 +7,12 @@ own are used.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from megatron_opt.kernels import dispatch
 from megatron_opt.kernels.dispatch import Operation
@@ -32,9 +34,10 @@ def available(tensor: Tensor, attribute: str = "products") -> bool:
     )
 
 
-def _plain(x: Tensor) -> bool:
-    """Row-major or its transpose, in its last two dimensions."""
-    return x.ndim in (2, 3) and 1 in x.stride()[-2:]
+def _taken(a: Tensor, b: Tensor) -> bool:
+    """Whether a·b runs natively: row-major or transposed operands, no broadcasting."""
+    plain = a.ndim in (2, 3) and 1 in a.stride()[-2:] and 1 in b.stride()[-2:]
+    return plain and available(a) and b.dtype == a.dtype and a.shape[:-2] == b.shape[:-2]
 
 
 def _product_reference(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float, symmetric: bool) -> None:
@@ -72,16 +75,21 @@ _orthogonalize = Operation(
 )
 
 
+@register_flop_formula(torch.ops.megatron_opt.product)
+def _product_flops(out: Sequence[int], a: Sequence[int], *rest: object, **options: object) -> int:
+    """2mnk, symmetric results counted in full as for torch's products."""
+    return 2 * math.prod(out) * a[-1]
+
+
 def accumulate(
     out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, beta: float = 0.0, *, symmetric: bool = False
 ) -> Tensor:
     """out ← alpha·a·b + beta·out in place, (m, n) or a batch of them; `symmetric` promises a symmetric
     result.
     """
-    if available(out) and a.dtype == b.dtype == out.dtype and out.is_contiguous() and _plain(a) and _plain(b):
-        if a.ndim == b.ndim == out.ndim and a.shape[:-2] == b.shape[:-2]:
-            _product(out.device, out, a, b, alpha, beta, symmetric)
-            return out
+    if _taken(a, b) and out.is_contiguous() and out.dtype == a.dtype:
+        _product(out.device, out, a, b, alpha, beta, symmetric)
+        return out
     if out.ndim == 3:
         return out.baddbmm_(a, b, beta=beta, alpha=alpha)
     return out.addmm_(a, b, beta=beta, alpha=alpha)
@@ -89,11 +97,10 @@ def accumulate(
 
 def matmul(a: Tensor, b: Tensor, *, symmetric: bool = False) -> Tensor:
     """a·b for (m, k)·(k, n) or batches of them; `symmetric` promises a symmetric result, at half the work."""
-    if available(a) and b.dtype == a.dtype and a.ndim == b.ndim and a.shape[:-2] == b.shape[:-2]:
-        if _plain(a) and _plain(b):
-            out = a.new_empty((*a.shape[:-1], b.shape[-1]))
-            _product(a.device, out, a, b, 1.0, 0.0, symmetric)
-            return out
+    if _taken(a, b):
+        out = a.new_empty((*a.shape[:-1], b.shape[-1]))
+        _product(a.device, out, a, b, 1.0, 0.0, symmetric)
+        return out
     return a @ b
 
 
@@ -113,6 +120,4 @@ def orthogonalize(
     in bf16.
     """
     flat = [number for step in steps for number in step]
-    return (
-        _orthogonalize(matrices[0].device, list(matrices), flat, eps, add_eps, bf16, gram) if matrices else []
-    )
+    return _orthogonalize(matrices[0].device, list(matrices), flat, eps, add_eps, bf16, gram) if matrices else []

@@ -27,9 +27,7 @@ class ElementwiseConfig:
     """What every element-wise rule shares."""
 
     state_dtype: str = choice("fp32", tuple(STATE_DTYPES), "moments in fp32, bf16 or 8-bit blocks of 2048")
-    rounding: str = choice(
-        "nearest", ("nearest", "stochastic"), "rounding of bf16 parameters and narrow states"
-    )
+    rounding: str = choice("nearest", ("nearest", "stochastic"), "rounding of bf16 parameters and narrow states")
     rounding_seed: int = option(0, "seed of stochastic rounding", low=0)
 
     def __post_init__(self) -> None:
@@ -42,9 +40,7 @@ class FusedRule(ElementwiseOptimizer):
     rule: ClassVar[Rule]
     summed: ClassVar[tuple[str, ...]] = ()  # what the sums before the update read: "grad" or a state
     written: ClassVar[int | None] = None  # states that the update writes, from the first; None: all
-    quantizable: ClassVar[
-        dict[str, torch.dtype]
-    ] = {}  # states that may be 8-bit: int8 signed, uint8 non-negative
+    quantizable: ClassVar[dict[str, torch.dtype]] = {}  # states that may be 8-bit: int8 signed, uint8 non-negative
 
     def coefficients(self, step: int) -> Coefficients:
         """Coefficients of step `step` ≥ 1, without learning rate, decay and gradient scale."""
@@ -103,8 +99,7 @@ class FusedRule(ElementwiseOptimizer):
             [[state[key] for state in states] for key in self.state_keys],
             c,
             copies=copies,
-            absmax=[self._absmax(states, key) for key in self.state_keys[:2]]
-            + [()] * (2 - len(self.state_keys)),
+            absmax=[self._absmax(states, key) for key in self.state_keys[:2]] + [()] * (2 - len(self.state_keys)),
             scales=self.scales(grads, states, c, reducer),
             cautious_decay=decay_mode == "cautious",
             stochastic=self.config.rounding == "stochastic",
@@ -179,9 +174,7 @@ class NAdamWConfig(AdamWConfig):
     """Hyperparameters of NAdamW; tuned values of the study."""
 
     beta1: float = option(0.95, "decay of the first moment", low=0, below=1)
-    form: str = choice(
-        "study", ("study", "torch"), "optax's Nesterov form, or torch.optim.NAdam's momentum schedule"
-    )
+    form: str = choice("study", ("study", "torch"), "optax's Nesterov form, or torch.optim.NAdam's momentum schedule")
     momentum_decay: float = option(4e-3, "momentum schedule of form=torch", low=0)
 
 
@@ -212,9 +205,7 @@ class NAdamW(AdamW):
         if o.form == "torch":
             now, following = (_scheduled_momentum(o.beta1, o.momentum_decay, t) for t in (step, step + 1))
             product = _momentum_product(o.beta1, o.momentum_decay, step)
-            return c._replace(
-                mean_m=following / (1.0 - product * following), mean_g=(1.0 - now) / (1.0 - product)
-            )
+            return c._replace(mean_m=following / (1.0 - product * following), mean_g=(1.0 - now) / (1.0 - product))
         return c._replace(
             mean_m=o.beta1 / (1.0 - o.beta1 ** (step + 1)), mean_g=(1.0 - o.beta1) / (1.0 - o.beta1**step)
         )
@@ -228,9 +219,7 @@ class MarsConfig(AdamWConfig):
     eps: float = option(1e-25, "added to the square root of the second moment", above=0)
     gamma: float = option(0.025, "strength of the variance correction", low=0)
     max_grad_norm: float = option(1.0, "clip of the corrected gradient; 0 for none", low=0)
-    clip_scope: str = choice(
-        "global", ("global", "matrix"), "norm over all matrices, or over each (the authors' form)"
-    )
+    clip_scope: str = choice("global", ("global", "matrix"), "norm over all matrices, or over each (the authors' form)")
 
 
 @register
@@ -274,9 +263,7 @@ class CautiousConfig(AdamWConfig):
     """Hyperparameters of Cautious AdamW; tuned values of the study."""
 
     beta1: float = option(0.98, "decay of the first moment", low=0, below=1)
-    eps: float = option(
-        1e-25, "added to the square root of the second moment, and to the mask's mean", above=0
-    )
+    eps: float = option(1e-25, "added to the square root of the second moment, and to the mask's mean", above=0)
     form: str = choice("study", ("study", "authors"), "divide the mask by mean + eps, or by max(mean, 1e-3)")
 
 
@@ -297,14 +284,10 @@ class Cautious(AdamW):
         first = [state["exp_avg"] for state in states]
         absmax = self._absmax(states, "exp_avg")
         kept = multi_tensor.sums(Sum.CAUTIOUS_MASK, grads, c, states=first, absmax=absmax)[:, 0]
-        mean = reducer.per_matrix(kept) / torch.as_tensor(
-            reducer.numel, dtype=torch.float64, device=kept.device
-        )
+        mean = reducer.per_matrix(kept) / torch.as_tensor(reducer.numel, dtype=torch.float64, device=kept.device)
         if not grads:
             return None
-        return pairs(
-            1.0 / (mean + self.config.eps if self.config.form == "study" else mean.clamp(min=1e-3)), grads[0]
-        )
+        return pairs(1.0 / (mean + self.config.eps if self.config.form == "study" else mean.clamp(min=1e-3)), grads[0])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,9 +63,7 @@ class FactoredOptimizer(MatrixOptimizer):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.failures: Counter[str] = (
-            Counter()
-        )  # decompositions that failed twice, by matrix; the old one was kept
+        self.failures: Counter[str] = Counter()  # decompositions that failed twice, by matrix; the old one was kept
 
     def begin(self, grad: Tensor, state: State, info: MatrixInfo) -> bool:
         """Before a matrix's first step; False where that step moves nothing."""
@@ -107,16 +105,14 @@ class FactoredOptimizer(MatrixOptimizer):
     def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
         return {key: torch.zeros_like(weight) for key in self.block_keys}
 
-    def init_shared(
-        self, info: MatrixInfo, device: torch.device, dtype: torch.dtype = torch.float32
-    ) -> State:
+    def init_shared(self, info: MatrixInfo, device: torch.device, dtype: torch.dtype = torch.float32) -> State:
         state = {"ready": torch.zeros(1, dtype=dtype, device=device)}
         wide = torch.float64 if self.config.factor_precision == "fp64" else dtype
         for region, (count, *block) in enumerate(self.grid(info).shapes()):
             for side in self.sides(info):
                 shape = (count, block[side], block[side])
-                state[f"gg.{region}.{side}"] = torch.zeros(shape, dtype=wide, device=device)
-                state[f"q.{region}.{side}"] = torch.zeros(shape, dtype=dtype, device=device)
+                state[f"gg_{region}_{side}"] = torch.zeros(shape, dtype=wide, device=device)
+                state[f"q_{region}_{side}"] = torch.zeros(shape, dtype=dtype, device=device)
         return state
 
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
@@ -167,12 +163,9 @@ class FactoredOptimizer(MatrixOptimizer):
         due: bool,
     ) -> dict[tuple[int, int], Tensor]:
         """One block step for equal blocks of many matrices, stacked, and the results back to each."""
-        parts = [
-            [cuts[index][which][region] for index, region in members]
-            for which in range(1 + len(self.block_keys))
-        ]
+        parts = [[cuts[index][which][region] for index, region in members] for which in range(1 + len(self.block_keys))]
         held = {
-            (kind, side): [states[index][f"{kind}.{region}.{side}"] for index, region in members]
+            (kind, side): [states[index][f"{kind}_{region}_{side}"] for index, region in members]
             for kind in ("gg", "q")
             for side in sides
         }

@@ -110,9 +110,9 @@ class Kron(MatrixOptimizer):
         for region, (count, *block) in enumerate(self.grid(info).shapes()):
             for side, flat in enumerate(self.diagonal(info)):
                 eye = weight.new_ones(block[side]) if flat else torch.eye(block[side]).to(weight)
-                state[f"q.{region}.{side}"] = (scale * eye).expand(count, *eye.shape).contiguous()
+                state[f"q_{region}_{side}"] = (scale * eye).expand(count, *eye.shape).contiguous()
                 if self.config.update_form == "procrustes":
-                    state[f"bound.{region}.{side}"] = weight.new_ones(count)
+                    state[f"bound_{region}_{side}"] = weight.new_ones(count)
         return state
 
     def noise(self, info: MatrixInfo, step: int, like: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class Kron(MatrixOptimizer):
         counts = [len(item.moment) for item in items]
         kinds = ("q", "bound") if self.config.update_form == "procrustes" else ("q",)
         held = {
-            (kind, side): [states[item.matrix][f"{kind}.{item.region}.{side}"] for item in items]
+            (kind, side): [states[item.matrix][f"{kind}_{item.region}_{side}"] for item in items]
             for kind in kinds
             for side in sides
         }

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from megatron_opt.errors import UserError
 from megatron_opt.kernels import orthogonalize as ns
+from megatron_opt.kernels import quantize
 from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, Shape, State
 from megatron_opt.optimizers.options import check, choice, option
 from megatron_opt.optimizers.registry import register
 
 SCALE_MODES = ("shape_scaling", "spectral", "unit_rms_norm", "none")
-MOMENTUM_DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: the weight's own
+MOMENTUM_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}  # None: the weight's own
+MOMENTUM_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0}
 
 
 def shape_scale(shape: Shape, mode: str) -> float:
@@ -38,17 +40,13 @@ class SpectralConfig:
     """What every rule built on orthogonalized momentum shares."""
 
     scale_mode: str = choice("shape_scaling", SCALE_MODES, "factor by the matrix's shape (out, in)")
-    extra_scale_factor: float = option(
-        1.0, "further factor on the update; 0.2 with spectral matches AdamW's RMS"
-    )
+    extra_scale_factor: float = option(1.0, "further factor on the update; 0.2 with spectral matches AdamW's RMS")
     num_ns_steps: int = option(5, "Newton–Schulz steps")
     coefficient_type: str = choice("simple", (*ns.SETS, "custom"), "Newton–Schulz coefficients")
-    custom_coefficients: tuple[tuple[float, float, float], ...] = option(
-        (), "(a, b, c) per step for `custom`"
-    )
+    custom_coefficients: tuple[tuple[float, float, float], ...] = option((), "(a, b, c) per step for `custom`")
     fp32_matmul_prec: str = choice("medium", tuple(ns.ITERATION_DTYPES), "iterate in bf16 (medium) or fp32")
     norm_form: str = choice("add", ("add", "max"), "divide by ‖u‖ + eps or by max(‖u‖, eps)")
-    momentum_dtype: str = choice("fp32", tuple(MOMENTUM_DTYPES), "dtype of the momentum")
+    momentum_dtype: str = choice("fp32", tuple(MOMENTUM_DTYPES), "the momentum in fp32, bf16 or 8-bit blocks of 2048")
 
     def __post_init__(self) -> None:
         check(self)
@@ -63,9 +61,7 @@ class SpectralConfig:
 class MuonConfig(SpectralConfig):
     """Hyperparameters of Muon; tuned values of the study."""
 
-    momentum: float = option(
-        0.98, "momentum μ (tuned: 0.95 for the smallest budget, else 0.98)", low=0, below=1
-    )
+    momentum: float = option(0.98, "momentum μ (tuned: 0.95 for the smallest budget, else 0.98)", low=0, below=1)
     nesterov: bool = option(True, "orthogonalize μ·buf + g in place of buf")
     momentum_form: str = choice("sum", ("sum", "ema"), "buf ← μ·buf + g, or μ·buf + (1−μ)·g")
     eps: float = option(1e-5, "added to the norm", above=0)
@@ -100,16 +96,28 @@ class SpectralOptimizer(MatrixOptimizer):
                 f"{self.name} needs matrices, {info.name} has shape {info.shape}; route it to another optimizer."
             )
         dtype = MOMENTUM_DTYPES[self.config.momentum_dtype] or weight.dtype
-        return {"momentum_buffer": torch.zeros_like(weight, dtype=dtype)}
+        state = {"momentum_buffer": torch.zeros_like(weight, dtype=dtype)}
+        if dtype == torch.int8:
+            state["momentum_absmax"] = weight.new_zeros(quantize.blocks(weight.numel()), dtype=torch.float32)
+        return state
+
+    def _load(self, state: State, dtype: torch.dtype) -> Tensor:
+        buffer = state["momentum_buffer"]
+        if buffer.dtype == torch.int8:
+            return quantize.decode_signed(buffer, state["momentum_absmax"]).to(dtype)
+        return buffer.to(dtype)
 
     def advance(self, grad: Tensor, state: State) -> Tensor:
         """One momentum step; returns what is orthogonalized."""
-        buffer = state["momentum_buffer"]
-        wide = buffer.to(grad.dtype)
-        self.momentum(wide, grad)
-        if wide is not buffer:
-            buffer.copy_(wide)
-        return self.direction(grad, buffer.to(grad.dtype))
+        buffer = self._load(state, grad.dtype)
+        self.momentum(buffer, grad)
+        held = state["momentum_buffer"]
+        if held.dtype == torch.int8:
+            state["momentum_absmax"].copy_(quantize.block_absmax(buffer))
+            held.copy_(quantize.encode_signed(buffer, state["momentum_absmax"]))
+        elif held is not buffer:
+            held.copy_(buffer)
+        return self.direction(grad, self._load(state, grad.dtype))
 
     def factor(self, info: MatrixInfo) -> float:
         """Scale of the orthogonal matrix."""
@@ -130,18 +138,22 @@ class SpectralOptimizer(MatrixOptimizer):
     def cost(self, info: MatrixInfo) -> Cost:
         k, K = sorted(info.shape)
         kind = "gemm" if k > 128 else "small_gemm"
-        width = 2 if self.config.momentum_dtype == "bf16" else 4
+        width, scales = MOMENTUM_BYTES[self.config.momentum_dtype], 0.0
+        if self.config.momentum_dtype == "int8":
+            scales = 4.0 * quantize.blocks(k * K)
         # grad, momentum in and out, norm, normalized copy, scaled result
         return Cost(
             flops={kind: ns.flops(k, K, self.table, self.config.fp32_matmul_prec)},
             elementwise_bytes=k * K * (2.0 * width + 6 * 4),
-            state_bytes=float(width * k * K),
+            state_bytes=width * k * K + scales,
         )
 
     # Slices: the Gram matrix of the uncut side is a sum over slices; polynomial at the owner; apply on the slice.
 
     def split_dim(self, info: MatrixInfo) -> int | None:
-        """The longer side: the Gram matrix is then the small one."""
+        """The longer side: the Gram matrix is then the small one. 8-bit blocks run over rows: whole matrices only."""
+        if self.config.momentum_dtype == "int8":
+            return None
         return 0 if info.shape[0] > info.shape[1] else 1
 
     def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
@@ -166,7 +178,7 @@ class SpectralOptimizer(MatrixOptimizer):
         return polynomial * (scale * self.factor(info))
 
     def finish(self, grad: Tensor, combined: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
-        u = self.direction(grad, state["momentum_buffer"].to(grad.dtype))
+        u = self.direction(grad, self._load(state, grad.dtype))
         q = combined.to(grad.dtype)
         return q @ u if self.split_dim(info) == 1 else u @ q
 
@@ -200,9 +212,7 @@ class Muon(SpectralOptimizer):
         if not self.config.nesterov:
             return buffer
         mu = self.config.momentum
-        return (
-            torch.lerp(grad, buffer, mu) if self.config.momentum_form == "ema" else grad.add(buffer, alpha=mu)
-        )
+        return torch.lerp(grad, buffer, mu) if self.config.momentum_form == "ema" else grad.add(buffer, alpha=mu)
 
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
         state = super().init_state(weight, info)

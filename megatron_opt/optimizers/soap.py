@@ -29,9 +29,7 @@ class SoapConfig(FactoredConfig):
     beta2: float = option(0.99, "decay of the second moment in the eigenbasis", low=0, below=1)
     eps: float = option(1e-10, "added to the square root of the second moment", above=0)
     variant: str = choice("study", ("study", "authors"), "which form of counting and refreshing")
-    adaptive_tol: float = option(
-        0.0, "skip a due refresh while a probe of the basis turns less than this", low=0
-    )
+    adaptive_tol: float = option(0.0, "skip a due refresh while a probe of the basis turns less than this", low=0)
 
 
 @register
@@ -56,9 +54,9 @@ class Soap(FactoredOptimizer):
         for region, stack in enumerate(self.grid(info).cut(grad)):
             found = guarded(eigenbasis.first_bases, (stack,), sides) if sides else []
             for which, side in enumerate(sides):
-                self.advance(state[f"gg.{region}.{side}"], stack, side)
+                self.advance(state[f"gg_{region}_{side}"], stack, side)
                 bases = [result and result[which] for result in found]
-                self._keep(state[f"q.{region}.{side}"], bases, [info.name] * len(stack))
+                self._keep(state[f"q_{region}_{side}"], bases, [info.name] * len(stack))
         state["ready"].fill_(float(grad.any()))
         return False
 
@@ -142,9 +140,7 @@ class Soap(FactoredOptimizer):
 
     def _stacks(self, info: MatrixInfo) -> list[tuple[int, int]]:
         """(count, size) of the blocks of the factor's side, by region; nothing where no side has one."""
-        return [
-            (count, block[side]) for side in self.sides(info) for count, *block in self.grid(info).shapes()
-        ]
+        return [(count, block[side]) for side in self.sides(info) for count, *block in self.grid(info).shapes()]
 
     def partial_shape(self, info: MatrixInfo) -> Shape:
         return (sum(count * size * size for count, size in self._stacks(info)),)
@@ -159,9 +155,7 @@ class Soap(FactoredOptimizer):
         grad = as_matrix(grad)
         if not state["exp_avg"].any():  # the first factor is decomposed: its small eigenvalues count
             grad = grad.double()
-        shares = [
-            g @ g.mT if side[0] == 0 else g.mT @ g for g in self.grid(info, tuple(grad.shape)).cut(grad)
-        ]
+        shares = [g @ g.mT if side[0] == 0 else g.mT @ g for g in self.grid(info, tuple(grad.shape)).cut(grad)]
         return torch.cat([share.flatten() for share in shares]).double()
 
     def combine(self, factor: Tensor, shared: State, step: int, info: MatrixInfo) -> Tensor:
@@ -174,7 +168,7 @@ class Soap(FactoredOptimizer):
             for region, (count, size) in enumerate(self._stacks(info)):
                 share = factor[offset : offset + count * size * size].view(count, size, size)
                 offset += count * size * size
-                gg, q = shared[f"gg.{region}.{side}"], shared[f"q.{region}.{side}"]
+                gg, q = shared[f"gg_{region}_{side}"], shared[f"q_{region}_{side}"]
                 pieces.append(q.flatten().clone())
                 rank = min(size, (step if cfg.variant == "authors" else step - 1) * others)
                 order = torch.arange(size, device=q.device).repeat(count, 1)

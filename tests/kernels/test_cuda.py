@@ -31,9 +31,7 @@ def driver(tmp_path_factory):
 @pytest.mark.parametrize("case", range(8))
 def test_every_block_of_every_piece_is_done_once(driver, case):
     draw = random.Random(case)
-    sizes = [
-        draw.choice([0, 1, 2047, 2048, 2049, 4096, 10_000]) for _ in range(draw.choice([0, 1, 5, 300, 1200]))
-    ]
+    sizes = [draw.choice([0, 1, 2047, 2048, 2049, 4096, 10_000]) for _ in range(draw.choice([0, 1, 5, 300, 1200]))]
     (per_launch, block, size_of_batch, total), lines = driver(132, 6, sizes)
     assert block == 2048 and size_of_batch <= 32764
     seen, base_block, first = [], 0, 0

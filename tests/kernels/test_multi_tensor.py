@@ -185,9 +185,7 @@ def test_other_instruction_sets_agree(isa):
 def test_stochastic_rounding_is_the_references_bit_for_bit(monkeypatch):
     for rule in (Rule.APPLY, Rule.LION):
         arguments = problem(rule, [5000, 3], [torch.bfloat16, torch.float32, torch.bfloat16], seed=2)
-        c = Coefficients(
-            lr=1.0, beta1=0.0, gain1=1.0, beta2=0.0, gain2=1.0
-        )  # no product to contract: same fp32
+        c = Coefficients(lr=1.0, beta1=0.0, gain1=1.0, beta2=0.0, gain2=1.0)  # no product to contract: same fp32
         ours, _ = run(arguments, c, stochastic=True, seed=2**40 + 5, step=7, firsts=[3, 2**33 + 1])
         theirs, _ = run_reference(
             monkeypatch, arguments, c, stochastic=True, seed=2**40 + 5, step=7, firsts=[3, 2**33 + 1]

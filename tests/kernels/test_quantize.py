@@ -108,9 +108,7 @@ def test_an_average_of_nothing_decays_as_it_should():
     rule = registry.build("adamw", {"state_dtype": "int8", "beta2": 0.98, "beta1": 0.0})
     params = [torch.zeros(4096)]
     states = [rule.init_state(params[0])]
-    rule.update(
-        params, [torch.rand(4096, generator=torch.Generator().manual_seed(2)) + 0.5], states, 1, 0.0, 0.0
-    )
+    rule.update(params, [torch.rand(4096, generator=torch.Generator().manual_seed(2)) + 0.5], states, 1, 0.0, 0.0)
     before = quantize.decode(states[0]["exp_avg_sq"], states[0]["exp_avg_sq_absmax"]).mean()
     for t in range(2, 52):
         rule.update(params, [torch.zeros(4096)], states, t, 0.0, 0.0)

@@ -15,6 +15,7 @@ CASES = {
     "muon": ("muon", {}),
     "muon-fp32": ("muon", dict(fp32_matmul_prec="high")),
     "muon-bf16-momentum": ("muon", dict(momentum_dtype="bf16", momentum_form="ema")),
+    "muon-int8-momentum": ("muon", dict(momentum_dtype="int8")),
     "muon-normuon": ("muon", dict(normuon=True)),
     "scion": ("scion", {}),
     "soap": ("soap", dict(precondition_frequency=2)),
@@ -182,9 +183,7 @@ def test_slices_equal_the_whole(case, shape, dtype, pieces):
         combined = rule.combine(sum(factors), shared, t, info)
         assert combined.shape == rule.combined_shape(info)
         found = [rule.finish(part, combined, state, t, info) for part, state in zip(parts, slices)]
-        assert (
-            float((torch.cat(found, dim) - expected).norm()) <= tolerance * float(expected.norm()) + 1e-12
-        ), t
+        assert float((torch.cat(found, dim) - expected).norm()) <= tolerance * float(expected.norm()) + 1e-12, t
     for key, value in whole.items():
         joined = shared[key] if key in shared else torch.cat([state[key] for state in slices], dim)
         assert joined.shape == value.shape

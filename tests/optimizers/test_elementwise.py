@@ -182,9 +182,7 @@ def torch_adamw(params):
 
 
 def torch_nadam(params):
-    return torch.optim.NAdam(
-        params, lr=LR, betas=(0.95, 0.98), eps=1e-10, weight_decay=WD, decoupled_weight_decay=True
-    )
+    return torch.optim.NAdam(params, lr=LR, betas=(0.95, 0.98), eps=1e-10, weight_decay=WD, decoupled_weight_decay=True)
 
 
 @pytest.mark.parametrize(
@@ -192,9 +190,7 @@ def torch_nadam(params):
 )
 def test_torch_agrees(name, options, factory):
     grads = gradients()
-    assert_same(
-        ours(name, options, grads), peer(factory, grads), 1e-8
-    )  # NAdam keeps its product of μ in fp32
+    assert_same(ours(name, options, grads), peer(factory, grads), 1e-8)  # NAdam keeps its product of μ in fp32
     single = [[g.float() for g in gs] for gs in grads]
     assert_same(ours(name, options, single, torch.float32), peer(factory, single, torch.float32), 2e-6)
 

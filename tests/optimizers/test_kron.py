@@ -139,12 +139,12 @@ def test_uneven_blocks_are_blocks():
 
 def test_vectors_and_long_sides_have_diagonal_factors():
     _, state, *_ = run(gradients((40,), 3))
-    assert state["q.0.0"].shape == (1, 40)
+    assert state["q_0_0"].shape == (1, 40)
     _, state, *_ = run(gradients((40, 6), 3), max_size_triangular=20, block_size=4)
     assert (
-        state["q.0.0"].shape == (1, 40)
-        and state["q.0.1"].shape == (1, 4, 4)
-        and state["q.1.1"].shape == (1, 2, 2)
+        state["q_0_0"].shape == (1, 40)
+        and state["q_0_1"].shape == (1, 4, 4)
+        and state["q_1_1"].shape == (1, 2, 2)
     )
 
 
@@ -191,7 +191,7 @@ def test_factors_whiten(form):
     mix = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
     grads = [mix @ (left[:, None] * torch.randn(6, 9, dtype=torch.float64) * right) for _ in range(1500)]
     _, state, *_ = run(grads, update_form=form, beta1=0.0, normalize_grads=False, preconditioner_lr=0.05)
-    factors = {side: state[f"q.0.{side}"] for side in (0, 1)}
+    factors = {side: state[f"q_0_{side}"] for side in (0, 1)}
     samples = torch.stack([preconditioner.precondition(g[None], factors)[0] for g in grads[-500:]])
     raw = torch.stack(grads[-500:])
 
@@ -201,7 +201,7 @@ def test_factors_whiten(form):
 
     assert spread(raw) > 50 and spread(samples) < 4
     if form == "procrustes":
-        q = state["q.0.0"][0]
+        q = state["q_0_0"][0]
         assert float((q - q.T).norm() / q.norm()) < 0.05
 
 
@@ -218,4 +218,4 @@ def test_norm_bound_is_a_tight_lower_bound():
 def test_zero_gradients_leave_the_factors():
     zero = torch.zeros(4, 4)
     out, state, *_ = run([zero] * 600)
-    assert not out[-1].any() and torch.equal(state["q.0.0"][0], torch.eye(4))
+    assert not out[-1].any() and torch.equal(state["q_0_0"][0], torch.eye(4))

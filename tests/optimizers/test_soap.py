@@ -13,10 +13,7 @@ BASE = dict(beta1=BETA1, beta2=BETA2, shampoo_beta=SHAMPOO, eps=EPS)
 def gradients(shape, count, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     mean = torch.randn(shape, dtype=torch.float64, generator=generator)
-    return [
-        (0.5 * mean + torch.randn(shape, dtype=torch.float64, generator=generator)).to(dtype)
-        for _ in range(count)
-    ]
+    return [(0.5 * mean + torch.randn(shape, dtype=torch.float64, generator=generator)).to(dtype) for _ in range(count)]
 
 
 def run(grads, options, name="soap", shape=None):
@@ -157,7 +154,7 @@ def test_bases_stay_orthogonal_over_1000_steps():
     for t in range(1, 1001):
         rule.update([torch.randn(40, 24, generator=generator) * scale], [state], t, [info])
     for key, q in state.items():
-        if key.startswith("q."):
+        if key.startswith("q_"):
             eye = torch.eye(q.shape[-1])
             assert float((q.mT @ q - eye).abs().max()) < 1e-5, key
 
@@ -180,10 +177,10 @@ def test_adaptive_refresh_skips_what_did_not_turn():
         info = MatrixInfo("w", (16, 16))
         state = rule.init_state(torch.zeros(16, 16), info)
         rule.update([grads[0]], [state], 1, [info])
-        start = state["q.0.0"].clone()
+        start = state["q_0_0"].clone()
         for t, g in enumerate(grads[1:], 2):
             rule.update([g.clone()], [state], t, [info])
-        assert (not torch.equal(start, state["q.0.0"])) is moves
+        assert (not torch.equal(start, state["q_0_0"])) is moves
 
 
 def test_failed_decomposition_keeps_the_old_basis_and_is_counted(monkeypatch, caplog):
@@ -193,7 +190,7 @@ def test_failed_decomposition_keeps_the_old_basis_and_is_counted(monkeypatch, ca
     rule, info = registry.build("soap", dict(precondition_frequency=1)), MatrixInfo("layer.w", (5, 5))
     state = rule.init_state(torch.zeros(5, 5), info)
     rule.update([grads[0]], [state], 1, [info])
-    start = state["q.0.0"].clone()
+    start = state["q_0_0"].clone()
     calls = []
 
     def fails(factor, basis, rank):
@@ -202,5 +199,5 @@ def test_failed_decomposition_keeps_the_old_basis_and_is_counted(monkeypatch, ca
 
     monkeypatch.setattr(eigenbasis, "power_step", fails)
     assert rule.update([grads[1].clone()], [state], 2, [info])[0].isfinite().all()
-    assert torch.equal(state["q.0.0"], start) and rule.failures["layer.w"] == 2
+    assert torch.equal(state["q_0_0"], start) and rule.failures["layer.w"] == 2
     assert calls[:2] == [torch.float32, torch.float64] and "layer.w" in caplog.text
