@@ -100,9 +100,7 @@ class Kron(MatrixOptimizer):
         """Blocks; a side with a diagonal factor is not cut."""
         shape, size = (*info.shape, 1)[:2], self.config.block_size
         diagonal = (*self.diagonal(info), True)[:2]
-        return Grid.of(
-            shape, tuple(size if size and not flat else side for side, flat in zip(shape, diagonal))
-        )
+        return Grid.of(shape, tuple(size if size and not flat else side for side, flat in zip(shape, diagonal)))
 
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
         state = {"exp_avg": torch.zeros_like(weight)}

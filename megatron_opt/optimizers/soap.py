@@ -1,7 +1,7 @@
 """SOAP: Adam in the eigenbasis of Shampoo's factors. arXiv 2409.11321; as run in arXiv 2509.02046 (`study`).
 
-The study's form: step 1 only starts factors and bases and moves nothing; bias corrections count every step; a refresh is
-due when t % frequency = 0 and uses the factors from before this step. The authors' form (`variant=authors`) does not
+The study's form: step 1 only starts factors and bases and moves nothing; bias corrections count every step; a refresh
+is due when t % frequency = 0 and uses the factors from before this step. The authors' form (`variant=authors`) does not
 count step 1, refreshes when (t − 1) % frequency = 0, and uses the new factors. Where a factor is rank-deficient the
 null space of its basis is filled by `eigenbasis.complete`, a function of the gradients alone.
 """
