@@ -13,10 +13,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_opt import platform
+from megatron_opt.distributed.exchange import Trip
 from megatron_opt.errors import UserError
 from tests.distributed.cases import Case, Layout
 
-_MODULES = ("megatron.training.training", "megatron.training.arguments", "megatron_opt.training.job")
+# what a run puts its own functions into
+_MODULES = (
+    "megatron.training.training", "megatron.training.arguments", "megatron.training.checkpointing", "megatron_opt.training.job"
+)
 
 
 def run_case(case: Case, rank: int, folder: Path, data: str) -> dict[str, Any]:
@@ -32,7 +36,7 @@ def run_case(case: Case, rank: int, folder: Path, data: str) -> dict[str, Any]:
         "gloo", init_method=f"file://{folder}/{case.name}.store", rank=rank, world_size=case.ranks,
         timeout=timedelta(seconds=100),
     )
-    record = recording.Record()
+    record, finish = recording.Record(), Trip.finish
     started = time.time()
     try:
         record.watch(training, job)
@@ -52,6 +56,7 @@ def run_case(case: Case, rank: int, folder: Path, data: str) -> dict[str, Any]:
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}", **record.partial()}
     finally:
+        Trip.finish = finish  # type: ignore[method-assign]  # monitoring times it
         for name, saved in originals.items():
             vars(sys.modules[name]).update(saved)
         training._STARTUP_TIMESTAMPS.update(dict.fromkeys(training._STARTUP_TIMESTAMPS))  # type: ignore[attr-defined]
