@@ -135,7 +135,7 @@ def _exit_code(failures: Sequence[int]) -> int:
 
 
 def launch(words: Sequence[str]) -> int:
-    """Run torchrun in this process; bad input is not restarted."""
+    """Run torchrun in this process; bad input is not restarted, and a restart meets in a store of its own."""
     from torch.distributed import run
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -151,6 +151,14 @@ def launch(words: Sequence[str]) -> int:
             ):
                 self._remaining_restarts = 0
             return result
+
+        def _rendezvous(self, worker_group) -> None:  # type: ignore[no-untyped-def]
+            # torch 2.14 keeps one store over restarts, where new ranks read the addresses of their dead predecessors
+            handler = worker_group.spec.rdzv_handler
+            for name in ("_bootstrap_store_info", "_shared_tcp_store_server"):
+                if hasattr(handler, name):
+                    setattr(handler, name, None)
+            super()._rendezvous(worker_group)
 
     api.LocalElasticAgent = Agent  # type: ignore[misc]
     try:
@@ -178,8 +186,6 @@ def main(argv: list[str], prog: str = "megatron-opt train") -> int:
     words = torchrun_arguments(own, training, host)
     ranks = int(words[words.index("--nproc-per-node") + 1])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, host.cores // ranks)))
-    # torch 2.14 keeps one store over restarts, where gloo ranks read the addresses of their dead predecessors
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if own.dry_run:
         print(f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} torchrun", *words)
         return 0

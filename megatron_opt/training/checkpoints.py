@@ -235,7 +235,7 @@ def _prepare(save: Path, iteration: int) -> str | None:
     except OSError as error:
         return f"{error.strerror or error} ({save})"
     if free < wanted * _SPARE:
-        return f"{free / 1e9:.2f} GB are free under {save}, the last checkpoint took {wanted / 1e9:.2f} GB"
+        return f"{free / 1e6:,.0f} MB are free under {save}, the last checkpoint took {wanted / 1e6:,.0f} MB"
     return None
 
 
