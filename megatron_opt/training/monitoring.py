@@ -84,7 +84,7 @@ class Monitor:
         def training_log(loss_dict: Any, total: Any, lr: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
             flag = log(loss_dict, total, lr, iteration, *args, **kwargs)
             grad_norm = args[3] if len(args) > 3 else kwargs.get("grad_norm")
-            if not kwargs.get("is_first_iteration"):
+            if iteration != self.iteration:  # Megatron logs the first step of a run twice
                 self.on_step(iteration, loss_dict, lr, grad_norm)
             return flag
 
