@@ -130,7 +130,6 @@ PEERS: dict[str, dict[str, Factory]] = {
         "kron-torch": _of("kron_torch", "Kron"),
         "heavyball": _of("heavyball", "PSGDKron"),
     },
-    "adam_mini": {"pytorch-optimizer": _of("pytorch_optimizer", "AdamC")},
 }  # fmt: skip
 
 
@@ -150,11 +149,14 @@ def contenders(rule: str, shapes: list[tuple[int, int]]) -> dict[str, Any]:
     if rule in registry.rules():
         found["ours"] = Ours(rule, [p.detach() for p in parameters()], [g.clone() for g in grads])
     for name, build in PEERS.get(rule, {}).items():
+        params = parameters()
         try:
-            params = parameters()
-            found[name] = Peer(build(params), params)
-        except (ImportError, AttributeError, TypeError) as error:
-            print(f"{name}: {error}", file=sys.stderr)
+            peer = Peer(build(params), params)
+            peer.step()
+        except (ImportError, RuntimeError) as error:  # not installed, or out of memory on these shapes
+            print(f"{rule}: {name} left out: {str(error).splitlines()[0]}", file=sys.stderr)
+            continue
+        found[name] = peer
     return found
 
 

@@ -9,6 +9,8 @@ function of B alone, as smooth as B's basis. Signs: the diagonal of R is positiv
 import torch
 from torch import Tensor
 
+from megatron_opt.kernels import products
+
 _NOISE = 8.0  # a column shorter than this many roundings of the longest is rounding itself
 
 
@@ -73,7 +75,7 @@ def power_step(factor: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor
     `rank` bounds the factor's rank: so many columns are sorted and iterated; the others keep their order and
     are completed.
     """
-    image = factor @ basis
+    image = products.matmul(factor, basis)
     values = (basis * image).sum(-2)
     if rank < values.shape[-1]:
         kept = values.topk(rank, dim=-1).indices

@@ -7,6 +7,8 @@ bound are those of kron-torch and of the study's code; the Procrustes form is dQ
 import torch
 from torch import Tensor
 
+from megatron_opt.kernels import products
+
 Factors = dict[int, Tensor]  # by side
 
 
@@ -26,7 +28,7 @@ def _times(x: Tensor, factor: Tensor, side: int, transposed: bool = False) -> Te
     if factor.ndim == 2:
         return x * (factor.unsqueeze(-1) if side == 0 else factor.unsqueeze(-2))
     q = factor.mT if transposed else factor
-    return q @ x if side == 0 else x @ q.mT
+    return products.matmul(q, x) if side == 0 else products.matmul(x, q.mT)
 
 
 def whiten(x: Tensor, factors: Factors) -> Tensor:
@@ -59,7 +61,7 @@ def _moment(x: Tensor, side: int, diagonal: bool) -> Tensor:
     """x·xᵀ (side 0) or xᵀx (side 1), or its diagonal."""
     if diagonal:
         return x.square().sum(2 - side)
-    return x @ x.mT if side == 0 else x.mT @ x
+    return products.matmul(x, x.mT, symmetric=True) if side == 0 else products.matmul(x.mT, x, symmetric=True)
 
 
 def triangular_update(factors: Factors, g: Tensor, v: Tensor, lr: float) -> None:
@@ -73,15 +75,15 @@ def triangular_update(factors: Factors, g: Tensor, v: Tensor, lr: float) -> None
             q.sub_((found - wanted) * q * (lr / (found + wanted).amax(-1, keepdim=True).clamp_min(tiny)))
         else:
             step = lr / norm_bound(found + wanted).clamp_min(tiny)
-            q.sub_(((found - wanted).triu_() * step.view(-1, 1, 1)) @ q)
+            q.sub_(products.matmul((found - wanted).triu_() * step.view(-1, 1, 1), q))
 
 
 def _rotate_to_symmetric(q: Tensor, largest_step: float = 0.125) -> Tensor:
     """One step exp(aR)·Q, R = Qᵀ − Q normalized, to second order, towards a symmetric positive Q."""
     r = q.mT - q
     r = r / norm_bound(r).clamp_min(torch.finfo(q.dtype).tiny).view(-1, 1, 1)
-    rq = r @ q
-    rrq = r @ rq
+    rq = products.matmul(r, q)
+    rrq = products.matmul(r, rq)
     slope, curve = (x.diagonal(dim1=-2, dim2=-1).sum(-1) for x in (rq, rrq))
     best = torch.where(curve < 0, -slope / curve, torch.full_like(slope, largest_step))
     step = best.clamp(0, largest_step).view(-1, 1, 1)
@@ -104,7 +106,7 @@ def procrustes_update(factors: Factors, bounds: Factors, g: Tensor, lr: float, d
         if diagonal:
             q.mul_(1 - (lr / bound).unsqueeze(-1) * (moment - other))
         else:
-            q.sub_((lr / bound).view(-1, 1, 1) * (moment @ q - other * q))
+            q.sub_((lr / bound).view(-1, 1, 1) * (products.matmul(moment, q) - other * q))
             q.copy_(_rotate_to_symmetric(q))
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from megatron_opt.kernels import products
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer, Shape, State
 from megatron_opt.optimizers.blocks import Grid, as_matrix, batched
 from megatron_opt.optimizers.options import check, choice, option
@@ -193,7 +194,7 @@ class FactoredOptimizer(MatrixOptimizer):
         """GG ← β·GG + (1−β)·g gᵀ (side 0) or gᵀg (side 1), in place."""
         beta, g = self.config.shampoo_beta, grad.to(factor.dtype)
         left, right = (g, g.mT) if side == 0 else (g.mT, g)
-        factor.baddbmm_(left, right, beta=beta, alpha=1 - beta)
+        products.accumulate(factor, left, right, 1 - beta, beta, symmetric=True)
 
     def failed(self, name: str) -> None:
         """Count and log a decomposition that failed in fp64 too."""

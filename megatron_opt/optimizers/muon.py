@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_opt.errors import UserError
+from megatron_opt.kernels import multi_tensor, quantize
 from megatron_opt.kernels import orthogonalize as ns
-from megatron_opt.kernels import quantize
+from megatron_opt.kernels.multi_tensor import Coefficients, Rule
 from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, Shape, State
 from megatron_opt.optimizers.options import check, choice, option
 from megatron_opt.optimizers.registry import register
@@ -77,13 +78,19 @@ class SpectralOptimizer(MatrixOptimizer):
         super().__init__(config)
         self.table = ns.coefficients(config.coefficient_type, config.num_ns_steps, config.custom_coefficients)
 
+    def weights(self) -> tuple[float, float, float, float]:
+        """(a, b, c, d) of buf ← a·buf + b·g and of what is orthogonalized, c·buf + d·g."""
+        raise NotImplementedError
+
     def momentum(self, buffer: Tensor, grad: Tensor) -> None:
         """Advance the momentum in place; both have the gradient's dtype."""
-        raise NotImplementedError
+        keep, gain, _, _ = self.weights()
+        buffer.mul_(keep).add_(grad, alpha=gain)
 
     def direction(self, grad: Tensor, buffer: Tensor) -> Tensor:
         """What is orthogonalized, from the gradient and the new momentum."""
-        return buffer
+        _, _, mean_m, mean_g = self.weights()
+        return (mean_g * grad).add_(buffer, alpha=mean_m) if mean_g else buffer
 
     @property
     def eps(self) -> float:
@@ -126,14 +133,26 @@ class SpectralOptimizer(MatrixOptimizer):
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
     ) -> list[Tensor]:
-        moments = [self.advance(grad, state) for grad, state in zip(grads, states)]
+        moments = self.advance_all(grads, states)
         cfg = self.config
         results = ns.orthogonalize(moments, self.table, self.eps, cfg.fp32_matmul_prec, cfg.norm_form)
         return [self.rescale(x, state, info) for x, state, info in zip(results, states, infos)]
 
+    def advance_all(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Tensor]:
+        """`advance` for all matrices, in one pass of the fused kernel where gradient and momentum are of one type."""
+        held = [state["momentum_buffer"] for state in states]
+        if any(h.dtype != g.dtype or not g.is_contiguous() for h, g in zip(held, grads)):
+            return [self.advance(grad, state) for grad, state in zip(grads, states)]
+        keep, gain, mean_m, mean_g = self.weights()
+        moments = [torch.empty_like(grad) for grad in grads]
+        c = Coefficients(beta1=keep, gain1=gain, mean_m=mean_m, mean_g=mean_g)
+        multi_tensor.update(Rule.MOMENTUM, (), grads, [held], c, copies=moments)
+        return moments
+
     def rescale(self, x: Tensor, state: State, info: MatrixInfo) -> Tensor:
         """What follows the orthogonalization of a whole matrix."""
-        return x.mul_(self.factor(info))
+        factor = self.factor(info)
+        return x if factor == 1.0 else x.mul_(factor)
 
     def cost(self, info: MatrixInfo) -> Cost:
         k, K = sorted(info.shape)
@@ -201,18 +220,10 @@ class Muon(SpectralOptimizer):
     name: ClassVar[str] = "muon"
     Config: ClassVar[type] = MuonConfig
 
-    def momentum(self, buffer: Tensor, grad: Tensor) -> None:
+    def weights(self) -> tuple[float, float, float, float]:
         mu = self.config.momentum
-        if self.config.momentum_form == "ema":
-            buffer.lerp_(grad, 1 - mu)
-        else:
-            buffer.mul_(mu).add_(grad)
-
-    def direction(self, grad: Tensor, buffer: Tensor) -> Tensor:
-        if not self.config.nesterov:
-            return buffer
-        mu = self.config.momentum
-        return torch.lerp(grad, buffer, mu) if self.config.momentum_form == "ema" else grad.add(buffer, alpha=mu)
+        gain = 1.0 - mu if self.config.momentum_form == "ema" else 1.0
+        return (mu, gain, mu, gain) if self.config.nesterov else (mu, gain, 1.0, 0.0)
 
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
         state = super().init_state(weight, info)

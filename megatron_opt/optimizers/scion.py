@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from megatron_opt.optimizers.base import MatrixInfo
 from megatron_opt.optimizers.muon import SpectralConfig, SpectralOptimizer
 from megatron_opt.optimizers.options import choice, option
@@ -37,8 +35,8 @@ class Scion(SpectralOptimizer):
     name: ClassVar[str] = "scion"
     Config: ClassVar[type] = ScionConfig
 
-    def momentum(self, buffer: Tensor, grad: Tensor) -> None:
-        buffer.lerp_(grad, 1 - self.config.momentum)
+    def weights(self) -> tuple[float, float, float, float]:
+        return self.config.momentum, 1.0 - self.config.momentum, 1.0, 0.0
 
     def factor(self, info: MatrixInfo) -> float:
         return self.config.radius * super().factor(info)

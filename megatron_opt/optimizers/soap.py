@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron_opt.kernels import eigenbasis
+from megatron_opt.kernels import eigenbasis, products
 from megatron_opt.optimizers.base import Cost, MatrixInfo, Shape, State
 from megatron_opt.optimizers.blocks import as_matrix
 from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer, guarded
@@ -231,9 +231,9 @@ class Soap(FactoredOptimizer):
 def _rotate(x: Tensor, bases: dict[int, Tensor], back: bool = False) -> Tensor:
     """Q_Lᵀ x Q_R, or Q_L x Q_Rᵀ; sides without a basis stay."""
     if 0 in bases:
-        x = (bases[0] if back else bases[0].mT) @ x
+        x = products.matmul(bases[0] if back else bases[0].mT, x)
     if 1 in bases:
-        x = x @ (bases[1].mT if back else bases[1])
+        x = products.matmul(x, bases[1].mT if back else bases[1])
     return x
 
 
