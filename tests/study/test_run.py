@@ -2,6 +2,7 @@
 
 import csv
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_every_run_gets_the_same_tokens_and_its_own_flags(make_study, tmp_path):
     for record in records(output):
         assert record.parameters == parameters
         assert record.tokens == 20 * parameters // (64 * 4) * (64 * 4)
-        flags = dict(zip(record.arguments[::2], record.arguments[1::2]))
+        flags = dict(pairwise(record.arguments))
         assert flags["--optimizer"] == record.optimizer
         assert float(flags["--lr"]) == record.hyper["lr"]
         assert flags["--lr-decay-style"] == ("WSD" if record.optimizer == "muon" else "cosine")
