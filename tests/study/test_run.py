@@ -157,3 +157,18 @@ def test_missing_data_and_tokenizer_are_named(make_study, tmp_path):
     study = read_study(make_study())
     (tmp_path / "valid.idx").unlink()
     assert f"no data file {tmp_path / 'valid.idx'}" in refusal(study, tmp_path / "out")
+
+
+def test_a_narrow_terminal_shows_whole_numbers(make_study, tmp_path, capsys):
+    from rich.console import Console
+
+    from megatron_opt.study.dataset import from_store
+    from megatron_opt.study.display import print_summary
+
+    output = tmp_path / "out"
+    run(make_study(), output)
+    capsys.readouterr()
+    with Store(output / "study.sqlite") as store:
+        print_summary(Console(width=80), from_store(store))
+    shown = capsys.readouterr().out
+    assert "25,600" in shown and "optimizer ms" in shown and "…" not in shown and "3 (1 diverged)" in shown
