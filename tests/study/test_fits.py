@@ -87,6 +87,7 @@ def test_a_law_without_noise_is_recovered(kind, kappa):
         assert fit.efficiency("adamw") == (1.0, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind,kappa", [("shared", 1.0), ("shared", 0.5)])
 def test_intervals_cover_the_truth_at_their_nominal_rate(kind, kappa):
     """200 draws: held-out losses, the loss and the gain at 7B; three standard errors of a rate of 0.9

@@ -50,6 +50,7 @@ def kill(pid, number):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_twenty_kills_lose_and_repeat_nothing(make_study, tmp_path):
     rng, output = random.Random(0), tmp_path / "out"

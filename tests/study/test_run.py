@@ -2,6 +2,7 @@
 
 import csv
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_every_run_gets_the_same_tokens_and_its_own_flags(make_study, tmp_path):
     for record in records(output):
         assert record.parameters == parameters
         assert record.tokens == 20 * parameters // (64 * 4) * (64 * 4)
-        flags = dict(zip(record.arguments[::2], record.arguments[1::2]))
+        flags = dict(pairwise(record.arguments))
         assert flags["--optimizer"] == record.optimizer
         assert float(flags["--lr"]) == record.hyper["lr"]
         assert flags["--lr-decay-style"] == ("WSD" if record.optimizer == "muon" else "cosine")
@@ -156,3 +157,18 @@ def test_missing_data_and_tokenizer_are_named(make_study, tmp_path):
     study = read_study(make_study())
     (tmp_path / "valid.idx").unlink()
     assert f"no data file {tmp_path / 'valid.idx'}" in refusal(study, tmp_path / "out")
+
+
+def test_a_narrow_terminal_shows_whole_numbers(make_study, tmp_path, capsys):
+    from rich.console import Console
+
+    from megatron_opt.study.dataset import from_store
+    from megatron_opt.study.display import print_summary
+
+    output = tmp_path / "out"
+    run(make_study(), output)
+    capsys.readouterr()
+    with Store(output / "study.sqlite") as store:
+        print_summary(Console(width=80), from_store(store))
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("25,600", "2.00", "0.032", "tiny@1x", "diverged)")) and "…" not in shown

@@ -45,8 +45,18 @@ _SCRIPT = """\
 {options}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
-srun --kill-on-bad-exit=1 --ntasks-per-node=1 {command}
+stopped=
+trap 'stopped=1; kill -TERM "$step"' TERM
+srun --kill-on-bad-exit=1 --ntasks-per-node=1 {command} &
+step=$!
+wait "$step"
 code=$?
+while kill -0 "$step" 2>/dev/null; do
+    wait "$step"
+    code=$?
+done
+# A launcher that was told to stop reports the same code as one that failed.
+[ -z "$stopped" ] || code=143
 echo "$code" > exit_code.tmp && mv exit_code.tmp exit_code
 exit "$code"
 """
@@ -118,7 +128,7 @@ class SlurmExecutor:
             "open-mode": "append",
             "nodes": settings.nodes,
             "ntasks-per-node": 1,
-            "signal": f"TERM@{SAVE_SECONDS}",
+            "signal": f"B:TERM@{SAVE_SECONDS}",
             "no-requeue": True,
         }
         if settings.timeout_minutes:

@@ -8,6 +8,8 @@ from megatron_opt.study.store import Record
 
 MOST = 8
 """sentences of one kind"""
+NORMS = 0.02
+"""share of parameters in norms and biases, which the plan does not count"""
 
 
 def pitfalls(dataset: Dataset) -> list[str]:
@@ -119,7 +121,7 @@ def _sizes(dataset: Dataset) -> list[str]:
     wrong = {
         (r.regime.model, r.parameters, r.results["params_non_embedding"])
         for r in dataset.finished
-        if r.results.get("params_non_embedding") not in (None, r.parameters)
+        if abs((r.results.get("params_non_embedding") or r.parameters) / r.parameters - 1) > NORMS
     }
     return [
         f"Model {model} was planned with {planned:,} non-embedding parameters and trained with "

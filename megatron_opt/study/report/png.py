@@ -15,8 +15,9 @@ matplotlib.use("Agg")
 
 
 def write_png(plot: Plot, path: Path) -> None:
-    """Draw one figure, 1200 × 750 pixels."""
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    """Draw one figure, 1040 × 650 pixels."""
+    figure = Figure(figsize=(8, 5), dpi=130)
+    figure.subplots_adjust(left=0.11, right=0.97, bottom=0.11, top=0.92)
     axes = figure.add_subplot()
     axes.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
     if plot.x_log:
