@@ -51,7 +51,7 @@ ITERATION_DTYPES = {"medium": torch.bfloat16, "high": None, "highest": None}  # 
 
 # Long side over short from which the Gram form is faster (one CPU core, k = 512: bf16 1.3× at 4, fp32 1.5× at 8).
 GRAM_ASPECT = {torch.bfloat16: 3.0, torch.float32: 5.0}
-_STACK_SIDE = 512  # above this short side one product fills the machine and stacking only copies
+_STACK_SIDE = 256  # from this short side on one product fills a core, and stacking only copies
 _STACK_ELEMENTS = 1 << 24
 
 
