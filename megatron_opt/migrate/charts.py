@@ -11,8 +11,13 @@ _FILLS = ("var(--a)", "var(--b)", "#7a9e4b", "#9468b5", "#c0504d", "#4aa3a3", "#
 def _svg(height: float, parts: Sequence[str], label: str) -> str:
     return (
         f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{html.escape(label, quote=True)}">'
-        + "".join(parts) + "</svg>"
+        + "".join(parts)
+        + "</svg>"
     )
+
+
+def _line(x0: float, y0: float, x1: float, y1: float, stroke: str, more: str = "") -> str:
+    return f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" stroke="{stroke}"{more}/>'
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", soft: bool = False) -> str:
@@ -31,7 +36,7 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], label: str) -> st
         return left + (right - left) * math.log(value / low) / math.log(high / low)
 
     height = 40 + step * len(rows)
-    parts = [f'<line x1="{x(1):.1f}" x2="{x(1):.1f}" y1="8" y2="{height - 26:.1f}" stroke="var(--soft)" stroke-dasharray="4 3"/>']
+    parts = [_line(x(1), 8, x(1), height - 26, "var(--soft)", ' stroke-dasharray="4 3"')]
     for tick in (0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 2.0, 2.5, 3.0):
         if low <= tick <= high:
             parts.append(_text(x(tick), height - 8, f"{tick:g}×", "middle", soft=True))
@@ -60,13 +65,18 @@ def stacks(
         for kind, value in values.items():
             width = value * scale
             fill = _FILLS[kinds.index(kind) % len(_FILLS)]
-            parts.append(f'<rect x="{x:.1f}" y="{y}" width="{max(width, 0):.1f}" height="26" fill="{fill}"><title>{html.escape(kind)}: {value:.4g} {unit}</title></rect>')
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{max(width, 0):.1f}" height="26" fill="{fill}">'
+                f"<title>{html.escape(kind)}: {value:.4g} {unit}</title></rect>"
+            )
             x += width
         parts.append(_text(x + 6, y + 18, f"{sum(values.values()):.4g} {unit}"))
     bottom = 12 + 40 * len(bars)
     if limit:
         at = left + limit[1] * scale
-        parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="4" y2="{bottom}" stroke="var(--bad)" stroke-dasharray="5 3"/>')
+        parts.append(
+            f'<line x1="{at:.1f}" x2="{at:.1f}" y1="4" y2="{bottom}" stroke="var(--bad)" stroke-dasharray="5 3"/>'
+        )
         parts.append(_text(at, bottom + 10, limit[0], "end", soft=True))
         bottom += 14
     for index, kind in enumerate(kinds):
@@ -97,12 +107,21 @@ def scatter(
         dash = ' stroke-dasharray="4 3"' if step == 10 else ' opacity="0.35"'
         parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--soft)"{dash}/>')
         parts.append(_text(left - 8, y + 4, f"{step / 10:.1f}×", "end", soft=True))
-    for n, name in ((1e8, "100M"), (3e8, "300M"), (1e9, "1B"), (3e9, "3B"), (1e10, "10B"), (3e10, "30B"), (1e11, "100B"), (1e12, "1T")):
+    for n, name in (
+        (1e8, "100M"),
+        (3e8, "300M"),
+        (1e9, "1B"),
+        (3e9, "3B"),
+        (1e10, "10B"),
+        (3e10, "30B"),
+        (1e11, "100B"),
+        (1e12, "1T"),
+    ):
         if x0 <= math.log10(n) <= x1:
             parts.append(_text(place(n, y0)[0], bottom + 18, name, "middle", soft=True))
     for index, (n, value, low, high) in enumerate(everything):
         fill = "var(--b)" if index == len(points) else "var(--a)"
         x, y = place(n, value)
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{place(n, low)[1]:.1f}" y2="{place(n, high)[1]:.1f}" stroke="{fill}" stroke-width="2"/>')
+        parts.append(_line(x, place(n, low)[1], x, place(n, high)[1], fill, ' stroke-width="2"'))
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{fill}"/>')
     return _svg(bottom + 30, parts, label)

@@ -16,18 +16,32 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="plan|checkpoint")
     plan = commands.add_parser(
-        "plan", help="cost, gain, risks and a recommendation", allow_abbrev=False,
+        "plan",
+        help="cost, gain, risks and a recommendation",
+        allow_abbrev=False,
         epilog="The run is given by --from, by Megatron's flags (--preset llama-7b …), or both; flags win.",
     )
-    plan.add_argument("--from", dest="source", metavar="RUN|FILE", help="a run's folder, its results.json, or a YAML file of flags")
+    plan.add_argument(
+        "--from", dest="source", metavar="RUN|FILE", help="a run's folder, its results.json, or a YAML file of flags"
+    )
     plan.add_argument("--to", required=True, metavar="OPTIMIZER", help="the optimizer to change to")
-    plan.add_argument("--cluster", required=True, metavar="NAME|FILE", help="a100, h100, h200, b200, gb300, or a cluster file")
+    plan.add_argument(
+        "--cluster", required=True, metavar="NAME|FILE", help="a100, h100, h200, b200, gb300, or a cluster file"
+    )
     plan.add_argument("--gpus", type=int, help="number of devices (default: the run's)")
-    plan.add_argument("--study", metavar="DIR|FILE", help="your study: its folder or its fits as JSON (default: the published one)")
+    plan.add_argument(
+        "--study", metavar="DIR|FILE", help="your study: its folder or its fits as JSON (default: the published one)"
+    )
     plan.add_argument("--tokens", type=float, help="budget in tokens (default: from the run's flags)")
-    plan.add_argument("--chinchilla", type=float, metavar="RATIO", help="budget as a multiple of 20 tokens per parameter")
-    plan.add_argument("--done", type=float, default=0.0, metavar="SHARE", help="share of the budget that is spent already")
-    plan.add_argument("--output", default="migration", metavar="DIR", help="folder for plan.md, plan.html and plan.json")
+    plan.add_argument(
+        "--chinchilla", type=float, metavar="RATIO", help="budget as a multiple of 20 tokens per parameter"
+    )
+    plan.add_argument(
+        "--done", type=float, default=0.0, metavar="SHARE", help="share of the budget that is spent already"
+    )
+    plan.add_argument(
+        "--output", default="migration", metavar="DIR", help="folder for plan.md, plan.html and plan.json"
+    )
     return parser
 
 
@@ -62,8 +76,15 @@ def _plan(args: argparse.Namespace, rest: Sequence[str]) -> None:
     if not gpus:
         raise UserError("--gpus is missing; give the number of devices of the run.")
     plan = make_plan(
-        flags, raw, args.to, load(args.cluster), int(gpus), study=args.study, tokens=args.tokens,
-        ratio=args.chinchilla, done=args.done,
+        flags,
+        raw,
+        args.to,
+        load(args.cluster),
+        int(gpus),
+        study=args.study,
+        tokens=args.tokens,
+        ratio=args.chinchilla,
+        done=args.done,
     )
     report = document(plan)
     folder = Path(args.output)

@@ -1,4 +1,4 @@
-"""What a study says of an optimizer at a model size and token budget: token speedup, hyperparameters, cliffs, next runs."""
+"""What a study says of an optimizer at a size and budget: token speedup, hyperparameters, cliffs, next runs."""
 
 import json
 import math
@@ -97,7 +97,9 @@ def load(study: str | None) -> tuple[Dataset | None, Observations, float, str]:
     if path.is_dir():
         found = sorted([*path.glob("*.sqlite"), *path.glob("*.db")])
         if not found:
-            raise UserError(f"{study} holds no study store; give the folder of a study, its store, or its fits as JSON.")
+            raise UserError(
+                f"{study} holds no study store; give the folder of a study, its store, or its fits as JSON."
+            )
         path = found[0]
     if path.suffix == ".json":
         return None, *_from_json(path)
@@ -138,16 +140,22 @@ def gather(study: str | None, source: str, target: str, n: float, d: float) -> E
     pair = _pair(data, source, target)
     paper = study is None
     found = Evidence(
-        name, dataset.attribution if dataset else "", paper,
+        name,
+        dataset.attribution if dataset else "",
+        paper,
         (float(data.n.min()), float(data.n.max())),
         (float((data.d / data.n).min()) / TOKENS_PER_PARAMETER, float((data.d / data.n).max()) / TOKENS_PER_PARAMETER),
-        speedups(pair, sigma, RESAMPLES), [], [], None, None, None,
+        speedups(pair, sigma, RESAMPLES),
+        [],
+        [],
+        None,
+        None,
+        None,
     )
     if target == source:
         raise UserError(f"the run is trained by {source} already; name another optimizer by --to.")
     _laws(found, pair, sigma, target, n, d)
-    if trend := _trend(found, target, n, d):
-        found.methods.append(trend)
+    found.methods += [method for method in (_trend(found, target, n, d), _measured(found, n, d)) if method]
     if not any(method.counted for method in found.methods):
         raise UserError(f"{name} is too small to estimate a speedup of {target}; it needs two sizes and three budgets.")
     if dataset is None:
@@ -178,8 +186,10 @@ def _laws(found: Evidence, pair: Observations, sigma: float, target: str, n: flo
         speed = item.speedup
         draws = np.array([float(fit.speedup(target, n, d, theta)) for theta in fit.draws])
         shared = kind == "shared"
-        note = "one law for both optimizers, with an efficiency factor for each (arXiv 2602.07712)" if shared else (
-            "a law for each optimizer: ill-conditioned (arXiv 2602.07712), so shown and not counted"
+        note = (
+            "one law for both optimizers, with an efficiency factor for each (arXiv 2602.07712)"
+            if shared
+            else ("a law for each optimizer: ill-conditioned (arXiv 2602.07712), so shown and not counted")
         )
         estimate = Estimate(speed.value, speed.low, speed.high)
         found.methods.append(Method(f"{kind} scaling law", estimate, draws, shared, note))
@@ -194,6 +204,23 @@ def _cheap(fit: Fit, target: str, n: float, d: float) -> list[NextRun]:
     worth = [run for run in runs if run.shrinkage >= 0.5 * runs[0].shrinkage] if runs else []
     cheapest = min(worth, key=lambda run: run.flops, default=None)
     return best + ([cheapest] if cheapest is not None and cheapest is not best[0] else [])
+
+
+def _measured(found: Evidence, n: float, d: float) -> Method | None:
+    """The cell that this run repeats, within 10% in size and budget."""
+    for cell in found.cells:
+        if max(abs(math.log(cell.n / n)), abs(math.log(cell.d / d))) > 0.1 or not math.isfinite(cell.high):
+            continue
+        spread = math.log(cell.high / cell.low) / (2 * stats.norm.ppf(0.95))
+        draws = cell.value * np.exp(spread * stats.norm.ppf((np.arange(400) + 0.5) / 400))
+        return Method(
+            "measured at this size and budget",
+            Estimate(cell.value, cell.low, cell.high),
+            draws,
+            True,
+            f"one cell of the study, {cell.n / 1e6:.0f}M parameters and {cell.d / 1e9:.1f}B tokens, with its noise",
+        )
+    return None
 
 
 def _trend(found: Evidence, target: str, n: float, d: float) -> Method | None:
@@ -232,7 +259,11 @@ def _hyperparameters(found: Evidence, dataset: Dataset, source: str, target: str
     record = nearest(target)
     where = f"tuned at {record.regime}"
     for name, value in record.hyper.items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or name in ("batch_size", "min_lr_ratio", "adam_lr"):
+        if (
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or name in ("batch_size", "min_lr_ratio", "adam_lr")
+        ):
             continue
         found.hyperparameters.append(Hyperparameter(name, value, None, None, where))
     if "adam_lr" in record.hyper and "scalar_lr_ratio" not in record.hyper:
@@ -254,8 +285,10 @@ def _law(dataset: Dataset, optimizer: str, key: str, n: float, d: float) -> Hype
     if len(records) < 3:
         return None
     law = fit_hyper_law(
-        optimizer, key,
-        np.array([float(r.parameters) for r in records]), np.array([float(r.tokens) for r in records]),
+        optimizer,
+        key,
+        np.array([float(r.parameters) for r in records]),
+        np.array([float(r.tokens) for r in records]),
         np.array([float(r.hyper[key]) for r in records]),
     )
     low, high = law.interval(n, d)
@@ -269,8 +302,11 @@ def _cliff(dataset: Dataset, optimizer: str, record: Any) -> tuple[float, float,
         return None
     others = {key: value for key, value in record.hyper.items() if key != "lr"}
     bad = [
-        r.hyper["lr"] for r in dataset.finished
-        if r.optimizer == optimizer and r.regime == record.regime and r.hyper.get("lr", 0) > tuned
+        r.hyper["lr"]
+        for r in dataset.finished
+        if r.optimizer == optimizer
+        and r.regime == record.regime
+        and r.hyper.get("lr", 0) > tuned
         and all(r.hyper.get(key) == value for key, value in others.items())
         and (r.loss is None or r.loss > loss + 0.05)
     ]

@@ -87,7 +87,8 @@ class Plan:
         low, high = self.evidence.budgets
         if self.chinchilla > 1.05 * high or self.chinchilla < low / 1.05:
             found.append(
-                f"extrapolation: {self.chinchilla:.2g}x Chinchilla tokens lie outside the measured {low:.2g}x to {high:.2g}x"
+                f"extrapolation: {self.chinchilla:.2g}x Chinchilla tokens lie outside the measured {low:.2g}x to "
+                f"{high:.2g}x"
             )
         return found
 
@@ -111,8 +112,16 @@ def budget(flags: Mapping[str, Any], tokens: float | None, ratio: float | None, 
 
 
 def make_plan(
-    flags: Mapping[str, Any], raw: Mapping[str, Any], target: str, cluster: Cluster, gpus: int, *,
-    study: str | None = None, tokens: float | None = None, ratio: float | None = None, done: float = 0.0,
+    flags: Mapping[str, Any],
+    raw: Mapping[str, Any],
+    target: str,
+    cluster: Cluster,
+    gpus: int,
+    *,
+    study: str | None = None,
+    tokens: float | None = None,
+    ratio: float | None = None,
+    done: float = 0.0,
 ) -> Plan:
     """Work out a migration; raises UserError for flags that cannot be planned."""
     if not 0 <= done < 1:
