@@ -87,13 +87,20 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         description="Train on this machine, or on this node of several; every flag not listed here goes to "
         "megatron_opt.pretrain (see `python -m megatron_opt.pretrain --help`).",
     )
-    parser.add_argument("--nproc-per-node", type=int, help="ranks on this node (default: from GPUs or cores)")
-    parser.add_argument("--nnodes", default="1", help="nodes, N or MIN:MAX (default 1)")
-    parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="meeting point of the nodes (c10d)")
-    parser.add_argument("--rdzv-id", default="megatron_opt", help="name of the job at the meeting point")
-    parser.add_argument("--rdzv-conf", default="", help="key=value,… for the rendezvous, as torchrun takes it")
+
+    def told(name: str, default: str | None = None) -> str | None:
+        return os.environ.get(f"PET_{name}", default)  # torchrun's own variables, which Kubernetes operators set
+
+    parser.add_argument("--nproc-per-node", type=int, default=told("NPROC_PER_NODE"),
+                        help="ranks on this node (default: from GPUs or cores)")
+    parser.add_argument("--nnodes", default=told("NNODES", "1"), help="nodes, N or MIN:MAX (default 1)")
+    parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", default=told("RDZV_ENDPOINT"),
+                        help="meeting point of the nodes (c10d)")
+    parser.add_argument("--rdzv-id", default=told("RDZV_ID", "megatron_opt"), help="name of the job at the meeting point")
+    parser.add_argument("--rdzv-conf", default=told("RDZV_CONF", ""),
+                        help="key=value,… for the rendezvous, as torchrun takes it")
     parser.add_argument("--local-addr", help="this node's address, where its name does not resolve")
-    parser.add_argument("--max-restarts", type=int,
+    parser.add_argument("--max-restarts", type=int, default=told("MAX_RESTARTS"),
                         help=f"times a dead rank is answered by a restart (default {RESTARTS} with --save, else 0)")
     parser.add_argument("--shutdown-timeout", type=int, default=SHUTDOWN_SECONDS,
                         help=f"seconds that ranks get to save after a signal (default {SHUTDOWN_SECONDS})")
@@ -135,7 +142,7 @@ def _exit_code(failures: Sequence[int]) -> int:
 
 
 def launch(words: Sequence[str]) -> int:
-    """Run torchrun in this process; bad input is not restarted."""
+    """Run torchrun in this process; bad input is not restarted, and a restart meets in a store of its own."""
     from torch.distributed import run
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -151,6 +158,14 @@ def launch(words: Sequence[str]) -> int:
             ):
                 self._remaining_restarts = 0
             return result
+
+        def _rendezvous(self, worker_group) -> None:  # type: ignore[no-untyped-def]
+            # torch 2.14 keeps one store over restarts, where new ranks read the addresses of their dead predecessors
+            handler = worker_group.spec.rdzv_handler
+            for name in ("_bootstrap_store_info", "_shared_tcp_store_server"):
+                if hasattr(handler, name):
+                    setattr(handler, name, None)
+            super()._rendezvous(worker_group)
 
     api.LocalElasticAgent = Agent  # type: ignore[misc]
     try:
@@ -178,8 +193,6 @@ def main(argv: list[str], prog: str = "megatron-opt train") -> int:
     words = torchrun_arguments(own, training, host)
     ranks = int(words[words.index("--nproc-per-node") + 1])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, host.cores // ranks)))
-    # torch 2.14 keeps one store over restarts, where gloo ranks read the addresses of their dead predecessors
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if own.dry_run:
         print(f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} torchrun", *words)
         return 0

@@ -1,4 +1,4 @@
-"""Measure the machine at hand: products, factorizations, memory, traffic between ranks, host overheads; write a cluster file."""
+"""Measure the machine at hand, products, factorizations, memory, traffic and host time, and write its cluster file."""
 
 import os
 import platform
@@ -6,6 +6,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,11 +84,10 @@ def factor_rates(device: torch.device) -> dict[str, dict[int, float]]:
         x = _matrix(device, torch.float32, k, k)
         symmetric = x @ x.mT + k * torch.eye(k, device=device)
         lower = torch.linalg.cholesky(symmetric)
-        found["qr"][k] = 8 / 3 * k**3 / timed(lambda x=x: torch.linalg.qr(x), device)
-        found["eigh"][k] = 9.0 * k**3 / timed(lambda s=symmetric: torch.linalg.eigh(s), device)
-        found["solve"][k] = 1.0 * k**3 / timed(
-            lambda a=lower, b=x: torch.linalg.solve_triangular(a, b, upper=False), device
-        )
+        found["qr"][k] = 8 / 3 * k**3 / timed(partial(torch.linalg.qr, x), device)
+        found["eigh"][k] = 9.0 * k**3 / timed(partial(torch.linalg.eigh, symmetric), device)
+        solve = partial(torch.linalg.solve_triangular, lower, x, upper=False)
+        found["solve"][k] = 1.0 * k**3 / timed(solve, device)
     return found
 
 
@@ -126,7 +126,7 @@ def matrix_overhead(device: torch.device, rates: dict[int, float]) -> float:
 
 
 def link(ranks: int) -> tuple[float, float]:
-    """(bytes/s that each rank sends, seconds of a small message) of an all-to-all between `ranks` processes of this host."""
+    """(bytes/s that each rank sends, seconds of a small message) of an all-to-all of `ranks` processes on this host."""
     import torch.multiprocessing as mp
 
     with socket.socket() as free:
@@ -190,15 +190,20 @@ def calibrate(ranks: int = 0) -> str:
     finally:
         torch.set_num_threads(threads)
     devices = torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0))
-    sent, latency = link(ranks or max(2, devices)) if cuda and devices > 1 or not cuda else (1e9, 1e-5)
+    sent, latency = link(ranks or max(2, devices)) if (cuda and devices > 1) or not cuda else (1e9, 1e-5)
     rates = {"gemm": gemm, "small_gemm": small, **{kind: {"fp32": curve} for kind, curve in factors.items()}}
     rates["attention"] = attention
     return _file(cuda, devices, rates, bandwidth, overhead, sent, latency)
 
 
 def _file(
-    cuda: bool, devices: int, rates: dict[str, dict[str, dict[int, float]]], bandwidth: float, overhead: float,
-    sent: float, latency: float,
+    cuda: bool,
+    devices: int,
+    rates: dict[str, dict[str, dict[int, float]]],
+    bandwidth: float,
+    overhead: float,
+    sent: float,
+    latency: float,
 ) -> str:
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()} core"
     if cuda:
@@ -209,7 +214,8 @@ def _file(
         "name: this-machine",
         f'title: "{devices} × {name}, measured"',
         f'sources: ["megatron-opt cost calibrate, {time.strftime("%Y-%m-%d")}, torch {torch.__version__}"]',
-        f"devices: {devices if cuda else 64 * devices}  # at most; ranks beyond the cores take turns" if not cuda
+        f"devices: {devices if cuda else 64 * devices}  # at most; ranks beyond the cores take turns"
+        if not cuda
         else f"devices: {devices}",
         "device:",
         "  peak: {" + ", ".join(f"{key}: {max(curve.values()):.4g}" for key, curve in rates["gemm"].items()) + "}",

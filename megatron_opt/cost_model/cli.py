@@ -12,7 +12,9 @@ from megatron_opt.errors import UserError
 
 
 def _shared(parser: argparse.ArgumentParser, gpus: bool = True) -> None:
-    parser.add_argument("--cluster", required=True, metavar="NAME|FILE", help="a100, h100, h200, b200, gb300, or a cluster file")
+    parser.add_argument(
+        "--cluster", required=True, metavar="NAME|FILE", help="a100, h100, h200, b200, gb300, or a cluster file"
+    )
     if gpus:
         parser.add_argument("--gpus", type=int, required=True, help="number of devices")
     parser.add_argument("--from", dest="source", metavar="RUN|FILE", help="flags of a run's folder or of a YAML file")
@@ -22,7 +24,8 @@ def _shared(parser: argparse.ArgumentParser, gpus: bool = True) -> None:
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The command line; what it does not know are Megatron's flags."""
     parser = argparse.ArgumentParser(
-        prog=prog, description="Predict seconds, FLOPs, bytes and memory of a training step on a cluster.",
+        prog=prog,
+        description="Predict seconds, FLOPs, bytes and memory of a training step on a cluster.",
         epilog="Model, layout and optimizer are Megatron's flags (--preset llama-7b --optimizer muon …).",
         allow_abbrev=False,
     )
@@ -33,13 +36,19 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     search = commands.add_parser("search", help="layouts that fit, ranked, and why others do not", allow_abbrev=False)
     _shared(search)
     search.add_argument("--top", type=int, default=10, help="layouts to show")
-    tables = commands.add_parser("tables", help="overhead of each optimizer across scales, with plots", allow_abbrev=False)
+    tables = commands.add_parser(
+        "tables", help="overhead of each optimizer across scales, with plots", allow_abbrev=False
+    )
     tables.add_argument("--cluster", required=True, metavar="NAME|FILE")
     tables.add_argument("--output", required=True, metavar="DIR", help="folder for CSV and PNG files")
     tables.add_argument("--optimizers", default="adamw,muon,soap,lion", help="names, with commas")
-    calibrate = commands.add_parser("calibrate", help="measure this machine and write its cluster file", allow_abbrev=False)
+    calibrate = commands.add_parser(
+        "calibrate", help="measure this machine and write its cluster file", allow_abbrev=False
+    )
     calibrate.add_argument("--output", required=True, metavar="FILE", help="cluster file to write")
-    calibrate.add_argument("--ranks", type=int, default=0, help="ranks to measure traffic between (default: cores, 0 for none)")
+    calibrate.add_argument(
+        "--ranks", type=int, default=0, help="ranks to measure traffic between (default: cores, 0 for none)"
+    )
     return parser
 
 
@@ -48,7 +57,10 @@ def main(argv: list[str], prog: str) -> int:
     parser = build_parser(prog)
     args, rest = parser.parse_known_args(argv)
     runs: dict[str, Callable[[argparse.Namespace, Sequence[str]], None]] = {
-        "step": _step, "search": _search, "tables": _tables, "calibrate": _calibrate
+        "step": _step,
+        "search": _search,
+        "tables": _tables,
+        "calibrate": _calibrate,
     }
     if rest and args.command in ("tables", "calibrate"):
         raise UserError(f"{rest[0]} is unknown here; see --help.")
@@ -104,7 +116,11 @@ def _search(args: argparse.Namespace, rest: Sequence[str]) -> None:
     found = search(flags, load(args.cluster), args.gpus, top=args.top)
     print(table(found, args.top))
     if args.json:
-        content = {"layouts": [report.as_dict(s) for s in found.steps], "refused": dict(found.refused), "tried": found.tried}
+        content = {
+            "layouts": [report.as_dict(s) for s in found.steps],
+            "refused": dict(found.refused),
+            "tried": found.tried,
+        }
         write_atomically(Path(args.json), json.dumps(content, indent=1) + "\n")
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Overheads:
-    """Host seconds outside kernels: for each matrix and each held fragment of an optimizer step, each bucket, each step."""
+    """Host seconds outside kernels: of each matrix, held fragment, bucket, optimizer step."""
 
     matrix: float = 0.0
     fragment: float = 0.0
@@ -57,13 +58,13 @@ class Cluster:
     sources: tuple[str, ...] = ()
 
     def rate(self, kind: str, dtype: str, size: float) -> float:
-        """Sustained FLOP/s of a kernel class at a size (the smaller side of a product, the order of a factorization)."""
+        """Sustained FLOP/s of a kernel class at a size (smaller side of a product, order of a factorization)."""
         by_type = self.rates[kind]
         curve = by_type.get(dtype) or by_type.get("fp32") or next(iter(by_type.values()))
         return interpolate(curve, size)
 
     def link(self, ranks: int, stride: int = 1) -> tuple[Link, float]:
-        """The link that a group of `ranks` devices, `stride` apart, is bound by; and the share of traffic that crosses it."""
+        """The link that binds a group of `ranks` devices, `stride` apart; and the share of traffic on it."""
         if ranks <= 1:
             return self.node, 0.0
         inside = max(1, self.gpus_per_node // stride)
@@ -82,7 +83,7 @@ class Cluster:
         return max(near / self.node.bandwidth, far / self.network.bandwidth) + link.latency * (1 + ranks / 32)
 
     def ring(self, bytes_sent: float, ranks: int, stride: int = 1) -> float:
-        """Seconds of a ring collective in which each rank sends `bytes_sent` in all: bound by the slowest link on the ring.
+        """Seconds of a ring collective in which each rank sends `bytes_sent` in all: its slowest link binds.
 
         Where `inside` ranks share a node, NCCL runs that many rings, so that the network carries 1/inside of each.
         """
@@ -104,7 +105,7 @@ def interpolate(curve: Curve, size: float) -> float:
     """Straight lines in log size and log rate; constant beyond the ends."""
     if size <= curve[0][0]:
         return curve[0][1]
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
+    for (x0, y0), (x1, y1) in pairwise(curve):
         if size <= x1:
             share = math.log(size / x0) / math.log(x1 / x0)
             return math.exp(math.log(y0) + share * math.log(y1 / y0))
@@ -163,9 +164,7 @@ class _Reader:
         return tuple(sorted(points))
 
     def cluster(self, content: Mapping[str, Any]) -> Cluster:
-        known = {
-            "name", "title", "sources", "device", "rates", "node", "network", "efficiency", "overheads", "devices"
-        }
+        known = {"name", "title", "sources", "device", "rates", "node", "network", "efficiency", "overheads", "devices"}
         if unknown := sorted(set(content) - known):
             raise UserError(f"{self.path} has no section {unknown[0]!r}; it has {', '.join(sorted(known))}.")
         device, node, network = (self.section(content, key) for key in ("device", "node", "network"))

@@ -1,4 +1,4 @@
-"""Megatron's flags as the cost model reads them: from words, presets, YAML files and finished runs, without Megatron."""
+"""Megatron's flags as the cost model reads them: words, presets, YAML files, finished runs; no Megatron needed."""
 
 import ast
 import difflib
@@ -18,26 +18,95 @@ from megatron_opt.optimizers.groups import GroupRule, default_rules, load_rules
 Flags = dict[str, Any]
 
 # Flags that change the cost; others are accepted and listed as ignored.
-NUMBERS = (
-    "num-layers hidden-size ffn-hidden-size num-attention-heads num-query-groups kv-channels seq-length vocab-size "
-    "padded-vocab-size make-vocab-size-divisible-by max-position-embeddings num-experts moe-router-topk "
-    "moe-ffn-hidden-size moe-shared-expert-intermediate-size moe-layer-freq micro-batch-size global-batch-size "
-    "tensor-model-parallel-size pipeline-model-parallel-size num-layers-per-virtual-pipeline-stage "
-    "num-virtual-stages-per-pipeline-rank context-parallel-size expert-model-parallel-size expert-tensor-parallel-size "
-    "q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim v-head-dim recompute-num-layers exchange-bucket-mb "
-    "scalar-lr-ratio lr weight-decay clip-grad adam-beta1 adam-beta2 adam-eps train-iters train-samples lr-warmup-iters "
-    "world-size moe-first-dense-layers lr-warmup-samples lr-warmup-fraction min-lr"
-).split()
-WORDS = (
-    "optimizer normalization position-embedding-type recompute-granularity recompute-method matrix-mode exchange-dtype "
-    "optimizer-groups preset fp8-format transformer-impl lr-decay-style init-style decay-mode"
-).split()
-SWITCHES = (
-    "swiglu group-query-attention multi-latent-attention untie-embeddings-and-output-weights disable-bias-linear "
-    "add-qkv-bias bf16 fp16 sequence-parallel use-distributed-optimizer overlap-grad-reduce overlap-param-gather "
-    "tp-comm-overlap use-flash-attn split-heads recompute-activations no-gradient-accumulation-fusion "
-    "moe-grouped-gemm grad-reduce-in-bf16 attention-output-gate no-position-embedding use-rotary-position-embeddings"
-).split()
+NUMBERS = [
+    "num-layers",
+    "hidden-size",
+    "ffn-hidden-size",
+    "num-attention-heads",
+    "num-query-groups",
+    "kv-channels",
+    "seq-length",
+    "vocab-size",
+    "padded-vocab-size",
+    "make-vocab-size-divisible-by",
+    "max-position-embeddings",
+    "num-experts",
+    "moe-router-topk",
+    "moe-ffn-hidden-size",
+    "moe-shared-expert-intermediate-size",
+    "moe-layer-freq",
+    "micro-batch-size",
+    "global-batch-size",
+    "tensor-model-parallel-size",
+    "pipeline-model-parallel-size",
+    "num-layers-per-virtual-pipeline-stage",
+    "num-virtual-stages-per-pipeline-rank",
+    "context-parallel-size",
+    "expert-model-parallel-size",
+    "expert-tensor-parallel-size",
+    "q-lora-rank",
+    "kv-lora-rank",
+    "qk-head-dim",
+    "qk-pos-emb-head-dim",
+    "v-head-dim",
+    "recompute-num-layers",
+    "exchange-bucket-mb",
+    "scalar-lr-ratio",
+    "lr",
+    "weight-decay",
+    "clip-grad",
+    "adam-beta1",
+    "adam-beta2",
+    "adam-eps",
+    "train-iters",
+    "train-samples",
+    "lr-warmup-iters",
+    "world-size",
+    "moe-first-dense-layers",
+    "lr-warmup-samples",
+    "lr-warmup-fraction",
+    "min-lr",
+]
+WORDS = [
+    "optimizer",
+    "normalization",
+    "position-embedding-type",
+    "recompute-granularity",
+    "recompute-method",
+    "matrix-mode",
+    "exchange-dtype",
+    "optimizer-groups",
+    "preset",
+    "fp8-format",
+    "transformer-impl",
+    "lr-decay-style",
+    "init-style",
+    "decay-mode",
+]
+SWITCHES = [
+    "swiglu",
+    "group-query-attention",
+    "multi-latent-attention",
+    "untie-embeddings-and-output-weights",
+    "disable-bias-linear",
+    "add-qkv-bias",
+    "bf16",
+    "fp16",
+    "sequence-parallel",
+    "use-distributed-optimizer",
+    "overlap-grad-reduce",
+    "overlap-param-gather",
+    "tp-comm-overlap",
+    "use-flash-attn",
+    "split-heads",
+    "recompute-activations",
+    "no-gradient-accumulation-fusion",
+    "moe-grouped-gemm",
+    "grad-reduce-in-bf16",
+    "attention-output-gate",
+    "no-position-embedding",
+    "use-rotary-position-embeddings",
+]
 _KNOWN = {**dict.fromkeys(NUMBERS, float), **dict.fromkeys(WORDS, str), **dict.fromkeys(SWITCHES, bool)}
 _ALIASES = {"use-rotary-position-embeddings": ("position-embedding-type", "rope")}
 
@@ -148,7 +217,9 @@ def from_run(path: str | Path) -> Flags:
     try:
         text = file.read_text()
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); give a run's folder or a YAML file of flags.") from error
+        raise UserError(
+            f"{file} cannot be read ({error.strerror}); give a run's folder or a YAML file of flags."
+        ) from error
     try:
         content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from megatron_opt.cost_model.model import Model
@@ -44,11 +45,19 @@ class Layout:
         if per_stage := flags.get("num-layers-per-virtual-pipeline-stage"):
             virtual = max(1, model.layers // pp // int(per_stage))
         tp = number("tensor-model-parallel-size")
-        granularity = flags.get("recompute-granularity") or ("selective" if flags.get("recompute-activations") else "none")
+        granularity = flags.get("recompute-granularity") or (
+            "selective" if flags.get("recompute-activations") else "none"
+        )
         layout = Layout(
-            world=world, tp=tp, pp=pp, virtual=virtual, cp=number("context-parallel-size"),
-            ep=number("expert-model-parallel-size"), etp=number("expert-tensor-parallel-size", tp),
-            micro_batch=number("micro-batch-size"), global_batch=number("global-batch-size", 0),
+            world=world,
+            tp=tp,
+            pp=pp,
+            virtual=virtual,
+            cp=number("context-parallel-size"),
+            ep=number("expert-model-parallel-size"),
+            etp=number("expert-tensor-parallel-size", tp),
+            micro_batch=number("micro-batch-size"),
+            global_batch=number("global-batch-size", 0),
             dtype="bf16" if flags.get("bf16") else "fp16" if flags.get("fp16") else "fp32",
             sequence_parallel=bool(flags.get("sequence-parallel")) and tp > 1,
             distributed=bool(flags.get("use-distributed-optimizer")),
@@ -56,7 +65,9 @@ class Layout:
             overlap_param_gather=bool(flags.get("overlap-param-gather")),
             overlap_tp=bool(flags.get("tp-comm-overlap")),
             grad_reduce_bf16=bool(flags.get("grad-reduce-in-bf16")),
-            recompute=granularity, flash=flags.get("transformer-impl") != "local", fp8=bool(flags.get("fp8-format")),
+            recompute=granularity,
+            flash=flags.get("transformer-impl") != "local",
+            fp8=bool(flags.get("fp8-format")),
             matrix_mode=str(flags.get("matrix-mode", "auto")),
             wire_bytes=2 if flags.get("exchange-dtype") == "bf16" else 4,
             bucket_bytes=float(flags.get("exchange-bucket-mb") or 64) * 2**20,
@@ -103,7 +114,7 @@ class Layout:
     def stages(self, model: Model) -> list[tuple[int, int]]:
         """[first, last) layers of each pipeline stage; virtual stages are summed as if they were neighbours."""
         edges = [model.layers * stage // self.pp for stage in range(self.pp + 1)]
-        return list(zip(edges[:-1], edges[1:], strict=True))
+        return list(pairwise(edges))
 
     def problem(self, model: Model) -> str | None:
         """Why this layout cannot run, in a clause; None where it can."""
@@ -123,7 +134,9 @@ class Layout:
         if self.ep > 1 and not model.experts:
             return f"EP {self.ep} needs a model with experts"
         if model.experts and (model.experts % self.ep or self.dense_ranks % (self.ep * self.etp)):
-            return f"{model.experts} experts on {self.dense_ranks} ranks a stage do not fit EP {self.ep} × ETP {self.etp}"
+            return (
+                f"{model.experts} experts on {self.dense_ranks} ranks a stage do not fit EP {self.ep} × ETP {self.etp}"
+            )
         if self.global_batch % (self.micro_batch * self.data_parallel) or not self.microbatches:
             return (
                 f"global batch {self.global_batch} is not a multiple of micro-batch {self.micro_batch} × "

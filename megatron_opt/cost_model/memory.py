@@ -58,8 +58,14 @@ def _stage(
             buckets = max(1.0, domain.held / max(40e6, 1e6 * domain.data))
             padding += buckets * 64 * domain.data / 2 * (layout.parameter_bytes + 4)
     return Memory(
-        held * layout.parameter_bytes, grads, main, state, activations(model, layout, index),
-        _workspace(layout, stage), padding, cluster.reserved,
+        held * layout.parameter_bytes,
+        grads,
+        main,
+        state,
+        activations(model, layout, index),
+        _workspace(layout, stage),
+        padding,
+        cluster.reserved,
     )
 
 
@@ -71,7 +77,9 @@ def _workspace(layout: Layout, stage: Sequence[DomainPlan]) -> float:
             continue
         largest = max(info.shape[0] * (info.shape[1] if len(info.shape) > 1 else 1) for info in domain.infos.values())
         slab = largest / max(domain.slices[name] for name in domain.infos)
-        travelling = min(4.0 * layout.bucket_bytes, 8.0 * domain.matrix_numel / domain.ranks) if domain.ranks > 1 else 0.0
+        travelling = (
+            min(4.0 * layout.bucket_bytes, 8.0 * domain.matrix_numel / domain.ranks) if domain.ranks > 1 else 0.0
+        )
         total = max(total, travelling + 12.0 * slab)
     return total
 
@@ -91,8 +99,10 @@ def activations(model: Model, layout: Layout, stage: int) -> float:
             continue
         expert = layer in model.expert_layers
         ffn = (model.expert_ffn * model.topk + model.shared_ffn) if expert else model.ffn
-        heads = (model.heads + 2 * model.groups) * model.head_dim if not model.mla else (
-            model.heads * (2 * (model.qk_dim + model.rope_dim) + model.v_dim)
+        heads = (
+            (model.heads + 2 * model.groups) * model.head_dim
+            if not model.mla
+            else (model.heads * (2 * (model.qk_dim + model.rope_dim) + model.v_dim))
         )
         kept = 4.0 * h / shared  # inputs of the norms, their outputs
         kept += (heads + model.heads * (model.v_dim or model.head_dim) + (3.0 if model.gated else 2.0) * ffn) / t

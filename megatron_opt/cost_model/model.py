@@ -72,33 +72,60 @@ class Model:
         ffn = flags.get("ffn-hidden-size") or (int(4 * hidden * 2 / 3 / 64) * 64 if gated else 4 * hidden)
         grouped = flags.get("group-query-attention") and flags.get("num-query-groups")
         if not flags.get("kv-channels") and hidden % heads:
-            raise UserError(f"--hidden-size {hidden} is not divisible by --num-attention-heads {heads}; give --kv-channels.")
+            raise UserError(
+                f"--hidden-size {hidden} is not divisible by --num-attention-heads {heads}; give --kv-channels."
+            )
         experts = flags.get("num-experts") or 0
         multiple = (flags.get("make-vocab-size-divisible-by") or 128) * (flags.get("tensor-model-parallel-size") or 1)
-        vocabulary = flags.get("padded-vocab-size") or -(-(flags.get("vocab-size") or DEFAULT_VOCABULARY) // multiple) * multiple
+        vocabulary = (
+            flags.get("padded-vocab-size") or -(-(flags.get("vocab-size") or DEFAULT_VOCABULARY) // multiple) * multiple
+        )
         positions = flags.get("position-embedding-type", "learned_absolute") == "learned_absolute"
         bias = not flags.get("disable-bias-linear")
         mla = bool(flags.get("multi-latent-attention"))
         return Model(
-            layers, hidden, ffn, heads, grouped or heads, flags.get("kv-channels") or hidden // heads, vocabulary,
-            flags["seq-length"], gated, not flags.get("untie-embeddings-and-output-weights"), bias,
-            bool(flags.get("add-qkv-bias")), flags.get("normalization", "LayerNorm") != "RMSNorm",
+            layers,
+            hidden,
+            ffn,
+            heads,
+            grouped or heads,
+            flags.get("kv-channels") or hidden // heads,
+            vocabulary,
+            flags["seq-length"],
+            gated,
+            not flags.get("untie-embeddings-and-output-weights"),
+            bias,
+            bool(flags.get("add-qkv-bias")),
+            flags.get("normalization", "LayerNorm") != "RMSNorm",
             (flags.get("max-position-embeddings") or flags["seq-length"]) if positions else 0,
-            experts, (flags.get("moe-router-topk") or 2) if experts else 0,
-            flags.get("moe-ffn-hidden-size") or ffn, flags.get("moe-shared-expert-intermediate-size") or 0,
+            experts,
+            (flags.get("moe-router-topk") or 2) if experts else 0,
+            flags.get("moe-ffn-hidden-size") or ffn,
+            flags.get("moe-shared-expert-intermediate-size") or 0,
             _expert_layers(flags, layers) if experts else frozenset(),
-            mla, flags.get("q-lora-rank") or 0, (flags.get("kv-lora-rank") or 512) if mla else 0,
-            (flags.get("qk-head-dim") or 128) if mla else 0, (flags.get("qk-pos-emb-head-dim") or 64) if mla else 0,
-            (flags.get("v-head-dim") or 128) if mla else 0, bool(flags.get("split-heads")),
+            mla,
+            flags.get("q-lora-rank") or 0,
+            (flags.get("kv-lora-rank") or 512) if mla else 0,
+            (flags.get("qk-head-dim") or 128) if mla else 0,
+            (flags.get("qk-pos-emb-head-dim") or 64) if mla else 0,
+            (flags.get("v-head-dim") or 128) if mla else 0,
+            bool(flags.get("split-heads")),
         )
 
     @property
     def geometry(self) -> Geometry:
         """What cuts fused parameters into logical matrices."""
         return Geometry(
-            num_heads=self.heads, num_groups=self.groups, head_dim=self.head_dim, gated_mlp=self.gated,
-            per_head=self.per_head, qk_head_dim=self.qk_dim, v_head_dim=self.v_dim, kv_lora_rank=self.kv_lora,
-            q_lora_rank=self.q_lora, rope_dim=self.rope_dim,
+            num_heads=self.heads,
+            num_groups=self.groups,
+            head_dim=self.head_dim,
+            gated_mlp=self.gated,
+            per_head=self.per_head,
+            qk_head_dim=self.qk_dim,
+            v_head_dim=self.v_dim,
+            kv_lora_rank=self.kv_lora,
+            q_lora_rank=self.q_lora,
+            rope_dim=self.rope_dim,
         )
 
     def _attention(self) -> list[tuple[str, tuple[int, ...], int | None]]:
@@ -106,7 +133,8 @@ class Model:
         if not self.mla:
             rows = (self.heads + 2 * self.groups) * d
             found: list[tuple[str, tuple[int, ...], int | None]] = [
-                ("linear_qkv.weight", (rows, h), 0), ("linear_proj.weight", (h, self.heads * d), 1)
+                ("linear_qkv.weight", (rows, h), 0),
+                ("linear_proj.weight", (h, self.heads * d), 1),
             ]
             found += [("linear_qkv.bias", (rows,), 0)] if self.bias or self.qkv_bias else []
             return found + ([("linear_proj.bias", (h,), None)] if self.bias else [])
@@ -114,7 +142,8 @@ class Model:
         found = [("linear_q_proj.weight", (query, h), 0)]
         if self.q_lora:
             found = [
-                ("linear_q_down_proj.weight", (self.q_lora, h), None), ("linear_q_up_proj.weight", (query, self.q_lora), 0),
+                ("linear_q_down_proj.weight", (self.q_lora, h), None),
+                ("linear_q_up_proj.weight", (query, self.q_lora), 0),
                 ("q_layernorm.weight", (self.q_lora,), None),
             ]
         return [
@@ -128,7 +157,8 @@ class Model:
     def _mlp(self, prefix: str, ffn: int) -> list[tuple[str, tuple[int, ...], int | None]]:
         up = (2 if self.gated else 1) * ffn
         found: list[tuple[str, tuple[int, ...], int | None]] = [
-            (f"{prefix}linear_fc1.weight", (up, self.hidden), 0), (f"{prefix}linear_fc2.weight", (self.hidden, ffn), 1)
+            (f"{prefix}linear_fc1.weight", (up, self.hidden), 0),
+            (f"{prefix}linear_fc2.weight", (self.hidden, ffn), 1),
         ]
         if self.bias:
             found += [(f"{prefix}linear_fc1.bias", (up,), 0), (f"{prefix}linear_fc2.bias", (self.hidden,), None)]
@@ -233,7 +263,7 @@ class Model:
 def _pattern(parameter: Parameter) -> str:
     """The name with layer and expert 0: all layers of a kind have the same shapes."""
     name = parameter.name
-    if 0 <= parameter.layer and name.startswith(f"decoder.layers.{parameter.layer}."):
+    if parameter.layer >= 0 and name.startswith(f"decoder.layers.{parameter.layer}."):
         name = "decoder.layers.0." + name.split(".", 3)[3]
     if parameter.expert is not None:
         name = name.replace(f".experts.{parameter.expert}.", ".experts.0.")
@@ -242,9 +272,7 @@ def _pattern(parameter: Parameter) -> str:
 
 @functools.lru_cache(maxsize=512)
 def _infos(parameter: Parameter, geometry: Geometry) -> list[MatrixInfo]:
-    infos, _, _, _ = split_param(
-        parameter.name, parameter.shape, geometry, tp_rank=0, tp_size=1, partition_dim=None
-    )
+    infos, _, _, _ = split_param(parameter.name, parameter.shape, geometry, tp_rank=0, tp_size=1, partition_dim=None)
     return infos
 
 

@@ -92,7 +92,8 @@ def domain_time(domain: DomainPlan, layout: Layout, cluster: Cluster) -> Optimiz
     found = OptimizerTime(asynchronous=not cluster.shared_cores)
     timed: dict[tuple[Any, ...], tuple[dict[str, float], float]] = {}
     for part in domain.plan.parts:
-        info, rule, cost = (table[part.matrix] for table in (domain.infos, domain.rules, domain.costs))
+        name = part.matrix
+        info, rule, cost = domain.infos[name], domain.rules[name], domain.costs[name]
         key = (id(rule), info.shape, info.kind, info.role, info.heads)
         if key not in timed:
             timed[key] = matrix_seconds(rule, info, cost, cluster)
@@ -119,8 +120,9 @@ def domain_time(domain: DomainPlan, layout: Layout, cluster: Cluster) -> Optimiz
     found.element_wise, found.host, found.refresh = (
         value * slow for value in (found.element_wise, found.host, found.refresh)
     )
-    found.exchange_hidden = min(found.exchange * cluster.overlap * max(0, domain.buckets - 1) / max(1, domain.buckets),
-                                found.compute)
+    found.exchange_hidden = min(
+        found.exchange * cluster.overlap * max(0, domain.buckets - 1) / max(1, domain.buckets), found.compute
+    )
     found.flops = sum(cost.mean_flops() for cost in domain.costs.values())
     found.state_bytes = max(domain.plan.state_bytes) + state
     found.state_total = sum(domain.plan.state_bytes) + state * ranks
@@ -166,7 +168,7 @@ def _exchange(found: OptimizerTime, domain: DomainPlan, layout: Layout, cluster:
 
 
 def _factor_bytes(domain: DomainPlan) -> dict[int, float]:
-    """Bytes of small factors that each rank sends: a slice its share to the owner, the owner its result to all slices."""
+    """Bytes of factors that each rank sends: a slice its share to the owner, the owner its result to all."""
     sent: dict[int, float] = {}
     for part in domain.plan.parts:
         count = domain.slices[part.matrix]

@@ -67,7 +67,9 @@ def _shape2d(shape: Sequence[int]) -> tuple[int, int]:
     return (shape[0], shape[1]) if len(shape) == 2 else (shape[0], 1)
 
 
-def plans(model: Model, layout: Layout, grouping: Sequence[GroupRule], decay_mode: str = "decoupled") -> list[list[DomainPlan]]:
+def plans(
+    model: Model, layout: Layout, grouping: Sequence[GroupRule], decay_mode: str = "decoupled"
+) -> list[list[DomainPlan]]:
     """Domains of every pipeline stage: dense parameters, then the experts of one expert-parallel rank.
 
     Stages of equal shape share one plan, and so do all expert-parallel ranks of a stage.
@@ -94,7 +96,11 @@ def plans(model: Model, layout: Layout, grouping: Sequence[GroupRule], decay_mod
 
 
 def _stage(
-    model: Model, layout: Layout, parameters: Sequence[Parameter], group_of: dict[str, Group], rules: dict[str, Any],
+    model: Model,
+    layout: Layout,
+    parameters: Sequence[Parameter],
+    group_of: dict[str, Group],
+    rules: dict[str, Any],
     name: str,
 ) -> list[DomainPlan]:
     dense = [p for p in parameters if p.expert is None]
@@ -107,8 +113,14 @@ def _stage(
 
 
 def _domain(
-    model: Model, layout: Layout, parameters: Sequence[Parameter], group_of: dict[str, Group], rules: dict[str, Any],
-    name: str, ranks: int, tp: int,
+    model: Model,
+    layout: Layout,
+    parameters: Sequence[Parameter],
+    group_of: dict[str, Group],
+    rules: dict[str, Any],
+    name: str,
+    ranks: int,
+    tp: int,
 ) -> DomainPlan:
     infos: dict[str, MatrixInfo] = {}
     matrix_rules: dict[str, Any] = {}
@@ -136,8 +148,20 @@ def _domain(
     buckets = len(make_buckets(plan.parts, ranks, layout.bucket_bytes, layout.wire_bytes))
     data = max(1, ranks // tp)
     return DomainPlan(
-        name, ranks, tp, data, plan, matrix_rules, infos, costs, split, buckets, list(elements.values()),
-        sum(p.numel for p in parameters), held, -(-fragments // data) + 2 if layout.distributed else fragments,
+        name,
+        ranks,
+        tp,
+        data,
+        plan,
+        matrix_rules,
+        infos,
+        costs,
+        split,
+        buckets,
+        list(elements.values()),
+        sum(p.numel for p in parameters),
+        held,
+        -(-fragments // data) + 2 if layout.distributed else fragments,
     )
 
 

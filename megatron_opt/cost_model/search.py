@@ -10,7 +10,7 @@ from megatron_opt.cost_model import flags as flag_reader
 from megatron_opt.cost_model.cluster import Cluster
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.model import Model
-from megatron_opt.cost_model.step import Step, check_world, predict_layout
+from megatron_opt.cost_model.step import OptimizerWork, Step, check_world, optimizer_work, predict_layout
 from megatron_opt.errors import UserError
 
 
@@ -32,9 +32,11 @@ def _powers(limit: int) -> Iterator[int]:
 
 
 def candidates(model: Model, base: Layout, cluster: Cluster, world: int) -> Iterator[Layout]:
-    """Layouts worth a look: powers of two for TP (within a node), PP, EP; micro-batches 1 to 8; three recomputations."""
+    """Layouts to try: powers of two for TP (within a node), PP, EP; micro-batches 1 to 8; three recomputations."""
     tensor = [t for t in _powers(min(cluster.gpus_per_node, world, model.heads)) if t <= 64]
-    stages = [p for p in range(1, min(model.layers, world) + 1) if model.layers % p == 0 and (p & (p - 1) == 0 or p < 9)]
+    stages = [
+        p for p in range(1, min(model.layers, world) + 1) if model.layers % p == 0 and (p & (p - 1) == 0 or p < 9)
+    ]
     experts = [e for e in _powers(min(model.experts, world))] if model.experts else [1]
     for tp, pp, ep, micro in itertools.product(tensor, stages, experts, (1, 2, 4, 8)):
         virtuals = [1] + ([v for v in (2, 4) if pp > 1 and model.layers % (pp * v) == 0])
@@ -42,21 +44,40 @@ def candidates(model: Model, base: Layout, cluster: Cluster, world: int) -> Iter
             if recompute == "selective" and base.flash:
                 continue  # fused attention keeps nothing that selective recomputation would drop
             yield replace(
-                base, world=world, tp=tp, etp=1 if model.experts else tp, pp=pp, ep=ep, virtual=virtual,
-                micro_batch=micro, recompute=recompute, sequence_parallel=tp > 1, distributed=True,
-                overlap_grad_reduce=True, overlap_param_gather=True,
+                base,
+                world=world,
+                tp=tp,
+                etp=1 if model.experts else tp,
+                pp=pp,
+                ep=ep,
+                virtual=virtual,
+                micro_batch=micro,
+                recompute=recompute,
+                sequence_parallel=tp > 1,
+                distributed=True,
+                overlap_grad_reduce=True,
+                overlap_param_gather=True,
             )
 
 
-def search(
-    flags: Mapping[str, Any], cluster: Cluster, world: int, *, top: int = 10
-) -> Found:
+def search(flags: Mapping[str, Any], cluster: Cluster, world: int, *, top: int = 10) -> Found:
     """Rank all candidate layouts by tokens per second."""
     check_world(cluster, world)
     model = Model.of(flags)
-    wanted = {**flags, **{key: 1 for key in (
-        "tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size",
-        "num-virtual-stages-per-pipeline-rank", "expert-tensor-parallel-size", "micro-batch-size")}}
+    wanted = {
+        **flags,
+        **{
+            key: 1
+            for key in (
+                "tensor-model-parallel-size",
+                "pipeline-model-parallel-size",
+                "expert-model-parallel-size",
+                "num-virtual-stages-per-pipeline-rank",
+                "expert-tensor-parallel-size",
+                "micro-batch-size",
+            )
+        },
+    }
     wanted.pop("num-layers-per-virtual-pipeline-stage", None)
     if not flags.get("global-batch-size"):
         raise UserError("--global-batch-size is missing; a search needs the batch that a step must do.")
@@ -65,6 +86,7 @@ def search(
     rules = flag_reader.grouping(flags)
     name, decay = str(flags.get("optimizer", "adamw")), str(flags.get("decay-mode", "decoupled"))
     found = Found([], Counter())
+    works: dict[tuple[int, ...], OptimizerWork] = {}
     for layout in candidates(model, base, cluster, world):
         found.tried += 1
         problem = layout.problem(model)
@@ -72,9 +94,14 @@ def search(
             _refuse(found, _reason(problem), layout, problem)
             continue
         if layout.micro_batch > 1 and layout.recompute == "full" and layout.virtual > 1:
-            _refuse(found, "full recomputation with virtual stages and larger micro-batches: never the fastest", layout, "")
+            _refuse(
+                found, "full recomputation with virtual stages and larger micro-batches: never the fastest", layout, ""
+            )
             continue
-        step = predict_layout(model, layout, cluster, rules, name, decay)
+        key = (layout.tp, layout.pp, layout.ep, layout.etp)
+        if key not in works:
+            works[key] = optimizer_work(model, layout, cluster, rules, decay)
+        step = predict_layout(model, layout, cluster, rules, name, decay, works[key])
         if step.memory.total > cluster.memory:
             short = f"needs {step.memory.total / 1e9:.0f} GB of {cluster.memory / 1e9:.0f} GB"
             _refuse(found, "does not fit into memory", layout, short)
@@ -110,17 +137,42 @@ def _refuse(found: Found, reason: str, layout: Layout, example: str) -> None:
 
 def table(found: Found, top: int = 10) -> str:
     """Ranked layouts, then what fell out and why."""
-    head = ("rank", "layout", "micro", "virtual", "recompute", "step s", "optimizer", "bubble", "comm", "TFLOP/s", "memory GB")
+    head = (
+        "rank",
+        "layout",
+        "micro",
+        "virtual",
+        "recompute",
+        "step s",
+        "optimizer",
+        "bubble",
+        "comm",
+        "TFLOP/s",
+        "memory GB",
+    )
     rows = [head]
     for rank, step in enumerate(found.steps[:top], 1):
         o = step.layout
-        rows.append((
-            str(rank), o.name(), str(o.micro_batch), str(o.virtual), o.recompute, f"{step.seconds:.3f}",
-            f"{step.optimizer_share:.1%}", f"{step.bubble / step.seconds:.1%}", f"{step.traffic.exposed / step.seconds:.1%}",
-            f"{step.flops_per_gpu / 1e12:.0f}", f"{step.memory.total / 1e9:.1f}",
-        ))
+        rows.append(
+            (
+                str(rank),
+                o.name(),
+                str(o.micro_batch),
+                str(o.virtual),
+                o.recompute,
+                f"{step.seconds:.3f}",
+                f"{step.optimizer_share:.1%}",
+                f"{step.bubble / step.seconds:.1%}",
+                f"{step.traffic.exposed / step.seconds:.1%}",
+                f"{step.flops_per_gpu / 1e12:.0f}",
+                f"{step.memory.total / 1e9:.1f}",
+            )
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["  ".join(cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows]
+    lines = [
+        "  ".join(cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
     if not found.steps:
         lines = ["no layout fits"]
     lines.append("")

@@ -63,8 +63,10 @@ class Step:
     @property
     def optimizer_flops(self) -> float:
         """FLOPs of the optimizer in a mean step over all GPUs."""
-        stages = [sum(sum(c.mean_flops() for c in domain.costs.values()) * _copies(domain, self.layout)
-                      for domain in stage) for stage in self.plans]
+        stages = [
+            sum(sum(c.mean_flops() for c in domain.costs.values()) * _copies(domain, self.layout) for domain in stage)
+            for stage in self.plans
+        ]
         return sum(stages)
 
     @property
@@ -106,25 +108,52 @@ def check_world(cluster: Cluster, world: int) -> None:
         raise UserError(f"the layout wants {world} devices, cluster {cluster.name} has {cluster.devices}; use fewer.")
 
 
-def predict_layout(
-    model: Model, layout: Layout, cluster: Cluster, rules: Any, name: str, decay_mode: str = "decoupled"
-) -> Step:
-    """The step of a model in a layout that is known to fit it."""
+@dataclass
+class OptimizerWork:
+    """What the optimizer does in a layout: it depends on TP, PP, EP and ranks, not on micro-batches."""
+
+    domains: list[list[DomainPlan]]
+    slowest: OptimizerTime
+    states: list[float]  # bytes of the fullest rank of each stage
+
+
+def optimizer_work(
+    model: Model, layout: Layout, cluster: Cluster, rules: Any, decay_mode: str = "decoupled"
+) -> OptimizerWork:
+    """The optimizer's plan and the time of the slowest stage."""
     domains = plans(model, layout, rules, decay_mode)
-    timed: dict[int, OptimizerTime] = {}
-    slowest: OptimizerTime | None = None
-    for stage in domains:
-        if id(stage) not in timed:
-            timed[id(stage)] = _merge([domain_time(domain, layout, cluster) for domain in stage], cluster)
-        if slowest is None or timed[id(stage)].mean > slowest.mean:
-            slowest = timed[id(stage)]
-    assert slowest is not None
+    timed = {
+        id(stage): _merge([domain_time(domain, layout, cluster) for domain in stage], cluster) for stage in domains
+    }
+    slowest = max(timed.values(), key=lambda item: item.mean)
+    return OptimizerWork(domains, slowest, [timed[id(stage)].state_bytes for stage in domains])
+
+
+def predict_layout(
+    model: Model,
+    layout: Layout,
+    cluster: Cluster,
+    rules: Any,
+    name: str,
+    decay_mode: str = "decoupled",
+    work: OptimizerWork | None = None,
+) -> Step:
+    """The step of a model in a layout that is known to fit it; `work` spares working out the optimizer's part again."""
+    work = work or optimizer_work(model, layout, cluster, rules, decay_mode)
     forward_backward = stage_seconds(model, layout, cluster)
     bubble = forward_backward * (layout.pp - 1) / (layout.microbatches * layout.virtual)
-    moved = traffic(model, layout, cluster, forward_backward)
-    states = [timed[id(stage)].state_bytes for stage in domains]
-    return Step(model, layout, cluster, name, forward_backward, bubble, moved, slowest,
-                memory(model, layout, cluster, domains, states), domains)
+    return Step(
+        model,
+        layout,
+        cluster,
+        name,
+        forward_backward,
+        bubble,
+        traffic(model, layout, cluster, forward_backward),
+        work.slowest,
+        memory(model, layout, cluster, work.domains, work.states),
+        work.domains,
+    )
 
 
 def _merge(parts: list[OptimizerTime], cluster: Cluster) -> OptimizerTime:
@@ -135,7 +164,16 @@ def _merge(parts: list[OptimizerTime], cluster: Cluster) -> OptimizerTime:
             total.by_class[kind] = total.by_class.get(kind, 0.0) + value
         for what, value in part.sent.items():
             total.sent[what] = total.sent.get(what, 0.0) + value
-        for key in ("element_wise", "host", "refresh", "exchange", "exchange_hidden", "flops", "state_bytes", "state_total"):
+        for key in (
+            "element_wise",
+            "host",
+            "refresh",
+            "exchange",
+            "exchange_hidden",
+            "flops",
+            "state_bytes",
+            "state_total",
+        ):
             setattr(total, key, getattr(total, key) + getattr(part, key))
         total.refresh_every = max(total.refresh_every, part.refresh_every)
         total.staggered = total.staggered or part.staggered
@@ -175,7 +213,9 @@ def stage_seconds(model: Model, layout: Layout, cluster: Cluster) -> float:
             seconds += cluster.overheads.layer
         if last == model.layers:
             plain = "bf16" if width == 2 else "fp32"
-            seconds += 3.0 * tokens * model.output_flops() / layout.tp / cluster.rate("gemm", plain, min(tokens, model.hidden))
+            seconds += (
+                3.0 * tokens * model.output_flops() / layout.tp / cluster.rate("gemm", plain, min(tokens, model.hidden))
+            )
             seconds += 24.0 * tokens * model.vocabulary / layout.tp / cluster.bandwidth  # fp32 logits, six passes
         slowest = max(slowest, seconds)
     return slowest * layout.microbatches / cluster.step_efficiency * cluster.crowding(layout.world)

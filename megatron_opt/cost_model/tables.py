@@ -47,9 +47,15 @@ GPUS = tuple(2**n for n in range(3, 15))
 def flags_of(case: Case, optimizer: str, **more: Any) -> dict[str, Any]:
     """Flags of a run of a case."""
     base = dict(case.shape) | {
-        "global-batch-size": case.sequences, "micro-batch-size": 1, "tensor-model-parallel-size": case.tp,
-        "pipeline-model-parallel-size": case.pp, "sequence-parallel": case.tp > 1, "use-distributed-optimizer": True,
-        "overlap-grad-reduce": True, "overlap-param-gather": True, "optimizer": optimizer,
+        "global-batch-size": case.sequences,
+        "micro-batch-size": 1,
+        "tensor-model-parallel-size": case.tp,
+        "pipeline-model-parallel-size": case.pp,
+        "sequence-parallel": case.tp > 1,
+        "use-distributed-optimizer": True,
+        "overlap-grad-reduce": True,
+        "overlap-param-gather": True,
+        "optimizer": optimizer,
     }
     return base | {key.replace("_", "-"): value for key, value in more.items()}
 
@@ -76,7 +82,9 @@ def unconditioned(step: Step) -> float:
     total = sum(domain.matrix_numel for domain in domains)
     idle = sum(
         domain.infos[name].shape[0] * domain.infos[name].shape[-1]
-        for domain in domains for name, cost in domain.costs.items() if not cost.flops
+        for domain in domains
+        for name, cost in domain.costs.items()
+        if not cost.flops
     )
     return idle / total if total else 0.0
 
@@ -85,11 +93,21 @@ def _row(sweep: str, x: float, case: str, optimizer: str, step: Step | None) -> 
     if step is None:
         return {"sweep": sweep, "model": case, "x": x, "optimizer": optimizer}
     return {
-        "sweep": sweep, "model": case, "x": x, "optimizer": optimizer, "gpus": step.layout.world,
-        "tokens": step.tokens, "step_s": step.seconds, "optimizer_s": step.optimizer.mean,
-        "refresh_step_s": step.refresh_step, "share": step.optimizer_share,
-        "flop_share": step.optimizer_flops / step.training_flops, "memory_gb": step.memory.total / 1e9,
-        "state_gb": step.memory.optimizer_state / 1e9, "imbalance": step.optimizer.imbalance, "bound": bound(step),
+        "sweep": sweep,
+        "model": case,
+        "x": x,
+        "optimizer": optimizer,
+        "gpus": step.layout.world,
+        "tokens": step.tokens,
+        "step_s": step.seconds,
+        "optimizer_s": step.optimizer.mean,
+        "refresh_step_s": step.refresh_step,
+        "share": step.optimizer_share,
+        "flop_share": step.optimizer_flops / step.training_flops,
+        "memory_gb": step.memory.total / 1e9,
+        "state_gb": step.memory.optimizer_state / 1e9,
+        "imbalance": step.optimizer.imbalance,
+        "bound": bound(step),
     }
 
 
@@ -112,7 +130,9 @@ def sweeps(cluster: Cluster, optimizers: Sequence[str]) -> list[dict[str, Any]]:
             rows.append(_row("batch", sequences * 4096, "7B", optimizer, step))
         for hidden in (512, 1024, 2048, 4096, 8192, 16384):
             case = Case(str(hidden), _llama(32, hidden, 4 * hidden, hidden // 64), 1024, 8, 1)
-            rows.append(_row("width", hidden, f"width {hidden}", optimizer, _predict(flags_of(case, optimizer), cluster, 64)))
+            rows.append(
+                _row("width", hidden, f"width {hidden}", optimizer, _predict(flags_of(case, optimizer), cluster, 64))
+            )
         for case in CASES:
             for gpus in GPUS:
                 step = _predict(flags_of(case, optimizer), cluster, gpus)
@@ -122,13 +142,20 @@ def sweeps(cluster: Cluster, optimizers: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def scaling_summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """For each model and optimizer: up to how many GPUs the optimizer stays under 10% of a step, and what bounds it then."""
-    lines = [f"GPUs up to which the optimizer takes at most {LIMIT:.0%} of a mean step (usual batch of each size; "
-             "> where the largest layout that divides is still under it), and what bounds it there", ""]
-    lines.append(f"{'model':<7}{'optimizer':<12}{'GPUs':>8}{'share there':>13}{'share at most GPUs':>20}  bound at most GPUs")
+    """For each model and optimizer: up to how many GPUs it stays under 10% of a step, and what bounds it."""
+    lines = [
+        f"GPUs up to which the optimizer takes at most {LIMIT:.0%} of a mean step (usual batch of each size; "
+        "> where the largest layout that divides is still under it), and what bounds it there",
+        "",
+    ]
+    lines.append(
+        f"{'model':<7}{'optimizer':<12}{'GPUs':>8}{'share there':>13}{'share at most GPUs':>20}  bound at most GPUs"
+    )
     keys = dict.fromkeys((row["model"], row["optimizer"]) for row in rows if row["sweep"] == "gpus")
     for model, optimizer in keys:
-        mine = [row for row in rows if row["sweep"] == "gpus" and (row["model"], row["optimizer"]) == (model, optimizer)]
+        mine = [
+            row for row in rows if row["sweep"] == "gpus" and (row["model"], row["optimizer"]) == (model, optimizer)
+        ]
         good = [row for row in mine if row["share"] <= LIMIT]
         last = mine[-1]
         largest = good[-1] if good else None
@@ -179,7 +206,7 @@ def plots(rows: Sequence[Mapping[str, Any]], title: str, optimizers: Sequence[st
         for optimizer in optimizers:
             _line(axis, rows, optimizer, sweep="gpus", model=model)
         _finish(axis, "GPUs", model)
-    for axis in axes.flat[len(models):]:
+    for axis in axes.flat[len(models) :]:
         axis.axis("off")
     figure.suptitle(title)
     found["gpus"] = _png(figure)
@@ -188,9 +215,14 @@ def plots(rows: Sequence[Mapping[str, Any]], title: str, optimizers: Sequence[st
 
 
 def _line(axis: Any, rows: Sequence[Mapping[str, Any]], optimizer: str, **where: str) -> None:
-    points = [row for row in rows if row["optimizer"] == optimizer and "share" in row
-              and all(row[key] == value for key, value in where.items())]
-    axis.plot([row["x"] for row in points], [100 * row["share"] for row in points], marker="o", markersize=3, label=optimizer)
+    points = [
+        row
+        for row in rows
+        if row["optimizer"] == optimizer and "share" in row and all(row[key] == value for key, value in where.items())
+    ]
+    axis.plot(
+        [row["x"] for row in points], [100 * row["share"] for row in points], marker="o", markersize=3, label=optimizer
+    )
 
 
 def _finish(axis: Any, label: str, title: str) -> None:

@@ -9,7 +9,7 @@ from megatron_opt.cost_model.model import Model
 
 @dataclass
 class Traffic:
-    """Seconds, hidden seconds and bytes sent by each GPU in a step, by kind (tensor, pipeline, data, gather, expert, context)."""
+    """Seconds, hidden seconds and bytes sent by each GPU in a step, by kind (tensor, pipeline, expert, …)."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     hidden: dict[str, float] = field(default_factory=dict)
@@ -43,10 +43,16 @@ def traffic(model: Model, layout: Layout, cluster: Cluster, forward_backward: fl
         total = 4 * layers * count
         found.add("tensor", each * total, volume * total, each * total * hidden)
     if layout.cp > 1:  # keys and values travel the ring, forward and twice backward
-        keys = model.groups * model.head_dim * 2 / model.hidden if not model.mla else (model.kv_lora + model.rope_dim) / model.hidden
+        keys = (
+            model.groups * model.head_dim * 2 / model.hidden
+            if not model.mla
+            else (model.kv_lora + model.rope_dim) / model.hidden
+        )
         volume = (layout.cp - 1) * activation * keys / t
         each = cluster.ring(volume, layout.cp, stride=t) * crowd
-        found.add("context", 3 * each * layers * count, 3 * volume * layers * count, 2.4 * each * layers * count * overlap)
+        found.add(
+            "context", 3 * each * layers * count, 3 * volume * layers * count, 2.4 * each * layers * count * overlap
+        )
     if layout.pp > 1:
         volume = activation / (t if layout.sequence_parallel else 1)
         each = cluster.ring(volume, 2, stride=max(1, layout.world // layout.pp))

@@ -73,6 +73,15 @@ class ElementwiseStep:
                 decay_mode=self.groups[index].decay_mode,
             )
 
+    def update_curvature(self, grads: list[Tensor], scale: float) -> None:
+        """Squared gradients times `scale` into the curvature of the rules that keep one."""
+        for index, rule in enumerate(self.rules):
+            pieces = self.slices.get(index, [])
+            if hasattr(rule, "update_curvature") and pieces:
+                rule.update_curvature(
+                    [piece.state for piece in pieces], [piece.of(grads) for piece in pieces], scale, squared=True
+                )
+
     def _reducer(self, pieces: list[Slice], group: int) -> Reducer:
         domain = self.domain
 

@@ -216,6 +216,16 @@ class ShardedOptimizer(MegatronOptimizer):
                 if rect.matrix in projected:
                     fragment.main[rect.offset : rect.offset + rect.numel].mul_(float(factors[domain.order[rect.matrix]]))
 
+    def curvature_due(self, step: int) -> bool:
+        """Whether a rule wants a curvature estimate after step `step`."""
+        return any(hasattr(rule, "curvature_due") and rule.curvature_due(step) for rule in self.rules)
+
+    @torch.no_grad()
+    def update_curvature(self, tokens: int) -> None:
+        """Take the gradients now in the buffers, of the mean loss on `tokens` sampled labels, as a curvature estimate."""
+        for element in self.element_steps:
+            element.update_curvature([_grad(fragment) for fragment in element.domain.fragments], float(tokens))
+
     def ensure_states(self) -> None:
         """Make the matrix rules' state from the current weights where there is none yet."""
         for domain, step in zip(self.domains, self.matrix_steps, strict=True):

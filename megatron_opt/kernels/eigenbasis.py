@@ -40,7 +40,7 @@ def complete(columns: Tensor, noise: float | None = None) -> Tensor:
 
 
 def _descending(factor: Tensor) -> Tensor:
-    """Eigenvectors of symmetric (…, K, K), largest eigenvalue first, each with a positive product with one fixed vector."""
+    """Eigenvectors of symmetric (…, K, K), largest eigenvalue first, their signs fixed by one generic vector."""
     vectors = torch.linalg.eigh(factor).eigenvectors.flip(-1)
     weights = torch.arange(1, factor.shape[-1] + 1, dtype=factor.dtype, device=factor.device).sin()
     return vectors * torch.where(weights @ vectors < 0, -1.0, 1.0).to(factor.dtype).unsqueeze(-2)
@@ -72,7 +72,8 @@ def first_bases(grad: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, ...]:
 def power_step(factor: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """One QR power iteration: sort the basis by qᵀAq, then orthonormalize A·Q; returns (basis, order (…, K)).
 
-    `rank` bounds the factor's rank: so many columns are sorted and iterated, the others keep their order and are completed.
+    `rank` bounds the factor's rank: so many columns are sorted and iterated; the others keep their order and
+    are completed.
     """
     image = products.matmul(factor, basis)
     values = (basis * image).sum(-2)

@@ -1,4 +1,4 @@
-"""Newton–Schulz orthogonalization: odd polynomials that drive singular values to 1, on batches, in standard or Gram form.
+"""Newton–Schulz orthogonalization: odd polynomials that drive singular values to 1, standard or Gram form.
 
 Muon: kellerjordan.github.io/posts/muon. Coefficients: leloykun.github.io/ponder/muon-opt-coeffs (quintic),
 arXiv 2505.16932 (polar_express, its 1.01 safety factor included), arXiv 2506.10935 (cans), DeepSeek-V4 (deepseekv4).
@@ -49,9 +49,9 @@ _REPEAT_LAST = ("polar_express", "cans", "deepseekv4")
 
 ITERATION_DTYPES = {"medium": torch.bfloat16, "high": None, "highest": None}  # None: the matrix's own
 
-# Long side over short side from which the Gram form is faster (one CPU core, 512×K, 5 steps: bf16 1.3× at 4, fp32 1.5× at 8).
+# Long side over short from which the Gram form is faster (one CPU core, k = 512: bf16 1.3× at 4, fp32 1.5× at 8).
 GRAM_ASPECT = {torch.bfloat16: 3.0, torch.float32: 5.0}
-_STACK_SIDE = 512  # above this short side one product fills the machine and stacking only copies
+_STACK_SIDE = 256  # from this short side on one product fills a core, and stacking only copies
 _STACK_ELEMENTS = 1 << 24
 
 
@@ -85,7 +85,7 @@ def _polynomial(a: float, b: float, c: float, r: Tensor) -> Tensor:
 
 
 def gram_polynomial(gram: Tensor, table: Coefficients) -> Tensor:
-    """Q (…, k, k) with Q·X = the iteration's result, from R = X·Xᵀ of the normalized X; exact only in high precision."""
+    """Q (…, k, k) with Q·X = the iteration's result, from R = X·Xᵀ of normalized X; exact in high precision only."""
     r, q = gram, None
     for index, (a, b, c) in enumerate(table):
         z = _polynomial(a, b, c, r)
@@ -113,7 +113,7 @@ def _segments(steps: int, dtype: torch.dtype) -> list[int]:
 
 
 def gram_form(x: Tensor, table: Coefficients) -> Tensor:
-    """The same result by iterating on k×k and applying once; fp32 keeps its k×k in fp64, bf16 restarts every two steps."""
+    """The same by iterating on k×k and applying once; fp32 keeps its k×k in fp64, bf16 restarts every two steps."""
     start = 0
     for length in _segments(len(table), x.dtype):
         wide = x if x.dtype == torch.bfloat16 else x.double()
@@ -197,10 +197,8 @@ def orthogonalize(
     return [result for result in results if result is not None]
 
 
-def flops(
-    k: int, K: int, table: Coefficients, precision: str = "medium", dtype: torch.dtype = torch.float32
-) -> float:
-    """FLOPs of one matrix as `orthogonalize` computes it: T(4Kk² + 2k³), or 4Kk² + (8T − 6)k³ per Gram segment of T steps."""
+def flops(k: int, K: int, table: Coefficients, precision: str = "medium", dtype: torch.dtype = torch.float32) -> float:
+    """FLOPs as `orthogonalize` computes it: T(4Kk² + 2k³), or 4Kk² + (8T − 6)k³ for each Gram segment of T steps."""
     work = ITERATION_DTYPES[precision] or dtype
     if not uses_gram_form(k, K, work, table):
         return len(table) * (4.0 * K * k * k + 2.0 * k**3)

@@ -19,9 +19,7 @@ def norm_bound(a: Tensor) -> Tensor:
     index = scaled.square().sum(-2).argmax(-1)
     column = scaled.gather(-1, index.view(-1, 1, 1).expand(-1, a.shape[-2], 1))  # (B, k, 1)
     x = scaled.mT @ column
-    x = scaled @ (
-        x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
-    )
+    x = scaled @ (x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(a.dtype).tiny))
     return largest.flatten() * torch.linalg.vector_norm(x, dim=(-2, -1))
 
 
@@ -81,7 +79,7 @@ def triangular_update(factors: Factors, g: Tensor, v: Tensor, lr: float) -> None
 
 
 def _rotate_to_symmetric(q: Tensor, largest_step: float = 0.125) -> Tensor:
-    """One step exp(aR)·Q, R = Qᵀ − Q normalized, to second order, towards the rotation that makes Q symmetric positive."""
+    """One step exp(aR)·Q, R = Qᵀ − Q normalized, to second order, towards a symmetric positive Q."""
     r = q.mT - q
     r = r / norm_bound(r).clamp_min(torch.finfo(q.dtype).tiny).view(-1, 1, 1)
     rq = products.matmul(r, q)
@@ -93,7 +91,7 @@ def _rotate_to_symmetric(q: Tensor, largest_step: float = 0.125) -> Tensor:
 
 
 def procrustes_update(factors: Factors, bounds: Factors, g: Tensor, lr: float, decay: float = 0.9) -> None:
-    """Q ← Q − (lr/L)·(C − c·I)·Q, then a rotation towards symmetric Q; C the side's moment of P·g, c the other side's size.
+    """Q ← Q − (lr/L)·(C − c·I)·Q, then a rotation towards symmetric Q; C the moment of P·g, c the other side's size.
 
     L is the running bound of ‖C‖ + c, kept in `bounds` (B,). In place, no solve.
     """
@@ -123,7 +121,7 @@ def balance(factors: Factors) -> None:
 
 
 def inverse_root_eigh(a: Tensor, order: int, damping: float) -> Tensor:
-    """(A + d·I)^(−1/p) of symmetric (B, k, k) by eigendecomposition, d = damping·largest eigenvalue; zero stays zero."""
+    """(A + d·I)^(−1/p) of symmetric (B, k, k) by eigendecomposition, d = damping·largest eigenvalue; 0 stays 0."""
     values, vectors = torch.linalg.eigh(a)
     most = values.amax(-1, keepdim=True)
     damped = values.clamp_min(0) + damping * most
@@ -131,9 +129,7 @@ def inverse_root_eigh(a: Tensor, order: int, damping: float) -> Tensor:
     return (vectors * torch.where(most > 0, roots, torch.zeros_like(roots)).unsqueeze(-2)) @ vectors.mT
 
 
-def inverse_root_newton(
-    a: Tensor, order: int, damping: float, steps: int = 100, tolerance: float = 1e-6
-) -> Tensor:
+def inverse_root_newton(a: Tensor, order: int, damping: float, steps: int = 100, tolerance: float = 1e-6) -> Tensor:
     """The same by the coupled Newton iteration (arXiv 2002.09018), products only: M → I, X → A^(−1/p).
 
     The damping is relative to the Frobenius norm; stops when all |M − I| are below the tolerance or grow.
@@ -144,9 +140,7 @@ def inverse_root_newton(
     alive = norm > 0
     norm = torch.where(alive, norm, torch.ones_like(norm))
     damped = a + damping * norm * eye
-    scale = (1 + order) / (
-        2 * torch.linalg.matrix_norm(damped, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
-    )
+    scale = (1 + order) / (2 * torch.linalg.matrix_norm(damped, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny))
     m, x = damped * scale, eye * scale ** (1.0 / order)
     error = (m - eye).abs().amax()
     for _ in range(steps):

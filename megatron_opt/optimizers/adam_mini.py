@@ -54,9 +54,7 @@ class AdamMini(MatrixOptimizer):
 
     def _direction(self, g: Tensor, state: State, step: int) -> Tensor:
         cfg, second = self.config, state["exp_avg_sq"]
-        mean = torch.linalg.vector_norm(g.reshape(len(second), -1), dim=1).square() / (
-            g.numel() // len(second)
-        )
+        mean = torch.linalg.vector_norm(g.reshape(len(second), -1), dim=1).square() / (g.numel() // len(second))
         second.lerp_(mean.view(second.shape), 1 - cfg.beta2)
         state["exp_avg"].lerp_(g, 1 - cfg.beta1)
         scale = (second / (1 - cfg.beta2**step)).sqrt().add_(cfg.eps).mul_(1 - cfg.beta1**step)

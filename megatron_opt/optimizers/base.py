@@ -1,4 +1,4 @@
-"""What every optimizer is: a rule on whole logical matrices, or a rule on single elements. No process group in sight."""
+"""What every optimizer is: a rule on whole logical matrices, or one on single elements. No process group in sight."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -72,7 +72,7 @@ class MatrixOptimizer:
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
     ) -> list[Tensor]:
-        """Directions for many matrices of any shapes; `step` counts from 1; states change in place, grads may be reused."""
+        """Directions for many matrices; `step` counts from 1; states change in place, gradients may be overwritten."""
         raise NotImplementedError
 
     def cost(self, info: MatrixInfo) -> Cost:

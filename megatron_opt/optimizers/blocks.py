@@ -35,9 +35,7 @@ class Grid:
 
     def shapes(self) -> list[tuple[int, int, int]]:
         """(count, block rows, block columns) of each region."""
-        return [
-            ((r1 - r0) // rb * ((c1 - c0) // cb), rb, cb) for (r0, r1, rb), (c0, c1, cb) in self.regions()
-        ]
+        return [((r1 - r0) // rb * ((c1 - c0) // cb), rb, cb) for (r0, r1, rb), (c0, c1, cb) in self.regions()]
 
     def cut(self, x: Tensor) -> list[Tensor]:
         """Stacks (count, block rows, block columns); views where a region is one block."""

@@ -150,8 +150,7 @@ class FactoredOptimizer(MatrixOptimizer):
         return directions
 
     def before_blocks(self, grad: Tensor, state: State) -> None:
-        """What is done to the whole matrix's state first: the first moment."""
-        state["exp_avg"].lerp_(grad, 1 - self.config.beta1)
+        """What is done to the whole matrix's state first."""
 
     def _step_group(
         self,

@@ -42,9 +42,7 @@ class GroupRule:
         if not self.lr_scale >= 0:
             raise UserError(f"group {self.match!r}: lr_scale is {self.lr_scale}; it must be at least 0.")
         if self.decay_mode not in (None, *DECAY_MODES):
-            raise UserError(
-                f"group {self.match!r}: decay_mode {self.decay_mode!r}; use {', '.join(DECAY_MODES)}."
-            )
+            raise UserError(f"group {self.match!r}: decay_mode {self.decay_mode!r}; use {', '.join(DECAY_MODES)}.")
         try:
             re.compile(self.match)
         except re.error as error:
@@ -68,9 +66,7 @@ class Group:
     lr_scale: float
     weight_decay: bool | float
     decay_mode: str
-    clip_scope: (
-        str | None
-    )  # groups with the same word are clipped by one norm over all of them; None: not clipped
+    clip_scope: str | None  # groups with the same word are clipped by one norm over all of them; None: not clipped
     infos: tuple[MatrixInfo, ...]
 
     def decay(self, run_value: float) -> float:
@@ -116,24 +112,18 @@ def default_rules(
     def rest(scalars: tuple[str, float, Options], clip: bool | str, decay: float | None = None) -> GroupRule:
         name, ratio, tuned = scalars
         scale = ratio if scalar_lr_scale is None else scalar_lr_scale
-        return GroupRule(
-            ".*", name, options(name, tuned), scale, weight_decay=decay, clip=clip, optional=True
-        )
+        return GroupRule(".*", name, options(name, tuned), scale, weight_decay=decay, clip=clip, optional=True)
 
     if optimizer in _SCALARS:
         hidden = GroupRule("kind=hidden", optimizer, options(optimizer), clip=False)
         decay = {"constrained": 1.0, "unconstrained": 0.0}.get(hidden.options.get("form", ""))
         return [replace(hidden, weight_decay=decay), rest(_SCALARS[optimizer], clip=True, decay=decay)]
     if scalar_lr_scale is not None and not optimizer.endswith("_h"):
-        raise UserError(
-            f"{optimizer} takes all parameters: there is no other group for a learning-rate factor."
-        )
+        raise UserError(f"{optimizer} takes all parameters: there is no other group for a learning-rate factor.")
     if optimizer.endswith("_h"):
         return [
             GroupRule("kind=hidden", optimizer, options(optimizer), weight_decay=False, clip="hidden"),
-            GroupRule(
-                "kind=output", "adam_h", options("adam_h"), weight_decay=False, clip="output", optional=True
-            ),
+            GroupRule("kind=output", "adam_h", options("adam_h"), weight_decay=False, clip="output", optional=True),
             rest(_HYPERBALL_SCALARS, clip="rest"),
         ]
     if optimizer == "adam_mini":
@@ -145,7 +135,7 @@ def default_rules(
 
 
 def load_rules(path: str | Path, flags: Mapping[str, Options] | None = None) -> list[GroupRule]:
-    """Rules from a YAML file with a list `groups`; `flags` are the options given on the command line, which rules override."""
+    """Rules from a YAML file with a list `groups`; `flags` are the command line's options, which rules override."""
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -159,9 +149,7 @@ def load_rules(path: str | Path, flags: Mapping[str, Options] | None = None) -> 
         if not isinstance(entry, dict) or not {"match", "optimizer"} <= set(entry):
             raise UserError(f"{path}, group {number}: give at least `match` and `optimizer`.")
         if unknown := sorted(set(entry) - known):
-            raise UserError(
-                f"{path}, group {number} has no key {unknown[0]!r}; it has {', '.join(sorted(known))}."
-            )
+            raise UserError(f"{path}, group {number} has no key {unknown[0]!r}; it has {', '.join(sorted(known))}.")
         given = (flags or {}).get(entry["optimizer"], {})
         rules.append(GroupRule(**{**entry, "options": {**given, **(entry.get("options") or {})}}))
     return rules
@@ -192,9 +180,7 @@ def assign(
         hits[first] += 1
         rule = rules[first]
         decay = rule.weight_decay if rule.weight_decay is not None else info.kind not in UNDECAYED
-        scale = rule.lr_scale * mup.lr_multiplier(
-            rule.optimizer, built[first].config, info, width_ratio or 1.0
-        )
+        scale = rule.lr_scale * mup.lr_multiplier(rule.optimizer, built[first].config, info, width_ratio or 1.0)
         taken.setdefault((first, decay, scale), []).append(info)
     if left:
         raise UserError(
@@ -204,13 +190,9 @@ def assign(
         if not hits[index] and not rule.optional:
             why = "earlier groups take all it matches" if matched[index] else "no parameter has such a name"
             names = _some([info.name for info in infos])
-            raise UserError(
-                f"group {rule.match!r} is empty: {why}; mend or remove it. Names are like {names}."
-            )
+            raise UserError(f"group {rule.match!r} is empty: {why}; mend or remove it. Names are like {names}.")
     groups: list[Group] = []
-    for (index, decay, scale), members in sorted(
-        taken.items(), key=lambda item: (item[0][0], -item[0][1], item[0][2])
-    ):
+    for (index, decay, scale), members in sorted(taken.items(), key=lambda item: (item[0][0], -item[0][1], item[0][2])):
         rule = rules[index]
         _check_members(rule, built[index], members, decay)
         clip = built[index].clip if rule.clip is None else rule.clip
@@ -229,9 +211,7 @@ def assign(
     return groups
 
 
-def _check_members(
-    rule: GroupRule, optimizer: Any, members: Sequence[MatrixInfo], decay: bool | float
-) -> None:
+def _check_members(rule: GroupRule, optimizer: Any, members: Sequence[MatrixInfo], decay: bool | float) -> None:
     if not isinstance(optimizer, MatrixOptimizer):
         return
     vectors = [info.name for info in members if len(info.shape) != 2]
@@ -264,17 +244,13 @@ def describe(groups: Sequence[Group], weight_decay: float | None = None) -> str:
             decay += f" {group.decay_mode}"
         options = " ".join(f"{key}={value}" for key, value in sorted(group.options.items()))
         counts = (str(len(group.infos)), f"{group.numel:,}")
-        rows.append(
-            (group.optimizer, kinds, *counts, f"{group.lr_scale:g}", decay, group.clip_scope or "no", options)
-        )
+        rows.append((group.optimizer, kinds, *counts, f"{group.lr_scale:g}", decay, group.clip_scope or "no", options))
     total = (str(sum(len(group.infos) for group in groups)), f"{sum(group.numel for group in groups):,}")
     rows.append(("total", "", *total, "", "", "", ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     right = (2, 3, 4)
     lines = []
     for row in rows:
-        cells = [
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))
-        ]
+        cells = [cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

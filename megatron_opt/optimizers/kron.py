@@ -100,9 +100,7 @@ class Kron(MatrixOptimizer):
         """Blocks; a side with a diagonal factor is not cut."""
         shape, size = (*info.shape, 1)[:2], self.config.block_size
         diagonal = (*self.diagonal(info), True)[:2]
-        return Grid.of(
-            shape, tuple(size if size and not flat else side for side, flat in zip(shape, diagonal))
-        )
+        return Grid.of(shape, tuple(size if size and not flat else side for side, flat in zip(shape, diagonal)))
 
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
         state = {"exp_avg": torch.zeros_like(weight)}
@@ -117,9 +115,16 @@ class Kron(MatrixOptimizer):
 
     def noise(self, info: MatrixInfo, step: int, like: Tensor) -> Tensor:
         """Gaussian (m, n), a function of the matrix's name and the step."""
-        generator = torch.Generator().manual_seed(zlib.crc32(info.name.encode()) * 2**20 + step)
-        draw = torch.randn(like.shape, generator=generator, dtype=torch.float32)
-        return draw.to(device=like.device, dtype=like.dtype)
+        generator = torch.Generator(like.device).manual_seed(zlib.crc32(info.name.encode()) * 2**20 + step)
+        return torch.randn(like.shape, generator=generator, dtype=torch.float32, device=like.device).to(like.dtype)
+
+    def _moment(self, grad: Tensor, state: State, step: int) -> Tensor:
+        """The bias-corrected momentum (m, n), advanced by this gradient."""
+        cfg = self.config
+        if cfg.normalize_grads:
+            grad = grad / (torch.linalg.vector_norm(grad) + 1e-16)
+        state["exp_avg"].lerp_(grad, 1 - cfg.beta1)
+        return as_matrix(state["exp_avg"]) / (1 - cfg.beta1**step)
 
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
@@ -128,18 +133,15 @@ class Kron(MatrixOptimizer):
         directions = [torch.empty_like(grad) for grad in grads]
         groups: dict[tuple, list[_Item]] = {}
         found: list[dict[int, Tensor]] = [{} for _ in grads]
-        for index, (grad, state, info) in enumerate(zip(grads, states, infos)):
-            if cfg.normalize_grads:
-                grad = grad / (torch.linalg.vector_norm(grad) + 1e-16)
-            state["exp_avg"].lerp_(grad, 1 - cfg.beta1)
-            moment = as_matrix(state["exp_avg"]) / (1 - cfg.beta1**step)
+        moments = [self._moment(grad, state, step) for grad, state in zip(grads, states)]
+        means = torch.stack([m.abs().mean() for m in moments]).tolist() if number else [0.0] * len(moments)
+        for index, (moment, mean, info) in enumerate(zip(moments, means, infos)):
             grid, flat = self.grid(info), self.diagonal(info)
             stacks = grid.cut(moment)
             extra: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(stacks)
-            mean = moment.abs().mean() if number else None
-            if mean is not None and mean > 0:  # factors learn nothing from zeros
+            if mean > 0:  # factors learn nothing from zeros
                 noise = self.noise(info, step, moment)
-                extra = list(zip(grid.cut(moment + _DAMPING * mean * noise), grid.cut(noise)))
+                extra = list(zip(grid.cut(torch.add(moment, noise, alpha=_DAMPING * mean)), grid.cut(noise)))
             for region, (m, (damped, drawn)) in enumerate(zip(stacks, extra)):
                 key = (*m.shape[1:], flat, damped is not None, m.dtype, m.device)
                 key = key if max(m.shape[1:]) <= _SMALL else (*key, index, region)

@@ -27,9 +27,7 @@ def hidden_exponent(optimizer: str, config: Any) -> float:
         return 0.0
     if optimizer in ("soap", "kron", "shampoo"):
         return -0.5  # whitened: a flat spectrum with elements of about 1
-    raise UserError(
-        f"it is not known how {optimizer}'s learning rate follows the width; train without a base width."
-    )
+    raise UserError(f"it is not known how {optimizer}'s learning rate follows the width; train without a base width.")
 
 
 def lr_multiplier(optimizer: str, config: Any, info: MatrixInfo, ratio: float) -> float:

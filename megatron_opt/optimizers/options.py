@@ -1,4 +1,4 @@
-"""Fields of the rules' configurations: a default, a line of help (it becomes the flag's), and the values that make sense."""
+"""Fields of the rules' configurations: a default, a line of help (the flag's), and the values that make sense."""
 
 from dataclasses import field, fields
 from typing import Any

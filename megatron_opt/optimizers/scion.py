@@ -1,4 +1,4 @@
-"""Scion: norm-constrained steps, spectral norm for hidden matrices (sign steps elsewhere are `signum`). arXiv 2502.07529."""
+"""Scion: norm-constrained steps, spectral for hidden matrices (sign steps elsewhere: `signum`). arXiv 2502.07529."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -40,6 +40,9 @@ class Shampoo(FactoredOptimizer):
             state["graft_sq"] = torch.zeros_like(weight)
         return state
 
+    def before_blocks(self, grad: Tensor, state: State) -> None:
+        state["exp_avg"].lerp_(grad, 1 - self.config.beta1)
+
     def block_step(self, blocks: Blocks) -> Tensor:
         cfg, order = self.config, 2 * len(blocks.factors)
         roots = {"eigh": preconditioner.inverse_root_eigh, "newton": preconditioner.inverse_root_newton}

@@ -1,7 +1,7 @@
 """SOAP: Adam in the eigenbasis of Shampoo's factors. arXiv 2409.11321; as run in arXiv 2509.02046 (`study`).
 
-The study's form: step 1 only starts factors and bases and moves nothing; bias corrections count every step; a refresh is
-due when t % frequency = 0 and uses the factors from before this step. The authors' form (`variant=authors`) does not
+The study's form: step 1 only starts factors and bases and moves nothing; bias corrections count every step; a refresh
+is due when t % frequency = 0 and uses the factors from before this step. The authors' form (`variant=authors`) does not
 count step 1, refreshes when (t − 1) % frequency = 0, and uses the new factors. Where a factor is rank-deficient the
 null space of its basis is filled by `eigenbasis.complete`, a function of the gradients alone.
 """
@@ -34,7 +34,10 @@ class SoapConfig(FactoredConfig):
 
 @register
 class Soap(FactoredOptimizer):
-    """v ← EMA((Q_Lᵀ g Q_R)²);  m ← EMA(g);  direction = Q_L [Q_Lᵀ m Q_R /(√v + ε)] Q_Rᵀ·√(1−β2ⁿ)/(1−β1ⁿ)."""
+    """v ← EMA((Q_Lᵀ g Q_R)²);  m ← EMA(g);  direction = Q_L [Q_Lᵀ m Q_R /(√v + ε)] Q_Rᵀ·√(1−β2ⁿ)/(1−β1ⁿ).
+
+    Both moments are kept in the eigenbasis; a refresh turns m from the old basis into the new one.
+    """
 
     name: ClassVar[str] = "soap"
     Config: ClassVar[type] = SoapConfig
@@ -101,10 +104,12 @@ class Soap(FactoredOptimizer):
         if self.authors:
             self._advance_all(blocks)
         if blocks.due:
+            whole = _rotate(moment, blocks.derived, back=True)
             for side, basis in blocks.derived.items():
                 rank = updates * blocks.other(side)
                 order = self._refresh(blocks.factors[side], basis, rank, blocks.step, blocks.names)
                 second.copy_(_reorder(second, order, side))
+            moment.copy_(_rotate(whole, blocks.derived))
         if not self.authors:
             self._advance_all(blocks)
         return direction
@@ -114,14 +119,15 @@ class Soap(FactoredOptimizer):
             self.advance(factor, blocks.grad, side)
 
     def _direction(self, g: Tensor, m: Tensor, v: Tensor, bases: dict[int, Tensor], step: int) -> Tensor:
-        """Adam's step in the eigenbasis (…, b, c); the second moment `v` advances in place."""
+        """Adam's step in the eigenbasis (…, b, c), turned back; both moments advance in place."""
         cfg = self.config
         rotated = _rotate(g, bases)
+        m.lerp_(rotated, 1 - cfg.beta1)
         v.mul_(cfg.beta2).addcmul_(rotated, rotated, value=1 - cfg.beta2)
         n = step - 1 if cfg.variant == "authors" else step
         n = max(n, 1)
         scale = (1 - cfg.beta2**n) ** 0.5 / (1 - cfg.beta1**n)
-        return _rotate(_rotate(m, bases) / (v.sqrt() + cfg.eps), bases, back=True) * scale
+        return _rotate(scale * m / v.sqrt().add_(cfg.eps), bases, back=True)
 
     # Slices along a side without a factor: the factor of the other side is summed, its basis sent to the slices
 
@@ -146,14 +152,14 @@ class Soap(FactoredOptimizer):
         return (sum(count * size * size for count, size in self._stacks(info)),)
 
     def combined_shape(self, info: MatrixInfo) -> Shape:
-        return (1 + sum(count * size * (size + 1) for count, size in self._stacks(info)),)
+        return (1 + sum(count * size * (2 * size + 1) for count, size in self._stacks(info)),)
 
     def partial(self, grad: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
         side = self.sides(info)
         if not side:
             return grad.new_empty(0, dtype=torch.float64)
         grad = as_matrix(grad)
-        if not state["exp_avg"].any():  # the first factor is decomposed: its small eigenvalues count
+        if not state["exp_avg_sq"].any():  # the first factor is decomposed: its small eigenvalues count
             grad = grad.double()
         shares = [g @ g.mT if side[0] == 0 else g.mT @ g for g in self.grid(info, tuple(grad.shape)).cut(grad)]
         return torch.cat([share.flatten() for share in shares]).double()
@@ -184,27 +190,29 @@ class Soap(FactoredOptimizer):
                 gg.mul_(cfg.shampoo_beta).add_(share.to(gg.dtype), alpha=1 - cfg.shampoo_beta)
                 if not first and due and cfg.variant == "authors":
                     order = self._refresh(gg, q, rank, step, [info.name] * count)
-                pieces.append(order.flatten().to(q.dtype))
+                pieces += [q.flatten(), order.flatten().to(q.dtype)]
         ready.fill_(float(not first or not factor.numel() or factor.any()))
         return torch.cat(pieces)
 
     def finish(self, grad: Tensor, combined: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
         if not combined[0]:
             return torch.zeros_like(grad)
-        state["exp_avg"].lerp_(grad, 1 - self.config.beta1)
-        matrix = as_matrix(grad)
-        grid = self.grid(info, tuple(matrix.shape))
-        parts = [grid.cut(as_matrix(x)) for x in (matrix, state["exp_avg"], state["exp_avg_sq"])]
-        rest, found, seconds = combined[1:], [], []
-        for (g, m, v), (count, size) in zip(zip(*parts), self._stacks(info) or [(0, 0)]):
-            bases, order = {}, None
+        moments = [as_matrix(state[key]) for key in self.block_keys]
+        grid, rest, found = self.grid(info, tuple(moments[0].shape)), combined[1:], []
+        stacks = [grid.cut(x) for x in (as_matrix(grad), *moments)]
+        for region, (g, m, v) in enumerate(zip(*stacks)):
+            old, new = {}, {}
             for side in self.sides(info):
-                basis, order, rest = rest.tensor_split([count * size**2, count * (size**2 + size)])
-                bases[side] = basis.view(count, size, size).to(g.dtype)
-                order = order.view(count, size).round().long()
-            found.append(self._direction(g, m, v, bases, step))
-            seconds.append(_reorder(v, order, self.sides(info)[0]) if order is not None else v)
-        grid.join(seconds, as_matrix(state["exp_avg_sq"]))
+                count, size = self._stacks(info)[region]
+                square = count * size * size
+                before, after, order, rest = rest.tensor_split([square, 2 * square, 2 * square + count * size])
+                old[side], new[side] = (q.view(count, size, size).to(g.dtype) for q in (before, after))
+            found.append(self._direction(g, m, v, old, step))
+            if old and self.is_due(info, step):
+                m.copy_(_rotate(_rotate(m, old, back=True), new))
+                v.copy_(_reorder(v, order.view(count, size).round().long(), side))
+        for stack, moment in zip(stacks[1:], moments):
+            grid.join(stack, moment)
         return grid.join(found, as_matrix(torch.empty_like(grad))).view(grad.shape)
 
     def cost(self, info: MatrixInfo) -> Cost:
@@ -214,8 +222,8 @@ class Soap(FactoredOptimizer):
         for count, *block in self.grid(info).shapes():
             for side in sides:
                 size, other = block[side], block[1 - side]
-                gemm += count * 8.0 * size * size * other  # factor 2, rotations of g and m in and of u out 6
-                refresh["gemm"] += count * 2.0 * size**3
+                gemm += count * 6.0 * size * size * other  # factor 2, rotations of g in and of u out 4
+                refresh["gemm"] += count * (4.0 * size * size * other + 2.0 * size**3)  # m to the new basis; A·Q
                 refresh["qr"] += count * 8.0 / 3.0 * size**3  # geqrf 4/3 and householder_product 4/3
                 state += count * size * size * (12.0 if self.config.factor_precision == "fp64" else 8.0)
         kind = "gemm" if self.is_large(info) else "small_gemm"

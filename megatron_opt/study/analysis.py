@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from megatron_opt.errors import UserError
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.fits.extrapolate import (
-    TARGET_N,
-    TARGET_RATIOS,
     Crossing,
     Extrapolation,
     NextRun,
@@ -27,6 +26,8 @@ from megatron_opt.study.fits.speedups import Speedup, speedups
 from megatron_opt.study.fits.validation import Prediction, hold_out_largest, leave_one_out
 from megatron_opt.study.spec import Regime
 
+FAR = 50.0
+"""an extrapolation over more than this factor of size is called what it is"""
 LAW_HYPERPARAMETERS = ("lr", "batch_size", "warmup", "weight_decay")
 
 
@@ -58,15 +59,17 @@ def analyse(
     dataset: Dataset,
     *,
     optimizers: list[str] | None = None,
-    target: float = TARGET_N,
-    ratios: tuple[float, ...] = TARGET_RATIOS,
+    target: float | None = None,
+    ratios: tuple[float, ...] | None = None,
     resamples: int = 200,
 ) -> Analysis:
-    """Fit a data set; raises UserError when there is nothing to compare."""
+    """Fit a data set; raises UserError when there is nothing to compare. Target and ratios: the data
+    set's own.
+    """
     if optimizers is not None:
         optimizers = [dataset.baseline] + [name for name in optimizers if name != dataset.baseline]
     data, noise = observations(dataset, optimizers), noise_floor(dataset)
-    found = Analysis(dataset, data, noise, (target, ratios))
+    found = Analysis(dataset, data, noise, (target or dataset.target[0], tuple(ratios or dataset.target[1])))
     if not noise.measured:
         found.notes.append(
             "No configuration ran with two seeds: the noise of a final loss is assumed to be "
@@ -78,6 +81,14 @@ def analyse(
     _fit_laws(found, resamples)
     _fit_hyper_laws(found)
     return found
+
+
+def analyse_if_possible(dataset: Dataset, **arguments: Any) -> Analysis | str:
+    """The same, or the reason why there is nothing to compare yet."""
+    try:
+        return analyse(dataset, **arguments)
+    except UserError as error:
+        return f"No fits: {error}."
 
 
 def _comparisons(
@@ -111,12 +122,18 @@ def _fit_laws(found: Analysis, resamples: int) -> None:
         for ratio in ratios:
             found.extrapolations += extrapolate(fit, n, ratio * per_parameter * n)
             found.crossings += [crossing(fit, name, ratio, per_parameter) for name in fit.optimizers[1:]]
+    reach = n / found.data.sizes[-1]
+    if found.fits and reach > FAR:
+        found.notes.append(
+            f"The target is {reach:,.0f} times the largest model that was run: what is said there "
+            "follows from the form "
+            "of the law more than from the data."
+        )
     if "shared" in found.fits:
         fit = found.fits["shared"]
         d = ratios[0] * per_parameter * n
         found.next_runs = {
-            name: next_runs(fit, name, n, d, tokens_per_parameter=per_parameter)
-            for name in fit.optimizers[1:]
+            name: next_runs(fit, name, n, d, tokens_per_parameter=per_parameter) for name in fit.optimizers[1:]
         }
 
 

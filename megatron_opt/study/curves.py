@@ -73,6 +73,4 @@ def from_parquet(data: bytes) -> Curve:
     for row in pq.read_table(io.BytesIO(data)).to_pylist():
         extra = json.loads(row.pop("extra") or "{}")
         rows.append({key: value for key, value in row.items() if value is not None} | extra)
-    return Curve(
-        [row for row in rows if row["kind"] == "train"], [row for row in rows if row["kind"] == "eval"]
-    )
+    return Curve([row for row in rows if row["kind"] == "train"], [row for row in rows if row["kind"] == "eval"])

@@ -42,6 +42,8 @@ class Dataset:
     trace: list[dict[str, Any]] = field(default_factory=list)
     """decisions of the search, as the scheduler recorded them"""
     tokens_per_parameter: float = 20.0
+    target: tuple[float, tuple[float, ...]] = (7e9, (1.0, 2.0, 4.0, 8.0, 16.0))
+    """parameters and Chinchilla ratios to extrapolate to"""
     effort_known: bool = True
     """all runs that were ever made are here, so that run counts can be compared"""
 
@@ -107,6 +109,7 @@ def from_store(store: Store) -> Dataset:
         store.curve,
         phases=store.phases(),
         trace=store.meta("trace", []),
+        target=tuple(store.meta("target", Dataset.target)),
         tokens_per_parameter=store.meta("tokens_per_parameter", 20.0),
     )
     dataset.check_tokenizers()

@@ -44,9 +44,7 @@ class Search:
         self.wanted += [point for point in points if point not in self.wanted]
 
 
-def descend(
-    start: Point, grid: dict[str, tuple], evaluate: Evaluate, adopt: float, most: int | None = None
-) -> Search:
+def descend(start: Point, grid: dict[str, tuple], evaluate: Evaluate, adopt: float, most: int | None = None) -> Search:
     """Sweep one coordinate after the other until a pass moves none; move only for a gain above `adopt` (Δ1).
 
     `most`: the number of points after which no further sweep is begun.

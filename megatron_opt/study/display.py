@@ -19,6 +19,7 @@ from megatron_opt.study.scheduler import Scheduler
 from megatron_opt.study.store import FINISHED, Record, Store
 from megatron_opt.study.summary import HEADER, summary
 
+NARROW = ["regime", "optimizer", "best lr", "valid loss", "tokens/s", "optimizer ms", "runs"]
 STATES = ("completed", "diverged", "running", "planned", "failed")
 
 
@@ -32,6 +33,7 @@ def print_table(console: Console, header: list[str], rows: list[list[str]], titl
     """A table; on a narrow or dumb terminal rich folds it."""
     table = Table(*header, title=title, title_justify="left")
     for column, name in zip(table.columns, header):
+        column.overflow = "fold"
         column.justify = "left" if name in ("optimizer", "regime", "phase", "run id") else "right"
     for row in rows:
         table.add_row(*row)
@@ -39,9 +41,11 @@ def print_table(console: Console, header: list[str], rows: list[list[str]], titl
 
 
 def print_summary(console: Console, dataset: Dataset) -> None:
-    """The result table of a study."""
+    """The result table of a study; a narrow terminal gets its most important columns."""
     rows = [row.cells() for row in summary(dataset)]
-    print_table(console, HEADER, rows, f"{dataset.name}: best of each optimizer")
+    wanted = HEADER if console.width >= 140 else NARROW
+    keep = [HEADER.index(name) for name in wanted]
+    print_table(console, wanted, [[row[i] for i in keep] for row in rows], f"{dataset.name}: best of each optimizer")
 
 
 def counts(records: list[Record]) -> list[list[str]]:
@@ -131,8 +135,7 @@ class Observer:
                 outcome = f"valid loss {record.loss:.4f}" if record.loss is not None else record.status
                 values = " ".join(f"{key}={value}" for key, value in record.hyper.items())
                 self._console.print(
-                    f"[{len(self._seen)}/{len(records)}] {record.optimizer} {record.regime} {values}: "
-                    f"{outcome}",
+                    f"[{len(self._seen)}/{len(records)}] {record.optimizer} {record.regime} {values}: {outcome}",
                     markup=False,
                     highlight=False,
                     soft_wrap=True,

@@ -24,9 +24,7 @@ def replace_with(path: Path) -> Iterator[Path]:
         os.chmod(name, 0o644)
         os.replace(name, path)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; free some space or choose another folder"
-        ) from None
+        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from None
     finally:
         if name is not None and os.path.exists(name):
             os.unlink(name)

@@ -36,9 +36,7 @@ def fits_as_dict(analysis: Analysis) -> dict[str, Any]:
             "optimizers": fit.optimizers,
             "leave_one_out_rmse": float(np.sqrt(np.nanmean(analysis.left_out[kind] ** 2))),
             "held_out_rmse": None if held is None else held.rmse,
-            "efficiency": {name: fit.efficiency(name) for name in fit.optimizers}
-            if kind == "shared"
-            else None,
+            "efficiency": {name: fit.efficiency(name) for name in fit.optimizers} if kind == "shared" else None,
             "diagnosis": fit.diagnosis(),
         }
     return {

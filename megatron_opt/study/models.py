@@ -10,6 +10,8 @@ import yaml
 
 from megatron_opt.errors import UserError
 
+ARCHITECTURE = "llama"
+"""preset of a model that gives only its shape: the architecture of the published study"""
 SHAPE_KEYS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
 
@@ -44,15 +46,13 @@ class Model:
 
 
 def preset_flags(name: str) -> dict[str, Any]:
-    """The flags of a preset of this package, underscores for hyphens; raises UserError for an unknown one."""
+    """The flags of a preset of this package and of its `base:`, underscores for hyphens; raises UserError."""
     folder = resources.files("megatron_opt") / "presets"
     file = folder / f"{name}.yaml"
     if not file.is_file():
-        names = (
-            sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml"))
-            if folder.is_dir()
-            else []
-        )
+        names = sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml")) if folder.is_dir() else []
         raise UserError(f"no preset {name!r}; there are {', '.join(names) or 'none'}")
     flags = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return {str(key).lstrip("-").replace("-", "_"): value for key, value in flags.items()}
+    base = flags.pop("base", None)
+    own = {str(key).replace("-", "_"): value for key, value in flags.items()}
+    return (preset_flags(base) if base else {}) | own

@@ -87,11 +87,7 @@ class Planner:
         spaces = self.study.optimizers
         progress = self._search(
             phase,
-            {
-                (name, regime): (space.start, space.grid)
-                for regime in phase.regimes
-                for name, space in spaces.items()
-            },
+            {(name, regime): (space.start, space.grid) for regime in phase.regimes for name, space in spaces.items()},
         )
         if progress.complete:
             for run in progress.wanted:
@@ -108,9 +104,7 @@ class Planner:
         for regime in phase.regimes:
             for name, space in self.study.optimizers.items():
                 start = dict(best_of(self.tried[name][self._nearest(name, regime)])[0])
-                start |= {
-                    one.hyperparameter: one.value for one in self.sensitivity[name] if not one.sensitive
-                }
+                start |= {one.hyperparameter: one.value for one in self.sensitivity[name] if not one.sensitive}
                 sensitive = {one.hyperparameter for one in self.sensitivity[name] if one.sensitive}
                 grid = {key: values for key, values in space.grid.items() if key in sensitive}
                 starts[name, regime] = (start, grid)
@@ -270,10 +264,7 @@ def expected_runs(study: Study, phase: Phase, optimizer: str) -> tuple[int, int,
     else:
         points, seeds = [space.start], (seed,)
     sample = [
-        make_run(study, optimizer, regime, point, one)
-        for regime in phase.regimes
-        for point in points
-        for one in seeds
+        make_run(study, optimizer, regime, point, one) for regime in phase.regimes for point in points for one in seeds
     ]
     if phase.kind not in ("descent", "restricted"):
         return len(sample), len(sample), sample

@@ -53,7 +53,5 @@ def measured_speed(study: Study, records: list[Record]) -> float | None:
     for record in records:
         model, seconds = study.models.get(record.regime.model), record.results.get("wall_time_s")
         if model is not None and seconds:
-            speeds.append(
-                record.tokens * model.flops_per_token(study.sequence_length, study.data.vocabulary) / seconds
-            )
+            speeds.append(record.tokens * model.flops_per_token(study.sequence_length, study.data.vocabulary) / seconds)
     return statistics.median(speeds) if speeds else study.executor.flops_per_s

@@ -70,6 +70,8 @@ def make_run(study: Study, optimizer: str, regime: Regime, hyper: dict[str, Any]
         "tokenizer-model": data.tokenizer,
         "eval-interval": max(1, iterations // study.eval_points),
         "micro-batch-size": _micro_batch(study, batch, extra),
+        "save-interval": max(1, iterations // study.checkpoints) if study.checkpoints else None,
+        "exit-signal-handler": True,
     }
     place |= {key: flags.pop(key) for key in list(place) if key in flags}
     if data.path:

@@ -24,9 +24,7 @@ from megatron_opt.study.spec import Study
 from megatron_opt.study.store import FINISHED, Store
 
 STORE_NAME = "study.sqlite"
-_BY_SIGNAL = {
-    128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1, signal.SIGHUP)
-}
+_BY_SIGNAL = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1, signal.SIGHUP)}
 
 
 class Stopped(Exception):
@@ -131,9 +129,7 @@ class Scheduler:
         record = self.store.run(outcome.run)
         code = outcome.code
         by_signal = code is None or code < 0 or code in _BY_SIGNAL
-        interrupted = not outcome.timed_out and (
-            by_signal or was_interrupted(job.folder, record.started or 0.0)
-        )
+        interrupted = not outcome.timed_out and (by_signal or was_interrupted(job.folder, record.started or 0.0))
         if outcome.timed_out:
             reason = f"stopped after {self.study.executor.timeout_minutes:g} minutes"
         elif interrupted:
@@ -198,9 +194,7 @@ def open_study(study: Study, output: Path) -> Iterator[Scheduler]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"another process is running the study in {output}; wait for it or stop it"
-            ) from None
+            raise UserError(f"another process is running the study in {output}; wait for it or stop it") from None
         with Store(output / STORE_NAME, create=True) as store:
             _check_identity(study, store)
             yield Scheduler(study, output, store)
@@ -211,15 +205,11 @@ def open_study(study: Study, output: Path) -> Iterator[Scheduler]:
 def _check_identity(study: Study, store: Store) -> None:
     name, tokenizer = store.meta("name"), store.meta("tokenizer")
     if name not in (None, study.name):
-        raise UserError(
-            f"{store.path} belongs to the study {name!r}, not {study.name!r}; choose another --output"
-        )
+        raise UserError(f"{store.path} belongs to the study {name!r}, not {study.name!r}; choose another --output")
     for prefix in study.data.path + study.data.train + study.data.valid:
         for suffix in (".bin", ".idx"):
             if not Path(prefix + suffix).is_file():
-                raise UserError(
-                    f"no data file {prefix}{suffix}; make it with `megatron-opt data`, or fix `data:`"
-                )
+                raise UserError(f"no data file {prefix}{suffix}; make it with `megatron-opt data`, or fix `data:`")
     try:
         digest = hashlib.sha256(Path(study.data.tokenizer).read_bytes()).hexdigest()
     except OSError:
@@ -234,4 +224,5 @@ def _check_identity(study: Study, store: Store) -> None:
     store.set_meta("tokenizer", digest)
     store.set_meta("baseline", study.baseline)
     store.set_meta("tokens_per_parameter", study.tokens_per_parameter)
+    store.set_meta("target", study.target)
     store.set_meta("study_file", study.path.read_text(encoding="utf-8"))

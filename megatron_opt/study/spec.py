@@ -112,6 +112,8 @@ class Study:
     max_runs: int | None
     """runs of one optimizer in one regime"""
     flags: dict[str, Any]
+    target: tuple[float, tuple[float, ...]]
+    """parameters and Chinchilla ratios that fits extrapolate to"""
     eval_points: int
     checkpoints: int
 

@@ -141,13 +141,9 @@ class Store:
                     "finished runs are kept"
                 ) from None
             if "not a database" in text or "malformed" in text:
-                raise UserError(
-                    f"{self.path} is not a readable study store ({text}); restore it from a copy"
-                ) from None
+                raise UserError(f"{self.path} is not a readable study store ({text}); restore it from a copy") from None
             if "locked" in text or "readonly" in text:
-                raise UserError(
-                    f"cannot write {self.path}: {text}; close the other program or fix its mode"
-                ) from None
+                raise UserError(f"cannot write {self.path}: {text}; close the other program or fix its mode") from None
             raise
 
     @contextmanager
@@ -297,8 +293,7 @@ class Store:
         rows = self._connection.execute("SELECT * FROM runs WHERE id LIKE ?", (run + "%",)).fetchall()
         if len(rows) != 1:
             raise UserError(
-                f"{self.path} has {len(rows) or 'no'} runs {run!r}; `megatron-opt study status "
-                "--runs` lists them"
+                f"{self.path} has {len(rows) or 'no'} runs {run!r}; `megatron-opt study status --runs` lists them"
             )
         return _record(rows[0])
 
@@ -317,9 +312,7 @@ class Store:
         for start in range(0, len(ids), 500):
             part = ids[start : start + 500]
             marks = ",".join("?" * len(part))
-            for row in self._connection.execute(
-                f"SELECT id, status, loss FROM runs WHERE id IN ({marks})", part
-            ):
+            for row in self._connection.execute(f"SELECT id, status, loss FROM runs WHERE id IN ({marks})", part):
                 found[row[0]] = (row[1], row[2])
         return found
 

@@ -33,6 +33,10 @@ def read_study(path: str | os.PathLike) -> Study:
     adopt = thresholds.number("adopt", 3e-3, least=0)
     insensitive = thresholds.number("insensitive", 6.4e-3, least=0)
     thresholds.finish()
+    target = top.nested("target") or Reader(_empty(), path, "`target:`")
+    target_n = float(target.number("parameters", 7e9, above=0))
+    target_ratios = tuple(float(r) for r in target.numbers("ratios", [1, 2, 4, 8, 16], above=0))
+    target.finish()
     budget = top.nested("budget") or Reader(_empty(), path, "`budget:`")
     max_hours = budget.number("hours", None, above=0)
     max_runs = budget.number("runs", None, above=0, whole=True)
@@ -57,6 +61,7 @@ def read_study(path: str | os.PathLike) -> Study:
         max_hours=max_hours,
         max_runs=max_runs,
         flags=dict(top.take("flags", {}) or {}),
+        target=(target_n, target_ratios),
         eval_points=top.number("eval_points", 10, above=0, whole=True),
         checkpoints=top.number("checkpoints", 4, least=0, whole=True),
     )
@@ -82,14 +87,18 @@ def _models(top: Reader) -> dict[str, Model]:
             raise reader.error(f"model `{name}` is empty; give a `preset:` or a shape", name)
         if "@" in name:
             raise reader.error(f"model name `{name}` must not contain `@`", name)
-        preset = entry.text("preset")
+        preset = entry.text("preset", model_shapes.ARCHITECTURE)
         known = {}
-        if preset is not None:
+        if preset == "none":
+            preset = None
+        else:
             try:
                 known = model_shapes.preset_flags(preset)
             except UserError as error:
                 raise entry.error(str(error), "preset") from None
         given = {key: entry.number(key, None, above=0, whole=True) for key in SHAPE_KEYS}
+        if preset is not None and not known.get("ffn_hidden_size") and known.get("hidden_size"):
+            known["ffn_hidden_size"] = 4 * known["hidden_size"]  # Megatron's default
         shape: dict[str, int] = {key: value or known.get(key, 0) for key, value in given.items()}
         missing = [key for key, value in shape.items() if not value]
         if missing:
@@ -101,7 +110,7 @@ def _models(top: Reader) -> dict[str, Model]:
             preset,
             shape,
             flags=dict(entry.take("flags", {}) or {}),
-            gated=entry.flag("gated", bool(known.get("swiglu", True))),
+            gated=entry.flag("gated", bool(known.get("swiglu", False))),
             parameters=entry.number("non_embedding_parameters", None, above=0, whole=True),
         )
         entry.finish()
@@ -142,9 +151,7 @@ def _grid(entry: Reader, name: str, optimizer: str) -> tuple[dict[str, tuple], d
     raw = entry.take("grid", None)
     if raw == "paper":
         if optimizer not in PAPER_GRIDS:
-            raise entry.error(
-                f"the paper has no grid for {optimizer!r}; it has {', '.join(PAPER_GRIDS)}", "grid"
-            )
+            raise entry.error(f"the paper has no grid for {optimizer!r}; it has {', '.join(PAPER_GRIDS)}", "grid")
         return {key: tuple(values) for key, values in PAPER_GRIDS[optimizer].items()}, PAPER_STARTS[optimizer]
     if raw is None:
         return {}, {}
@@ -199,10 +206,15 @@ def _data(top: Reader) -> Data:
 
 
 def _path(reader: Reader, key: str, text: str) -> str:
-    """Environment variables expanded; a relative path starts at the study file's folder."""
+    """Environment variables expanded; a relative path starts at the study file's folder.
+
+    One that begins with a variable or `~` is the caller's, and starts at the current folder.
+    """
     expanded = os.path.expandvars(os.path.expanduser(text))
     if "$" in expanded:
         raise reader.error(f"`{key}: {text}` names an environment variable that is not set; export it", key)
+    if text.startswith(("$", "~")):
+        return os.path.abspath(expanded)
     return os.path.normpath(reader.path.resolve().parent / expanded)
 
 
@@ -213,9 +225,7 @@ def _seeds(top: Reader) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _phases(
-    top: Reader, models: dict[str, Model], ratios: tuple[float, ...], several_seeds: bool
-) -> tuple[Phase, ...]:
+def _phases(top: Reader, models: dict[str, Model], ratios: tuple[float, ...], several_seeds: bool) -> tuple[Phase, ...]:
     """The search uses the first seed; further seeds repeat its winners in a last phase."""
     everywhere = tuple(Regime(model, ratio) for model in models for ratio in ratios)
     raw = top.items("phases", ["grid"])
@@ -240,9 +250,7 @@ def _phases(
     return tuple(phases)
 
 
-def _check_phase(
-    top: Reader, kind: str, regimes: tuple[Regime, ...] | None, before: list[str], line: int
-) -> None:
+def _check_phase(top: Reader, kind: str, regimes: tuple[Regime, ...] | None, before: list[str], line: int) -> None:
     where = f"{top.path}:{line}:"
     if kind not in PHASES:
         raise UserError(f"{where} no phase {kind!r}; there are {', '.join(PHASES)}")
@@ -251,9 +259,7 @@ def _check_phase(
     if kind in ("restricted", "predict") and regimes is None:
         raise UserError(f"{where} phase {kind!r} needs `regimes:`, such as [large@1x]")
     if kind == "restricted" and "descent" not in before:
-        raise UserError(
-            f"{where} phase 'restricted' needs a 'descent' before it, which finds what is sensitive"
-        )
+        raise UserError(f"{where} phase 'restricted' needs a 'descent' before it, which finds what is sensitive")
     if kind in ("predict", "seeds") and not {"grid", "descent"} & set(before):
         raise UserError(f"{where} phase {kind!r} needs a 'grid' or 'descent' before it")
 
@@ -269,9 +275,7 @@ def _regimes(reader: Reader, models: dict[str, Model]) -> tuple[Regime, ...] | N
         except UserError as error:
             raise reader.error(str(error), "regimes") from None
         if regime.model not in models:
-            raise reader.error(
-                f"regime {text!r} names no model of `models:` ({', '.join(models)})", "regimes"
-            )
+            raise reader.error(f"regime {text!r} names no model of `models:` ({', '.join(models)})", "regimes")
         regimes.append(regime)
     return tuple(regimes)
 

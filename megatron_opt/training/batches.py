@@ -12,6 +12,36 @@ from megatron_opt.errors import UserError
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
+class Replay:
+    """Keeps the batches of a step, so that a second pass over them takes none from the data."""
+
+    def __init__(self) -> None:
+        self.recording = self.replaying = False
+        self._kept: dict[int | None, list[Any]] = {}
+
+    def record(self) -> None:
+        """Keep what is loaded from now on, and forget what was."""
+        self.recording, self.replaying, self._kept = True, False, {}
+
+    def replay(self) -> None:
+        """Hand out what was kept, in order."""
+        self.recording, self.replaying = False, True
+
+    def stop(self) -> None:
+        """Back to the data."""
+        self.recording, self.replaying, self._kept = False, False, {}
+
+    def keep(self, stage: int | None, batch: Any) -> None:
+        if self.recording:
+            self._kept.setdefault(stage, []).append(batch)
+
+    def pop(self, stage: int | None) -> Any:
+        return self._kept[stage].pop(0)
+
+
+REPLAY = Replay()
+
+
 def build_datasets(num_samples: tuple[int | None, ...], vp_stage: int | None = None) -> Any:
     """Train, validation and test `GPTDataset`s for the data flags; `num_samples` are Megatron's target sizes."""
     from megatron.core import mpu
@@ -81,7 +111,8 @@ def get_batch(data_iterator: Iterator[Any], vp_stage: int | None) -> tuple[Tenso
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
     if tp_rank == 0:
-        loaded = next(data_iterator)
+        loaded = REPLAY.pop(vp_stage) if REPLAY.replaying else next(data_iterator)
+        REPLAY.keep(vp_stage, loaded)
         batch = {key: loaded[key].cuda(non_blocking=True) if key in loaded else None for key in BATCH_KEYS}
     if mpu.get_tensor_model_parallel_world_size() > 1:
         batch = get_batch_on_this_tp_rank(

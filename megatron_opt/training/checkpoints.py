@@ -66,8 +66,8 @@ def install(args: Any) -> None:
     # rank 0 alone writes these two; were it to raise there, the others would wait for it
     FileSystemWriterAsync.finish = _noted(FileSystemWriterAsync.finish)
     serialization.save_config = _noted(serialization.save_config)
-    training.save_checkpoint = functools.partial(_save, checkpointing.save_checkpoint)
-    training.load_checkpoint = functools.partial(_load, checkpointing.load_checkpoint)
+    training.save_checkpoint = functools.partial(_save, training.save_checkpoint)
+    training.load_checkpoint = functools.partial(_load, training.load_checkpoint)
     if args.save:
         _start_results_queue()
     training.maybe_finalize_async_save = functools.partial(_finalize, training.maybe_finalize_async_save)
@@ -235,7 +235,7 @@ def _prepare(save: Path, iteration: int) -> str | None:
     except OSError as error:
         return f"{error.strerror or error} ({save})"
     if free < wanted * _SPARE:
-        return f"{free / 1e9:.2f} GB are free under {save}, the last checkpoint took {wanted / 1e9:.2f} GB"
+        return f"{free / 1e6:,.0f} MB are free under {save}, the last checkpoint took {wanted / 1e6:,.0f} MB"
     return None
 
 

@@ -143,14 +143,15 @@ def retained(found: list[int], last: int, every: int) -> set[int]:
 
 
 def prune(save: Path, last: int, every: int) -> list[int]:
-    """Discard what is not retained; returns it."""
+    """Discard what is not retained, links left alone; returns what went."""
     found = iterations(save)
-    doomed = sorted(set(found) - retained(found, last, every))
-    for iteration in doomed:
-        with contextlib.suppress(OSError):
-            if not (save / name_of(iteration)).is_symlink():
+    gone = []
+    for iteration in sorted(set(found) - retained(found, last, every)):
+        if not (save / name_of(iteration)).is_symlink():
+            with contextlib.suppress(OSError):
                 discard(save, iteration)
-    return doomed
+                gone.append(iteration)
+    return gone
 
 
 def manifest(save: Path, iteration: int) -> dict[str, str] | None:

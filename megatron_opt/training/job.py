@@ -18,7 +18,7 @@ def train(args: Any) -> None:
     from megatron.training.utils import print_rank_last
 
     from megatron_opt import platform
-    from megatron_opt.training import batches, resume
+    from megatron_opt.training import batches, curvature, resume
     from megatron_opt.training.monitoring import Diverged, Monitor
 
     monitor = Monitor(args)
@@ -35,6 +35,8 @@ def train(args: Any) -> None:
     checkpoints.install(args)
     faults.install(args)
     events.start(args)
+    if args.optimizer not in MEGATRON_OWN and any(rule.optimizer == "sophia" for rule in group_rules(args)):
+        curvature.install(training, args, monitor.clock)
     config = gpt_config_from_args(args)
     if not args.megatron_init:
         config.pre_wrap_hooks = [*config.pre_wrap_hooks, functools.partial(_initialize, args)]

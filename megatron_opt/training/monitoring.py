@@ -59,6 +59,7 @@ class Monitor:
         self.matrices: Sequence[Any] = ()
         self.started = time.time()
         self.first_loss: float | None = None
+        self.grad_norm: float | None = None
         self.last_train: float | None = None
         self.losses: dict[str, float] = {}
         self.totals: dict[str, float] = {}
@@ -84,8 +85,7 @@ class Monitor:
         def training_log(loss_dict: Any, total: Any, lr: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
             flag = log(loss_dict, total, lr, iteration, *args, **kwargs)
             grad_norm = args[3] if len(args) > 3 else kwargs.get("grad_norm")
-            if not kwargs.get("is_first_iteration"):
-                self.on_step(iteration, loss_dict, lr, grad_norm)
+            self.on_step(iteration, loss_dict, lr, grad_norm)
             return flag
 
         def evaluate_and_print_results(prefix: str, *args: Any, **kwargs: Any) -> Any:
@@ -132,7 +132,7 @@ class Monitor:
 
     def on_step(self, iteration: int, losses: Any, lr: float | None, grad_norm: float | None) -> None:
         """After every step, on every rank; writes at the log interval."""
-        self.iteration = iteration
+        self.iteration, self.grad_norm = iteration, grad_norm
         loss = float(losses["lm loss"]) if losses and "lm loss" in losses else None
         if loss is not None:
             self.first_loss = loss if self.first_loss is None else self.first_loss
@@ -218,8 +218,9 @@ class Monitor:
             return
         valid = self.losses.get("valid")
         final = valid if valid is not None else self.last_train
-        hopeless = final is not None and self.first_loss is not None and not final < self.first_loss
-        if status == "completed" and (hopeless or (final is not None and not math.isfinite(final))):
+        worse = final is not None and self.first_loss is not None and not final < self.first_loss
+        dead = self.grad_norm is not None and not 0 < self.grad_norm < math.inf  # saturated: nothing moves any more
+        if status == "completed" and (worse or dead):
             status = "diverged"
         steps = max(self.steps_timed, 1)
         mean = {name: value / steps for name, value in self.totals.items()}

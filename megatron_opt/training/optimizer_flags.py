@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_opt.errors import UserError
@@ -152,3 +153,17 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "optimizer_cuda_graph": ((), "the step exchanges shards of changing sizes; remove the flag."),
     "use_layer_wise_distributed_optimizer": ((), "matrices have owners already; use --use-distributed-optimizer."),
 }
+
+
+def refused_flags(flags: Mapping[str, Any], optimizer: str) -> list[str]:
+    """Which of a run's flags (name with hyphens → value) a job with this optimizer would refuse, and why."""
+    if optimizer in MEGATRON_OWN:
+        return []
+    found = [f"--{flag}: {why}" for flag, why in _REFUSED.items() if flags.get(flag) not in (None, False)]
+    for name, (fine, why) in _UNSUPPORTED.items():
+        flag = name.replace("_", "-")
+        if flags.get(flag) not in (None, False, *fine):
+            found.append(f"--{flag}: {why}")
+    if flags.get("fp16"):
+        found.append("--fp16: gradients would be scaled; use --bf16 or fp32.")
+    return found

@@ -69,9 +69,10 @@ def _load(original: Callable[..., Any], model: Any, optimizer: Any, scheduler: A
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
-        raise UserError(
-            f"the checkpoint {folder} cannot be loaded: {_short(error)}; resume from an earlier one (--ckpt-step N)."
-        ) from error
+        remedy = "resume from an earlier one (--ckpt-step N)"
+        if "OptimizerParamScheduler" in str(error):
+            remedy = "--override-opt_param-scheduler takes the flags' schedule, --use-checkpoint-opt_param-scheduler its own"
+        raise UserError(f"the checkpoint {folder} cannot be loaded: {_short(error)}; {remedy}.") from error
     if foreign:
         if scheduler is not None and not options.finetune:
             scheduler.step(increment=options.consumed_train_samples)

@@ -4,14 +4,17 @@ from dataclasses import dataclass
 
 from megatron_opt.cost_model import cluster
 from megatron_opt.cost_model.flags import grouping, parse
+from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.model import Model
 from megatron_opt.cost_model.plan import plans
-from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.step import Step, predict
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
 
-LLAMA = "--swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights"
+LLAMA = (
+    "--swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
+    "--untie-embeddings-and-output-weights"
+)
 MODELS = {
     "gpt2-124m": "--num-layers 12 --hidden-size 768 --num-attention-heads 12 --seq-length 1024 --vocab-size 50257",
     "llama3-8b": f"{LLAMA} --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 "
@@ -38,7 +41,7 @@ MODELS = {
 
 @dataclass
 class Figure:
-    """One published number beside ours; `why` says what explains a miss, or why no configuration can be reconstructed."""
+    """One published number beside ours; `why` says what explains a miss."""
 
     source: str
     what: str
@@ -102,17 +105,26 @@ def fused_experts(tokens: float) -> float:
 
 NS = "muon --muon-fp32-matmul-prec high"  # the standard form for these shapes, as the published formula counts
 SOAP = "soap --soap-block-size 0 --soap-max-precond-dim 20000"
-MOE = "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --exchange-dtype bf16"
+ZERO = "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+MOE = f"{ZERO} --exchange-dtype bf16 --expert-tensor-parallel-size 1"
 
 
-REFRESH = "the formula's refresh also rotates the moments, 4mn(m+n) + 2d³; here the first moment stays in the original basis"
+REFRESH = (
+    "the formula's refresh also rotates the moments, 4mn(m+n) + 2d³; here the first moment stays in the original basis"
+)
 
 
 def figures() -> list[Figure]:
     """Every figure that has a configuration, and those that have none with what is missing."""
     found = [
-        Figure("formula of the survey", f"{model}, {tokens / 1e6:.1f}M tokens: {name}, % of training FLOPs", value,
-               flop_share(model, optimizer, tokens), 1.25, why=REFRESH if "f=1" == name[-3:] else "")
+        Figure(
+            "formula of the survey",
+            f"{model}, {tokens / 1e6:.1f}M tokens: {name}, % of training FLOPs",
+            value,
+            flop_share(model, optimizer, tokens),
+            1.25,
+            why=REFRESH if name[-3:] == "f=1" else "",
+        )
         for model, tokens, values in (
             ("gpt2-124m", 0.5e6, (0.64, 0.85, 2.99)),
             ("llama3-8b", 0.5e6, (3.18, 4.45, 15.1)),
@@ -142,34 +154,65 @@ def figures() -> list[Figure]:
 
 def _steps() -> list[Figure]:
     """Model FLOP/s a GPU of whole training steps."""
-    llama = "--bf16 --sequence-parallel --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --optimizer adamw"
+    llama = f"{ZERO} --sequence-parallel --optimizer adamw"
     old = "--bf16 --optimizer adamw --recompute-granularity full --sequence-parallel"
-    a = step("llama3-405b", f"{llama} --tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 "
-             "--num-virtual-stages-per-pipeline-rank 8 --global-batch-size 2048", "h100", 8192)
-    b = step("llama3-405b", f"{llama} --tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 "
-             "--num-virtual-stages-per-pipeline-rank 8 --global-batch-size 2048", "h100", 16384)
-    c = step("gpt-1t", f"{old} --tensor-model-parallel-size 8 --pipeline-model-parallel-size 64 "
-             "--global-batch-size 3072", "a100", 3072)
-    d = step("gpt-175b", f"{old} --tensor-model-parallel-size 8 --pipeline-model-parallel-size 12 "
-             "--global-batch-size 1536", "a100", 768)
+    a = step(
+        "llama3-405b",
+        f"{llama} --tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 "
+        "--num-virtual-stages-per-pipeline-rank 8 --global-batch-size 2048",
+        "h100",
+        8192,
+    )
+    b = step(
+        "llama3-405b",
+        f"{llama} --tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 "
+        "--num-virtual-stages-per-pipeline-rank 8 --global-batch-size 2048",
+        "h100",
+        16384,
+    )
+    c = step(
+        "gpt-1t",
+        f"{old} --tensor-model-parallel-size 8 --pipeline-model-parallel-size 64 --global-batch-size 3072",
+        "a100",
+        3072,
+    )
+    d = step(
+        "gpt-175b",
+        f"{old} --tensor-model-parallel-size 8 --pipeline-model-parallel-size 12 --global-batch-size 1536",
+        "a100",
+        768,
+    )
     return [
-        Figure("arXiv 2407.21783, table 4", "Llama 3 405B, 8,192 H100: TFLOP/s a GPU", 430, a.flops_per_gpu / 1e12, 1.5),
-        Figure("arXiv 2407.21783, table 4", "Llama 3 405B, 16,384 H100: TFLOP/s a GPU", 400, b.flops_per_gpu / 1e12, 1.5),
+        Figure(
+            "arXiv 2407.21783, table 4", "Llama 3 405B, 8,192 H100: TFLOP/s a GPU", 430, a.flops_per_gpu / 1e12, 1.5
+        ),
+        Figure(
+            "arXiv 2407.21783, table 4", "Llama 3 405B, 16,384 H100: TFLOP/s a GPU", 400, b.flops_per_gpu / 1e12, 1.5
+        ),
         # published with recomputed FLOPs counted: 4/3 of the model's
-        Figure("arXiv 2104.04473, table 1", "GPT 1T, 3,072 A100: TFLOP/s a GPU", 163 * 3 / 4, c.flops_per_gpu / 1e12, 1.5),
-        Figure("arXiv 2104.04473, section 5.1", "GPT 175B, 768 A100: TFLOP/s a GPU", 153 * 3 / 4, d.flops_per_gpu / 1e12, 1.5),
+        Figure(
+            "arXiv 2104.04473, table 1", "GPT 1T, 3,072 A100: TFLOP/s a GPU", 163 * 3 / 4, c.flops_per_gpu / 1e12, 1.5
+        ),
+        Figure(
+            "arXiv 2104.04473, section 5.1",
+            "GPT 175B, 768 A100: TFLOP/s a GPU",
+            153 * 3 / 4,
+            d.flops_per_gpu / 1e12,
+            1.5,
+        ),
     ]
 
 
 def _optimizers() -> list[Figure]:
     """What optimizers cost in published runs."""
-    k2 = f"{MOE} --fp8-format e4m3 --pipeline-model-parallel-size 4 --expert-model-parallel-size 64 --global-batch-size 2048 --expert-tensor-parallel-size 1 --recompute-granularity full"
+    k2 = f"{MOE} --fp8-format e4m3 --pipeline-model-parallel-size 4 --expert-model-parallel-size 64"
+    k2 += " --global-batch-size 2048 --recompute-granularity full"
     # 61 layers are laid out unevenly there; 64 layers here, four more expert layers
     layers = "--num-layers 64"
     adam, muon = (step("kimi-k2", f"{k2} {layers} --optimizer {o}", "gb300", 256) for o in ("adamw", "muon"))
-    qwen = f"{MOE} --fp8-format e4m3 --expert-model-parallel-size 8 --expert-tensor-parallel-size 1 --global-batch-size 128"
+    qwen = f"{MOE} --fp8-format e4m3 --expert-model-parallel-size 8 --global-batch-size 128"
     qadam, qmuon = (step("qwen3-30b-a3b", f"{qwen} --optimizer {o}", "gb300", 8) for o in ("adamw", "muon"))
-    moon = f"{MOE} --expert-model-parallel-size 8 --expert-tensor-parallel-size 1 --global-batch-size 2048"
+    moon = f"{MOE} --expert-model-parallel-size 8 --global-batch-size 2048"
     mmuon = step("moonlight-16b", f"{moon} --optimizer muon", "h100", 256)
     soap = "--bf16 --use-distributed-optimizer --micro-batch-size 16 --global-batch-size 2048"
     soap_360 = "soap --soap-block-size 0 --soap-precondition-frequency 10"  # sides of 10,000 and more are left out
@@ -177,35 +220,65 @@ def _optimizers() -> list[Figure]:
     ssoap = step("olmo-360m", f"{soap} --optimizer {soap_360}", "h100", 4)
     nvidia = "NVIDIA blog, GB300"
     return [
-        Figure(nvidia, "Kimi K2, NS % of model FLOPs, gate and up fused, 8.4M tokens (batch inferred)", 4.96,
-               fused_experts(2048 * 4096), 1.25),
-        Figure(nvidia, "Kimi K2, NS % of model FLOPs, gate and up apart as here, 8.4M tokens", 4.96,
-               flop_share("kimi-k2", NS, 2048 * 4096, whole=True), 1.25,
-               why="gate and up are two matrices here, one twice as tall there: 2·k²·K is half of (2k)²·K"),
-        Figure(nvidia, "Qwen3-30B-A3B, NS % of model FLOPs, 0.52M tokens (batch inferred)", 5.1,
-               flop_share("qwen3-30b-a3b", NS, 524288, whole=True), 1.25),
+        Figure(
+            nvidia,
+            "Kimi K2, NS % of model FLOPs, gate and up fused, 8.4M tokens (batch inferred)",
+            4.96,
+            fused_experts(2048 * 4096),
+            1.25,
+        ),
+        Figure(
+            nvidia,
+            "Kimi K2, NS % of model FLOPs, gate and up apart as here, 8.4M tokens",
+            4.96,
+            flop_share("kimi-k2", NS, 2048 * 4096, whole=True),
+            1.25,
+            why="gate and up are two matrices here, one twice as tall there: 2·k²·K is half of (2k)²·K",
+        ),
+        Figure(
+            nvidia,
+            "Qwen3-30B-A3B, NS % of model FLOPs, 0.52M tokens (batch inferred)",
+            5.1,
+            flop_share("qwen3-30b-a3b", NS, 524288, whole=True),
+            1.25,
+        ),
         Figure(nvidia, "Kimi K2, step time Muon over AdamW", 1 / (1 - 0.021), muon.seconds / adam.seconds, 1.5),
         Figure(nvidia, "Qwen3-30B-A3B, step time Muon over AdamW", 1 / (1 - 0.038), qmuon.seconds / qadam.seconds, 1.5),
         Figure(nvidia, "Kimi K2, AdamW model TFLOP/s a GPU", 1051, adam.flops_per_gpu / 1e12, 1.5),
         Figure(nvidia, "Qwen3-30B-A3B, AdamW model TFLOP/s a GPU", 713, qadam.flops_per_gpu / 1e12, 1.5),
-        Figure("Moonlight, arXiv 2502.16982", "16B MoE, optimizer % of forward and backward (1 to 3), 256 GPUs assumed", 2.0,
-               100 * mmuon.optimizer.mean / mmuon.base, 1.5,
-               why="number of GPUs not published, the share grows with it; its ranks gather momentum over DP, owners here do not"),
-        Figure("SOAP, arXiv 2409.11321", "360M, step time SOAP f=10 over AdamW (−35% time at −40% steps)", 0.65 / 0.60,
-               ssoap.seconds / sadam.seconds, 1.5),
-        Figure("NS overhead bound, kellerjordan.github.io", "Llama 3 8B, 0.5M tokens: at most 5·k/B, %", 100 * 5 * 4096 / 0.5e6,
-               flop_share("llama3-8b", NS, 0.5e6), 1.5),
+        Figure(
+            "Moonlight, arXiv 2502.16982",
+            "16B MoE, optimizer % of forward and backward (1 to 3), 256 GPUs assumed",
+            2.0,
+            100 * mmuon.optimizer.mean / mmuon.base,
+            1.5,
+            why="number of GPUs not published, the share grows with it; its ranks gather momentum, owners here do not",
+        ),
+        Figure(
+            "SOAP, arXiv 2409.11321",
+            "360M, step time SOAP f=10 over AdamW (−35% time at −40% steps)",
+            0.65 / 0.60,
+            ssoap.seconds / sadam.seconds,
+            1.5,
+        ),
+        Figure(
+            "NS overhead bound, kellerjordan.github.io",
+            "Llama 3 8B, 0.5M tokens: at most 5·k/B, %",
+            100 * 5 * 4096 / 0.5e6,
+            flop_share("llama3-8b", NS, 0.5e6),
+            1.5,
+        ),
     ]
 
 
 # Figures whose configuration cannot be reconstructed from what is public, with what is missing.
 NOT_COMPARABLE = {
-    "MuonBP 2510.16981: Muon −8…10% throughput at 8B, TP8": "batch and hardware of the run are not in the text at hand, and "
+    "MuonBP 2510.16981: Muon −8…10% throughput at 8B, TP8": "batch and hardware of the run not at hand, and "
     "its Muon gathers every matrix on every TP rank; here a matrix travels to one owner",
     "Megatron-LM #6676: 632 → 157 ms on 32 GB300": "matrix shapes are called production shapes and not given",
-    "Canzona 2602.06079: 5.8× optimizer latency": "relative to a baseline that computes on every rank; neither is this engine's way",
+    "Canzona 2602.06079: 5.8× optimizer latency": "its baseline computes everything on every rank",
     "Distributed Shampoo 2309.06497: ≤ 10% of a step": "ResNet-50: convolutions are outside this model",
     "torchtitan #3353: NS 68% of a step on MI250": "tokens a step are not given; no MI250 cluster file",
-    "goodfire/spd #978: Muon 3.3× the step": "sharding was left to a compiler, which this engine does not do",
+    "goodfire/spd #978: Muon 3.3× the step": "sharding was left to a compiler",
     "dion #63: AdamW 138 → 43 ms": "number of parameters not given",
 }

@@ -8,7 +8,10 @@ def test_published_figures_are_met_or_explained() -> None:
     print()
     for figure in found:
         mark = "" if figure.holds else "  MISS" + (f": {figure.why}" if figure.why else "")
-        print(f"{figure.source:<44} {figure.what:<88} {figure.published:>9.3f} {figure.predicted:>9.3f} {figure.ratio:>6.2f}{mark}")
+        print(
+            f"{figure.source:<44} {figure.what:<88} {figure.published:>9.3f} {figure.predicted:>9.3f} "
+            f"{figure.ratio:>6.2f}{mark}"
+        )
     for name, why in NOT_COMPARABLE.items():
         print(f"not comparable: {name}: {why}")
     unexplained = [figure.what for figure in found if not figure.holds and not figure.why]

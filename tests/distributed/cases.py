@@ -9,7 +9,7 @@ COMMON = (
     "--lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 --tokenizer-type NullTokenizer --vocab-size 127 "
     "--make-vocab-size-divisible-by 32 --eval-interval 1000 --eval-iters 0 --log-interval 1000 --hidden-dropout 0 "
     "--attention-dropout 0 --position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear "
-    "--no-create-attention-mask-in-dataloader --distributed-timeout-minutes 2 --init-method-std 0.1"
+    "--no-create-attention-mask-in-dataloader --distributed-timeout-minutes 2 --hang-timeout 0 --init-method-std 0.1"
 ).split()
 
 DENSE = "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --untie-embeddings-and-output-weights".split()

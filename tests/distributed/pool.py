@@ -1,11 +1,13 @@
 """Starts ranks once, lets them make many runs, and hands back what each run recorded."""
 
+import fcntl
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -115,6 +117,11 @@ class Pool:
     def run(self, cases: Sequence[Case], timeout: float = TIMEOUT) -> dict[str, Run]:
         """Make all cases; those that need fewer ranks than there are members run side by side."""
         assert len({case.name for case in cases}) == len(cases), "cases need names of their own"
+        with open(Path(tempfile.gettempdir()) / "megatron_opt-ranks.lock", "w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)  # ranks of two test sessions on one machine would starve each other
+            return self._run(cases, timeout)
+
+    def _run(self, cases: Sequence[Case], timeout: float) -> dict[str, Run]:
         if self.process is None or self.process.poll() is not None:
             self._start()
         here = self.home / str(self.batches)

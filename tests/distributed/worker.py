@@ -1,7 +1,9 @@
-"""One process of the pool: makes its share of the cases one after another, Megatron imported once."""
+"""The pool's processes: a launcher imports Megatron once, its members fork a fresh process for every run."""
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -16,24 +18,28 @@ from megatron_opt import platform
 from megatron_opt.errors import UserError
 from tests.distributed.cases import Case, Layout
 
-_MODULES = ("megatron.training.training", "megatron.training.arguments", "megatron_opt.training.job")
+CASE_TIMEOUT = 150.0  # seconds
 
 
-def run_case(case: Case, rank: int, folder: Path, data: str) -> dict[str, Any]:
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends (Linux)."""
+    prctl_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(prctl_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0)
+
+
+def make_run(case: Case, rank: int, folder: Path, data: str) -> dict[str, Any]:
     """Train as the case says in a process group of its own; what happened, or the error."""
     from megatron.training import training
 
     from megatron_opt.training import arguments, job
     from tests.distributed import hooks, recording
 
-    originals = {name: dict(vars(sys.modules[name])) for name in _MODULES}
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.ranks))
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/{case.name}.store", rank=rank, world_size=case.ranks,
         timeout=timedelta(seconds=100),
     )
-    record = recording.Record()
-    started = time.time()
+    record, started = recording.Record(), time.time()
     try:
         record.watch(training, job)
         argv = [*case.argv(data), "--data-cache-path", str(folder / "cache")]
@@ -51,52 +57,71 @@ def run_case(case: Case, rank: int, folder: Path, data: str) -> dict[str, Any]:
     except BaseException as error:
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}", **record.partial()}
-    finally:
-        for name, saved in originals.items():
-            vars(sys.modules[name]).update(saved)
-        training._STARTUP_TIMESTAMPS.update(dict.fromkeys(training._STARTUP_TIMESTAMPS))  # type: ignore[attr-defined]
-        training.destroy_global_state()
-        dist.destroy_process_group()
-        torch.set_default_dtype(torch.float32)
     return {**found, "seconds": time.time() - started}
 
 
+def _make_run_and_write(entry: dict[str, Any], me: int, folder: Path, data: str) -> None:
+    layout = Layout(entry["layout"]["name"], entry["layout"]["ranks"], tuple(entry["layout"]["flags"]))
+    case = Case(entry["name"], layout, tuple(entry["flags"]), entry["steps"], entry["hook"], entry["options"])
+    rank = entry["members"].index(me)
+    print(f"=== {case.name}, rank {rank}", flush=True)
+    found = make_run(case, rank, folder, data)
+    target = folder / f"{case.name}.{rank}.pt"
+    torch.save(found, f"{target}.part")
+    os.replace(f"{target}.part", target)
+
+
+def _in_a_child(function: Any, *args: Any) -> None:
+    """Call a function in a forked process, so that nothing of a run stays; kill it when it takes too long."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            die_with_parent()
+            function(*args)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    deadline = time.monotonic() + CASE_TIMEOUT
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return
+        time.sleep(0.01)
+
+
 def serve(folder: Path, me: int, data: str) -> None:
-    """Make this member's share of every batch `plan.N.json` that appears in the folder, until the parent is gone."""
-    parent, number = os.getppid(), 0
+    """Make this member's share of every batch `plan.N.json` that appears in the folder."""
+    die_with_parent()
+    number = 0
     while True:
         path = folder / f"plan.{number}.json"
         while not path.exists():
-            if os.getppid() != parent:
-                os._exit(0)
-            time.sleep(0.05)
+            time.sleep(0.02)
         for entry in json.loads(path.read_text()):
-            if me not in entry["members"]:
-                continue
-            layout = Layout(entry["layout"]["name"], entry["layout"]["ranks"], tuple(entry["layout"]["flags"]))
-            case = Case(
-                entry["name"], layout, tuple(entry["flags"]), entry["steps"], entry["hook"], entry["options"]
-            )
-            rank = entry["members"].index(me)
-            found = run_case(case, rank, folder / str(number), data)
-            target = folder / str(number) / f"{case.name}.{rank}.pt"
-            torch.save(found, f"{target}.part")
-            os.replace(f"{target}.part", target)
+            if me in entry["members"]:
+                _in_a_child(_make_run_and_write, entry, me, folder / str(number), data)
         number += 1
 
 
 def main(folder: Path, members: int, data: str) -> None:
-    """Import once, then fork: a member costs no second import."""
+    """Import once, then fork: neither a member nor a run costs a second import."""
+    die_with_parent()
     torch.set_num_threads(1)
     platform.activate()
-    import megatron.training.arguments
     import megatron.training.training
 
-    import megatron_opt.training.job  # noqa: F401
+    import megatron_opt.training.checkpoints
+    import megatron_opt.training.job
+    import megatron_opt.training.monitoring  # noqa: F401
     from megatron_opt.optimizers import registry
 
     registry.rules()
-    parent = os.getppid()
     for member in range(members):
         if os.fork() == 0:
             log = os.open(folder / f"member{member}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -106,9 +131,8 @@ def main(folder: Path, members: int, data: str) -> None:
                 serve(folder, member, data)
             finally:
                 os._exit(1)
-    while os.getppid() == parent:  # the members end when this process does
-        time.sleep(0.2)
-    os._exit(0)
+    os.wait()  # members do not end by themselves
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -92,9 +92,7 @@ def test_coefficients_equal_a_peers(kind):
     assert list(ns.coefficients(kind, 12)) == list(peer.get_coefficient_iterator(12, theirs, mode))
 
 
-@pytest.mark.parametrize(
-    "kind, steps", [("simple", 5), ("polar_express", 8), ("cans", 5), ("deepseekv4", 10)]
-)
+@pytest.mark.parametrize("kind, steps", [("simple", 5), ("polar_express", 8), ("cans", 5), ("deepseekv4", 10)])
 def test_gram_form_equals_standard_form(kind, steps):
     torch.manual_seed(2)
     table = ns.coefficients(kind, steps)
@@ -138,9 +136,7 @@ def test_batching_changes_nothing(precision):
 @pytest.mark.parametrize("eps", [1e-5, 1e-25])
 def test_zero_and_tiny_matrices_stay_finite(form, precision, eps):
     table = ns.coefficients("simple", 5)
-    zero, tiny = ns.orthogonalize(
-        [torch.zeros(4, 40), torch.full((4, 40), 1e-12)], table, eps, precision, form
-    )
+    zero, tiny = ns.orthogonalize([torch.zeros(4, 40), torch.full((4, 40), 1e-12)], table, eps, precision, form)
     assert torch.equal(zero, torch.zeros(4, 40)) and tiny.isfinite().all()
 
 

@@ -33,13 +33,8 @@ def of_kind(groups, kind):
 @pytest.mark.parametrize("optimizer", ["muon", "scion", "adamw", "lion"])
 def test_every_parameter_is_in_one_group(optimizer):
     groups = g.assign(INFOS, g.default_rules(optimizer))
-    assert sorted(info.name for group in groups for info in group.infos) == sorted(
-        info.name for info in INFOS
-    )
-    assert (
-        sum(group.numel for group in groups)
-        == 1000 * 32 * 2 + 32 * 32 + 16 * 32 + 2 * 64 * 32 + 32 + 128 + 32
-    )
+    assert sorted(info.name for group in groups for info in group.infos) == sorted(info.name for info in INFOS)
+    assert sum(group.numel for group in groups) == 1000 * 32 * 2 + 32 * 32 + 16 * 32 + 2 * 64 * 32 + 32 + 128 + 32
 
 
 def test_muon_groups_are_the_studys():
@@ -150,16 +145,14 @@ def test_routers_follow_the_width_as_hidden_matrices_do():
 
 @pytest.mark.parametrize("name", ["muon", "scion", "soap", "kron", "signum", "adamw"])
 def test_width_multipliers_keep_a_steps_effect(name):
-    """‖lr·u‖₂ on a hidden matrix is the same at four times the width: low-rank gradients (noise, for Kron's whitening)."""
+    """‖lr·u‖₂ on a hidden matrix is the same at four times the width, on low-rank gradients (on noise for Kron)."""
     sizes = []
     for width in (32, 128):
         torch.manual_seed(0)
         rule, info = registry.build(name, {}), MatrixInfo("w", (width, width))
         outer = torch.randn(width, 1) @ torch.randn(1, width)
         weight = torch.zeros(width, width)
-        state = (
-            rule.init_state(weight, info) if isinstance(rule, MatrixOptimizer) else rule.init_state(weight)
-        )
+        state = rule.init_state(weight, info) if isinstance(rule, MatrixOptimizer) else rule.init_state(weight)
         for t in range(1, 60):
             grad = torch.randn(width, width) if name == "kron" else outer + 0.01 * torch.randn(width, width)
             if isinstance(rule, MatrixOptimizer):
@@ -167,9 +160,7 @@ def test_width_multipliers_keep_a_steps_effect(name):
             else:
                 u = torch.zeros(width, width)
                 rule.update([u], [grad], [state], t, 1.0, 0.0)
-        sizes.append(
-            float(torch.linalg.matrix_norm(u, 2)) * (width / 32) ** hidden_exponent(name, rule.config)
-        )
+        sizes.append(float(torch.linalg.matrix_norm(u, 2)) * (width / 32) ** hidden_exponent(name, rule.config))
     assert 0.7 < sizes[1] / sizes[0] < 1.45
 
 

@@ -93,9 +93,7 @@ class Cluster:
         for node in ("n1", "n2"):
             self._run("slurmd", "-D", "-N", node)
         while time.monotonic() < end + 40:
-            done = subprocess.run(
-                ["sinfo", "-h", "-o", "%t %D"], env=self.environment, capture_output=True, text=True
-            )
+            done = subprocess.run(["sinfo", "-h", "-o", "%t %D"], env=self.environment, capture_output=True, text=True)
             if done.stdout.split() == ["idle", "2"]:
                 return
             time.sleep(0.2)
@@ -103,9 +101,7 @@ class Cluster:
 
     def _run(self, *words):
         self._processes.append(
-            subprocess.Popen(
-                words, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
+            subprocess.Popen(words, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         )
 
     def stop(self):

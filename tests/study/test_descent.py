@@ -64,9 +64,7 @@ def test_with_noise_below_the_threshold_it_still_finds_the_optimum(lr, beta1, wa
 
 
 def test_a_gain_below_the_threshold_moves_nothing():
-    search = descend(
-        START | {"lr": 0.004}, {"lr": (0.004, 0.008)}, lambda p: 3.0 - 0.002 * (p["lr"] > 0.005), 3e-3
-    )
+    search = descend(START | {"lr": 0.004}, {"lr": (0.004, 0.008)}, lambda p: 3.0 - 0.002 * (p["lr"] > 0.005), 3e-3)
     assert search.complete and search.point["lr"] == 0.004
     assert [(s.best, s.adopted) for s in search.sweeps] == [(0.008, False)]
 
@@ -161,9 +159,7 @@ def test_three_phases_end_with_a_predicted_run_and_equal_effort(make_study):
     def loss(run):
         n = study.models[run.regime.model].non_embedding_parameters
         best = {"adamw": 0.008, "muon": 0.016}[run.optimizer] * (2e4 / n) ** 0.5
-        return (
-            3 + 0.05 * math.log2(run.hyper["lr"] / best) ** 2 + 0.1 * (run.hyper.get("beta1", 0.9) - 0.9) ** 2
-        )
+        return 3 + 0.05 * math.log2(run.hyper["lr"] / best) ** 2 + 0.1 * (run.hyper.get("beta1", 0.9) - 0.9) ** 2
 
     found = finish(study, loss)
     phases = {phase.kind: progress for phase, progress in found}

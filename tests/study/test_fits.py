@@ -37,9 +37,7 @@ def draw(theta, sizes, noise=0.0, seed=0, ratios=RATIOS):
     index, n, ratio = cells(sizes, ratios)
     d = 20 * ratio * n
     loss = law(theta, index, np.log(n / N0), np.log(d / D0))[0]
-    return Observations(
-        NAMES, index, n, d, loss + noise * np.random.default_rng(seed).standard_normal(len(loss))
-    )
+    return Observations(NAMES, index, n, d, loss + noise * np.random.default_rng(seed).standard_normal(len(loss)))
 
 
 @settings(max_examples=30, deadline=None)
@@ -56,8 +54,7 @@ def test_the_jacobian_of_the_law_is_its_derivative(offsets, log_kappa):
     step = 1e-6
     numeric = np.stack(
         [
-            (law(x + step * unit, index, log_n, log_d)[0] - law(x - step * unit, index, log_n, log_d)[0])
-            / (2 * step)
+            (law(x + step * unit, index, log_n, log_d)[0] - law(x - step * unit, index, log_n, log_d)[0]) / (2 * step)
             for unit in np.eye(10)
         ],
         1,
@@ -90,6 +87,7 @@ def test_a_law_without_noise_is_recovered(kind, kappa):
         assert fit.efficiency("adamw") == (1.0, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind,kappa", [("shared", 1.0), ("shared", 0.5)])
 def test_intervals_cover_the_truth_at_their_nominal_rate(kind, kappa):
     """200 draws: held-out losses, the loss and the gain at 7B; three standard errors of a rate of 0.9
@@ -133,9 +131,7 @@ def test_too_few_data_are_refused_and_a_prior_that_decides_is_said():
     two = fit_law(draw(truth(), SIZES[:2], 2e-3), "separate", resamples=50)
     assert any("set by the prior" in sentence for sentence in two.diagnosis())
     spread = np.array([1e7, 1e8, 1e9, 1e10])
-    assert not any(
-        "prior rather" in s for s in fit_law(draw(truth(), spread, 1e-3), resamples=50).diagnosis()
-    )
+    assert not any("prior rather" in s for s in fit_law(draw(truth(), spread, 1e-3), resamples=50).diagnosis())
 
 
 def test_leave_one_out_errors_have_the_size_of_the_noise():
@@ -207,9 +203,7 @@ def test_significance_has_its_nominal_error_rate_and_its_seeds_give_the_power():
     floor = NoiseFloor(0.002, 0)
     wrong = np.mean(
         [
-            compare(
-                tuple(0.002 * rng.standard_normal(2)), tuple(0.002 * rng.standard_normal(2)), floor
-            ).significant
+            compare(tuple(0.002 * rng.standard_normal(2)), tuple(0.002 * rng.standard_normal(2)), floor).significant
             for _ in range(4000)
         ]
     )

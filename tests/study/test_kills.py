@@ -50,12 +50,11 @@ def kill(pid, number):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_twenty_kills_lose_and_repeat_nothing(make_study, tmp_path):
     rng, output = random.Random(0), tmp_path / "out"
-    wider = STUDY.replace("0.008, 0.064]", "0.008, 0.016, 0.024, 0.064]").replace(
-        "0.032]", "0.032, 0.004, 0.064]"
-    )
+    wider = STUDY.replace("0.008, 0.064]", "0.008, 0.016, 0.024, 0.064]").replace("0.032]", "0.032, 0.004, 0.064]")
     path = make_study(wider.replace("executor:", "phases: [descent]\nexecutor:\n  retries: 0"))
     environment = dict(os.environ) | {"FAKE_STEPS": str(STEPS), "FAKE_SLEEP": "0.06", "OMP_NUM_THREADS": "1"}
     scheduler = start(path, output, environment)

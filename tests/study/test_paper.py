@@ -69,9 +69,7 @@ def test_ablations_show_the_cliff():
 
 
 def test_demo_paper_fits_and_reports_without_training(tmp_path, capsys):
-    code = cli.main(
-        ["demo-paper", "--output", str(tmp_path / "out"), "--optimizers", "muon", "--resamples", "30"], "s"
-    )
+    code = cli.main(["demo-paper", "--output", str(tmp_path / "out"), "--optimizers", "muon", "--resamples", "30"], "s")
     assert code == 0
     shown = capsys.readouterr().out
     assert "muon's gain at 1x, by the shared law" in shown and "report: " in shown

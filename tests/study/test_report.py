@@ -33,8 +33,7 @@ def report(tmp_path_factory):
         .replace("FAKE", str(FAKE))
         .replace(
             "data:\n",
-            "  small: "
-            "{num_layers: 3, hidden_size: 64, ffn_hidden_size: 128, num_attention_heads: 2}\ndata:\n",
+            "  small: {num_layers: 3, hidden_size: 64, ffn_hidden_size: 128, num_attention_heads: 2}\ndata:\n",
         )
     )
     (folder / "s.yaml").write_text(text + "ratios: [1, 2, 4]\nseeds: [1, 2]\n")
@@ -126,9 +125,7 @@ def test_a_browser_draws_every_figure_without_an_error(report, tmp_path, width):
     # Nothing may be wider than the window: the page itself must not scroll sideways.
     measure = "document.title = document.documentElement.scrollWidth"
     script = f"<script>addEventListener('load', () => {measure})</script>"
-    (tmp_path / "w.html").write_text(
-        (report / "index.html").read_text().replace("</body>", script + "</body>")
-    )
+    (tmp_path / "w.html").write_text((report / "index.html").read_text().replace("</body>", script + "</body>"))
     done = browse(f"--window-size={width},1000", "--dump-dom", f"file://{tmp_path / 'w.html'}")
     assert int(re.search(r"<title>(\d+)</title>", done.stdout)[1]) <= width
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -37,13 +38,10 @@ def test_a_grid_runs_every_point_once_and_reports_the_best(make_study, tmp_path,
     completed = [r for r in found.values() if r.status == "completed"]
     assert len(completed) == 5
     best = {
-        name: min((r for r in completed if r.optimizer == name), key=lambda r: r.loss)
-        for name in ("adamw", "muon")
+        name: min((r for r in completed if r.optimizer == name), key=lambda r: r.loss) for name in ("adamw", "muon")
     }
     rows = list(csv.DictReader((output / "report" / "summary.csv").open()))
-    assert {row["optimizer"]: float(row["best lr"]) for row in rows} == {
-        n: r.hyper["lr"] for n, r in best.items()
-    }
+    assert {row["optimizer"]: float(row["best lr"]) for row in rows} == {n: r.hyper["lr"] for n, r in best.items()}
     for row in rows:
         assert float(row["valid loss"]) == pytest.approx(best[row["optimizer"]].loss, abs=5e-5)
         assert row["run id"] == best[row["optimizer"]].id
@@ -61,7 +59,7 @@ def test_every_run_gets_the_same_tokens_and_its_own_flags(make_study, tmp_path):
     for record in records(output):
         assert record.parameters == parameters
         assert record.tokens == 20 * parameters // (64 * 4) * (64 * 4)
-        flags = dict(zip(record.arguments[::2], record.arguments[1::2]))
+        flags = dict(pairwise(record.arguments))
         assert flags["--optimizer"] == record.optimizer
         assert float(flags["--lr"]) == record.hyper["lr"]
         assert flags["--lr-decay-style"] == ("WSD" if record.optimizer == "muon" else "cosine")
@@ -82,9 +80,7 @@ def test_a_second_call_runs_nothing_and_a_wider_grid_only_the_new_points(make_st
     assert len(after) == 8 and before.items() <= after.items()
 
 
-def test_a_failing_run_is_retried_then_reported_and_the_others_go_on(
-    make_study, tmp_path, monkeypatch, capsys
-):
+def test_a_failing_run_is_retried_then_reported_and_the_others_go_on(make_study, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FAKE_FAIL", "0.004")
     output = tmp_path / "out"
     text = STUDY.replace("executor:", "executor:\n  retries: 1")
@@ -161,3 +157,18 @@ def test_missing_data_and_tokenizer_are_named(make_study, tmp_path):
     study = read_study(make_study())
     (tmp_path / "valid.idx").unlink()
     assert f"no data file {tmp_path / 'valid.idx'}" in refusal(study, tmp_path / "out")
+
+
+def test_a_narrow_terminal_shows_whole_numbers(make_study, tmp_path, capsys):
+    from rich.console import Console
+
+    from megatron_opt.study.dataset import from_store
+    from megatron_opt.study.display import print_summary
+
+    output = tmp_path / "out"
+    run(make_study(), output)
+    capsys.readouterr()
+    with Store(output / "study.sqlite") as store:
+        print_summary(Console(width=80), from_store(store))
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("25,600", "2.00", "0.032", "tiny@1x", "diverged)")) and "…" not in shown

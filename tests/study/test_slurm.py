@@ -50,6 +50,7 @@ def records(output):
         return store.runs()
 
 
+@pytest.mark.slow
 def test_a_study_runs_through_slurm(on_slurm, make_study, tmp_path):
     output = tmp_path / "out"
     assert cli.main(["run", str(make_study(ON_SLURM)), "--output", str(output)], "study") == 0
@@ -58,6 +59,7 @@ def test_a_study_runs_through_slurm(on_slurm, make_study, tmp_path):
     assert sum(r.status == "diverged" for r in found) == 1
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_goes_on_from_its_checkpoint(on_slurm, make_study, tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_SLEEP", "0.15")
     output = tmp_path / "out"
@@ -92,6 +94,7 @@ def test_a_cancelled_job_goes_on_from_its_checkpoint(on_slurm, make_study, tmp_p
     assert len(set(steps)) == 20 and len(steps) <= 21
 
 
+@pytest.mark.slow
 def test_jobs_outlive_the_scheduler_and_are_adopted(on_slurm, make_study, tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_SLEEP", "0.1")
     output = tmp_path / "out"
@@ -112,6 +115,21 @@ def test_jobs_outlive_the_scheduler_and_are_adopted(on_slurm, make_study, tmp_pa
     assert all(r.attempts == 1 for r in records(output))
 
 
+@pytest.mark.slow
+def test_a_job_that_is_told_to_stop_counts_as_interrupted_whatever_its_launcher_says(on_slurm, tmp_path):
+    launcher = "trap 'exit 1' TERM; touch started; sleep 60 & wait"
+    executor = SlurmExecutor(ExecutorSettings(kind="slurm", command=("bash", "-c", launcher)), tmp_path)
+    number = executor.submit(Job("told", tmp_path / "told", [])).split()[1]
+    end = time.monotonic() + 60
+    while not (tmp_path / "told" / "started").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    subprocess.run(["scancel", "--batch", "--signal=TERM", number], check=True)
+    while not (ended := executor.poll()) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert [(one.run, one.code) for one in ended] == [("told", 143)]
+
+
+@pytest.mark.slow
 def test_a_job_on_two_nodes_starts_one_launcher_on_each(on_slurm, tmp_path):
     settings = ExecutorSettings(
         kind="slurm", nodes=2, ranks=2, command=("bash", "-c", "echo $SLURMD_NODENAME $0", slurm.RENDEZVOUS)
@@ -127,6 +145,7 @@ def test_a_job_on_two_nodes_starts_one_launcher_on_each(on_slurm, tmp_path):
     assert nodes == ("n1", "n2") and len(set(places)) == 1 and places[0].startswith("n1:")
 
 
+@pytest.mark.slow
 def test_a_refused_option_is_reported_and_nothing_is_lost(on_slurm, make_study, tmp_path):
     output = tmp_path / "out"
     bad = make_study(ON_SLURM.replace("partition: debug", "partition: nowhere"))
@@ -146,15 +165,13 @@ def test_the_script_starts_torchrun_on_every_node_and_quotes_what_it_is_given(tm
         environment={"A": "b c"},
         slurm={"gpus_per_node": 8, "account": "lab"},
     )
-    script = SlurmExecutor(settings, tmp_path)._script(
-        Job("r1", tmp_path / "a b", ["--lr", "0.1", "--x", "$HOME"])
-    )
+    script = SlurmExecutor(settings, tmp_path)._script(Job("r1", tmp_path / "a b", ["--lr", "0.1", "--x", "$HOME"]))
     for line in (
         '#SBATCH --nodes="4"',
         '#SBATCH --gpus-per-node="8"',
         '#SBATCH --time="0:5400"',
         "export A='b c'",
-        '#SBATCH --signal="TERM@120"',
+        '#SBATCH --signal="B:TERM@120"',
     ):
         assert line in script
     assert '--nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint "$head:$port"' in script

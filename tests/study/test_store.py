@@ -38,10 +38,7 @@ CURVE = Curve(
 def runs(make_study):
     study = read_study(make_study())
     space = study.optimizers["adamw"]
-    return [
-        make_run(study, "adamw", Regime("tiny", 1.0), space.start | {"lr": 0.001 * (i + 1)}, 1)
-        for i in range(40)
-    ]
+    return [make_run(study, "adamw", Regime("tiny", 1.0), space.start | {"lr": 0.001 * (i + 1)}, 1) for i in range(40)]
 
 
 @pytest.fixture
@@ -154,9 +151,7 @@ def test_export_and_import_keep_every_value(filled, tmp_path, suffix):
     with Store(tmp_path / "copy.sqlite", create=True) as copy:
         assert import_runs(copy, file, curves) == 4
         for before, after in zip(rows, copy.rows()):
-            assert {k: v for k, v in before.items() if k != "job"} == {
-                k: v for k, v in after.items() if k != "job"
-            }
+            assert {k: v for k, v in before.items() if k != "job"} == {k: v for k, v in after.items() if k != "job"}
         assert copy.phases() == phases
         assert copy.curve(rows[0]["id"]) == CURVE
         assert import_runs(copy, file, curves) == 0
@@ -218,9 +213,7 @@ def test_metrics_survive_torn_lines_and_repeats(tmp_path):
 
 def test_a_regime_without_a_baseline_cannot_be_fitted(tmp_path):
     file = tmp_path / "mine.csv"
-    file.write_text(
-        "optimizer,model,ratio,parameters,tokens,loss\nadamw,s,1,10,200,3.5\nmine,s,2,10,400,3.4\n"
-    )
+    file.write_text("optimizer,model,ratio,parameters,tokens,loss\nadamw,s,1,10,200,3.5\nmine,s,2,10,400,3.4\n")
     cli.main(["import", str(tmp_path / "out"), str(file)], "study")
     with pytest.raises(UserError, match="regime s@2x has results of mine but none of the baseline adamw"):
         cli.main(["fit", str(tmp_path / "out")], "study")

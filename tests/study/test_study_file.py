@@ -146,15 +146,9 @@ def test_a_runs_identity_is_what_it_trains_not_where_its_files_lie(make_study, t
 
     (tmp_path / "moved").mkdir()
     here = identity()
-    assert (
-        identity(STUDY.replace("[train]", "[moved/train]").replace("tokenizer.model", "moved/t.model"))
-        == here
-    )
+    assert identity(STUDY.replace("[train]", "[moved/train]").replace("tokenizer.model", "moved/t.model")) == here
     assert identity(STUDY + "eval_points: 3\n") == here
-    assert (
-        identity(lr=0.005) != here
-        and identity(STUDY.replace("sequence_length: 64", "sequence_length: 32")) != here
-    )
+    assert identity(lr=0.005) != here and identity(STUDY.replace("sequence_length: 64", "sequence_length: 32")) != here
     assert identity(STUDY.replace("[train]", "[other]")) != here
 
 
@@ -199,3 +193,11 @@ def test_plan_gives_hours_from_measured_or_expected_speed(make_study, tmp_path, 
     tokens = 6 * make_run(study, "adamw", Regime("tiny", 1.0), study.optimizers["adamw"].start, 1).tokens
     hours = tokens * (6 * model.non_embedding_parameters + 6 * 2 * 32 * 64) / 1e6 / 3600
     assert f"At most {hours:.2f} hours" in capsys.readouterr().out
+
+
+def test_paths_start_at_the_study_file_and_variables_at_the_current_folder(make_study, tmp_path, monkeypatch):
+    monkeypatch.setenv("STUDY_DATA", "built")
+    monkeypatch.chdir(tmp_path.parent)
+    study = read_study(make_study(STUDY.replace("[train]", '["$STUDY_DATA/train"]')))
+    assert study.data.train == (str(tmp_path.parent / "built" / "train"),)
+    assert study.data.valid == (str(tmp_path / "valid"),)

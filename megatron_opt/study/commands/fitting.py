@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from megatron_opt.study.analysis import Analysis, analyse
-from megatron_opt.study.dataset import Dataset, from_store
+from megatron_opt.study.dataset import from_store
 from megatron_opt.study.display import make_console, print_table
 from megatron_opt.study.fit_files import write_fits
-from megatron_opt.study.fits.extrapolate import TARGET_N, TARGET_RATIOS
 from megatron_opt.study.paper_data import paper_dataset
 from megatron_opt.study.report import write_report
 from megatron_opt.study.report.extrapolation import extrapolation, prediction_error
@@ -21,30 +21,26 @@ from megatron_opt.study.store import Store
 
 
 def add_fit_options(parser: argparse.ArgumentParser) -> None:
-    """What `fit` and `demo-paper` share."""
+    """What `fit`, `report` and `demo-paper` share."""
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="fit these and the baseline only")
-    parser.add_argument(
-        "--target", type=float, default=TARGET_N, help="parameters to extrapolate to (default 7e9)"
-    )
+    parser.add_argument("--target", type=float, help="parameters to extrapolate to (default: the study's, or 7e9)")
     parser.add_argument(
         "--ratios",
         type=float,
         nargs="+",
-        default=list(TARGET_RATIOS),
-        help="Chinchilla ratios to extrapolate to",
+        help="Chinchilla ratios to extrapolate to (default: the study's, or 1 2 4 8 16)",
     )
     parser.add_argument("--resamples", type=int, default=200, help="bootstrap copies behind every interval")
 
 
-def analyse_with(dataset: Dataset, options: argparse.Namespace) -> Analysis:
-    """Fit a data set as the options say."""
-    return analyse(
-        dataset,
-        optimizers=options.optimizers,
-        target=options.target,
-        ratios=tuple(options.ratios),
-        resamples=options.resamples,
-    )
+def fit_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as arguments of `analyse`."""
+    return {
+        "optimizers": options.optimizers,
+        "target": options.target,
+        "ratios": options.ratios and tuple(options.ratios),
+        "resamples": options.resamples,
+    }
 
 
 def print_analysis(console: Console, analysis: Analysis) -> None:
@@ -71,7 +67,7 @@ def main(argv: list[str], prog: str) -> int:
     add_fit_options(parser)
     options = parser.parse_args(argv)
     with Store(options.output / STORE_NAME) as store:
-        analysis = analyse_with(from_store(store), options)
+        analysis = analyse(from_store(store), **fit_arguments(options))
         write_fits(analysis, options.output / "fits.json")
     console = make_console()
     print_analysis(console, analysis)
@@ -86,7 +82,7 @@ def demo_paper(argv: list[str], prog: str) -> int:
     add_fit_options(parser)
     options = parser.parse_args(argv)
     dataset = paper_dataset()
-    analysis = analyse_with(dataset, options)
+    analysis = analyse(dataset, **fit_arguments(options))
     options.output.mkdir(parents=True, exist_ok=True)
     page = write_report(dataset, options.output, analysis)
     write_fits(analysis, options.output / "fits.json")

@@ -17,9 +17,7 @@ def main(argv: list[str], prog: str) -> int:
     """Print runs, FLOPs, tokens and expected hours of each phase."""
     parser = argparse.ArgumentParser(prog=prog)
     parser.add_argument("study", type=Path, help="study file (YAML)")
-    parser.add_argument(
-        "--output", type=Path, help="folder of earlier runs, whose measured speed gives the hours"
-    )
+    parser.add_argument("--output", type=Path, help="folder of earlier runs, whose measured speed gives the hours")
     options = parser.parse_args(argv)
     study = read_study(options.study)
     records = []
@@ -42,22 +40,15 @@ def main(argv: list[str], prog: str) -> int:
             ]
             for c in costs
         ],
-        f"{study.name}: {len(study.models)} models, {len(study.regimes())} regimes, baseline "
-        f"{study.baseline}",
+        f"{study.name}: {len(study.models)} models, {len(study.regimes())} regimes, baseline {study.baseline}",
     )
     hours = [c.hours for c in costs if c.hours is not None]
     if not hours:
-        console.print(
-            "Hours are unknown until a run has finished (`--output`) or `executor: flops_per_s:` is given."
-        )
+        console.print("Hours are unknown until a run has finished (`--output`) or `executor: flops_per_s:` is given.")
         return 0
-    slots = study.executor.jobs or (
-        LocalExecutor(study.executor).slots if study.executor.kind == "local" else 1
-    )
+    slots = study.executor.jobs or (LocalExecutor(study.executor).slots if study.executor.kind == "local" else 1)
     total = sum(hours)
     console.print(f"At most {total:.2f} hours of runs, about {total / slots:.2f} hours with {slots} at once.")
     if study.max_hours is not None and total * study.executor.ranks > study.max_hours:
-        console.print(
-            f"This may exceed the budget of {study.max_hours:g} hours, at which no further run is started."
-        )
+        console.print(f"This may exceed the budget of {study.max_hours:g} hours, at which no further run is started.")
     return 0

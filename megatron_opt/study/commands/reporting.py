@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_opt.study.analysis import analyse_if_possible
+from megatron_opt.study.commands.fitting import add_fit_options, fit_arguments
 from megatron_opt.study.dataset import from_store
 from megatron_opt.study.display import make_console, print_summary
 from megatron_opt.study.report import write_report
@@ -17,10 +19,12 @@ def main(argv: list[str], prog: str) -> int:
     parser = argparse.ArgumentParser(prog=prog)
     parser.add_argument("output", type=Path, help="folder of the study")
     parser.add_argument("--to", type=Path, help="folder of the report (default: OUTPUT/report)")
+    add_fit_options(parser)
     options = parser.parse_args(argv)
     with Store(options.output / STORE_NAME) as store:
         dataset = from_store(store)
-        page = write_report(dataset, options.to or options.output / "report")
+        analysis = analyse_if_possible(dataset, **fit_arguments(options))
+        page = write_report(dataset, options.to or options.output / "report", analysis)
     console = make_console()
     print_summary(console, dataset)
     console.print(f"report: {page}", soft_wrap=True, markup=False)

@@ -15,12 +15,8 @@ def main(argv: list[str], prog: str) -> int:
     """Run or resume a study; exit code 0 complete, 1 runs failed or the budget is spent, 130 stopped."""
     parser = argparse.ArgumentParser(prog=prog)
     parser.add_argument("study", type=Path, help="study file (YAML)")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder for the store, the runs and the report"
-    )
-    parser.add_argument(
-        "--max-hours", type=float, help="start no further run after this time; run again to go on"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the store, the runs and the report")
+    parser.add_argument("--max-hours", type=float, help="start no further run after this time; run again to go on")
     parser.add_argument("--retry-failed", action="store_true", help="try failed runs again")
     options = parser.parse_args(argv)
     study = read_study(options.study)
@@ -37,17 +33,16 @@ def main(argv: list[str], prog: str) -> int:
             console.print("Stopped; every run was saved. The same command goes on from here.")
             return 130
         # The report's libraries take a second to load, which a restarted scheduler need not wait for.
+        from megatron_opt.study.analysis import analyse_if_possible
         from megatron_opt.study.report import write_report
 
         dataset = from_store(store)
-        page = write_report(dataset, options.output / "report")
+        page = write_report(dataset, options.output / "report", analyse_if_possible(dataset))
         print_summary(console, dataset)
         failed = [record for record in dataset.records if record.status == "failed"]
         waiting = [record for record in dataset.records if record.status == "planned"]
     for record in failed[:5]:
-        console.print(
-            f"failed: run {record.id}, {record.optimizer} {record.regime}: {record.reason}", markup=False
-        )
+        console.print(f"failed: run {record.id}, {record.optimizer} {record.regime}: {record.reason}", markup=False)
     if len(failed) > 5:
         console.print(f"… and {len(failed) - 5} more failed runs")
     if waiting:

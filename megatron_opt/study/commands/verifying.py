@@ -60,9 +60,7 @@ def main(argv: list[str], prog: str) -> int:
     regimes = {record.id: record.regime for record in dataset.records}
     mask = np.array([regimes[run] in held for run in data.runs])
     if not mask.any():
-        raise UserError(
-            f"no finished run in {', '.join(map(str, sorted(held)))}; run the study to its end first"
-        )
+        raise UserError(f"no finished run in {', '.join(map(str, sorted(held)))}; run the study to its end first")
     rows = []
     results = verification(data, mask, noise_floor(dataset).sigma)
     for kind, found in results.items():
@@ -82,9 +80,7 @@ def main(argv: list[str], prog: str) -> int:
                     found.data.runs[i],
                 ]
             )
-    print_table(
-        console, HEADER, rows, f"{dataset.name}: predicted without {', '.join(map(str, sorted(held)))}"
-    )
+    print_table(console, HEADER, rows, f"{dataset.name}: predicted without {', '.join(map(str, sorted(held)))}")
     for kind, found in results.items():
         console.print(
             f"{kind} law: error {found.rmse:.4f}, {found.coverage:.0%} of {len(found.data)} losses inside "

@@ -32,9 +32,7 @@ def main(argv: list[str], prog: str) -> int:
                         return 0
                     time.sleep(1.0)
         records = store.runs()
-        print_table(
-            console, ["optimizer", *STATES, "best loss"], counts(records), store.meta("name", "study")
-        )
+        print_table(console, ["optimizer", *STATES, "best loss"], counts(records), store.meta("name", "study"))
         if options.runs:
             for r in records:
                 loss = "–" if r.loss is None else f"{r.loss:.4f}"

@@ -40,9 +40,7 @@ class LocalExecutor:
         self._gpus = visible_gpus()
         most = len(self._gpus) // settings.ranks if self._gpus else max(1, cores // settings.ranks)
         if self._gpus and not most:
-            raise UserError(
-                f"a run wants {settings.ranks} GPUs and this machine has {len(self._gpus)}; lower `ranks:`"
-            )
+            raise UserError(f"a run wants {settings.ranks} GPUs and this machine has {len(self._gpus)}; lower `ranks:`")
         self.slots = settings.jobs or most
         if self._gpus and self.slots > most:
             raise UserError(

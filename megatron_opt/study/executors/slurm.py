@@ -45,8 +45,18 @@ _SCRIPT = """\
 {options}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
-srun --kill-on-bad-exit=1 --ntasks-per-node=1 {command}
+stopped=
+trap 'stopped=1; kill -TERM "$step"' TERM
+srun --kill-on-bad-exit=1 --ntasks-per-node=1 {command} &
+step=$!
+wait "$step"
 code=$?
+while kill -0 "$step" 2>/dev/null; do
+    wait "$step"
+    code=$?
+done
+# A launcher that was told to stop reports the same code as one that failed.
+[ -z "$stopped" ] || code=143
 echo "$code" > exit_code.tmp && mv exit_code.tmp exit_code
 exit "$code"
 """
@@ -59,9 +69,7 @@ class SlurmExecutor:
         self._settings, self._folder = settings, folder
         for program in ("sbatch", "squeue", "scancel"):
             if shutil.which(program) is None:
-                raise UserError(
-                    f"`kind: slurm` needs {program} on this machine; run on a login node, or use local"
-                )
+                raise UserError(f"`kind: slurm` needs {program} on this machine; run on a login node, or use local")
         self.slots = settings.jobs or 64
         self._live: dict[str, Job] = {}
         self._next = self._answered = time.monotonic()
@@ -73,9 +81,7 @@ class SlurmExecutor:
         write_text(script, self._script(job))
         done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
         if done.returncode:
-            raise UserError(
-                f"sbatch refused {script}: {done.stderr.strip()}; check `slurm:` in the study file"
-            )
+            raise UserError(f"sbatch refused {script}: {done.stderr.strip()}; check `slurm:` in the study file")
         self._live[job.run] = job
         return f"slurm {done.stdout.strip().split(';')[0]}"
 
@@ -97,9 +103,7 @@ class SlurmExecutor:
         queue = self._queue()
         if queue is None:
             if time.monotonic() - self._answered > PATIENCE_SECONDS:
-                raise UserError(
-                    "squeue has not answered for ten minutes; jobs go on, run the same command later"
-                )
+                raise UserError("squeue has not answered for ten minutes; jobs go on, run the same command later")
             return []
         self._answered = time.monotonic()
         ended = []
@@ -124,15 +128,13 @@ class SlurmExecutor:
             "open-mode": "append",
             "nodes": settings.nodes,
             "ntasks-per-node": 1,
-            "signal": f"TERM@{SAVE_SECONDS}",
+            "signal": f"B:TERM@{SAVE_SECONDS}",
             "no-requeue": True,
         }
         if settings.timeout_minutes:
             options["time"] = f"0:{max(1, round(60 * settings.timeout_minutes))}"
         options |= {str(key).replace("_", "-"): value for key, value in settings.slurm.items()}
-        lines = [
-            f"#SBATCH --{key}" + ("" if value is True else f'="{value}"') for key, value in options.items()
-        ]
+        lines = [f"#SBATCH --{key}" + ("" if value is True else f'="{value}"') for key, value in options.items()]
         variables = settings.environment | {RUN_VARIABLE: str(job.folder)}
         lines += [f"export {key}={shlex.quote(value)}" for key, value in variables.items()]
         words = [shlex.quote(word) for word in command_of(settings, job, TORCHRUN)]

@@ -10,8 +10,6 @@ from scipy.optimize import brentq
 from megatron_opt.study.fits.intervals import interval
 from megatron_opt.study.fits.scaling import Fit
 
-TARGET_N, TARGET_RATIOS = 7e9, (1.0, 2.0, 4.0, 8.0, 16.0)
-
 
 @dataclass(frozen=True)
 class Estimate:

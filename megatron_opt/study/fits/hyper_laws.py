@@ -81,9 +81,7 @@ def fit_hyper_law(
     """
     n, d, value = (np.asarray(item, float) for item in (n, d, value))
     if len(value) < 3:
-        raise UserError(
-            f"the law of {hyperparameter} of {optimizer} needs three regimes, there are {len(value)}"
-        )
+        raise UserError(f"the law of {hyperparameter} of {optimizer} needs three regimes, there are {len(value)}")
     if np.any(value <= 0):
         raise UserError(f"{hyperparameter} of {optimizer} is zero somewhere; a power law cannot describe it")
     x, y = np.log(n) - np.log(n).mean(), np.log(d) - np.log(d).mean()
@@ -117,9 +115,7 @@ def _fit(x: np.ndarray, y: np.ndarray, log_h: np.ndarray, sigma: float, offset: 
 
     def function(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         values, jacobian = _log_law(theta, x, y)
-        return np.concatenate([(values - log_h) / sigma, theta[1:3] / PRIOR_WIDTH]), np.vstack(
-            [jacobian / sigma, rows]
-        )
+        return np.concatenate([(values - log_h) / sigma, theta[1:3] / PRIOR_WIDTH]), np.vstack([jacobian / sigma, rows])
 
     start = [log_h.mean(), 0.1, 0.1] + ([] if offset is None else [offset])
     return solve(function, [np.array(start)]).x
@@ -128,8 +124,4 @@ def _fit(x: np.ndarray, y: np.ndarray, log_h: np.ndarray, sigma: float, offset: 
 def _aicc(theta: np.ndarray, x: np.ndarray, y: np.ndarray, log_h: np.ndarray) -> float:
     count, parameters = len(log_h), len(theta)
     spread = max(float(np.mean((_log_law(theta, x, y)[0] - log_h) ** 2)), 1e-6)
-    return (
-        count * np.log(spread)
-        + 2 * parameters
-        + 2 * parameters * (parameters + 1) / max(1, count - parameters - 1)
-    )
+    return count * np.log(spread) + 2 * parameters + 2 * parameters * (parameters + 1) / max(1, count - parameters - 1)

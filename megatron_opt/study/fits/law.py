@@ -16,9 +16,7 @@ CORE = 6
 """log E, log A, a, log B, b, log κ; then log ρ_N, log ρ_D of each optimizer after the first"""
 
 
-def law(
-    x: np.ndarray, index: np.ndarray, log_n: np.ndarray, log_d: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def law(x: np.ndarray, index: np.ndarray, log_n: np.ndarray, log_d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Losses (n,) and their Jacobian (n, p) by the parameters x (p,); `index` picks each point's
     optimizer.
     """

@@ -78,9 +78,7 @@ def compare(a: tuple[float, ...], b: tuple[float, ...], floor: NoiseFloor) -> Co
     reach = float(law.ppf(0.95)) * error
     needed = None
     if gain:
-        needed = max(
-            1, math.ceil(2 * ((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * floor.sigma / gain) ** 2)
-        )
+        needed = max(1, math.ceil(2 * ((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * floor.sigma / gain) ** 2))
     return Comparison(
         gain, gain - reach, gain + reach, 2 * float(law.sf(abs(gain) / error)), needed, not floor.measured
     )

@@ -32,9 +32,7 @@ class Observations:
     def where(self, mask: np.ndarray) -> Observations:
         """The observations that a boolean mask keeps; optimizers keep their positions."""
         runs = tuple(run for run, keep in zip(self.runs, mask) if keep)
-        return Observations(
-            self.optimizers, self.index[mask], self.n[mask], self.d[mask], self.loss[mask], runs
-        )
+        return Observations(self.optimizers, self.index[mask], self.n[mask], self.d[mask], self.loss[mask], runs)
 
     def of(self, optimizer: str) -> Observations:
         """The observations of one optimizer, alone."""
@@ -58,9 +56,7 @@ def observations(dataset: Dataset, optimizers: list[str] | None = None) -> Obser
         raise UserError(f"no runs of {', '.join(unknown)}; there are {', '.join(dataset.optimizers)}")
     best = dataset.best()
     if dataset.baseline not in dataset.optimizers:
-        raise UserError(
-            f"the baseline {dataset.baseline!r} has no runs; run it, or name another with --baseline"
-        )
+        raise UserError(f"the baseline {dataset.baseline!r} has no runs; run it, or name another with --baseline")
     cells = [(name, regime) for name in names for regime in dataset.regimes if (name, regime) in best]
     for name, regime in cells:
         if (dataset.baseline, regime) not in best:

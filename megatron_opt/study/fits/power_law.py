@@ -41,9 +41,7 @@ def fit_power_law(d: np.ndarray, loss: np.ndarray) -> PowerLaw:
     """
     d, loss = np.asarray(d, float), np.asarray(loss, float)
     if len(np.unique(d)) < 3:
-        raise UserError(
-            f"L(D) needs three budgets of the baseline at each size, there are {len(np.unique(d))}"
-        )
+        raise UserError(f"L(D) needs three budgets of the baseline at each size, there are {len(np.unique(d))}")
     log_d = np.log(d) - np.log(d).min()
 
     def linear(log_b: float) -> tuple[float, float, np.ndarray]:

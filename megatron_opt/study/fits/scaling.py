@@ -75,9 +75,7 @@ class Fit:
         """The same of every bootstrap copy: (resamples, *shape)."""
         return np.stack([self._loss(theta, optimizer, n, d) for theta in self.draws])
 
-    def _loss(
-        self, theta: np.ndarray, optimizer: str, n: np.ndarray | float, d: np.ndarray | float
-    ) -> np.ndarray:
+    def _loss(self, theta: np.ndarray, optimizer: str, n: np.ndarray | float, d: np.ndarray | float) -> np.ndarray:
         block, k = self.block(optimizer)
         log_n, log_d = np.broadcast_arrays(
             np.log(np.asarray(n, float) / self.origin[0]), np.log(np.asarray(d, float) / self.origin[1])
@@ -136,15 +134,8 @@ class Fit:
         free = [i for i in range(self.theta.shape[1]) if i != 5 or self.form == "coupled"]
         for block in range(len(self.theta)):
             who = "all optimizers" if self.kind == "shared" else self.optimizers[block]
-            mine = [
-                k
-                for k in range(len(self.data))
-                if self.block(self.optimizers[self.data.index[k]])[0] == block
-            ]
-            rows = [
-                self.gradient(self.optimizers[self.data.index[k]], self.data.n[k], self.data.d[k])
-                for k in mine
-            ]
+            mine = [k for k in range(len(self.data)) if self.block(self.optimizers[self.data.index[k]])[0] == block]
+            rows = [self.gradient(self.optimizers[self.data.index[k]], self.data.n[k], self.data.d[k]) for k in mine]
             jacobian = np.array(rows).reshape(len(mine), *self.theta.shape)[:, block][:, free]
             condition = np.linalg.cond(jacobian / np.maximum(np.linalg.norm(jacobian, axis=0), 1e-300))
             if condition > 1e3:
@@ -239,9 +230,7 @@ def _fit(
     return Fit(kind, form, data, np.stack([s.x for s in solutions]), origin, sigma, residuals, prior)
 
 
-def _residuals(
-    solutions: list[Solution], parts: list[Observations], data: Observations, sigma: float
-) -> np.ndarray:
+def _residuals(solutions: list[Solution], parts: list[Observations], data: Observations, sigma: float) -> np.ndarray:
     residuals = np.empty(len(data))
     for block, (solution, part) in enumerate(zip(solutions, parts)):
         mask = slice(None) if len(parts) == 1 and len(part) == len(data) else data.index == block
@@ -303,11 +292,7 @@ def _aicc(fit: Fit) -> float:
     """Akaike's criterion with its small-sample correction."""
     count, parameters = len(fit.data), _parameters(fit.data, fit.kind, fit.form)
     spread = max(float(np.mean(fit.residuals**2)), 1e-12)
-    return (
-        count * np.log(spread)
-        + 2 * parameters
-        + 2 * parameters * (parameters + 1) / max(1, count - parameters - 1)
-    )
+    return count * np.log(spread) + 2 * parameters + 2 * parameters * (parameters + 1) / max(1, count - parameters - 1)
 
 
 def _bootstrap(fit: Fit, resamples: int, seed: int) -> np.ndarray:

@@ -34,23 +34,16 @@ def dynamics(dataset: Dataset) -> Section:
         for name in dataset.optimizers:
             cell = best.get((name, regime))
             curve = dataset.curve(cell.record.id) if cell else None
-            points = [p for p in curve.train if isinstance(p.get(key), dict) and p[key]] if curve else []
+            points = [(p["iteration"], v) for p in curve.train if (v := by_matrix(p, key))] if curve else []
             if cell is None or not points:
                 continue
-            means = [math.fsum(p[key].values()) / len(p[key]) for p in points]
-            series.append(
-                Series(
-                    name,
-                    [float(p["iteration"]) for p in points],
-                    means,
-                    color[name],
-                    points=False,
-                    runs=[cell.record.id] * len(points),
-                )
-            )
+            means = [math.fsum(values.values()) / len(values) for _, values in points]
+            x = [float(iteration) for iteration, _ in points]
+            run = cell.record
+            series.append(Series(name, x, means, color[name], points=False, runs=[run.id] * len(points)))
             rows += [
-                [name, kind, title.lower(), f"{value:.3g}", _expected(key, cell.record.hyper)]
-                for kind, value in sorted(points[-1][key].items())
+                [name, kind, title.lower(), f"{value:.3g}", _expected(key, run.hyper)]
+                for kind, value in sorted(points[len(points) // 2][1].items())
             ]
         if series:
             section.plots.append(
@@ -64,13 +57,22 @@ def dynamics(dataset: Dataset) -> Section:
                 )
             )
     if rows:
-        section.text.append(
-            "The angular update is the step that training really takes on scale-invariant weights."
-        )
-        section.tables.append(
-            Table(["optimizer", "matrices", "what", "at the end", "equilibrium at full lr"], rows)
-        )
+        section.text.append("The angular update is the step that training really takes on scale-invariant weights.")
+        section.tables.append(Table(["optimizer", "matrices", "what", "halfway", "equilibrium at full lr"], rows))
     return section
+
+
+def by_matrix(point: dict[str, Any], key: str) -> dict[str, float]:
+    """A logged quantity by kind or group of matrices; the angle of a step is ‖ΔW‖/‖W‖ where it is not logged."""
+    if isinstance(point.get(key), dict):
+        return point[key]
+    found = {}
+    for name, group in (point.get("groups") or {}).items():
+        if key in group:
+            found[name] = group[key]
+        elif key == "angular_update" and group.get("weight_norm") and "update_norm" in group:
+            found[name] = group["update_norm"] / group["weight_norm"]
+    return found
 
 
 def _expected(key: str, hyper: dict[str, Any]) -> str:

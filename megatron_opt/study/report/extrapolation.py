@@ -13,7 +13,10 @@ from megatron_opt.study.report.scaling import law_table
 
 def prediction_error(analysis: Analysis) -> Section:
     """Parameters of the laws, their leave-one-out error and their error on the held-out largest size."""
-    section = Section("How good are the laws?", warnings=[n for n in analysis.notes if n.startswith("The ")])
+    section = Section(
+        "How good are the laws?",
+        warnings=[text for fit in analysis.fits.values() for text in fit.diagnosis()],
+    )
     rows = []
     for kind, fit in analysis.fits.items():
         section.tables.append(law_table(fit))
@@ -90,6 +93,7 @@ def extrapolation(analysis: Analysis) -> Section:
             "and hold if the form of the law holds."
         ],
     )
+    section.warnings = [note for note in analysis.notes if note.startswith("The target")]
     per, color = analysis.dataset.tokens_per_parameter, colors(analysis.dataset.optimizers)
     rows = []
     for e in analysis.extrapolations:
@@ -103,9 +107,7 @@ def extrapolation(analysis: Analysis) -> Section:
                 _show(e.speedup, 2),
             ]
         )
-    section.tables.append(
-        Table(["law", "ratio", "optimizer", "loss", "gain over baseline", "token speedup"], rows)
-    )
+    section.tables.append(Table(["law", "ratio", "optimizer", "loss", "gain over baseline", "token speedup"], rows))
     for kind in analysis.fits:
         series = []
         for name in analysis.data.optimizers[1:]:

@@ -46,6 +46,10 @@ def write_page(dataset: Dataset, sections: list[Section], path: Path) -> Path:
         f"{escape(dataset.baseline)} · "
         f"megatron_opt {__version__} · {written}</p>"
     )
+    lead += (
+        '<p>Hover over a point for its run; <a href="runs.csv">runs.csv</a> lists every run, figures/ has '
+        "each figure as PNG and CSV.</p>"
+    )
     if dataset.attribution:
         lead += f"<p>{escape(dataset.attribution)}</p>"
     parts = {
@@ -63,10 +67,16 @@ def write_page(dataset: Dataset, sections: list[Section], path: Path) -> Path:
 
 def _table(table: Table) -> str:
     table = _without_empty_columns(table)
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
-    )
+    words = [any(row[i][:1].isalpha() for row in table.rows) for i in range(len(table.header))]
+
+    def line(cells: list[str], tag: str) -> str:
+        return "".join(
+            f"<{tag} class=text>{escape(cell)}</{tag}>" if left else f"<{tag}>{escape(cell)}</{tag}>"
+            for cell, left in zip(cells, words)
+        )
+
+    head = line(table.header, "th")
+    rows = "".join(f"<tr>{line(row, 'td')}</tr>" for row in table.rows)
     caption = f'<p class="caption">{escape(table.caption)}</p>' if table.caption else ""
     table_text = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     return f'{caption}<div class="scroll">{table_text}</div>'

@@ -8,6 +8,8 @@ from megatron_opt.study.store import Record
 
 MOST = 8
 """sentences of one kind"""
+NORMS = 0.02
+"""share of parameters in norms and biases, which the plan does not count"""
 
 
 def pitfalls(dataset: Dataset) -> list[str]:
@@ -48,9 +50,7 @@ def _effort(dataset: Dataset, cells: dict[tuple[str, Regime], list[Record]]) -> 
         counts = {name: len(cells[name, regime]) for name in dataset.optimizers if (name, regime) in cells}
         if counts and max(counts.values()) > 1.2 * min(counts.values()):
             shown = ", ".join(f"{name} {count}" for name, count in counts.items())
-            found.append(
-                f"Unequal tuning effort in {regime}: {shown} runs. The best of more runs is lower by chance."
-            )
+            found.append(f"Unequal tuning effort in {regime}: {shown} runs. The best of more runs is lower by chance.")
     return found
 
 
@@ -121,7 +121,7 @@ def _sizes(dataset: Dataset) -> list[str]:
     wrong = {
         (r.regime.model, r.parameters, r.results["params_non_embedding"])
         for r in dataset.finished
-        if r.results.get("params_non_embedding") not in (None, r.parameters)
+        if abs((r.results.get("params_non_embedding") or r.parameters) / r.parameters - 1) > NORMS
     }
     return [
         f"Model {model} was planned with {planned:,} non-embedding parameters and trained with "

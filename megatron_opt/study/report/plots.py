@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 PALETTE = (
@@ -56,6 +57,22 @@ class Plot:
     vertical: list[tuple[float, str]] = field(default_factory=list)
     """vertical lines: position and label"""
     horizontal: list[tuple[float, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Drop points that cannot be drawn: not finite, or not positive on a logarithmic axis."""
+        for series in self.series:
+            keep = [
+                i
+                for i, (x, y) in enumerate(zip(series.x, series.y))
+                if math.isfinite(x)
+                and math.isfinite(y)
+                and (x > 0 or not self.x_log)
+                and (y > 0 or not self.y_log or series.crosses)
+            ]
+            if len(keep) < len(series.x):
+                for name in ("x", "y", "low", "high", "runs"):
+                    values = getattr(series, name)
+                    setattr(series, name, None if values is None else [values[i] for i in keep])
 
 
 @dataclass

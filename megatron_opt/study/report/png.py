@@ -15,8 +15,9 @@ matplotlib.use("Agg")
 
 
 def write_png(plot: Plot, path: Path) -> None:
-    """Draw one figure, 1200 × 750 pixels."""
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    """Draw one figure, 1040 × 650 pixels."""
+    figure = Figure(figsize=(8, 5), dpi=130)
+    figure.subplots_adjust(left=0.11, right=0.97, bottom=0.11, top=0.92)
     axes = figure.add_subplot()
     axes.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
     if plot.x_log:
@@ -31,14 +32,10 @@ def write_png(plot: Plot, path: Path) -> None:
     for series in plot.series:
         if series.crosses:
             top = axes.get_ylim()[1]
-            axes.plot(
-                series.x, [top] * len(series.x), "x", color=series.color, clip_on=False, label=series.label
-            )
+            axes.plot(series.x, [top] * len(series.x), "x", color=series.color, clip_on=False, label=series.label)
     for x, label in plot.vertical:
         axes.axvline(x, color="#888888", linestyle=":", linewidth=1)
-        axes.annotate(
-            label, (x, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7, ha="right"
-        )
+        axes.annotate(label, (x, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7, ha="right")
     for y, label in plot.horizontal:
         axes.axhline(y, color="#888888", linestyle=":", linewidth=1)
         axes.annotate(label, (0.01, y), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")

@@ -17,8 +17,7 @@ def final_losses(analysis: Analysis) -> Section:
     data, color = analysis.data, colors(analysis.dataset.optimizers)
     if fit is not None:
         section.text.append(
-            f"Points are runs, curves the {fit.kind} {fit.form} law; a loss scatters around it by "
-            f"{fit.sigma:.4f}."
+            f"Points are runs, curves the {fit.kind} {fit.form} law; a loss scatters around it by {fit.sigma:.4f}."
         )
     for size in data.sizes:
         cells = data.where(data.n == size)
@@ -106,9 +105,7 @@ def speedup_section(analysis: Analysis) -> Section:
     for size in analysis.data.sizes:
         lines = []
         for name in others:
-            chosen = sorted(
-                (s for s in analysis.speedups if s.optimizer == name and s.n == size), key=lambda s: s.d
-            )
+            chosen = sorted((s for s in analysis.speedups if s.optimizer == name and s.n == size), key=lambda s: s.d)
             chosen = [s for s in chosen if np.isfinite([s.value, s.low, s.high]).all()]
             if chosen:
                 lines.append(series(name, chosen, [s.d / s.n / per for s in chosen]))

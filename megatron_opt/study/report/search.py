@@ -78,8 +78,7 @@ def search(dataset: Dataset) -> Section:
         )
     spent = [step for step in dataset.trace if step["kind"] == "budget"]
     section.warnings = [
-        f"The search of {s['optimizer']} in {s['regime']} ended at its budget of runs ({s['runs']}), "
-        "not at an optimum."
+        f"The search of {s['optimizer']} in {s['regime']} ended at its budget of runs ({s['runs']}), not at an optimum."
         for s in spent
     ]
     return section

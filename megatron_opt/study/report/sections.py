@@ -19,20 +19,25 @@ from megatron_opt.study.report.tuning import hyper_laws, transfer
 from megatron_opt.study.summary import HEADER, summary
 
 
-def build_sections(dataset: Dataset, analysis: Analysis | None, reason: str = "") -> list[Section]:
-    """Every section that the data can fill; without an analysis, those that need no fit, and the
-    reason why.
-    """
-    sections = [_results(dataset), _pitfalls(dataset)]
-    if analysis is not None:
-        sections += [significance(analysis), speedup_section(analysis), final_losses(analysis)]
-        sections += [prediction_error(analysis), extrapolation(analysis)]
-    sections += [search(dataset), lr_sensitivity(dataset)]
-    if analysis is not None:
-        sections += [hyper_laws(analysis)]
+def build_sections(dataset: Dataset, analysis: Analysis | str) -> list[Section]:
+    """Every section that the data can fill; with a reason instead of fits, those that need no fit."""
+    fitted, laws = [], []
+    notes = [analysis] if isinstance(analysis, str) else analysis.notes
+    if not isinstance(analysis, str):
+        fitted = [significance(analysis), speedup_section(analysis), final_losses(analysis)]
+        fitted += [prediction_error(analysis), extrapolation(analysis)]
+        laws = [hyper_laws(analysis)]
+    sections = [
+        _results(dataset),
+        _pitfalls(dataset),
+        *fitted,
+        search(dataset),
+        lr_sensitivity(dataset),
+        *laws,
+    ]
     sections += [transfer(dataset), loss_curves(dataset), costs(dataset), dynamics(dataset), _effort(dataset)]
-    sections.append(Section("Notes", text=[reason] if analysis is None else analysis.notes))
-    return [s for s in sections if s.plots or s.tables or s.warnings or (s.title == "Notes" and any(s.text))]
+    sections.append(Section("Notes", text=notes))
+    return [s for s in sections if s.plots or s.tables or s.warnings or (s.title == "Notes" and s.text)]
 
 
 def _results(dataset: Dataset) -> Section:

@@ -99,9 +99,7 @@ def transfer(dataset: Dataset) -> Section:
             points = sorted(
                 (cell.record.config["flags"][flag], cell.record.hyper["lr"], cell.record.id)
                 for (optimizer, _), cell in best.items()
-                if optimizer == name
-                and flag in cell.record.config.get("flags", {})
-                and "lr" in cell.record.hyper
+                if optimizer == name and flag in cell.record.config.get("flags", {}) and "lr" in cell.record.hyper
             )
             if len({x for x, *_ in points}) > 1:
                 series.append(

@@ -1,0 +1,97 @@
+"""`megatron-opt migrate plan | checkpoint`: is it worth changing the optimizer, and a warm start for it."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_opt.errors import UserError
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """The command line; what it does not know are Megatron's flags of the run."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Plan a change of optimizer; convert a checkpoint into a warm start.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="plan|checkpoint")
+    plan = commands.add_parser(
+        "plan",
+        help="cost, gain, risks and a recommendation",
+        allow_abbrev=False,
+        epilog="The run is given by --from, by Megatron's flags (--preset llama-7b …), or both; flags win.",
+    )
+    plan.add_argument(
+        "--from", dest="source", metavar="RUN|FILE", help="a run's folder, its results.json, or a YAML file of flags"
+    )
+    plan.add_argument("--to", required=True, metavar="OPTIMIZER", help="the optimizer to change to")
+    plan.add_argument(
+        "--cluster", required=True, metavar="NAME|FILE", help="a100, h100, h200, b200, gb300, or a cluster file"
+    )
+    plan.add_argument("--gpus", type=int, help="number of devices (default: the run's)")
+    plan.add_argument(
+        "--study", metavar="DIR|FILE", help="your study: its folder or its fits as JSON (default: the published one)"
+    )
+    plan.add_argument("--tokens", type=float, help="budget in tokens (default: from the run's flags)")
+    plan.add_argument(
+        "--chinchilla", type=float, metavar="RATIO", help="budget as a multiple of 20 tokens per parameter"
+    )
+    plan.add_argument(
+        "--done", type=float, default=0.0, metavar="SHARE", help="share of the budget that is spent already"
+    )
+    plan.add_argument(
+        "--output", default="migration", metavar="DIR", help="folder for plan.md, plan.html and plan.json"
+    )
+    return parser
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Run one of the commands; bad input raises UserError."""
+    args, rest = build_parser(prog).parse_known_args(argv)
+    _plan(args, rest)
+    return 0
+
+
+def _raw(path: Path) -> dict[str, Any]:
+    """All flags of a run, also those that cost nothing but may be refused."""
+    import yaml
+
+    file = path / "results.json" if path.is_dir() else path
+    content = json.loads(file.read_text()) if file.suffix == ".json" else yaml.safe_load(file.read_text())
+    return dict(content.get("config", content))
+
+
+def _plan(args: argparse.Namespace, rest: Sequence[str]) -> None:
+    from megatron_opt.cost_model.cli import write_atomically
+    from megatron_opt.cost_model.cluster import load
+    from megatron_opt.cost_model.flags import from_run, parse
+    from megatron_opt.migrate.plan import make_plan
+    from megatron_opt.migrate.write import as_dict, document
+
+    given, ignored = parse(rest)
+    base = from_run(args.source) if args.source else {}
+    flags = {**base, **given}
+    raw = {**(_raw(Path(args.source)) if args.source else {}), **given, **dict.fromkeys(ignored, True)}
+    gpus = args.gpus or base.get("world-size")
+    if not gpus:
+        raise UserError("--gpus is missing; give the number of devices of the run.")
+    plan = make_plan(
+        flags,
+        raw,
+        args.to,
+        load(args.cluster),
+        int(gpus),
+        study=args.study,
+        tokens=args.tokens,
+        ratio=args.chinchilla,
+        done=args.done,
+    )
+    report = document(plan)
+    folder = Path(args.output)
+    write_atomically(folder / "plan.md", report.markdown())
+    write_atomically(folder / "plan.html", report.page())
+    write_atomically(folder / "plan.json", json.dumps(as_dict(plan), indent=1, default=float) + "\n")
+    print(report.verdict)
+    for name, value in report.facts:
+        print(f"  {name:<22} {value}")
+    print(f"report: {folder / 'plan.html'}, {folder / 'plan.md'}")

@@ -1,0 +1,331 @@
+"""What a study says of an optimizer at a size and budget: token speedup, hyperparameters, cliffs, next runs."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from megatron_opt.errors import UserError
+from megatron_opt.study.dataset import Dataset, from_store
+from megatron_opt.study.fits.extrapolate import NextRun, extrapolate, next_runs
+from megatron_opt.study.fits.hyper_laws import fit_hyper_law
+from megatron_opt.study.fits.noise import DEFAULT_FLOOR, noise_floor
+from megatron_opt.study.fits.observations import Observations, observations
+from megatron_opt.study.fits.scaling import Fit, fit_law
+from megatron_opt.study.fits.speedups import Speedup, speedups
+from megatron_opt.study.paper_data import paper_dataset
+from megatron_opt.study.store import Store
+
+TOKENS_PER_PARAMETER = 20.0
+RESAMPLES = 200
+# arXiv 2509.02046: matrix methods gain 1.1x at 1.2B parameters; read as 8x the middle of its 1x to 8x runs.
+PUBLISHED_LARGEST = (1.2e9, 1.1)
+PUBLISHED_MATRIX_METHODS = ("muon", "soap", "kron")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 90% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to estimate a token speedup; `draws` are samples of it, `counted` whether the verdict uses it."""
+
+    name: str
+    estimate: Estimate
+    draws: np.ndarray
+    counted: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """A value for the target run; `interval` where a law gives one, `source` says where it is from."""
+
+    name: str
+    value: Any
+    low: float | None
+    high: float | None
+    source: str
+
+
+@dataclass
+class Evidence:
+    """Everything that a plan takes from a study."""
+
+    source: str
+    attribution: str
+    paper: bool
+    sizes: tuple[float, float]
+    budgets: tuple[float, float]  # D/N over TOKENS_PER_PARAMETER
+    cells: list[Speedup]
+    methods: list[Method]
+    hyperparameters: list[Hyperparameter]
+    source_lr: Hyperparameter | None
+    cliff: tuple[float, float, str] | None  # tuned lr, lowest lr that is much worse or diverges, regime
+    tuned_batch: float | None
+    next: list[NextRun] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def combined(self) -> Estimate:
+        """Over the counted methods: geometric mean of their values, the widest of their intervals."""
+        used = [method.estimate for method in self.methods if method.counted]
+        value = math.exp(sum(math.log(item.value) for item in used) / len(used))
+        return Estimate(value, min(item.low for item in used), max(item.high for item in used))
+
+    def chance(self, threshold: float) -> float:
+        """Probability that the token speedup exceeds a threshold, methods weighing the same."""
+        return float(np.mean([np.mean(m.draws > threshold) for m in self.methods if m.counted]))
+
+
+def load(study: str | None) -> tuple[Dataset | None, Observations, float, str]:
+    """A study's table of losses, its noise, and its name: a store, a JSON file of fits, or the published study."""
+    if study is None:
+        dataset = paper_dataset()
+        return dataset, observations(dataset), noise_floor(dataset).sigma, dataset.name
+    path = Path(study)
+    if path.is_dir():
+        found = sorted([*path.glob("*.sqlite"), *path.glob("*.db")])
+        if not found:
+            raise UserError(
+                f"{study} holds no study store; give the folder of a study, its store, or its fits as JSON."
+            )
+        path = found[0]
+    if path.suffix == ".json":
+        return None, *_from_json(path)
+    if not path.is_file():
+        raise UserError(f"{study} does not exist; give the folder of a study, its store, or its fits as JSON.")
+    with Store(path) as store:
+        dataset = from_store(store)
+    return dataset, observations(dataset), noise_floor(dataset).sigma, dataset.name
+
+
+def _from_json(path: Path) -> tuple[Observations, float, str]:
+    try:
+        content = json.loads(path.read_text())
+        rows = content["observations"]
+        names = [content["baseline"], *sorted({row["optimizer"] for row in rows} - {content["baseline"]})]
+        data = Observations(
+            tuple(names),
+            np.array([names.index(row["optimizer"]) for row in rows]),
+            np.array([float(row["parameters"]) for row in rows]),
+            np.array([float(row["tokens"]) for row in rows]),
+            np.array([float(row["loss"]) for row in rows]),
+            tuple(str(row.get("run", "")) for row in rows),
+        )
+        return data, float(content.get("noise", {}).get("sigma") or DEFAULT_FLOOR), str(content.get("name", path.stem))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a file of fits ({error}); write one with `megatron-opt study fit`.") from error
+
+
+def gather(study: str | None, source: str, target: str, n: float, d: float) -> Evidence:
+    """Evidence for changing from `source` to `target` at n non-embedding parameters and d tokens."""
+    dataset, data, sigma, name = load(study)
+    for optimizer in (source, target):
+        if optimizer not in data.optimizers:
+            raise UserError(
+                f"{name} has no results of {optimizer}; it has {', '.join(data.optimizers)}. "
+                "Give a study that has it by --study."
+            )
+    pair = _pair(data, source, target)
+    paper = study is None
+    found = Evidence(
+        name,
+        dataset.attribution if dataset else "",
+        paper,
+        (float(data.n.min()), float(data.n.max())),
+        (float((data.d / data.n).min()) / TOKENS_PER_PARAMETER, float((data.d / data.n).max()) / TOKENS_PER_PARAMETER),
+        speedups(pair, sigma, RESAMPLES),
+        [],
+        [],
+        None,
+        None,
+        None,
+    )
+    if target == source:
+        raise UserError(f"the run is trained by {source} already; name another optimizer by --to.")
+    _laws(found, pair, sigma, target, n, d)
+    found.methods += [method for method in (_trend(found, target, n, d), _measured(found, n, d)) if method]
+    if not any(method.counted for method in found.methods):
+        raise UserError(f"{name} is too small to estimate a speedup of {target}; it needs two sizes and three budgets.")
+    if dataset is None:
+        found.notes.append("The fits' file holds no runs, so hyperparameters come from the published study.")
+        dataset = paper_dataset()
+    if target in dataset.optimizers:
+        _hyperparameters(found, dataset, source, target, n, d)
+    return found
+
+
+def _pair(data: Observations, source: str, target: str) -> Observations:
+    """The two optimizers alone, the source as baseline."""
+    keep = [data.optimizers.index(source), data.optimizers.index(target)]
+    mask = np.isin(data.index, keep)
+    kept = data.where(mask)
+    index = np.where(kept.index == keep[0], 0, 1)
+    return Observations((source, target), index, kept.n, kept.d, kept.loss, kept.runs)
+
+
+def _laws(found: Evidence, pair: Observations, sigma: float, target: str, n: float, d: float) -> None:
+    for kind in ("shared", "separate"):
+        try:
+            fit = fit_law(pair, kind, noise=sigma, resamples=RESAMPLES)
+        except UserError as error:
+            found.notes.append(f"No {kind} law: {error}.")
+            continue
+        (item,) = [one for one in extrapolate(fit, n, d) if one.optimizer == target]
+        speed = item.speedup
+        draws = np.array([float(fit.speedup(target, n, d, theta)) for theta in fit.draws])
+        shared = kind == "shared"
+        note = (
+            "one law for both optimizers, with an efficiency factor for each (arXiv 2602.07712)"
+            if shared
+            else ("a law for each optimizer: ill-conditioned (arXiv 2602.07712), so shown and not counted")
+        )
+        estimate = Estimate(speed.value, speed.low, speed.high)
+        found.methods.append(Method(f"{kind} scaling law", estimate, draws, shared, note))
+        if kind == "shared":
+            found.next = _cheap(fit, target, n, d)
+
+
+def _cheap(fit: Fit, target: str, n: float, d: float) -> list[NextRun]:
+    """Runs that narrow the gain at (n, d): the most informative, and the best for their FLOPs."""
+    runs = next_runs(fit, target, n, d)
+    best = runs[:1]
+    worth = [run for run in runs if run.shrinkage >= 0.5 * runs[0].shrinkage] if runs else []
+    cheapest = min(worth, key=lambda run: run.flops, default=None)
+    return best + ([cheapest] if cheapest is not None and cheapest is not best[0] else [])
+
+
+def _measured(found: Evidence, n: float, d: float) -> Method | None:
+    """The cell that this run repeats, within 10% in size and budget."""
+    for cell in found.cells:
+        if max(abs(math.log(cell.n / n)), abs(math.log(cell.d / d))) > 0.1 or not math.isfinite(cell.high):
+            continue
+        spread = math.log(cell.high / cell.low) / (2 * stats.norm.ppf(0.95))
+        draws = cell.value * np.exp(spread * stats.norm.ppf((np.arange(400) + 0.5) / 400))
+        return Method(
+            "measured at this size and budget",
+            Estimate(cell.value, cell.low, cell.high),
+            draws,
+            True,
+            f"one cell of the study, {cell.n / 1e6:.0f}M parameters and {cell.d / 1e9:.1f}B tokens, with its noise",
+        )
+    return None
+
+
+def _trend(found: Evidence, target: str, n: float, d: float) -> Method | None:
+    """log speedup = a + b·log N + c·log(D/N), least squares over the measured cells, with Student's t interval."""
+    rows = [(cell.n, cell.d, cell.value) for cell in found.cells if math.isfinite(cell.value) and cell.value > 0]
+    note = "straight line through the measured speedups in log N and log D/N"
+    if found.paper and target in PUBLISHED_MATRIX_METHODS:
+        size, value = PUBLISHED_LARGEST
+        rows += [(size, ratio * TOKENS_PER_PARAMETER * size, value) for ratio in (1.0, 8.0)]
+        note += ", with the published 1.1x at 1.2B parameters"
+    if len(rows) < 5 or len({row[0] for row in rows}) < 2:
+        return None
+    table = np.array(rows)
+    center = np.log(table[:, 0]).mean(), np.log(table[:, 1] / table[:, 0]).mean()
+    ratios = np.log(table[:, 1] / table[:, 0]) - center[1]
+    columns = [np.ones(len(table)), np.log(table[:, 0]) - center[0]] + ([ratios] if np.ptp(ratios) > 0 else [])
+    design, y = np.stack(columns, 1), np.log(table[:, 2])
+    theta, *_ = np.linalg.lstsq(design, y, rcond=None)
+    freedom = len(y) - design.shape[1]
+    spread = math.sqrt(max(float(np.sum((design @ theta - y) ** 2)) / max(1, freedom), 1e-6))
+    point = np.array([1.0, math.log(n) - center[0], math.log(d / n) - center[1]])[: design.shape[1]]
+    mean = float(point @ theta)
+    error = spread * math.sqrt(float(point @ np.linalg.inv(design.T @ design) @ point))
+    draws = np.exp(mean + error * stats.t(freedom).ppf((np.arange(400) + 0.5) / 400))
+    low, high = (math.exp(mean + error * float(stats.t(freedom).ppf(p))) for p in (0.05, 0.95))
+    return Method("trend of measured speedups", Estimate(math.exp(mean), low, high), draws, True, note)
+
+
+def _hyperparameters(found: Evidence, dataset: Dataset, source: str, target: str, n: float, d: float) -> None:
+    best = dataset.best()
+
+    def nearest(optimizer: str) -> Any:
+        cells = [cell.record for (name, _), cell in best.items() if name == optimizer]
+        return min(cells, key=lambda r: (math.log(r.parameters / n)) ** 2 + (math.log(r.tokens / d)) ** 2)
+
+    record = nearest(target)
+    where = f"tuned at {record.regime}"
+    for name, value in record.hyper.items():
+        if (
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or name in ("batch_size", "min_lr_ratio", "adam_lr")
+        ):
+            continue
+        found.hyperparameters.append(Hyperparameter(name, value, None, None, where))
+    if "adam_lr" in record.hyper and "scalar_lr_ratio" not in record.hyper:
+        ratio = round(record.hyper["adam_lr"] / record.hyper["lr"], 3)
+        found.hyperparameters.append(Hyperparameter("scalar_lr_ratio", ratio, None, None, where))
+    lr = _law(dataset, target, "lr", n, d)
+    if lr is not None:
+        found.hyperparameters = [lr if h.name == "lr" else h for h in found.hyperparameters]
+    found.source_lr = _law(dataset, source, "lr", n, d)
+    found.tuned_batch = record.hyper.get("batch_size")
+    records = [cell.record for (name, _), cell in best.items() if name == target]
+    records.sort(key=lambda r: (math.log(r.parameters / n)) ** 2 + (math.log(r.tokens / d)) ** 2)
+    found.cliff = next((cliff for r in records if (cliff := _cliff(dataset, target, r))), None)
+
+
+def _law(dataset: Dataset, optimizer: str, key: str, n: float, d: float) -> Hyperparameter | None:
+    cells = [cell.record for (name, _), cell in dataset.best().items() if name == optimizer]
+    records = [r for r in cells if isinstance(r.hyper.get(key), (int, float)) and r.hyper[key] > 0]
+    if len(records) < 3:
+        return None
+    law = fit_hyper_law(
+        optimizer,
+        key,
+        np.array([float(r.parameters) for r in records]),
+        np.array([float(r.tokens) for r in records]),
+        np.array([float(r.hyper[key]) for r in records]),
+    )
+    low, high = law.interval(n, d)
+    return Hyperparameter(key, float(law.predict(n, d)), low, high, f"law over {len(records)} regimes, 90% interval")
+
+
+def _cliff(dataset: Dataset, optimizer: str, record: Any) -> tuple[float, float, str] | None:
+    """In one regime, the lowest learning rate above the tuned one that loses more than 0.05 or diverges."""
+    tuned, loss = record.hyper.get("lr"), record.loss
+    if not tuned or loss is None:
+        return None
+    others = {key: value for key, value in record.hyper.items() if key != "lr"}
+    bad = [
+        r.hyper["lr"]
+        for r in dataset.finished
+        if r.optimizer == optimizer
+        and r.regime == record.regime
+        and r.hyper.get("lr", 0) > tuned
+        and all(r.hyper.get(key) == value for key, value in others.items())
+        and (r.loss is None or r.loss > loss + 0.05)
+    ]
+    return (float(tuned), float(min(bad)), str(record.regime)) if bad else None
+
+
+def hyperparameter_flags(target: str, values: Sequence[Hyperparameter], iterations: int) -> dict[str, Any]:
+    """Megatron's flags of the target's hyperparameters and of its schedule over `iterations` steps."""
+    from megatron_opt.study.hyperparameters import SCHEDULE, flag_of, schedule_flags
+
+    own = {"scalar_lr_ratio": "scalar-lr-ratio", "muon_eps": "muon-eps"}
+    given = {h.name: h.value for h in values}
+    flags: dict[str, Any] = {"optimizer": target.replace("_", "-") if target == "none" else target}
+    for name, value in given.items():
+        if name in SCHEDULE or name in ("normalize_grads",):
+            continue
+        value = int(value) if isinstance(value, float) and value == int(value) and name not in ("clip_grad",) else value
+        flags[own.get(name) or flag_of(target, name)] = float(f"{value:.3g}") if isinstance(value, float) else value
+    if "lr" in given:
+        schedule = schedule_flags(target, {**given, "lr": flags["lr"]}, iterations)
+        flags |= schedule
+    return flags

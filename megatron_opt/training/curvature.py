@@ -1,0 +1,120 @@
+"""Sophia's curvature: the Gauss–Newton–Bartlett estimate, one more forward and backward pass every k steps.
+
+Labels are sampled from the model's own logits on the step's batches; with g the gradient of the mean loss on them over
+n tokens, n·g⊙g estimates the diagonal of the Gauss–Newton matrix (arXiv 2305.14342). A label is the argmax of logit plus
+Gumbel noise that is a hash of (seed, step, sequence, position, token), so that no layout samples another label.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_opt.errors import UserError
+from megatron_opt.training.batches import REPLAY
+from megatron_opt.training.clock import Clock
+from megatron_opt.training.initialization import uniform
+
+_ELEMENTS = 1 << 22  # logits at a time
+
+
+def _sequence_keys(labels: Tensor) -> Tensor:
+    """One int64 a sequence (b,), from its true labels (b, s): the same wherever the sequence is processed."""
+    places = torch.arange(1, labels.shape[1] + 1, dtype=torch.int64, device=labels.device)
+    return (labels.long() * places * 0x5851F42D4C957F2D).sum(dim=1)
+
+
+def sample_labels(logits: Tensor, labels: Tensor, seed: int, step: int, group: Any = None) -> Tensor:
+    """Labels (b, s) drawn from softmax(logits); logits are this rank's (s, b, v/t) of a vocabulary-parallel group."""
+    s, b, local = logits.shape
+    size, rank = (dist.get_world_size(group), dist.get_rank(group)) if group is not None else (1, 0)
+    vocabulary = local * size
+    keys = _sequence_keys(labels)
+    tokens = torch.arange(local, dtype=torch.int64, device=logits.device) + rank * local
+    best = torch.empty(s, b, dtype=torch.float64, device=logits.device)
+    chosen = torch.empty(s, b, dtype=torch.int64, device=logits.device)
+    height = max(1, _ELEMENTS // (b * local))
+    for start in range(0, s, height):
+        rows = torch.arange(start, min(s, start + height), dtype=torch.int64, device=logits.device)
+        index = (keys[None, :] * s + rows[:, None])[:, :, None] * vocabulary + tokens  # wraps around, as a hash may
+        noise = -torch.log(-torch.log(uniform(seed, f"sophia {step}", index)))
+        value, place = (logits[start : start + len(rows)].double() + noise).max(dim=2)
+        best[start : start + len(rows)], chosen[start : start + len(rows)] = value, tokens[place]
+    if size > 1:
+        highest = best.clone()
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+        chosen = torch.where(best == highest, chosen, -1)
+        dist.all_reduce(chosen, op=dist.ReduceOp.MAX, group=group)
+    return chosen.transpose(0, 1).contiguous()
+
+
+def install(training: Any, args: Any, clock: Clock) -> None:
+    """Put an estimate behind the training steps after which a rule of the run's optimizer wants one."""
+    if args.context_parallel_size > 1:
+        raise UserError("--optimizer sophia samples whole sequences; use --context-parallel-size 1.")
+    train_step = training.train_step
+
+    def with_curvature(
+        forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, scheduler: Any, config: Any,
+        forward_backward: Any, *rest: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        due = optimizer.curvature_due(optimizer.step_number + 1)
+        if due:
+            REPLAY.record()
+        found = train_step(
+            forward_step, data_iterator, model, optimizer, scheduler, config, forward_backward, *rest, **kwargs
+        )
+        if due:
+            REPLAY.replay()
+            try:
+                timed(args, forward_step, data_iterator, model, optimizer, forward_backward)
+            finally:
+                REPLAY.stop()
+        return found
+
+    timed = clock.timed("curvature", estimate)
+    training.train_step = with_curvature
+
+
+def estimate(
+    args: Any, forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, forward_backward: Callable[..., Any]
+) -> None:
+    """One pass over the kept batches with sampled labels; the optimizer takes the squared gradients."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.core.utils import unwrap_model
+
+    heads = [chunk for chunk in unwrap_model(list(model)) if getattr(chunk, "post_process", False)]
+    for head in heads:
+        head.compute_language_model_loss = _sampled_loss(head, args.seed, optimizer.step_number)
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    try:
+        forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=data_iterator,
+            model=model,
+            num_microbatches=get_num_microbatches(),
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            decoder_seq_length=args.decoder_seq_length,
+            forward_only=False,
+        )
+    finally:
+        for head in heads:
+            del head.compute_language_model_loss
+    optimizer.update_curvature(tokens=args.global_batch_size * args.seq_length)
+
+
+def _sampled_loss(head: Any, seed: int, step: int) -> Callable[[Tensor, Tensor], Tensor]:
+    from megatron.core import parallel_state as ps
+
+    original = head.compute_language_model_loss
+    group = ps.get_tensor_model_parallel_group() if ps.get_tensor_model_parallel_world_size() > 1 else None
+
+    def loss(labels: Tensor, logits: Tensor) -> Tensor:
+        return original(sample_labels(logits.detach(), labels, seed, step, group), logits)
+
+    return loss

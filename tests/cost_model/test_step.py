@@ -1,0 +1,238 @@
+"""Predicted steps: what must grow with what, memory by hand, cluster files, search, command line."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_opt.cli import main
+from megatron_opt.cost_model import cluster as clusters
+from megatron_opt.cost_model.cluster import Cluster, Link, interpolate, load
+from megatron_opt.cost_model.flags import parse
+from megatron_opt.cost_model.report import as_dict, text
+from megatron_opt.cost_model.search import search
+from megatron_opt.cost_model.step import Step, predict
+from megatron_opt.errors import UserError
+
+SEVEN = "--preset llama-7b --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+
+
+def step(words: str, gpus: int = 64, machine: Cluster | None = None) -> Step:
+    return predict(parse(words.split())[0], machine or load("h100"), gpus)
+
+
+def test_parts_add_up() -> None:
+    s = step(f"{SEVEN} --optimizer soap --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2")
+    parts = s.forward_backward + s.bubble + s.traffic.exposed + s.optimizer.mean
+    assert s.seconds == pytest.approx(parts)
+    assert s.ordinary < s.seconds < s.refresh_step
+    every = s.optimizer.refresh_every
+    assert s.seconds == pytest.approx(s.ordinary + (s.refresh_step - s.ordinary) / every)
+
+
+def test_staggered_refreshes_even_the_steps_and_keep_the_mean() -> None:
+    burst = step(f"{SEVEN} --optimizer soap")
+    even = step(f"{SEVEN} --optimizer soap --soap-stagger true")
+    assert even.seconds == pytest.approx(burst.seconds)
+    assert even.refresh_step == pytest.approx(even.seconds)
+
+
+def test_bubble_is_stages_less_one_over_microbatches() -> None:
+    s = step(f"{SEVEN} --optimizer adamw --pipeline-model-parallel-size 4")
+    assert s.bubble / s.forward_backward == pytest.approx(3 / s.layout.microbatches)
+    v = step(f"{SEVEN} --optimizer adamw --pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 2")
+    assert v.bubble == pytest.approx(s.bubble / 2)
+
+
+def test_memory_of_adamw_by_hand() -> None:
+    """bf16 with the distributed optimizer: 2 + 4 bytes a parameter, and 4 + 8 over the data-parallel ranks."""
+    s = step(f"{SEVEN} --optimizer adamw", 64)
+    n = s.model.total_parameters
+    assert s.memory.parameters == 2 * n and s.memory.gradients == 4 * n
+    assert s.memory.main_copies == pytest.approx(4 * n / 64)
+    assert s.memory.optimizer_state == pytest.approx(8 * n / 64)
+
+
+def test_without_the_distributed_optimizer_every_rank_keeps_all() -> None:
+    s = step("--preset llama-130m --optimizer adamw", 8)
+    assert s.memory.optimizer_state == 8 * s.model.total_parameters
+
+
+def test_recomputation_trades_time_for_memory() -> None:
+    none, full = (step(f"{SEVEN} --optimizer adamw {more}") for more in ("", "--recompute-granularity full"))
+    assert full.memory.activations < 0.3 * none.memory.activations
+    assert 1.2 < full.forward_backward / none.forward_backward < 1.4
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(["adamw", "muon", "soap"]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2]),
+    st.floats(1.0, 8.0),
+    st.floats(1.0, 8.0),
+    st.floats(1.0, 8.0),
+)
+def test_a_better_machine_is_never_slower(name: str, tp: int, pp: int, flops: float, memory: float, net: float) -> None:
+    words = f"{SEVEN} --optimizer {name} --tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}"
+    base = load("h100")
+    better = replace(
+        base,
+        bandwidth=base.bandwidth * memory,
+        network=Link(base.network.bandwidth * net, base.network.latency),
+        node=Link(base.node.bandwidth * net, base.node.latency),
+        rates={
+            kind: {t: tuple((x, y * flops) for x, y in curve) for t, curve in by.items()}
+            for kind, by in base.rates.items()
+        },
+    )
+    assert step(words, 64, better).seconds <= step(words, 64, base).seconds * (1 + 1e-9)
+
+
+def test_more_tokens_make_the_optimizer_cheaper_and_its_time_stays() -> None:
+    small, large = (step(f"{SEVEN} --optimizer muon --global-batch-size {size}") for size in (64, 2048))
+    assert small.optimizer.mean == pytest.approx(large.optimizer.mean)
+    assert small.optimizer_share > 10 * large.optimizer_share
+
+
+def test_exchange_counts_what_a_matrix_travels() -> None:
+    """Two tensor-parallel ranks: half of every matrix comes to its owner in fp32, half of each owned one goes back."""
+    s = step("--preset llama-130m --optimizer muon --tensor-model-parallel-size 2", 2)
+    hidden = 134_217_728
+    assert s.optimizer.sent["gradients to owners"] == pytest.approx(4 * hidden / 4)
+    assert s.optimizer.sent["updates to shards"] == pytest.approx(4 * hidden / 4, rel=0.05)  # by the fuller owner
+
+
+def test_a_host_that_runs_ahead_counts_only_where_it_is_the_slower() -> None:
+    s = step(f"{SEVEN} --optimizer muon")
+    kernels = sum(s.optimizer.by_class.values()) + s.optimizer.element_wise
+    assert s.optimizer.compute == max(kernels, s.optimizer.host)
+
+
+def test_every_packaged_cluster_is_whole_and_sourced() -> None:
+    assert set(clusters.names()) >= {"a100", "h100", "h200", "b200", "gb300"}
+    for name in clusters.names():
+        found = load(name)
+        assert found.sources and found.memory > 1e9
+        for kind, by_type in found.rates.items():
+            for dtype, curve in by_type.items():
+                rates = [rate for _, rate in curve]
+                assert rates == sorted(rates), (name, kind, dtype)
+                assert rates[-1] <= found.peak.get(dtype, found.peak["bf16"]) * (2 if kind == "solve" else 1)
+
+
+def test_interpolation_meets_its_points_and_stays_between() -> None:
+    curve = ((128.0, 1e12), (512.0, 4e12))
+    assert interpolate(curve, 128) == 1e12 and interpolate(curve, 512) == pytest.approx(4e12)
+    assert interpolate(curve, 256) == pytest.approx(2e12)
+    assert interpolate(curve, 1) == 1e12 and interpolate(curve, 1e6) == 4e12
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["network"].update(bandwidth=-1), "bandwidth is -1"),
+        (lambda c: c["device"].update(memory="many"), "must be a number"),
+        (lambda c: c["device"].update(memory_bandwidth=float("nan")), "greater than 0"),
+        (lambda c: c["rates"].pop("qr"), "rates of qr are missing"),
+        (lambda c: c["rates"].update(fft={"fp32": {1: 1}}), "no kernel class 'fft'"),
+        (lambda c: c["rates"]["gemm"].update(bf16={}), "must map sizes"),
+        (lambda c: c.pop("node"), "section `node` is missing"),
+        (lambda c: c.update(nodes=3), "has no section 'nodes'"),
+    ],
+)
+def test_bad_cluster_files_name_the_key(change, message: str, tmp_path: Path) -> None:
+    source = Path(clusters.__file__).parent / "clusters" / "h100.yaml"
+    content = yaml.safe_load(source.read_text())
+    change(content)
+    file = tmp_path / "bad.yaml"
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=message):
+        load(str(file))
+
+
+def test_unknown_gpu_and_too_many_devices() -> None:
+    with pytest.raises(UserError, match="no cluster 'h300'"):
+        load("h300")
+    with pytest.raises(UserError, match="has 8"):
+        step(SEVEN, 64, replace(load("h100"), devices=8))
+    with pytest.raises(UserError, match="no number of devices"):
+        step(SEVEN, 0)
+
+
+@pytest.mark.parametrize("gpus", [64, 256, 1024])
+def test_search_ranks_layouts_that_fit_and_counts_the_rest(gpus: int) -> None:
+    flags, _ = parse(["--preset", "llama-7b", "--optimizer", "muon"])
+    machine = load("h100")
+    found = search(flags, machine, gpus)
+    times = [s.seconds for s in found.steps]
+    assert found.steps and times == sorted(times)
+    assert all(s.memory.total <= machine.memory and s.layout.world == gpus for s in found.steps)
+    assert sum(found.refused.values()) > 0 and all(found.examples.values())
+    with pytest.raises(UserError, match="--global-batch-size"):
+        search({k: v for k, v in flags.items() if k != "global-batch-size"}, machine, gpus)
+
+
+def test_search_says_when_nothing_fits(capsys: pytest.CaptureFixture) -> None:
+    assert (
+        main(
+            [
+                "cost",
+                "search",
+                "--cluster",
+                "a100",
+                "--gpus",
+                "8",
+                "--preset",
+                "llama-7b",
+                "--num-layers",
+                "256",
+                "--optimizer",
+                "adamw",
+            ]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "no layout fits" in out and "memory" in out
+
+
+def test_command_prints_the_breakdown_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "step.json"
+    words = f"cost step --cluster h100 --gpus 64 {SEVEN} --optimizer soap --json {file} --plan --log-progress"
+    assert main(words.split()) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "forward and backward",
+        "exchange with owners",
+        "refreshes, mean",
+        "fits in 80.00 GB",
+        "--log-progress",
+    ):
+        assert part in out
+    content = json.loads(file.read_text())
+    s = step(f"{SEVEN} --optimizer soap")
+    assert content["seconds"]["step"] == s.seconds and content == json.loads(json.dumps(as_dict(s)))
+    assert "DOES NOT FIT" in text(step("--preset llama-7b --optimizer soap", 1))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "cost step --cluster h300 --gpus 8 --preset llama-7b",
+        "cost step --cluster h100 --gpus -8 --preset llama-7b",
+        "cost step --cluster h100 --gpus 8 --preset llama-7b --optimizer sap",
+        "cost step --cluster h100 --gpus 8 --hidden-size 64",
+        "cost step --cluster h100 --gpus 8 --from /nonexistent",
+        "cost search --cluster h100 --gpus 8 --preset llama-7b --top 0",
+        "cost tables --cluster h100 --output /tmp/x --optimizers sap",
+    ],
+)
+def test_bad_input_ends_with_one_sentence_and_code_2(words: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Traceback" not in error

@@ -1,0 +1,213 @@
+"""Evidence against the published numbers, verdicts on made-up plans, the report in both forms, bad input."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_opt.cli import main
+from megatron_opt.cost_model.cluster import load
+from megatron_opt.cost_model.flags import parse
+from megatron_opt.errors import UserError
+from megatron_opt.migrate import advice
+from megatron_opt.migrate.document import Document, Items, Section, Table
+from megatron_opt.migrate.evidence import Estimate, Method, gather, hyperparameter_flags
+from megatron_opt.migrate.plan import Plan, budget, make_plan, refusals
+from megatron_opt.migrate.write import as_dict, document
+
+SMALL = "--preset llama-300m --bf16 --use-distributed-optimizer --lr 0.008"
+
+
+def planned(words: str = SMALL, target: str = "muon", **more) -> Plan:
+    flags, ignored = parse(words.split())
+    arguments = {"ratio": 2.0, **more}
+    return make_plan(flags, {**flags, **dict.fromkeys(ignored, True)}, target, load("h100"), 8, **arguments)
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return planned()
+
+
+def test_evidence_has_the_published_speedups(plan: Plan) -> None:
+    """Recomputed cells of arXiv 2509.02046 for Muon: 1.42 … 1.41 at 130m, 1.30 … 1.25 at 520m."""
+    cells = {(round(c.n / 1e6), round(c.d / c.n / 20)): c.value for c in plan.evidence.cells}
+    for key, value in {(134, 1): 1.42, (134, 8): 1.41, (302, 2): 1.22, (537, 1): 1.30, (537, 8): 1.25}.items():
+        assert cells[key] == pytest.approx(value, abs=0.02)
+
+
+def test_inside_the_measured_range_the_estimate_is_the_measured_one(plan: Plan) -> None:
+    assert not plan.extrapolates
+    assert plan.token_speedup.low < 1.22 < plan.token_speedup.high
+    assert plan.token_speedup.value == pytest.approx(1.22, abs=0.06)
+    assert plan.speedup.value == pytest.approx(plan.token_speedup.value / plan.ratio)
+
+
+def test_hyperparameters_are_the_tuned_ones_as_flags_that_the_job_knows(plan: Plan) -> None:
+    values = {h.name: h for h in plan.evidence.hyperparameters}
+    assert values["momentum"].value == 0.98 and values["lr"].low < values["lr"].value < values["lr"].high
+    assert 0.004 <= values["lr"].value <= 0.032  # the study's grid around its optimum
+    assert plan.flags["muon-momentum"] == 0.98 and plan.flags["lr-decay-style"] == "WSD"
+    assert 0.1 <= plan.flags["scalar-lr-ratio"] <= 0.3
+    known, ignored = parse([word for key, value in plan.flags.items() for word in (f"--{key}", str(value))])
+    assert (
+        set(ignored) <= {"lr-decay-iters", "lr-wsd-decay-iters", "lr-wsd-decay-style"} and known["optimizer"] == "muon"
+    )
+
+
+def test_soaps_law_and_block() -> None:
+    evidence = gather(None, "adamw", "soap", 536_870_912, 8 * 20 * 536_870_912)
+    flags = hyperparameter_flags("soap", evidence.hyperparameters, 1000)
+    assert flags["soap-block-size"] == 512 and flags["soap-precondition-frequency"] == 10
+    assert 0.002 <= flags["lr"] <= 0.008 and flags["lr-decay-style"] == "cosine"
+
+
+def test_break_even_is_the_ratio_of_step_times(plan: Plan) -> None:
+    even = plan.ratio * plan.before.seconds / plan.after.seconds
+    assert even == pytest.approx(1.0)
+    assert plan.saved(1.0) == 0 and plan.saved(2.0) == pytest.approx(plan.hours / 2) and plan.saved(0.5) == -plan.hours
+
+
+def with_draws(plan: Plan, values: np.ndarray, **more) -> Plan:
+    low, mid, high = np.quantile(values, [0.05, 0.5, 0.95])
+    method = Method("made up", Estimate(mid, low, high), values, True, "")
+    return replace(plan, evidence=replace(plan.evidence, methods=[method]), **more)
+
+
+def test_verdicts_follow_the_chance_of_saving_time(plan: Plan) -> None:
+    rng = np.random.default_rng(0)
+    clear, even, worse = (with_draws(plan, rng.normal(m, 0.05, 500)) for m in (1.3, 1.02, 0.8))
+    assert advice.verdict(clear).action == "switch" and advice.verdict(clear).confidence == "high"
+    assert advice.verdict(even).action == "try"
+    assert advice.verdict(worse).action == "stay"
+    assert advice.verdict(replace(clear, done=0.5)).action == "try"  # nobody has measured a switch half-way
+    assert advice.verdict(replace(clear, refused=["--fp16: …"])).action == "stay"
+
+
+def test_beyond_the_measured_range_is_marked_everywhere() -> None:
+    far = planned("--preset llama-7b --use-distributed-optimizer --tensor-model-parallel-size 4", ratio=32.0)
+    assert len(far.extrapolates) == 2
+    assert advice.verdict(far).confidence in ("low", "medium")
+    for form in (document(far).markdown(), document(far).page()):
+        assert form.count("xtrapolation") >= 4
+    assert any(risk.severity == "high" for risk in advice.risks(far))
+
+
+def test_a_far_off_learning_rate_is_a_risk_of_the_baseline(plan: Plan) -> None:
+    weak = replace(plan, given={**plan.given, "lr": 6e-4})
+    found = [risk for risk in advice.risks(weak) if "tuning adamw alone" in risk.sentence]
+    assert found and found[0].severity == "high"
+    assert not [risk for risk in advice.risks(plan) if "tuning adamw alone" in risk.sentence]
+
+
+def test_refused_flags_are_named() -> None:
+    found = refusals({"fp16": True, "use_torch_fsdp2": True, "num_distributed_optimizer_instances": 1, "lr": 1}, "muon")
+    assert len(found) == 2 and any("fsdp2" in item for item in found)
+    assert advice.verdict(replace(planned(), refused=found)).sentence.startswith("Do not switch as things are: 2")
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value or "" for key, value in attrs if key in ("src", "href", "srcset", "action")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value or "" for key, value in attrs if key in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_is_whole_and_needs_no_network(plan: Plan) -> None:
+    page = document(plan).page()
+    parser = _Page()
+    parser.feed(page)
+    assert parser.open == [] and parser.links == []
+    assert "<script" not in page and "@import" not in page and "url(" not in page
+    assert page.count("<svg") == 4 and "nan" not in re.sub(r"<style>.*?</style>", "", page).lower().split()
+
+
+def test_both_forms_say_the_same(plan: Plan) -> None:
+    report = document(plan)
+    page = report.page()
+    for section in report.sections:
+        assert f"## {section.title}" in report.markdown() and section.title in page
+    assert report.verdict in report.markdown() and f"{plan.speedup.value:.2f}×" in page
+
+
+def test_text_is_escaped() -> None:
+    made = Document(
+        "<b>", "a & b", "good", [("x", "<i>")], [Section("s", [Table(("a", "b"), [("1|2", "<u>")]), Items(["<s>"])])]
+    )
+    assert "<b>" not in made.page() and "&lt;u&gt;" in made.page() and "<s>" not in made.page().split("</style>")[1]
+    assert "1\\|2" in made.markdown()
+
+
+def test_own_study_as_json(tmp_path: Path) -> None:
+    """A made-up law in which the target needs 0.8 of the tokens: the estimate finds 1.25."""
+    rows = []
+    for n in (1e7, 3e7, 1e8):
+        for ratio in (1, 2, 4, 8):
+            for name, factor in (("adamw", 1.0), ("muon", 1.25)):
+                d = 20 * ratio * n
+                loss = 1.7 + 400 * n**-0.34 + 410 * (factor * d) ** -0.28
+                rows.append({"optimizer": name, "parameters": n, "tokens": d, "loss": loss})
+    file = tmp_path / "fits.json"
+    file.write_text(json.dumps({"name": "mine", "baseline": "adamw", "noise": {"sigma": 1e-4}, "observations": rows}))
+    found = gather(str(file), "adamw", "muon", 1e8, 8e9)
+    assert found.source == "mine" and not found.paper
+    assert found.combined().value == pytest.approx(1.25, abs=0.03)
+    file.write_text('{"observations": 3}')
+    with pytest.raises(UserError, match="not a file of fits"):
+        gather(str(file), "adamw", "muon", 1e8, 8e9)
+
+
+def test_budget_from_the_run() -> None:
+    flags = {"train-iters": 100, "global-batch-size": 8, "seq-length": 32}
+    assert budget(flags, None, None, 1e6) == 25600
+    assert budget(flags, 5e9, None, 1e6) == 5e9 and budget(flags, None, 2.0, 1e6) == 4e7
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--to sap", "no results of sap"),
+        ("--to adamw", "trained by adamw already"),
+        ("--to muon --tokens -1", "greater than 0"),
+        ("--to muon --tokens 1e9 --chinchilla 1", "not both"),
+        ("--to muon --chinchilla 1e9", "no training run"),
+        ("--to muon --done 1.5", "--done"),
+        ("--to muon --study /nonexistent --chinchilla 1", "does not exist"),
+        ("--to muon --from /nonexistent --chinchilla 1", "cannot be read"),
+        ("--to muon", "length is unknown"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_and_code_2(
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    if "--chinchilla" not in words and "--tokens" not in words and words != "--to muon":
+        words += " --chinchilla 1"
+    assert main(f"migrate plan {words} --cluster h100 --gpus 8 --preset llama-130m --output {tmp_path}".split()) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_writes_three_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = f"migrate plan --to muon --cluster h100 --gpus 8 --chinchilla 2 --output {tmp_path} {SMALL}"
+    assert main(words.split()) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"plan.md", "plan.html", "plan.json"}
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert content["verdict"]["action"] in ("switch", "try", "stay")
+    assert content["verdict"]["sentence"] in capsys.readouterr().out
+    assert content["step_time_ratio"] == pytest.approx(as_dict(planned())["step_time_ratio"])
