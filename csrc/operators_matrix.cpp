@@ -62,10 +62,9 @@ void product(const Tensor& out, const Tensor& a, const Tensor& b, double alpha, 
                                  static_cast<float>(alpha),
                                  static_cast<float>(beta),
                                  right.transposed,
-                                 left.transposed,
                                  symmetric};
   }
-  run_products(products, at::get_num_threads());
+  run_products(products, left.transposed, at::get_num_threads());
 }
 
 std::vector<Tensor> orthogonalize(at::TensorList matrices, at::ArrayRef<double> steps, double eps, bool add_eps, bool bf16,

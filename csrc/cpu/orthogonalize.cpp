@@ -59,7 +59,7 @@ void iterate(const NewtonSchulz& settings, const Orthogonalization& m, int threa
   T* small[5];
   for (T*& s : small) s = space.take<T>(at, k * ldk);
   const auto square = [&](const T* a, const T* b, const T* d, T* c, float alpha, float beta) {
-    run(Product<T>{a, b, d, c, ldk, ldk, ldk, ldk, k, k, k, alpha, beta, true, false, true}, threads, space.scratch);
+    run(Product<T>{a, b, d, c, ldk, ldk, ldk, ldk, k, k, k, alpha, beta, true, true}, threads, space.scratch);
   };
   const double norm = std::sqrt(sum_of_squares(m.in, m.rows * m.cols));
   const double scale = 1.0 / (settings.add_eps ? norm + settings.eps : std::max(norm, settings.eps));
@@ -68,7 +68,7 @@ void iterate(const NewtonSchulz& settings, const Orthogonalization& m, int threa
   for (int start = 0; start < steps; start += settings.gram) {
     const int end = std::min(steps, start + settings.gram);
     T *r = small[0], *z = small[1], *q = small[2], *w = small[3], *next = small[4];
-    run(Product<T>{x, x, nullptr, r, ld, ld, 0, ldk, k, k, wide, 1.0f, 0.0f, true, false, true}, threads, space.scratch);
+    run(Product<T>{x, x, nullptr, r, ld, ld, 0, ldk, k, k, wide, 1.0f, 0.0f, true, true}, threads, space.scratch);
     for (int i = start; i < end; ++i) {
       const Step& s = settings.steps[i];
       square(r, r, r, z, s.c, s.b);  // z + aI is this step's polynomial; its diagonal term is added where it is applied
@@ -90,7 +90,7 @@ void iterate(const NewtonSchulz& settings, const Orthogonalization& m, int threa
     }
     const bool single = end - start == 1;
     const float a = single ? settings.steps[start].a : 0.0f;
-    run(Product<T>{q, x, single ? x : nullptr, y, ldk, ld, ld, ld, k, wide, k, 1.0f, a, false, false, false}, threads,
+    run(Product<T>{q, x, single ? x : nullptr, y, ldk, ld, ld, ld, k, wide, k, 1.0f, a, false, false}, threads,
         space.scratch);
     std::swap(x, y);
   }
@@ -136,19 +136,25 @@ void orthogonalize_cpu(const NewtonSchulz& settings, const std::vector<Orthogona
   }
 }
 
-void run_products(const std::vector<Product<float>>& products, int threads) {
+void run_products(const std::vector<Product<float>>& products, bool a_transposed, int threads) {
+  const auto one = [&](Product<float> p, int team, std::vector<std::vector<float>>& scratch, std::vector<float>& rows) {
+    if (a_transposed) {
+      rows.resize(static_cast<size_t>(p.m * p.k));
+      scaled_copy(p.a, p.lda, true, 1.0f, rows.data(), p.k, p.m, p.k);
+      p.a = rows.data();
+      p.lda = p.k;
+    }
+    run(p, team, scratch);
+  };
   const int64_t count = static_cast<int64_t>(products.size());
   if (omp_in_parallel()) threads = 1;
-  if (threads == 1 || count < 2 * threads) {
-    std::vector<std::vector<float>> scratch;
-    for (const Product<float>& product : products) run(product, threads, scratch);
-    return;
-  }
-#pragma omp parallel num_threads(threads)
+  const bool whole = threads > 1 && count >= 2 * threads;
+#pragma omp parallel num_threads(threads) if (whole)
   {
     std::vector<std::vector<float>> scratch;
+    std::vector<float> rows;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; ++i) run(products[i], 1, scratch);
+    for (int64_t i = 0; i < count; ++i) one(products[i], whole ? 1 : threads, scratch, rows);
   }
 }
 

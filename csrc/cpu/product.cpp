@@ -20,7 +20,7 @@ bool has_products() {
 
 bool has_bf16_products() { return has_products() && __builtin_cpu_supports("avx512bf16"); }
 
-int64_t scratch_floats(int64_t k) { return (k + kPanel) * kPanel + 12 * (k + kPanel) + 16; }
+int64_t scratch_floats(int64_t k) { return (k + kPanel) * kPanel + 16; }
 
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")
@@ -132,14 +132,15 @@ inline __m512 multiply_add(const uint16_t*, __m512i a, __m512i b, __m512 sum) {
 
 // A tile of R rows and 32 columns over the whole depth, sums in registers; then alpha·sum + beta·d to c.
 template <int R, class T>
-void tile(const Product<T>& p, const Dword* a, int64_t row_step, int64_t depth_step, const Dword* panel, int64_t depth,
-          int64_t row, int64_t column) {
+void tile(const Product<T>& p, const Dword* panel, int64_t depth, int64_t row, int64_t column) {
+  const Dword* a = reinterpret_cast<const Dword*>(p.a + row * p.lda);
+  const int64_t row_step = p.lda * static_cast<int64_t>(sizeof(T)) / 4;
   __m512 sum[R][2];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
   for (int64_t i = 0; i < depth; ++i) {
     const __m512i b0 = _mm512_loadu_si512(panel + i * kPanel), b1 = _mm512_loadu_si512(panel + i * kPanel + 16);
-    const Dword* at = a + i * depth_step;
+    const Dword* at = a + i;
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const __m512i value = _mm512_set1_epi32(static_cast<int>(at[r * row_step]));
@@ -162,12 +163,11 @@ void tile(const Product<T>& p, const Dword* a, int64_t row_step, int64_t depth_s
 }
 
 template <class T>
-void rows_of_tiles(int rows, const Product<T>& p, const Dword* a, int64_t row_step, int64_t depth_step,
-                   const Dword* panel, int64_t depth, int64_t row, int64_t column) {
+void rows_of_tiles(int rows, const Product<T>& p, const Dword* panel, int64_t depth, int64_t row, int64_t column) {
   switch (rows) {
-#define MOPT_TILE(R)                                                             \
-  case R:                                                                        \
-    return tile<R>(p, a, row_step, depth_step, panel, depth, row, column)
+#define MOPT_TILE(R) \
+  case R:            \
+    return tile<R>(p, panel, depth, row, column)
     MOPT_TILE(1);
     MOPT_TILE(2);
     MOPT_TILE(3);
@@ -188,7 +188,6 @@ template <class T>
 void panels(const Product<T>& p, int64_t begin, int64_t end, float* scratch) {
   const int64_t depth = dwords(p.b, p.k);
   Dword* panel = reinterpret_cast<Dword*>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t{63});
-  Dword* packed_a = panel + depth * kPanel;
   for (int64_t j = begin; j < end; ++j) {
     const int64_t column = j * kPanel, columns = std::min<int64_t>(kPanel, p.n - column);
     if (p.b_transposed) {
@@ -199,14 +198,7 @@ void panels(const Product<T>& p, int64_t begin, int64_t end, float* scratch) {
     const int64_t start = p.symmetric ? column / kRows * kRows : 0;
     for (int64_t row = start; row < p.m; row += kRows) {
       const int rows = static_cast<int>(std::min<int64_t>(kRows, p.m - row));
-      if (p.a_transposed) {  // a row of C takes a column of A: gather the tile's columns side by side
-        const Dword* from = reinterpret_cast<const Dword*>(p.a) + row;
-        for (int64_t i = 0; i < depth; ++i) std::memcpy(packed_a + i * kRows, from + i * p.lda, rows * sizeof(Dword));
-        rows_of_tiles(rows, p, packed_a, 1, kRows, panel, depth, row, column);
-      } else {
-        const Dword* from = reinterpret_cast<const Dword*>(p.a + row * p.lda);
-        rows_of_tiles(rows, p, from, p.lda * static_cast<int64_t>(sizeof(T)) / 4, 1, panel, depth, row, column);
-      }
+      rows_of_tiles(rows, p, panel, depth, row, column);
     }
   }
 }

@@ -17,7 +17,6 @@ struct Product {
   int64_t m, n, k;
   float alpha, beta;
   bool b_transposed;
-  bool a_transposed;  // A is stored (k, m); fp32 only
   bool symmetric;     // C = Cᵀ is known: half the work
 };
 

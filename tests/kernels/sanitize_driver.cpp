@@ -1,11 +1,13 @@
 // Runs every rule and sum of the CPU kernels on exactly allocated, misaligned, empty, tiny and odd buffers in every format, with
 // values from denormal to Inf and NaN; built with sanitizers by tools/sanitize.sh.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <memory>
 #include <random>
 
 #include "../../csrc/cpu/multi_tensor.h"
+#include "../../csrc/cpu/orthogonalize.h"
 #include "../../csrc/include/chunks.h"
 
 using namespace megatron_opt;
@@ -57,6 +59,32 @@ Piece make_piece(Memory& memory) {
   return piece;
 }
 
+// Products and orthogonalizations of exactly allocated matrices, row-major and transposed, symmetric and not.
+int matrix_calls() {
+  if (!has_products()) return 0;
+  constexpr int64_t sides[] = {1, 2, 11, 12, 13, 31, 32, 33, 65, 100};
+  constexpr Step simple{3.4445f, -4.7750f, 2.0315f};
+  int calls = 0;
+  for (int round = 0; round < 60; ++round, calls += 3) {
+    Memory memory;
+    const int64_t m = sides[draw(10)], n = sides[draw(10)], k = sides[draw(10)];
+    const bool a_transposed = draw(2) != 0, b_transposed = draw(2) != 0;
+    float* a = static_cast<float*>(allocate(memory, Format::f32, m * k));
+    float* b = static_cast<float*>(allocate(memory, Format::f32, k * n));
+    float* c = static_cast<float*>(allocate(memory, Format::f32, m * n));
+    float* square = static_cast<float*>(allocate(memory, Format::f32, m * m));
+    const int threads = 1 + static_cast<int>(draw(3));
+    run_products({Product<float>{a, b, draw(2) != 0 ? c : nullptr, c, a_transposed ? m : k, b_transposed ? k : n, n, n, m, n,
+                                 k, 1.0f, 0.5f, b_transposed, false}},
+                 a_transposed, threads);
+    run_products({Product<float>{a, a, nullptr, square, k, k, 0, m, m, m, k, 1.0f, 0.0f, true, true}}, false, threads);
+    const NewtonSchulz settings{std::vector<Step>(5, simple), 1e-5, draw(2) != 0, has_bf16_products() && draw(2) != 0,
+                                1 + static_cast<int>(draw(3))};
+    orthogonalize_cpu(settings, {{a, c, m, std::min(k, n)}, {b, c, std::min(k, m), n}}, 1);
+  }
+  return calls;
+}
+
 }  // namespace
 
 int main() {
@@ -82,6 +110,7 @@ int main() {
       sum_cpu(static_cast<Sum>(kind), options, pieces, sums.data(), 1 + static_cast<int>(draw(3)));
     }
   }
+  calls += matrix_calls();
   std::printf("%s: %d calls\n", cpu_kernels_name(), calls);
   return 0;
 }
