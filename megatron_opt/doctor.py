@@ -1,10 +1,11 @@
 """`torchrun … -m megatron_opt.doctor`, or `megatron-opt doctor`: is every rank fit for a run, and which one is not.
 
-Every check gives one value a rank. Where all must agree, ranks that differ from the most common value are named; where a
-number must be good enough, those beyond the limit are. Exit code: 0 fit (warnings allowed), 1 not, 2 bad input.
+Every check gives one value a rank. Where all must agree, ranks that differ from the most common value are named; where
+a number must be good enough, those beyond the limit are. Exit code: 0 fit (warnings allowed), 1 not, 2 bad input.
 """
 
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -131,23 +132,24 @@ def examine(args: argparse.Namespace, rank: int, world: int) -> list[Finding]:
     doctor.ask(worst, "clock", lambda: probes.clock_complaint(rank, world), WARN)
     doctor.ask(speeds, "matrix product", probes.matmul_seconds)
     doctor.ask(speeds, "memory copy", probes.copy_seconds, probes.COPY_GB)
+    size = args.megabytes * 2**20
     for kind, groups in layout_groups(args, world).items():
         if world == 1:
             break
         mine = probes.make_group(groups, rank)
         for name, collective in probes.COLLECTIVES.items():
-            doctor.ask(worst, f"{kind} {name}", lambda c=collective, g=mine: probes.wrong_sum(c, g))  # type: ignore[misc]
+            doctor.ask(worst, f"{kind} {name}", functools.partial(probes.wrong_sum, collective, mine))
             if doctor.findings[-1].verdict == OK:
                 doctor.findings.pop()
-                size = args.megabytes * 2**20
-                doctor.ask(speeds, f"{kind} {name}", lambda c=collective, g=mine: probes.seconds_of(c, g, size),  # type: ignore[misc]
-                           size / 1e9)
+                timed = functools.partial(probes.seconds_of, collective, mine, size)
+                doctor.ask(speeds, f"{kind} {name}", timed, size / 1e9)
     if args.shared_dir is not None:
         doctor.ask(worst, "shared folder", lambda: probes.shared_folder_complaint(args.shared_dir, rank, world))
         doctor.ask(limited, "free space", lambda: probes.free_space_gb(args.shared_dir), args.free_gb, "{:.1f} GB")
-        doctor.ask(speeds, "durable write", lambda: probes.durable_write_seconds(args.shared_dir, rank), probes.WRITE_GB)
+        written = functools.partial(probes.durable_write_seconds, args.shared_dir, rank)
+        doctor.ask(speeds, "durable write", written, probes.WRITE_GB)
     for prefix in args.data_path:
-        doctor.ask(compare, f"dataset {Path(prefix).name}", lambda p=prefix: probes.dataset_digest(p))  # type: ignore[misc]
+        doctor.ask(compare, f"dataset {Path(prefix).name}", functools.partial(probes.dataset_digest, prefix))
     return doctor.findings
 
 
@@ -170,7 +172,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}-parallel-size", type=int, default=1, help="as in the run to come")
     parser.add_argument("--shared-dir", type=Path, help="folder for checkpoints, that every rank must see")
     parser.add_argument("--free-gb", type=float, default=10.0, help="space wanted there (default 10)")
-    parser.add_argument("--data-path", nargs="*", default=[], metavar="PREFIX", help="datasets that every rank must read")
+    parser.add_argument("--data-path", nargs="*", default=[], metavar="PREFIX",
+                        help="datasets that every rank must read")
     parser.add_argument("--megabytes", type=int, default=16, help="size of a timed collective (default 16)")
     parser.add_argument("--timeout", type=int, default=120, help="seconds for any one collective (default 120)")
     return parser

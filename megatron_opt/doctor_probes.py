@@ -58,10 +58,10 @@ def _installed(name: str) -> str:
 def extension() -> str:
     """State and source hash of the native kernels."""
     try:
-        from megatron_opt import _C
+        native = importlib.import_module("megatron_opt._C")
     except ImportError:
         return "not built"
-    return f"{_C.source_hash}, {'with' if _C.cuda else 'without'} CUDA, for torch {_C.torch_version}"
+    return f"{native.source_hash}, {'with' if native.cuda else 'without'} CUDA, for torch {native.torch_version}"
 
 
 def sources() -> str:
@@ -93,9 +93,9 @@ VERSIONS: dict[str, Callable[[], str]] = {
 
 def environment() -> str:
     """Variables that must not differ between ranks."""
-    own = ("MASTER_", "NCCL_DEBUG")
-    names = [n for n in os.environ if n.startswith(("NCCL_", "TORCH_NCCL_", "OMP_NUM_", "MEGATRON_OPT_", "CUBLAS_", "NVTE_"))]
-    values = [f"{name}={os.environ[name]}" for name in sorted(names) if not name.startswith(own)]
+    kinds = ("NCCL_", "TORCH_NCCL_", "OMP_NUM_", "MEGATRON_OPT_", "CUBLAS_", "NVTE_")
+    names = [name for name in os.environ if name.startswith(kinds) and not name.startswith("NCCL_DEBUG")]
+    values = [f"{name}={os.environ[name]}" for name in sorted(names)]
     return " ".join(values) or "no settings"
 
 
@@ -219,13 +219,13 @@ COLLECTIVES: dict[str, Callable[[Tensor, Any], Tensor]] = {
 def _expected(collective: Callable[[Tensor, Any], Tensor], rank: int, n: int) -> list[int]:
     """What the collective makes of x[i, j] = 100·rank + i, i < n, j < 4."""
     total = 100 * (n * (n - 1) // 2)
-    rows = {
+    rows: dict[Callable[[Tensor, Any], Tensor], list[int]] = {
         _all_reduce: [total + n * i for i in range(n)],
         _reduce_scatter: [total + n * rank],
         _all_gather: [101 * i for i in range(n)],
         _all_to_all: [100 * i + rank for i in range(n)],
-    }[collective]
-    return [value for value in rows for _ in range(4)]
+    }
+    return [value for value in rows[collective] for _ in range(4)]
 
 
 def wrong_sum(collective: Callable[[Tensor, Any], Tensor], group: Any) -> str | None:

@@ -96,7 +96,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--nnodes", default=told("NNODES", "1"), help="nodes, N or MIN:MAX (default 1)")
     parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", default=told("RDZV_ENDPOINT"),
                         help="meeting point of the nodes (c10d)")
-    parser.add_argument("--rdzv-id", default=told("RDZV_ID", "megatron_opt"), help="name of the job at the meeting point")
+    parser.add_argument("--rdzv-id", default=told("RDZV_ID", "megatron_opt"),
+                        help="name of the job at the meeting point")
     parser.add_argument("--rdzv-conf", default=told("RDZV_CONF", ""),
                         help="key=value,… for the rendezvous, as torchrun takes it")
     parser.add_argument("--local-addr", help="this node's address, where its name does not resolve")

@@ -25,6 +25,10 @@ def run(argv: Sequence[str]) -> None:
     from megatron_opt.training.job import train
 
     train(args)
+    import torch
+
+    if torch.distributed.is_initialized():  # gloo's threads may otherwise abort the process at its end
+        torch.distributed.destroy_process_group()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

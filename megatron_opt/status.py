@@ -1,4 +1,4 @@
-"""`megatron-opt status DIR`: what a run is doing, read from the files it writes; needs neither torch nor the run's host."""
+"""`megatron-opt status DIR`: what a run is doing, read from the files it writes; needs neither torch nor its host."""
 
 import argparse
 import json
@@ -57,7 +57,9 @@ def look(folder: Path, now: float | None = None) -> Status:
     log = events.read(folder)
     metrics = _lines(folder / "metrics.jsonl")
     if not log and not metrics:
-        raise UserError(f"{folder} holds no run: there is neither {events.FILE} nor metrics.jsonl; give its --output-dir.")
+        raise UserError(
+            f"{folder} holds no run: there is neither {events.FILE} nor metrics.jsonl; give its --output-dir."
+        )
     status = Status(state="starting")
     starts = [entry for entry in log if entry["event"] in ("start", "restart")]
     if starts:
@@ -101,7 +103,9 @@ def _progress(status: Status, metrics: list[dict[str, Any]]) -> None:
         status.valid_loss = evals[-1].get("loss")
 
 
-def _state(status: Status, folder: Path, log: list[dict[str, Any]], metrics: list[dict[str, Any]], written: float) -> str:
+def _state(
+    status: Status, folder: Path, log: list[dict[str, Any]], metrics: list[dict[str, Any]], written: float
+) -> str:
     result = folder / "results.json"
     if result.is_file() and result.stat().st_mtime >= written - 60:
         return str(json.loads(result.read_text()).get("status", "completed"))
@@ -147,7 +151,7 @@ def table(status: Status) -> str:
 
 def main(argv: list[str], prog: str = "megatron-opt status") -> int:
     """Print a run's status once, or again and again."""
-    parser = argparse.ArgumentParser(prog=prog, description="What a run is doing: its --output-dir is all that is read.")
+    parser = argparse.ArgumentParser(prog=prog, description="What a run is doing, from its --output-dir.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="the run's --output-dir")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="repeat until the run ends or Ctrl-C")

@@ -42,11 +42,30 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     plan.add_argument(
         "--output", default="migration", metavar="DIR", help="folder for plan.md, plan.html and plan.json"
     )
+    commands.add_parser(
+        "checkpoint", help="turn a checkpoint into a warm start for another optimizer", allow_abbrev=False, add_help=False,
+    )
     return parser
+
+
+CHECKPOINT_HELP = """usage: {prog} checkpoint --load DIR --save DIR --optimizer NAME FLAGS
+
+Writes into --save a checkpoint with the same weights, iteration and place in the data as the one in --load, and a state
+for --optimizer made from the moments of the one that trained it (Megatron's Adam, or any of adamw, nadamw, cautious,
+mars, lion, signum, muon, scion, soap and their Hyperball forms). FLAGS are those of the run to come: model, layout,
+data. For several ranks: torchrun … -m megatron_opt.migrate.checkpoint --load …"""
 
 
 def main(argv: list[str], prog: str) -> int:
     """Run one of the commands; bad input raises UserError."""
+    if argv and argv[0] == "checkpoint":
+        if len(argv) == 1 or {"-h", "--help"} & set(argv):
+            print(CHECKPOINT_HELP.format(prog=prog))
+            return 0 if len(argv) > 1 else 2
+        from megatron_opt.migrate.checkpoint import convert
+
+        convert(argv[1:])
+        return 0
     args, rest = build_parser(prog).parse_known_args(argv)
     _plan(args, rest)
     return 0

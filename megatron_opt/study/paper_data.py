@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from importlib import resources
 from typing import Any
 
@@ -20,6 +21,13 @@ ATTRIBUTION = (
 )
 DIVERGED_BY = 1.0
 """an ablation this far above its base run counts as diverged"""
+
+HYPERBALL_SIZE = 1.3e8
+"""nominal: the source names the size 130M and gives no count"""
+HYPERBALL_ATTRIBUTION = (
+    "Losses of Muon with and without Hyperball at 130M, arXiv 2606.16899, from its public runs. "
+    "Nothing was trained here."
+)
 
 _NAMES = {
     "b1": "beta1",
@@ -71,6 +79,37 @@ def paper_dataset() -> Dataset:
                 )
             )
     return Dataset("published study", "adamw", records, attribution=ATTRIBUTION, effort_known=False)
+
+
+def hyperball_dataset() -> Dataset:
+    """Muon with and without Hyperball at one size over seven budgets (arXiv 2606.16899), Muon as the baseline."""
+    records = []
+    for row in csv.DictReader(io.StringIO(_read("hyperball_130m_datascaling.csv"))):
+        tokens = float(row["tokens_B"]) * 1e9
+        lr = re.search(r"-lr([\d.]+e-?\d+)-", row["run"])
+        records.append(
+            Record(
+                id=row["run"],
+                optimizer=row["optimizer"],
+                regime=Regime("130m", tokens / (20 * HYPERBALL_SIZE)),
+                seed=0,
+                hyper={"lr": float(lr[1])} if lr else {},
+                config={"source": "hyperball_130m_datascaling.csv"},
+                arguments=[],
+                parameters=int(HYPERBALL_SIZE),
+                tokens=int(tokens),
+                status="completed",
+                attempts=1,
+                interruptions=0,
+                job=None,
+                started=None,
+                finished=None,
+                loss=float(row["best_loss"]),
+                results={},
+                reason=None,
+            )
+        )
+    return Dataset("Hyperball at 130M", "muon", records, attribution=HYPERBALL_ATTRIBUTION, effort_known=False)
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_opt.errors import UserError
 from megatron_opt.study import curves
 from megatron_opt.study.executors import Executor, Job, Outcome, make_executor
-from megatron_opt.study.executors.base import last_words, read_results, was_interrupted
+from megatron_opt.study.executors.base import last_words, read_results, saved_since, was_interrupted
 from megatron_opt.study.phases import Planner
 from megatron_opt.study.runs import Run
 from megatron_opt.study.spec import Study
@@ -129,7 +129,10 @@ class Scheduler:
         record = self.store.run(outcome.run)
         code = outcome.code
         by_signal = code is None or code < 0 or code in _BY_SIGNAL
-        interrupted = not outcome.timed_out and (by_signal or was_interrupted(job.folder, record.started or 0.0))
+        since = record.started or 0.0
+        # A launcher reports the signal that ended its ranks as a plain failure; what was saved tells them apart.
+        went_on = by_signal or was_interrupted(job.folder, since) or (code != 2 and saved_since(job.folder, since))
+        interrupted = went_on and not outcome.timed_out
         if outcome.timed_out:
             reason = f"stopped after {self.study.executor.timeout_minutes:g} minutes"
         elif interrupted:

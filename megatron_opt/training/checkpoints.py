@@ -19,6 +19,8 @@ from typing import Any
 
 from megatron_opt.errors import UserError
 from megatron_opt.training import events, folders, signals
+from megatron_opt.training.agreement import agree, first_error, rank
+from megatron_opt.training.loading import load_newest_sound
 
 _SPARE = 1.02  # of the last checkpoint's size must be free before the next is begun
 
@@ -51,7 +53,7 @@ def install(args: Any) -> None:
         raise UserError("--keep-last and --keep-every want numbers from 0 on.")
     if getattr(args, "save_retain_interval", None):
         if args.keep_last:
-            raise UserError("--save-retain-interval is Megatron's word for --keep-last 1 --keep-every N; give one of them.")
+            raise UserError("--save-retain-interval N is Megatron's word for --keep-last 1 --keep-every N; give one.")
         args.keep_last, args.keep_every, args.save_retain_interval = 1, args.save_retain_interval, None
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -67,7 +69,7 @@ def install(args: Any) -> None:
     FileSystemWriterAsync.finish = _noted(FileSystemWriterAsync.finish)
     serialization.save_config = _noted(serialization.save_config)
     training.save_checkpoint = functools.partial(_save, training.save_checkpoint)
-    training.load_checkpoint = functools.partial(_load, training.load_checkpoint)
+    training.load_checkpoint = functools.partial(load_newest_sound, training.load_checkpoint)
     if args.save:
         _start_results_queue()
     training.maybe_finalize_async_save = functools.partial(_finalize, training.maybe_finalize_async_save)
@@ -83,33 +85,6 @@ def _start_results_queue() -> None:
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
     manager.start(initializer=signals.serve_parent)
     filesystem_async._results_queue = manager.Queue()
-
-
-def _rank() -> int:
-    import torch
-
-    return int(torch.distributed.get_rank())
-
-
-def _agree(value: Any) -> Any:
-    """Rank 0's value on every rank."""
-    import torch
-
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _first_error(error: str | None) -> str | None:
-    """The lowest rank's error, on every rank."""
-    import torch
-
-    errors: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(errors, error)
-    return next((f"rank {rank}: {text}" for rank, text in enumerate(errors) if text), None)
-
-
-# ---- saving
 
 
 def _aside(original: Callable[..., str]) -> Callable[..., str]:
@@ -177,7 +152,7 @@ def _summed(original: Callable[..., None]) -> Callable[..., None]:
             save = Path(_saving)
             if request.async_fn is not None:
                 folder = save / folders.ASIDE / folders.name_of(_iteration)
-                request = request._replace(async_fn=_Summed(request.async_fn, folder, _rank()))
+                request = request._replace(async_fn=_Summed(request.async_fn, folder, rank()))
             request.add_finalize_fn(functools.partial(_publish, get_args(), save, _iteration))
         original(request)
 
@@ -197,7 +172,7 @@ def _save(original: Callable[..., Any], iteration: int, *args: Any, **kwargs: An
         return
     save = Path(flags.save)
     began = time.monotonic()
-    trouble = _agree(_prepare(save, iteration) if _rank() == 0 else None)
+    trouble = agree(_prepare(save, iteration) if rank() == 0 else None)
     if trouble:
         _failed(flags, iteration, trouble)
         return
@@ -210,12 +185,12 @@ def _save(original: Callable[..., Any], iteration: int, *args: Any, **kwargs: An
     finally:
         _saving = None
     if flags.async_save and _error is None:
-        if _rank() == 0:
+        if rank() == 0:
             events.record("save_started", iteration=iteration, stall_seconds=round(time.monotonic() - began, 3))
         return
     if _error is None:
         try:
-            folders.sum_files(save / folders.ASIDE / folders.name_of(iteration), _rank())
+            folders.sum_files(save / folders.ASIDE / folders.name_of(iteration), rank())
         except OSError as error:
             _error = str(error)
     _publish(flags, save, iteration)
@@ -242,9 +217,9 @@ def _prepare(save: Path, iteration: int) -> str | None:
 def _publish(flags: Any, save: Path, iteration: int) -> None:
     """Collective: every rank's error is known before rank 0 publishes."""
     global _error
-    trouble, _error = _first_error(_error), None
+    trouble, _error = first_error(_error), None
     if trouble is None:
-        trouble = _agree(_publish_on_rank_0(flags, save, iteration) if _rank() == 0 else None)
+        trouble = agree(_publish_on_rank_0(flags, save, iteration) if rank() == 0 else None)
     ready = list(_announcements)
     _announcements.clear()
     if trouble:
@@ -270,7 +245,7 @@ def _publish_on_rank_0(flags: Any, save: Path, iteration: int) -> str | None:
 
 def _failed(flags: Any, iteration: int, trouble: str) -> None:
     """Every rank: what is half written goes, earlier checkpoints stay."""
-    if _rank() == 0:
+    if rank() == 0:
         shutil.rmtree(Path(flags.save) / folders.ASIDE / folders.name_of(iteration), ignore_errors=True)
         newest = folders.iterations(Path(flags.save))[:1]
         kept = f"the newest whole one is of iteration {newest[0]}" if newest else "there is none yet"
@@ -291,7 +266,7 @@ def _finalize(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
     except CheckpointException as error:
         flags = get_args()
-        trouble = _agree(_short(error) if _rank() == 0 else None)
+        trouble = agree(_short(error) if rank() == 0 else None)
         iteration = min(_started, default=_iteration)
         _started.pop(iteration, None)
         _failed(flags, iteration, trouble)
@@ -304,104 +279,3 @@ def _short(error: BaseException) -> str:
         cause = cause[0] if isinstance(cause, tuple) else cause
         return " ".join(str(cause).split())
     return " ".join(str(error).split())[:300]
-
-
-# ---- loading
-
-
-def _load(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Load the newest checkpoint that is whole, saying which ones are not."""
-    from megatron.training import get_args
-
-    flags = get_args()
-    load = getattr(flags, kwargs.get("load_arg", "load"))
-    if flags.save and _rank() == 0:
-        folders.sweep(Path(flags.save), aside=True)
-    if load is None or kwargs.get("load_arg", "load") != "load":
-        return original(*args, **kwargs)
-    wanted = getattr(flags, "ckpt_step", None)
-    chosen = _choose(Path(load), wanted, flags.trust_checkpoint, own=load == flags.save)
-    if chosen is None:
-        return original(*args, **kwargs)
-    began = time.monotonic()
-    flags.ckpt_step = chosen
-    try:
-        loaded = original(*args, **kwargs)
-    finally:
-        flags.ckpt_step = wanted
-    if _rank() == 0:
-        events.record("resume", iteration=loaded[0], seconds=round(time.monotonic() - began, 3),
-                      consumed_samples=flags.consumed_train_samples, world_size=flags.world_size)
-    return loaded
-
-
-def _choose(load: Path, wanted: int | None, trust: bool, own: bool) -> int | None:
-    """The newest sound iteration, agreed by all ranks; None leaves the matter to Megatron (nothing there, release)."""
-    import torch
-
-    found = _agree(_candidates(load, wanted) if _rank() == 0 else None)
-    refusals, damaged = [], []
-    for iteration in found:
-        files, trouble = _agree(_inspect(load, iteration, trust) if _rank() == 0 else None)
-        if trouble is None and files:
-            share, shares = _rank(), torch.distributed.get_world_size()
-            trouble = folders.damage(load / folders.name_of(iteration), files, share, shares)
-        trouble = _first_error(trouble)
-        if trouble is None:
-            if _rank() == 0 and own:
-                for number in damaged:  # else retention would count them
-                    folders.set_apart(load, number)
-            return int(iteration)
-        if folders.MISMATCH in trouble:
-            damaged.append(iteration)
-        refusals.append(f"iteration {iteration} ({trouble})")
-        if _rank() == 0:
-            events.record("damaged", iteration=iteration, reason=trouble)
-            print(f"megatron_opt: the checkpoint of iteration {iteration} under {load} is not used: {trouble}.",
-                  file=sys.stderr, flush=True)
-    if refusals:
-        raise UserError(f"no checkpoint under {load} can be used: {'; '.join(refusals[:3])}; repair or remove them, "
-                        "or load a foreign one that you trust by --trust-checkpoint.")
-    return None
-
-
-def _candidates(load: Path, wanted: int | None) -> list[int]:
-    if wanted:
-        return [wanted]
-    tracker = load / folders.TRACKER
-    if tracker.is_file() and tracker.read_text().strip() == "release":
-        return []
-    return folders.iterations(load)
-
-
-def _inspect(load: Path, iteration: int, trust: bool) -> tuple[dict[str, str] | None, str | None]:
-    """Rank 0: (digests by file, what forbids this checkpoint)."""
-    from megatron_opt.training.pickles import refused_names
-
-    folder = load / folders.name_of(iteration)
-    if not folder.is_dir():
-        return None, f"there is no {folder.name}"
-    try:
-        files = folders.manifest(load, iteration)
-    except (OSError, ValueError) as error:
-        return None, f"its {folders.MANIFEST} is unreadable ({error})"
-    if files is None and not any((folder / name).exists() for name in (".metadata", "common.pt")) \
-            and not list(folder.glob("mp_rank_*")):
-        return None, "it is incomplete"
-    if trust:
-        return files, None
-    if files is None:
-        return None, f"it has no {folders.MANIFEST}, so that its origin and wholeness are unknown"
-    small = {name: digest for name, digest in files.items() if not name.endswith(".distcp")}
-    if trouble := folders.damage(folder, small):
-        return None, trouble
-    try:
-        refused = refused_names(folder)
-    except OSError as error:
-        return None, f"{error.filename}: {error.strerror}"
-    if refused:
-        where, names = next(iter(refused.items()))
-        if names == {"unreadable"}:
-            return None, f"{where} is unreadable"
-        return None, f"{where} would import {', '.join(sorted(names))}"
-    return files, None

@@ -1,11 +1,11 @@
 """What to do about a hang and about a loss that jumps; what torch and Megatron do not do themselves.
 
-Hang: a thread of each rank watches its training loop. When no step, evaluation or save has moved for the time limit, it posts
-where its main thread stands to the job's store, and rank by rank the log tells who waits in which collective and who
-does not. All ranks then leave, so that torchrun restarts them.
+Hang: a thread of each rank watches its training loop. When no step has ended for the time limit, it posts where its
+main thread stands to the job's store, and rank by rank the log tells who waits in which collective and who does not.
+All ranks then leave, so that torchrun restarts them.
 
-Loss: `skip` leaves out the update of a step whose loss is not finite or a multiple of the recent median; `rollback` goes
-back to a checkpoint at least n steps old and skips the data of the steps in between (Megatron's --iterations-to-skip).
+Loss: `skip` leaves out the update of a step whose loss is not finite or a multiple of the recent median; `rollback`
+goes back to a checkpoint at least n steps old and skips the data since (Megatron's --iterations-to-skip).
 """
 
 import argparse
@@ -148,13 +148,13 @@ def _report_spike(args: Any, watch: LossWatch, iteration: int, loss: float) -> N
     target = box[0]
     if target is None:
         raise UserError(
-            f"the loss of iteration {iteration} is {loss:.4g} and there is no checkpoint {args.rollback_steps} steps or more "
-            "before it to go back to; lower --lr, or save more often."
+            f"the loss of iteration {iteration} is {loss:.4g} and there is no checkpoint {args.rollback_steps} steps "
+            "or more before it to go back to; lower --lr, or save more often."
         )
     if rank == 0:
         events.record("rollback", iteration=iteration, loss=shown, to=target, count=watch.spikes)
-        print(f"megatron_opt: the loss of iteration {iteration} is {loss:.4g}: going back to iteration {target}, the data of "
-              f"iterations {target + 1} to {iteration} will be skipped.", file=sys.stderr, flush=True)
+        print(f"megatron_opt: the loss of iteration {iteration} is {loss:.4g}: going back to iteration {target}; the "
+              f"data of iterations {target + 1} to {iteration} will be skipped.", file=sys.stderr, flush=True)
     torch.distributed.barrier()
     raise SystemExit(ROLLBACK_EXIT)
 
@@ -264,7 +264,8 @@ def judge(reports: dict[int, dict[str, Any]], world: int) -> dict[str, Any]:
     behind = sorted(rank for rank, report in reports.items() if report["iteration"] == least)
     behind = behind if len(behind) < len(reports) else []
     guilty = silent or busy or behind
-    waiting = next((report for rank, report in sorted(reports.items()) if report["collective"] and rank not in guilty), None)
+    others = (report for rank, report in sorted(reports.items()) if rank not in guilty)
+    waiting = next((report for report in others if report["collective"]), None)
     return {
         "guilty": guilty,
         "silent": silent,

@@ -25,7 +25,7 @@ def train(args: Any) -> None:
     if platform.on_cpu():
         training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
     if args.optimizer not in MEGATRON_OWN:
-        resume.install(training)
+        resume.install()
     make = training.get_megatron_optimizer if args.optimizer in MEGATRON_OWN else make_optimizer
     training.get_megatron_optimizer = functools.partial(_watched, monitor, make)
     monitor.install(training)

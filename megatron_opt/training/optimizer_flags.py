@@ -34,7 +34,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     rules = registry.rules()
     for action in parser._actions:
         if action.dest == "optimizer":
-            action.choices = [*MEGATRON_OWN, *sorted(rules)]
+            action.choices, action.default = [*MEGATRON_OWN, *sorted(rules)], "adamw"
             action.help = "optimizer; adam and sgd are Megatron's own, the others megatron_opt's"
     shared = parser.add_argument_group("optimizers")
     shared.conflict_handler = "resolve"

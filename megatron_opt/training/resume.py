@@ -17,41 +17,22 @@ _MODEL = (
 _SHARDING = "distrib_optim_sharding_type"
 
 
-def install(training: Any) -> None:
-    """Put our look before Megatron's `load_checkpoint`, and a plain sentence after a save that failed."""
-    from megatron.training import checkpointing
+def install() -> None:
+    """Put our look before Megatron's `load_checkpoint`; call before `checkpoints.install`, which chooses the folder."""
+    from megatron.training import checkpointing, training
 
     training.load_checkpoint = functools.partial(_load, training.load_checkpoint)
-    training.save_checkpoint = functools.partial(_save, training.save_checkpoint)
-    if not hasattr(checkpointing._build_sharded_state_dict_metadata, "for_any_layout"):
-        original = checkpointing._build_sharded_state_dict_metadata
-
-        def metadata(*args: Any, **kwargs: Any) -> dict[str, Any]:
-            # Megatron allows another layout only to this type; our state is stored by whole-matrix coordinates
-            return original(*args, **kwargs) | {_SHARDING: "fully_reshardable"}
-
-        metadata.for_any_layout = True  # type: ignore[attr-defined]
-        checkpointing._build_sharded_state_dict_metadata = metadata
+    checkpointing._build_sharded_state_dict_metadata = _for_any_layout(checkpointing._build_sharded_state_dict_metadata)
 
 
-def _save(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    try:
-        return original(*args, **kwargs)
-    except Exception as error:
-        causes = [text for cause in _causes(error) if (text := str(cause))]
-        if any("No space left on device" in text for text in causes):
-            raise UserError(
-                "no space is left for the checkpoint; the one before it is whole: free some space and resume from it."
-            ) from error
-        raise
+def _for_any_layout(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Megatron allows another layout only to one type of state; ours is stored by whole-matrix coordinates."""
 
+    @functools.wraps(original)
+    def metadata(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return original(*args, **kwargs) | {_SHARDING: "fully_reshardable"}
 
-def _causes(error: BaseException | None) -> list[BaseException]:
-    found = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = error.__cause__ or error.__context__
-    return found
+    return metadata
 
 
 def _load(original: Callable[..., Any], model: Any, optimizer: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:

@@ -32,9 +32,8 @@ class ExitSignals:
 
     def signals_received(self) -> list[int]:
         """Signal number by rank, 0 for none; a collective."""
-        from megatron.training.dist_signal_handler import all_gather_item
-
         import torch
+        from megatron.training.dist_signal_handler import all_gather_item
 
         numbers: list[int] = all_gather_item(self.received, dtype=torch.int32)
         self.agreed = max(numbers)
@@ -49,7 +48,7 @@ class ExitSignals:
 
 
 def install(args: Any) -> None:
-    """Listen to both signals from the first step on where there is a folder to save to; before, they end the process."""
+    """Listen to both signals from the first step on where there is a folder to save to; before, they end a rank."""
     if not args.save:
         return
     from megatron.training import global_vars, training

@@ -32,9 +32,8 @@ def environment(tmp_path):
 
 
 def started(script: str, scale: str, environment: dict[str, str]) -> list[str]:
-    done = subprocess.run(
-        ["bash", str(EXAMPLES / script), scale, "--dry-run"], env=environment, capture_output=True, text=True, timeout=120
-    )
+    command = ["bash", str(EXAMPLES / script), scale, "--dry-run"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 

@@ -58,7 +58,8 @@ def examine(tmp_path, body, *flags):
         "import os, sys\nrank = int(os.environ['RANK'])\nfrom megatron_opt import doctor, doctor_probes as probes\n"
         f"{body}\nsys.exit(doctor.main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "odd", *flags]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "odd", *flags]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
 
@@ -85,7 +86,8 @@ if rank == 1:
     probes.VERSIONS["torch"] = lambda: "0.0"
     right = probes._all_reduce
     import pathlib
-    probes._expected = lambda f, r, n, real=probes._expected: [v + 1 for v in real(f, r, n)] if f is right else real(f, r, n)
+    real = probes._expected
+    probes._expected = lambda f, r, n: [v + (f is right) for v in real(f, r, n)]
     original = probes.shared_folder_complaint
     probes.shared_folder_complaint = lambda folder, r, n: original(pathlib.Path({str(private)!r}), r, n)
 """

@@ -51,7 +51,8 @@ def test_a_running_run(folder, tmp_path):
     for name in ("iter_0000010", "iter_0000020", "iter_0000030.damaged", ".saving"):
         (save / name).mkdir(parents=True)
     run = folder("events.jsonl", {**START, "save": str(save)}, {"event": "save", "iteration": 20})
-    folder("metrics.jsonl", train(20), {"kind": "eval", "iteration": 20, "loss": 4.5, "split": "valid"}, train(21), '{"kind": "tr')
+    evaluation = {"kind": "eval", "iteration": 20, "loss": 4.5, "split": "valid"}
+    folder("metrics.jsonl", train(20), evaluation, train(21), '{"kind": "tr')
     found = status.look(run, now(run) + 3)
     assert found.state == "running" and found.iteration == 21 and found.checkpoint == 20
     assert found.seconds_left == pytest.approx(79 * 0.5) and found.valid_loss == 4.5

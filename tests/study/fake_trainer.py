@@ -107,6 +107,8 @@ def main():
             ledger.write(f"{iteration}\n")
             ledger.flush()
             replace(checkpoint, {"iteration": step})
+            if os.environ.get("FAKE_CRASH_EVERY") and step % int(os.environ["FAKE_CRASH_EVERY"]) == 0 and step < steps:
+                return 1
     diverged = not math.isfinite(final)
     wall = time.time() - started
     replace(

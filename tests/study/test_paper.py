@@ -78,3 +78,17 @@ def test_demo_paper_fits_and_reports_without_training(tmp_path, capsys):
     assert {round(e["d"] / e["n"] / 20) for e in fits["extrapolations"]} == {1, 2, 4, 8, 16}
     page = (tmp_path / "out" / "index.html").read_text()
     assert "arXiv 2509.02046" in page and "Extrapolation to 7e+09 parameters" in page
+
+
+def test_hyperball_saves_tokens_and_keeps_its_learning_rate_longer(tmp_path, capsys):
+    output = tmp_path / "out"
+    assert cli.main(["demo-paper", "--data", "hyperball", "--output", str(output), "--resamples", "30"], "s") == 0
+    assert "No shared law: a joint law needs two model sizes" in capsys.readouterr().out
+    fits = json.loads((output / "fits.json").read_text())
+    values = {round(item["d"] / 1e9): item["value"] for item in fits["speedups"]}
+    assert sorted(values) == [1, 2, 4, 6, 8, 12, 16]
+    # 16B tokens: 3.2453 against Muon's 3.2605, which Muon reaches beyond 16B only.
+    assert all(value > 1 for value in values.values()) and values[16] > 1.1
+    laws = {law["optimizer"]: law for law in fits["hyperparameter_laws"]}
+    assert laws["muonh"]["theta"][2] < laws["muon"]["theta"][2]
+    assert "arXiv 2606.16899" in (output / "index.html").read_text()

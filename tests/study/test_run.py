@@ -94,6 +94,15 @@ def test_a_failing_run_is_retried_then_reported_and_the_others_go_on(make_study,
     assert run(make_study(text), output, "--retry-failed") == 0
 
 
+def test_a_run_that_fails_after_each_checkpoint_goes_on_from_it(make_study, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_CRASH_EVERY", "5")
+    output = tmp_path / "out"
+    assert run(make_study(STUDY.replace("executor:", "executor:\n  retries: 0")), output) == 0
+    for record in records(output):
+        assert (record.attempts, record.interruptions) == (4, 3)
+        assert len((output / "runs" / record.id / "ledger").read_text().split()) == 20
+
+
 def test_bad_input_of_a_run_is_not_retried(make_study, tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_FAIL", "0.004")
     monkeypatch.setenv("FAKE_CODE", "2")

@@ -12,12 +12,14 @@ from megatron_opt.study.analysis import Analysis, analyse
 from megatron_opt.study.dataset import from_store
 from megatron_opt.study.display import make_console, print_table
 from megatron_opt.study.fit_files import write_fits
-from megatron_opt.study.paper_data import paper_dataset
+from megatron_opt.study.paper_data import hyperball_dataset, paper_dataset
 from megatron_opt.study.report import write_report
 from megatron_opt.study.report.extrapolation import extrapolation, prediction_error
 from megatron_opt.study.report.scaling import significance, speedup_section
 from megatron_opt.study.scheduler import STORE_NAME
 from megatron_opt.study.store import Store
+
+DATASETS = {"fantastic": paper_dataset, "hyperball": hyperball_dataset}
 
 
 def add_fit_options(parser: argparse.ArgumentParser) -> None:
@@ -79,9 +81,10 @@ def demo_paper(argv: list[str], prog: str) -> int:
     """Fit and report the published study without training anything."""
     parser = argparse.ArgumentParser(prog=prog)
     parser.add_argument("--output", type=Path, default=Path("paper-study"), help="folder of the report")
+    parser.add_argument("--data", choices=sorted(DATASETS), default="fantastic", help="which publication")
     add_fit_options(parser)
     options = parser.parse_args(argv)
-    dataset = paper_dataset()
+    dataset = DATASETS[options.data]()
     analysis = analyse(dataset, **fit_arguments(options))
     options.output.mkdir(parents=True, exist_ok=True)
     page = write_report(dataset, options.output, analysis)

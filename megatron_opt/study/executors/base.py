@@ -113,6 +113,14 @@ def was_interrupted(folder: Path, since: float) -> bool:
         return False
 
 
+def saved_since(folder: Path, since: float) -> bool:
+    """A checkpoint was written after `since` (Unix time), so that another attempt starts further on."""
+    try:
+        return any(entry.stat().st_mtime >= since for entry in (folder / "checkpoints").iterdir())
+    except OSError:
+        return False
+
+
 def last_words(folder: Path, limit: int = 300) -> str:
     """The end of a run's log: the line that most likely says why it failed."""
     try:

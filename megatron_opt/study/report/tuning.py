@@ -23,39 +23,39 @@ def hyper_laws(analysis: Analysis) -> Section:
         "grid knows an optimum only to about half a step."
     )
     color, per = colors(analysis.dataset.optimizers), analysis.dataset.tokens_per_parameter
-    n, ratios = analysis.target
     for key in dict.fromkeys(law.hyperparameter for law in analysis.hyper_laws):
+        laws = [law for law in analysis.hyper_laws if law.hyperparameter == key]
+        one_size = len({size for law in laws for size in law.n}) == 1
         series = []
-        for law in analysis.hyper_laws:
-            if law.hyperparameter != key:
-                continue
+        for law in laws:
             ratio = float((law.d / law.n).min())
-            grid = np.geomspace(law.n.min(), max(n, law.n.max()), 30)
-            bands = np.array([law.interval(size, ratio * size) for size in grid])
+            if one_size:
+                tokens = np.geomspace(law.d.min(), law.d.max() * 2, 30)
+                sizes, x, points = np.full(30, law.n[0]), tokens, law.d
+            else:
+                sizes = np.geomspace(law.n.min(), max(analysis.target[0], law.n.max()), 30)
+                tokens, x, points = ratio * sizes, sizes, law.n
+            bands = np.array([law.interval(*cell) for cell in zip(sizes, tokens)])
             c = color[law.optimizer]
-            series.append(Series(law.optimizer, law.n.tolist(), law.value.tolist(), c, line=False))
+            series.append(Series(law.optimizer, points.tolist(), law.value.tolist(), c, line=False))
             series.append(
                 Series(
                     "",
-                    grid.tolist(),
-                    law.predict(grid, ratio * grid).tolist(),
+                    x.tolist(),
+                    law.predict(sizes, tokens).tolist(),
                     c,
                     points=False,
                     low=bands[:, 0].tolist(),
                     high=bands[:, 1].tolist(),
                 )
             )
+        against = ("tokens", "tokens") if one_size else ("size", "non-embedding parameters")
         section.plots.append(
             Plot(
-                f"hyper-law-{key}",
-                f"Tuned {key} against size",
-                "non-embedding parameters",
-                key,
-                series,
-                x_log=True,
-                y_log=True,
+                f"hyper-law-{key}", f"Tuned {key} against {against[0]}", against[1], key, series, x_log=True, y_log=True
             )
         )
+    n, ratios = analysis.target
     rows = []
     for law in analysis.hyper_laws:
         d = ratios[0] * per * n

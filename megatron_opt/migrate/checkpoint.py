@@ -1,0 +1,313 @@
+"""`megatron-opt migrate checkpoint`: from a checkpoint trained with one optimizer, a warm start for another.
+
+It is a training job that takes no step: Megatron loads the model, the source's moments are read into this job's shards,
+the target's state is made from them, and Megatron saves. So any layout reads any layout (also under torchrun), and the
+iteration and the place in the data are kept; the learning-rate schedule starts anew over what is left of the run.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_opt.errors import UserError
+from megatron_opt.migrate import warm_start
+from megatron_opt.optimizers.base import MatrixOptimizer
+
+
+class _Done(BaseException):
+    """The checkpoint is written; nothing is to be trained."""
+
+
+@dataclass
+class Moments:
+    """m, v and the fp32 weights of every fragment of one domain, flat; `weights` is None where the model's own are fp32."""
+
+    m: list[Tensor]
+    v: list[Tensor]
+    weights: list[Tensor] | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert under torchrun or alone; exit code 0 done, 2 bad input."""
+    try:
+        convert(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"megatron-opt migrate checkpoint: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def convert(argv: Sequence[str]) -> None:
+    """`argv` are the flags of the run to come: its model, layout and optimizer, --load and --save."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        os.environ.setdefault("MASTER_ADDR", "localhost")
+        os.environ.setdefault("MASTER_PORT", "0")
+    from megatron_opt import platform
+
+    platform.activate()
+    from megatron_opt.training import arguments, job
+
+    args = arguments.parse([*argv, "--no-load-optim", "--no-load-rng", "--matrix-mode", "owner"])
+    _check(args)
+    source = _source(args)
+    import megatron.training.training as training
+
+    original = training.setup_model_and_optimizer
+
+    def setup(*positional: Any, **named: Any) -> Any:
+        model, optimizer, scheduler = original(*positional, **named)
+        _warm(args, source, model, optimizer)
+        scheduler.num_steps = 0
+        # the run that loads this has its own --matrix-mode; the state is stored for all
+        training.save_checkpoint(args.iteration, model, optimizer, scheduler, args.num_floating_point_operations_so_far)
+        raise _Done
+
+    training.setup_model_and_optimizer = setup
+    try:
+        job.train(args)
+    except _Done:
+        if args.rank == 0:
+            _tell(args)
+    finally:
+        training.setup_model_and_optimizer = original
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+
+
+def _check(args: Any) -> None:
+    from megatron_opt.training.optimizer_flags import MEGATRON_OWN
+
+    if not args.load or not args.save:
+        raise UserError("give the checkpoint to read by --load and the folder to write by --save.")
+    if Path(args.load).resolve() == Path(args.save).resolve():
+        raise UserError(f"--load and --save are both {args.load}; write the warm start to another folder.")
+    if args.optimizer in MEGATRON_OWN:
+        raise UserError(f"--optimizer {args.optimizer} is Megatron's own; write for adamw, which trains the same.")
+    if args.ckpt_format != "torch_dist":
+        raise UserError(f"--ckpt-format {args.ckpt_format} cannot be read by another layout; save as torch_dist.")
+
+
+@dataclass
+class Source:
+    """A checkpoint folder, what it says of itself, and the names of its tensors."""
+
+    folder: Path
+    common: dict[str, Any]
+    keys: dict[str, Any]
+
+    @property
+    def ours(self) -> bool:
+        """Whether its optimizer state was written by this project."""
+        state = self.common.get("optimizer")
+        return isinstance(state, dict) and "contents" in state
+
+
+def _source(args: Any) -> Source:
+    from megatron.core import dist_checkpointing
+
+    from megatron_opt.training.resume import check_files
+
+    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        raise UserError(f"{args.load} holds no checkpoint ({tracker.name} is missing); give the folder of --save of a run.")
+    step = args.ckpt_step or tracker.read_text().strip()
+    folder = Path(args.load) / (step if step == "release" else f"iter_{int(step):07d}")
+    check_files(folder)
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    keys = dict(dist_checkpointing.load_tensors_metadata(str(folder)))
+    source = Source(folder, common, keys)
+    if not source.ours and not any("exp_avg." in key for key in keys):
+        reason = "its Adam state is in shards of the distributed optimizer that only the same layout can read: " \
+            "save once with --dist-ckpt-optim-fully-reshardable" if any("gbuf" in key or "bucket" in key for key in keys) \
+            else "it has no optimizer state"
+        raise UserError(f"no warm start from {folder}: {reason}.")
+    return source
+
+
+def _warm(args: Any, source: Source, model: list[Any], optimizer: Any) -> None:
+    """Fill the new optimizer's state and main copies from the source's."""
+    optimizer.ensure_states()
+    for group, rule in zip(optimizer.groups, optimizer.rules, strict=True):
+        if not warm_start.supported(group.optimizer, rule):
+            raise warm_start.refuse([group.optimizer])
+    before = {id(f): f.view.param.detach().clone() for f in optimizer.fragments()}
+    found = _from_ours(args, source, model, optimizer) if source.ours else _from_megatron(source, model, optimizer)
+    for index, moments in enumerate(found):
+        _fill(optimizer, index, moments)
+    step = int(source.common["optimizer"]["step"]) if source.ours else int(args.iteration)
+    optimizer.step_number = max(step, 1)
+    for fragment in optimizer.fragments():
+        fragment.publish()
+        if not torch.equal(before[id(fragment)], fragment.view.param.detach()):
+            raise UserError(
+                f"{fragment.view.name}: the model's weights and the optimizer's main copies disagree in {source.folder}; "
+                "resume the source once and save again."
+            )
+
+
+def _from_megatron(source: Source, model: list[Any], optimizer: Any) -> list[Moments]:
+    """Megatron's own Adam, saved by parameter: read each of this rank's parameters, then cut its fragments out."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+    from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+    from megatron.core.utils import unwrap_model
+
+    sharded: dict[int, Any] = {}
+    for chunk in unwrap_model(model):
+        tree = chunk.sharded_state_dict(metadata=source.common.get("content_metadata"))
+        tensors, _ = extract_matching_values(tree, lambda item: isinstance(item, (ShardedTensor, ShardedTensorFactory)))
+        sharded.update({item.data.data_ptr(): item for item in nested_values(tensors) if item.data is not None})
+    wanted: dict[str, Any] = {}
+    room: dict[tuple[str, int], Tensor] = {}
+    views = {id(f.view.param): f.view for f in optimizer.fragments()}
+    for number, view in views.items():
+        item = sharded.get(view.param.data_ptr())
+        if item is None:
+            raise UserError(f"{view.name} is not in the model's checkpoint layout; its state cannot be read.")
+        for kind in ("exp_avg", "exp_avg_sq", *(("fp32_param",) if view.param.dtype != torch.float32 else ())):
+            prefix = _prefix(source, item.key, kind)
+            room[kind, number] = torch.empty_like(view.param, dtype=torch.float32)
+            wanted[f"{kind}.{view.name}.{number}"] = make_sharded_optimizer_tensor(item, room[kind, number], prefix)
+    loaded = dist_checkpointing.load(wanted, str(source.folder))
+    whole = {key: loaded[f"{key[0]}.{views[key[1]].name}.{key[1]}"] for key in room}
+    return [
+        Moments([_cut(whole["exp_avg", id(f.view.param)], f) for f in domain.fragments],
+                [_cut(whole["exp_avg_sq", id(f.view.param)], f) for f in domain.fragments],
+                [_cut(whole["fp32_param", id(f.view.param)], f) if f.view.param.dtype != torch.float32 else f.main
+                 for f in domain.fragments])
+        for domain in optimizer.domains
+    ]  # fmt: skip
+
+
+def _prefix(source: Source, key: str, kind: str) -> str:
+    """What stands before a parameter's name in the keys of one kind of state, such as `optimizer.state.exp_avg`."""
+    words = {"fp32_param": ("fp32_param", "param")}.get(kind, (kind,))
+    for word in words:
+        for name in source.keys:
+            if name.endswith(f"{word}.{key}") and name.removesuffix(f".{key}").rsplit(".", 1)[-1] == word:
+                return name.removesuffix(f".{key}")
+    raise UserError(f"{source.folder} has no {kind} of {key}: it was written by another model or another optimizer than Adam.")
+
+
+def _cut(tensor: Tensor, fragment: Any) -> Tensor:
+    return tensor.reshape(-1)[fragment.start : fragment.stop].float().contiguous()
+
+
+def _from_ours(args: Any, source: Source, model: list[Any], optimizer: Any) -> list[Moments]:
+    """Any optimizer of this project: load its state into an optimizer of its own flags, and ask that for the moments."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_opt.distributed.build import build_optimizer
+    from megatron_opt.distributed.state import contents
+    from megatron_opt.training.optimizer_flags import group_rules
+
+    saved = source.common.get("args")
+    if saved is None or not hasattr(saved, "given_flags"):
+        raise UserError(f"{source.folder} does not say with which flags it was trained; no warm start from it is possible.")
+    weights = [[f.main.clone() for f in domain.fragments] for domain in optimizer.domains]
+    old = build_optimizer(
+        optimizer.config, model, group_rules(saved), mode="owner", per_head=saved.split_heads, decay_mode=saved.decay_mode
+    )
+    if contents(old) != source.common["optimizer"]["contents"]:
+        raise UserError(f"{source.folder} was written by other parameter groups than its flags give; resume it once and save.")
+    for group, rule in zip(old.groups, old.rules, strict=True):
+        if not warm_start.supported(group.optimizer, rule):
+            raise warm_start.refuse([group.optimizer])
+    state = old.sharded_state_dict(None, is_loading=True)
+    tensors = dist_checkpointing.load({"tensors": state["tensors"]}, str(source.folder))["tensors"]
+    old.load_state_dict({**state, "step": source.common["optimizer"]["step"], "tensors": tensors})
+    found = []
+    for index, domain in enumerate(old.domains):
+        same = all(torch.equal(f.main, w) or f.view.param.dtype != torch.float32
+                   for f, w in zip(domain.fragments, weights[index], strict=True))
+        if not same:
+            raise UserError(f"{source.folder}: the model's weights changed while its state was read; report this.")
+        m, v = ([torch.zeros_like(f.main) for f in domain.fragments] for _ in range(2))
+        _read(old, index, m, v)
+        found.append(Moments(m, v, [f.main.clone() for f in domain.fragments]))
+    return found
+
+
+def _read(old: Any, index: int, m: list[Tensor], v: list[Tensor]) -> None:
+    """Moments of one domain, back at the fragments that hold the shards."""
+    domain, matrices = old.domains[index], old.matrix_steps[index]
+    for group, pieces in old.element_steps[index].slices.items():
+        for piece in pieces:
+            mean, square = warm_start.moments_of_elements(old.rules[group], _decoded(piece.state))
+            piece.of(m).copy_(mean)
+            piece.of(v).copy_(square)
+    means: dict[Any, Tensor] = {}
+    squares: dict[Any, Tensor] = {}
+    for key, state in matrices.states.items():
+        info = matrices.infos[key[0]]
+        mean, square = warm_start.moments_of_matrix(matrices.rules[key[0]], info, state)
+        shape = matrices.mine[key].slab_shape
+        means[key], squares[key] = mean.reshape(shape).contiguous(), square.reshape(shape).contiguous()
+    for flats, slabs, what in ((m, means, "first moments"), (v, squares, "second moments")):
+        for names, route in zip(matrices.placed.buckets, matrices.placed.routes, strict=True):
+            wanted = set(names)
+            some = {key: slab for key, slab in slabs.items() if key[0] in wanted}
+            domain.exchange.scatter(route, some, flats, what, torch.float32).finish()
+
+
+def _decoded(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """8-bit state as the values that it stands for."""
+    from megatron_opt.distributed import packed_state
+
+    found = {}
+    for key, tensor in state.items():
+        if codes := packed_state.find(state, key):
+            found[key] = codes.decode().view_as(tensor)
+        elif not packed_state.is_scale(state, key):
+            found[key] = tensor
+    return found
+
+
+def _fill(optimizer: Any, index: int, moments: Moments) -> None:
+    """State of one domain from its moments, and its fp32 main copies."""
+    domain, matrices = optimizer.domains[index], optimizer.matrix_steps[index]
+    if moments.weights is not None:
+        for fragment, weight in zip(domain.fragments, moments.weights, strict=True):
+            if fragment.view.param.dtype != torch.float32:
+                fragment.main.copy_(weight)
+    for group, pieces in optimizer.element_steps[index].slices.items():
+        for piece in pieces:
+            values = _decoded(piece.state)
+            warm_start.fill_elements(optimizer.rules[group], values, piece.of(moments.m), piece.of(moments.v))
+            _encode(piece.state, values)
+    m, v = (matrices.gather(flats) for flats in (moments.m, moments.v))
+    for key, state in matrices.states.items():
+        info = matrices.infos[key[0]]
+        rule: MatrixOptimizer = matrices.rules[key[0]]
+        warm_start.fill_matrix(rule, info, state, m[key].reshape(info.shape), v[key].reshape(info.shape))
+
+
+def _encode(state: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    from megatron_opt.distributed import packed_state
+
+    for key, value in values.items():
+        if codes := packed_state.find(state, key):
+            codes.encode(value.view(-1))
+
+
+def _tell(args: Any) -> None:
+    """How to go on from the warm start."""
+    left = max(0, (args.train_iters or 0) - args.iteration)
+    hint = f" --lr-decay-iters {left}" if left else ""
+    print(
+        f"{args.save}: iteration {args.iteration} for --optimizer {args.optimizer}; go on with --load {args.save} "
+        f"--override-opt_param-scheduler and the new --lr, --lr-warmup-iters{hint}: the schedule counts from here.",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

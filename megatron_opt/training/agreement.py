@@ -1,0 +1,28 @@
+"""What all ranks must know alike before they go on: each function is a collective."""
+
+from typing import Any
+
+
+def rank() -> int:
+    """This process's rank; no collective."""
+    import torch
+
+    return int(torch.distributed.get_rank())
+
+
+def agree(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    import torch
+
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def first_error(error: str | None) -> str | None:
+    """The lowest rank's error, on every rank."""
+    import torch
+
+    errors: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(errors, error)
+    return next((f"rank {index}: {text}" for index, text in enumerate(errors) if text), None)
