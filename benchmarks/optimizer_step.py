@@ -28,6 +28,7 @@ from megatron_opt.optimizers.base import ElementwiseOptimizer, MatrixInfo
 LAYER = [(512, 512)] * 4 + [(1408, 512)] * 2 + [(512, 1408)]
 CASES = {
     "model": LAYER * 8,  # 25.7M parameters: hidden 512, FFN 1408, 8 layers
+    "layer": LAYER,
     "small": [(64, 64)] * 400,
     "large": [(1024, 4096)] * 4,
     "tiny-model": [(192, 192)] * 48 + [(512, 192)] * 24 + [(192, 512)] * 12,
