@@ -9,8 +9,17 @@ from tests.distributed.pool import Pool, Run
 
 OPTIMIZERS = {"adamw": c.ADAMW, "muon": c.MUON, "soap": c.SOAP}
 DENSE_LAYOUTS = [
-    c.TP2, c.PP2, c.VPP2, c.DP2, c.DP2_DIST, c.SP2, c.TP2_PP2, c.TP2_DP2, c.TP2_DP2_DIST,
-    c.TP4, c.DP4_DIST,
+    c.TP2,
+    c.PP2,
+    c.VPP2,
+    c.DP2,
+    c.DP2_DIST,
+    c.SP2,
+    c.TP2_PP2,
+    c.TP2_DP2,
+    c.TP2_DP2_DIST,
+    c.TP4,
+    c.DP4_DIST,
     Layout.of("pp2-dp2-distopt", 4, pp=2, distopt=True),
     Layout.of("pp2-uneven", 2, pp=2, more=("--decoder-first-pipeline-num-layers=1",)),
 ]
@@ -25,7 +34,12 @@ MODELS = {
     "moe": (c.MOE, ALL, [c.EP2, c.EP2_DIST, c.DP2_DIST, c.PP2, TP2_EP2, EP2_DP2_DIST]),
 }
 CASES = [
-    case(flags, c.SOAP_HIDDEN if (model, optimizer) == ("moe", "soap") else OPTIMIZERS[optimizer], layout, f"{model}-{optimizer}-{layout.name}")
+    case(
+        flags,
+        c.SOAP_HIDDEN if (model, optimizer) == ("moe", "soap") else OPTIMIZERS[optimizer],
+        layout,
+        f"{model}-{optimizer}-{layout.name}",
+    )
     for model, (flags, optimizers, layouts) in MODELS.items()
     for optimizer in optimizers
     for layout in [c.ONE, *layouts]
