@@ -58,8 +58,11 @@ def test_an_extension_that_cannot_be_used_is_named_once_and_passed_over(spoiled,
     result = run(spoiled + STEP)
     assert result.stdout.startswith("[0.25, 0.25, 0.25]")
     assert result.stderr.count("\n") == 1 and reason in result.stderr and "pip install" in result.stderr
-    assert run(spoiled + STEP, RANK="1").stderr == ""
-    forced = run(spoiled + STEP, MEGATRON_OPT_KERNELS="native")
+
+
+def test_a_missing_extension_is_named_by_rank_0_alone_and_refused_where_it_is_forced():
+    assert run(MISSING + STEP, RANK="1").stderr == ""
+    forced = run(MISSING + STEP, MEGATRON_OPT_KERNELS="native")
     assert forced.returncode != 0 and "UserError: MEGATRON_OPT_KERNELS=native, but" in forced.stderr
 
 
