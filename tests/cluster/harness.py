@@ -19,7 +19,8 @@ from tests.distributed.pool import write_dataset
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [
     "--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "16", "--lr", "3e-3",
-    "--micro-batch-size", "1", "--global-batch-size", "8", "--lr-warmup-iters", "5", "--tokenizer-type", "NullTokenizer",
+    "--micro-batch-size", "1", "--global-batch-size", "8", "--lr-warmup-iters", "5",
+    "--tokenizer-type", "NullTokenizer",
     "--vocab-size", "127", "--eval-iters", "1", "--eval-interval", "100000", "--attention-dropout", "0",
     "--hidden-dropout", "0", "--log-interval", "1", "--swiglu", "--normalization", "RMSNorm", "--disable-bias-linear",
     "--position-embedding-type", "rope", "--untie-embeddings-and-output-weights",
@@ -68,9 +69,9 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [*self.prefix, sys.executable, "-m", "megatron_opt.cli", "train", *self.launcher, *self.flags]
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment(**self.env), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            streams = {"stdout": log, "stderr": subprocess.STDOUT}
+            env = environment(**self.env)
+            self.process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **streams)  # type: ignore
         self.starts += 1
         return self.process
 

@@ -8,6 +8,7 @@ from tests.cluster.harness import compare, disturbed
 
 def test_kills_leave_no_trace(bench, reference):
     folder = bench / "killed"
-    outcome, got = disturbed(folder, flags_of(folder), ["save", "agent", "rank"], random.Random(3), folder / "checkpoints", LIMIT)
+    targets, draw = ["save", "agent", "rank"], random.Random(3)
+    outcome, got = disturbed(folder, flags_of(folder), targets, draw, folder / "checkpoints", LIMIT)
     assert sum(outcome.kills.values()) >= 2 and outcome.orphans == 0
     assert compare(reference, got) == [] and len(reference) > ITERATIONS
