@@ -26,11 +26,11 @@ class _Done(BaseException):
 
 @dataclass
 class Moments:
-    """m, v and the fp32 weights of every fragment of one domain, flat; `weights` is None where the model's own are fp32."""
+    """m, v and the fp32 weights of every fragment of one domain, flat."""
 
     m: list[Tensor]
     v: list[Tensor]
-    weights: list[Tensor] | None
+    weights: list[Tensor]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,7 +153,7 @@ def _warm(args: Any, source: Source, model: list[Any], optimizer: Any) -> None:
         fragment.publish()
         if not torch.equal(before[id(fragment)], fragment.view.param.detach()):
             raise UserError(
-                f"{fragment.view.name}: the model's weights and the optimizer's main copies disagree in {source.folder}; "
+                f"{fragment.view.name}: weights and main copies disagree in {source.folder}; "
                 "resume the source once and save again."
             )
 
@@ -211,7 +211,7 @@ def _cut(tensor: Tensor, fragment: Any) -> Tensor:
 
 
 def _from_ours(args: Any, source: Source, model: list[Any], optimizer: Any) -> list[Moments]:
-    """Any optimizer of this project: load its state into an optimizer of its own flags, and ask that for the moments."""
+    """Any optimizer of this project: its state into an optimizer of its own flags, and the moments from that."""
     from megatron.core import dist_checkpointing
 
     from megatron_opt.distributed.build import build_optimizer
@@ -294,10 +294,9 @@ def _decoded(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _fill(optimizer: Any, index: int, moments: Moments) -> None:
     """State of one domain from its moments, and its fp32 main copies."""
     domain, matrices = optimizer.domains[index], optimizer.matrix_steps[index]
-    if moments.weights is not None:
-        for fragment, weight in zip(domain.fragments, moments.weights, strict=True):
-            if fragment.view.param.dtype != torch.float32:
-                fragment.main.copy_(weight)
+    for fragment, weight in zip(domain.fragments, moments.weights, strict=True):
+        if fragment.view.param.dtype != torch.float32:
+            fragment.main.copy_(weight)
     for group, pieces in optimizer.element_steps[index].slices.items():
         for piece in pieces:
             values = _decoded(piece.state)
