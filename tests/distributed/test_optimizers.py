@@ -11,7 +11,12 @@ from tests.distributed.pool import Pool, Run
 STEPS = 8
 DENSE = [*c.DENSE, "--num-layers", "2"]
 # options that make a rule's arithmetic comparable: fp32 throughout, no division by rounding noise
-OPTIONS: dict[str, list[str]] = {}
+OPTIONS = {
+    **{name: [f"--{name.replace('_', '-')}-fp32-matmul-prec", "high"] for name in ("muon", "muon_h", "scion", "scion_h")},
+    "mars": ["--mars-eps", "1e-3"],
+    "sophia": ["--sophia-eps", "1e-4"],
+    "shampoo": "--shampoo-damping 1e-2 --shampoo-factor-precision fp64 --shampoo-precondition-1d false".split(),
+}
 LAYOUTS = [c.TP2, c.DP2_DIST, c.EP2]
 SLOW = [c.PP2, c.TP2_DP2_DIST]
 
