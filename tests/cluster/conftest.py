@@ -5,7 +5,7 @@ import pytest
 from tests.cluster.harness import LAYOUTS, Run, job_flags, undisturbed
 
 ITERATIONS = 60
-LIMIT = 240.0  # seconds: a run alone takes 12
+LIMIT = 600.0  # seconds: a run alone takes 12, on a crowded machine far more
 
 
 @pytest.fixture(scope="session")
