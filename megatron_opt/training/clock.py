@@ -12,6 +12,7 @@ class Clock:
     """Sums of spans by name since the last `take`."""
 
     def __init__(self) -> None:
+        self.running = True  # False: nothing is counted, as during evaluation
         self._sums: dict[str, float] = {}
         self._events: list[tuple[str, Any, Any]] = []
         self._cuda = torch.cuda.is_available()
@@ -21,6 +22,8 @@ class Clock:
 
         @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if not self.running:
+                return function(*args, **kwargs)
             if self._cuda:
                 start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 start.record()

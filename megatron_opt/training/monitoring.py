@@ -94,11 +94,13 @@ class Monitor:
             return evaluate_all(prefix, *args, **kwargs)
 
         def evaluated(*args: Any, **kwargs: Any) -> Any:
+            began, self.clock.running = time.perf_counter(), False
             found = evaluate(*args, **kwargs)
+            self.clock.running = True
+            self.since += time.perf_counter() - began  # evaluation is not training time
             losses = found[0] if found else None
             if losses and "lm loss" in losses:
                 self.on_eval(self._split, self._at, float(losses["lm loss"]))
-            self.since, self.since_iteration = time.perf_counter(), self.iteration  # evaluation is not training time
             return found
 
         def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:

@@ -54,6 +54,8 @@ def test_results(finished):
     assert 0 < result["final_valid_loss"] < math.log(128) and math.isfinite(result["final_train_loss"])
     assert result["tokens_per_s"] > 0 and result["peak_memory_bytes"] > 1e8 and result["flops_per_s"] > 0
     assert {"total", "forward_backward", "optimizer", "communication"} <= set(result["step_time_s"])
+    split = result["step_time_s"]
+    assert split["forward_backward"] + split["optimizer"] <= split["total"]  # evaluation counts in none of them
     assert result["config"]["hidden_size"] == 32 and "--optimizer" in result["argv"]
     assert result["versions"]["megatron_core"].startswith("0.19.2")
 
