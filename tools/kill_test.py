@@ -3,9 +3,9 @@
 
     python tools/kill_test.py --kills 50 --output table.md
 
-Every layout and optimizer gets its share of the kills: of a random rank at a random moment of training or of start-up, of
-one during a save, and of the torchrun agent (after which the same command is started again). Exit code 0 when every run
-ended with the losses and gradient norms of its undisturbed twin at every iteration, and no rank outlived its agent.
+Every layout and optimizer gets its share of the kills: of a random rank at a random moment of training or of start-up,
+of one during a save, and of the torchrun agent (after which the same command is started again). Exit code 0 when every
+run ended with the losses and gradient norms of its undisturbed twin at every iteration, and no rank outlived its agent.
 """
 
 import argparse
@@ -57,8 +57,9 @@ def main() -> int:
         failed |= bool(different or outcome.orphans) or len(reference) < args.iterations
         total += sum(outcome.kills.values())
         kills = " / ".join(str(outcome.kills.get(target, 0)) for target in ("rank", "save", "agent", "start-up"))
-        lines.append(f"| {layout} | {optimizer} | {kills} | {outcome.starts} | {outcome.restarts} | {outcome.damaged} | "
-                     f"{outcome.orphans} | {len(different)} of {len(reference)} | {outcome.seconds:.0f} |")
+        cells = [layout, optimizer, kills, outcome.starts, outcome.restarts, outcome.damaged, outcome.orphans,
+                 f"{len(different)} of {len(reference)}", f"{outcome.seconds:.0f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
         print(lines[-1], flush=True)
     print(f"{total} kills: {'FAILED' if failed else 'all runs ended as the undisturbed ones'}", flush=True)
     if args.output:

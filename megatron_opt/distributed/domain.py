@@ -51,6 +51,11 @@ class Domain:
                     self.counted[self.order[rect.matrix]] = 0.0
         self.counted = self.sum_over_ranks(1.0 - self.counted).eq(0).double()
 
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's tensors are, also where it holds no fragment."""
+        return torch.device(torch.cuda.current_device())
+
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """All-reduce over the domain; values are float64 on the CPU."""
         if self.size == 1:

@@ -95,6 +95,10 @@ def _meet(rect: Rect, part: Part) -> tuple[int, int, int, int] | None:
     return (row0, row1, col0, col1) if row0 < row1 and col0 < col1 else None
 
 
+def _empty(size: int) -> list[list[Item]]:
+    return [[] for _ in range(size)]
+
+
 def find_routes(
     holdings: Sequence[Holdings], parts: Sequence[Part], rank: int, buckets: Sequence[Sequence[str]]
 ) -> list[Route]:
@@ -109,9 +113,7 @@ def find_routes(
         for fragment, rect in rects:
             if rect.matrix in where:
                 held.setdefault(rect.matrix, {}).setdefault(rect.place, []).append((holder, fragment, rect))
-    routes = [
-        Route(*([[] for _ in range(size)] for _ in range(4))) for _ in buckets
-    ]
+    routes = [Route(_empty(size), _empty(size), _empty(size), _empty(size)) for _ in buckets]
     for name in sorted(held):
         route = routes[where[name]]
         for place in sorted(held[name]):

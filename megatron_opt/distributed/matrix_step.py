@@ -42,11 +42,11 @@ class MatrixStep:
         for key, part in self.mine.items():
             if part.matrix not in wanted:
                 continue
-            items = local.get(key, [])
-            if len(items) == 1 and items[0][0] == self.domain.rank and items[0][1].numel == _numel(part):
-                slabs[key] = items[0][1].of_fragment(flats[items[0][1].fragment])
+            found = local.get(key, [])
+            if len(found) == 1 and found[0][0] == self.domain.rank and found[0][1].numel == _numel(part):
+                slabs[key] = found[0][1].of_fragment(flats[found[0][1].fragment])
             else:
-                slabs[key] = flats[0].new_empty(part.slab_shape)
+                slabs[key] = torch.empty(part.slab_shape, dtype=torch.float32, device=self.domain.device)
         return slabs
 
     def gather(self, flats: Sequence[Tensor]) -> dict[Key, Tensor]:
@@ -69,7 +69,7 @@ class MatrixStep:
                 self.states[key] = rule.init_state(slab.view(info.shape).clone(), info)
         for name in self.sliced:
             if self.placed.plan.owner[name] == self.domain.rank:
-                self.shared[name] = self.rules[name].init_shared(self.infos[name], weights[0].device)
+                self.shared[name] = self.rules[name].init_shared(self.infos[name], self.domain.device)
 
     def step(self, grads: Sequence[Tensor], scale: dict[str, float], skip: set[str], number: int) -> None:
         """Replace the gradients in `grads` by directions u; `scale` are clip factors, `skip` matrices left alone.
@@ -188,8 +188,7 @@ class _Round:
 
 def slabs_like(slabs: dict[Key, Tensor], shape: Sequence[int], dtype: torch.dtype, domain: Domain) -> Tensor:
     """An empty tensor on the domain's device."""
-    device = domain.fragments[0].main.device if domain.fragments else torch.device("cpu")
-    return torch.empty(tuple(shape), dtype=dtype, device=device)
+    return torch.empty(tuple(shape), dtype=dtype, device=domain.device)
 
 
 def _numel(part: Part) -> int:

@@ -127,7 +127,7 @@ class ShardedOptimizer(MegatronOptimizer):
                 step.states.clear()
 
     def get_grad_norm(self) -> float:
-        grads = [[fragment.grad() for fragment in domain.fragments] for domain in self.domains]
+        grads = [[_grad(fragment) for fragment in domain.fragments] for domain in self.domains]
         return self._norms(grads)[0]
 
     def count_zeros(self) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_opt.kernels import products
 
+_FLOOR = 2.0  # a value below this many roundings of the largest is rounding itself
 _NOISE = 8.0  # a column shorter than this many roundings of the longest is rounding itself
 
 
@@ -22,9 +23,12 @@ def complete(columns: Tensor, noise: float | None = None) -> Tensor:
     """Orthonormal Q (…, K, K) whose first r columns are those of the QR decomposition of (…, K, r), diag R ≥ 0.
 
     Columns that are rounding noise (|R_jj| ≤ noise·max|R|, default 8·ε·√K) count as zero: filled like the null space.
+    A row that is exactly zero (a token not seen yet, a dead unit) keeps its own unit vector, exactly.
     """
     size, rank = columns.shape[-2:]
     noise = _noise(columns.dtype, size) if noise is None else noise
+    rows = torch.argsort((columns == 0).all(-1).to(torch.uint8), dim=-1, stable=True)  # rows of zeros last
+    columns = columns.gather(-2, rows.unsqueeze(-1).expand_as(columns))
     reflectors, tau = torch.geqrf(columns)
     diagonal = reflectors.diagonal(dim1=-2, dim2=-1)
     small = diagonal.abs() <= noise * diagonal.abs().amax(-1, keepdim=True)
@@ -36,7 +40,7 @@ def complete(columns: Tensor, noise: float | None = None) -> Tensor:
         reflectors = torch.nn.functional.pad(reflectors, (0, size - rank))
     basis = torch.linalg.householder_product(reflectors, tau)
     basis[..., :rank] *= signs
-    return basis
+    return torch.empty_like(basis).scatter_(-2, rows.unsqueeze(-1).expand_as(basis), basis)
 
 
 def _descending(factor: Tensor) -> Tensor:
@@ -69,18 +73,25 @@ def first_bases(grad: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, ...]:
     return tuple(bases)
 
 
-def power_step(factor: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def power_step(factor: Tensor, basis: Tensor, rank: int, shift: float = 0.0) -> tuple[Tensor, Tensor]:
     """One QR power iteration: sort the basis by qᵀAq, then orthonormalize A·Q; returns (basis, order (…, K)).
 
-    `rank` bounds the factor's rank: so many columns are sorted and iterated; the others keep their order and
-    are completed.
+    `rank` bounds the factor's rank: so many columns are sorted and iterated. The others, and those whose qᵀAq is
+    rounding noise, keep their order and are completed. `shift` iterates with A + shift·(largest qᵀAq)·I: the same
+    eigenvectors, but those of smaller eigenvalues turn slowly, and no more by rounding.
     """
+    size = basis.shape[-1]
     image = products.matmul(factor, basis)
     values = (basis * image).sum(-2)
-    if rank < values.shape[-1]:
+    largest = values.amax(-1, keepdim=True)
+    last = torch.full_like(values, -torch.inf)
+    values = torch.where(values > _FLOOR * torch.finfo(basis.dtype).eps * largest, values, last)
+    if rank < size:
         kept = values.topk(rank, dim=-1).indices
-        lowest = torch.full_like(values, -torch.inf)
-        values = lowest.scatter(-1, kept, values.gather(-1, kept))
+        values = last.scatter(-1, kept, values.gather(-1, kept))
+    if shift:
+        image = image + (shift * largest).unsqueeze(-1) * basis
+    image = image.masked_fill(values.isinf().unsqueeze(-2), 0.0)
     order = torch.argsort(values, dim=-1, descending=True, stable=True)
     columns = order[..., :rank].unsqueeze(-2).expand(*image.shape[:-1], -1)
     return complete(image.gather(-1, columns)), order

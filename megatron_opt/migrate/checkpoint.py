@@ -26,11 +26,11 @@ class _Done(BaseException):
 
 @dataclass
 class Moments:
-    """m, v and the fp32 weights of every fragment of one domain, flat; `weights` is None where the model's own are fp32."""
+    """m, v and the fp32 weights of every fragment of one domain, flat."""
 
     m: list[Tensor]
     v: list[Tensor]
-    weights: list[Tensor] | None
+    weights: list[Tensor]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         convert(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        print(f"megatron-opt migrate checkpoint: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        where = f" [rank {rank}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"megatron-opt migrate checkpoint{where}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 
@@ -74,11 +76,10 @@ def convert(argv: Sequence[str]) -> None:
     except _Done:
         if args.rank == 0:
             _tell(args)
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     finally:
         training.setup_model_and_optimizer = original
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
 
 
 def _check(args: Any) -> None:
@@ -116,7 +117,9 @@ def _source(args: Any) -> Source:
 
     tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
     if not tracker.is_file():
-        raise UserError(f"{args.load} holds no checkpoint ({tracker.name} is missing); give the folder of --save of a run.")
+        raise UserError(
+            f"{args.load} holds no checkpoint ({tracker.name} is missing); give the folder of --save of a run."
+        )
     step = args.ckpt_step or tracker.read_text().strip()
     folder = Path(args.load) / (step if step == "release" else f"iter_{int(step):07d}")
     check_files(folder)
@@ -124,9 +127,12 @@ def _source(args: Any) -> Source:
     keys = dict(dist_checkpointing.load_tensors_metadata(str(folder)))
     source = Source(folder, common, keys)
     if not source.ours and not any("exp_avg." in key for key in keys):
-        reason = "its Adam state is in shards of the distributed optimizer that only the same layout can read: " \
-            "save once with --dist-ckpt-optim-fully-reshardable" if any("gbuf" in key or "bucket" in key for key in keys) \
+        reason = (
+            "its Adam state is in shards of the distributed optimizer that only the same layout can read: "
+            "save once with --dist-ckpt-optim-fully-reshardable"
+            if any("gbuf" in key or "bucket" in key for key in keys)
             else "it has no optimizer state"
+        )
         raise UserError(f"no warm start from {folder}: {reason}.")
     return source
 
@@ -147,7 +153,7 @@ def _warm(args: Any, source: Source, model: list[Any], optimizer: Any) -> None:
         fragment.publish()
         if not torch.equal(before[id(fragment)], fragment.view.param.detach()):
             raise UserError(
-                f"{fragment.view.name}: the model's weights and the optimizer's main copies disagree in {source.folder}; "
+                f"{fragment.view.name}: weights and main copies disagree in {source.folder}; "
                 "resume the source once and save again."
             )
 
@@ -176,7 +182,8 @@ def _from_megatron(source: Source, model: list[Any], optimizer: Any) -> list[Mom
             prefix = _prefix(source, item.key, kind)
             room[kind, number] = torch.empty_like(view.param, dtype=torch.float32)
             wanted[f"{kind}.{view.name}.{number}"] = make_sharded_optimizer_tensor(item, room[kind, number], prefix)
-    loaded = dist_checkpointing.load(wanted, str(source.folder))
+    # a rank reads the parameters of its own shards only, so no rank need read a given one
+    loaded = dist_checkpointing.load(wanted, str(source.folder), validate_access_integrity=False)
     whole = {key: loaded[f"{key[0]}.{views[key[1]].name}.{key[1]}"] for key in room}
     return [
         Moments([_cut(whole["exp_avg", id(f.view.param)], f) for f in domain.fragments],
@@ -194,7 +201,9 @@ def _prefix(source: Source, key: str, kind: str) -> str:
         for name in source.keys:
             if name.endswith(f"{word}.{key}") and name.removesuffix(f".{key}").rsplit(".", 1)[-1] == word:
                 return name.removesuffix(f".{key}")
-    raise UserError(f"{source.folder} has no {kind} of {key}: it was written by another model or another optimizer than Adam.")
+    raise UserError(
+        f"{source.folder} has no {kind} of {key}: it was written by another model or another optimizer than Adam."
+    )
 
 
 def _cut(tensor: Tensor, fragment: Any) -> Tensor:
@@ -202,7 +211,7 @@ def _cut(tensor: Tensor, fragment: Any) -> Tensor:
 
 
 def _from_ours(args: Any, source: Source, model: list[Any], optimizer: Any) -> list[Moments]:
-    """Any optimizer of this project: load its state into an optimizer of its own flags, and ask that for the moments."""
+    """Any optimizer of this project: its state into an optimizer of its own flags, and the moments from that."""
     from megatron.core import dist_checkpointing
 
     from megatron_opt.distributed.build import build_optimizer
@@ -211,13 +220,22 @@ def _from_ours(args: Any, source: Source, model: list[Any], optimizer: Any) -> l
 
     saved = source.common.get("args")
     if saved is None or not hasattr(saved, "given_flags"):
-        raise UserError(f"{source.folder} does not say with which flags it was trained; no warm start from it is possible.")
+        raise UserError(
+            f"{source.folder} does not say with which flags it was trained; no warm start from it is possible."
+        )
     weights = [[f.main.clone() for f in domain.fragments] for domain in optimizer.domains]
     old = build_optimizer(
-        optimizer.config, model, group_rules(saved), mode="owner", per_head=saved.split_heads, decay_mode=saved.decay_mode
+        optimizer.config,
+        model,
+        group_rules(saved),
+        mode="owner",
+        per_head=saved.split_heads,
+        decay_mode=saved.decay_mode,
     )
     if contents(old) != source.common["optimizer"]["contents"]:
-        raise UserError(f"{source.folder} was written by other parameter groups than its flags give; resume it once and save.")
+        raise UserError(
+            f"{source.folder} was written by other parameter groups than its flags give; resume it once and save."
+        )
     for group, rule in zip(old.groups, old.rules, strict=True):
         if not warm_start.supported(group.optimizer, rule):
             raise warm_start.refuse([group.optimizer])
@@ -226,8 +244,10 @@ def _from_ours(args: Any, source: Source, model: list[Any], optimizer: Any) -> l
     old.load_state_dict({**state, "step": source.common["optimizer"]["step"], "tensors": tensors})
     found = []
     for index, domain in enumerate(old.domains):
-        same = all(torch.equal(f.main, w) or f.view.param.dtype != torch.float32
-                   for f, w in zip(domain.fragments, weights[index], strict=True))
+        same = all(
+            torch.equal(f.main, w) or f.view.param.dtype != torch.float32
+            for f, w in zip(domain.fragments, weights[index], strict=True)
+        )
         if not same:
             raise UserError(f"{source.folder}: the model's weights changed while its state was read; report this.")
         m, v = ([torch.zeros_like(f.main) for f in domain.fragments] for _ in range(2))
@@ -274,10 +294,9 @@ def _decoded(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _fill(optimizer: Any, index: int, moments: Moments) -> None:
     """State of one domain from its moments, and its fp32 main copies."""
     domain, matrices = optimizer.domains[index], optimizer.matrix_steps[index]
-    if moments.weights is not None:
-        for fragment, weight in zip(domain.fragments, moments.weights, strict=True):
-            if fragment.view.param.dtype != torch.float32:
-                fragment.main.copy_(weight)
+    for fragment, weight in zip(domain.fragments, moments.weights, strict=True):
+        if fragment.view.param.dtype != torch.float32:
+            fragment.main.copy_(weight)
     for group, pieces in optimizer.element_steps[index].slices.items():
         for piece in pieces:
             values = _decoded(piece.state)
@@ -310,4 +329,9 @@ def _tell(args: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)  # other ranks may wait in a collective; torchrun ends them when this one is gone
+    sys.exit(code)

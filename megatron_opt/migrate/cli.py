@@ -43,7 +43,10 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--output", default="migration", metavar="DIR", help="folder for plan.md, plan.html and plan.json"
     )
     commands.add_parser(
-        "checkpoint", help="turn a checkpoint into a warm start for another optimizer", allow_abbrev=False, add_help=False,
+        "checkpoint",
+        help="turn a checkpoint into a warm start for another optimizer",
+        allow_abbrev=False,
+        add_help=False,
     )
     return parser
 

@@ -149,8 +149,8 @@ def moments_of_elements(rule: Any, state: State) -> tuple[Tensor, Tensor]:
     m = state["exp_avg"].float()
     if "exp_avg_sq" in state:
         return m, state["exp_avg_sq"].float()
-    beta = getattr(rule.config, "beta2", None) if rule.name == "lion" else rule.config.beta1
-    return m, rank_one(m.view(-1), float(beta)).view_as(m)
+    beta: float = rule.config.beta2 if rule.name == "lion" else rule.config.beta1
+    return m, rank_one(m.view(-1), beta).view_as(m)
 
 
 def fill_elements(rule: Any, state: State, m: Tensor, v: Tensor) -> None:

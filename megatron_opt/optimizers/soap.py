@@ -29,6 +29,9 @@ class SoapConfig(FactoredConfig):
     beta2: float = option(0.99, "decay of the second moment in the eigenbasis", low=0, below=1)
     eps: float = option(1e-10, "added to the square root of the second moment", above=0)
     variant: str = choice("study", ("study", "authors"), "which form of counting and refreshing")
+    power_shift: float = option(
+        0.0, "refresh from factors plus this share of their largest eigenvalue: steadier small eigenvectors", low=0
+    )
     adaptive_tol: float = option(0.0, "skip a due refresh while a probe of the basis turns less than this", low=0)
 
 
@@ -92,7 +95,7 @@ class Soap(FactoredOptimizer):
             return order
         everything = len(chosen) == len(basis)
         picked = (factor, wide) if everything else (factor[chosen], wide[chosen])
-        found = guarded(eigenbasis.power_step, picked, min(rank, size))
+        found = guarded(eigenbasis.power_step, picked, min(rank, size), self.config.power_shift)
         for block, result in zip(chosen.tolist(), found):
             order[block] = self._keep(basis[block : block + 1], [result], names[block : block + 1])[0]
         return order

@@ -120,8 +120,10 @@ class Observer:
     def __call__(self, scheduler: Scheduler) -> None:
         if time.monotonic() < self._next:
             return
-        self._next = time.monotonic() + 1.0
+        started = time.monotonic()
         self.update(scheduler)
+        # A large store takes a while to read; watching it must not take more than a tenth of the time.
+        self._next = time.monotonic() + max(1.0, 10 * (time.monotonic() - started))
 
     def update(self, scheduler: Scheduler) -> None:
         """Draw or print what is new, now."""

@@ -11,6 +11,7 @@ goes back to a checkpoint at least n steps old and skips the data since (Megatro
 import argparse
 import functools
 import json
+import linecache
 import math
 import os
 import statistics
@@ -244,16 +245,25 @@ class HangWatch:
 
 
 def position(frame: Any) -> dict[str, Any]:
-    """{"collective": its name or None, "at": "file:line function"} of a thread, innermost collective first."""
-    at, collective = None, None
+    """{"collective": its name or None, "at": "file:line function"} of a thread.
+
+    The collective is what was called in torch.distributed, or "wait" where an asynchronous one is waited for; the
+    place is the innermost of Megatron's or ours, else the innermost outside torch.
+    """
+    collective, at, outside = None, None, None
+    if ".wait(" in linecache.getline(frame.f_code.co_filename, frame.f_lineno):
+        collective = "wait"
     while frame is not None:
         name, module = frame.f_code.co_name, frame.f_globals.get("__name__", "")
-        if module == "torch.distributed.distributed_c10d" and not name.startswith("_") and name != "wrapper":
-            collective = name  # the outermost one is what the caller asked for
-        elif at is None and not module.startswith(("torch.", "megatron_opt.training.faults")):
-            at = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {name}"
+        if module == "torch.distributed.distributed_c10d":
+            collective = name.strip("_")  # the outermost is what was asked for
+        elif not module.startswith(("torch.", __name__)):
+            place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {name}"
+            outside = outside or place
+            if at is None and module.startswith("megatron"):
+                at = place
         frame = frame.f_back
-    return {"collective": collective, "at": at}
+    return {"collective": collective, "at": at or outside}
 
 
 def judge(reports: dict[int, dict[str, Any]], world: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -18,12 +17,14 @@ from megatron_opt.training import events, folders
 from tests.distributed.pool import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --micro-batch-size 1 --global-batch-size 8 "
-    "--lr 3e-3 --lr-warmup-iters 5 --tokenizer-type NullTokenizer --vocab-size 127 --eval-iters 1 --eval-interval 100000 "
-    "--attention-dropout 0 --hidden-dropout 0 --log-interval 1 --swiglu --normalization RMSNorm --disable-bias-linear "
-    "--position-embedding-type rope --untie-embeddings-and-output-weights"
-).split()
+FLAGS = [
+    "--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "16", "--lr", "3e-3",
+    "--micro-batch-size", "1", "--global-batch-size", "8", "--lr-warmup-iters", "5",
+    "--tokenizer-type", "NullTokenizer",
+    "--vocab-size", "127", "--eval-iters", "1", "--eval-interval", "100000", "--attention-dropout", "0",
+    "--hidden-dropout", "0", "--log-interval", "1", "--swiglu", "--normalization", "RMSNorm", "--disable-bias-linear",
+    "--position-embedding-type", "rope", "--untie-embeddings-and-output-weights",
+]  # fmt: skip
 LAYOUTS = {
     "DP2": ("--use-distributed-optimizer",),
     "TP2": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
@@ -58,6 +59,7 @@ class Run:
     folder: Path
     flags: list[str]
     launcher: tuple[str, ...] = ("--nproc-per-node", "2", "--max-restarts", "100")
+    env: dict[str, str] = field(default_factory=dict)
     prefix: tuple[str, ...] = ()  # such as ("ip", "netns", "exec", NAME)
     process: subprocess.Popen | None = None
     starts: int = 0
@@ -67,11 +69,16 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [*self.prefix, sys.executable, "-m", "megatron_opt.cli", "train", *self.launcher, *self.flags]
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            streams = {"stdout": log, "stderr": subprocess.STDOUT}
+            env = environment(**self.env)
+            self.process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **streams)  # type: ignore
         self.starts += 1
         return self.process
+
+    def finish(self, seconds: float) -> int:
+        """Start and wait for the end."""
+        self.start()
+        return self.wait(seconds)
 
     def ranks(self) -> list[int]:
         """Processes of the training ranks, lowest id first."""
@@ -159,9 +166,7 @@ class Outcome:
 def undisturbed(folder: Path, flags: list[str], seconds: float) -> dict[tuple[str, int], tuple[float, float | None]]:
     """Losses of the run to compare with."""
     run = Run(folder, flags)
-    run.start()
-    code = run.wait(seconds)
-    assert code == 0, run.tail()
+    assert run.finish(seconds) == 0, run.tail()
     return losses(folder)
 
 
@@ -173,14 +178,13 @@ def saving(save: Path) -> bool:
 def _strike(run: Run, target: str, draw: random.Random, save: Path, limit: float) -> bool:
     """Kill once at a random moment; False when the run ended before it came to that."""
     assert run.process is not None
-    before = len(run.events("start", "restart"))
     run.until(lambda: run.ranks() or run.process.poll() is not None, limit, "ranks")  # type: ignore[union-attr]
     if target == "start-up":
         time.sleep(draw.uniform(0.0, 4.0))
     else:
         reached = run.iteration()
         try:
-            run.until(lambda: run.iteration() > reached and len(run.events("start", "restart")) >= before, limit, "a step")
+            run.until(lambda: run.iteration() > reached and run.ranks(), limit, "a step")
         except AssertionError:
             if run.process.poll() == 0:
                 return False
@@ -245,8 +249,3 @@ def _strays(folder: Path, patience: float = 5.0) -> list[int]:
 def compare(reference: dict, got: dict) -> list[tuple[str, int]]:
     """Keys at which two runs differ in a bit, or which one of them lacks."""
     return sorted(key for key in reference.keys() | got.keys() if reference.get(key) != got.get(key))
-
-
-def rank_lines(text: str) -> list[str]:
-    """This project's own messages in a log."""
-    return [line for line in text.splitlines() if re.match(r"megatron_opt", line)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 COMMON = (
@@ -26,7 +27,10 @@ MOE = (
 ).split()
 
 MUON = "--optimizer muon --muon-fp32-matmul-prec high".split()
-SOAP = "--optimizer soap --soap-factor-precision fp64".split()
+# SOAP divides by the gradient's size in every direction, so it scales rounding noise up where there is no gradient: in
+# the null space of a vector's factor, and of a router's, with few tokens an expert. No two layouts agree on noise.
+SOAP = "--optimizer soap --soap-factor-precision fp64 --soap-eps 1e-6 --soap-precondition-1d false".split()
+SOAP_HIDDEN = ["--optimizer", "soap", "--optimizer-groups", str(Path(__file__).with_name("soap_hidden.yaml"))]
 ADAMW = "--optimizer adamw".split()
 
 

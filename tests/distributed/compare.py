@@ -1,5 +1,7 @@
 """How two runs are compared."""
 
+import math
+
 from torch import Tensor
 
 from tests.distributed.pool import Run
@@ -30,4 +32,27 @@ def assert_same_state(run: Run, reference: Run, tolerance: float = 1e-4) -> None
     found, wanted = run.state, reference.state
     assert sorted(found) == sorted(wanted)
     for key in wanted:
+        if (factor := key.replace("q_", "gg_", 1)) in wanted and key.startswith("q_"):
+            _assert_same_bases(found[key], wanted[key], wanted[factor], tolerance, f"{run.case.name} {key}")
+            continue
         assert_same_matrices(found[key], wanted[key], tolerance, f"{run.case.name} {key}")
+
+
+def _assert_same_bases(
+    found: dict[str, Tensor], wanted: dict[str, Tensor], factors: dict[str, Tensor], tolerance: float, what: str
+) -> None:
+    """Both bases show the same factor: in its null space, and among equal eigenvalues, columns are free."""
+    assert sorted(found) == sorted(wanted), what
+    for name, factor in factors.items():
+        size = math.isqrt(factor.numel() // _blocks(factor))
+        gg, p, q = (x.view(-1, size, size) for x in (factor, found[name], wanted[name]))
+        far = (p.mT @ gg @ p - q.mT @ gg @ q).norm() / gg.norm().clamp_min(1e-30)
+        assert far <= tolerance, f"{what} {name}: the factor differs by {far:.1e} in the two bases"
+
+
+def _blocks(factor: Tensor) -> int:
+    """Number of square blocks in a flat stack of a power of two of them."""
+    count = 1
+    while math.isqrt(factor.numel() // count) ** 2 * count != factor.numel():
+        count += 1
+    return count

@@ -1,5 +1,6 @@
 """Starts ranks once, lets them make many runs, and hands back what each run recorded."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -107,10 +108,8 @@ class Pool:
     def close(self) -> None:
         """End all processes of this pool."""
         if self.process is not None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             self.process.wait()
             self.process = None
 

@@ -114,7 +114,6 @@ def main(folder: Path, members: int, data: str) -> None:
     die_with_parent()
     torch.set_num_threads(1)
     platform.activate()
-    import megatron.training.training
 
     import megatron_opt.training.checkpoints
     import megatron_opt.training.job

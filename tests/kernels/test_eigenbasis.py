@@ -119,6 +119,30 @@ def test_columns_beyond_the_rank_keep_their_order():
     assert rest == sorted(rest)
 
 
+def test_rows_of_zeros_keep_their_unit_vectors():
+    """A token that was never seen: no rounding of other rows reaches it, in the first basis or later."""
+    torch.manual_seed(0)
+    dead = [0, 3, 7]
+    g = torch.randn(1, 9, 4)
+    g[:, dead] = 0.0
+    (q,) = eb.first_bases(g, (0,))
+    for _ in range(3):
+        for row in dead:
+            (column,) = q[0, row].nonzero().flatten().tolist()
+            assert q[0, row, column] == 1.0 and q[0, :, column].count_nonzero() == 1
+        q, _ = eb.power_step(g @ g.mT, q, 4)
+
+
+def test_shifted_steps_have_the_same_eigenvectors():
+    torch.manual_seed(0)
+    u = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0]
+    a = (u * torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0], dtype=torch.float64) @ u.T)[None]
+    q = torch.eye(5, dtype=torch.float64)[None]
+    for _ in range(400):
+        q, _ = eb.power_step(a, q, 5, shift=0.1)
+    torch.testing.assert_close((q[0].T @ u).abs(), torch.eye(5, dtype=torch.float64), rtol=1e-8, atol=1e-8)
+
+
 def test_rotation_measures_the_off_diagonal():
     torch.manual_seed(0)
     x = torch.randn(3, 12, 30, dtype=torch.float64)

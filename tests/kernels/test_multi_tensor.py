@@ -99,6 +99,15 @@ def test_fp32_kernel_is_the_float64_reference(rule, cautious_decay):
     torch.testing.assert_close(sums, wide_sums, rtol=1e-7, atol=0)
 
 
+def decided(arguments):
+    """No momentum that all but cancels: its sign, which some rules step by, would be left to rounding."""
+    for gradient, momentum in zip(arguments["grads"], arguments["states"][0] if arguments["states"] else ()):
+        m, g = COEFFICIENTS.beta1 * momentum.double(), COEFFICIENTS.gain1 * COEFFICIENTS.grad_scale * gradient.double()
+        close = (m + g).abs() < 0.05 * (m.abs() + g.abs())
+        gradient[close] = momentum[close].to(gradient.dtype)
+    return arguments
+
+
 @native
 @settings(max_examples=150, deadline=None)
 @given(
@@ -112,7 +121,7 @@ def test_fp32_kernel_is_the_float64_reference(rule, cautious_decay):
 )
 def test_kernel_is_the_reference(rule, sizes, dtypes, offset, scale, flags, seed):
     scaled, cautious_decay = flags
-    arguments = problem(rule, sizes, dtypes, offset, scale, seed, scaled)
+    arguments = decided(problem(rule, sizes, dtypes, offset, scale, seed, scaled))
     with pytest.MonkeyPatch.context() as monkeypatch:
         theirs, their_sums = run_reference(monkeypatch, arguments, cautious_decay=cautious_decay)
     ours, our_sums = run(arguments, cautious_decay=cautious_decay)

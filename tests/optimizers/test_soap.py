@@ -127,7 +127,7 @@ def test_last_bit_differences_stay_small(shape, freq):
     grads = gradients(shape, 20, dtype=torch.float32)
     generator = torch.Generator().manual_seed(5)
     others = [g * (1 + 6e-8 * torch.randn(g.shape, generator=generator)) for g in grads]
-    # fp32 factors lose the smallest eigenvectors of long sides refreshed at every step: see factor_precision
+    # fp32 factors lose small eigenvectors where they are refreshed often: see factor_precision
     options = dict(precondition_frequency=freq, factor_precision="fp64" if freq < 10 else "fp32")
     (ours, state), (theirs, other) = run(grads, options), run(others, options)
     close(theirs, ours, 1e-4)
@@ -193,7 +193,7 @@ def test_failed_decomposition_keeps_the_old_basis_and_is_counted(monkeypatch, ca
     start = state["q_0_0"].clone()
     calls = []
 
-    def fails(factor, basis, rank):
+    def fails(factor, basis, rank, shift):
         calls.append(factor.dtype)
         raise torch.linalg.LinAlgError("no convergence")
 

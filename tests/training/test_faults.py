@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -71,22 +72,49 @@ def test_the_guilty_rank_and_the_collective_are_named(reports, world, guilty):
     assert f"rank {guilty[0]}" in text and "all_reduce (optimizer.py:10 step)" in text
 
 
-def test_position_tells_a_collective_from_work():
+def stack_of(function):
+    """Where a thread that runs `function(release)` stands."""
     ready, release = threading.Event(), threading.Event()
-
-    def work():
-        ready.set()
-        release.wait(30)
-
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=lambda: function(ready, release))
     thread.start()
     ready.wait(30)
+    time.sleep(0.2)
     where = faults.position(sys._current_frames()[thread.ident])
     release.set()
     thread.join()
-    assert where["collective"] is None and where["at"].startswith("threading.py")
+    return where
 
-    namespace = {"__name__": "torch.distributed.distributed_c10d", "wait": lambda: sys._getframe(1)}
-    exec("def all_gather():\n    return wait()", namespace)
-    where = faults.position(namespace["all_gather"]())
-    assert where["collective"] == "all_gather" and "test_position" in where["at"]
+
+def test_position_tells_a_collective_from_work():
+    def work(ready, release):
+        ready.set()
+        while not release.is_set():
+            pass
+
+    where = stack_of(work)
+    assert where["collective"] is None and where["at"]
+
+    def pause(ready, release):
+        ready.set()
+        release.acquire = release.wait  # blocks in a line without a wait call
+        release.acquire(30)
+
+    namespace = {"__name__": "torch.distributed.distributed_c10d", "pause": pause}
+    exec("def all_gather(a, b):\n    return _inner(a, b)\ndef _inner(a, b):\n    pause(a, b)", namespace)
+    where = stack_of(namespace["all_gather"])
+    assert where["collective"] == "all_gather"
+
+
+def test_an_asynchronous_collective_is_waited_for():
+    def finish(ready, handle):
+        ready.set()
+        handle.wait(30)
+
+    frame = {}
+
+    class Handle:
+        def wait(self, seconds):
+            frame["caller"] = sys._getframe(1)
+
+    finish(threading.Event(), Handle())
+    assert faults.position(frame["caller"])["collective"] == "wait"

@@ -98,7 +98,7 @@ def crossing(fit: Fit, optimizer: str, ratio: float, tokens_per_parameter: float
         def gain(log_n: np.ndarray | float) -> np.ndarray:
             n = np.exp(log_n)
             d = ratio * tokens_per_parameter * n
-            return fit._loss(theta, baseline, n, d) - fit._loss(theta, optimizer, n, d)
+            return fit.loss_at(theta, baseline, n, d) - fit.loss_at(theta, optimizer, n, d)
 
         values = gain(np.log(grid))
         if values[0] <= 0:

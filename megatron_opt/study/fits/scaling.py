@@ -69,13 +69,14 @@ class Fit:
 
     def predict(self, optimizer: str, n: np.ndarray | float, d: np.ndarray | float) -> np.ndarray:
         """Final loss at N parameters and D tokens; n and d broadcast."""
-        return self._loss(self.theta, optimizer, n, d)
+        return self.loss_at(self.theta, optimizer, n, d)
 
     def predict_draws(self, optimizer: str, n: np.ndarray | float, d: np.ndarray | float) -> np.ndarray:
         """The same of every bootstrap copy: (resamples, *shape)."""
-        return np.stack([self._loss(theta, optimizer, n, d) for theta in self.draws])
+        return np.stack([self.loss_at(theta, optimizer, n, d) for theta in self.draws])
 
-    def _loss(self, theta: np.ndarray, optimizer: str, n: np.ndarray | float, d: np.ndarray | float) -> np.ndarray:
+    def loss_at(self, theta: np.ndarray, optimizer: str, n: np.ndarray | float, d: np.ndarray | float) -> np.ndarray:
+        """Final loss by a given θ, such as a bootstrap copy; n and d broadcast."""
         block, k = self.block(optimizer)
         log_n, log_d = np.broadcast_arrays(
             np.log(np.asarray(n, float) / self.origin[0]), np.log(np.asarray(d, float) / self.origin[1])
@@ -92,7 +93,7 @@ class Fit:
         """
         theta = self.theta if theta is None else theta
         block, k = self.block(self.optimizers[0])
-        loss = self._loss(theta, optimizer, n, d)
+        loss = self.loss_at(theta, optimizer, n, d)
         log_d = tokens_for(theta[block], k, loss, np.log(np.asarray(n, float) / self.origin[0]))
         return np.exp(log_d) * self.origin[1] / np.asarray(d, float)
 

@@ -10,14 +10,6 @@ from megatron_opt.study.store import Record
 MOST_PLOTS = 12
 
 
-def lr_slice(dataset: Dataset, optimizer: str, regime: Regime) -> list[Record]:
-    """Runs that differ from the regime's best run in the learning rate alone, by rising rate."""
-    best = dataset.best().get((optimizer, regime))
-    if best is None:
-        return []
-    return _slice(dataset.finished, best.record)
-
-
 def _slice(records: list[Record], center: Record) -> list[Record]:
     rest = {key: value for key, value in center.hyper.items() if key != "lr"}
     found = [

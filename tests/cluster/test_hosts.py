@@ -1,0 +1,105 @@
+"""Several hosts, as network namespaces: one process's losses, and what a cut link and a dead host come to."""
+
+import time
+
+import pytest
+
+from tests.cluster import hosts
+from tests.cluster.conftest import ITERATIONS, LIMIT
+from tests.cluster.harness import compare, losses
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def network():
+    if why := hosts.missing():
+        pytest.skip(why)
+    with hosts.Network(2) as made:
+        yield made
+
+
+@pytest.fixture
+def nodes(network, job):
+    """The agents of two hosts with a rank each, not yet started; both write into the first one's folder."""
+
+    def make(nnodes, *more):
+        runs = []
+        for number in (1, 2):
+            launcher = ("--nnodes", nnodes, "--nproc-per-node", "1", "--rdzv-endpoint", f"{network.address(1)}:29400",
+                        "--rdzv-conf", "join_timeout=120,last_call_timeout=2,keep_alive_interval=2,keep_alive_max_attempt=3",
+                        "--local-addr", network.address(number), "--max-restarts", "5")  # fmt: skip
+            run = job(*more, launcher=launcher, prefix=("ip", "netns", "exec", network.host(number)),
+                      env={"GLOO_SOCKET_IFNAME": hosts.INTERFACE})  # fmt: skip
+            runs.append(run)
+        runs[1].flags = list(runs[0].flags)  # one output folder, one checkpoint; the log of each host is its own
+        return runs
+
+    return make
+
+
+def close_to(reference, got, tolerance=1e-5):
+    """Another number of ranks adds up in another order: equal within rounding, at every step."""
+    assert [key for key in reference if key not in got] == []
+    worst = max(abs(got[key][0] - loss) / loss for key, (loss, _) in reference.items())
+    assert worst < tolerance, worst
+
+
+def test_two_hosts_train_with_one_hosts_losses(nodes, reference):
+    first, second = nodes("2")
+    first.start()
+    assert second.finish(LIMIT) == 0, second.tail()
+    assert first.wait(LIMIT) == 0, first.tail()
+    assert compare(reference, losses(first.folder)) == []
+
+
+def test_a_link_cut_for_five_seconds_is_sat_out(network, nodes, reference):
+    first, second = nodes("2")
+    first.start(), second.start()
+    first.until(lambda: first.iteration() >= 5, LIMIT, "five steps")
+    network.cut(2)
+    time.sleep(5)
+    network.join(2)
+    assert (first.wait(LIMIT), second.wait(LIMIT)) == (0, 0), first.tail()
+    assert not first.events("restart", "hang")
+    assert compare(reference, losses(first.folder)) == []
+
+
+def test_a_lost_host_is_done_without(network, nodes, reference):
+    """Its link is cut for good: the hang is noticed, the other host resumes alone with the same global batch."""
+    first, second = nodes("1:2", "--hang-timeout", "10")
+    first.start(), second.start()
+    first.until(lambda: first.events("save") and first.iteration() >= 7, LIMIT, "a checkpoint")
+    network.cut(2)
+    assert first.wait(LIMIT) == 0, first.tail()
+    second.end()
+    (hang,) = [entry for entry in first.events("hang") if entry["rank"] == 0][:1]
+    assert hang["guilty"]
+    assert first.events("restart")[-1]["world_size"] == 1
+    assert first.iteration() == ITERATIONS
+    close_to(reference, losses(first.folder))
+
+
+def test_a_killed_host_comes_back(nodes, reference):
+    first, second = nodes("2")
+    first.start(), second.start()
+    first.until(lambda: first.events("save"), LIMIT, "a checkpoint")
+    second.end()
+    time.sleep(1)
+    assert second.finish(LIMIT) == 0, second.tail()
+    assert first.wait(LIMIT) == 0, first.tail()
+    assert first.events("resume")
+    assert compare(reference, losses(first.folder)) == []
+
+
+def test_the_rendezvous_host_is_killed(nodes, reference):
+    """Nobody can meet without it: the other agent ends, and the same two commands go on from the checkpoint."""
+    first, second = nodes("2")
+    first.start(), second.start()
+    second.until(lambda: first.events("save"), LIMIT, "a checkpoint")
+    first.end()
+    assert second.wait(LIMIT) == 1, second.tail()
+    first.start()
+    assert second.finish(LIMIT) == 0, second.tail()
+    assert first.wait(LIMIT) == 0, first.tail()
+    assert compare(reference, losses(first.folder)) == []

@@ -1,0 +1,121 @@
+"""examples/slurm.sbatch on a real two-node Slurm: warned, preempted, a node lost; the losses of an undisturbed run."""
+
+import os
+import sys
+import time
+
+import pytest
+
+from tests.cluster import slurm
+from tests.cluster.conftest import ITERATIONS, LIMIT, flags_of
+from tests.cluster.harness import ROOT, Run, compare, losses
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    if why := slurm.missing():
+        pytest.skip(why)
+    made = slurm.Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture
+def submit(cluster, bench, request, tmp_path):
+    """Submit the example with the tests' small model in place of a scale; (job, run to look at)."""
+    command = tmp_path / "bin" / "megatron-opt"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m megatron_opt.cli "$@"\n')
+    command.chmod(0o755)
+    jobs = []
+
+    def start(*options):
+        folder = bench / f"{request.node.name}-{len(jobs)}"
+        folder.mkdir()
+        examples = tmp_path / f"examples-{len(jobs)}"
+        (examples / "layouts").mkdir(parents=True)
+        words = " ".join(f"'{word}'" for word in flags_of(folder))
+        (examples / "layouts" / "tiny.sh").write_text(f"layout=({words})\n")
+        (examples / "run_flags.sh").write_text("run=()\n")
+        job = cluster.run(
+            "sbatch", "--parsable", "--nodes=2", "--partition=low", f"--output={folder}/log", *options,
+            str(ROOT / "examples" / "slurm.sbatch"), "tiny",
+            EXAMPLES=str(examples), RANKS="1", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1",
+            PATH=f"{command.parent}:{slurm._path()}",
+        )  # fmt: skip
+        jobs.append(job)
+        return job, Run(folder, [])
+
+    yield start
+    for job in jobs:
+        cluster.run("scancel", job)
+
+
+def ended(cluster, job, run):
+    """Wait for the job's last state."""
+    deadline = time.monotonic() + LIMIT
+    while (state := cluster.job_state(job)) not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"):
+        assert time.monotonic() < deadline, f"{state}\n{run.tail()}\n{cluster.log('ctld')}"
+        time.sleep(0.5)
+    return state
+
+
+def steps(run, count):
+    run.until(lambda: run.iteration() >= count, LIMIT, f"{count} steps")
+
+
+def test_a_warning_saves_and_the_job_requeues_itself(cluster, submit, reference):
+    job, run = submit()
+    steps(run, 5)
+    cluster.run("scancel", "--signal=USR1", job)  # what --signal does before the time limit
+    assert ended(cluster, job, run) == "COMPLETED", run.tail()
+    assert run.events("signal")[0]["signal"] == "SIGUSR1" and "requeueing" in run.tail(1000)
+    assert run.events("restart")[-1]["slurm_job"] == job
+    assert compare(reference, losses(run.folder)) == []
+
+
+def test_a_preempted_job_saves_and_is_requeued(cluster, submit, reference):
+    job, run = submit()
+    steps(run, 5)
+    other = cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--output=/dev/null", "--wrap", "true")
+    run.until(lambda: run.events("signal"), LIMIT, "the signal")
+    assert ended(cluster, job, run) == "COMPLETED", run.tail()
+    assert cluster.job_state(other) == "COMPLETED"
+    assert run.events("signal")[0]["signal"] == "SIGTERM"
+    assert compare(reference, losses(run.folder)) == []
+
+
+def test_a_lost_node_requeues_the_job(cluster, submit, reference):
+    job, run = submit()
+    run.until(lambda: run.events("save"), LIMIT, "a checkpoint")
+    cluster.stop_node("n2")
+    time.sleep(2)
+    cluster.start_node("n2")
+    assert ended(cluster, job, run) == "COMPLETED", f"{run.tail()}\n{cluster.log('ctld')}"
+    assert run.events("resume")
+    assert compare(reference, losses(run.folder)) == []
+
+
+def test_an_array_of_jobs_keeps_to_itself(cluster, submit, bench):
+    """Two tasks with an output folder each by SLURM_ARRAY_TASK_ID, one node each."""
+    script = bench / "array.sh"
+    lines = ["#!/bin/sh"]
+    for task in (0, 1):
+        words = " ".join(f"'{word}'" for word in flags_of(bench / f"array-{task}", "--seed", str(task + 1), iterations=5))
+        lines.append(f'[ "$SLURM_ARRAY_TASK_ID" = {task} ] && exec "{sys.executable}" -m megatron_opt.cli train '
+                     f"--nproc-per-node 2 {words}")
+    script.write_text("\n".join(lines) + "\n")
+    job = cluster.run("sbatch", "--parsable", "--array=0-1", "--nodes=1", "--exclusive", f"--output={bench}/array-%a.log",
+                      str(script), PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", HOME=os.environ.get("HOME", "/"))
+    deadline = time.monotonic() + LIMIT
+    while cluster.run("squeue", "--noheader", "--job", job):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    first, second = (losses(bench / f"array-{task}") for task in (0, 1))
+    assert len(first) == len(second) == 6 and first != second
+    assert ITERATIONS > 5

@@ -1,0 +1,38 @@
+"""The report's page in headless Chromium, wide and narrow, without network access."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+EXAMPLES = Path(__file__).parents[2] / "examples" / "migrations"
+PAGES = sorted(EXAMPLES.glob("*/plan.html"))
+# the page itself runs no script; this copy's says how wide it is and how many of its drawings have a size
+PROBE = """<script>addEventListener("load", () => { document.title = [document.documentElement.scrollWidth, innerWidth,
+[...document.querySelectorAll("svg")].filter(s => s.getBoundingClientRect().height > 50).length,
+document.querySelector("main").innerText.length].join(" ") })</script>"""
+
+
+def test_there_are_three_worked_migrations() -> None:
+    assert len(PAGES) == 3
+    for page in PAGES:
+        assert (page.parent / "plan.md").is_file() and (EXAMPLES / f"{page.parent.name}.sh").is_file()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: chromium)")
+@pytest.mark.parametrize("width", [1400, 500])
+@pytest.mark.parametrize("page", PAGES, ids=[page.parent.name for page in PAGES])
+def test_page_fits_its_window_and_draws_its_charts(page: Path, width: int, tmp_path: Path) -> None:
+    copy = tmp_path / "page.html"
+    copy.write_text(page.read_text().replace("</main>", f"</main>{PROBE}"))
+    assert CHROMIUM is not None
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    words = [CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'user'}", f"--window-size={width},900", "--dump-dom"]
+    done = subprocess.run([*words, copy.as_uri()], capture_output=True, text=True, timeout=240)
+    title = re.search(r"<title>(\d+) (\d+) (\d+) (\d+)</title>", done.stdout)
+    assert title, done.stderr[-1000:]
+    scroll, window, drawings, letters = map(int, title.groups())
+    assert scroll <= window and drawings == 4 and letters > 3000
