@@ -152,7 +152,7 @@ static void sum_block(const Options& o, const Piece& t, int64_t begin, int64_t n
   const float* p = S::kParam ? open(buffer[0], t, kParam, begin, n) : nullptr;
   const float* g = open(buffer[1], t, kGrad, begin, n);
   const float* s = S::kState ? open(buffer[2], t, kState0, begin, n) : nullptr;
-  double a = 0.0, b = 0.0, d = 0.0;
+  typename S::Number a = 0, b = 0, d = 0;
 #pragma omp simd reduction(+ : a, b, d)
   for (int64_t i = 0; i < n; ++i) {
     S::add(S::kParam ? p[i] : 0.0f, g[i] * c.grad_scale, S::kState ? s[i] : 0.0f, c, a, b, d);

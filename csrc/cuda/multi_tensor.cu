@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ B
     if constexpr (S::kParam) load(p, t, kParam, lane);
     load(g, t, kGrad, lane);
     if constexpr (S::kState) load(s, t, kState0, lane);
-    double a = 0.0, b = 0.0, c = 0.0;
+    typename S::Number a = 0, b = 0, c = 0;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       if (i < lane.count) S::add(p[i], g[i] * k.grad_scale, s[i], k, a, b, c);
