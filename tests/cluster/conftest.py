@@ -39,3 +39,13 @@ def job(bench, request):
     yield make
     for run in runs:
         run.end()
+
+
+# a minute or more each: `make test-all`; the kills, signals and damaged checkpoints are in every run of the tests
+LONG = ("test_disk.py", "test_hang.py", "test_loss.py")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in LONG:
+            item.add_marker(pytest.mark.slow)
