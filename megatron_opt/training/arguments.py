@@ -98,6 +98,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="initialize as Megatron does, which gives every layout another model",
     )
     group.add_argument("--print-optimizer-plan", action="store_true", help="print who owns which matrix")
+    group.add_argument(
+        "--plan-world-size", type=int, metavar="RANKS",
+        help="print the optimizer plan of these flags on so many ranks, which need not be there, and exit",
+    )
     group.add_argument("--optimizer-groups", metavar="FILE", help="YAML: pattern -> optimizer and options")
     group.add_argument(
         "--on-bad-matrix",
@@ -154,6 +158,8 @@ def parse(argv: Sequence[str]) -> Any:
         print_config(args)
         raise SystemExit(0)
     args.given_flags = _given(argv)
+    if args.plan_world_size:
+        args.world_size = args.plan_world_size
     _check(args)
     check_optimizer_arguments(args)
     name, args.optimizer = args.optimizer, "adam"  # Megatron would route other names to its layer-wise wrapper
@@ -168,7 +174,19 @@ def parse(argv: Sequence[str]) -> Any:
         set_global_variables(args)
     except (AssertionError, ValueError, OSError, RuntimeError) as error:
         raise UserError(f"setting up the tokenizer or a log writer failed: {_sentence(error)}") from error
+    if args.plan_world_size:
+        _print_plan(args)
+        raise SystemExit(0)
     return args
+
+
+def _print_plan(args: Any) -> None:
+    from megatron_opt.distributed import planning
+    from megatron_opt.training.optimizer_flags import MEGATRON_OWN, group_rules
+
+    if args.optimizer in MEGATRON_OWN:
+        raise UserError(f"--plan-world-size plans this project's optimizers; {args.optimizer} is Megatron's.")
+    planning.show(planning.from_args(args, args.plan_world_size, group_rules(args)), args.output_dir)
 
 
 def _sentence(error: BaseException) -> str:

@@ -35,3 +35,29 @@ def _record_loaded(record: recording.Record) -> None:
         return train(*args, **kwargs)
 
     training.train = training_with
+
+
+def plan(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
+    """Record what the plan for these flags says of this rank, beside what the run's own plan and counters say."""
+
+    def compare(record: recording.Record) -> None:
+        from megatron.core import parallel_state as ps
+        from megatron.training import get_args
+
+        from megatron_opt.distributed import planning
+        from megatron_opt.training.optimizer_flags import group_rules
+
+        args = get_args()
+        found = planning.from_args(args, args.world_size, group_rules(args), [ps.get_pipeline_model_parallel_rank()])
+        planned = {each.name: each for each in found}
+        record.extra["domains"] = [
+            {
+                "planned": {what: values[domain.rank] for what, values in planned[domain.name].sent.items()},
+                "known": {what: v[domain.rank] for what, v in planning.sent_in_a_step(domain, step).items()},
+                "sent": dict(domain.exchange.traffic.sent),
+                "digests": (planned[domain.name].plan.digest(), step.placed.plan.digest()),
+            }
+            for domain, step in zip(record.optimizer.domains, record.optimizer.matrix_steps, strict=True)
+        ]
+
+    record.at_end.append(compare)

@@ -16,6 +16,7 @@ class Record:
         self.grad_norms: list[float] = []
         self.optimizer: Any = None
         self.after_step: list[Any] = []  # called with this record after every step
+        self.at_end: list[Any] = []  # called with this record after the run
         self.extra: dict[str, Any] = {}
 
     def watch(self, training: Any, job: Any) -> None:
@@ -40,6 +41,8 @@ class Record:
         return {"losses": self.losses, "grad_norms": self.grad_norms, **self.extra}
 
     def finish(self) -> dict[str, Any]:
+        for callback in self.at_end:
+            callback(self)
         found = self.partial()
         if hasattr(self.optimizer, "domains"):
             found |= {"weights": weights(self.optimizer), "state": states(self.optimizer)}
