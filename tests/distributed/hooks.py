@@ -61,3 +61,54 @@ def plan(case: Case, record: recording.Record, argv: list[str], folder: Path) ->
         ]
 
     record.at_end.append(compare)
+
+
+def poison(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
+    """Options: rank `rank` alone finds `value` in the gradient of `matrix` at step `step`."""
+    options = case.options
+
+    def prepare(record: recording.Record) -> None:
+        import torch.distributed as dist
+
+        optimizer, step = record.optimizer, record.optimizer.step
+
+        def poisoned() -> Any:
+            if optimizer.step_number + 1 == options["step"]:
+                for fragment in optimizer.fragments():
+                    for rect in fragment.rects:
+                        if rect.matrix == options["matrix"]:
+                            grad = fragment.view.param.main_grad.view(-1)[fragment.start : fragment.stop]
+                            held = grad[rect.offset : rect.offset + rect.numel]
+                            if options["value"] == "zero":
+                                held.zero_()
+                            elif dist.get_rank() == options["rank"]:
+                                held[0] = float(options["value"])
+            return step()
+
+        optimizer.step = poisoned
+
+    record.once_made.append(prepare)
+    record.at_end.append(lambda record: record.extra.update(skipped=dict(record.optimizer.health.skipped)))
+
+
+def freeze(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
+    """Options: parameters whose name contains `frozen` are not trained."""
+    from megatron_opt.training import job
+
+    initialize = job._initialize
+
+    def initialized(args: Any, chunks: list[Any]) -> list[Any]:
+        chunks = initialize(args, chunks)
+        for chunk in chunks:
+            for name, param in chunk.named_parameters():
+                param.requires_grad = case.options["frozen"] not in name
+        return chunks
+
+    job._initialize = initialized
+
+
+def skew(case: Case, record: recording.Record, argv: list[str], folder: Path) -> list[str]:
+    """The last rank is started with another flag, `--matrix-mode sharded`."""
+    import os
+
+    return [*argv, "--matrix-mode", "sharded" if int(os.environ["RANK"]) == case.ranks - 1 else "owner"]
