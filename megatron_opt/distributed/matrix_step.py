@@ -54,7 +54,7 @@ class MatrixStep:
         found: dict[Key, Tensor] = {}
         for names, route in zip(self.placed.buckets, self.placed.routes, strict=True):
             slabs = self._slabs(names, route, flats)
-            self.domain.exchange.gather(route, flats, slabs).finish()
+            self.domain.exchange.gather(route, flats, slabs, "weights to owners").finish()
             found.update(slabs)
         return found
 

@@ -54,14 +54,14 @@ def _as_argv(flags: dict[str, Any]) -> list[str]:
     return argv
 
 
-def _given(argv: Sequence[str]) -> set[str]:
+def given_flags(argv: Sequence[str]) -> set[str]:
     return {word.split("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
 
 
 def expand(argv: Sequence[str]) -> list[str]:
     """The command line with CPU defaults and the preset put before the user's own flags, which win."""
     argv = list(argv)
-    given = _given(argv)
+    given = given_flags(argv)
     flags: dict[str, Any] = {}
     if "preset" in given:
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -97,6 +97,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_true",
         help="initialize as Megatron does, which gives every layout another model",
     )
+    group.add_argument(
+        "--plan-world-size", type=int, metavar="RANKS",
+        help="print the optimizer plan of these flags on so many ranks, which need not be there, and exit",
+    )
+    add_engine_arguments(group)
+    checkpoints.add_arguments(parser)
+    faults.add_arguments(parser)
+    add_optimizer_arguments(parser)
+    parser.error = _refuse  # type: ignore[method-assign]
+    return parser
+
+
+def add_engine_arguments(group: Any) -> None:
+    """Flags of the optimizer's distribution."""
     group.add_argument("--print-optimizer-plan", action="store_true", help="print who owns which matrix")
     group.add_argument("--optimizer-groups", metavar="FILE", help="YAML: pattern -> optimizer and options")
     group.add_argument(
@@ -123,11 +137,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=64.0,
         help="matrices travel in buckets of this many megabytes a rank; the next one while this is computed",
     )
-    checkpoints.add_arguments(parser)
-    faults.add_arguments(parser)
-    add_optimizer_arguments(parser)
-    parser.error = _refuse  # type: ignore[method-assign]
-    return parser
 
 
 def _refuse(message: str) -> NoReturn:
@@ -153,7 +162,9 @@ def parse(argv: Sequence[str]) -> Any:
     if args.print_config:
         print_config(args)
         raise SystemExit(0)
-    args.given_flags = _given(argv)
+    args.given_flags = given_flags(argv)
+    if args.plan_world_size:
+        args.world_size = args.plan_world_size
     _check(args)
     check_optimizer_arguments(args)
     name, args.optimizer = args.optimizer, "adam"  # Megatron would route other names to its layer-wise wrapper
@@ -168,7 +179,19 @@ def parse(argv: Sequence[str]) -> Any:
         set_global_variables(args)
     except (AssertionError, ValueError, OSError, RuntimeError) as error:
         raise UserError(f"setting up the tokenizer or a log writer failed: {_sentence(error)}") from error
+    if args.plan_world_size:
+        _print_plan(args)
+        raise SystemExit(0)
     return args
+
+
+def _print_plan(args: Any) -> None:
+    from megatron_opt.distributed import planning
+    from megatron_opt.training.optimizer_flags import MEGATRON_OWN, group_rules
+
+    if args.optimizer in MEGATRON_OWN:
+        raise UserError(f"--plan-world-size plans this project's optimizers; {args.optimizer} is Megatron's.")
+    planning.show(planning.from_args(args, args.plan_world_size, group_rules(args)), args.output_dir)
 
 
 def _sentence(error: BaseException) -> str:

@@ -81,8 +81,8 @@ def make_optimizer(config: Any, model_chunks: Sequence[Any], **ignored: Any) -> 
     from megatron.training import get_args
     from megatron.training.utils import print_rank_0
 
+    from megatron_opt.distributed import planning
     from megatron_opt.distributed.build import build_optimizer
-    from megatron_opt.distributed.ownership import plan_table
     from megatron_opt.optimizers.groups import describe
 
     args = get_args()
@@ -101,5 +101,6 @@ def make_optimizer(config: Any, model_chunks: Sequence[Any], **ignored: Any) -> 
     if args.print_optimizer_plan:
         for domain, step in zip(optimizer.domains, optimizer.matrix_steps, strict=True):
             if domain.rank == 0:
-                print(plan_table(step.placed.plan, title=f"optimizer plan, {domain.name}"), flush=True)
+                found = planning.DomainPlan(domain.name, step.placed.plan, planning.sent_in_a_step(domain, step))
+                planning.show([found], args.output_dir)
     return optimizer

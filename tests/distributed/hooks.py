@@ -35,3 +35,80 @@ def _record_loaded(record: recording.Record) -> None:
         return train(*args, **kwargs)
 
     training.train = training_with
+
+
+def plan(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
+    """Record what the plan for these flags says of this rank, beside what the run's own plan and counters say."""
+
+    def compare(record: recording.Record) -> None:
+        from megatron.core import parallel_state as ps
+        from megatron.training import get_args
+
+        from megatron_opt.distributed import planning
+        from megatron_opt.training.optimizer_flags import group_rules
+
+        args = get_args()
+        found = planning.from_args(args, args.world_size, group_rules(args), [ps.get_pipeline_model_parallel_rank()])
+        planned = {each.name: each for each in found}
+        record.extra["domains"] = [
+            {
+                "planned": {what: values[domain.rank] for what, values in planned[domain.name].sent.items()},
+                "known": {what: v[domain.rank] for what, v in planning.sent_in_a_step(domain, step).items()},
+                "sent": dict(domain.exchange.traffic.sent),
+                "digests": (planned[domain.name].plan.digest(), step.placed.plan.digest()),
+            }
+            for domain, step in zip(record.optimizer.domains, record.optimizer.matrix_steps, strict=True)
+        ]
+
+    record.at_end.append(compare)
+
+
+def poison(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
+    """Options: rank `rank` alone finds `value` in the gradient of `matrix` at step `step`."""
+    options = case.options
+
+    def prepare(record: recording.Record) -> None:
+        import torch.distributed as dist
+
+        optimizer, step = record.optimizer, record.optimizer.step
+
+        def poisoned() -> Any:
+            if optimizer.step_number + 1 == options["step"]:
+                for fragment in optimizer.fragments():
+                    for rect in fragment.rects:
+                        if rect.matrix == options["matrix"]:
+                            grad = fragment.view.param.main_grad.view(-1)[fragment.start : fragment.stop]
+                            held = grad[rect.offset : rect.offset + rect.numel]
+                            if options["value"] == "zero":
+                                held.zero_()
+                            elif dist.get_rank() == options["rank"]:
+                                held[0] = float(options["value"])
+            return step()
+
+        optimizer.step = poisoned
+
+    record.once_made.append(prepare)
+    record.at_end.append(lambda record: record.extra.update(skipped=dict(record.optimizer.health.skipped)))
+
+
+def freeze(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
+    """Options: parameters whose name contains `frozen` are not trained."""
+    from megatron_opt.training import job
+
+    initialize = job._initialize
+
+    def initialized(args: Any, chunks: list[Any]) -> list[Any]:
+        chunks = initialize(args, chunks)
+        for chunk in chunks:
+            for name, param in chunk.named_parameters():
+                param.requires_grad = case.options["frozen"] not in name
+        return chunks
+
+    job._initialize = initialized
+
+
+def skew(case: Case, record: recording.Record, argv: list[str], folder: Path) -> list[str]:
+    """The last rank is started with another flag, `--matrix-mode sharded`."""
+    import os
+
+    return [*argv, "--matrix-mode", "sharded" if int(os.environ["RANK"]) == case.ranks - 1 else "owner"]

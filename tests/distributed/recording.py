@@ -16,6 +16,8 @@ class Record:
         self.grad_norms: list[float] = []
         self.optimizer: Any = None
         self.after_step: list[Any] = []  # called with this record after every step
+        self.once_made: list[Any] = []  # called with this record when the optimizer is made
+        self.at_end: list[Any] = []  # called with this record after the run
         self.extra: dict[str, Any] = {}
 
     def watch(self, training: Any, job: Any) -> None:
@@ -23,6 +25,8 @@ class Record:
 
         def making(*args: Any, **kwargs: Any) -> Any:
             self.optimizer = make(*args, **kwargs)
+            for callback in self.once_made:
+                callback(self)
             return self.optimizer
 
         def stepping(*args: Any, **kwargs: Any) -> Any:
@@ -40,6 +44,8 @@ class Record:
         return {"losses": self.losses, "grad_norms": self.grad_norms, **self.extra}
 
     def finish(self) -> dict[str, Any]:
+        for callback in self.at_end:
+            callback(self)
         found = self.partial()
         if hasattr(self.optimizer, "domains"):
             found |= {"weights": weights(self.optimizer), "state": states(self.optimizer)}
