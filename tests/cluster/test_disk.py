@@ -20,9 +20,9 @@ def mount(folder, kilobytes):
 
 @pytest.fixture
 def disk(tmp_path):
-    """Room for two checkpoints of 0.42 MB and not for a third."""
+    """Room for two checkpoints of 0.56 MB and not for a third."""
     folder = tmp_path / "disk"
-    mount(folder, 1100)
+    mount(folder, 1400)
     yield folder
     subprocess.run(["umount", "-l", str(folder)], timeout=30)
 
@@ -58,7 +58,7 @@ def test_a_full_disk_is_passed_over_when_told(job, disk, reference, more):
 def test_a_disk_that_fills_while_writing(job, disk, reference):
     """The room is there when the save begins and gone in its middle: the first checkpoint has no size to go by."""
     ballast = disk / "ballast"
-    ballast.write_bytes(b"\0" * 900_000)
+    ballast.write_bytes(b"\0" * 1_200_000)
     run = job("--on-save-failure", "continue", save=disk / "checkpoints", interval=20)
     run.start()
     run.until(lambda: run.events("save_failed"), LIMIT, "a failed save")

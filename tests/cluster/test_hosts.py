@@ -26,9 +26,10 @@ def nodes(network, job):
     def make(nnodes, *more):
         runs = []
         for number in (1, 2):
+            # the namespaces share a host name, by which torchrun would tell whose the endpoint is
+            conf = f"is_host={number == 1},join_timeout=300,last_call_timeout=2,keep_alive_interval=2"
             launcher = ("--nnodes", nnodes, "--nproc-per-node", "1", "--rdzv-endpoint", f"{network.address(1)}:29400",
-                        "--rdzv-conf", "join_timeout=120,last_call_timeout=2,keep_alive_interval=2,keep_alive_max_attempt=3",
-                        "--local-addr", network.address(number), "--max-restarts", "5")  # fmt: skip
+                        "--rdzv-conf", conf, "--local-addr", network.address(number), "--max-restarts", "5")  # fmt: skip
             run = job(*more, launcher=launcher, prefix=("ip", "netns", "exec", network.host(number)),
                       env={"GLOO_SOCKET_IFNAME": hosts.INTERFACE})  # fmt: skip
             runs.append(run)
