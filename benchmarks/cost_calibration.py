@@ -148,14 +148,17 @@ def main() -> None:
         return
     from dataclasses import replace
 
-    from megatron_opt.cost_model.cluster import load
+    from megatron_opt.cost_model.cluster import Link, load
     from megatron_opt.cost_model.step import predict
 
     cluster = load(args.cluster)
     if cluster.shared_cores:  # processor time: no waiting for the other rank's messages, no turns on shared cores
-        cluster = replace(cluster, shared_cores=1 << 20)
+        still = Link(cluster.node.bandwidth, 0.0)
+        cluster = replace(cluster, shared_cores=1 << 20, node=still, network=still)
     rows = []
-    print(f"{'layout':<12} {'size':<7} {'optimizer':<9} {'ms':>9} {'predicted':>9} {'ratio':>6} {'state kB':>10} {'ratio':>6}")
+    print(
+        f"{'layout':<12} {'size':<7} {'optimizer':<9} {'ms':>9} {'predicted':>9} {'ratio':>6} {'state kB':>10} {'ratio':>6}"
+    )
     for layout in args.layouts.split(","):
         for row in measure(layout, optimizers, sizes):
             step = predict(flags_of(row["size"], row["optimizer"], layout), cluster, LAYOUTS[layout][2])

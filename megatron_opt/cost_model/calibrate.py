@@ -236,7 +236,7 @@ def _file(
         f"network: {{bandwidth: {sent:.4g}, latency: {latency:.3g}}}",
         "efficiency: {elementwise: 1.0, node: 1.0, network: 1.0, step: 1.0, optimizer: 1.0, overlap: "
         + ("1.0}" if cuda else "0.0}"),
-        f"overheads: {{matrix: {overhead:.3g}, fragment: {overhead / 4:.3g}, bucket: {4 * latency:.3g}, "
-        f"step: {4 * latency:.3g}, layer: {0.0 if cuda else 40 * overhead / 20:.3g}}}",
+        f"overheads: {{matrix: {overhead:.3g}, fragment: {overhead / 4:.3g}, bucket: {4 * overhead:.3g}, "
+        f"step: {10 * overhead:.3g}, layer: {0.0 if cuda else 40 * overhead / 20:.3g}}}",
     ]
     return "\n".join(lines) + "\n"

@@ -1,0 +1,68 @@
+"""Calibration writes a cluster file that can be read back; tables are whole."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_opt.cost_model import calibrate, cluster, tables
+from megatron_opt.cost_model.flags import parse
+from megatron_opt.cost_model.step import predict
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "BUDGET", 0.001)
+    monkeypatch.setattr(calibrate, "GEMM_SIZES", (32, 64))
+    monkeypatch.setattr(calibrate, "SMALL_SIZES", (16, 32))
+    monkeypatch.setattr(calibrate, "FACTOR_SIZES", (16, 32))
+    monkeypatch.setattr(calibrate, "memory_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(calibrate, "link", lambda ranks: (1e9, 1e-4))
+
+
+def test_measured_file_reads_back_and_predicts(quick: None, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    file = tmp_path / "machine.yaml"
+    file.write_text(calibrate.calibrate(2))
+    assert torch.get_num_threads() == threads
+    found = cluster.load(str(file))
+    assert set(found.rates) == set(cluster.CLASSES) and "calibrate" in found.sources[0]
+    assert all(rate > 1e5 for by in found.rates.values() for curve in by.values() for _, rate in curve)
+    step = predict(parse("--preset demo --optimizer soap".split())[0], found, 1)
+    assert step.seconds > 0 and step.optimizer.host > 0
+
+
+def test_timing_takes_the_median_of_several_calls() -> None:
+    calls = []
+    assert calibrate.timed(lambda: calls.append(sum(range(2000))), torch.device("cpu"), 0.0) > 0
+    assert len(calls) == 4  # one to warm up, three that count
+
+
+def test_ranks_beyond_the_cores_take_turns(quick: None, tmp_path: Path) -> None:
+    file = tmp_path / "machine.yaml"
+    file.write_text(calibrate.calibrate(2))
+    found = cluster.load(str(file))
+    cores = found.shared_cores
+    assert found.crowding(cores) == 1 and found.crowding(4 * cores) == 4
+    assert cluster.load("h100").crowding(10000) == 1
+
+
+def test_a_link_between_processes_is_measured() -> None:
+    bandwidth, latency = calibrate.link(2)
+    assert 1e6 < bandwidth < 1e12 and 0 < latency < 5
+
+
+def test_tables_hold_every_sweep(tmp_path: Path) -> None:
+    summary = tables.write_tables(cluster.load("h100"), ["adamw", "soap"], tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"sweeps.csv", "scaling.txt", "batch.png", "width.png", "gpus.png"}
+    rows = list(csv.DictReader((tmp_path / "sweeps.csv").open()))
+    assert {row["sweep"] for row in rows} == {"batch", "width", "gpus"}
+    models = {row["model"] for row in rows if row["sweep"] == "gpus"}
+    assert models == {case.name for case in tables.CASES}
+    assert {int(float(row["x"])) for row in rows if row["sweep"] == "gpus"} >= {8, 16384}
+    shares = [float(r["share"]) for r in rows if r["sweep"] == "batch" and r["optimizer"] == "soap" and r["share"]]
+    assert shares == sorted(shares, reverse=True)  # larger batches hide the optimizer
+    assert summary.count("\n") >= 2 * len(tables.CASES)
+    assert "no matrix work" in summary  # SOAP at widths beyond its limit is Adam
+    assert all((tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("batch", "width", "gpus"))
