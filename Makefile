@@ -7,7 +7,7 @@ DEMO_OUTPUT ?= $(BUILD)/demo
 DEMO_TOKENS_PER_PARAMETER ?= 8
 TESTS ?= tests
 
-.PHONY: help setup demo demo-data demo-short test test-all lint bench cuda clean
+.PHONY: help setup demo demo-data demo-short test test-all lint bench cuda sanitize clean
 
 help:
 	@echo "make demo      real text, AdamW and Muon, three learning rates each: a table, plots and a page"
@@ -63,7 +63,10 @@ bench: $(VENV)/.extension
 	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
 
 cuda: $(VENV)/.packages
-	@MEGATRON_OPT_CUDA=1 $(PY) setup.py build_ext --build-lib $(BUILD)/cuda --build-temp $(BUILD)/cuda-temp
+	@$(PY) tools/compile_cuda.py 90
+
+sanitize: $(VENV)/.packages
+	@sh tools/sanitize.sh
 
 clean:
 	rm -rf $(BUILD) $(VENV) megatron_opt/_C*.so
