@@ -265,8 +265,8 @@ def plan_model(
     geometry = Geometry.of(config, per_head)
     whole: dict[str, MatrixInfo] = {}
     for p in parameters:
-        infos, *_ = split_param(p.name, p.shape, geometry, tp_rank=0, tp_size=1, partition_dim=None)
-        whole.update({info.name: info for info in infos})
+        made, *_ = split_param(p.name, p.shape, geometry, tp_rank=0, tp_size=1, partition_dim=None)
+        whole.update({info.name: info for info in made})
     groups = assign([whole[name] for name in sorted(whole)], rules)
     built = [registry.build(group.optimizer, dict(group.options)) for group in groups]
     rule_of = {info.name: rule for group, rule in zip(groups, built, strict=True) for info in group.infos}
