@@ -1,7 +1,6 @@
 """What a training job refuses to start on."""
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -77,17 +76,6 @@ def test_json_of_somebody_else_is_no_record(tmp_path):
     write(tmp_path / "bare", [0, 7])
     (tmp_path / "bare.json").write_text('{"text": "a corpus"}\n{"text": "of two lines"}\n')
     check_dataset(tmp_path / "bare", 8, "0" * 64)
-
-
-def test_is_fast_on_a_large_file(tmp_path):
-    prefix = tmp_path / "large"
-    with prefix.with_suffix(".bin").open("wb") as stream:
-        stream.truncate(2 * 10**9)  # sparse
-    with prefix.with_suffix(".idx").open("wb") as stream:
-        write_index(stream, np.uint16, np.full(10**6, 1000, dtype=np.int32))
-    start = time.perf_counter()
-    check_dataset(prefix, 100)
-    assert time.perf_counter() - start < 1
 
 
 def test_describe(prefix, model, texts):
