@@ -24,7 +24,10 @@ COMPOSED = {
     "shared-experts": (SHARED_EXPERTS, c.EP2, []),
     "frozen": (c.DENSE, c.DP2_DIST, []),
 }  # fmt: skip
-CLEAN = {"dense": c.DENSE, "per-token": PER_TOKEN, "heads": [*c.GQA, "--split-heads"], "shared-experts": SHARED_EXPERTS, "frozen": c.DENSE}
+CLEAN = {
+    "dense": c.DENSE, "per-token": PER_TOKEN, "heads": [*c.GQA, "--split-heads"], "shared-experts": SHARED_EXPERTS,
+    "frozen": c.DENSE,
+}  # fmt: skip
 HIT = "decoder.layers.0.mlp.linear_fc2.weight"
 NORM = "decoder.layers.1.input_layernorm.weight"
 POISON = {"nan": (HIT, "nan"), "inf": (HIT, "inf"), "zero": (HIT, "zero"), "norm": (NORM, "nan")}
