@@ -150,6 +150,7 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "overlap_param_gather_with_optimizer_step": ((), "use --overlap-param-gather."),
     "fp8_param_gather": ((), "main copies are written back in bf16; remove the flag."),
     "reuse_grad_buf_for_mxfp8_param_ag": ((), "it needs FP8 parameters; remove the flag."),
+    "ckpt_format": (("torch_dist",), "state is stored by logical matrix, which needs --ckpt-format torch_dist."),
     "optimizer_cuda_graph": ((), "the step exchanges shards of changing sizes; remove the flag."),
     "use_layer_wise_distributed_optimizer": ((), "matrices have owners already; use --use-distributed-optimizer."),
 }

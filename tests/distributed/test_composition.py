@@ -10,10 +10,6 @@ from tests.distributed.pool import Pool, Run
 
 STEPS = 8
 SHARED_EXPERTS = [*c.MOE, "--moe-shared-expert-intermediate-size", "40"]
-MLA = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --untie-embeddings-and-output-weights "
-    "--multi-latent-attention --q-lora-rank 16 --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 8 --v-head-dim 8"
-).split()
 PER_TOKEN = [*c.DENSE, "--calculate-per-token-loss"]
 COMPOSED = {
     "overlap-grad": (c.DENSE, c.DP2_DIST, ["--overlap-grad-reduce"]),
@@ -26,11 +22,12 @@ COMPOSED = {
     "small-buckets": (c.DENSE, c.TP2_DP2, ["--exchange-bucket-mb", "0.01"]),
     "heads": ([*c.GQA, "--split-heads"], c.TP2, []),
     "shared-experts": (SHARED_EXPERTS, c.EP2, []),
-    "mla": (MLA, c.TP2, []),
     "frozen": (c.DENSE, c.DP2_DIST, []),
 }  # fmt: skip
-CLEAN = {"dense": c.DENSE, "per-token": PER_TOKEN, "heads": [*c.GQA, "--split-heads"], "shared-experts": SHARED_EXPERTS,
-         "mla": MLA, "frozen": c.DENSE}
+CLEAN = {
+    "dense": c.DENSE, "per-token": PER_TOKEN, "heads": [*c.GQA, "--split-heads"], "shared-experts": SHARED_EXPERTS,
+    "frozen": c.DENSE,
+}  # fmt: skip
 HIT = "decoder.layers.0.mlp.linear_fc2.weight"
 NORM = "decoder.layers.1.input_layernorm.weight"
 POISON = {"nan": (HIT, "nan"), "inf": (HIT, "inf"), "zero": (HIT, "zero"), "norm": (NORM, "nan")}
