@@ -124,17 +124,22 @@ class Cluster:
         found = [self.folder / f"{name}.{suffix}" for suffix in ("log", "out")]
         return "\n".join(path.read_text(errors="replace")[-2000:] for path in found if path.is_file())
 
-    def stop_node(self, name: str) -> None:
-        """The node dies: its daemon and all that it started."""
+    def lose_node(self, name: str) -> None:
+        """The node falls silent, as a dead host does: no connection is closed. Returns when Slurm has given it up."""
         import psutil
 
         daemon = self.daemons.pop(name)
-        for process in [*psutil.process_iter(["cmdline", "environ"])]:
+        members = [daemon.pid]
+        for process in psutil.process_iter(["cmdline", "environ"]):
             words = " ".join(process.info["cmdline"] or [])
             inside = (process.info["environ"] or {}).get("SLURMD_NODENAME") == name
             if inside or (f"spool-{name}" in words and "slurmstepd" in words):
-                _kill(process.pid)
-        _kill(daemon.pid)
+                members.append(process.pid)
+        for pid in members:
+            _kill(pid, signal.SIGSTOP)
+        self._until(lambda: "DOWN" in self.states(), f"{name} given up", 180.0)
+        for pid in members:
+            _kill(pid)
         daemon.wait(timeout=30)
 
     def stop(self) -> None:
@@ -152,8 +157,8 @@ class Cluster:
                 _kill(process.pid)
 
 
-def _kill(pid: int) -> None:
+def _kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
     try:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     except ProcessLookupError:
         return

@@ -93,8 +93,7 @@ def test_a_preempted_job_saves_and_is_requeued(cluster, submit, reference):
 def test_a_lost_node_requeues_the_job(cluster, submit, reference):
     job, run = submit()
     run.until(lambda: run.events("save"), LIMIT, "a checkpoint")
-    cluster.stop_node("n2")
-    time.sleep(2)
+    cluster.lose_node("n2")
     cluster.start_node("n2")
     assert ended(cluster, job, run) == "COMPLETED", f"{run.tail()}\n{cluster.log('ctld')}"
     assert run.events("resume")
