@@ -68,13 +68,9 @@ class Cluster:
         self._until(lambda: (self.folder / "munge.socket").exists(), "munged")
         self._daemon("slurmctld", ["slurmctld", "-D", "-i"])
         for name in NODES:
-            self.start_node(name)
+            (self.folder / f"spool-{name}").mkdir(exist_ok=True)
+            self._daemon(name, ["slurmd", "-D", "-N", name])
         self._until(lambda: self.states() == {"IDLE"}, "idle nodes")
-
-    def start_node(self, name: str) -> None:
-        """Start (again) the daemon of a node."""
-        (self.folder / f"spool-{name}").mkdir(exist_ok=True)
-        self._daemon(name, ["slurmd", "-D", "-N", name])
 
     def _daemon(self, name: str, command: list[str]) -> None:
         with (self.folder / f"{name}.out").open("ab") as log:
@@ -124,24 +120,6 @@ class Cluster:
         found = [self.folder / f"{name}.{suffix}" for suffix in ("log", "out")]
         return "\n".join(path.read_text(errors="replace")[-2000:] for path in found if path.is_file())
 
-    def lose_node(self, name: str) -> None:
-        """The node falls silent, as a dead host does: no connection is closed. Returns when Slurm has given it up."""
-        import psutil
-
-        daemon = self.daemons.pop(name)
-        members = [daemon.pid]
-        for process in psutil.process_iter(["cmdline", "environ"]):
-            words = " ".join(process.info["cmdline"] or [])
-            inside = (process.info["environ"] or {}).get("SLURMD_NODENAME") == name
-            if inside or (f"spool-{name}" in words and "slurmstepd" in words):
-                members.append(process.pid)
-        for pid in members:
-            _kill(pid, signal.SIGSTOP)
-        self._until(lambda: "DOWN" in self.states(), f"{name} given up", 180.0)
-        for pid in members:
-            _kill(pid)
-        daemon.wait(timeout=30)
-
     def stop(self) -> None:
         """End all daemons and what they started."""
         import psutil
@@ -157,8 +135,8 @@ class Cluster:
                 _kill(process.pid)
 
 
-def _kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+def _kill(pid: int) -> None:
     try:
-        os.kill(pid, number)
+        os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return
