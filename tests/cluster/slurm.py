@@ -68,13 +68,9 @@ class Cluster:
         self._until(lambda: (self.folder / "munge.socket").exists(), "munged")
         self._daemon("slurmctld", ["slurmctld", "-D", "-i"])
         for name in NODES:
-            self.start_node(name)
+            (self.folder / f"spool-{name}").mkdir(exist_ok=True)
+            self._daemon(name, ["slurmd", "-D", "-N", name])
         self._until(lambda: self.states() == {"IDLE"}, "idle nodes")
-
-    def start_node(self, name: str) -> None:
-        """Start (again) the daemon of a node."""
-        (self.folder / f"spool-{name}").mkdir(exist_ok=True)
-        self._daemon(name, ["slurmd", "-D", "-N", name])
 
     def _daemon(self, name: str, command: list[str]) -> None:
         with (self.folder / f"{name}.out").open("ab") as log:
@@ -123,19 +119,6 @@ class Cluster:
         """End of a daemon's logs."""
         found = [self.folder / f"{name}.{suffix}" for suffix in ("log", "out")]
         return "\n".join(path.read_text(errors="replace")[-2000:] for path in found if path.is_file())
-
-    def stop_node(self, name: str) -> None:
-        """The node dies: its daemon and all that it started."""
-        import psutil
-
-        daemon = self.daemons.pop(name)
-        for process in [*psutil.process_iter(["cmdline", "environ"])]:
-            words = " ".join(process.info["cmdline"] or [])
-            inside = (process.info["environ"] or {}).get("SLURMD_NODENAME") == name
-            if inside or (f"spool-{name}" in words and "slurmstepd" in words):
-                _kill(process.pid)
-        _kill(daemon.pid)
-        daemon.wait(timeout=30)
 
     def stop(self) -> None:
         """End all daemons and what they started."""
