@@ -29,11 +29,8 @@ def run(module: str, flags: list[str]) -> None:
 def losses(folder: Path, kind: str) -> dict[int, float]:
     """Iteration → loss from a run's metrics."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {
-        line["iteration"]: line["loss"]
-        for line in lines
-        if line["kind"] == kind and line.get("split", "valid") == "valid"
-    }
+    chosen = [line for line in lines if line["kind"] == kind and (kind == "train" or line.get("split") == "valid")]
+    return {line["iteration"]: line["loss"] for line in chosen}
 
 
 def experiment(
