@@ -49,4 +49,4 @@ def test_packing_and_traffic_are_the_engines(name: str, tp: int, pp: int, dp: in
         assert 0.9 * average <= sent.get("gradients to owners", 0.0) <= most * average
         shards = exact.sent["updates to shards"]
         mean = sum(shards) / len(shards)
-        assert mean * 0.85 <= sent.get("updates to shards", 0.0) <= max(shards) * 1.15
+        assert mean * 0.85 <= sent.get("updates to shards", 0.0) <= max(shards) * max(1.15, most)
