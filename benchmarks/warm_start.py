@@ -1,4 +1,4 @@
-"""Claim: after 60% of a budget with AdamW, a warm start for Muon or SOAP shows no loss spike above 1% of the loss (to be checked: see the output).
+"""What a switch at 60% of a budget does: the loss after a warm start for Muon or SOAP against staying and a cold start.
 
 `python benchmarks/warm_start.py --data DIR` (a folder of `megatron-opt data`) trains the demo model with AdamW to 60%,
 then goes on with AdamW, and with Muon and SOAP from a warm start and from a cold one (weights alone), and prints the
