@@ -21,7 +21,7 @@ SIZES = {"tiny": (4, 128, 352, 4), "small": (4, 256, 704, 4), "medium": (8, 512,
 LAYOUTS = {  # tp, pp, ranks, distributed optimizer
     "one": (1, 1, 1, False), "tp2": (2, 1, 2, False), "dp2-distopt": (1, 1, 2, True), "pp2": (1, 2, 2, False),
 }  # fmt: skip
-STEPS = 8
+STEPS = 10
 
 
 def flags_of(size: str, optimizer: str, layout: str) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def flags_of(size: str, optimizer: str, layout: str) -> dict[str, Any]:
 
 
 def build_model(size: str, pp: int, distributed: bool) -> list[Any]:
-    """One rank's Megatron model in its gradient buffers, which are filled with numbers."""
+    """One rank's Megatron model in its gradient buffers, with made-up gradients beside them."""
     import torch
     from megatron.core import parallel_state as ps
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -65,8 +65,15 @@ def build_model(size: str, pp: int, distributed: bool) -> list[Any]:
     wrapped = DistributedDataParallel(config, ddp, model)
     generator = torch.Generator().manual_seed(ps.get_pipeline_model_parallel_rank())
     for param in wrapped.parameters():
-        param.main_grad.copy_(torch.randn(param.main_grad.shape, generator=generator) * 1e-3)
+        param.made_up = torch.randn(param.main_grad.shape, generator=generator) * 1e-3
     return [wrapped]
+
+
+def fill_gradients(chunks: list[Any]) -> None:
+    """Fresh gradients: a step leaves its directions in their place."""
+    for chunk in chunks:
+        for param in chunk.parameters():
+            param.main_grad.copy_(param.made_up)
 
 
 def state_bytes(optimizer: Any) -> int:
@@ -103,9 +110,11 @@ def work(layout: str, optimizers: list[str], sizes: list[str], output: str) -> N
             chunks = build_model(size, pp, distributed)
             config = OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=1.0, use_distributed_optimizer=distributed)
             optimizer = build_optimizer(config, chunks, grouping({"optimizer": name}))
+            fill_gradients(chunks)
             optimizer.step()
             times, wall = [], []
-            for _ in range(STEPS + 2):  # SOAP's period of ten is covered once
+            for _ in range(STEPS):  # SOAP's period of ten is covered once
+                fill_gradients(chunks)
                 dist.barrier()
                 begin, start = clock(), time.perf_counter()
                 optimizer.step()

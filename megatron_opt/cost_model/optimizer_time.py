@@ -114,7 +114,7 @@ def domain_time(domain: DomainPlan, layout: Layout, cluster: Cluster) -> Optimiz
     over = cluster.overheads
     found.host = work.pop("host", 0.0) + over.fragment * domain.fragments + over.bucket * domain.buckets
     found.by_class, found.refresh = work, refresh[slowest]
-    _exchange(found, domain, layout, cluster, owned[slowest])
+    _exchange(found, domain, layout, cluster, max(owned))
     slow = cluster.crowding(layout.world) / cluster.optimizer_efficiency
     found.by_class = {kind: value * slow for kind, value in found.by_class.items()}
     found.element_wise, found.host, found.refresh = (
@@ -146,7 +146,7 @@ def _element_wise(domain: DomainPlan, layout: Layout, cluster: Cluster) -> tuple
 
 
 def _exchange(found: OptimizerTime, domain: DomainPlan, layout: Layout, cluster: Cluster, owned: float) -> None:
-    """Bytes that the slowest rank sends, and their seconds: shards to owners, updates back, factors of cut matrices."""
+    """Bytes that the fullest owner sends, and their seconds: shards to owners, updates back, factors of cut matrices."""
     ranks = domain.ranks
     if ranks == 1 or not domain.infos:
         return

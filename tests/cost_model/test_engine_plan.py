@@ -1,0 +1,52 @@
+"""The cost model's plan is the engine's: equal packing for every stage, and its traffic that of the exact routes."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_opt.cost_model.cluster import load
+from megatron_opt.cost_model.flags import grouping, parse
+from megatron_opt.cost_model.layout import Layout
+from megatron_opt.cost_model.model import Model
+from megatron_opt.cost_model.optimizer_time import domain_time
+from megatron_opt.cost_model.plan import plans
+from megatron_opt.distributed import planning
+
+
+def engine_plans(model: Model, layout: Layout, rules: list) -> list[planning.DomainPlan]:
+    config = SimpleNamespace(
+        num_attention_heads=model.heads,
+        num_query_groups=model.groups,
+        kv_channels=model.head_dim,
+        gated_linear_unit=model.gated,
+        num_moe_experts=model.experts,
+    )
+    parameters = [planning.Parameter(p.name, p.shape, p.cut, p.expert) for p in model.parameters(0, model.layers)]
+    sizes = planning.Layout(layout.tp, layout.pp, layout.data_parallel, distributed=layout.distributed)
+    return planning.plan_model(parameters, config, sizes, rules, tied=model.tied)
+
+
+@pytest.mark.parametrize("name", ["muon", "soap"])
+@pytest.mark.parametrize(
+    ("tp", "pp", "dp", "distributed"),
+    [(1, 1, 4, False), (2, 1, 1, False), (2, 2, 2, False), (1, 1, 8, True), (2, 2, 4, True), (4, 1, 16, True)],
+)
+def test_packing_and_traffic_are_the_engines(name: str, tp: int, pp: int, dp: int, distributed: bool) -> None:
+    flags, _ = parse(f"--preset llama-130m --num-layers 8 --optimizer {name}".split())
+    model, rules = Model.of(flags), grouping(flags)
+    layout = Layout(tp * pp * dp, tp=tp, pp=pp, global_batch=64, distributed=distributed)
+    mine = [domain for stage in plans(model, layout, rules) for domain in stage]
+    theirs = engine_plans(model, layout, rules)
+    assert len(mine) == len(theirs) == pp
+    for ours, exact in zip(mine, theirs, strict=True):
+        assert sorted(ours.plan.load) == pytest.approx(sorted(exact.plan.load))
+        assert sorted(ours.plan.state_bytes) == pytest.approx(sorted(exact.plan.state_bytes))
+        sent = domain_time(ours, layout, load("h100")).sent
+        owners = exact.sent["gradients to owners"]
+        # the vocabulary is cut: slices may fall to ranks that hold them, and the estimate, an upper bound, counts them as sent
+        most = 2.0 if name == "soap" else 1.1
+        average = sum(owners) / len(owners)
+        assert 0.9 * average <= sent.get("gradients to owners", 0.0) <= most * average
+        shards = exact.sent["updates to shards"]
+        mean = sum(shards) / len(shards)
+        assert mean * 0.85 <= sent.get("updates to shards", 0.0) <= max(shards) * max(1.15, most)
