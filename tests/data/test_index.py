@@ -115,8 +115,9 @@ def launch(command, prefix):
     """A run in a process of its own, once it has left its first shard."""
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
+        command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list(Path(f"{prefix}.parts").glob("*.json")):
         assert process.poll() is None, process.stderr.read()

@@ -100,7 +100,7 @@ def test_learns(name, text):
 
 
 ROUNDED = [(name, {}) for name in sorted(registry.rules())] + [
-    ("soap", dict(precondition_frequency=1, power_shift=1e-3)),
+    ("soap", dict(precondition_frequency=1, power_shift=1e-3, factor_precision="fp64")),
     ("soap", dict(precondition_frequency=2, power_shift=1e-3)),
     ("soap", dict(precondition_frequency=5, power_shift=1e-3)),
     ("soap", dict(precondition_frequency=2, one_sided=True, power_shift=1e-3)),
