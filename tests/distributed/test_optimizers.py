@@ -47,7 +47,7 @@ def slow_runs(pool: Pool) -> dict[str, Run]:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("name", NAMES)
 def test_optimizer_repeats_one_process(runs: dict[str, Run], name: str, layout: c.Layout) -> None:
-    if name == "mars-ep2":
+    if (name, layout.name) == ("mars", "ep2"):
         pytest.xfail("open defect: Mars leaves one process's losses by 1e-3 on expert parallelism")
     _compare(runs, name, layout)
 
