@@ -74,12 +74,12 @@ def build_optimizer(
     per_head: bool = False,
     on_bad_matrix: str = "skip",
     decay_mode: str = "decoupled",
-    lr_multiplier: Any = None,
+    width_ratio: float | None = None,
 ) -> ShardedOptimizer:
     """The optimizer for Megatron's (wrapped) model chunks with the given grouping."""
     distributed = bool(chunks[0].ddp_config.use_distributed_optimizer)
     domains = build_domains(chunks, distributed, per_head, wire)
-    groups = assign(all_matrices(domains), rules, decay_mode, lr_multiplier)
+    groups = assign(all_matrices(domains), rules, decay_mode, width_ratio)
     optimizer = ShardedOptimizer(
         config, chunks, domains, groups, mode=mode, bucket_bytes=bucket_bytes, on_bad_matrix=on_bad_matrix
     )

@@ -134,7 +134,7 @@ class MatrixStep:
                 share = rule.partial(slabs[part.key], self.states[part.key], number, info)
                 to_owner.outgoing[owner[part.matrix]].append(share)
             if owner[part.matrix] == me:
-                shares[part.key] = slabs_like(slabs, rule.partial_shape(info), rule.factor_dtype(), self.domain)
+                shares[part.key] = _room(rule.partial_shape(info), rule.factor_dtype(), self.domain)
                 to_owner.expect(part.rank, shares[part.key])
         wide = torch.float64 if any(t.dtype == torch.float64 for t in shares.values()) or any(
             self.rules[name].factor_dtype() == torch.float64 for name in names
@@ -155,7 +155,7 @@ class MatrixStep:
             if owner[part.matrix] == me:
                 back.outgoing[part.rank].append(combined[part.matrix])
             if part.rank == me:
-                arrived[part.key] = slabs_like(slabs, rule.combined_shape(info), torch.float32, self.domain)
+                arrived[part.key] = _room(rule.combined_shape(info), torch.float32, self.domain)
                 back.expect(owner[part.matrix], arrived[part.key])
         back.go(exchange, "factors to slices", torch.float32)
         return {
@@ -186,7 +186,7 @@ class _Round:
         exchange.start(self.outgoing, places, counts, what, wire).finish()
 
 
-def slabs_like(slabs: dict[Key, Tensor], shape: Sequence[int], dtype: torch.dtype, domain: Domain) -> Tensor:
+def _room(shape: Sequence[int], dtype: torch.dtype, domain: Domain) -> Tensor:
     """An empty tensor on the domain's device."""
     return torch.empty(tuple(shape), dtype=dtype, device=domain.device)
 
