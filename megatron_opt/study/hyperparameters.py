@@ -28,7 +28,7 @@ OPTIMIZER_FLAGS: dict[str, dict[str, str]] = {
 SCHEDULE = ("schedule", "warmup", "decay", "min_lr_ratio")
 """hyperparameters that only mean something together with the run's length"""
 
-WSD_OPTIMIZERS = ("muon", "scion", "muonh")
+WSD_OPTIMIZERS = ("muon", "scion", "muon_h", "scion_h")
 """stable-then-linear-decay without warmup in the paper; all others warm up and follow a cosine"""
 
 _ADAM: dict[str, list] = {"beta1": [0.9, 0.95, 0.98], "beta2": [0.9, 0.95, 0.98]}

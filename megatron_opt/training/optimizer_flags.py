@@ -36,12 +36,12 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
         if action.dest == "optimizer":
             action.choices, action.default = [*MEGATRON_OWN, *sorted(rules)], "adamw"
             action.help = "optimizer; adam and sgd are Megatron's own, the others megatron_opt's"
+    divided = [name for name in sorted(rules) if name in ("muon", "scion") or name.endswith("_h")]
     shared = parser.add_argument_group("optimizers")
     shared.conflict_handler = "resolve"
     shared.add_argument(
         "--scalar-lr-ratio",
-        "--muon-scalar-lr-ratio",
-        "--scion-scalar-lr-ratio",
+        *(f"--{name}-scalar-lr-ratio".replace("_", "-") for name in divided),
         dest="scalar_lr_ratio",
         type=float,
         help="learning rate of the parameters that a matrix optimizer leaves to an element-wise one, over --lr",
