@@ -13,6 +13,11 @@ from megatron_opt.optimizers.base import ElementwiseOptimizer, Reducer, State
 from megatron_opt.optimizers.groups import Group
 
 
+def learning_rate(group: dict[str, Any]) -> float:
+    """A parameter group's own: the scheduler's times the group's factor."""
+    return float(group["lr"]) * float(group["lr_scale"])
+
+
 @dataclass(eq=False)
 class Slice:
     """A contiguous run of a fragment that lies in one logical matrix."""
@@ -66,7 +71,7 @@ class ElementwiseStep:
                 [piece.of(grads) for piece in pieces],
                 [piece.state for piece in pieces],
                 number,
-                lr=group["lr"],
+                lr=learning_rate(group),
                 weight_decay=group["weight_decay"],
                 reducer=self._reducer(pieces, index),
                 grad_scale=factors[index],

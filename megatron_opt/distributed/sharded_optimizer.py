@@ -10,7 +10,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain, MatrixPlan, shape2d
-from megatron_opt.distributed.elementwise import ElementwiseStep
+from megatron_opt.distributed.elementwise import ElementwiseStep, learning_rate
 from megatron_opt.distributed.health import Health
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.ownership import Job
@@ -23,8 +23,8 @@ class ShardedOptimizer(MegatronOptimizer):
     """Steps every logical matrix once, wherever its shards are.
 
     Gradients come reduced from Megatron's buffers, whole or as the distributed optimizer's shard. Element-wise rules
-    work on them in place; matrix rules on whole matrices at their owners. Parameter groups follow Megatron's scheduler
-    (`lr_mult`, `wd_mult`); norms for clipping are sums over logical matrices, so no layout counts an element twice.
+    work on them in place; matrix rules on whole matrices at their owners. Megatron's scheduler sets every group's `lr` and
+    `weight_decay`; it knows no factor on the first, so steps take `learning_rate`. Norms for clipping are sums over logical matrices, so no layout counts an element twice.
     """
 
     is_stub_optimizer = False
@@ -84,7 +84,7 @@ class ShardedOptimizer(MegatronOptimizer):
                     "name": group.name,
                     "lr": self.config.lr or 0.0,
                     "weight_decay": self.config.weight_decay,
-                    "lr_mult": group.lr_scale,
+                    "lr_scale": group.lr_scale,
                     "is_expert_parallel": False,
                     "default_config": index == 0,  # whose learning rate Megatron logs
                     **_decay_of(group),
@@ -189,8 +189,9 @@ class ShardedOptimizer(MegatronOptimizer):
                 index = self.group_of[rect.matrix]
                 group, mode = self.param_groups[index], self.groups[index].decay_mode
                 span = slice(rect.offset, rect.offset + rect.numel)
-                decay_weights(fragment.main[span], update[span], group["lr"], group["weight_decay"], mode)
-                fragment.main[span].add_(update[span], alpha=-group["lr"])
+                lr = learning_rate(group)
+                decay_weights(fragment.main[span], update[span], lr, group["weight_decay"], mode)
+                fragment.main[span].add_(update[span], alpha=-lr)
                 if self.rules[index].projects:
                     projected[rect.matrix] = self.rules[index]
         if any(rule.projects for rule in self.rules):
