@@ -12,6 +12,7 @@ COMMANDS = {
     "study": ("megatron_opt.study.cli", "plan, tune, run, fit and report a comparison of optimizers"),
     "cost": ("megatron_opt.cost_model.cli", "predict a training step on a cluster; search layouts; calibrate"),
     "migrate": ("megatron_opt.migrate.cli", "plan a change of optimizer; convert a checkpoint into a warm start"),
+    "mup": ("megatron_opt.training.mup_check", "check that activation sizes do not follow the width under µP"),
     "train": ("megatron_opt.launch", "start a training run on this machine or as one node of several"),
 }
 

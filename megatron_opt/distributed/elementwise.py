@@ -1,5 +1,6 @@
 """One step of the element-wise rules on this rank's flat slices of logical matrices."""
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,15 +77,21 @@ class ElementwiseStep:
                 reducer=self._reducer(pieces, index),
                 grad_scale=factors[index],
                 decay_mode=self.groups[index].decay_mode,
+                firsts=[self._first(piece) for piece in pieces],
             )
 
-    def update_curvature(self, grads: list[Tensor], scale: float) -> None:
-        """Squared gradients times `scale` into the curvature of the rules that keep one."""
+    def _first(self, piece: Slice) -> int:
+        """Number of a slice's first element: its matrix's begin at a hash of the name, so that replicas round alike."""
+        columns = (*self.domain.infos[piece.matrix].shape, 1)[1]
+        return zlib.crc32(piece.matrix.encode()) * 2**30 + piece.rect.row0 * columns + piece.rect.col0
+
+    def update_curvature(self, grads: list[Tensor], scale: float, squared: bool) -> None:
+        """Gradients, squared or not, times `scale` into the curvature of the rules that keep one."""
         for index, rule in enumerate(self.rules):
             pieces = self.slices.get(index, [])
             if hasattr(rule, "update_curvature") and pieces:
                 rule.update_curvature(
-                    [piece.state for piece in pieces], [piece.of(grads) for piece in pieces], scale, squared=True
+                    [piece.state for piece in pieces], [piece.of(grads) for piece in pieces], scale, squared
                 )
 
     def _reducer(self, pieces: list[Slice], group: int) -> Reducer:

@@ -24,7 +24,8 @@ class ShardedOptimizer(MegatronOptimizer):
 
     Gradients come reduced from Megatron's buffers, whole or as the distributed optimizer's shard. Element-wise rules
     work on them in place; matrix rules on whole matrices at their owners. Megatron's scheduler sets every group's `lr` and
-    `weight_decay`; it knows no factor on the first, so steps take `learning_rate`. Norms for clipping are sums over logical matrices, so no layout counts an element twice.
+    `weight_decay`; it knows no factor on the first, so steps take `learning_rate`. Norms for clipping are sums over
+    logical matrices, so no layout counts an element twice.
     """
 
     is_stub_optimizer = False
@@ -222,10 +223,10 @@ class ShardedOptimizer(MegatronOptimizer):
         return any(hasattr(rule, "curvature_due") and rule.curvature_due(step) for rule in self.rules)
 
     @torch.no_grad()
-    def update_curvature(self, tokens: int) -> None:
-        """Take the gradients now in the buffers, of the mean loss on `tokens` sampled labels, as a curvature estimate."""
+    def update_curvature(self, scale: float, squared: bool) -> None:
+        """Take what is now in the gradient buffers, squared or not, times `scale`, as a curvature estimate."""
         for element in self.element_steps:
-            element.update_curvature([_grad(fragment) for fragment in element.domain.fragments], float(tokens))
+            element.update_curvature([_grad(fragment) for fragment in element.domain.fragments], scale, squared)
 
     def ensure_states(self) -> None:
         """Make the matrix rules' state from the current weights where there is none yet."""

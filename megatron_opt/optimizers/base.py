@@ -7,8 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from megatron_opt.errors import UserError
+
 State = dict[str, Tensor]
 Shape = tuple[int, ...]
+DECAY_MODES = ("decoupled", "independent", "cautious")
+_OTHER_TABLES = ("position", "tokentype")  # embeddings of something else than words
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ class MatrixInfo:
     kind: str = "hidden"
     role: str = ""
     heads: int = 1
+
+    @property
+    def rows_are_tokens(self) -> bool:
+        """Whether side 0 is the vocabulary: the word embedding and the output layer."""
+        return self.kind in ("embedding", "output") and len(self.shape) == 2 and self.role not in _OTHER_TABLES
 
 
 class MatrixOptimizer:
@@ -138,6 +147,19 @@ class Reducer:
     total: Callable[[Tensor], Tensor] = lambda values: values.sum()
 
 
+@dataclass(frozen=True)
+class Step:
+    """How one step of an element-wise rule is made, beside its tensors; see `ElementwiseOptimizer.update`."""
+
+    number: int
+    lr: float
+    shrink: float  # weight decay of this step: lr·wd where it is decoupled
+    grad_scale: float
+    cautious_decay: bool
+    copies: Sequence[Tensor]
+    firsts: Sequence[int]
+
+
 class ElementwiseOptimizer:
     """A rule on single elements, exact on any flat shard; updates parameters in place through one fused kernel."""
 
@@ -176,7 +198,18 @@ class ElementwiseOptimizer:
         `decay_mode` is `decoupled` (lr·wd·p), `independent` (wd·p) or `cautious` (lr·wd·p where u·p ≥ 0).
         `copies` are bf16 images of the parameters, written in the same pass. `firsts` numbers each piece's
         first element in the whole model, so that stochastic rounding does not depend on how it is cut.
+        Raises UserError for another decay mode.
         """
+        if decay_mode not in DECAY_MODES:
+            raise UserError(f"there is no decay mode {decay_mode!r}; there are {', '.join(DECAY_MODES)}.")
+        shrink = weight_decay if decay_mode == "independent" else lr * weight_decay
+        how = Step(step, lr, shrink, grad_scale, decay_mode == "cautious", copies, firsts)
+        self.apply(params, grads, states, how, reducer or Reducer([p.numel() for p in params]))
+
+    def apply(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], how: Step, reducer: Reducer
+    ) -> None:
+        """The step of `update`."""
         raise NotImplementedError
 
     def cost(self, numel: int) -> Cost:

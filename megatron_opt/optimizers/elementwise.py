@@ -11,15 +11,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megatron_opt.errors import UserError
 from megatron_opt.kernels import multi_tensor, quantize
 from megatron_opt.kernels.multi_tensor import Coefficients, Rule, Sum
-from megatron_opt.optimizers.base import Cost, ElementwiseOptimizer, Reducer, State
+from megatron_opt.optimizers.base import Cost, ElementwiseOptimizer, Reducer, State, Step
 from megatron_opt.optimizers.options import check, choice, option
 from megatron_opt.optimizers.registry import register
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-DECAY_MODES = ("decoupled", "independent", "cautious")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,40 +70,24 @@ class FusedRule(ElementwiseOptimizer):
                 state[f"{key}_absmax"] = param.new_zeros(quantize.blocks(param.numel()), dtype=torch.float32)
         return state
 
-    def update(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        step: int,
-        lr: float,
-        weight_decay: float,
-        reducer: Reducer | None = None,
-        *,
-        grad_scale: float = 1.0,
-        decay_mode: str = "decoupled",
-        copies: Sequence[Tensor] = (),
-        firsts: Sequence[int] = (),
+    def apply(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], how: Step, reducer: Reducer
     ) -> None:
-        if decay_mode not in DECAY_MODES:
-            raise UserError(f"there is no decay mode {decay_mode!r}; there are {', '.join(DECAY_MODES)}.")
-        shrink = weight_decay if decay_mode == "independent" else lr * weight_decay
-        c = self.coefficients(step)._replace(lr=lr, shrink=shrink, grad_scale=grad_scale)
-        reducer = reducer or Reducer([p.numel() for p in params])
+        c = self.coefficients(how.number)._replace(lr=how.lr, shrink=how.shrink, grad_scale=how.grad_scale)
         multi_tensor.update(
             self.rule,
             params,
             grads,
             [[state[key] for state in states] for key in self.state_keys],
             c,
-            copies=copies,
+            copies=how.copies,
             absmax=[self._absmax(states, key) for key in self.state_keys[:2]] + [()] * (2 - len(self.state_keys)),
             scales=self.scales(grads, states, c, reducer),
-            cautious_decay=decay_mode == "cautious",
+            cautious_decay=how.cautious_decay,
             stochastic=self.config.rounding == "stochastic",
             seed=self.config.rounding_seed,
-            step=step,
-            firsts=firsts,
+            step=how.number,
+            firsts=how.firsts,
         )
 
     def _absmax(self, states: Sequence[State], key: str) -> list[Tensor]:
@@ -175,7 +157,7 @@ class NAdamWConfig(AdamWConfig):
 
     beta1: float = option(0.95, "decay of the first moment", low=0, below=1)
     form: str = choice("study", ("study", "torch"), "optax's Nesterov form, or torch.optim.NAdam's momentum schedule")
-    momentum_decay: float = option(4e-3, "momentum schedule of form=torch", low=0)
+    momentum_decay: float = option(4e-3, "momentum schedule of form=torch", low=0, needs=("form", "torch"))
 
 
 @functools.cache

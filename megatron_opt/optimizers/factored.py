@@ -27,6 +27,7 @@ class FactoredConfig:
     precondition_frequency: int = option(10, "steps between refreshes", low=1)
     block_size: int = option(512, "matrices are cut into blocks of this side; 0: whole", low=0)
     max_precond_dim: int = option(10000, "a side this long or longer has no factor, and is not cut", low=1)
+    precondition_vocabulary: bool = option(False, "a factor for the vocabulary's side of embedding and output too")
     one_sided: bool = option(False, "a factor for the shorter side of a matrix only")
     precondition_1d: bool = option(True, "a factor for vectors too")
     stagger: bool = option(False, "spread refreshes over steps by a hash of the matrix's name")
@@ -82,6 +83,8 @@ class FactoredOptimizer(MatrixOptimizer):
         if len(info.shape) == 1:
             return (0,) if self.config.precondition_1d and info.shape[0] < limit else ()
         sides = tuple(side for side in (0, 1) if info.shape[side] < limit)
+        if info.rows_are_tokens and not self.config.precondition_vocabulary:
+            return tuple(side for side in sides if side == 1)
         if self.config.one_sided and len(sides) == 2:
             return (0,) if info.shape[0] <= info.shape[1] else (1,)
         return sides

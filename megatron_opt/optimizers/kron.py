@@ -35,6 +35,9 @@ class KronConfig:
     update_flat_start: int = option(2000, "steps that all update, before the share decays", low=0)
     block_size: int = option(256, "matrices are cut into blocks of this side; 0: whole", low=0)
     max_size_triangular: int = option(25000, "a longer side has a diagonal factor, and is not cut", low=1)
+    precondition_vocabulary: bool = option(
+        False, "a triangular factor for the vocabulary's side of embedding and output too, which is diagonal"
+    )
     max_update_rms: float = option(1.1, "matrices' directions are scaled down to this RMS; 0: not", low=0)
     balance_every: int = option(100, "updates of the factors between balancing them; 0: never", low=0)
     update_form: str = choice("triangular", ("triangular", "procrustes"), "how factors are updated")
@@ -91,10 +94,12 @@ class Kron(MatrixOptimizer):
         self.schedule = UpdateSchedule(config.update_probability, config.update_flat_start)
 
     def diagonal(self, info: MatrixInfo) -> tuple[bool, ...]:
-        """By side: whether its factor is diagonal (vectors, sides of one, very long sides)."""
+        """By side: whether its factor is diagonal (vectors, sides of one, the vocabulary, very long sides)."""
         if len(info.shape) == 1:
             return (True,)
-        return tuple(side == 1 or side > self.config.max_size_triangular for side in info.shape)
+        long = [side == 1 or side > self.config.max_size_triangular for side in info.shape]
+        long[0] |= info.rows_are_tokens and not self.config.precondition_vocabulary
+        return tuple(long)
 
     def grid(self, info: MatrixInfo) -> Grid:
         """Blocks; a side with a diagonal factor is not cut."""

@@ -41,8 +41,8 @@ class SpectralConfig:
     """What every rule built on orthogonalized momentum shares."""
 
     scale_mode: str = choice("shape_scaling", SCALE_MODES, "factor by the matrix's shape (out, in)")
-    extra_scale_factor: float = option(1.0, "further factor on the update; 0.2 with spectral matches AdamW's RMS")
-    num_ns_steps: int = option(5, "Newton–Schulz steps")
+    extra_scale_factor: float = option(1.0, "further factor on the update; 0.2 with spectral matches AdamW's RMS", above=0)
+    num_ns_steps: int = option(5, "Newton–Schulz steps", low=1)
     coefficient_type: str = choice("simple", (*ns.SETS, "custom"), "Newton–Schulz coefficients")
     custom_coefficients: tuple[tuple[float, float, float], ...] = option((), "(a, b, c) per step for `custom`")
     fp32_matmul_prec: str = choice("medium", tuple(ns.ITERATION_DTYPES), "iterate in bf16 (medium) or fp32")
@@ -67,8 +67,10 @@ class MuonConfig(SpectralConfig):
     momentum_form: str = choice("sum", ("sum", "ema"), "buf ← μ·buf + g, or μ·buf + (1−μ)·g")
     eps: float = option(1e-5, "added to the norm", above=0)
     normuon: bool = option(False, "normalize rows by their running second moment, keeping the norm (NorMuon)")
-    normuon_beta2: float = option(0.95, "decay of NorMuon's second moment", low=0, below=1)
-    normuon_eps: float = option(1e-10, "added to the square root of NorMuon's second moment", above=0)
+    normuon_beta2: float = option(0.95, "decay of NorMuon's second moment", low=0, below=1, needs=("normuon", True))
+    normuon_eps: float = option(
+        1e-10, "added to the square root of NorMuon's second moment", above=0, needs=("normuon", True)
+    )
 
 
 class SpectralOptimizer(MatrixOptimizer):

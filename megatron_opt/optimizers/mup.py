@@ -2,7 +2,8 @@
 
 Hyperparameters tuned at a base width serve at r = width/base width if a hidden matrix's step changes its spectral norm
 as much as before. An element of ±1 everywhere (Adam, signs) has a spectral norm that grows by r, for gradients of low
-rank; an orthogonal matrix keeps it; elements of about 1 with a flat spectrum (SOAP, Kron) grow by √r.
+rank; an orthogonal matrix keeps it; elements of about 1 with a flat spectrum (SOAP, Kron) grow by √r. Logits are
+multiplied by 1/r by Megatron's own code (`--use-mup`), so that the output layer's initialization and learning rate stay.
 """
 
 from typing import Any
@@ -40,8 +41,3 @@ def lr_multiplier(optimizer: str, config: Any, info: MatrixInfo, ratio: float) -
 def init_multiplier(info: MatrixInfo, ratio: float) -> float:
     """Factor on the base width's initial standard deviation: hidden variances go by 1/fan_in."""
     return ratio**-0.5 if info.kind in ("hidden", "router") else 1.0
-
-
-def logit_multiplier(ratio: float) -> float:
-    """Factor on the output logits; the output layer's initialization and learning rate then stay."""
-    return 1.0 / ratio

@@ -5,6 +5,7 @@ import pkgutil
 from typing import Any
 
 from megatron_opt.errors import UserError
+from megatron_opt.optimizers.options import check_given
 
 _RULES: dict[str, type] = {}
 
@@ -27,7 +28,7 @@ def rules() -> dict[str, type]:
 
 
 def build(name: str, options: dict[str, Any]) -> Any:
-    """An optimizer from its name and options; unknown names and options are refused."""
+    """An optimizer from its name and options; unknown names and options, and those without effect, are refused."""
     known = rules()
     if name not in known:
         raise UserError(f"there is no optimizer {name!r}; there are {', '.join(sorted(known))}.")
@@ -37,4 +38,6 @@ def build(name: str, options: dict[str, Any]) -> Any:
         raise UserError(
             f"optimizer {name!r} has no option {unknown[0]!r}; it has {', '.join(sorted(fields)) or 'none'}."
         )
-    return cls(cls.Config(**options))  # type: ignore[attr-defined]
+    config = cls.Config(**options)  # type: ignore[attr-defined]
+    check_given(name, config, options)
+    return cls(config)

@@ -20,8 +20,12 @@ class ShampooConfig(FactoredConfig):
 
     beta1: float = option(0.95, "decay of the first moment", low=0, below=1)
     grafting: str = choice("adam", ("adam", "none"), "take the length of the direction from AdamW's")
-    graft_beta2: float = option(0.98, "decay of the grafted rule's second moment", low=0, below=1)
-    graft_eps: float = option(1e-10, "added to the square root of the grafted second moment", above=0)
+    graft_beta2: float = option(
+        0.98, "decay of the grafted rule's second moment", low=0, below=1, needs=("grafting", "adam")
+    )
+    graft_eps: float = option(
+        1e-10, "added to the square root of the grafted second moment", above=0, needs=("grafting", "adam")
+    )
     damping: float = option(1e-4, "added to the factors, relative to their norm", above=0)
     root: str = choice("eigh", ("eigh", "newton"), "inverse roots by eigendecomposition or coupled Newton")
 

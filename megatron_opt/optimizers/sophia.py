@@ -24,6 +24,9 @@ class SophiaConfig(ElementwiseConfig):
     gamma: float = option(0.0125, "factor on the curvature: larger clips less", above=0)
     eps: float = option(1e-7, "least value of the divisor", above=0)
     curvature_every: int = option(10, "steps between curvature estimates", low=1)
+    curvature: str = choice(
+        "gnb", ("gnb", "hutchinson"), "estimate: Gauss-Newton-Bartlett on sampled labels, or the Hessian's own diagonal"
+    )
     form: str = choice("study", ("study", "authors"), "bias-corrected momentum, or the authors' uncorrected one")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -105,6 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     checkpoints.add_arguments(parser)
     faults.add_arguments(parser)
     add_optimizer_arguments(parser)
+    for action in parser._actions:  # a lone percent sign in Megatron's help would end --help in a traceback
+        if action.help and action.help is not argparse.SUPPRESS:
+            action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
     parser.error = _refuse  # type: ignore[method-assign]
     return parser
 

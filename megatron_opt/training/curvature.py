@@ -1,10 +1,13 @@
-"""Sophia's curvature: the Gauss–Newton–Bartlett estimate, one more forward and backward pass every k steps.
+"""Sophia's curvature: one more pass over a step's batches every k steps (arXiv 2305.14342).
 
-Labels are sampled from the model's own logits on the step's batches; with g the gradient of the mean loss on them over
-n tokens, n·g⊙g estimates the diagonal of the Gauss–Newton matrix (arXiv 2305.14342). A label is the argmax of logit plus
-Gumbel noise that is a hash of (seed, step, sequence, position, token), so that no layout samples another label.
+Gauss–Newton–Bartlett: labels are sampled from the model's own logits on the step's batches; with g the gradient of the
+mean loss on them over n tokens, n·g⊙g estimates the diagonal of the Gauss–Newton matrix. A label is the argmax of logit
+plus Gumbel noise that is a hash of (seed, step, sequence, position, token), so that no layout samples another label.
+
+Hutchinson: `hutchinson.py`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opt.errors import UserError
+from megatron_opt.training import hutchinson
 from megatron_opt.training.batches import REPLAY
 from megatron_opt.training.clock import Clock
 from megatron_opt.training.initialization import uniform
@@ -50,10 +53,8 @@ def sample_labels(logits: Tensor, labels: Tensor, seed: int, step: int, group: A
     return chosen.transpose(0, 1).contiguous()
 
 
-def install(training: Any, args: Any, clock: Clock) -> None:
-    """Put an estimate behind the training steps after which a rule of the run's optimizer wants one."""
-    if args.context_parallel_size > 1:
-        raise UserError("--optimizer sophia samples whole sequences; use --context-parallel-size 1.")
+def install(training: Any, args: Any, kind: str, clock: Clock) -> None:
+    """Put an estimate (`gnb` or `hutchinson`) behind the training steps after which a rule wants one."""
     train_step = training.train_step
 
     def with_curvature(
@@ -68,44 +69,76 @@ def install(training: Any, args: Any, clock: Clock) -> None:
         )
         if due:
             REPLAY.replay()
+            untimed = getattr(forward_backward, "__wrapped__", forward_backward)  # this is curvature's time
             try:
-                timed(args, forward_step, data_iterator, model, optimizer, forward_backward)
+                timed(args, forward_step, data_iterator, model, optimizer, untimed)
             finally:
                 REPLAY.stop()
         return found
 
-    timed = clock.timed("curvature", estimate)
+    timed = clock.timed("curvature", {"gnb": estimate, "hutchinson": estimate_hutchinson}[kind])
     training.train_step = with_curvature
 
 
 def estimate(
     args: Any, forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, forward_backward: Callable[..., Any]
 ) -> None:
-    """One pass over the kept batches with sampled labels; the optimizer takes the squared gradients."""
-    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    """Gradients of the loss on sampled labels; the optimizer takes their squares."""
     from megatron.core.utils import unwrap_model
 
     heads = [chunk for chunk in unwrap_model(list(model)) if getattr(chunk, "post_process", False)]
     for head in heads:
         head.compute_language_model_loss = _sampled_loss(head, args.seed, optimizer.step_number)
-    for chunk in model:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
     try:
-        forward_backward(
-            forward_step_func=forward_step,
-            data_iterator=data_iterator,
-            model=model,
-            num_microbatches=get_num_microbatches(),
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
-            decoder_seq_length=args.decoder_seq_length,
-            forward_only=False,
-        )
+        _pass(args, forward_step, data_iterator, model, optimizer, forward_backward)
     finally:
         for head in heads:
             del head.compute_language_model_loss
-    optimizer.update_curvature(tokens=args.global_batch_size * args.seq_length)
+    optimizer.update_curvature(float(args.global_batch_size * args.seq_length), squared=True)
+
+
+def estimate_hutchinson(
+    args: Any, forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, forward_backward: Callable[..., Any]
+) -> None:
+    """z⊙(Hz) of the loss on the true labels, z of signs; the optimizer takes it as it is."""
+    from megatron.core.utils import unwrap_model
+
+    (chunk,) = unwrap_model(list(model))
+    signs = {
+        param: hutchinson.signs(args.seed, optimizer.step_number, name, param)
+        for name, param in chunk.named_parameters()
+        if param.requires_grad
+    }
+    chunk.compute_language_model_loss = hutchinson.token_losses
+    step = functools.partial(hutchinson.forward_step, forward_step, signs)
+    try:
+        _pass(args, step, data_iterator, model, optimizer, forward_backward)
+    finally:
+        del chunk.compute_language_model_loss
+    for param, z in signs.items():
+        param.main_grad.mul_(z)
+    optimizer.update_curvature(1.0, squared=False)
+
+
+def _pass(
+    args: Any, forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, forward_backward: Callable[..., Any]
+) -> None:
+    """Forward and backward over the step's batches into emptied gradient buffers."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    forward_backward(
+        forward_step_func=forward_step,
+        data_iterator=data_iterator,
+        model=model,
+        num_microbatches=get_num_microbatches(),
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        decoder_seq_length=args.decoder_seq_length,
+        forward_only=False,
+    )
 
 
 def _sampled_loss(head: Any, seed: int, step: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from megatron_opt.distributed.matrices import declare, find_layer
 from megatron_opt.optimizers.base import MatrixInfo
+from megatron_opt.optimizers.mup import init_multiplier
+from megatron_opt.training.width import width_ratio
 
 _CHUNK = 1 << 20
 _TRUNCATION = 3.0  # sigmas, arXiv 2509.02046's code
@@ -51,11 +53,15 @@ def normal(seed: int, name: str, index: Tensor, truncate: float | None = None) -
 
 
 def scale_of(info: MatrixInfo, style: str, config: Any) -> float:
-    """Standard deviation of a weight: Megatron's, or the study's 1/√fan_in and, for the embedding, 1/hidden."""
-    fan_in = info.shape[-1]
+    """Standard deviation of a weight: Megatron's, or the study's 1/√fan_in and, for the embedding, 1/hidden.
+
+    Under µP it is that of the base width, times `mup.init_multiplier`.
+    """
+    ratio = width_ratio(config)
+    fan_in, factor = info.shape[-1] / ratio, init_multiplier(info, ratio)
     if style == "study":
-        return 1.0 / fan_in if info.kind == "embedding" else 1.0 / math.sqrt(fan_in)
-    std = float(config.init_method_std)
+        return factor / fan_in if info.kind == "embedding" else factor / math.sqrt(fan_in)
+    std = float(config.init_method_std) * factor
     if info.role in ("attention_output", "down"):  # they write to the residual stream
         return std / math.sqrt(2.0 * config.num_layers)
     return std

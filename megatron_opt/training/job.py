@@ -1,17 +1,17 @@
 """The job itself: our model hooks, optimizer and monitoring put into Megatron-LM's pretrain()."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from megatron_opt.training import checkpoints, events, faults, signals
-from megatron_opt.training.optimizer_flags import MEGATRON_OWN, group_rules
+from megatron_opt.training.optimizer_flags import MEGATRON_OWN, curvature_kind, group_rules
 
 
-def train(args: Any) -> None:
-    """Run Megatron-LM's pretrain() on validated flags."""
+def train(args: Any, look_at_model: Callable[[list[Any]], Any] | None = None) -> None:
+    """Run Megatron-LM's pretrain() on validated flags; `look_at_model` gets the initialized model's chunks first."""
     import megatron.training.training as training
     from megatron.core.enums import ModelType
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
@@ -35,11 +35,13 @@ def train(args: Any) -> None:
     checkpoints.install(args)
     faults.install(args)
     events.start(args)
-    if args.optimizer not in MEGATRON_OWN and any(rule.optimizer == "sophia" for rule in group_rules(args)):
-        curvature.install(training, args, monitor.clock)
+    if args.optimizer not in MEGATRON_OWN and (kind := curvature_kind(group_rules(args))):
+        curvature.install(training, args, kind, monitor.clock)
     config = gpt_config_from_args(args)
     if not args.megatron_init:
         config.pre_wrap_hooks = [*config.pre_wrap_hooks, functools.partial(_initialize, args)]
+    if look_at_model is not None:
+        config.pre_wrap_hooks = [*config.pre_wrap_hooks, lambda chunks: look_at_model(chunks) or chunks]
     container = pretrain_cfg_container_from_args(args, config)
     try:
         training.pretrain(container, batches.build_datasets, ModelType.encoder_or_decoder, batches.forward_step)
@@ -78,12 +80,14 @@ def _watched(monitor: Any, make: Any, config: Any, model_chunks: Sequence[Any], 
 
 def make_optimizer(config: Any, model_chunks: Sequence[Any], **ignored: Any) -> Any:
     """In place of Megatron's `get_megatron_optimizer`: our optimizer by the run's flags."""
+    from megatron.core.utils import get_model_config
     from megatron.training import get_args
     from megatron.training.utils import print_rank_0
 
     from megatron_opt.distributed import planning
     from megatron_opt.distributed.build import build_optimizer
     from megatron_opt.optimizers.groups import describe
+    from megatron_opt.training.width import width_ratio
 
     args = get_args()
     optimizer = build_optimizer(
@@ -96,6 +100,7 @@ def make_optimizer(config: Any, model_chunks: Sequence[Any], **ignored: Any) -> 
         per_head=args.split_heads,
         on_bad_matrix=args.on_bad_matrix,
         decay_mode=args.decay_mode,
+        width_ratio=width_ratio(get_model_config(model_chunks[0])),
     )
     print_rank_0(describe(optimizer.groups, args.weight_decay))
     if args.print_optimizer_plan:

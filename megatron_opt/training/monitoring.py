@@ -162,6 +162,8 @@ class Monitor:
             "tokens_per_s": tokens_per_s,
             "split": {name: round(value, 6) for name, value in spans.items()},
         }
+        if self.speaks and "curvature" in spans:
+            print(f" curvature: {spans['curvature'] * 1e3:.1f} ms a step, {spans['curvature'] / seconds:.1%} of it")
         stats = getattr(self.optimizer, "stats", None)
         if stats:
             entry["groups"] = stats

@@ -3,12 +3,16 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.groups import GroupRule, default_rules, load_rules
+from megatron_opt.optimizers.mup import hidden_exponent
+from megatron_opt.optimizers.sophia import SophiaConfig
+from megatron_opt.training.hutchinson import check_curvature
+from megatron_opt.training.width import check_mup
 
 MEGATRON_OWN = ("adam", "sgd")  # left to Megatron's optimizers, as a baseline
 _ADAM_FLAGS = {"adam-beta1": "beta1", "adam-beta2": "beta2", "adam-eps": "eps"}
@@ -112,13 +116,26 @@ def group_rules(args: Any) -> list[GroupRule]:
     return default_rules(args.optimizer, options, args.scalar_lr_ratio)
 
 
+def curvature_kind(rules: Sequence[GroupRule]) -> str | None:
+    """The estimate that the run's Sophia groups want; None where there is no such group."""
+    kinds = {rule.options.get("curvature", SophiaConfig.curvature) for rule in rules if rule.optimizer == "sophia"}
+    if len(kinds) > 1:
+        raise UserError("one Sophia group wants curvature gnb, another hutchinson; choose one for both.")
+    return str(kinds.pop()) if kinds else None
+
+
 def check_optimizer_arguments(args: Any) -> None:
     """Refuse flags that would have no effect or another one than they say."""
+    check_mup(args)
     if args.optimizer in MEGATRON_OWN:
         return
     rules = group_rules(args)
     for rule in rules:
-        registry.build(rule.optimizer, dict(rule.options))
+        built = registry.build(rule.optimizer, dict(rule.options))
+        if getattr(args, "use_mup", False):
+            hidden_exponent(rule.optimizer, built.config)
+    if kind := curvature_kind(rules):
+        check_curvature(args, kind)
     used = {rule.optimizer for rule in rules}
     for name in given_options(args, args.given_flags):
         if name not in used:
@@ -139,6 +156,8 @@ _REFUSED = {
     "muon-no-split-qkv": "q, k and v are matrices of their own; --optimizer-groups can treat them apart.",
     "muon-scalar-optimizer": "say it in a file for --optimizer-groups.",
     "sgd-momentum": "it is for --optimizer sgd.",
+    "decoupled-lr": "--scalar-lr-ratio or lr_scale in a file for --optimizer-groups says it.",
+    "decoupled-min-lr": "every group's learning rate decays by the same factor.",
 }
 # flag: (values that are fine, why others are not)
 _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {

@@ -112,3 +112,42 @@ def skew(case: Case, record: recording.Record, argv: list[str], folder: Path) ->
     import os
 
     return [*argv, "--matrix-mode", "sharded" if int(os.environ["RANK"]) == case.ranks - 1 else "owner"]
+
+
+def finite_differences(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
+    """Record by parameter how far z⊙(Hz) is from z⊙(∇L(w + εz) − ∇L(w − εz))/2ε, relative to its norm, and the norm."""
+    import torch
+
+    from megatron_opt.training import curvature, hutchinson
+    from megatron_opt.training.batches import REPLAY
+
+    original = curvature.estimate_hutchinson
+    epsilon = 2e-3
+
+    def compared(args: Any, forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, schedule: Any) -> None:
+        kept = {stage: list(batches) for stage, batches in REPLAY._kept.items()}
+        original(args, forward_step, data_iterator, model, optimizer, schedule)
+        params = dict(model[0].module.named_parameters())
+        names = {name.removeprefix("module."): param for name, param in params.items()}
+        found = {name: param.main_grad.clone() for name, param in names.items()}
+        z = {name: hutchinson.signs(args.seed, optimizer.step_number, name, param) for name, param in names.items()}
+        sides = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for name, param in names.items():
+                    param.add_(z[name], alpha=sign * epsilon)
+            REPLAY._kept = {stage: list(batches) for stage, batches in kept.items()}
+            curvature._pass(args, forward_step, data_iterator, model, optimizer, schedule)
+            sides.append({name: param.main_grad.clone() for name, param in names.items()})
+            with torch.no_grad():
+                for name, param in names.items():
+                    param.sub_(z[name], alpha=sign * epsilon)
+        record.extra["finite_differences"] = {
+            name: (
+                float((z[name] * (sides[0][name] - sides[1][name]) / (2 * epsilon) - value).norm() / value.norm()),
+                float(value.norm()),
+            )
+            for name, value in found.items()
+        }
+
+    curvature.estimate_hutchinson = compared

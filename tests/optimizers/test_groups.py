@@ -7,7 +7,7 @@ from megatron_opt.errors import UserError
 from megatron_opt.optimizers import groups as g
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
-from megatron_opt.optimizers.mup import hidden_exponent, init_multiplier, logit_multiplier
+from megatron_opt.optimizers.mup import hidden_exponent, init_multiplier
 
 INFOS = [
     MatrixInfo("embedding.word_embeddings.weight", (1000, 32), "embedding"),
@@ -164,6 +164,5 @@ def test_width_multipliers_keep_a_steps_effect(name):
     assert 0.7 < sizes[1] / sizes[0] < 1.45
 
 
-def test_init_and_logits_follow_the_width():
+def test_init_follows_the_width():
     assert [init_multiplier(info, 4.0) for info in INFOS] == [1.0, 0.5, 0.5, 0.5, 0.5, 1.0, 0.5, 1.0, 1.0]
-    assert logit_multiplier(4.0) == 0.25

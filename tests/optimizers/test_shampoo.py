@@ -10,7 +10,8 @@ BETA1, BETA2, SHAMPOO, EPS = 0.9, 0.95, 0.8, 1e-12
 
 
 def run(grads, **options):
-    options = dict(beta1=BETA1, shampoo_beta=SHAMPOO, graft_beta2=BETA2, graft_eps=EPS) | options
+    graft = {} if options.get("grafting") == "none" else dict(graft_beta2=BETA2, graft_eps=EPS)
+    options = dict(beta1=BETA1, shampoo_beta=SHAMPOO) | graft | options
     info = MatrixInfo("w", tuple(grads[0].shape))
     rule = registry.build("shampoo", options)
     state = rule.init_state(torch.zeros_like(grads[0]), info)

@@ -1,0 +1,115 @@
+"""One short run on one repeated batch that writes down how large every kind of activation is, step by step.
+
+`python -m megatron_opt.training.activations FILE FLAGS…`; the parent is `mup_check.py`.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_opt.errors import UserError
+
+# kind of activation: the modules whose output it is
+KINDS = {
+    "embedding": r"embedding",
+    "qkv": r".*\.linear_qkv",
+    "attention": r".*\.core_attention",
+    "attention output": r".*\.linear_proj",
+    "mlp up": r".*\.linear_fc1",
+    "mlp down": r".*\.linear_fc2",
+    "residual": r"decoder\.layers\.\d+",
+    "logits": r"output_layer",
+}
+
+
+class Recorder:
+    """Hooks on a model: mean |x| of each kind, and mean |x − x₀| against the first step's, at every step."""
+
+    def __init__(self) -> None:
+        self.sizes: list[dict[str, float]] = []
+        self.changes: list[dict[str, float]] = []
+        self.losses: list[float] = []
+        self._first: dict[str, Tensor] = {}
+        self._now: dict[str, Tensor] = {}
+
+    def watch(self, chunks: list[Any]) -> None:
+        """Hook every module of a kind."""
+        for chunk in chunks:
+            scale = float(chunk.config.mup_output_mult) if chunk.config.use_mup else 1.0
+            for name, module in chunk.named_modules():
+                kind = next((kind for kind, pattern in KINDS.items() if re.fullmatch(pattern, name)), None)
+                if kind:
+                    module.register_forward_hook(self._hook(f"{kind}:{name}", scale if kind == "logits" else 1.0))
+
+    def _hook(self, key: str, scale: float) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            self._now.setdefault(key, tensor.detach().double() * scale)  # a step's first microbatch stands for it
+
+        return hook
+
+    def wrap(self, train_step: Any) -> Any:
+        """Megatron's training step on the first step's batches for ever."""
+        kept: list[Any] = []
+
+        def repeated(source: Iterator[Any]) -> Iterator[Any]:
+            count = 0
+            while True:
+                if count == len(kept):
+                    kept.append(next(source))
+                yield kept[count]
+                count += 1
+
+        def wrapped(forward_step: Any, data_iterator: Any, *rest: Any, **kwargs: Any) -> Any:
+            self._now = {}
+            found = train_step(forward_step, repeated(data_iterator), *rest, **kwargs)
+            self._first = self._first or dict(self._now)
+            self.sizes.append(_means({key: x.abs().mean() for key, x in self._now.items()}))
+            self.changes.append(_means({key: (x - self._first[key]).abs().mean() for key, x in self._now.items()}))
+            self.losses.append(float(found[0]["lm loss"]))
+            return found
+
+        return wrapped
+
+
+def _means(values: dict[str, Tensor]) -> dict[str, float]:
+    """Mean over the modules of a kind."""
+    found: dict[str, list[float]] = {}
+    for key, value in values.items():
+        found.setdefault(key.split(":")[0], []).append(float(value))
+    return {kind: sum(several) / len(several) for kind, several in found.items()}
+
+
+def main(target: Path, argv: list[str]) -> None:
+    """Train as the flags say on one process; the record as JSON."""
+    import os
+
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", "0")
+    from megatron_opt import platform
+
+    platform.activate()
+    from megatron.training import training
+
+    from megatron_opt.training import arguments, job
+
+    recorder = Recorder()
+    training.train_step = recorder.wrap(training.train_step)
+    job.train(arguments.parse(argv), recorder.watch)
+    content = {"sizes": recorder.sizes, "changes": recorder.changes, "losses": recorder.losses}
+    target.write_text(json.dumps(content))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), sys.argv[2:])
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

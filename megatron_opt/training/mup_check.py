@@ -1,0 +1,157 @@
+"""`megatron-opt mup check`: whether activations stay as large over width, with and without µP. arXiv 2203.03466, app. D.
+
+The same few steps on one repeated batch at several widths; the slope of log(mean |x|) over log(width) is near 0 for every
+kind of activation where learning rates, initialization and logits follow the width as they should.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_opt.errors import UserError
+
+PARAMETRIZATIONS = ("standard", "mup")
+_SMALL = (
+    "--preset llama --num-layers 2 --seq-length 64 --micro-batch-size 8 --global-batch-size 8 --eval-iters 0 "
+    "--lr 0.01 --lr-decay-style constant --weight-decay 0 --log-interval 1000"
+).split()
+_NO_DATA = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "511"]
+_OURS = ("hidden-size", "ffn-hidden-size", "num-attention-heads", "train-iters", "use-mup", "mup-base-hidden-size")
+
+Records = dict[tuple[str, int], dict[str, Any]]
+
+
+def model_flags(width: int, head_dim: int, ffn_ratio: float) -> list[str]:
+    """A width's shape: heads of one size, an MLP of one ratio."""
+    ffn = int(width * ffn_ratio)
+    return ["--hidden-size", str(width), "--ffn-hidden-size", str(ffn), "--num-attention-heads", str(width // head_dim)]
+
+
+def command_lines(options: argparse.Namespace, flags: Sequence[str]) -> dict[tuple[str, int], list[str]]:
+    """Flags of every run by (parametrization, width); the user's come last and win."""
+    names = {word.split("=")[0].removeprefix("--") for word in flags if word.startswith("--")}
+    if taken := sorted(names & set(_OURS)):
+        raise UserError(f"--{taken[0]} is set by the check itself; use --widths, --head-dim, --ffn-ratio and --steps.")
+    wrong = [width for width in options.widths if width % options.head_dim or width < options.head_dim]
+    if wrong:
+        raise UserError(f"width {wrong[0]} is not a multiple of --head-dim {options.head_dim}; change one of them.")
+    if len(set(options.widths)) < 2:
+        raise UserError("--widths needs at least two different widths to compare.")
+    data = [] if any("data-path" in name or name == "mock-data" for name in names) else _NO_DATA
+    steps = ["--train-iters", str(options.steps + 1)]
+    base = options.base_width or min(options.widths)
+    found = {}
+    for kind in PARAMETRIZATIONS:
+        for width in options.widths:
+            shape = model_flags(width, options.head_dim, options.ffn_ratio)
+            mup = ["--use-mup", "--mup-base-hidden-size", str(base), "--mup-base-head-dim", str(options.head_dim)]
+            found[kind, width] = [*_SMALL, *data, *shape, *steps, *(mup if kind == "mup" else []), *flags]
+    return found
+
+
+def run(flags: Sequence[str], target: Path) -> dict[str, Any]:
+    """One run in a process of its own, and its record."""
+    command = [sys.executable, "-m", "megatron_opt.training.activations", str(target), *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"a run failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no message'}")
+    return dict(json.loads(target.read_text()))
+
+
+def slope(widths: Sequence[int], values: Sequence[float]) -> float:
+    """Least-squares slope of log(value) over log(width); infinite where a value is not finite and positive."""
+    if not all(value > 0 and math.isfinite(value) for value in values):
+        return math.inf
+    x, y = [math.log(width) for width in widths], [math.log(value) for value in values]
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mx) * (b - my) for a, b in zip(x, y)) / sum((a - mx) ** 2 for a in x)
+
+
+def summarize(records: Records, widths: Sequence[int]) -> dict[str, Any]:
+    """By parametrization, measure (sizes, changes) and kind: the last step's values over width, and their slope."""
+    found: dict[str, Any] = {}
+    for kind in PARAMETRIZATIONS:
+        for measure in ("sizes", "changes"):
+            for name in records[kind, widths[0]][measure][-1]:
+                values = [records[kind, width][measure][-1][name] for width in widths]
+                entry = {"values": values, "slope": slope(widths, values)}
+                found.setdefault(kind, {}).setdefault(measure, {})[name] = entry
+    return found
+
+
+def table(summary: dict[str, Any], widths: Sequence[int]) -> str:
+    """One line a kind of activation."""
+    lines = []
+    for kind in PARAMETRIZATIONS:
+        for measure, what in (("sizes", "mean |x|"), ("changes", "mean |x - x at step 0|")):
+            lines.append(f"{kind}, {what} after the last step")
+            lines.append(f"  {'':<18}" + "".join(f"{width:>11}" for width in widths) + f"{'slope':>9}")
+            for name, entry in summary[kind][measure].items():
+                cells = "".join(f"{value:>11.4g}" for value in entry["values"])
+                lines.append(f"  {name:<18}{cells}{entry['slope']:>9.2f}")
+    return "\n".join(lines)
+
+
+def plot(summary: dict[str, Any], widths: Sequence[int], title: str, path: Path) -> None:
+    """Sizes and changes over width, with and without µP, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(9, 7), sharex=True, sharey="row")
+    for column, kind in enumerate(PARAMETRIZATIONS):
+        for row, (measure, what) in enumerate((("sizes", "mean |x|"), ("changes", "mean |x − x at step 0|"))):
+            axis = axes[row][column]
+            for name, entry in summary[kind][measure].items():
+                axis.loglog(widths, entry["values"], marker="o", label=f"{name} ({entry['slope']:+.2f})")
+            axis.set_title("µP" if kind == "mup" else "standard")
+            axis.set_ylabel(what)
+            axis.set_xlabel("width")
+            axis.set_xticks(widths, [str(width) for width in widths])
+            axis.legend(fontsize=7)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str], prog: str) -> int:
+    """`mup check [options] [-- flags of megatron_opt.pretrain]`."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n")[0])
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "check", help="mean activation sizes over width, with and without µP: a table, JSON and PNG",
+        epilog="after `--`: flags of megatron_opt.pretrain, such as --optimizer soap --lr 0.01 and data",
+    )  # fmt: skip
+    command.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
+    command.add_argument("--base-width", type=int, help="width of the base model (default: the smallest)")
+    command.add_argument("--head-dim", type=int, default=16, help="one head size for all widths")
+    command.add_argument("--ffn-ratio", type=float, default=3.0, help="width of the MLP over the model's")
+    command.add_argument("--steps", type=int, default=5, help="steps before the last measurement")
+    command.add_argument("--output-dir", type=Path, default=Path("mup-check"))
+    cut = argv.index("--") if "--" in argv else len(argv)
+    options, flags = parser.parse_args(argv[:cut]), argv[cut + 1 :]
+    lines = command_lines(options, flags)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    records: Records = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for (kind, width), line in lines.items():
+            print(f"{kind}, width {width}", file=sys.stderr)
+            records[kind, width] = run(line, Path(folder) / "record.json")
+    summary = summarize(records, options.widths)
+    text = table(summary, options.widths)
+    print(text)
+    from megatron_opt.training.monitoring import write_atomically
+
+    content = {"widths": options.widths, "flags": flags, "summary": summary,
+               "steps": {f"{kind} {width}": record for (kind, width), record in records.items()}}  # fmt: skip
+    write_atomically(options.output_dir / "mup_check.json", json.dumps(content, indent=1) + "\n")
+    write_atomically(options.output_dir / "mup_check.txt", text + "\n")
+    plot(summary, options.widths, " ".join(flags) or "adamw", options.output_dir / "mup_check.png")
+    return 0

@@ -1,0 +1,48 @@
+"""Every registered optimizer's weights and state, by value, from one layout to another: four pairs each."""
+
+import pytest
+import torch
+
+from megatron_opt.optimizers import registry
+from tests.distributed import cases as c
+from tests.distributed import recording
+from tests.distributed.cases import Case, Layout, case
+from tests.distributed.pool import Pool, Run
+
+NAMES = sorted(registry.rules())
+DENSE = [*c.DENSE, "--num-layers", "2"]
+PAIRS = [(c.TP2, c.PP2), (c.PP2, c.DP2_DIST), (c.DP2_DIST, c.ONE), (c.ONE, c.TP2)]
+STEPS = 2
+# a curvature estimate, a refresh of factors before the checkpoint
+OPTIONS = {
+    "sophia": ["--sophia-curvature-every", "1"],
+    "soap": ["--soap-precondition-frequency", "1"],
+    "shampoo": ["--shampoo-precondition-frequency", "1"],
+}
+
+
+def _case(name: str, layout: Layout, what: str, **options: str | int) -> Case:
+    flags = ["--optimizer", name, *OPTIONS.get(name, [])]
+    return case(DENSE, flags, layout, f"{what}-{name}-{layout.name}", steps=STEPS + 1, hook="checkpoint", options=options)
+
+
+@pytest.fixture(scope="module")
+def runs(pool: Pool) -> dict[str, Run]:
+    saving = [_case(n, a, "save", save=f"{n}-{a.name}", interval=STEPS, stop=STEPS) for n in NAMES for a, _ in PAIRS]
+    found = pool.run(saving)
+    return found | pool.run([_case(n, b, "load", load=f"{n}-{a.name}") for n in NAMES for a, b in PAIRS])
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS, ids=[f"{a.name}-to-{b.name}" for a, b in PAIRS])
+@pytest.mark.parametrize("name", NAMES)
+def test_state_moves_by_value(runs: dict[str, Run], name: str, a: Layout, b: Layout) -> None:
+    saved, loaded = runs[f"save-{name}-{a.name}"], runs[f"load-{name}-{b.name}"]
+    assert len(loaded.losses) == 1 and {rank["loaded_step"] for rank in loaded.ranks} == {STEPS}
+    pairs = [("weights", saved.weights, [block for rank in loaded.ranks for block in rank["loaded_weights"]])]
+    assert saved.state
+    for key, wanted in saved.state.items():
+        pairs.append((key, wanted, [block for rank in loaded.ranks for block in rank["loaded_state"].get(key, [])]))
+    for what, wanted, blocks in pairs:
+        found = recording.whole(blocks)
+        assert sorted(found) == sorted(wanted), what
+        assert all(torch.equal(found[matrix], value) for matrix, value in wanted.items()), what
