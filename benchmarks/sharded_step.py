@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 LAYOUTS = {"one": (1, 1), "tp2": (2, 1), "tp4": (4, 1), "dp2": (1, 2), "tp2-dp2": (2, 2), "tp2-dp4": (2, 4)}  # tp, dp
-OURS = {"ours": ("auto", False), "ours, sharded": ("sharded", False), "ours, distributed optimizer": ("auto", True)}
+OURS = {"ours": ("auto", False), "ours, distributed optimizer": ("auto", True), "ours, group": ("group", True),
+        "ours, sharded": ("sharded", False)}
 CORE = {"core, duplicated": "duplicated", "core, distributed": "distributed", "core, blockwise": "blockwise",
         "core, layer-wise": "duplicated"}
 VOCAB, SEQUENCE, BATCH = 512, 32, 8
@@ -181,7 +182,7 @@ def worker(args: argparse.Namespace) -> None:
     ps.initialize_model_parallel(tp)
     model_parallel_cuda_manual_seed(1)
     found: dict[str, Any] = {}
-    for kind in [*OURS, *CORE]:
+    for kind in args.kinds:
         try:
             found[kind] = measure(kind, tp, args, counter)
         except Exception as error:  # what a peer refuses is a line of the table
@@ -215,6 +216,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--kinds", nargs="+", choices=[*OURS, *CORE], default=[*OURS, *CORE], help="implementations")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -230,7 +232,7 @@ def main() -> None:
             subprocess.run(
                 [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp * dp), __file__,
                  "--layers", str(args.layers), "--hidden", str(args.hidden), "--steps", str(args.steps),
-                 "--worker", layout, "--result", str(result)],
+                 "--worker", layout, "--result", str(result), "--kinds", *args.kinds],
                 check=True, env=environment, timeout=1800,
             )  # fmt: skip
             found[layout] = json.loads(result.read_text())

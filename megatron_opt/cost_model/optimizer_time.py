@@ -6,6 +6,7 @@ from typing import Any
 from megatron_opt.cost_model.cluster import Cluster
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.plan import DomainPlan
+from megatron_opt.distributed.exchange import Part
 from megatron_opt.optimizers.base import Cost, MatrixInfo
 
 # Bytes that the engine moves for each element that a rank holds, beside what the rules' own costs count:
@@ -162,29 +163,21 @@ def _exchange(found: OptimizerTime, domain: DomainPlan, layout: Layout, cluster:
     found.sent["updates to shards"] = to_shards * layout.wire_bytes
     factors = _factor_bytes(domain)
     if factors:
-        found.sent["factors"] = max(factors.values())
+        found.sent["between slices"] = max(factors.values())
     found.exchange = sum(cluster.transfer(value, ranks) for value in found.sent.values())
     found.exchange += 2 * max(0, domain.buckets - 1) * cluster.link(ranks)[0].latency
 
 
 def _factor_bytes(domain: DomainPlan) -> dict[int, float]:
-    """Bytes of factors that each rank sends: a slice its share to the owner, the owner its result to all."""
+    """Bytes that each rank sends to the other slices of its matrices."""
     sent: dict[int, float] = {}
+    cut: dict[str, list[Part]] = {}
     for part in domain.plan.parts:
-        count = domain.slices[part.matrix]
-        if count == 1:
-            continue
-        rule, info = domain.rules[part.matrix], domain.infos[part.matrix]
-        owner = domain.plan.owner[part.matrix]
-        if part.rank != owner:
-            width = 8.0 if "64" in str(rule.factor_dtype()) else 4.0
-            sent[part.rank] = sent.get(part.rank, 0.0) + _numel_of(rule.partial_shape(info)) * width
-            sent[owner] = sent.get(owner, 0.0) + _numel_of(rule.combined_shape(info)) * 4.0
+        if domain.slices[part.matrix] > 1:
+            cut.setdefault(part.matrix, []).append(part)
+    for name, parts in cut.items():
+        edges = (0, *[part.stop for part in parts])
+        for leg in domain.rules[name].legs(domain.infos[name], edges):
+            for part in parts:
+                sent[part.rank] = sent.get(part.rank, 0.0) + leg.sent(part.index) * leg.dtype.itemsize
     return sent
-
-
-def _numel_of(shape: tuple[int, ...]) -> float:
-    count = 1.0
-    for side in shape:
-        count *= side
-    return count

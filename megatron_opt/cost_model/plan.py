@@ -35,7 +35,6 @@ class DomainPlan:
     rules: dict[str, Any]
     infos: dict[str, MatrixInfo]
     costs: dict[str, Cost]
-    split: dict[str, int | None]
     buckets: int
     elements: list[Elements] = field(default_factory=list)
     parameters: int = 0  # of the whole domain
@@ -61,10 +60,6 @@ def _numel(shape: Sequence[int]) -> int:
     for side in shape:
         count *= side
     return count
-
-
-def _shape2d(shape: Sequence[int]) -> tuple[int, int]:
-    return (shape[0], shape[1]) if len(shape) == 2 else (shape[0], 1)
 
 
 def plans(
@@ -142,8 +137,7 @@ def _domain(
             else:
                 entry.copied += _numel(info.shape)
     costs = {key: _cost(matrix_rules[key], info) for key, info in infos.items()}
-    split = {key: matrix_rules[key].split_dim(info) for key, info in infos.items()}
-    jobs = [Job(key, _shape2d(info.shape), costs[key], split[key]) for key, info in infos.items()]
+    jobs = [Job.of(info, matrix_rules[key], costs[key]) for key, info in infos.items()]
     plan = pack(jobs, ranks, layout.matrix_mode)
     buckets = len(make_buckets(plan.parts, ranks, layout.bucket_bytes, layout.wire_bytes))
     data = max(1, ranks // tp)
@@ -156,7 +150,6 @@ def _domain(
         matrix_rules,
         infos,
         costs,
-        split,
         buckets,
         list(elements.values()),
         sum(p.numel for p in parameters),

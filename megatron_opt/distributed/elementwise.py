@@ -1,7 +1,7 @@
 """One step of the element-wise rules on this rank's flat slices of logical matrices."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,15 +57,38 @@ class ElementwiseStep:
                     piece.state = self.rules[group].init_state(main)
                     self.slices.setdefault(group, []).append(piece)
 
-    def step(
-        self, grads: list[Tensor], factors: list[float], skip: set[str], number: int, param_groups: list[dict[str, Any]]
-    ) -> None:
-        """p ← p − lr·(u + wd·p) on every slice; every rank of the domain runs every group, for the sums."""
-        mains = [fragment.main for fragment in self.domain.fragments]
+    def _rules(self, skip: set[str]) -> Iterator[tuple[int, Any, list[Slice]]]:
+        """Element-wise rules by group, and the slices that they step; every rank of the domain gets every group."""
         for index, rule in enumerate(self.rules):
-            if not isinstance(rule, ElementwiseOptimizer):
+            if isinstance(rule, ElementwiseOptimizer):
+                yield index, rule, [piece for piece in self.slices.get(index, []) if piece.matrix not in skip]
+
+    def add_summands(
+        self, sums: dict[str, Tensor], grads: list[Tensor], factors: list[float], skip: set[str], number: int
+    ) -> None:
+        """Add this rank's share of what rules sum over all that they train, by the rule's name."""
+        for index, rule, pieces in self._rules(skip):
+            values = rule.summands(
+                [piece.of(grads) for piece in pieces], [piece.state for piece in pieces], number, factors[index]
+            )
+            if values is None:
                 continue
-            pieces = [piece for piece in self.slices.get(index, []) if piece.matrix not in skip]
+            total = sums.setdefault(rule.name, torch.zeros((), dtype=torch.float64))
+            for piece, value in zip(pieces, values.double().tolist(), strict=True):
+                total += value * piece.share * float(self.domain.counted[self.domain.order[piece.matrix]])
+
+    def step(
+        self,
+        grads: list[Tensor],
+        factors: list[float],
+        skip: set[str],
+        number: int,
+        param_groups: list[dict[str, Any]],
+        sums: dict[str, Tensor],
+    ) -> None:
+        """p ← p − lr·(u + wd·p) on every slice; `sums` are what `add_summands` adds, over all ranks."""
+        mains = [fragment.main for fragment in self.domain.fragments]
+        for index, rule, pieces in self._rules(skip):
             group = param_groups[index]
             rule.update(
                 [piece.of(mains) for piece in pieces],
@@ -74,7 +97,7 @@ class ElementwiseStep:
                 number,
                 lr=learning_rate(group),
                 weight_decay=group["weight_decay"],
-                reducer=self._reducer(pieces, index),
+                reducer=self._reducer(pieces, sums.get(rule.name)),
                 grad_scale=factors[index],
                 decay_mode=self.groups[index].decay_mode,
                 firsts=[self._first(piece) for piece in pieces],
@@ -94,7 +117,7 @@ class ElementwiseStep:
                     [piece.state for piece in pieces], [piece.of(grads) for piece in pieces], scale, squared
                 )
 
-    def _reducer(self, pieces: list[Slice], group: int) -> Reducer:
+    def _reducer(self, pieces: list[Slice], total: Tensor | None) -> Reducer:
         domain = self.domain
 
         def per_matrix(values: Tensor) -> Tensor:
@@ -104,19 +127,10 @@ class ElementwiseStep:
             total = domain.sum_over_ranks(total)
             return torch.stack([total[domain.order[p.matrix]] for p in pieces]).to(values) if pieces else values
 
-        def whole(values: Tensor) -> Tensor:
-            total = torch.zeros(1, dtype=torch.float64)
-            for piece, value in zip(pieces, values.double().tolist(), strict=True):
-                total += value * piece.share * float(domain.counted[domain.order[piece.matrix]])
-            if torch.distributed.get_world_size() > 1:
-                total = total.to(torch.cuda.current_device())
-                torch.distributed.all_reduce(total)
-            return total[0].to(values)
-
         numel = []
         for piece in pieces:
             count = 1
             for side in domain.infos[piece.matrix].shape:
                 count *= side
             numel.append(count)
-        return Reducer(numel, per_matrix, whole)
+        return Reducer(numel, per_matrix, total)

@@ -4,7 +4,9 @@ A route is worked out once, alike on every rank, from who holds what and who com
 in which each pair of ranks sends one flat message; what a rank needs from itself is copied and never sent.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opt.distributed.fragments import Rect
+from megatron_opt.optimizers.slices import Leg
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,14 @@ def _item(rect: Rect, fragment: int, part: Part, met: tuple[int, int, int, int])
         part=part.key,
         slab=(row0 - r0, row1 - r0, col0 - c0, col1 - c0),
     )
+
+
+def wires(legs: Iterable[Sequence[Leg]]) -> list[torch.dtype]:
+    """The dtype of each round of exchanges between the slices of several matrices: the widest that takes part."""
+    return [
+        functools.reduce(torch.promote_types, (leg.dtype for leg in turn if leg is not None))
+        for turn in itertools.zip_longest(*legs)
+    ]
 
 
 @dataclass

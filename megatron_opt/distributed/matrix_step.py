@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain, MatrixPlan, shape2d
-from megatron_opt.distributed.exchange import Part, Route, Trip
+from megatron_opt.distributed.exchange import Part, Route, Trip, wires
 from megatron_opt.optimizers.base import MatrixInfo, State
+from megatron_opt.optimizers.slices import SliceStep
 
 Key = tuple[str, int]
 
@@ -30,6 +31,8 @@ class MatrixStep:
         self.sliced = {
             name: parts for name in self.infos if len(parts := self.placed.of_matrix(name)) > 1
         }
+        self.edges = {name: (0, *[part.stop for part in parts]) for name, parts in self.sliced.items()}
+        self.legs = {name: self.rules[name].legs(self.infos[name], edges) for name, edges in self.edges.items()}
 
     def _slabs(self, names: Sequence[str], route: Route, flats: Sequence[Tensor]) -> dict[Key, Tensor]:
         """Room for this rank's parts; where a part already lies whole in one local rectangle, that rectangle itself."""
@@ -123,72 +126,48 @@ class MatrixStep:
         return done
 
     def _compute_sliced(self, names: Sequence[str], slabs: dict[Key, Tensor], number: int) -> dict[Key, Tensor]:
-        """Slices on all ranks, one small factor a matrix summed at its owner in the order of the slices."""
+        """Slices on several ranks step together: one all-to-all over the domain for each of their exchanges."""
         exchange, size, me = self.domain.exchange, self.domain.size, self.domain.rank
-        owner = self.placed.plan.owner
-        to_owner = _Round(size)
-        shares: dict[Key, Tensor] = {}
-        for part in self._parts(names):
-            rule, info = self.rules[part.matrix], self.infos[part.matrix]
-            if part.rank == me:
-                share = rule.partial(slabs[part.key], self.states[part.key], number, info)
-                to_owner.outgoing[owner[part.matrix]].append(share)
-            if owner[part.matrix] == me:
-                shares[part.key] = _room(rule.partial_shape(info), rule.factor_dtype(), self.domain)
-                to_owner.expect(part.rank, shares[part.key])
-        wide = torch.float64 if any(t.dtype == torch.float64 for t in shares.values()) or any(
-            self.rules[name].factor_dtype() == torch.float64 for name in names
-        ) else torch.float32
-        to_owner.go(exchange, "factors to owners", wide)
-        back = _Round(size)
-        combined: dict[str, Tensor] = {}
+        running: dict[Key, SliceStep] = {}
+        waiting: dict[Key, Tensor] = {}
+        done: dict[Key, Tensor] = {}
+
+        def resume(key: Key, value: Tensor | None) -> None:
+            try:
+                waiting[key] = running[key].send(value)  # type: ignore[arg-type]
+            except StopIteration as stopped:
+                done[key] = stopped.value
+
         for name in names:
-            if owner[name] == me:
-                parts = self.sliced[name]
-                total = shares[parts[0].key]
-                for part in parts[1:]:
-                    total = total + shares[part.key]
-                combined[name] = self.rules[name].combine(total, self.shared[name], number, self.infos[name])
-        arrived: dict[Key, Tensor] = {}
-        for part in self._parts(names):
-            rule, info = self.rules[part.matrix], self.infos[part.matrix]
-            if owner[part.matrix] == me:
-                back.outgoing[part.rank].append(combined[part.matrix])
-            if part.rank == me:
-                arrived[part.key] = _room(rule.combined_shape(info), torch.float32, self.domain)
-                back.expect(owner[part.matrix], arrived[part.key])
-        back.go(exchange, "factors to slices", torch.float32)
-        return {
-            part.key: self.rules[part.matrix].finish(
-                slabs[part.key], arrived[part.key], self.states[part.key], number, self.infos[part.matrix]
-            )
-            for part in self._parts(names)
-            if part.rank == me
-        }
-
-    def _parts(self, names: Sequence[str]) -> list[Part]:
-        return [part for name in names for part in self.sliced[name]]
-
-
-class _Round:
-    """One all-to-all of small tensors, in an order that sender and receiver share."""
-
-    def __init__(self, size: int) -> None:
-        self.outgoing: list[list[Tensor]] = [[] for _ in range(size)]
-        self.incoming: list[list[Tensor]] = [[] for _ in range(size)]
-
-    def expect(self, source: int, place: Tensor) -> None:
-        self.incoming[source].append(place)
-
-    def go(self, exchange: Any, what: str, wire: torch.dtype) -> None:
-        places = [[(lambda t=t: t) for t in items] for items in self.incoming]
-        counts = [[t.numel() for t in items] for items in self.incoming]
-        exchange.start(self.outgoing, places, counts, what, wire).finish()
-
-
-def _room(shape: Sequence[int], dtype: torch.dtype, domain: Domain) -> Tensor:
-    """An empty tensor on the domain's device."""
-    return torch.empty(tuple(shape), dtype=dtype, device=domain.device)
+            edges, shared = self.edges[name], self.shared.get(name, {})
+            for part in self.sliced[name]:
+                if part.rank == me:
+                    slab, state = slabs[part.key], self.states[part.key]
+                    running[part.key] = self.rules[name].slice_update(
+                        slab, state, shared, number, self.infos[name], part.index, edges
+                    )
+                    resume(part.key, None)
+        legs = {name: self.legs[name] for name in names}
+        for index, wire in enumerate(wires(legs.values())):
+            outgoing: list[list[Tensor]] = [[] for _ in range(size)]
+            incoming: list[list[Tensor]] = [[] for _ in range(size)]
+            arrived: dict[Key, list[Tensor]] = {}
+            for name in names:
+                mine = next((part for part in self.sliced[name] if part.rank == me), None)
+                if mine is None or index >= len(legs[name]):
+                    continue
+                leg, tensor = legs[name][index], waiting.pop(mine.key)
+                pieces = arrived[mine.key] = []
+                for part in self.sliced[name]:
+                    outgoing[part.rank].append(leg.outgoing(tensor, part.index))
+                    pieces.append(tensor.new_empty(leg.arriving(mine.index, part.index)))
+                    incoming[part.rank].append(pieces[-1])
+            places = [[(lambda t=t: t) for t in items] for items in incoming]
+            counts = [[t.numel() for t in items] for items in incoming]
+            exchange.start(outgoing, places, counts, "between slices", wire).finish()
+            for key, pieces in arrived.items():
+                resume(key, legs[key[0]][index].joined(pieces))
+        return done
 
 
 def _numel(part: Part) -> int:

@@ -1,28 +1,54 @@
-"""Who computes which matrix: deterministic longest-processing-time packing over the ranks of a stage, equal everywhere."""
+"""Who computes which matrix: deterministic packing over the ranks of a stage, equal everywhere.
+
+Whole matrices go by longest processing time first. Where that leaves a rank late, matrices whose rule can work on slices
+are poured into the ranks one after another, each rank filled to the mean load (McNaughton 1959), so that a matrix is cut
+only where a rank is full.
+"""
 
 import hashlib
 import heapq
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 from megatron_opt.distributed.exchange import Part
-from megatron_opt.optimizers.base import Cost
+from megatron_opt.optimizers.base import Cost, MatrixInfo
+
+MODES = ("auto", "owner", "group", "sharded")
+BALANCED = 1.1  # most loaded rank over the mean, up to which `auto` cuts nothing
+_WORTH = 1e9  # FLOPs by which the most loaded rank is late, from which a cut pays for its exchanges
+_SNAP = 0.01  # share of a rank's mean load that is not worth a slice of its own
+
+
+def load_of(cost: Cost) -> float:
+    """What packing balances: FLOPs per step, with memory traffic counted at 10 FLOPs a byte."""
+    return cost.mean_flops() + 10.0 * cost.elementwise_bytes + 1.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """A matrix to place: its shape as (rows, columns), cost, and the side that may be cut (None: whole only)."""
+    """A matrix to place: its shape as (rows, columns), cost, the side that may be cut (None: whole only), slices' costs."""
 
     matrix: str
     shape: tuple[int, int]
     cost: Cost
     split_dim: int | None = None
+    slice_costs: Callable[[tuple[int, ...]], list[Cost]] | None = None
+
+    @staticmethod
+    def of(info: MatrixInfo, rule: Any, cost: Cost | None = None) -> "Job":
+        """The job of a matrix under its rule."""
+        shape = (info.shape[0], info.shape[1]) if len(info.shape) == 2 else (info.shape[0], 1)
+        return Job(
+            info.name, shape, cost or rule.cost(info), rule.split_dim(info), lambda edges: rule.slice_costs(info, edges)
+        )
 
     @property
     def load(self) -> float:
-        """What packing balances: FLOPs per step, with memory traffic counted at 10 FLOPs a byte."""
-        return self.cost.mean_flops() + 10.0 * self.cost.elementwise_bytes + 1.0
+        """Of the whole matrix."""
+        return load_of(self.cost)
 
 
 @dataclass
@@ -46,47 +72,97 @@ class Plan:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _slices(length: int, count: int) -> list[tuple[int, int]]:
-    """Cut [0, length) into `count` nearly equal intervals, none empty."""
-    count = min(count, length)
-    edges = [length * i // count for i in range(count + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+Pieces = list[tuple[int, int, int]]  # rank, start, stop of the cut side
 
 
-def pack(jobs: Sequence[Job], ranks: int, mode: str = "auto") -> Plan:
-    """Place every matrix: whole on one rank, or in slices on several where the rule allows it and one rank would be late.
-
-    `mode` "owner" and "sharded" force one way where the rule allows it; "auto" cuts a matrix only when its load exceeds
-    the mean load of a rank.
-    """
-    order = sorted(jobs, key=lambda job: (-job.load, job.matrix))
-    mean = sum(job.load for job in order) / ranks
+def _whole(jobs: Sequence[Job], ranks: int) -> tuple[dict[str, Pieces], list[float]]:
+    """Every matrix on one rank, the largest first to the least loaded; loads by rank."""
     heap = [(0.0, 0.0, rank) for rank in range(ranks)]  # load, state bytes, rank
-    heapq.heapify(heap)
-    parts: list[Part] = []
-    owner: dict[str, int] = {}
-    flops, state = [0.0] * ranks, [0.0] * ranks
-    for job in order:
-        count = 1
-        if job.split_dim is not None and ranks > 1:
-            if mode == "sharded":
-                count = ranks
-            elif mode == "auto" and job.load > mean:
-                count = min(ranks, -(-int(job.load) // max(int(mean), 1)))
-        dim = job.split_dim or 0
-        cuts = _slices(job.shape[dim], count) if count > 1 else [(0, job.shape[dim])]
-        taken = [heapq.heappop(heap) for _ in cuts]
-        owner[job.matrix] = taken[0][2]
-        for index, ((start, stop), (load, held, rank)) in enumerate(zip(cuts, taken, strict=True)):
-            share = (stop - start) / job.shape[dim]
-            parts.append(Part(job.matrix, index, rank, dim, start, stop, job.shape))
-            flops[rank] += job.cost.mean_flops() * share
-            state[rank] += job.cost.state_bytes * share
-            heapq.heappush(heap, (load + job.load * share, held + job.cost.state_bytes * share, rank))
+    found: dict[str, Pieces] = {}
+    for job in jobs:
+        load, held, rank = heapq.heappop(heap)
+        found[job.matrix] = [(rank, 0, job.shape[job.split_dim or 0])]
+        heapq.heappush(heap, (load + job.load, held + job.cost.state_bytes, rank))
     loads = [0.0] * ranks
     for load, _, rank in heap:
         loads[rank] = load
-    return Plan(parts, owner, loads, flops, state)
+    return found, loads
+
+
+def _even(job: Job, ranks: int) -> Pieces:
+    """Nearly equal slices on all ranks, none empty."""
+    assert job.split_dim is not None
+    length = job.shape[job.split_dim]
+    count = min(ranks, length)
+    return [(rank, length * rank // count, length * (rank + 1) // count) for rank in range(count)]
+
+
+def _level(loads: Sequence[float], more: float) -> float:
+    """The load to which ranks must be filled to take `more` among them; fuller ranks stay as they are."""
+    ordered = sorted(loads)
+    for count, below in zip(range(len(ordered), 0, -1), list(accumulate(ordered))[::-1], strict=True):
+        level = (more + below) / count
+        if level >= ordered[count - 1]:
+            return level
+    return ordered[0]
+
+
+def _pour(jobs: Sequence[Job], loads: Sequence[float]) -> dict[str, Pieces]:
+    """Jobs one after another into the ranks' room below a common level, cut where a rank is full."""
+    level = _level(loads, sum(job.load for job in jobs))
+    borders = [0.0, *accumulate(max(0.0, level - load) for load in loads)]
+    found: dict[str, Pieces] = {}
+    at, rank = 0.0, 0
+    for job in jobs:
+        length, end = job.shape[job.split_dim or 0], at + job.load
+        grain = max(1, 1 << max(0, length.bit_length() - 9))  # slices of whole tiles
+        while rank + 1 < len(loads) and borders[rank + 1] <= at + min(_SNAP * level, job.load / 2):
+            rank += 1
+        pieces, start = [], 0
+        while start < length:
+            stop = length
+            if rank + 1 < len(loads) and borders[rank + 1] < end - min(_SNAP * level, job.load / 2):
+                share = (borders[rank + 1] - at) / job.load
+                stop = min(length, max(start, round(length * share / grain) * grain))
+            if stop > start:
+                pieces.append((rank, start, stop))
+            start = stop
+            if start < length:
+                rank += 1
+        found[job.matrix], at = pieces, end
+    return found
+
+
+def pack(jobs: Sequence[Job], ranks: int, mode: str = "auto") -> Plan:
+    """Place every matrix: whole on one rank, or in slices on several where its rule allows it.
+
+    `owner` cuts nothing, `sharded` cuts over all ranks, `group` fills every rank to the mean; `auto` is `owner`, or
+    `group` where a rank would be late by more than a tenth of the mean load.
+    """
+    order = sorted(jobs, key=lambda job: (-job.load, job.matrix))
+    placed, loads = _whole(order, ranks)
+    mean = sum(loads) / ranks
+    late = max(loads, default=0.0) - mean
+    cut = [job for job in order if job.split_dim is not None]
+    if mode == "sharded":
+        placed |= {job.matrix: _even(job, ranks) for job in cut}
+    elif mode == "group" or (mode == "auto" and late > (BALANCED - 1) * mean and late > _WORTH):
+        placed, loads = _whole([job for job in order if job.split_dim is None], ranks)
+        placed |= _pour(cut, loads)
+    parts: list[Part] = []
+    load, flops, state = [0.0] * ranks, [0.0] * ranks, [0.0] * ranks
+    for job in order:
+        pieces = placed[job.matrix]
+        costs = [job.cost]
+        if len(pieces) > 1:
+            assert job.slice_costs is not None
+            costs = job.slice_costs((0, *[stop for _, _, stop in pieces]))
+        for index, ((rank, start, stop), cost) in enumerate(zip(pieces, costs, strict=True)):
+            parts.append(Part(job.matrix, index, rank, job.split_dim or 0, start, stop, job.shape))
+            load[rank] += load_of(cost)
+            flops[rank] += cost.mean_flops()
+            state[rank] += cost.state_bytes
+    return Plan(parts, {job.matrix: placed[job.matrix][0][0] for job in order}, load, flops, state)
 
 
 def make_buckets(

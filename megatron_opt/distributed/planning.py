@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_opt.distributed.domain import shape2d
-from megatron_opt.distributed.exchange import Part
+from megatron_opt.distributed.exchange import Part, wires
 from megatron_opt.distributed.fragments import Rect, rectangles
 from megatron_opt.distributed.matrices import Geometry, ParamView, split_param
 from megatron_opt.distributed.ownership import Job, Plan, make_buckets, pack, plan_table
@@ -204,7 +203,7 @@ def _sent(
 ) -> dict[str, list[float]]:
     """Bytes that each rank sends in a step, as the run's counters name them."""
     ranks = len(plan.load)
-    kinds = ("gradients to owners", "updates to shards", "factors to owners", "factors to slices")
+    kinds = ("gradients to owners", "updates to shards", "between slices")
     sent = {kind: [0.0] * ranks for kind in kinds}
     parts: dict[str, list[Part]] = {}
     for part in plan.parts:
@@ -223,16 +222,13 @@ def _sent(
                     sent["gradients to owners"][holders[part.rank % len(holders)]] += count
                 sent["updates to shards"][part.rank] += count * (len(holders) - own)
     for bucket in buckets:
-        cut = [name for name in bucket if len(parts[name]) > 1]
-        width = 8 if any(rules[name].factor_dtype() == torch.float64 for name in cut) else 4
-        for name in cut:
-            owner = plan.owner[name]
-            up = torch.Size(rules[name].partial_shape(infos[name])).numel() * width
-            down = torch.Size(rules[name].combined_shape(infos[name])).numel() * 4
-            for part in parts[name]:
-                if part.rank != owner:
-                    sent["factors to owners"][part.rank] += up
-                    sent["factors to slices"][owner] += down
+        cut = {name: (0, *[part.stop for part in parts[name]]) for name in bucket if len(parts[name]) > 1}
+        legs = {name: rules[name].legs(infos[name], edges) for name, edges in cut.items()}
+        for index, dtype in enumerate(wires(legs.values())):
+            width = dtype.itemsize
+            for name, several in legs.items():
+                for part in parts[name] if index < len(several) else ():
+                    sent["between slices"][part.rank] += several[index].sent(part.index) * width
     return sent
 
 
@@ -278,10 +274,7 @@ def plan_model(
         for expert in experts:
             held, infos, ranks = _holdings(chunks, layout, geometry, expert, tied)
             taken = {name: infos[name] for name in sorted(infos) if isinstance(rule_of[name], MatrixOptimizer)}
-            jobs = [
-                Job(name, shape2d(info), rule_of[name].cost(info), rule_of[name].split_dim(info))
-                for name, info in taken.items()
-            ]
+            jobs = [Job.of(info, rule_of[name]) for name, info in taken.items()]
             plan = pack(jobs, ranks, mode)
             buckets = make_buckets(plan.parts, ranks, bucket_bytes, width)
             name = f"stage {stage}" if expert is None else f"experts of stage {stage}, expert rank {expert}"

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from megatron_opt.distributed.domain import Domain, MatrixPlan, shape2d
+from megatron_opt.distributed.domain import Domain, MatrixPlan
 from megatron_opt.distributed.elementwise import ElementwiseStep, learning_rate
 from megatron_opt.distributed.health import Health
 from megatron_opt.distributed.matrix_step import MatrixStep
@@ -61,10 +61,7 @@ class ShardedOptimizer(MegatronOptimizer):
             matrix_names = [n for n in sorted(domain.infos) if isinstance(self.rules[group_of[n]], MatrixOptimizer)]
             infos = {name: domain.infos[name] for name in matrix_names}
             rules = {name: self.rules[group_of[name]] for name in matrix_names}
-            jobs = [
-                Job(name, shape2d(info), rules[name].cost(info), rules[name].split_dim(info))
-                for name, info in infos.items()
-            ]
+            jobs = [Job.of(info, rules[name]) for name, info in infos.items()]
             placed = MatrixPlan.make(domain, jobs, mode, bucket_bytes)
             self.matrix_steps.append(MatrixStep(domain, placed, rules, infos))
             self.element_steps.append(ElementwiseStep(domain, self.groups, self.rules, group_of))
@@ -154,8 +151,17 @@ class ShardedOptimizer(MegatronOptimizer):
         grad_norm, scopes, squares = self._norms(grads)
         coefficients = [self._clip_factor(scopes, group) for group in self.groups]
         self.step_number += 1
-        for index, domain in enumerate(self.domains):
-            self._step_domain(domain, grads[index], squares[index], coefficients, index)
+        bad = [
+            {name for name, at in domain.order.items() if not math.isfinite(float(square[at]))}
+            for domain, square in zip(self.domains, squares, strict=True)
+        ]
+        for domain, names in zip(self.domains, bad, strict=True):
+            self.health.report(names, self.step_number, domain.rank == 0)
+        before = self._weights_before()
+        self._step_matrices(grads, squares, coefficients, bad)
+        self._step_elements(grads, coefficients, bad)
+        if before is not None:
+            self._record(before)
         for domain in self.domains:
             for fragment in domain.fragments:
                 fragment.publish()
@@ -164,21 +170,25 @@ class ShardedOptimizer(MegatronOptimizer):
                 chunk.start_param_sync()
         return True, grad_norm, zeros
 
-    def _step_domain(
-        self, domain: Domain, grads: list[Tensor], squares: Tensor, factors: list[float], index: int
+    def _step_matrices(
+        self, grads: list[list[Tensor]], squares: list[Tensor], factors: list[float], bad: list[set[str]]
     ) -> None:
-        matrix, element = self.matrix_steps[index], self.element_steps[index]
-        names = sorted(domain.infos)
-        bad = {name for name in names if not math.isfinite(float(squares[domain.order[name]]))}
-        zero = {name for name in matrix.infos if float(squares[domain.order[name]]) == 0.0}
-        self.health.report(bad, self.step_number, domain.rank == 0)
-        before = self._weights_before(domain)
-        clip = {name: factors[self.group_of[name]] for name in matrix.infos}
-        matrix.step(grads, clip, bad | zero, self.step_number)
-        self._apply(domain, matrix, grads, bad | zero)
-        element.step(grads, factors, bad, self.step_number, self.param_groups)
-        if before is not None:
-            self._record(domain, before)
+        for index, (domain, matrix) in enumerate(zip(self.domains, self.matrix_steps, strict=True)):
+            zero = {name for name in matrix.infos if float(squares[index][domain.order[name]]) == 0.0}
+            clip = {name: factors[self.group_of[name]] for name in matrix.infos}
+            matrix.step(grads[index], clip, bad[index] | zero, self.step_number)
+            self._apply(domain, matrix, grads[index], bad[index] | zero)
+
+    def _step_elements(self, grads: list[list[Tensor]], factors: list[float], bad: list[set[str]]) -> None:
+        """Element-wise rules of all domains; what a rule sums over all that it trains is summed first."""
+        sums: dict[str, Tensor] = {}
+        for element, flats, skip in zip(self.element_steps, grads, bad, strict=True):
+            element.add_summands(sums, flats, factors, skip, self.step_number)
+        if sums:
+            total = self._sum_over_world(torch.stack([sums[name] for name in sorted(sums)]))
+            sums = dict(zip(sorted(sums), total.unbind(), strict=True))
+        for element, flats, skip in zip(self.element_steps, grads, bad, strict=True):
+            element.step(flats, factors, skip, self.step_number, self.param_groups, sums)
 
     def _apply(self, domain: Domain, matrix: MatrixStep, updates: list[Tensor], skip: set[str]) -> None:
         """W ← W − lr·u − decay on this rank's shards of matrices, then the projection of the rules that have one."""
@@ -276,31 +286,27 @@ class ShardedOptimizer(MegatronOptimizer):
 
     # Statistics for the log
 
-    def _weights_before(self, domain: Domain) -> list[Tensor] | None:
+    def _weights_before(self) -> list[list[Tensor]] | None:
         if not self.want_stats:
             return None
-        if domain is self.domains[0]:
-            self._sums = torch.zeros(len(self.groups), 3, dtype=torch.float64)
-        return [fragment.main.clone() for fragment in domain.fragments]
+        return [[fragment.main.clone() for fragment in domain.fragments] for domain in self.domains]
 
-    def _record(self, domain: Domain, before: list[Tensor]) -> None:
-        """Squared norms of weights and updates, and their product, by group."""
-        for what in range(3):
-            values = []
-            for fragment, old in zip(domain.fragments, before, strict=True):
-                change = fragment.main - old
-                a, b = ((fragment.main, fragment.main), (change, change), (old, fragment.main))[what]
-                values.append([float(torch.dot(a[r.offset : r.offset + r.numel], b[r.offset : r.offset + r.numel]))
-                               for r in fragment.rects])
-            found = domain.sum_per_matrix(values) * domain.counted / domain.size
-            for name, at in domain.order.items():
-                self._sums[self.group_of[name], what] += found[at]
-        if domain is self.domains[-1]:
-            sums = self._sum_over_world(self._sums)
-            self.stats = {
-                group.name: {"weight_norm": math.sqrt(max(w, 0.0)), "update_norm": math.sqrt(max(u, 0.0))}
-                for group, (w, u, _) in zip(self.groups, sums.tolist(), strict=True)
-            }
+    def _record(self, before: list[list[Tensor]]) -> None:
+        """Norms of weights and updates by group."""
+        sums = torch.zeros(len(self.groups), 2, dtype=torch.float64)
+        for domain, old_flats in zip(self.domains, before, strict=True):
+            for what in range(2):
+                values = []
+                for fragment, old in zip(domain.fragments, old_flats, strict=True):
+                    flat = fragment.main if what == 0 else fragment.main - old
+                    values.append(squared_norms(flat, [(r.offset, r.numel) for r in fragment.rects]))
+                found = domain.sum_per_matrix(values) * domain.counted / domain.size
+                for name, at in domain.order.items():
+                    sums[self.group_of[name], what] += found[at]
+        self.stats = {
+            group.name: {"weight_norm": math.sqrt(max(w, 0.0)), "update_norm": math.sqrt(max(u, 0.0))}
+            for group, (w, u) in zip(self.groups, self._sum_over_world(sums).tolist(), strict=True)
+        }
 
     def fragments(self) -> list[Any]:
         """Fragments of all domains."""

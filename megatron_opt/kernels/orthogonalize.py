@@ -105,7 +105,7 @@ def standard_form(x: Tensor, table: Coefficients) -> Tensor:
     return x
 
 
-def _segments(steps: int, dtype: torch.dtype) -> list[int]:
+def segments(steps: int, dtype: torch.dtype) -> list[int]:
     """Steps between restarts of the Gram form: k×k iterates in bf16 keep small singular values for two steps."""
     if dtype != torch.bfloat16:
         return [steps]
@@ -115,7 +115,7 @@ def _segments(steps: int, dtype: torch.dtype) -> list[int]:
 def gram_form(x: Tensor, table: Coefficients) -> Tensor:
     """The same by iterating on k×k and applying once; fp32 keeps its k×k in fp64, bf16 restarts every two steps."""
     start = 0
-    for length in _segments(len(table), x.dtype):
+    for length in segments(len(table), x.dtype):
         wide = x if x.dtype == torch.bfloat16 else x.double()
         x = gram_polynomial(wide @ wide.mT, table[start : start + length]).to(x.dtype) @ x
         start += length
@@ -202,7 +202,7 @@ def flops(k: int, K: int, table: Coefficients, precision: str = "medium", dtype:
     work = ITERATION_DTYPES[precision] or dtype
     if not uses_gram_form(k, K, work, table):
         return len(table) * (4.0 * K * k * k + 2.0 * k**3)
-    return sum(4.0 * K * k * k + (8.0 * part - 6.0) * k**3 for part in _segments(len(table), work))
+    return sum(4.0 * K * k * k + (8.0 * part - 6.0) * k**3 for part in segments(len(table), work))
 
 
 @register_flop_formula(torch.ops.megatron_opt.orthogonalize)

@@ -7,9 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, Shape, State
+from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, State
 from megatron_opt.optimizers.options import check, option
 from megatron_opt.optimizers.registry import register
+from megatron_opt.optimizers.slices import SliceStep
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,8 @@ class AdamMini(MatrixOptimizer):
     def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
         return self._init(weight, weight.shape[0])
 
-    def partial_shape(self, info: MatrixInfo) -> Shape:
-        return (0,)
-
-    def combined_shape(self, info: MatrixInfo) -> Shape:
-        return (0,)
-
-    def partial(self, grad: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
-        return grad.new_empty(0, dtype=self.factor_dtype())
-
-    def combine(self, factor: Tensor, shared: State, step: int, info: MatrixInfo) -> Tensor:
-        return factor
-
-    def finish(self, grad: Tensor, combined: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
+    def slice_update(
+        self, grad: Tensor, state: State, shared: State, step: int, info: MatrixInfo, index: int, edges: tuple[int, ...]
+    ) -> SliceStep:
         return self._direction(grad, state, step)
+        yield  # a step without exchanges

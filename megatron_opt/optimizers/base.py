@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.errors import UserError
+from megatron_opt.optimizers.slices import Leg, SliceStep, shares
 
 State = dict[str, Tensor]
 Shape = tuple[int, ...]
@@ -33,6 +34,16 @@ class Cost:
     def mean_flops(self) -> float:
         """FLOPs per step, refreshes spread evenly."""
         return sum(self.flops.values()) + sum(self.refresh.values()) / self.refresh_every
+
+    def scaled(self, share: float) -> "Cost":
+        """A share of everything."""
+        return Cost(
+            {kind: share * count for kind, count in self.flops.items()},
+            {kind: share * count for kind, count in self.refresh.items()},
+            self.refresh_every,
+            share * self.elementwise_bytes,
+            share * self.state_bytes,
+        )
 
 
 @dataclass(frozen=True)
@@ -92,8 +103,8 @@ class MatrixOptimizer:
         """Factor on the weight after the step, from the whole matrix's ‖W‖² (rules with `projects`, without decay)."""
         raise NotImplementedError
 
-    # A rule that can work on slices of a matrix along one side, with one small factor summed over the slices,
-    # says which side may be cut and gives the three parts; `update` on a whole matrix equals their composition.
+    # A rule that can work on slices of a matrix along one side says which side may be cut, what the slices exchange,
+    # and how one slice steps; `update` on the whole matrix equals all slices' steps together.
     # The whole matrix's state is the union of the slices' (cut along the same side, in proportion) and the shared one.
 
     def split_dim(self, info: MatrixInfo) -> int | None:
@@ -105,32 +116,26 @@ class MatrixOptimizer:
         raise NotImplementedError
 
     def init_shared(self, info: MatrixInfo, device: torch.device, dtype: torch.dtype = torch.float32) -> State:
-        """State that exists once per matrix (factors, bases), at the matrix's owner; empty by default."""
+        """State that exists once per matrix (factors, bases), with slice 0; empty by default."""
         return {}
 
-    def factor_dtype(self) -> torch.dtype:
-        """The dtype in which `partial`'s factor travels and is summed."""
-        return torch.float32
+    def legs(self, info: MatrixInfo, edges: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Leg]:
+        """What slices [edges[i], edges[i+1]) of the cut side exchange in a step with gradients of `dtype`, in order."""
+        return []
 
-    def partial(self, grad: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
-        """The slice's share of the small factor; the shares of all slices are summed."""
+    def slice_update(
+        self, grad: Tensor, state: State, shared: State, step: int, info: MatrixInfo, index: int, edges: tuple[int, ...]
+    ) -> SliceStep:
+        """Slice `index`'s direction: yields what it gives to each of `legs`, is sent what it gets, returns the direction.
+
+        `shared` is empty but for slice 0.
+        """
         raise NotImplementedError
 
-    def combine(self, factor: Tensor, shared: State, step: int, info: MatrixInfo) -> Tensor:
-        """From the summed factor, at the owner, what every slice needs to finish."""
-        raise NotImplementedError
-
-    def finish(self, grad: Tensor, combined: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
-        """The slice's direction."""
-        raise NotImplementedError
-
-    def combined_shape(self, info: MatrixInfo) -> Shape:
-        """Shape of what `combine` returns (fp32)."""
-        raise NotImplementedError
-
-    def partial_shape(self, info: MatrixInfo) -> Shape:
-        """Shape of what `partial` returns (in `factor_dtype`)."""
-        raise NotImplementedError
+    def slice_costs(self, info: MatrixInfo, edges: tuple[int, ...]) -> list[Cost]:
+        """What each slice costs; in proportion by default."""
+        whole = self.cost(info)
+        return [whole.scaled(share) for share in shares(edges)]
 
 
 @dataclass
@@ -138,13 +143,13 @@ class Reducer:
     """Sums that a flat shard cannot see by itself; the default is for whole tensors on one process.
 
     `per_matrix` takes one value a piece and returns, for each piece, the sum over all pieces of its logical matrix on
-    all ranks; `total` returns the sum over all pieces everywhere, each element counted once; `numel` is the size of the
-    whole logical matrix of each piece.
+    all ranks; `total` is the sum of the rule's `summands` over all that it trains, None where this call has all of it;
+    `numel` is the size of the whole logical matrix of each piece.
     """
 
     numel: Sequence[int]
     per_matrix: Callable[[Tensor], Tensor] = lambda values: values
-    total: Callable[[Tensor], Tensor] = lambda values: values.sum()
+    total: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,12 @@ class ElementwiseOptimizer:
     def init_state(self, param: Tensor) -> State:
         """Zeros for every state key."""
         return {key: torch.zeros_like(param, dtype=torch.float32) for key in self.state_keys}
+
+    def summands(
+        self, grads: Sequence[Tensor], states: Sequence[State], step: int, grad_scale: float = 1.0
+    ) -> Tensor | None:
+        """What a step needs the sum of over all that the rule trains, one value a piece; None where nothing."""
+        return None
 
     def update(
         self,

@@ -223,21 +223,31 @@ class Mars(AdamW):
         o = self.config
         return super().coefficients(step)._replace(gamma=o.gamma * o.beta1 / (1.0 - o.beta1))
 
+    def _squares(self, grads: Sequence[Tensor], states: Sequence[State], c: Coefficients) -> Tensor:
+        """‖c‖² of each piece."""
+        return multi_tensor.sums(Sum.MARS_NORM, grads, c, states=[state["prev_grad"] for state in states])[:, 0]
+
+    def summands(
+        self, grads: Sequence[Tensor], states: Sequence[State], step: int, grad_scale: float = 1.0
+    ) -> Tensor | None:
+        if self.config.max_grad_norm == 0 or self.config.clip_scope != "global":
+            return None
+        return self._squares(grads, states, self.coefficients(step)._replace(grad_scale=grad_scale))
+
     def scales(
         self, grads: Sequence[Tensor], states: Sequence[State], c: Coefficients, reducer: Reducer
     ) -> Tensor | None:
         limit = self.config.max_grad_norm
         if limit == 0:
             return None
-        previous = [state["prev_grad"] for state in states]
-        squares = multi_tensor.sums(Sum.MARS_NORM, grads, c, states=previous)[:, 0]
         if self.config.clip_scope == "global":
-            norms = (reducer.total(squares).sqrt() + 1e-6).expand(len(grads))
+            total = self._squares(grads, states, c).sum() if reducer.total is None else reducer.total
+            norms = (total.sqrt() + 1e-6).expand(len(grads))
         else:
-            norms = reducer.per_matrix(squares).sqrt()
+            norms = reducer.per_matrix(self._squares(grads, states, c)).sqrt()
         if not grads:
             return None
-        return pairs((limit / norms).clamp(max=1.0), grads[0])
+        return pairs((limit / norms.to(grads[0].device)).clamp(max=1.0), grads[0])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,11 @@ from megatron_opt.errors import UserError
 from megatron_opt.kernels import multi_tensor, quantize
 from megatron_opt.kernels import orthogonalize as ns
 from megatron_opt.kernels.multi_tensor import Coefficients, Rule
+from megatron_opt.optimizers import sliced_orthogonalization as sliced
 from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, Shape, State
 from megatron_opt.optimizers.options import check, choice, option
 from megatron_opt.optimizers.registry import register
+from megatron_opt.optimizers.slices import Leg, SliceStep, in_proportion
 
 SCALE_MODES = ("shape_scaling", "spectral", "unit_rms_norm", "none")
 MOMENTUM_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}  # None: the weight's own
@@ -169,7 +171,7 @@ class SpectralOptimizer(MatrixOptimizer):
             state_bytes=width * k * K + scales,
         )
 
-    # Slices: the Gram matrix of the uncut side is a sum over slices; polynomial at the owner; apply on the slice.
+    # Slices along the longer side: see sliced_orthogonalization.py
 
     def split_dim(self, info: MatrixInfo) -> int | None:
         """The longer side: the Gram matrix is then the small one. 8-bit blocks run over rows: whole matrices only."""
@@ -180,39 +182,25 @@ class SpectralOptimizer(MatrixOptimizer):
     def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
         return SpectralOptimizer.init_state(self, weight, info)
 
-    def factor_dtype(self) -> torch.dtype:
-        """fp64 where fp32 accuracy is asked for: a k×k iteration squares the condition number."""
-        short = self.config.fp32_matmul_prec == "medium" and self.config.num_ns_steps <= 5
-        return torch.float32 if short else torch.float64
+    def legs(self, info: MatrixInfo, edges: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Leg]:
+        k, K = sorted(info.shape)
+        work = ns.ITERATION_DTYPES[self.config.fp32_matmul_prec] or dtype
+        squares = Leg(False, tuple(range(len(edges))), 1, torch.float64)
+        return [squares, *sliced.legs(k, K, in_proportion(k, edges), work, self.table)]
 
-    def _gram(self, x: Tensor, info: MatrixInfo) -> Tensor:
-        x = x if self.split_dim(info) == 1 else x.mT
-        return x @ x.mT
-
-    def partial(self, grad: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
-        return self._gram(self.advance(grad, state).to(self.factor_dtype()), info)
-
-    def combine(self, factor: Tensor, shared: State, step: int, info: MatrixInfo) -> Tensor:
-        norm = factor.diagonal().sum().sqrt()
-        scale = ns.scale_to_unit(norm, self.eps, self.config.norm_form)
-        polynomial = ns.gram_polynomial(factor * scale**2, self.table)
-        return polynomial * (scale * self.factor(info))
-
-    def finish(self, grad: Tensor, combined: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
-        u = self.direction(grad, self._load(state, grad.dtype))
-        q = combined.to(grad.dtype)
-        return q @ u if self.split_dim(info) == 1 else u @ q
-
-    def _factor_shape(self, info: MatrixInfo) -> Shape:
-        dim = self.split_dim(info)
-        assert dim is not None
-        return (info.shape[1 - dim],) * 2
-
-    def combined_shape(self, info: MatrixInfo) -> Shape:
-        return self._factor_shape(info)
-
-    def partial_shape(self, info: MatrixInfo) -> Shape:
-        return self._factor_shape(info)
+    def slice_update(
+        self, grad: Tensor, state: State, shared: State, step: int, info: MatrixInfo, index: int, edges: tuple[int, ...]
+    ) -> SliceStep:
+        (u,) = self.advance_all([grad], [state])
+        k, K = sorted(info.shape)
+        squares = yield u.double().square().sum().view(1, 1)
+        norm = squares.sum().sqrt().to(u.dtype)
+        x = u if self.split_dim(info) == 1 else u.mT
+        x = (x * ns.scale_to_unit(norm, self.eps, self.config.norm_form)).contiguous()
+        x = x.to(ns.ITERATION_DTYPES[self.config.fp32_matmul_prec] or x.dtype)
+        y = yield from sliced.iterate(x, K, in_proportion(k, edges), index, self.table)
+        y = y.to(grad.dtype) * self.factor(info)
+        return y if self.split_dim(info) == 1 else y.mT
 
 
 @register

@@ -7,18 +7,19 @@ null space of its basis is filled by `eigenbasis.complete`, a function of the gr
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from megatron_opt.kernels import eigenbasis, products
-from megatron_opt.optimizers.base import Cost, MatrixInfo, Shape, State
+from megatron_opt.optimizers.base import Cost, MatrixInfo, State
 from megatron_opt.optimizers.blocks import as_matrix
 from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer, guarded
 from megatron_opt.optimizers.options import choice, option
 from megatron_opt.optimizers.registry import register
+from megatron_opt.optimizers.slices import Leg, SliceStep, shares, to_first
 
 
 @dataclass(frozen=True)
@@ -143,21 +144,42 @@ class Soap(FactoredOptimizer):
             return None
         return 1 - sides[0] if sides else int(info.shape[1] > info.shape[0])
 
-    def factor_dtype(self) -> torch.dtype:
-        """fp64: the first basis is decomposed from it; later shares are fp32 products."""
-        return torch.float64
-
     def _stacks(self, info: MatrixInfo) -> list[tuple[int, int]]:
         """(count, size) of the blocks of the factor's side, by region; nothing where no side has one."""
         return [(count, block[side]) for side in self.sides(info) for count, *block in self.grid(info).shapes()]
 
-    def partial_shape(self, info: MatrixInfo) -> Shape:
-        return (sum(count * size * size for count, size in self._stacks(info)),)
+    def legs(self, info: MatrixInfo, edges: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Leg]:
+        """The factor's shares to slice 0, in fp64: the first basis is decomposed from their sum; bases back to all."""
+        count, stacks = len(edges) - 1, self._stacks(info)
+        factor = sum(count * size * size for count, size in stacks)
+        bases = 1 + sum(count * size * (2 * size + 1) for count, size in stacks)
+        up = Leg(True, to_first(factor, count), 1, torch.float64)
+        return [up, Leg(False, to_first(bases, count), 1, dtype)]
 
-    def combined_shape(self, info: MatrixInfo) -> Shape:
-        return (1 + sum(count * size * (2 * size + 1) for count, size in self._stacks(info)),)
+    def slice_update(
+        self, grad: Tensor, state: State, shared: State, step: int, info: MatrixInfo, index: int, edges: tuple[int, ...]
+    ) -> SliceStep:
+        factor = yield self._share(grad, state, info).view(-1, 1)
+        mine = grad.new_empty(0) if index else self._combine(factor.flatten(), shared, step, info)
+        combined = yield mine.view(-1, 1)
+        return self._finish(grad, combined.flatten(), state, step, info)
 
-    def partial(self, grad: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
+    def slice_costs(self, info: MatrixInfo, edges: tuple[int, ...]) -> list[Cost]:
+        """Refreshing bases, factors and bases themselves are slice 0's alone."""
+        whole, alone, held = self.cost(info), {"gemm": 0.0, "qr": 0.0}, 4.0
+        for count, size in self._stacks(info):
+            alone["gemm"] += count * 2.0 * size**3
+            alone["qr"] += count * 8.0 / 3.0 * size**3
+            held += count * size * size * (12.0 if self.config.factor_precision == "fp64" else 8.0)
+        spread = replace(
+            whole, refresh={kind: value - alone[kind] for kind, value in whole.refresh.items()},
+            state_bytes=whole.state_bytes - held,
+        )
+        costs = [spread.scaled(share) for share in shares(edges)]
+        refresh = {kind: value + alone[kind] for kind, value in costs[0].refresh.items()}
+        return [replace(costs[0], refresh=refresh, state_bytes=costs[0].state_bytes + held), *costs[1:]]
+
+    def _share(self, grad: Tensor, state: State, info: MatrixInfo) -> Tensor:
         side = self.sides(info)
         if not side:
             return grad.new_empty(0, dtype=torch.float64)
@@ -167,7 +189,7 @@ class Soap(FactoredOptimizer):
         shares = [g @ g.mT if side[0] == 0 else g.mT @ g for g in self.grid(info, tuple(grad.shape)).cut(grad)]
         return torch.cat([share.flatten() for share in shares]).double()
 
-    def combine(self, factor: Tensor, shared: State, step: int, info: MatrixInfo) -> Tensor:
+    def _combine(self, factor: Tensor, shared: State, step: int, info: MatrixInfo) -> Tensor:
         cfg, ready = self.config, shared["ready"]
         pieces = [ready.clone()]
         first, due = not bool(ready.item()), self.is_due(info, step)
@@ -197,7 +219,7 @@ class Soap(FactoredOptimizer):
         ready.fill_(float(not first or not factor.numel() or factor.any()))
         return torch.cat(pieces)
 
-    def finish(self, grad: Tensor, combined: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
+    def _finish(self, grad: Tensor, combined: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
         if not combined[0]:
             return torch.zeros_like(grad)
         moments = [as_matrix(state[key]) for key in self.block_keys]

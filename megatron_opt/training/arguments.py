@@ -125,9 +125,9 @@ def add_engine_arguments(group: Any) -> None:
     )
     group.add_argument(
         "--matrix-mode",
-        choices=["auto", "owner", "sharded"],
+        choices=["auto", "owner", "group", "sharded"],
         default="auto",
-        help="compute a matrix whole on one rank, or in slices on all; auto picks by cost",
+        help="compute matrices whole on one rank, cut where a rank is full, or in slices on all; auto picks by balance",
     )
     group.add_argument(
         "--exchange-dtype",

@@ -31,6 +31,8 @@ MUON = "--optimizer muon --muon-fp32-matmul-prec high".split()
 # the null space of a vector's factor, and of a router's, with few tokens an expert. No two layouts agree on noise.
 SOAP = "--optimizer soap --soap-factor-precision fp64 --soap-eps 1e-6 --soap-precondition-1d false".split()
 SOAP_HIDDEN = ["--optimizer", "soap", "--optimizer-groups", str(Path(__file__).with_name("soap_hidden.yaml"))]
+# one factor a matrix, of its shorter side: the other side may be cut
+SOAP_ONE_SIDED = [*SOAP, "--soap-one-sided", "true"]
 ADAMW = "--optimizer adamw".split()
 
 
@@ -68,6 +70,9 @@ TP2_DP2 = Layout.of("tp2-dp2", 4, tp=2)
 TP2_DP2_DIST = Layout.of("tp2-dp2-distopt", 4, tp=2, distopt=True)
 DP4_DIST = Layout.of("dp4-distopt", 4, distopt=True)
 TP4 = Layout.of("tp4", 4, tp=4)
+DP4 = Layout.of("dp4", 4)
+PP2_DP2 = Layout.of("pp2-dp2", 4, pp=2)
+PP2_DP2_DIST = Layout.of("pp2-dp2-distopt", 4, pp=2, distopt=True)
 EP2 = Layout.of("ep2", 2, ep=2)
 EP2_DIST = Layout.of("ep2-distopt", 2, ep=2, distopt=True)
 

@@ -92,7 +92,7 @@ def poison(case: Case, record: recording.Record, argv: list[str], folder: Path) 
 
 
 def freeze(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
-    """Options: parameters whose name contains `frozen` are not trained."""
+    """Options: parameters whose name contains `frozen` are not trained, or all whose name does not contain `kept`."""
     from megatron_opt.training import job
 
     initialize = job._initialize
@@ -101,7 +101,8 @@ def freeze(case: Case, record: recording.Record, argv: list[str], folder: Path) 
         chunks = initialize(args, chunks)
         for chunk in chunks:
             for name, param in chunk.named_parameters():
-                param.requires_grad = case.options["frozen"] not in name
+                kept = case.options.get("kept")
+                param.requires_grad = case.options["frozen"] not in name if kept is None else kept in name
         return chunks
 
     job._initialize = initialized
@@ -151,3 +152,66 @@ def finite_differences(case: Case, record: recording.Record, argv: list[str], fo
         }
 
     curvature.estimate_hutchinson = compared
+
+
+def work(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
+    """Record the FLOPs of all optimizer steps, and the bytes of the matrix rules' state beside what the plan says."""
+
+    def prepare(record: recording.Record) -> None:
+        from torch import ops
+        from torch.utils.flop_counter import FlopCounterMode
+
+        optimizer, step = record.optimizer, record.optimizer.step
+        in_place = {
+            ops.aten.addmm_: lambda out, a, b, **rest: 2 * a[0] * a[1] * b[1],
+            ops.aten.baddbmm_: lambda out, a, b, **rest: 2 * a[0] * a[1] * a[2] * b[2],
+        }
+        record.extra["flops"] = 0
+
+        def counted() -> Any:
+            with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+                found = step()
+            record.extra["flops"] += counter.get_total_flops()
+            return found
+
+        optimizer.step = counted
+
+    def compare(record: recording.Record) -> None:
+        steps, domains = record.optimizer.matrix_steps, record.optimizer.domains
+        record.extra["held"] = [
+            sum(t.numel() * t.element_size() for s in (*m.states.values(), *m.shared.values()) for t in s.values())
+            for m in steps
+        ]
+        record.extra["planned"] = [m.placed.plan.state_bytes[d.rank] for m, d in zip(steps, domains, strict=True)]
+        record.extra["planned_flops"] = [m.placed.plan.flops[d.rank] for m, d in zip(steps, domains, strict=True)]
+
+    record.once_made.append(prepare)
+    record.at_end.append(compare)
+
+
+def die(case: Case, record: recording.Record, argv: list[str], folder: Path) -> list[str]:
+    """As `checkpoint`; the last rank is killed inside the optimizer's step `step`, between two exchanges."""
+
+    def prepare(record: recording.Record) -> None:
+        import os
+        import signal
+
+        import torch
+        import torch.distributed as dist
+
+        from megatron_opt.distributed.matrix_step import MatrixStep
+
+        compute = MatrixStep._compute
+
+        def computing(self: Any, names: Any, slabs: Any, scale: Any, skip: Any, number: int) -> Any:
+            if number == case.options["step"] and dist.get_rank() == case.ranks - 1:
+                target = folder / f"{case.name}.{dist.get_rank()}.pt"  # what the pool waits for
+                torch.save({"killed": True, **record.partial()}, f"{target}.part")
+                os.replace(f"{target}.part", target)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return compute(self, names, slabs, scale, skip, number)
+
+        MatrixStep._compute = computing  # type: ignore[method-assign]
+
+    record.once_made.append(prepare)
+    return checkpoint(case, record, argv, folder)

@@ -17,16 +17,19 @@ COMPOSED = {
     "overlap-vpp": (c.DENSE, Layout.of("pp2-vpp2-dp2-distopt", 4, pp=2, vpp=2, distopt=True),
                     ["--overlap-grad-reduce", "--overlap-param-gather"]),
     "per-token": (PER_TOKEN, c.DP2_DIST, []),
-    "owner": (c.DENSE, c.TP2_DP2_DIST, ["--matrix-mode", "owner"]),
-    "sharded": (c.DENSE, c.TP2_DP2_DIST, ["--matrix-mode", "sharded"]),
+    "group-overlap": (c.DENSE, c.TP2_DP2_DIST, ["--matrix-mode", "group", "--overlap-grad-reduce", "--overlap-param-gather"]),
+    "group-small-buckets": (c.DENSE, c.TP2_DP2, ["--matrix-mode", "group", "--exchange-bucket-mb", "0.01"]),
     "small-buckets": (c.DENSE, c.TP2_DP2, ["--exchange-bucket-mb", "0.01"]),
     "heads": ([*c.GQA, "--split-heads"], c.TP2, []),
     "shared-experts": (SHARED_EXPERTS, c.EP2, []),
     "frozen": (c.DENSE, c.DP2_DIST, []),
+    "one-norm": (c.DENSE, c.DP4_DIST, []),
+    "one-matrix": (c.DENSE, c.PP2, []),
+    "no-gradient": (c.DENSE, c.TP2_DP2_DIST, ["--matrix-mode", "group"]),
 }  # fmt: skip
 CLEAN = {
     "dense": c.DENSE, "per-token": PER_TOKEN, "heads": [*c.GQA, "--split-heads"], "shared-experts": SHARED_EXPERTS,
-    "frozen": c.DENSE,
+    "frozen": c.DENSE, "one-norm": c.DENSE, "one-matrix": c.DENSE, "no-gradient": c.DENSE,
 }  # fmt: skip
 HIT = "decoder.layers.0.mlp.linear_fc2.weight"
 NORM = "decoder.layers.1.input_layernorm.weight"
@@ -38,14 +41,31 @@ def _poisoned(name: str, matrix: str, value: str, *flags: str) -> Case:
     return case(c.DENSE, [*c.MUON, *flags], c.TP2, name, steps=2, hook="poison", options=options)
 
 
-def _hook(name: str) -> dict[str, object]:
-    return {"hook": "freeze", "options": {"frozen": "mlp"}} if name == "frozen" else {}
+HOOKS: dict[str, dict[str, object]] = {
+    "frozen": {"hook": "freeze", "options": {"frozen": "mlp"}},
+    # 32 elements, all of them on one of four ranks; one matrix, on one of two stages
+    "one-norm": {"hook": "freeze", "options": {"kept": "final_layernorm"}},
+    "one-matrix": {"hook": "freeze", "options": {"kept": "layers.0.self_attention.linear_proj"}},
+    "no-gradient": {"hook": "poison", "options": {"matrix": HIT, "value": "zero", "step": 3}},
+}
 
 
+def _rule(name: str) -> list[str]:
+    return c.ADAMW if name == "one-norm" else c.MUON
+
+
+WORK_LAYOUTS = [c.ONE, c.TP2, c.DP2_DIST, c.TP2_DP2_DIST]
+WORK = [
+    case(c.DENSE, [*rule, "--matrix-mode", mode], layout, f"work-{kind}-{mode}-{layout.name}", steps=3, hook="work")
+    for kind, rule in (("muon", c.MUON), ("soap", c.SOAP), ("one-sided", c.SOAP_ONE_SIDED))
+    for mode in ("owner", "sharded", "group")
+    for layout in WORK_LAYOUTS
+]
 CASES = [
-    *(case(model, [*c.MUON, *more], layout, name, steps=STEPS, **_hook(name))
+    *(case(model, [*_rule(name), *more], layout, name, steps=STEPS, **HOOKS.get(name, {}))
       for name, (model, layout, more) in COMPOSED.items()),
-    *(case(model, c.MUON, c.ONE, f"one-{name}", steps=STEPS, **_hook(name)) for name, model in CLEAN.items()),
+    *(case(model, _rule(name), c.ONE, f"one-{name}", steps=STEPS, **HOOKS.get(name, {}))
+      for name, model in CLEAN.items()),
     *(case(c.DENSE, [*c.MUON, "--bf16"], layout, f"bf16-{layout.name}", steps=STEPS)
       for layout in (c.ONE, c.DP2, c.DP2_DIST)),
     case(c.DENSE, c.MUON, c.TP2, "clean", steps=2),
@@ -53,6 +73,7 @@ CASES = [
     *(_poisoned(name, *what) for name, what in POISON.items()),
     _poisoned("abort", HIT, "nan", "--on-bad-matrix", "abort"),
     case(c.DENSE, c.MUON, c.DP2_DIST, "skew", steps=2, hook="skew"),
+    *WORK,
 ]  # fmt: skip
 
 
@@ -104,3 +125,33 @@ def test_abort_says_which_matrix_on_every_rank(runs: dict[str, Run]) -> None:
 def test_ranks_that_disagree_on_the_plan_are_told_at_start(runs: dict[str, Run]) -> None:
     for said in runs["skew"].user_errors:
         assert said and "ranks disagree on the optimizer plan of stage 0" in said
+
+
+@pytest.mark.parametrize("name", [each.name for each in WORK])
+def test_no_work_is_done_twice(runs: dict[str, Run], name: str) -> None:
+    """Counted FLOPs, summed over ranks, are one process's; the state of each rank is the plan's."""
+    run = runs[name]
+    one = runs["-".join([*name.split("-")[: 3 + name.startswith("work-one-sided")], "one"])]
+    assert run.error is None
+    counted = sum(rank["flops"] for rank in run.ranks)
+    assert counted == pytest.approx(one.ranks[0]["flops"], rel=0.01) and counted > 0
+    for rank in run.ranks:
+        assert rank["held"] == pytest.approx(rank["planned"])
+    if name.startswith("work-muon"):
+        planned = sum(sum(rank["planned_flops"]) for rank in run.ranks)
+        assert counted == pytest.approx(3 * planned, rel=0.01)
+
+
+@pytest.mark.parametrize("mode", ["owner", "group"])
+def test_a_rank_killed_inside_the_step_leaves_the_last_checkpoint_intact(pool: Pool, mode: str) -> None:
+    flags = [*c.MUON, "--matrix-mode", mode]
+    whole = case(c.DENSE, flags, c.TP2, f"unharmed-{mode}", steps=4)
+    options = {"save": f"killed-{mode}", "interval": 2, "step": 3}
+    found = pool.run([whole, case(c.DENSE, flags, c.TP2, f"killed-{mode}", steps=4, hook="die", options=options)])
+    survivor, killed = found[f"killed-{mode}"].ranks
+    assert killed["killed"] and len(killed["losses"]) == 2
+    assert "error" in survivor and survivor["seconds"] < 60
+    again = case(c.DENSE, flags, c.TP2, f"again-{mode}", steps=4, hook="checkpoint", options={"load": f"killed-{mode}"})
+    resumed, unharmed = pool.run([again])[f"again-{mode}"], found[f"unharmed-{mode}"]
+    assert resumed.losses == unharmed.losses[2:]
+    assert resumed.grad_norms == unharmed.grad_norms[2:]

@@ -1,13 +1,22 @@
-"""AdamW, Muon and SOAP repeat one process's run on every layout."""
+"""AdamW, Muon and SOAP repeat one process's run on every layout, whatever way matrices are computed."""
+
+from collections.abc import Sequence
 
 import pytest
 
 from tests.distributed import cases as c
-from tests.distributed.cases import Layout, case
+from tests.distributed.cases import Case, Layout, case
 from tests.distributed.compare import assert_same_curve, assert_same_state
 from tests.distributed.pool import Pool, Run
 
-OPTIMIZERS = {"adamw": c.ADAMW, "muon": c.MUON, "soap": c.SOAP}
+OPTIMIZERS = {
+    "adamw": c.ADAMW,
+    "muon": c.MUON,
+    "soap": c.SOAP,
+    **{f"muon/{mode}": [*c.MUON, "--matrix-mode", mode] for mode in ("owner", "sharded", "group")},
+    **{f"soap/{mode}": [*c.SOAP_ONE_SIDED, "--matrix-mode", mode] for mode in ("owner", "sharded", "group")},
+}
+UNEVEN = "--decoder-first-pipeline-num-layers=1"
 DENSE_LAYOUTS = [
     c.TP2,
     c.PP2,
@@ -19,31 +28,63 @@ DENSE_LAYOUTS = [
     c.TP2_DP2,
     c.TP2_DP2_DIST,
     c.TP4,
+    c.DP4,
     c.DP4_DIST,
-    Layout.of("pp2-dp2-distopt", 4, pp=2, distopt=True),
-    Layout.of("pp2-uneven", 2, pp=2, more=("--decoder-first-pipeline-num-layers=1",)),
+    c.PP2_DP2,
+    c.PP2_DP2_DIST,
+    Layout.of("pp2-uneven", 2, pp=2, more=(UNEVEN,)),
 ]
+MODE_LAYOUTS = [c.TP2, c.DP2, c.DP2_DIST, c.TP2_DP2, c.TP2_DP2_DIST]
 TP2_EP2 = Layout.of("tp2-ep2", 4, tp=2, ep=2, etp=1, sp=True)
+ETP2 = Layout.of("tp2-etp2", 2, tp=2, etp=2, sp=True)
+EP2_ETP2 = Layout.of("tp2-ep2-etp2", 4, tp=2, ep=2, etp=2, sp=True)
 EP2_DP2_DIST = Layout.of("ep2-dp2-distopt", 4, ep=2, distopt=True)
+MOE_LAYOUTS = [c.EP2, c.EP2_DIST, c.DP2_DIST, c.PP2, TP2_EP2, ETP2, EP2_ETP2, EP2_DP2_DIST]
 BOTH, ALL = ("adamw", "muon"), ("adamw", "muon", "soap")
-MODELS = {
-    "dense": (c.DENSE, ALL, DENSE_LAYOUTS),
-    "gqa": (c.GQA, BOTH, [c.TP2, c.TP4]),
-    "tied": (c.TIED, ALL, [c.TP2, c.PP2, c.VPP2, c.DP2_DIST, c.TP2_PP2]),
-    "gpt2": (c.GPT2, BOTH, [c.TP2, c.TP2_PP2, c.DP2_DIST]),
-    "moe": (c.MOE, ALL, [c.EP2, c.EP2_DIST, c.DP2_DIST, c.PP2, TP2_EP2, EP2_DP2_DIST]),
-}
-CASES = [
-    case(
-        flags,
-        c.SOAP_HIDDEN if (model, optimizer) == ("moe", "soap") else OPTIMIZERS[optimizer],
-        layout,
-        f"{model}-{optimizer}-{layout.name}",
-    )
-    for model, (flags, optimizers, layouts) in MODELS.items()
-    for optimizer in optimizers
-    for layout in [c.ONE, *layouts]
+CUT, CUT_SOAP = ("muon/owner", "muon/sharded", "muon/group"), ("soap/owner", "soap/sharded", "soap/group")
+MODELS = [
+    ("dense", c.DENSE, ALL, DENSE_LAYOUTS),
+    ("dense", c.DENSE, (*CUT, *CUT_SOAP), MODE_LAYOUTS),
+    ("gqa", c.GQA, ALL, [c.TP2, c.TP4]),
+    ("gqa", c.GQA, ("muon/group",), [c.TP2]),
+    ("tied", c.TIED, ALL, [c.TP2, c.PP2, c.VPP2, c.DP2_DIST, c.TP2_PP2]),
+    ("gpt2", c.GPT2, BOTH, [c.TP2, c.TP2_PP2, c.DP2_DIST]),
+    ("moe", c.MOE, ALL, MOE_LAYOUTS),
+    ("moe", c.MOE, ("muon/group",), [EP2_ETP2, EP2_DP2_DIST]),
 ]
+EIGHT = [
+    ("dense", c.DENSE, ALL, [
+        Layout.of("pp2-dp4-distopt", 8, pp=2, distopt=True),
+        Layout.of("tp2-dp4-distopt", 8, tp=2, distopt=True),
+        Layout.of("tp2-pp2-dp2", 8, tp=2, pp=2),
+        Layout.of("tp2-pp2-vpp2-dp2-distopt", 8, tp=2, pp=2, vpp=2, sp=True, distopt=True),
+        Layout.of("tp4-dp2", 8, tp=4),
+        Layout.of("tp4-pp2", 8, tp=4, pp=2),
+        Layout.of("tp2-pp2-uneven-dp2", 8, tp=2, pp=2, more=(UNEVEN,)),
+    ]),
+    ("dense", c.DENSE, ("muon/sharded", "muon/group", "soap/group"), [Layout.of("tp2-dp4-distopt", 8, tp=2, distopt=True)]),
+    ("tied", c.TIED, ("muon", "soap"), [Layout.of("tp2-pp2-vpp2-dp2-distopt", 8, tp=2, pp=2, vpp=2, distopt=True)]),
+    ("gqa", c.GQA, ("muon", "soap"), [Layout.of("tp4-dp2-distopt", 8, tp=4, distopt=True)]),
+    ("moe", c.MOE, ("muon", "soap"), [
+        Layout.of("tp2-ep2-dp2-distopt", 8, tp=2, ep=2, etp=1, sp=True, distopt=True),
+        Layout.of("tp2-ep2-etp2-pp2", 8, tp=2, ep=2, etp=2, pp=2, sp=True),
+    ]),
+]  # fmt: skip
+
+
+def _cases(table: Sequence[tuple[str, Sequence[str], Sequence[str], Sequence[Layout]]]) -> list[Case]:
+    """One process once for each model and optimizer, and every layout."""
+    made: dict[str, Case] = {}
+    for model, flags, optimizers, layouts in table:
+        for optimizer in optimizers:
+            options = c.SOAP_HIDDEN if (model, optimizer) == ("moe", "soap") else OPTIMIZERS[optimizer]
+            for layout in [c.ONE, *layouts]:
+                name = f"{model}-{optimizer.replace('/', '.')}-{layout.name}"
+                made.setdefault(name, case(flags, options, layout, name))
+    return list(made.values())
+
+
+CASES, SLOW = _cases(MODELS), _cases(EIGHT)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +92,24 @@ def runs(pool: Pool) -> dict[str, Run]:
     return pool.run(CASES)
 
 
+@pytest.fixture(scope="module")
+def slow_runs(big_pool: Pool) -> dict[str, Run]:
+    return big_pool.run(SLOW, timeout=3000)
+
+
 @pytest.mark.parametrize("name", [each.name for each in CASES if each.layout.name != "one"])
 def test_layout_repeats_one_process(runs: dict[str, Run], name: str) -> None:
+    _compare(runs, name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("name", [each.name for each in SLOW if each.layout.name != "one"])
+def test_eight_ranks_repeat_one_process(slow_runs: dict[str, Run], name: str) -> None:
+    _compare(slow_runs, name)
+
+
+def _compare(runs: dict[str, Run], name: str) -> None:
     model, optimizer, _ = name.split("-", 2)
     reference = runs[f"{model}-{optimizer}-one"]
     assert_same_curve(runs[name], reference)

@@ -13,7 +13,7 @@ DENSE = [*c.DENSE, "--num-layers", "2"]
 # options that make a rule's arithmetic comparable: fp32 throughout, no division by rounding noise
 OPTIONS = {
     **{name: [f"--{name.replace('_', '-')}-fp32-matmul-prec", "high"] for name in ("muon", "muon_h", "scion", "scion_h")},
-    "mars": ["--mars-eps", "1e-3", "--seed", "7"],  # with the common seed a token sits on the edge between two experts
+    "mars": ["--mars-eps", "1e-3"],
     "sophia": ["--sophia-eps", "1e-4"],
     "shampoo": "--shampoo-damping 1e-2 --shampoo-factor-precision fp64 --shampoo-precondition-1d false".split(),
 }
@@ -47,8 +47,6 @@ def slow_runs(pool: Pool) -> dict[str, Run]:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("name", NAMES)
 def test_optimizer_repeats_one_process(runs: dict[str, Run], name: str, layout: c.Layout) -> None:
-    if (name, layout.name) == ("mars", "ep2"):
-        pytest.xfail("open defect: Mars leaves one process's losses by 1e-3 on expert parallelism")
     _compare(runs, name, layout)
 
 

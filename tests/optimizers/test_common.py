@@ -1,6 +1,7 @@
 """One table: every matrix rule × shapes × dtypes × what must hold of any optimizer."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -158,6 +159,38 @@ def test_many_matrices_at_once_are_each_alone(case):
             assert float((one - all_at_once[index]).norm()) <= tolerance * float(one.norm()) + 1e-12
 
 
+def step_together(rule, grads, states, shared, step, info, edges):
+    """Directions of all slices, which exchange what the rule's legs say, and nothing else."""
+    running = [
+        rule.slice_update(grad, state, {} if index else shared, step, info, index, edges)
+        for index, (grad, state) in enumerate(zip(grads, states))
+    ]
+    inbox, found = [None] * len(running), [None] * len(running)
+    for leg in [*rule.legs(info, edges, grads[0].dtype), None]:
+        given = []
+        for index, slice_step in enumerate(running):
+            try:
+                given.append(slice_step.send(inbox[index]))
+            except StopIteration as stopped:
+                found[index] = stopped.value
+        if leg is None:
+            break
+        assert len(given) == len(running)
+        for index, tensor in enumerate(given):
+            assert tensor.shape == (leg.edges[-1] if leg.reduce else leg.rows(index), leg.width)
+        inbox = [
+            leg.joined([leg.outgoing(tensor, index) for tensor in given]).to(leg.dtype) for index in range(len(given))
+        ]
+        assert all(
+            leg.arriving(index, source) == leg.outgoing(given[source], index).shape
+            for index in range(len(given)) for source in range(len(given))
+        )
+        sent = [sum(leg.outgoing(t, i).numel() for i in range(len(given)) if i != j) for j, t in enumerate(given)]
+        assert sent == [leg.sent(index) for index in range(len(given))]
+    assert not any(direction is None for direction in found)
+    return found
+
+
 @table
 @shapes
 @dtypes
@@ -172,17 +205,14 @@ def test_slices_equal_the_whole(case, shape, dtype, pieces):
     whole = rule.init_state(weight.clone(), info)
     slices = [rule.init_slice(part.clone(), info) for part in weight.tensor_split(pieces, dim)]
     shared = rule.init_shared(info, weight.device, dtype)
+    edges = (0, *itertools.accumulate(part.shape[dim] for part in weight.tensor_split(pieces, dim)))
     assert set(whole) == set(slices[0]) | set(shared)
     exact = getattr(rule.config, "fp32_matmul_prec", "high") == "high"
     tolerance = (1e-9 if dtype == torch.float64 else 1e-4) if exact else 0.05
     for t, g in enumerate(gradients(shape, 6, dtype), 1):
         (expected,) = rule.update([g.clone()], [whole], t, [info])
         parts = [part.clone() for part in g.tensor_split(pieces, dim)]
-        factors = [rule.partial(part, state, t, info) for part, state in zip(parts, slices)]
-        assert all(f.dtype == rule.factor_dtype() and f.shape == rule.partial_shape(info) for f in factors)
-        combined = rule.combine(sum(factors), shared, t, info)
-        assert combined.shape == rule.combined_shape(info)
-        found = [rule.finish(part, combined, state, t, info) for part, state in zip(parts, slices)]
+        found = step_together(rule, parts, slices, shared, t, info, edges)
         assert float((torch.cat(found, dim) - expected).norm()) <= tolerance * float(expected.norm()) + 1e-12, t
     for key, value in whole.items():
         joined = shared[key] if key in shared else torch.cat([state[key] for state in slices], dim)
