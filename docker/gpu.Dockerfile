@@ -1,6 +1,6 @@
 # GPU image: docker build -f docker/gpu.Dockerfile -t megatron-opt:gpu .
 # NGC's image brings torch, CUDA, NCCL, Transformer Engine and Apex, built for each other: none of them is replaced.
-ARG NGC_TAG=26.08-py3
+ARG NGC_TAG=26.09-py3
 FROM nvcr.io/nvidia/pytorch:${NGC_TAG}
 
 ARG CUDA_ARCHITECTURES="8.0;9.0;10.0+PTX"
@@ -9,10 +9,11 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/megatron_opt
 COPY docker/requirements.txt docker/
+# NGC's own list of constraints would refuse our pins: only what the base is built around is kept.
 # The base is refused when its torch is not one that this package and megatron-core 0.19 are tested with.
 RUN python -c "import torch; v = tuple(map(int, torch.__version__.split('.')[:2])); assert (2, 13) <= v < (2, 15), f'torch {torch.__version__}: choose another NGC_TAG'" \
- && pip freeze | grep -E '^(torch|numpy|transformer.engine|apex|nvidia|triton)' > /tmp/keep.txt \
- && pip install --constraint /tmp/keep.txt -r docker/requirements.txt \
+ && pip list --format=freeze | grep -E '^(torch|numpy|transformer.engine|apex|nvidia|triton)' > /tmp/keep.txt \
+ && PIP_CONSTRAINT=/tmp/keep.txt pip install -r docker/requirements.txt \
  && rm /tmp/keep.txt
 
 COPY setup.py pyproject.toml MANIFEST.in README.md ./

@@ -1,6 +1,8 @@
 """`megatron-opt COMMAND …`: one word, one module, imported only when asked for."""
 
 import importlib
+import os
+import signal
 import sys
 
 from megatron_opt.errors import UserError
@@ -34,10 +36,26 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     module = importlib.import_module(COMMANDS[argv[0]][0])
     try:
-        return int(module.main(argv[1:], prog=f"megatron-opt {argv[0]}") or 0)
+        code = int(module.main(argv[1:], prog=f"megatron-opt {argv[0]}") or 0)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"megatron-opt {argv[0]}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 128 + signal.SIGPIPE
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more; what is left in it is dropped then."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 if __name__ == "__main__":

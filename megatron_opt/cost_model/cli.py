@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_opt.errors import UserError
+from megatron_opt.files import write_atomic
 
 
 def _shared(parser: argparse.ArgumentParser, gpus: bool = True) -> None:
@@ -68,18 +68,6 @@ def main(argv: list[str], prog: str) -> int:
     return 0
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """A file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    data = content.encode() if isinstance(content, str) else content
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def _flags(args: argparse.Namespace, rest: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     from megatron_opt.cost_model.flags import from_run, parse
 
@@ -102,7 +90,7 @@ def _step(args: argparse.Namespace, rest: Sequence[str]) -> None:
             print(plan_table(domain.plan, title=f"optimizer plan, {domain.name}"))
     print(report.text(step, ignored))
     if args.json:
-        write_atomically(Path(args.json), json.dumps(report.as_dict(step), indent=1) + "\n")
+        write_atomic(Path(args.json), json.dumps(report.as_dict(step), indent=1) + "\n")
 
 
 def _search(args: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -121,7 +109,7 @@ def _search(args: argparse.Namespace, rest: Sequence[str]) -> None:
             "refused": dict(found.refused),
             "tried": found.tried,
         }
-        write_atomically(Path(args.json), json.dumps(content, indent=1) + "\n")
+        write_atomic(Path(args.json), json.dumps(content, indent=1) + "\n")
 
 
 def _tables(args: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -135,6 +123,6 @@ def _calibrate(args: argparse.Namespace, rest: Sequence[str]) -> None:
     from megatron_opt.cost_model.calibrate import calibrate
 
     text = calibrate(args.ranks)
-    write_atomically(Path(args.output), text)
+    write_atomic(Path(args.output), text)
     print(text, end="")
     print(f"written to {args.output}", file=sys.stderr)

@@ -12,6 +12,7 @@ from megatron_opt.cost_model.cluster import Cluster
 from megatron_opt.cost_model.flags import preset
 from megatron_opt.cost_model.step import Step, predict
 from megatron_opt.errors import UserError
+from megatron_opt.files import write_atomic
 
 LIMIT = 0.10  # share of a step from which an optimizer no longer scales
 _LLAMA = dict(preset("llama")) | {"bf16": True, "seq-length": 4096}
@@ -168,7 +169,6 @@ def scaling_summary(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def write_tables(cluster: Cluster, optimizers: Sequence[str], folder: Path) -> str:
     """`sweeps.csv`, `scaling.txt` and one PNG a sweep in the folder; returns the summary."""
-    from megatron_opt.cost_model.cli import write_atomically
 
     rows = sweeps(cluster, optimizers)
     names = list(dict.fromkeys(key for row in rows for key in row))
@@ -176,11 +176,11 @@ def write_tables(cluster: Cluster, optimizers: Sequence[str], folder: Path) -> s
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(folder / "sweeps.csv", text.getvalue())
+    write_atomic(folder / "sweeps.csv", text.getvalue())
     summary = scaling_summary(rows)
-    write_atomically(folder / "scaling.txt", summary + "\n")
+    write_atomic(folder / "scaling.txt", summary + "\n")
     for name, data in plots(rows, cluster.title, optimizers).items():
-        write_atomically(folder / f"{name}.png", data)
+        write_atomic(folder / f"{name}.png", data)
     return summary
 
 

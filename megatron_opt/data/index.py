@@ -164,7 +164,8 @@ def _tokenized(chunks: Iterator[Chunk], options: Options, workers: int) -> Itera
 
     try:
         for chunk in chunks:
-            waiting.append((chunk, None if _done(chunk.shard) else pool.submit(_tokenize, chunk)))
+            with _interrupts_held():  # a submission may start a worker, which inherits this
+                waiting.append((chunk, None if _done(chunk.shard) else pool.submit(_tokenize, chunk)))
             if len(waiting) >= 2 * workers:
                 yield finish()
         while waiting:
@@ -187,8 +188,17 @@ def _start(options: Options) -> None:
     _tokenizer, _options = options.load(), options
 
 
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block; a process started in it never gets it, from its first instruction on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(options: Options) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     # A parent that is killed closes nothing that a worker waits for: end with it.
     parent = multiprocessing.parent_process()
     if parent is not None:

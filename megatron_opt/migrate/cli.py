@@ -84,9 +84,9 @@ def _raw(path: Path) -> dict[str, Any]:
 
 
 def _plan(args: argparse.Namespace, rest: Sequence[str]) -> None:
-    from megatron_opt.cost_model.cli import write_atomically
     from megatron_opt.cost_model.cluster import load
     from megatron_opt.cost_model.flags import from_run, parse
+    from megatron_opt.files import write_atomic
     from megatron_opt.migrate.plan import make_plan
     from megatron_opt.migrate.write import as_dict, document
 
@@ -110,9 +110,9 @@ def _plan(args: argparse.Namespace, rest: Sequence[str]) -> None:
     )
     report = document(plan)
     folder = Path(args.output)
-    write_atomically(folder / "plan.md", report.markdown())
-    write_atomically(folder / "plan.html", report.page())
-    write_atomically(folder / "plan.json", json.dumps(as_dict(plan), indent=1, default=float) + "\n")
+    write_atomic(folder / "plan.md", report.markdown())
+    write_atomic(folder / "plan.html", report.page())
+    write_atomic(folder / "plan.json", json.dumps(as_dict(plan), indent=1, default=float) + "\n")
     print(report.verdict)
     for name, value in report.facts:
         print(f"  {name:<22} {value}")

@@ -273,6 +273,12 @@ def _check(args: Any) -> None:
     if "make-vocab-size-divisible-by" not in args.given_flags and args.padded_vocab_size is None:
         # Megatron pads to this times TP, so that every TP size has another output layer; ours is one for all sizes
         args.make_vocab_size_divisible_by = max(1, args.make_vocab_size_divisible_by // tp)
+    if args.async_save:
+        if args.async_strategy == "nvrx" and "async-strategy" in args.given_flags:
+            raise UserError("--async-strategy nvrx: background saves have a writer of this project's own; leave it out.")
+        args.async_strategy, args.use_persistent_ckpt_worker = "mcore", True  # else Megatron would save synchronously
+        if world == tp * pp:  # nobody to share the writing with
+            args.ckpt_fully_parallel_save = False
     if args.save and args.save_interval is None:
         args.save_interval = args.train_iters or 1000  # Megatron refuses to guess; ours is the end of the run
     if args.max_position_embeddings is None:

@@ -6,20 +6,20 @@ Megatron writes into `iter_N` in place and then rewrites its tracker; here it wr
 
 import argparse
 import functools
-import multiprocessing
 import os
+import queue
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 from megatron_opt.errors import UserError
-from megatron_opt.training import events, folders, signals
+from megatron_opt.training import events, folders, snapshot
 from megatron_opt.training.agreement import agree, first_error, rank
+from megatron_opt.training.background import Publication
 from megatron_opt.training.loading import load_newest_sound
 
 _SPARE = 1.02  # of the last checkpoint's size must be free before the next is begun
@@ -29,6 +29,9 @@ _iteration = 0
 _error: str | None = None  # what went wrong on this rank inside Megatron's writer
 _started: dict[int, float] = {}  # when a save began, by iteration
 _announcements: list[Callable[[], None]] = []  # Weights & Biases, told of a checkpoint once it is published
+_config: Any = None  # Megatron's note on the format of a background save, which rank 0's writer writes
+_publishing: int | None = None  # iteration that rank 0's writer publishes
+_stalls: dict[int, float] = {}  # seconds for which a background save has held training up, by iteration
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +59,7 @@ def install(args: Any) -> None:
             raise UserError("--save-retain-interval N is Megatron's word for --keep-last 1 --keep-every N; give one.")
         args.keep_last, args.keep_every, args.save_retain_interval = 1, args.save_retain_interval, None
     from megatron.core.dist_checkpointing import serialization
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import checkpointing, training
 
     checkpointing.get_checkpoint_name = _aside(checkpointing.get_checkpoint_name)
@@ -64,27 +67,18 @@ def install(args: Any) -> None:
     checkpointing.wandb_utils.on_save_checkpoint_success = _later(
         checkpointing.wandb_utils.on_save_checkpoint_success
     )
-    checkpointing.schedule_async_save = _summed(checkpointing.schedule_async_save)
-    # rank 0 alone writes these two; were it to raise there, the others would wait for it
-    FileSystemWriterAsync.finish = _noted(FileSystemWriterAsync.finish)
-    serialization.save_config = _noted(serialization.save_config)
+    checkpointing.schedule_async_save = _published_later(checkpointing.schedule_async_save)
     training.save_checkpoint = functools.partial(_save, training.save_checkpoint)
     training.load_checkpoint = functools.partial(load_newest_sound, training.load_checkpoint)
-    if args.save:
-        _start_results_queue()
+    if args.async_save:
+        snapshot.install(args.async_ckpt_cpu_priority)
+        serialization.save_config = _put_off
+    else:  # Megatron's queue is a process of its own, which outlives a killed rank
+        filesystem_async._results_queue = queue.SimpleQueue()
+        # rank 0 alone writes these two; were it to raise there, the others would wait for it
+        filesystem_async.FileSystemWriterAsync.finish = _noted(filesystem_async.FileSystemWriterAsync.finish)
+        serialization.save_config = _noted(serialization.save_config)
     training.maybe_finalize_async_save = functools.partial(_finalize, training.maybe_finalize_async_save)
-
-
-def _start_results_queue() -> None:
-    """Megatron's queue of write results, forked now: at the first save it would import torch and Megatron once more.
-
-    Its process ends with this one; Megatron's outlives a killed rank for ever.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(initializer=signals.serve_parent)
-    filesystem_async._results_queue = manager.Queue()
 
 
 def _aside(original: Callable[..., str]) -> Callable[..., str]:
@@ -128,32 +122,21 @@ def _noted(original: Callable[..., Any]) -> Callable[..., Any]:
     return noted
 
 
-class _Summed:
-    """The writer of an asynchronous save, which digests its files before it ends; picklable for a spawned worker."""
-
-    def __init__(self, write: Callable[..., Any], folder: Path, rank: int) -> None:
-        self.write, self.folder, self.rank = write, folder, rank
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        if multiprocessing.parent_process() is not None:  # an orphan would write into its successor's checkpoint
-            signals.serve_parent()
-        self.write(*args, **kwargs)
-        folders.sum_files(self.folder, self.rank)
+def _put_off(config: Any, *args: Any, **kwargs: Any) -> None:
+    """In place of Megatron's `save_config` in a background save."""
+    global _config
+    _config = config
 
 
-def _summed(original: Callable[..., None]) -> Callable[..., None]:
-    """In place of `schedule_async_save`: digest in the background, publish when all ranks are done."""
+def _published_later(original: Callable[..., None]) -> Callable[..., None]:
+    """In place of `schedule_async_save`: publish when all ranks have written."""
 
     @functools.wraps(original)
     def schedule(request: Any) -> None:
         from megatron.training import get_args
 
         if _saving is not None:
-            save = Path(_saving)
-            if request.async_fn is not None:
-                folder = save / folders.ASIDE / folders.name_of(_iteration)
-                request = request._replace(async_fn=_Summed(request.async_fn, folder, rank()))
-            request.add_finalize_fn(functools.partial(_publish, get_args(), save, _iteration))
+            request.add_finalize_fn(functools.partial(_begin_to_publish, get_args(), Path(_saving), _iteration))
         original(request)
 
     return schedule
@@ -172,21 +155,25 @@ def _save(original: Callable[..., Any], iteration: int, *args: Any, **kwargs: An
         return
     save = Path(flags.save)
     began = time.monotonic()
+    if flags.async_save:
+        _conclude(flags, blocking=True)
+        snapshot.remember_parameters(args[0])
     trouble = agree(_prepare(save, iteration) if rank() == 0 else None)
     if trouble:
         _failed(flags, iteration, trouble)
         return
     _saving, _iteration, _error = flags.save, iteration, None
     _started[iteration] = began
+    constant, flags.ckpt_assume_constant_structure = flags.ckpt_assume_constant_structure, flags.async_save
     try:
         original(iteration, *args, **kwargs)
     except (CheckpointException, CheckpointingException) as error:  # raised on every rank alike
         _error = _short(error)
     finally:
         _saving = None
+        flags.ckpt_assume_constant_structure = constant
     if flags.async_save and _error is None:
-        if rank() == 0:
-            events.record("save_started", iteration=iteration, stall_seconds=round(time.monotonic() - began, 3))
+        _stalls[iteration] = time.monotonic() - began
         return
     if _error is None:
         try:
@@ -220,13 +207,44 @@ def _publish(flags: Any, save: Path, iteration: int) -> None:
     trouble, _error = first_error(_error), None
     if trouble is None:
         trouble = agree(_publish_on_rank_0(flags, save, iteration) if rank() == 0 else None)
-    ready = list(_announcements)
-    _announcements.clear()
+    _tell(flags, iteration, trouble)
+
+
+def _begin_to_publish(flags: Any, save: Path, iteration: int) -> None:
+    """Collective, once all ranks have written: rank 0's writer publishes."""
+    global _publishing
+    import torch
+
+    trouble, results = snapshot.outcome()
+    everyone: list[Any] | None = [None] * torch.distributed.get_world_size() if rank() == 0 else None
+    torch.distributed.gather_object((trouble, results), everyone)
+    if everyone:
+        trouble = next((f"rank {index}: {text}" for index, (text, _) in enumerate(everyone) if text), None)
+        if trouble is None:
+            snapshot.publish(Publication(save, iteration, snapshot.metadata(), [one for _, one in everyone], _config,
+                                         flags.keep_last, flags.keep_every))
+    _publishing = iteration
+    trouble = agree(trouble)
     if trouble:
-        _failed(flags, iteration, trouble)
+        _publishing = None
+        _tell(flags, iteration, trouble)
+
+
+def _conclude(flags: Any, blocking: bool) -> None:
+    """Collective: hear from rank 0's writer whether the checkpoint is published."""
+    global _publishing
+    import torch
+
+    if _publishing is None:
         return
-    for announce in ready:
-        announce()
+    iteration, found = _publishing, snapshot.published(blocking) if rank() == 0 else None
+    done = torch.tensor([int(found is not None)], device=torch.cuda.current_device())
+    torch.distributed.broadcast(done, src=0)
+    if done.item():
+        _publishing = None
+        if isinstance(found, dict):
+            _record(iteration, found["bytes"], found["pruned"])
+        _tell(flags, iteration, agree(found if isinstance(found, str) else None))
 
 
 def _publish_on_rank_0(flags: Any, save: Path, iteration: int) -> str | None:
@@ -234,13 +252,29 @@ def _publish_on_rank_0(flags: Any, save: Path, iteration: int) -> str | None:
         size = folders.publish(save, iteration)
     except OSError as error:
         return f"{error.strerror or error} ({error.filename or save})"
-    seconds = time.monotonic() - _started.pop(iteration, time.monotonic())
-    events.record("save", iteration=iteration, seconds=round(seconds, 3), bytes=size)
-    gone = folders.prune(save, flags.keep_last, flags.keep_every)
-    if gone:
-        events.record("prune", iterations=gone)
+    _record(iteration, size, folders.prune(save, flags.keep_last, flags.keep_every))
     threading.Thread(target=folders.sweep, args=(save,)).start()
     return None
+
+
+def _record(iteration: int, size: int, pruned: list[int]) -> None:
+    seconds = time.monotonic() - _started.pop(iteration, time.monotonic())
+    stall = {"stall_seconds": round(_stalls[iteration], 4)} if iteration in _stalls else {}
+    events.record("save", iteration=iteration, seconds=round(seconds, 3), bytes=size, **stall)
+    if pruned:
+        events.record("prune", iterations=pruned)
+
+
+def _tell(flags: Any, iteration: int, trouble: str | None) -> None:
+    ready = list(_announcements)
+    _announcements.clear()
+    _started.pop(iteration, None)
+    _stalls.pop(iteration, None)
+    if trouble:
+        _failed(flags, iteration, trouble)
+        return
+    for announce in ready:
+        announce()
 
 
 def _failed(flags: Any, iteration: int, trouble: str) -> None:
@@ -257,19 +291,16 @@ def _failed(flags: Any, iteration: int, trouble: str) -> None:
                         "the same command again, or train on without it by --on-save-failure continue.")
 
 
-def _finalize(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Megatron's look at running asynchronous saves; a writer's failure reaches every rank as an exception."""
+def _finalize(original: Callable[..., None], blocking: bool = False, **kwargs: Any) -> None:
+    """Megatron's look at running asynchronous saves, at every step."""
     from megatron.training import get_args
-    from torch.distributed.checkpoint.api import CheckpointException
 
-    try:
-        original(*args, **kwargs)
-    except CheckpointException as error:
-        flags = get_args()
-        trouble = agree(_short(error) if rank() == 0 else None)
-        iteration = min(_started, default=_iteration)
-        _started.pop(iteration, None)
-        _failed(flags, iteration, trouble)
+    flags, began = get_args(), time.monotonic()
+    writing = max(_stalls, default=None)
+    original(blocking=blocking, **kwargs)
+    _conclude(flags, blocking)
+    if writing in _stalls:
+        _stalls[writing] += time.monotonic() - began
 
 
 def _short(error: BaseException) -> str:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opt.errors import UserError
+from megatron_opt.files import write_atomic
 from megatron_opt.training import events, folders
 
 HANG_EXIT = 70
@@ -167,10 +168,10 @@ def rollback(save: Path, iteration: int, steps: int) -> int | None:
     if target is None:
         return None
     skip = sorted({*skipped_iterations(save), *range(target + 1, iteration + 1)})
-    folders.write_atomic(save / SKIP_FILE, json.dumps(skip))
+    write_atomic(save / SKIP_FILE, json.dumps(skip))
     for newer in (n for n in found if n > target):
         folders.discard(save, newer)
-    folders.write_atomic(save / folders.TRACKER, str(target))
+    write_atomic(save / folders.TRACKER, str(target))
     folders.sweep(save)
     return target
 

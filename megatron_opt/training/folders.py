@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_opt.files import write_atomic
+
 MANIFEST = "integrity.json"  # Megatron's own name and format, so that its --verify-integrity reads ours
 TRACKER = "latest_checkpointed_iteration.txt"
 ASIDE = ".saving"
@@ -53,19 +55,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """`path` with the new text, whole, or as it was before."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _members(folder: Path) -> list[str]:

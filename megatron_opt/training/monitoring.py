@@ -6,7 +6,6 @@ updates by parameter group.
 
 import json
 import math
-import os
 import re
 import resource
 import subprocess
@@ -19,21 +18,12 @@ import torch
 import torch.distributed as dist
 
 import megatron_opt
+from megatron_opt.files import write_atomic
 from megatron_opt.training.clock import Clock
 
 
 class Diverged(Exception):
     """The loss has not been finite for a whole log interval; the run ends with that as its result."""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def git_revision() -> str | None:
@@ -269,7 +259,7 @@ class Monitor:
             "argv": args.command_line,
             "config": {key: _plain(value) for key, value in sorted(vars(args).items()) if not key.startswith("_")},
         }
-        write_atomically(self.folder / "results.json", json.dumps(result, indent=1) + "\n")
+        write_atomic(self.folder / "results.json", json.dumps(result, indent=1) + "\n")
 
     def _flops_per_s(self, seconds: float | None) -> float | None:
         import megatron.training.training as training

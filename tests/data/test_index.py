@@ -159,7 +159,6 @@ def test_killed_run_goes_on_where_it_stopped(tmp_path, long_corpus, model, monke
     assert not Path(f"{prefix}.parts").exists()
 
 
-@pytest.mark.slow  # a worker that is still importing prints a traceback of its own on a crowded machine
 def test_interrupt_ends_with_one_line(tmp_path, long_corpus, model):
     script = tmp_path / "run.py"
     script.write_text(INTERRUPTED_RUN)

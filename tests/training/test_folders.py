@@ -115,15 +115,6 @@ def test_prune_keeps_links_and_the_damaged(tmp_path):
     assert left == ["elsewhere", "iter_0000010", "iter_0000030.damaged", "iter_0000040", folders.TRACKER]
 
 
-def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    path = tmp_path / "tracker"
-    folders.write_atomic(path, "1")
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError):
-        folders.write_atomic(path, "2")
-    assert path.read_text() == "1" and os.listdir(tmp_path) == ["tracker"]
-
-
 def test_manifest_is_json_for_others(tmp_path):
     write(tmp_path, 5)
     folders.publish(tmp_path, 5)

@@ -1,0 +1,19 @@
+"""The command line as a Unix tool."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_a_reader_that_leaves_ends_it_quietly(tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"time": 1, "event": "start", "rank": 0}\n')
+    command = [sys.executable, "-m", "megatron_opt.cli", "status", str(tmp_path), "--watch", "0.01"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert run.stdout.readline().startswith("state")
+    run.stdout.close()
+    assert (run.wait(60), run.stderr.read()) == (141, "")
+    run.stderr.close()
