@@ -109,6 +109,12 @@ class Source:
         state = self.common.get("optimizer")
         return isinstance(state, dict) and "contents" in state
 
+    @property
+    def tokens(self) -> float:
+        """Tokens over which one of its gradients is the mean."""
+        args = self.common.get("args")
+        return float(getattr(args, "global_batch_size", None) or 1) * float(getattr(args, "seq_length", None) or 1)
+
 
 def _source(args: Any) -> Source:
     from megatron.core import dist_checkpointing
@@ -141,12 +147,11 @@ def _warm(args: Any, source: Source, model: list[Any], optimizer: Any) -> None:
     """Fill the new optimizer's state and main copies from the source's."""
     optimizer.ensure_states()
     for group, rule in zip(optimizer.groups, optimizer.rules, strict=True):
-        if not warm_start.supported(group.optimizer, rule):
-            raise warm_start.refuse([group.optimizer])
+        warm_start.check(group.optimizer, rule)
     before = {id(f): f.view.param.detach().clone() for f in optimizer.fragments()}
     found = _from_ours(args, source, model, optimizer) if source.ours else _from_megatron(source, model, optimizer)
     for index, moments in enumerate(found):
-        _fill(optimizer, index, moments)
+        _fill(optimizer, index, moments, source.tokens)
     step = int(source.common["optimizer"]["step"]) if source.ours else int(args.iteration)
     optimizer.step_number = max(step, 1)
     for fragment in optimizer.fragments():
@@ -237,8 +242,7 @@ def _from_ours(args: Any, source: Source, model: list[Any], optimizer: Any) -> l
             f"{source.folder} was written by other parameter groups than its flags give; resume it once and save."
         )
     for group, rule in zip(old.groups, old.rules, strict=True):
-        if not warm_start.supported(group.optimizer, rule):
-            raise warm_start.refuse([group.optimizer])
+        warm_start.check(group.optimizer, rule, source=True)
     state = old.sharded_state_dict(None, is_loading=True)
     tensors = dist_checkpointing.load({"tensors": state["tensors"]}, str(source.folder))["tensors"]
     old.load_state_dict({**state, "step": source.common["optimizer"]["step"], "tensors": tensors})
@@ -251,24 +255,24 @@ def _from_ours(args: Any, source: Source, model: list[Any], optimizer: Any) -> l
         if not same:
             raise UserError(f"{source.folder}: the model's weights changed while its state was read; report this.")
         m, v = ([torch.zeros_like(f.main) for f in domain.fragments] for _ in range(2))
-        _read(old, index, m, v)
+        _read(old, index, m, v, source.tokens)
         found.append(Moments(m, v, [f.main.clone() for f in domain.fragments]))
     return found
 
 
-def _read(old: Any, index: int, m: list[Tensor], v: list[Tensor]) -> None:
+def _read(old: Any, index: int, m: list[Tensor], v: list[Tensor], tokens: float) -> None:
     """Moments of one domain, back at the fragments that hold the shards."""
     domain, matrices = old.domains[index], old.matrix_steps[index]
     for group, pieces in old.element_steps[index].slices.items():
         for piece in pieces:
-            mean, square = warm_start.moments_of_elements(old.rules[group], _decoded(piece.state))
+            mean, square = warm_start.moments_of_elements(old.rules[group], _decoded(piece.state), tokens)
             piece.of(m).copy_(mean)
             piece.of(v).copy_(square)
     means: dict[Any, Tensor] = {}
     squares: dict[Any, Tensor] = {}
     for key, state in matrices.states.items():
         info = matrices.infos[key[0]]
-        mean, square = warm_start.moments_of_matrix(matrices.rules[key[0]], info, state)
+        mean, square = warm_start.moments_of_matrix(matrices.rules[key[0]], info, state, tokens)
         shape = matrices.mine[key].slab_shape
         means[key], squares[key] = mean.reshape(shape).contiguous(), square.reshape(shape).contiguous()
     for flats, slabs, what in ((m, means, "first moments"), (v, squares, "second moments")):
@@ -291,7 +295,7 @@ def _decoded(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _fill(optimizer: Any, index: int, moments: Moments) -> None:
+def _fill(optimizer: Any, index: int, moments: Moments, tokens: float) -> None:
     """State of one domain from its moments, and its fp32 main copies."""
     domain, matrices = optimizer.domains[index], optimizer.matrix_steps[index]
     for fragment, weight in zip(domain.fragments, moments.weights, strict=True):
@@ -300,13 +304,15 @@ def _fill(optimizer: Any, index: int, moments: Moments) -> None:
     for group, pieces in optimizer.element_steps[index].slices.items():
         for piece in pieces:
             values = _decoded(piece.state)
-            warm_start.fill_elements(optimizer.rules[group], values, piece.of(moments.m), piece.of(moments.v))
+            mean, square = piece.of(moments.m), piece.of(moments.v)
+            warm_start.fill_elements(optimizer.rules[group], values, mean, square, tokens)
             _encode(piece.state, values)
     m, v = (matrices.gather(flats) for flats in (moments.m, moments.v))
     for key, state in matrices.states.items():
         info = matrices.infos[key[0]]
         rule: MatrixOptimizer = matrices.rules[key[0]]
-        warm_start.fill_matrix(rule, info, state, m[key].reshape(info.shape), v[key].reshape(info.shape))
+        mean, square = m[key].reshape(info.shape), v[key].reshape(info.shape)
+        warm_start.fill_matrix(rule, info, state, mean, square, tokens)
 
 
 def _encode(state: dict[str, Tensor], values: dict[str, Tensor]) -> None:

@@ -54,9 +54,9 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 CHECKPOINT_HELP = """usage: {prog} checkpoint --load DIR --save DIR --optimizer NAME FLAGS
 
 Writes into --save a checkpoint with the same weights, iteration and place in the data as the one in --load, and a state
-for --optimizer made from the moments of the one that trained it (Megatron's Adam, or any of adamw, nadamw, cautious,
-mars, lion, signum, muon, scion, soap and their Hyperball forms). FLAGS are those of the run to come: model, layout,
-data. For several ranks: torchrun … -m megatron_opt.migrate.checkpoint --load …"""
+for --optimizer made from the moments of the one that trained it: Megatron's Adam, or any optimizer of this project
+but kron, which can only be gone to. FLAGS are those of the run to come: model, layout, data.
+For several ranks: torchrun … -m megatron_opt.migrate.checkpoint --load …"""
 
 
 def main(argv: list[str], prog: str) -> int:

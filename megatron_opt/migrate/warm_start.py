@@ -4,35 +4,40 @@ Between any two rules stand Adam's moments: m, an average of gradients g with we
 of g². Each rule says what of its state these are (`moments_of`) and what state follows from them (`fill`).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_opt.errors import UserError
+from megatron_opt.kernels import quantize
+from megatron_opt.migrate import kronecker
+from megatron_opt.optimizers.adam_mini import AdamMini
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer, State
-from megatron_opt.optimizers.blocks import as_matrix
 from megatron_opt.optimizers.hyperball import Hyperball
+from megatron_opt.optimizers.kron import Kron
 from megatron_opt.optimizers.muon import SpectralOptimizer
+from megatron_opt.optimizers.shampoo import Shampoo
 from megatron_opt.optimizers.soap import Soap
 
-_ELEMENTWISE = ("adamw", "nadamw", "cautious", "mars", "lion", "signum")
+_ELEMENTWISE = ("adamw", "nadamw", "cautious", "mars", "lion", "signum", "sophia")
 
 
-def supported(name: str, rule: Any) -> bool:
-    """Whether a rule's state can be read and filled."""
-    if isinstance(rule, MatrixOptimizer):
-        return isinstance(_inner(rule), (SpectralOptimizer, Soap)) or getattr(_inner(rule), "name", "") in _ELEMENTWISE
-    return name in _ELEMENTWISE
-
-
-def refuse(names: Sequence[str]) -> UserError:
-    """What is said of rules that no moments lead to."""
-    return UserError(
-        f"a warm start to or from {', '.join(names)} is not possible: its state does not follow from Adam's moments; "
-        "start its state anew by --no-load-optim, with a warmup."
-    )
+def check(name: str, rule: Any, source: bool = False) -> None:
+    """Raise UserError where a rule's state cannot be filled, or, for a `source`, not be read."""
+    inner = _inner(rule)
+    kinds = (SpectralOptimizer, Soap, Shampoo, AdamMini, Kron)
+    known = isinstance(inner, kinds) if isinstance(rule, MatrixOptimizer) else False
+    if not known and getattr(inner, "name", name) not in _ELEMENTWISE:
+        raise UserError(
+            f"a warm start to or from {name} is not possible: its state does not follow from Adam's moments; "
+            "start its state anew by --no-load-optim, with a warmup."
+        )
+    if source and isinstance(inner, Kron):
+        raise UserError(
+            f"a warm start from {name} is not possible: its momentum is of normalized gradients and it keeps no squares; "
+            "start the new state by --no-load-optim, with a warmup."
+        )
 
 
 def _inner(rule: Any) -> Any:
@@ -61,100 +66,77 @@ def _gain(rule: SpectralOptimizer) -> float:
 
 
 def _spectral_moments(rule: SpectralOptimizer, state: State) -> tuple[Tensor, Tensor]:
-    m = state["momentum_buffer"].float() / _gain(rule)
+    buffer = state["momentum_buffer"]
+    if buffer.dtype == torch.int8:
+        buffer = quantize.decode_signed(buffer, state["momentum_absmax"])
+    m = buffer.float() / _gain(rule)
     return m, rank_one(m, rule.config.momentum)
 
 
-# SOAP
+def _fill_spectral(rule: SpectralOptimizer, state: State, m: Tensor) -> None:
+    buffer, value = state["momentum_buffer"], m * _gain(rule)
+    if buffer.dtype == torch.int8:
+        state["momentum_absmax"].copy_(quantize.block_absmax(value))
+        value = quantize.encode_signed(value, state["momentum_absmax"])
+    buffer.copy_(value)
 
 
-def _rotated(v: Tensor, bases: dict[int, Tensor], back: bool = False) -> Tensor:
-    """E[(Q_Lᵀ g Q_R)²] from E[g²] of independent entries: the bases' squares on both sides."""
-    for side, basis in bases.items():
-        weights = basis.square()
-        if side == 0:
-            v = (weights if back else weights.mT) @ v
-        else:
-            v = v @ (weights.mT if back else weights)
-    return v
+# Both ways, by kind of rule; `tokens` is what one gradient of the source was the mean over
 
 
-def _rotate(x: Tensor, bases: dict[int, Tensor]) -> Tensor:
-    for side, basis in bases.items():
-        x = basis.mT @ x if side == 0 else x @ basis
-    return x
-
-
-def _fill_soap(rule: Soap, info: MatrixInfo, state: State, m: Tensor, v: Tensor) -> None:
-    """Factors E[G·Gᵀ] = m·mᵀ + diag(Σ_j var_ij) of entries with mean m and variance v − m², their eigenbases, and the
-    second moment in them. The first refresh mixes in true gradients.
-    """
-    grid, sides = rule.grid(info), rule.sides(info)
-    mean, variance = as_matrix(m), as_matrix((v - m.square()).clamp_min(0))
-    seconds = []
-    for region, (mu, var) in enumerate(zip(grid.cut(mean.double()), grid.cut(variance.double()), strict=True)):
-        bases = {}
-        for side in sides:
-            outer = mu @ mu.mT if side == 0 else mu.mT @ mu
-            factor = outer + torch.diag_embed(var.sum(2 if side == 0 else 1))
-            basis = torch.linalg.eigh(factor).eigenvectors.flip(-1)  # largest first
-            pivot = basis.gather(1, basis.abs().argmax(1, keepdim=True))
-            basis = basis * torch.where(pivot < 0, -1.0, 1.0)  # one sign on every machine
-            state[f"gg_{region}_{side}"].copy_(factor)
-            state[f"q_{region}_{side}"].copy_(basis)
-            bases[side] = basis
-        seconds.append((_rotated(var, bases) + _rotate(mu, bases).square()).to(m.dtype))
-    state["exp_avg"].copy_(m)
-    grid.join(seconds, as_matrix(state["exp_avg_sq"]))
-    state["ready"].fill_(1.0)
-
-
-def _soap_moments(rule: Soap, info: MatrixInfo, state: State) -> tuple[Tensor, Tensor]:
-    grid, sides = rule.grid(info), rule.sides(info)
-    m, seconds = state["exp_avg"].float(), []
-    for region, v in enumerate(grid.cut(as_matrix(state["exp_avg_sq"]))):
-        bases = {side: state[f"q_{region}_{side}"] for side in sides}
-        seconds.append(_rotated(v.float(), bases, back=True))
-    second = torch.empty_like(m)
-    grid.join(seconds, as_matrix(second))
-    return m, second
-
-
-# Both ways, by kind of rule
-
-
-def moments_of_matrix(rule: Any, info: MatrixInfo, state: State) -> tuple[Tensor, Tensor]:
+def moments_of_matrix(rule: Any, info: MatrixInfo, state: State, tokens: float = 1.0) -> tuple[Tensor, Tensor]:
     """(m, v) of a whole matrix from its state, in fp32."""
     rule = _inner(rule)
     if isinstance(rule, SpectralOptimizer):
         return _spectral_moments(rule, state)
     if isinstance(rule, Soap):
-        return _soap_moments(rule, info, state)
-    return moments_of_elements(rule, state)
+        return kronecker.soap_moments(rule, info, state)
+    if isinstance(rule, Shampoo):
+        return kronecker.shampoo_moments(rule, info, state)
+    if isinstance(rule, AdamMini):
+        m = state["exp_avg"].float()
+        blocks = state["exp_avg_sq"].float().view(-1, 1)
+        return m, blocks.expand(-1, m.numel() // len(blocks)).reshape(m.shape)
+    return moments_of_elements(rule, state, tokens)
 
 
-def fill_matrix(rule: Any, info: MatrixInfo, state: State, m: Tensor, v: Tensor) -> None:
+def fill_matrix(rule: Any, info: MatrixInfo, state: State, m: Tensor, v: Tensor, tokens: float = 1.0) -> None:
     """State of a whole matrix from its moments, in place; a Hyperball radius stays that of the current weights."""
     rule = _inner(rule)
     if isinstance(rule, SpectralOptimizer):
-        state["momentum_buffer"].copy_(m * _gain(rule))
+        _fill_spectral(rule, state, m)
     elif isinstance(rule, Soap):
-        _fill_soap(rule, info, state, m, v)
+        kronecker.fill_soap(rule, info, state, m, v)
+    elif isinstance(rule, Shampoo):
+        kronecker.fill_shampoo(rule, info, state, m, v)
+    elif isinstance(rule, Kron):
+        kronecker.fill_kron(rule, info, state, m, v)
+    elif isinstance(rule, AdamMini):
+        state["exp_avg"].copy_(m)
+        second = state["exp_avg_sq"]
+        second.copy_(v.reshape(len(second), -1).mean(1).view_as(second))
     else:
-        fill_elements(rule, state, m, v)
+        fill_elements(rule, state, m, v, tokens)
 
 
-def moments_of_elements(rule: Any, state: State) -> tuple[Tensor, Tensor]:
+def moments_of_elements(rule: Any, state: State, tokens: float = 1.0) -> tuple[Tensor, Tensor]:
     """(m, v) of a slice; where a rule keeps no squares, v is even over the slice."""
     m = state["exp_avg"].float()
     if "exp_avg_sq" in state:
         return m, state["exp_avg_sq"].float()
+    if "hessian" in state:
+        return m, m.square() + state["hessian"].float() / tokens
     beta: float = rule.config.beta2 if rule.name == "lion" else rule.config.beta1
     return m, rank_one(m.view(-1), beta).view_as(m)
 
 
-def fill_elements(rule: Any, state: State, m: Tensor, v: Tensor) -> None:
-    """State of a slice from its moments; Mars' last gradient is taken to be the mean one."""
-    for key, value in (("exp_avg", m), ("exp_avg_sq", v), ("prev_grad", m)):
+def fill_elements(rule: Any, state: State, m: Tensor, v: Tensor, tokens: float = 1.0) -> None:
+    """State of a slice from its moments; Mars' last gradient is taken to be the mean one.
+
+    Sophia's h is tokens·(v − m²), the variance of one token's gradient: the Fisher matrix's diagonal on the true labels,
+    which its estimates on labels drawn from the model take over.
+    """
+    curvature = (v - m.square()).clamp_min(0) * tokens
+    for key, value in (("exp_avg", m), ("exp_avg_sq", v), ("prev_grad", m), ("hessian", curvature)):
         if key in state:
             state[key].copy_(value.view_as(state[key]))

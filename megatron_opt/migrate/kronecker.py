@@ -1,0 +1,152 @@
+"""Moments in and out of rules with a factor for each side of a block: SOAP, Shampoo, Kron.
+
+Entries of a gradient are taken as independent with mean m and variance v − m², which is all that Adam knows of them:
+E[G·Gᵀ] = m·mᵀ + diag(Σ_j var_ij), and the other side alike.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_opt.optimizers.base import MatrixInfo, State
+from megatron_opt.optimizers.blocks import as_matrix
+from megatron_opt.optimizers.kron import Kron
+from megatron_opt.optimizers.shampoo import Shampoo
+from megatron_opt.optimizers.soap import Soap
+
+_FLOOR = 1e-7  # eigenvalues below this share of the largest are taken as that: the rule learns them later
+
+
+def _factor(mean: Tensor, variance: Tensor, side: int) -> Tensor:
+    """E[G·Gᵀ] (side 0) or E[GᵀG] (side 1) of blocks (B, b, c)."""
+    outer = mean @ mean.mT if side == 0 else mean.mT @ mean
+    return outer + torch.diag_embed(variance.sum(2 - side))
+
+
+def _blocks(rule: Soap | Shampoo | Kron, info: MatrixInfo, m: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(mean, variance) of each region's blocks in fp64."""
+    grid = rule.grid(info)
+    mean, variance = as_matrix(m).double(), as_matrix((v - m.square()).clamp_min(0)).double()
+    return list(zip(grid.cut(mean), grid.cut(variance), strict=True))
+
+
+def _turn(x: Tensor, bases: dict[int, Tensor], back: bool = False) -> Tensor:
+    """Q_Lᵀ x Q_R, or Q_L x Q_Rᵀ; sides without a basis stay."""
+    for side, basis in bases.items():
+        if side == 0:
+            x = (basis if back else basis.mT) @ x
+        else:
+            x = x @ (basis.mT if back else basis)
+    return x
+
+
+def _turn_squares(v: Tensor, bases: dict[int, Tensor], back: bool = False) -> Tensor:
+    """E[(Q_Lᵀ g Q_R)²] from E[g²] of independent entries of mean 0: the bases' squares on both sides."""
+    return _turn(v, {side: basis.square() for side, basis in bases.items()}, back)
+
+
+# SOAP
+
+
+def fill_soap(rule: Soap, info: MatrixInfo, state: State, m: Tensor, v: Tensor) -> None:
+    """Factors, their eigenbases, and both moments in them. The first refresh mixes in true gradients."""
+    grid, firsts, seconds = rule.grid(info), [], []
+    for region, (mean, variance) in enumerate(_blocks(rule, info, m, v)):
+        bases = {}
+        for side in rule.sides(info):
+            factor = _factor(mean, variance, side)
+            basis = torch.linalg.eigh(factor).eigenvectors.flip(-1)  # largest first
+            pivot = basis.gather(1, basis.abs().argmax(1, keepdim=True))
+            basis = basis * torch.where(pivot < 0, -1.0, 1.0)  # one sign on every machine
+            state[f"gg_{region}_{side}"].copy_(factor)
+            state[f"q_{region}_{side}"].copy_(basis)
+            bases[side] = basis
+        turned = _turn(mean, bases)
+        firsts.append(turned.to(m.dtype))
+        seconds.append((_turn_squares(variance, bases) + turned.square()).to(m.dtype))
+    grid.join(firsts, as_matrix(state["exp_avg"]))
+    grid.join(seconds, as_matrix(state["exp_avg_sq"]))
+    state["ready"].fill_(1.0)
+
+
+def soap_moments(rule: Soap, info: MatrixInfo, state: State) -> tuple[Tensor, Tensor]:
+    """Both moments turned back from the eigenbasis."""
+    grid = rule.grid(info)
+    turned = [grid.cut(as_matrix(state[key].float())) for key in ("exp_avg", "exp_avg_sq")]
+    regions = range(len(turned[0]))
+    bases = [{side: state[f"q_{region}_{side}"].float() for side in rule.sides(info)} for region in regions]
+    first, second = (torch.empty_like(state[key], dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq"))
+    grid.join([_turn(m, q, back=True) for m, q in zip(turned[0], bases, strict=True)], as_matrix(first))
+    grid.join([_turn_squares(v, q, back=True) for v, q in zip(turned[1], bases, strict=True)], as_matrix(second))
+    return first, second
+
+
+# Shampoo
+
+
+def fill_shampoo(rule: Shampoo, info: MatrixInfo, state: State, m: Tensor, v: Tensor) -> None:
+    """Factors, the first moment and the grafted second one; the first step takes the factors' roots."""
+    for region, (mean, variance) in enumerate(_blocks(rule, info, m, v)):
+        for side in rule.sides(info):
+            state[f"gg_{region}_{side}"].copy_(_factor(mean, variance, side))
+    state["exp_avg"].copy_(m)
+    if "graft_sq" in state:
+        state["graft_sq"].copy_(v)
+
+
+def shampoo_moments(rule: Shampoo, info: MatrixInfo, state: State) -> tuple[Tensor, Tensor]:
+    """The first moment; the second is the grafted rule's, or L_ii·R_jj/tr(L) from the factors' diagonals."""
+    m = state["exp_avg"].float()
+    if "graft_sq" in state:
+        return m, state["graft_sq"].float()
+    grid, found = rule.grid(info), []
+    for region, block in enumerate(grid.cut(as_matrix(m))):
+        square = torch.ones_like(block)
+        diagonals = {side: state[f"gg_{region}_{side}"].float().diagonal(dim1=1, dim2=2) for side in rule.sides(info)}
+        for side, diagonal in diagonals.items():
+            square = square * diagonal.unsqueeze(2 - side)
+        total = square.sum((1, 2), keepdim=True).clamp_min(torch.finfo(m.dtype).tiny)
+        norm = next(iter(diagonals.values())).sum(1).view(-1, 1, 1) if diagonals else total
+        found.append(square * (norm / total))
+    second = torch.empty_like(m)
+    grid.join(found, as_matrix(second))
+    return m, second
+
+
+# Kron
+
+
+def _root(factor: Tensor, power: float) -> Tensor:
+    """A power of symmetric (B, k, k), its small eigenvalues raised to the floor."""
+    values, vectors = torch.linalg.eigh(factor)
+    values = values.clamp_min(values.amax(-1, keepdim=True) * _FLOOR)
+    return (vectors * (values**power).unsqueeze(-2)) @ vectors.mT
+
+
+def fill_kron(rule: Kron, info: MatrixInfo, state: State, m: Tensor, v: Tensor) -> None:
+    """Q₀, Q₁ that whiten the momentum: QᵀQ = L^(−1/2)·tr^(1/4), R^(−1/2)·tr^(1/4), L and R the momentum's E[M·Mᵀ].
+
+    M has mean m and the share (1 − β)/(1 + β) of a gradient's variance. Gradients are divided by their norm first
+    where the rule does so: by √Σv.
+    """
+    cfg, diagonal = rule.config, rule.diagonal(info)
+    scale = v.double().sum().sqrt().clamp_min(torch.finfo(torch.float32).tiny) if cfg.normalize_grads else 1.0
+    m, v = m.double() / scale, v.double() / scale**2
+    noise = (1 - cfg.beta1) / (1 + cfg.beta1)
+    for region, (mean, variance) in enumerate(_blocks(rule, info, m, v)):
+        variance = variance * noise
+        total = mean.square().sum((1, 2)) + variance.sum((1, 2))
+        alive = total > 0
+        for side, flat in enumerate(diagonal):
+            q = state[f"q_{region}_{side}"]
+            factor = _factor(mean, variance, side)
+            gain = total.pow(0.25 if len(diagonal) == 2 else 0.0).view(-1, 1, 1)
+            if flat:
+                values = factor.diagonal(dim1=1, dim2=2)
+                values = values.clamp_min(values.amax(-1, keepdim=True) * _FLOOR)
+                found = values.pow(-0.25) * gain.sqrt().squeeze(-1)
+            elif cfg.update_form == "procrustes":
+                found = _root(factor, -0.25) * gain.sqrt()
+            else:
+                found = torch.linalg.cholesky(_root(factor, -0.5) * gain, upper=True)
+            q[alive] = found[alive].to(q.dtype)
+    state["exp_avg"].copy_(m)
