@@ -1,0 +1,58 @@
+"""Sums over all that a rule trains span groups and domains: experts are a domain of their own on some layouts only."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_opt.distributed.domain import Domain
+from megatron_opt.distributed.elementwise import ElementwiseStep
+from megatron_opt.distributed.fragments import Rect
+from megatron_opt.optimizers import registry
+from megatron_opt.optimizers.base import MatrixInfo
+
+SHAPES = {"expert": (4, 6), "hidden": (5, 6), "norm": (6, 1)}
+PLACES = {"one": [("expert", "hidden", "norm")], "experts apart": [("hidden", "norm"), ("expert",)]}
+
+
+def _train(domains: list[tuple[str, ...]], rule: Any, grouped: bool) -> dict[str, torch.Tensor]:
+    """Weights after three steps, decayed and undecayed matrices in groups of their own."""
+    draw = torch.Generator().manual_seed(1)
+    weights = {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
+    group_of = {name: int(grouped and name == "norm") for name in SHAPES}
+    groups: Any = [SimpleNamespace(decay_mode="decoupled")] * 2
+    param_groups = [{"lr": 0.1, "lr_scale": 1.0, "weight_decay": 0.0}] * 2
+    steps = []
+    for names in domains:
+        fragments: Any = [
+            SimpleNamespace(
+                view=SimpleNamespace(counts=True), main=weights[n].view(-1), rects=[Rect(n, 0, SHAPES[n][0], 0, SHAPES[n][1])]
+            )
+            for n in names
+        ]
+        holdings = [[(i, fragment.rects[0]) for i, fragment in enumerate(fragments)]]
+        infos = {n: MatrixInfo(n, SHAPES[n]) for n in names}
+        domain = Domain("", None, 0, 1, fragments, holdings, infos, None)  # type: ignore[arg-type]
+        steps.append(ElementwiseStep(domain, groups, [rule, rule], group_of))
+    for number in range(1, 4):
+        grads = {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
+        flats = [[grads[name].view(-1) for name in names] for names in domains]
+        sums: dict[str, torch.Tensor] = {}
+        for step, mine in zip(steps, flats, strict=True):
+            step.add_summands(sums, mine, [1.0, 1.0], set(), number)
+        for step, mine in zip(steps, flats, strict=True):
+            step.step(mine, [1.0, 1.0], set(), number, param_groups, sums)
+    return weights
+
+
+@pytest.mark.parametrize("scope", ["global", "matrix"])
+def test_mars_clips_by_one_norm_whatever_the_domains_and_groups(scope: str) -> None:
+    rule = registry.build("mars", {"eps": 1e-1, "clip_scope": scope})
+    reference = _train(PLACES["one"], rule, grouped=False)
+    for domains in PLACES.values():
+        found = _train(domains, rule, grouped=True)
+        for name, value in reference.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
+    unclipped = _train(PLACES["one"], registry.build("mars", {"eps": 1e-1, "max_grad_norm": 0.0}), grouped=False)
+    assert not torch.allclose(unclipped["hidden"], reference["hidden"], rtol=1e-3)
