@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain
-from megatron_opt.distributed.fragments import Rect
+from megatron_opt.distributed.fragments import Fragment, Rect
 from megatron_opt.optimizers.base import ElementwiseOptimizer, Reducer, State
 from megatron_opt.optimizers.groups import Group
 
@@ -56,6 +56,16 @@ class ElementwiseStep:
                     main = fragment.main[rect.offset : rect.offset + rect.numel]
                     piece.state = self.rules[group].init_state(main)
                     self.slices.setdefault(group, []).append(piece)
+        dtypes = [fragment.view.param.dtype for fragment in self.domain.fragments]
+        self.imaged = {  # groups whose kernel writes the model's bf16 parameters beside the main copies
+            group
+            for group, pieces in self.slices.items()
+            if all(dtypes[piece.fragment] == torch.bfloat16 for piece in pieces)
+        }
+
+    def publishes(self, fragment: Fragment) -> bool:
+        """Whether the step writes all of a fragment to the model by itself."""
+        return all(self.group_of[rect.matrix] in self.imaged for rect in fragment.rects)
 
     def _rules(self, skip: set[str]) -> Iterator[tuple[int, Any, list[Slice]]]:
         """Element-wise rules by group, and the slices that they step; every rank of the domain gets every group."""
@@ -88,6 +98,7 @@ class ElementwiseStep:
     ) -> None:
         """p ← p − lr·(u + wd·p) on every slice; `sums` are what `add_summands` adds, over all ranks."""
         mains = [fragment.main for fragment in self.domain.fragments]
+        images = [fragment.main if (image := fragment.image()) is None else image for fragment in self.domain.fragments]
         for index, rule, pieces in self._rules(skip):
             group = param_groups[index]
             rule.update(
@@ -100,6 +111,7 @@ class ElementwiseStep:
                 reducer=self._reducer(pieces, sums.get(rule.name)),
                 grad_scale=factors[index],
                 decay_mode=self.groups[index].decay_mode,
+                copies=[piece.of(images) for piece in pieces] if index in self.imaged else (),
                 firsts=[self._first(piece) for piece in pieces],
             )
 

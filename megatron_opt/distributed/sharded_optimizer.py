@@ -162,9 +162,10 @@ class ShardedOptimizer(MegatronOptimizer):
         self._step_elements(grads, coefficients, bad)
         if before is not None:
             self._record(before)
-        for domain in self.domains:
+        for domain, element in zip(self.domains, self.element_steps, strict=True):
             for fragment in domain.fragments:
-                fragment.publish()
+                if not element.publishes(fragment):
+                    fragment.publish()
         if self.distributed and not self.overlap_param_gather:
             for chunk in self.model_chunks:
                 chunk.start_param_sync()

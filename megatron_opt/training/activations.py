@@ -56,6 +56,8 @@ class Recorder:
 
     def wrap(self, train_step: Any) -> Any:
         """Megatron's training step on the first step's batches for ever."""
+        from megatron.core.rerun_state_machine import RerunDataIterator
+
         kept: list[Any] = []
 
         def repeated(source: Iterator[Any]) -> Iterator[Any]:
@@ -68,7 +70,7 @@ class Recorder:
 
         def wrapped(forward_step: Any, data_iterator: Any, *rest: Any, **kwargs: Any) -> Any:
             self._now = {}
-            found = train_step(forward_step, repeated(data_iterator), *rest, **kwargs)
+            found = train_step(forward_step, RerunDataIterator(repeated(data_iterator)), *rest, **kwargs)
             self._first = self._first or dict(self._now)
             self.sizes.append(_means({key: x.abs().mean() for key, x in self._now.items()}))
             self.changes.append(_means({key: (x - self._first[key]).abs().mean() for key, x in self._now.items()}))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_opt.training import hutchinson
 from megatron_opt.training.batches import REPLAY
@@ -112,7 +113,8 @@ def estimate_hutchinson(
     chunk.compute_language_model_loss = hutchinson.token_losses
     step = functools.partial(hutchinson.forward_step, forward_step, signs)
     try:
-        _pass(args, step, data_iterator, model, optimizer, forward_backward)
+        with sdpa_kernel(SDPBackend.MATH):  # torch's fused attention has no second derivative
+            _pass(args, step, data_iterator, model, optimizer, forward_backward)
     finally:
         del chunk.compute_language_model_loss
     for param, z in signs.items():

@@ -215,3 +215,17 @@ def die(case: Case, record: recording.Record, argv: list[str], folder: Path) -> 
 
     record.once_made.append(prepare)
     return checkpoint(case, record, argv, folder)
+
+
+def images(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
+    """Record how many fragments the kernel wrote to the model, and whether every parameter is its main copy, rounded."""
+
+    def compare(record: recording.Record) -> None:
+        found = [
+            (element.publishes(fragment), bool((fragment.image() == fragment.main.bfloat16()).all()))
+            for domain, element in zip(record.optimizer.domains, record.optimizer.element_steps, strict=True)
+            for fragment in domain.fragments
+        ]
+        record.extra["images"] = found
+
+    record.after_step.append(compare)

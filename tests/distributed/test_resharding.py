@@ -11,7 +11,8 @@ from tests.distributed.pool import Pool, Run
 
 NAMES = sorted(registry.rules())
 DENSE = [*c.DENSE, "--num-layers", "2"]
-PAIRS = [(c.TP2, c.PP2), (c.PP2, c.DP2_DIST), (c.DP2_DIST, c.ONE), (c.ONE, c.TP2)]
+PAIRS = [(c.TP2, c.PP2), (c.PP2, c.DP2_DIST)]
+SLOW = [(c.DP2_DIST, c.ONE), (c.ONE, c.TP2)]
 STEPS = 2
 # a curvature estimate, a refresh of factors before the checkpoint
 OPTIONS = {
@@ -26,16 +27,36 @@ def _case(name: str, layout: Layout, what: str, **options: str | int) -> Case:
     return case(DENSE, flags, layout, f"{what}-{name}-{layout.name}", steps=STEPS + 1, hook="checkpoint", options=options)
 
 
+def _make(pool: Pool, pairs: list[tuple[Layout, Layout]]) -> dict[str, Run]:
+    saving = [_case(n, a, "save", save=f"{n}-{a.name}", interval=STEPS, stop=STEPS) for n in NAMES for a, _ in pairs]
+    found = pool.run(saving)
+    return found | pool.run([_case(n, b, "load", load=f"{n}-{a.name}") for n in NAMES for a, b in pairs])
+
+
 @pytest.fixture(scope="module")
 def runs(pool: Pool) -> dict[str, Run]:
-    saving = [_case(n, a, "save", save=f"{n}-{a.name}", interval=STEPS, stop=STEPS) for n in NAMES for a, _ in PAIRS]
-    found = pool.run(saving)
-    return found | pool.run([_case(n, b, "load", load=f"{n}-{a.name}") for n in NAMES for a, b in PAIRS])
+    return _make(pool, PAIRS)
+
+
+@pytest.fixture(scope="module")
+def slow_runs(pool: Pool) -> dict[str, Run]:
+    return _make(pool, SLOW)
 
 
 @pytest.mark.parametrize(("a", "b"), PAIRS, ids=[f"{a.name}-to-{b.name}" for a, b in PAIRS])
 @pytest.mark.parametrize("name", NAMES)
 def test_state_moves_by_value(runs: dict[str, Run], name: str, a: Layout, b: Layout) -> None:
+    _assert_moved(runs, name, a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("a", "b"), SLOW, ids=[f"{a.name}-to-{b.name}" for a, b in SLOW])
+@pytest.mark.parametrize("name", NAMES)
+def test_state_moves_by_value_slow(slow_runs: dict[str, Run], name: str, a: Layout, b: Layout) -> None:
+    _assert_moved(slow_runs, name, a, b)
+
+
+def _assert_moved(runs: dict[str, Run], name: str, a: Layout, b: Layout) -> None:
     saved, loaded = runs[f"save-{name}-{a.name}"], runs[f"load-{name}-{b.name}"]
     assert len(loaded.losses) == 1 and {rank["loaded_step"] for rank in loaded.ranks} == {STEPS}
     pairs = [("weights", saved.weights, [block for rank in loaded.ranks for block in rank["loaded_weights"]])]

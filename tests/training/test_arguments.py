@@ -81,3 +81,15 @@ def test_optimizer_flags_exist_for_every_field():
     assert parser.parse_args(["--muon-momentum", "0.8"]).rule_muon_momentum == 0.8
     assert parser.parse_args(["--muon-nesterov"]).rule_muon_nesterov is True
     assert parser.parse_args(["--muon-nesterov", "false"]).rule_muon_nesterov is False
+
+
+def test_help_is_printed_whole(capsys):
+    """A lone percent sign in a help text of Megatron's would end it in a traceback."""
+    from megatron_opt import platform
+
+    platform.activate()
+    with pytest.raises(SystemExit) as left:
+        arguments.parse(["--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    assert "--soap-precondition-frequency" in text and "--use-mup" in text and "--preset" in text

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from megatron_opt.errors import UserError
+from megatron_opt.optimizers.groups import GroupRule
 from megatron_opt.training import hutchinson
+from megatron_opt.training.optimizer_flags import curvature_kind
 
 
 def small_model():
@@ -84,3 +86,11 @@ def test_what_would_be_wrong_is_refused_by_its_flag(name):
 def test_context_parallelism_is_refused(kind):
     with pytest.raises(UserError, match="--context-parallel-size 1"):
         hutchinson.check_curvature(Namespace(**FINE, context_parallel_size=2), kind)
+
+
+def test_a_run_has_one_kind_of_curvature():
+    sophia = [GroupRule(".*", "sophia", {"curvature": kind} if kind else {}) for kind in (None, "gnb", "hutchinson")]
+    assert curvature_kind([GroupRule(".*", "adamw")]) is None
+    assert curvature_kind(sophia[:2]) == "gnb" and curvature_kind(sophia[2:]) == "hutchinson"
+    with pytest.raises(UserError, match="choose one for both"):
+        curvature_kind(sophia)

@@ -99,3 +99,14 @@ def test_divergence_is_a_result(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     result, _ = read(tmp_path)
     assert result["status"] == "diverged" and result["diverged"] is True
+
+
+def test_curvatures_cost_is_in_the_log_and_the_results(tmp_path):
+    done = run(tmp_path, "--optimizer", "sophia", "--sophia-curvature-every", "2", "--sophia-curvature", "hutchinson")
+    assert done.returncode == 0, done.stderr[-3000:]
+    shown = re.findall(r" curvature: ([0-9.]+) ms a step, ([0-9.]+)% of it", done.stdout)
+    assert len(shown) == 3 and all(0 < float(share) < 100 for _, share in shown)
+    result, lines = read(tmp_path)
+    split = result["step_time_s"]
+    assert 0 < split["curvature"] and split["curvature"] + split["forward_backward"] + split["optimizer"] <= split["total"]
+    assert all(line["split"]["curvature"] > 0 for line in lines if line["kind"] == "train")
