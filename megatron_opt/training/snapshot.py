@@ -8,6 +8,7 @@ import io
 import math
 import os
 import queue
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ _CONSTANT_PREFIX = "optimizer."  # state that only the optimizer's step changes
 
 _writer: Writer | None = None
 _plan: "_Plan | None" = None
-_metadata: Any = None
+_metadata: Any = None  # torch's, of the last plan
+_scheduled: deque[Any] = deque()  # the same of each save that is being written
 _parameters: set[int] = set()  # storages of the model's parameters, changed by the optimizer's step alone
 _seen: dict[Any, tuple[int, Any, tuple[int, ...]]] = {}  # a plan's tensors: address, type, shape by index
 
@@ -72,10 +74,12 @@ def _settled(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_forward_backward_func
 
 
-def outcome() -> tuple[str | None, bytes]:
-    """(what went wrong on this rank, its writer's results) of the oldest save that all ranks have written."""
+def outcome() -> tuple[str | None, bytes, Any]:
+    """(what went wrong on this rank, its writer's results, torch's metadata) of the oldest save that is written."""
     assert _writer is not None
-    return _writer.written()
+    if not _scheduled:  # nothing to write on this rank
+        return None, b"", None
+    return *_writer.written(), _scheduled.popleft()
 
 
 def publish(what: Publication) -> None:
@@ -88,11 +92,6 @@ def published(block: bool) -> dict[str, Any] | str | None:
     """Rank 0: see `Writer.published`."""
     assert _writer is not None
     return _writer.published(block)
-
-
-def metadata() -> Any:
-    """Rank 0: torch's metadata of the last save that was planned."""
-    return _metadata
 
 
 class _Caller:
@@ -125,6 +124,7 @@ class _Caller:
 
 def _write(folder: Path, rank: int, plan: "_Plan", values: "_Values") -> None:
     assert _writer is not None
+    _scheduled.append(_metadata)
     _writer.save(folder, rank, plan.items, values.strings, values.tensors, values.still)
 
 

@@ -150,6 +150,22 @@ def losses(folder: Path) -> dict[tuple[str, int], tuple[float, float | None]]:
     return found
 
 
+def resumes(folder: Path) -> list[tuple[float, int]]:
+    """(time, iteration) of every start but the first: what came after that iteration is void."""
+    starts = [entry for entry in events.read(folder) if entry["event"] in ("start", "restart", "resume")]
+    return [(entry["time"], entry.get("iteration", 0)) for entry in _last_words(starts)[1:]]
+
+
+def _last_words(starts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A resume in place of the start that it follows."""
+    kept: list[dict[str, Any]] = []
+    for entry in starts:
+        if entry["event"] == "resume" and kept:
+            kept.pop()
+        kept.append(entry)
+    return kept
+
+
 @dataclass
 class Outcome:
     """A disturbed run against its undisturbed twin."""
