@@ -13,7 +13,7 @@ def test_output_to_nobody_ends_quietly_too(tmp_path):
         reading, writing = os.pipe()
         os.close(reading)
         command = [sys.executable, "-m", "megatron_opt.cli", *words]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}  # argparse passes over its errors
         done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment)
         os.close(writing)
         assert (done.returncode, done.stderr) == (141, "")
