@@ -233,11 +233,19 @@ def _filled(plan: _Plan, flat: dict[str, list[Any]]) -> _Values:
     import torch
 
     strings, tensors, still = [], [], []
+    nothing: dict[int, bytes] = {}  # most objects are empty extra states
     for _, objects, _ in plan.items:
         for item in objects:
-            stream = io.BytesIO()
-            torch.save([entry.data for entry in flat[item.index.fqn]], stream)
-            strings.append(stream.getvalue())
+            values = [entry.data for entry in flat[item.index.fqn]]
+            empty = len(values) if all(value is None for value in values) else 0
+            if empty not in nothing:
+                stream = io.BytesIO()
+                torch.save(values, stream)
+                strings.append(stream.getvalue())
+                if empty:
+                    nothing[empty] = strings[-1]
+            else:
+                strings.append(nothing[empty])
     for source in plan.sources or []:
         tensor = flat[source.key][source.number].data.detach().view(source.shape)
         tensors.append(tensor)
