@@ -54,6 +54,8 @@ def install(args: Any) -> None:
         raise UserError(f"--keep-every {args.keep_every} adds to --keep-last N; give that too.")
     if min(args.keep_last, args.keep_every) < 0:
         raise UserError("--keep-last and --keep-every want numbers from 0 on.")
+    if args.async_save and args.non_persistent_save_interval:
+        raise UserError("--non-persistent-save-interval does not work with --async-save; give a shorter --save-interval.")
     if getattr(args, "save_retain_interval", None):
         if args.keep_last:
             raise UserError("--save-retain-interval N is Megatron's word for --keep-last 1 --keep-every N; give one.")
@@ -234,9 +236,11 @@ def _conclude(flags: Any, blocking: bool) -> None:
     import torch
 
     while _publishing:
+        began = time.monotonic()
         found = snapshot.published(blocking) if rank() == 0 else None
         done = torch.tensor([int(found is not None)], device=torch.cuda.current_device())
         torch.distributed.broadcast(done, src=0)
+        _charge(_publishing[0], time.monotonic() - began)
         if not done.item():
             return
         iteration = _publishing.pop(0)
@@ -293,12 +297,15 @@ def _finalize(original: Callable[..., None], blocking: bool = False, **kwargs: A
     """Megatron's look at running asynchronous saves, at every step."""
     from megatron.training import get_args
 
-    flags, began = get_args(), time.monotonic()
-    writing = max(_stalls, default=None)
+    began, newest = time.monotonic(), max(_stalls, default=-1)
     original(blocking=blocking, **kwargs)
-    _conclude(flags, blocking)
-    if writing in _stalls:
-        _stalls[writing] += time.monotonic() - began
+    _charge(newest, time.monotonic() - began + snapshot.waited())
+    _conclude(get_args(), blocking)
+
+
+def _charge(iteration: int, seconds: float) -> None:
+    if iteration in _stalls:
+        _stalls[iteration] += seconds
 
 
 def _short(error: BaseException) -> str:

@@ -8,6 +8,7 @@ import io
 import math
 import os
 import queue
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ _writer: Writer | None = None
 _plan: "_Plan | None" = None
 _metadata: Any = None  # torch's, of the last plan
 _scheduled: deque[Any] = deque()  # the same of each save that is being written
+_waits: list[float] = []
 _parameters: set[int] = set()  # storages of the model's parameters, changed by the optimizer's step alone
 _seen: dict[Any, tuple[int, Any, tuple[int, ...]]] = {}  # a plan's tensors: address, type, shape by index
 
@@ -66,12 +68,21 @@ def _settled(original: Callable[..., Any]) -> Callable[..., Any]:
         def run(*positional: Any, **named: Any) -> Any:
             found = schedule(*positional, **named)
             assert _writer is not None
+            began = time.monotonic()
             _writer.settle()
+            _waits.append(time.monotonic() - began)
             return found
 
         return run
 
     return get_forward_backward_func
+
+
+def waited() -> float:
+    """Seconds that steps have waited for a copy since the last call."""
+    found = sum(_waits)
+    _waits.clear()
+    return found
 
 
 def outcome() -> tuple[str | None, bytes, Any]:
