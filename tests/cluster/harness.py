@@ -151,19 +151,15 @@ def losses(folder: Path) -> dict[tuple[str, int], tuple[float, float | None]]:
 
 
 def resumes(folder: Path) -> list[tuple[float, int]]:
-    """(time, iteration) of every start but the first: what came after that iteration is void."""
-    starts = [entry for entry in events.read(folder) if entry["event"] in ("start", "restart", "resume")]
-    return [(entry["time"], entry.get("iteration", 0)) for entry in _last_words(starts)[1:]]
-
-
-def _last_words(starts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A resume in place of the start that it follows."""
-    kept: list[dict[str, Any]] = []
-    for entry in starts:
-        if entry["event"] == "resume" and kept:
-            kept.pop()
-        kept.append(entry)
-    return kept
+    """(time, iteration) from which the run was gone on with: what came after that iteration before is void."""
+    found, saved = [], False
+    for entry in events.read(folder):
+        saved |= entry["event"] == "save"
+        if entry["event"] == "resume":
+            found.append((entry["time"], entry["iteration"]))
+        elif entry["event"] in ("start", "restart") and not saved:  # there is nothing to resume from
+            found.append((entry["time"], 0))
+    return found
 
 
 @dataclass
