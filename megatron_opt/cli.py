@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import select
 import signal
 import sys
 
@@ -26,8 +27,19 @@ def _usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; exit code 0 done, 1 failed, 2 bad input."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one command; exit code 0 done, 1 failed, 2 bad input, 141 the reader of the output has left."""
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 128 + signal.SIGPIPE
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else 2
@@ -36,26 +48,20 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     module = importlib.import_module(COMMANDS[argv[0]][0])
     try:
-        code = int(module.main(argv[1:], prog=f"megatron-opt {argv[0]}") or 0)
-        sys.stdout.flush()
-        return code
+        return int(module.main(argv[1:], prog=f"megatron-opt {argv[0]}") or 0)
     except UserError as error:
         print(f"megatron-opt {argv[0]}: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        if not _reader_is_gone():
-            raise
-        return 128 + signal.SIGPIPE
 
 
 def _reader_is_gone() -> bool:
-    """Whether standard output is a pipe that nobody reads any more; what is left in it is dropped then."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    """Whether standard output is a pipe that nobody reads any more; what is left for it is dropped then."""
+    watched = select.poll()
+    watched.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in watched.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 if __name__ == "__main__":

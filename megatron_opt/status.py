@@ -48,7 +48,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-_TROUBLE = ("skip", "rollback", "hang", "damaged", "save_failed")
+_TROUBLE = ("skip", "rollback", "hang", "straggler", "damaged", "save_failed")
 
 
 def look(folder: Path, now: float | None = None) -> Status:

@@ -46,7 +46,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="kills-") as name:
             folder = Path(name)
             more = [*LAYOUTS[layout], "--optimizer", optimizer, "--keep-last", "2"]
-            more += ["--async-save", "--async-strategy", "mcore"] if args.async_save else []
+            more += ["--async-save"] if args.async_save else []
             flags = job_flags(folder / "plain", args.iterations, interval=args.save_interval) + more
             reference = undisturbed(folder / "plain", flags, args.limit)
             killed = folder / "killed"

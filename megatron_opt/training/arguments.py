@@ -79,7 +79,7 @@ def expand(argv: Sequence[str]) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """This project's flags, and Megatron's `--optimizer` with our names among its choices."""
-    from megatron_opt.training import checkpoints, faults
+    from megatron_opt.training import checkpoints, faults, stragglers
     from megatron_opt.training.optimizer_flags import add_optimizer_arguments
 
     group = parser.add_argument_group("megatron_opt")
@@ -99,12 +99,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="initialize as Megatron does, which gives every layout another model",
     )
     group.add_argument(
+        "--log-samples", action="store_true",
+        help="write the ids of the training samples of each step to OUTPUT/samples-RANK.jsonl, to check a restart by",
+    )
+    group.add_argument(
         "--plan-world-size", type=int, metavar="RANKS",
         help="print the optimizer plan of these flags on so many ranks, which need not be there, and exit",
     )
     add_engine_arguments(group)
     checkpoints.add_arguments(parser)
     faults.add_arguments(parser)
+    stragglers.add_arguments(parser)
     add_optimizer_arguments(parser)
     for action in parser._actions:  # a lone percent sign in Megatron's help would end --help in a traceback
         if action.help and action.help is not argparse.SUPPRESS:

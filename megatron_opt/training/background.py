@@ -58,7 +58,8 @@ class Writer:
 
     def __init__(self, nice: int = 10) -> None:
         self._socket, theirs = socket.socketpair()
-        if os.fork() == 0:  # not multiprocessing, which would wait at exit for a process that ignores its signal
+        self.pid = os.fork()
+        if self.pid == 0:  # not multiprocessing, which would wait at exit for a process that ignores its signal
             try:
                 self._socket.close()
                 _serve(theirs, nice)
@@ -151,7 +152,7 @@ class Writer:
 
     def written(self) -> tuple[str | None, bytes]:
         """(what went wrong, results) of the oldest save whose answer has not been asked for."""
-        answer = self._written.popleft() if self._written else b""  # nothing to write on this rank
+        answer = self._written.popleft()
         return (answer, b"") if isinstance(answer, str) else (None, answer)
 
     # Publishing

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.errors import UserError
+from megatron_opt.training import samples
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
@@ -77,7 +78,7 @@ def build_datasets(num_samples: tuple[int | None, ...], vp_stage: int | None = N
     except (AssertionError, ValueError, OSError, IndexError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the dataset could not be opened: {text} (is it a Megatron .bin/.idx pair?)") from error
-    return datasets
+    return (samples.Numbered(datasets[0]), *datasets[1:]) if args.log_samples and datasets[0] else datasets
 
 
 build_datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it, for its barriers
@@ -112,6 +113,8 @@ def get_batch(data_iterator: Iterator[Any], vp_stage: int | None) -> tuple[Tenso
     batch: dict[str, Any] = {}
     if tp_rank == 0:
         loaded = REPLAY.pop(vp_stage) if REPLAY.replaying else next(data_iterator)
+        if first and samples.KEY in loaded and not REPLAY.replaying:
+            samples.log(args, loaded[samples.KEY].tolist())
         REPLAY.keep(vp_stage, loaded)
         batch = {key: loaded[key].cuda(non_blocking=True) if key in loaded else None for key in BATCH_KEYS}
     if mpu.get_tensor_model_parallel_world_size() > 1:

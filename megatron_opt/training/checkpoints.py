@@ -30,7 +30,7 @@ _error: str | None = None  # what went wrong on this rank inside Megatron's writ
 _started: dict[int, float] = {}  # when a save began, by iteration
 _announcements: list[Callable[[], None]] = []  # Weights & Biases, told of a checkpoint once it is published
 _config: Any = None  # Megatron's note on the format of a background save, which rank 0's writer writes
-_publishing: int | None = None  # iteration that rank 0's writer publishes
+_publishing: list[int] = []  # iterations that rank 0's writer publishes
 _stalls: dict[int, float] = {}  # seconds for which a background save has held training up, by iteration
 
 
@@ -54,6 +54,8 @@ def install(args: Any) -> None:
         raise UserError(f"--keep-every {args.keep_every} adds to --keep-last N; give that too.")
     if min(args.keep_last, args.keep_every) < 0:
         raise UserError("--keep-last and --keep-every want numbers from 0 on.")
+    if args.async_save and args.non_persistent_save_interval:
+        raise UserError("--non-persistent-save-interval does not work with --async-save; give a shorter --save-interval.")
     if getattr(args, "save_retain_interval", None):
         if args.keep_last:
             raise UserError("--save-retain-interval N is Megatron's word for --keep-last 1 --keep-every N; give one.")
@@ -212,36 +214,36 @@ def _publish(flags: Any, save: Path, iteration: int) -> None:
 
 def _begin_to_publish(flags: Any, save: Path, iteration: int) -> None:
     """Collective, once all ranks have written: rank 0's writer publishes."""
-    global _publishing
     import torch
 
-    trouble, results = snapshot.outcome()
+    trouble, results, metadata = snapshot.outcome()
     everyone: list[Any] | None = [None] * torch.distributed.get_world_size() if rank() == 0 else None
     torch.distributed.gather_object((trouble, results), everyone)
     if everyone:
         trouble = next((f"rank {index}: {text}" for index, (text, _) in enumerate(everyone) if text), None)
         if trouble is None:
-            snapshot.publish(Publication(save, iteration, snapshot.metadata(), [one for _, one in everyone], _config,
+            snapshot.publish(Publication(save, iteration, metadata, [one for _, one in everyone], _config,
                                          flags.keep_last, flags.keep_every))
-    _publishing = iteration
     trouble = agree(trouble)
     if trouble:
-        _publishing = None
         _tell(flags, iteration, trouble)
+    else:
+        _publishing.append(iteration)
 
 
 def _conclude(flags: Any, blocking: bool) -> None:
-    """Collective: hear from rank 0's writer whether the checkpoint is published."""
-    global _publishing
+    """Collective: hear from rank 0's writer which checkpoints are published."""
     import torch
 
-    if _publishing is None:
-        return
-    iteration, found = _publishing, snapshot.published(blocking) if rank() == 0 else None
-    done = torch.tensor([int(found is not None)], device=torch.cuda.current_device())
-    torch.distributed.broadcast(done, src=0)
-    if done.item():
-        _publishing = None
+    while _publishing:
+        began = time.monotonic()
+        found = snapshot.published(blocking) if rank() == 0 else None
+        done = torch.tensor([int(found is not None)], device=torch.cuda.current_device())
+        torch.distributed.broadcast(done, src=0)
+        _charge(_publishing[0], time.monotonic() - began)
+        if not done.item():
+            return
+        iteration = _publishing.pop(0)
         if isinstance(found, dict):
             _record(iteration, found["bytes"], found["pruned"])
         _tell(flags, iteration, agree(found if isinstance(found, str) else None))
@@ -295,12 +297,15 @@ def _finalize(original: Callable[..., None], blocking: bool = False, **kwargs: A
     """Megatron's look at running asynchronous saves, at every step."""
     from megatron.training import get_args
 
-    flags, began = get_args(), time.monotonic()
-    writing = max(_stalls, default=None)
+    began, newest = time.monotonic(), max(_stalls, default=-1)
     original(blocking=blocking, **kwargs)
-    _conclude(flags, blocking)
-    if writing in _stalls:
-        _stalls[writing] += time.monotonic() - began
+    _charge(newest, time.monotonic() - began + snapshot.waited())
+    _conclude(get_args(), blocking)
+
+
+def _charge(iteration: int, seconds: float) -> None:
+    if iteration in _stalls:
+        _stalls[iteration] += seconds
 
 
 def _short(error: BaseException) -> str:

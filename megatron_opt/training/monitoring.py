@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 import megatron_opt
 from megatron_opt.files import write_atomic
+from megatron_opt.training import stragglers
 from megatron_opt.training.clock import Clock
 
 
@@ -44,6 +45,8 @@ class Monitor:
     def __init__(self, args: Any) -> None:
         self.args = args
         self.clock = Clock()
+        self.own_time = stragglers.OwnTime()
+        self.stragglers = stragglers.Watch(args.straggler_factor, args.straggler_window)
         self.folder = Path(args.output_dir) if args.output_dir else None
         self.optimizer: Any = None
         self.matrices: Sequence[Any] = ()
@@ -96,6 +99,8 @@ class Monitor:
         def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
             return self.clock.timed("forward_backward", schedule(*args, **kwargs))
 
+        if not torch.cuda.is_available() and self.args.straggler_factor:
+            self.own_time.install(training)
         training.training_log, training.evaluate = training_log, evaluated
         training.evaluate_and_print_results = evaluate_and_print_results
         training.print_rank_last = lambda text: printer(self._true_throughput(training, text))
@@ -159,10 +164,26 @@ class Monitor:
             entry["groups"] = stats
         self._append(entry)
         self._tensorboard(iteration, tokens_per_s, seconds, spans, stats)
-        bad = torch.tensor([float(loss is not None and not math.isfinite(loss))], device=torch.cuda.current_device())
+        own = self.own_time.take()
+        if torch.cuda.is_available():  # the host does not wait where the device does
+            own = steps * (sum(spans.get(n, 0.0) for n in ("forward_backward", "optimizer")) - spans.get("communication", 0.0))
+        self._compare(iteration, steps, loss is not None and not math.isfinite(loss), own)
+
+    def _compare(self, iteration: int, steps: int, bad: bool, own: float) -> None:
+        """Of all ranks: whether the loss is still finite, and who is slow."""
+        from megatron.core import mpu
+
+        stage = float(mpu.get_pipeline_model_parallel_rank())
+        mine = torch.tensor([float(bad), own, stage], dtype=torch.float64, device=torch.cuda.current_device())
+        rows = [mine]
         if dist.get_world_size() > 1:
-            dist.all_reduce(bad)
-        self._bad = (getattr(self, "_bad", 0) + 1) if float(bad) else 0
+            rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+            dist.all_gather(rows, mine)
+        bads, owns, stages = torch.stack(rows).T.tolist()
+        slow = self.stragglers.see(steps, owns, stages)
+        if self.args.rank in slow:
+            stragglers.report(iteration, self.args.rank, slow[self.args.rank])
+        self._bad = (getattr(self, "_bad", 0) + 1) if any(bads) else 0
         if self._bad > 2:
             raise Diverged
 

@@ -8,6 +8,8 @@ import io
 import math
 import os
 import queue
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,9 @@ _CONSTANT_PREFIX = "optimizer."  # state that only the optimizer's step changes
 
 _writer: Writer | None = None
 _plan: "_Plan | None" = None
-_metadata: Any = None
+_metadata: Any = None  # torch's, of the last plan
+_scheduled: deque[Any] = deque()  # the same of each save that is being written
+_waits: list[float] = []
 _parameters: set[int] = set()  # storages of the model's parameters, changed by the optimizer's step alone
 _seen: dict[Any, tuple[int, Any, tuple[int, ...]]] = {}  # a plan's tensors: address, type, shape by index
 
@@ -64,7 +68,9 @@ def _settled(original: Callable[..., Any]) -> Callable[..., Any]:
         def run(*positional: Any, **named: Any) -> Any:
             found = schedule(*positional, **named)
             assert _writer is not None
+            began = time.monotonic()
             _writer.settle()
+            _waits.append(time.monotonic() - began)
             return found
 
         return run
@@ -72,10 +78,19 @@ def _settled(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_forward_backward_func
 
 
-def outcome() -> tuple[str | None, bytes]:
-    """(what went wrong on this rank, its writer's results) of the oldest save that all ranks have written."""
+def waited() -> float:
+    """Seconds that steps have waited for a copy since the last call."""
+    found = sum(_waits)
+    _waits.clear()
+    return found
+
+
+def outcome() -> tuple[str | None, bytes, Any]:
+    """(what went wrong on this rank, its writer's results, torch's metadata) of the oldest save that is written."""
     assert _writer is not None
-    return _writer.written()
+    if not _scheduled:  # nothing to write on this rank
+        return None, b"", None
+    return *_writer.written(), _scheduled.popleft()
 
 
 def publish(what: Publication) -> None:
@@ -88,11 +103,6 @@ def published(block: bool) -> dict[str, Any] | str | None:
     """Rank 0: see `Writer.published`."""
     assert _writer is not None
     return _writer.published(block)
-
-
-def metadata() -> Any:
-    """Rank 0: torch's metadata of the last save that was planned."""
-    return _metadata
 
 
 class _Caller:
@@ -125,6 +135,7 @@ class _Caller:
 
 def _write(folder: Path, rank: int, plan: "_Plan", values: "_Values") -> None:
     assert _writer is not None
+    _scheduled.append(_metadata)
     _writer.save(folder, rank, plan.items, values.strings, values.tensors, values.still)
 
 
@@ -233,11 +244,19 @@ def _filled(plan: _Plan, flat: dict[str, list[Any]]) -> _Values:
     import torch
 
     strings, tensors, still = [], [], []
+    nothing: dict[int, bytes] = {}  # most objects are empty extra states
     for _, objects, _ in plan.items:
         for item in objects:
-            stream = io.BytesIO()
-            torch.save([entry.data for entry in flat[item.index.fqn]], stream)
-            strings.append(stream.getvalue())
+            values = [entry.data for entry in flat[item.index.fqn]]
+            empty = len(values) if all(value is None for value in values) else 0
+            if empty not in nothing:
+                stream = io.BytesIO()
+                torch.save(values, stream)
+                strings.append(stream.getvalue())
+                if empty:
+                    nothing[empty] = strings[-1]
+            else:
+                strings.append(nothing[empty])
     for source in plan.sources or []:
         tensor = flat[source.key][source.number].data.detach().view(source.shape)
         tensors.append(tensor)

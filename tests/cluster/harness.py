@@ -150,6 +150,18 @@ def losses(folder: Path) -> dict[tuple[str, int], tuple[float, float | None]]:
     return found
 
 
+def resumes(folder: Path) -> list[tuple[float, int]]:
+    """(time, iteration) from which the run was gone on with: what came after that iteration before is void."""
+    found, saved = [], False
+    for entry in events.read(folder):
+        saved |= entry["event"] == "save"
+        if entry["event"] == "resume":
+            found.append((entry["time"], entry["iteration"]))
+        elif entry["event"] in ("start", "restart") and not saved:  # there is nothing to resume from
+            found.append((entry["time"], 0))
+    return found
+
+
 @dataclass
 class Outcome:
     """A disturbed run against its undisturbed twin."""

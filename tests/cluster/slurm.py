@@ -78,6 +78,23 @@ class Cluster:
                 command, env=self.environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
 
+    def fail(self, name: str) -> None:
+        """Take a node's power: its daemon, the steps it runs and their processes."""
+        import psutil
+
+        spool = str(self.folder / f"spool-{name}")
+        steps = [process for process in psutil.process_iter(["name"]) if process.info["name"] == "slurmstepd"
+                 and any(spool in str(c.laddr) for c in process.net_connections(kind="unix"))]
+        tasks = [child for step in steps for child in step.children(recursive=True)]
+        daemon = self.daemons.pop(name)
+        for process in (daemon.pid, *(step.pid for step in steps), *(task.pid for task in tasks)):
+            _kill(process)
+        daemon.wait(timeout=30)
+
+    def restore(self, name: str) -> None:
+        """Power again."""
+        self._daemon(name, ["slurmd", "-D", "-N", name])
+
     def environment(self, **more: str) -> dict[str, str]:
         """Where clients find this cluster."""
         kept = {n: v for n, v in os.environ.items() if not n.startswith("SLURM")}

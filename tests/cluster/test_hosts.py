@@ -4,9 +4,10 @@ import time
 
 import pytest
 
+from megatron_opt.training.samples import consumed
 from tests.cluster import hosts
 from tests.cluster.conftest import ITERATIONS, LIMIT
-from tests.cluster.harness import compare, losses
+from tests.cluster.harness import compare, losses, resumes
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +69,7 @@ def test_a_link_cut_for_five_seconds_is_sat_out(network, nodes, reference):
 
 def test_a_lost_host_is_done_without(network, nodes, reference):
     """Its link is cut for good: the hang is noticed, the other host resumes alone with the same global batch."""
-    first, second = nodes("1:2", "--hang-timeout", "10")
+    first, second = nodes("1:2", "--hang-timeout", "10", "--log-samples")
     first.start(), second.start()
     first.until(lambda: first.events("save") and first.iteration() >= 7, LIMIT, "a checkpoint")
     network.cut(2)
@@ -79,6 +80,8 @@ def test_a_lost_host_is_done_without(network, nodes, reference):
     assert first.events("restart")[-1]["world_size"] == 1
     assert first.iteration() == ITERATIONS
     close_to(reference, losses(first.folder))
+    seen = consumed(first.folder, resumes(first.folder))
+    assert [sorted(seen[n]) for n in sorted(seen)] == [list(range(8 * n, 8 * n + 8)) for n in range(ITERATIONS)]
 
 
 def test_a_killed_host_comes_back(nodes, reference):

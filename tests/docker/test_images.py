@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,60 @@ def test_versions_are_those_that_are_tested():
     here = set(re.findall(r"^[\w.-]+==\S+", (ROOT / "docker/requirements.txt").read_text(), flags=re.M))
     here |= set(re.findall(r"[\w.-]+==\S+", (ROOT / "docker/cpu.Dockerfile").read_text()))
     assert here and not here - tested
+
+
+def test_torch_of_the_gpu_base_is_in_the_range_of_the_package():
+    """The GPU image takes torch from its base, within the package's own range."""
+    text = (ROOT / "docker" / "gpu.Dockerfile").read_text()
+    low, high = re.search(r"torch>=2\.(\d+),<2\.(\d+)", (ROOT / "pyproject.toml").read_text()).groups()
+    assert f"(2, {low}) <= v < (2, {high})" in text
+
+
+def reachable(host: str) -> bool:
+    try:
+        socket.create_connection((host, 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_install_steps_of_the_cpu_image_in_a_clean_environment(tmp_path):
+    """Its pip steps in a fresh virtual environment, on the files that the builder would get; then its entry point."""
+    image = ROOT / "docker" / "cpu.Dockerfile"
+    words = instructions(image)
+    build = words[: next(i for i, (word, _) in enumerate(words) if word == "FROM" and i)]
+    source, venv = tmp_path / "src", tmp_path / "venv"
+    source.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, timeout=120)
+    ran = 0
+    for word, arguments in build:
+        if word == "COPY":
+            *paths, target = arguments.split()
+            for path in paths:
+                place = source / target / (path.split("/")[-1] if target.endswith("/") else "")
+                if (ROOT / path).is_dir():
+                    left_out = shutil.ignore_patterns("__pycache__", "*.so")
+                    shutil.copytree(ROOT / path, place, dirs_exist_ok=True, ignore=left_out)
+                else:
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(ROOT / path, place)
+        for command in arguments.split("&&") if word == "RUN" else ():
+            step = command.split()
+            if step[:2] != ["pip", "install"]:
+                continue
+            if "--index-url" in step and not reachable("download.pytorch.org"):
+                at = step.index("--index-url")
+                del step[at : at + 2]  # the same versions from where this machine gets its packages
+            done = subprocess.run([str(venv / "bin" / "pip"), *step[1:]], cwd=source, capture_output=True, text=True,
+                                  timeout=1500)
+            if done.returncode and not reachable("pypi.org"):
+                pytest.skip(f"no package index can be reached: {done.stderr[-200:]}")
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+            ran += 1
+    assert ran == 4
+    (entry,) = [re.findall(r'"(.+?)"', a) for w, a in words if w == "ENTRYPOINT"]
+    (default,) = [re.findall(r'"(.+?)"', a) for w, a in words if w == "CMD"]
+    done = subprocess.run([str(venv / "bin" / entry[0]), *default], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "native kernels" in done.stdout, done.stdout + done.stderr
