@@ -128,8 +128,8 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2")
     parser.add_argument("--targets", default="muon,soap")
     parser.add_argument("--starts", default="warm,cold")
-    parser.add_argument("--warmups", default="80", help="steps of warmup after the switch")
-    parser.add_argument("--shares", default="0.35", help="shares of the tuned learning rate, peak after the switch")
+    parser.add_argument("--warmups", default="20", help="steps of warmup after the switch")
+    parser.add_argument("--shares", default="0.25", help="shares of the tuned learning rate, peak after the switch")
     args = parser.parse_args()
     print(f"{'seed':>4} {'branch':<20} {'spike':>7} {'valid':>7} {'end':>7}", flush=True)
     for seed in map(int, args.seeds.split(",")):
