@@ -5,11 +5,12 @@ four layouts with made-up tokens, and prints measured beside predicted. `--layou
 its own; what lies in DIR is not measured again, and `--table` prints all pieces. Run it on a machine that does nothing else.
 
 Optimizer time is that of `optimizer.step()` on the slowest rank: the median of ordinary steps, and a refresh step in its
-share. Peak memory is the tensors alive before the tenth step (on which SOAP refreshes) and what that step allocates.
+share. Peak memory is the tensors alive before the tenth step (on which SOAP refreshes) and the most that step adds.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -25,7 +26,7 @@ LAYOUTS = {  # tp, pp, ranks, distributed optimizer
     "one": (1, 1, 1, False), "tp2": (2, 1, 2, False), "dp2-distopt": (1, 1, 2, True), "pp2": (1, 2, 2, False),
 }  # fmt: skip
 SEQUENCE, VOCABULARY, BATCH, MICROBATCHES = 128, 4096, 4, 2
-TIMED, PROFILED = 9, 10  # steps whose optimizer is timed (ordinary), and the one whose memory is traced
+PROFILED = 10  # the step whose memory is traced, on which SOAP refreshes
 
 
 def flags_of(size: str, optimizer: str, layout: str) -> dict[str, Any]:
@@ -126,29 +127,25 @@ class Case:
         """Seconds of the optimizer (mean over its period) and of a step; bytes of state and at the peak."""
         import torch
 
-        begin = self.forward_backward() + self.step()
+        self.forward_backward()
+        self.step()
         passes, times = [], []
         for _ in range(2):
             passes.append(self.forward_backward())
             times.append(self.step())
         kept = [(param, param.main_grad.clone()) for param in self.model.parameters()]
-        while len(times) < TIMED - 1:
+        while self.optimizer.step_number < PROFILED - 1:
             for param, grad in kept:  # a step leaves its directions in the gradients' place
                 param.main_grad.copy_(grad)
             times.append(self.step())
         del kept
-        assert self.optimizer.step_number == PROFILED - 1 and begin > 0
         before = alive()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
             self.forward_backward()
-            self.step()
-        peak = before + highest(trace)
-        self.forward_backward()
-        for _ in range(PROFILED - 1):
-            refresh = self.step()  # the last one is number 20; gradients are whatever the steps left
+            refresh = self.step()
         ordinary = statistics.median(times)
         mean = ordinary + max(0.0, refresh - ordinary) / PROFILED if self.flags["optimizer"] == "soap" else ordinary
-        return [mean, min(passes) + mean, float(self.state_bytes()), float(peak)]
+        return [mean, min(passes) + mean, float(self.state_bytes()), float(before + highest(trace))]
 
 
 def alive() -> int:
@@ -186,28 +183,30 @@ def work(layout: str, optimizers: list[str], sizes: list[str], output: str) -> N
     torch.set_num_threads(1)
     ps.initialize_model_parallel(tp, pp)
     model_parallel_cuda_manual_seed(1)
-    found = []
-    for size in sizes:
-        for name in optimizers:
-            figures = torch.tensor(Case(size, name, layout).measure(), dtype=torch.float64)
-            gc.collect()
-            dist.all_reduce(figures, op=dist.ReduceOp.MAX)
-            found.append({"layout": layout, "size": size, "optimizer": name, "measured": figures.tolist()})
-    if dist.get_rank() == 0:
-        Path(output).write_text(json.dumps(found))
+    file = Path(output)
+    found = json.loads(file.read_text()) if file.exists() else []
+    done = {(row["size"], row["optimizer"]) for row in found}
+    for size, name in itertools.product(sizes, optimizers):
+        if (size, name) in done:
+            continue
+        figures = torch.tensor(Case(size, name, layout).measure(), dtype=torch.float64)
+        gc.collect()
+        dist.all_reduce(figures, op=dist.ReduceOp.MAX)
+        found.append({"layout": layout, "size": size, "optimizer": name, "measured": figures.tolist()})
+        dist.barrier()
+        if dist.get_rank() == 0:
+            file.write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def measure(layout: str, optimizers: str, sizes: str, folder: Path) -> None:
-    """Calibrate and launch the ranks of one layout, unless that was done."""
+    """Calibrate, unless that was done, and launch the ranks of one layout for what is missing."""
     from megatron_opt.cost_model.calibrate import calibrate
 
     file, machine = folder / f"{layout}.json", folder / f"{layout}.yaml"
     if not machine.exists():
         machine.write_text(calibrate())
-    if file.exists():
-        return
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += [str(LAYOUTS[layout][2]), __file__, "--worker", layout, "--output", str(file)]
     command += ["--optimizers", optimizers, "--sizes", sizes]

@@ -18,7 +18,7 @@ from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
 
 BUDGET = 0.15  # seconds spent on each measurement
-GEMM_SIZES = (64, 128, 256, 512, 1024, 2048)
+GEMM_SIZES = (64, 128, 256, 512, 1024)  # on GPUs also 2048 and 4096
 SMALL_SIZES = (16, 32, 64, 128)
 FACTOR_SIZES = (32, 64, 128, 256, 512, 1024)
 PASS_SIZES = (1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)
@@ -47,6 +47,10 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _gemm_sizes(device: torch.device) -> tuple[int, ...]:
+    return (*GEMM_SIZES, 2048, 4096) if device.type == "cuda" else GEMM_SIZES
+
+
 def _matrix(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     generator = torch.Generator(device="cpu").manual_seed(sum(shape))
     return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
@@ -55,7 +59,7 @@ def _matrix(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
 def layer_rates(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
     """FLOP/s of (k, 4k)·(4k, k) and (k, k)·(k, 4k) by torch, as layers do them, by k."""
     found = {}
-    for k in GEMM_SIZES:
+    for k in _gemm_sizes(device):
         x = _matrix(device, dtype, k, 4 * k)
 
         def run(x: Tensor = x) -> Tensor:
@@ -81,7 +85,7 @@ def product_rates(device: torch.device) -> dict[str, dict[int, float]]:
     """FLOP/s by k of what optimizers do with (k, 3k): preconditioning in fp32, Newton–Schulz in bf16."""
     found: dict[str, dict[int, float]] = {"fp32": {}, "bf16": {}}
     table = orthogonalize.coefficients("simple", 5)
-    for k in GEMM_SIZES:
+    for k in _gemm_sizes(device):
         x = _matrix(device, torch.float32, k, 3 * k)
         found["fp32"][k] = 6.0 * k * k * 3 * k / timed(_preconditioned(x.unsqueeze(0)), device)
         seconds = timed(partial(orthogonalize.orthogonalize, [x], table), device)

@@ -1,6 +1,8 @@
 """The optimizer's own plan for a layout: the rules' `cost()` and the engine's packing, domain by domain."""
 
 import functools
+import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -119,11 +121,14 @@ def _sent(model: Model, layout: Layout, grouping: Sequence[GroupRule], stage: in
     sizes = planning.Layout(
         layout.tp, layout.pp, replicas, etp=layout.tp, distributed=layout.distributed, bucket_size=bucket
     )
-    (found,) = planning.plan_model(
-        wanted, config, sizes, _without_experts(grouping), tied=model.tied, stages=[stage], mode=layout.matrix_mode,
-        bucket_bytes=layout.bucket_bytes, wire=torch.bfloat16 if layout.wire_bytes == 2 else torch.float32,
-        per_head=g.per_head,
-    )  # fmt: skip
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no compiler is needed here
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Megatron's modules say of packages that it would use on a GPU
+        (found,) = planning.plan_model(
+            wanted, config, sizes, _without_experts(grouping), tied=model.tied, stages=[stage], mode=layout.matrix_mode,
+            bucket_bytes=layout.bucket_bytes, wire=torch.bfloat16 if layout.wire_bytes == 2 else torch.float32,
+            per_head=g.per_head,
+        )  # fmt: skip
     totals = found.sent_by_rank()
     fullest = max(totals, key=lambda rank: totals[rank])
     return {kind: values[fullest] for kind, values in found.sent.items() if values[fullest]}
