@@ -21,8 +21,8 @@ from megatron_opt.errors import UserError
 SEVEN = "--preset llama-7b --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 
 
-def step(words: str, gpus: int = 64, machine: Cluster | None = None) -> Step:
-    return predict(parse(words.split())[0], machine or load("h100"), gpus)
+def step(words: str, gpus: int = 64, machine: Cluster | None = None, exact: bool = True) -> Step:
+    return predict(parse(words.split())[0], machine or load("h100"), gpus, exact=exact)
 
 
 def test_parts_add_up() -> None:
@@ -90,7 +90,7 @@ def test_a_better_machine_is_never_slower(name: str, tp: int, pp: int, flops: fl
             for kind, by in base.rates.items()
         },
     )
-    assert step(words, 64, better).seconds <= step(words, 64, base).seconds * (1 + 1e-9)
+    assert step(words, 64, better, exact=False).seconds <= step(words, 64, base, exact=False).seconds * (1 + 1e-9)
 
 
 def test_more_tokens_make_the_optimizer_cheaper_and_its_time_stays() -> None:
