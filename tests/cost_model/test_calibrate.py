@@ -57,6 +57,10 @@ def test_a_link_between_processes_is_measured() -> None:
     assert 1e6 < bandwidth < 1e12 and 0 < latency < 5
 
 
+def test_ranks_that_work_at_once_take_from_one_another() -> None:
+    assert all(0.05 < share <= 1 for share in calibrate.together(2))
+
+
 def test_tables_hold_every_sweep(tmp_path: Path) -> None:
     summary = tables.write_tables(cluster.load("h100"), ["adamw", "soap"], tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"sweeps.csv", "scaling.txt", "batch.png", "width.png", "gpus.png"}

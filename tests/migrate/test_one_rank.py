@@ -18,6 +18,13 @@ def test_a_warm_soap_has_megatrons_weights_and_moments(tmp_path: Path) -> None:
     before, after = weights(tmp_path / "adam"), weights(tmp_path / "soap")
     assert before.keys() == after.keys() and len(before) > 5
     assert all(torch.equal(after[key], before[key]) for key in before)
-    soap = tensors(tmp_path / "soap", "linear_proj")
-    adam = tensors(tmp_path / "adam", "linear_proj")
-    print(sorted(soap), sorted(adam))
+    stacked = tensors(tmp_path / "adam", "exp_avg.")
+    (m,) = [value for key, value in stacked.items() if key.endswith("linear_proj.weight")]  # (layers, 32, 32)
+    state = tensors(tmp_path / "soap", "linear_proj.weight")
+    for layer, mean in enumerate(m):
+        name = f"decoder.layers.{layer}.self_attention.linear_proj.weight"
+        kinds = ("exp_avg", "q_0_0", "q_0_1", "gg_0_0")
+        turned, left, right, factor = (state[f"optimizer.state.{kind}.{name}"].squeeze() for kind in kinds)
+        torch.testing.assert_close(left @ turned @ right.mT, mean, rtol=1e-4, atol=1e-5 * float(mean.abs().max()))
+        inside = left.mT @ factor @ left
+        assert float((inside - inside.diagonal().diag()).norm()) < 1e-4 * float(factor.norm())
