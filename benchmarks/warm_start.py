@@ -5,6 +5,7 @@
 
 - spike: the largest excess of training loss over the staying run's after the switch, means of ten steps on the same
   batches; `noise` is what such means of the staying run scatter around their own trend (two standard deviations);
+- early: the same within a tenth of what was left, before the new rate itself lifts the loss;
 - valid: the largest excess of validation loss within a quarter of what was left, on the same batches;
 - end: the validation loss at the end.
 
@@ -94,8 +95,8 @@ class Experiment:
         run("megatron_opt.pretrain", [*flags, "--output-dir", str(self.source)], self.source / "results.json")
         self.staying, self.valid = losses(self.source, "train"), losses(self.source, "eval")
 
-    def branch(self, branch: Branch) -> tuple[float, float, float]:
-        """(spike, excess of validation loss, end) of a branch."""
+    def branch(self, branch: Branch) -> tuple[float, float, float, float]:
+        """(spike, early, excess of validation loss, end) of a branch."""
         folder, left = self.folder / branch.name, self.iterations - self.switch
         rule, rate = RULES[branch.target]
         flags = [*self.common, *rule.split(), "--lr", f"{rate * branch.share:g}", "--override-opt_param-scheduler"]
@@ -110,13 +111,14 @@ class Experiment:
         run("megatron_opt.pretrain", [*flags, *words], folder / "results.json")
         return self.measure(folder)
 
-    def measure(self, folder: Path) -> tuple[float, float, float]:
-        """(spike, excess of validation loss, end) of a folder's run."""
-        spike = float(np.max(smooth(losses(folder, "train"), self.switch) / smooth(self.staying, self.switch) - 1))
+    def measure(self, folder: Path) -> tuple[float, float, float, float]:
+        """(spike, early, excess of validation loss, end) of a folder's run."""
+        over = smooth(losses(folder, "train"), self.switch) / smooth(self.staying, self.switch) - 1
+        early = float(np.max(over[: (self.iterations - self.switch) // 10]))
         valid = losses(folder, "eval")
         soon = self.switch + (self.iterations - self.switch) // 4
         excess = max(loss / self.valid[step] - 1 for step, loss in valid.items() if self.switch < step <= soon)
-        return spike, excess, valid[self.iterations]
+        return float(np.max(over)), early, excess, valid[self.iterations]
 
 
 def main() -> None:
@@ -128,21 +130,22 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2")
     parser.add_argument("--targets", default="muon,soap")
     parser.add_argument("--starts", default="warm,cold")
-    parser.add_argument("--warmups", default="80", help="steps of warmup after the switch")
-    parser.add_argument("--shares", default="0.35", help="shares of the tuned learning rate, peak after the switch")
+    parser.add_argument("--warmups", default="20", help="steps of warmup after the switch")
+    parser.add_argument("--shares", default="0.25", help="shares of the tuned learning rate, peak after the switch")
     args = parser.parse_args()
-    print(f"{'seed':>4} {'branch':<20} {'spike':>7} {'valid':>7} {'end':>7}", flush=True)
+    print(f"{'seed':>4} {'branch':<20} {'spike':>7} {'early':>7} {'valid':>7} {'end':>7}", flush=True)
     for seed in map(int, args.seeds.split(",")):
         found = Experiment(seed, args.iterations, args.data, args.output)
         scatter = noise(smooth(found.staying, found.switch))
-        print(f"{seed:>4} {'adamw, staying':<20} noise {scatter:.2%} {found.valid[args.iterations]:>9.4f}", flush=True)
+        print(f"{seed:>4} {'adamw, staying':<20} noise {scatter:.2%} {found.valid[args.iterations]:>20.4f}", flush=True)
         for target in args.targets.split(","):
             for start in args.starts.split(","):
                 for warmup in map(int, args.warmups.split(",")):
                     for share in map(float, args.shares.split(",")):
                         branch = Branch(target, start, warmup, share)
-                        spike, excess, end = found.branch(branch)
-                        print(f"{seed:>4} {branch.name:<20} {spike:>7.2%} {excess:>7.2%} {end:>7.4f}", flush=True)
+                        spike, early, excess, end = found.branch(branch)
+                        figures = f"{spike:>7.2%} {early:>7.2%} {excess:>7.2%} {end:>7.4f}"
+                        print(f"{seed:>4} {branch.name:<20} {figures}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import platform
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,14 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opt.cost_model.cluster import interpolate
+from megatron_opt.kernels import eigenbasis, orthogonalize, products
 from megatron_opt.optimizers import registry
-from megatron_opt.optimizers.base import MatrixInfo
+from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
 
-BUDGET = 0.25  # seconds spent on each measurement
-GEMM_SIZES = (64, 128, 256, 512, 1024, 2048)
+BUDGET = 0.15  # seconds spent on each measurement
+GEMM_SIZES = (64, 128, 256, 512, 1024)  # on GPUs also 2048 and 4096
 SMALL_SIZES = (16, 32, 64, 128)
 FACTOR_SIZES = (32, 64, 128, 256, 512, 1024)
+PASS_SIZES = (1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)
 
 
 def timed(run: Callable[[], Any], device: torch.device, budget: float = BUDGET) -> float:
@@ -46,15 +47,19 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _gemm_sizes(device: torch.device) -> tuple[int, ...]:
+    return (*GEMM_SIZES, 2048, 4096) if device.type == "cuda" else GEMM_SIZES
+
+
 def _matrix(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     generator = torch.Generator(device="cpu").manual_seed(sum(shape))
     return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
 
 
-def product_rates(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
-    """FLOP/s of (k, 4k)·(4k, k) and (k, k)·(k, 4k), as Newton–Schulz and layers do them, by k."""
+def layer_rates(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
+    """FLOP/s of (k, 4k)·(4k, k) and (k, k)·(k, 4k) by torch, as layers do them, by k."""
     found = {}
-    for k in GEMM_SIZES:
+    for k in _gemm_sizes(device):
         x = _matrix(device, dtype, k, 4 * k)
 
         def run(x: Tensor = x) -> Tensor:
@@ -64,27 +69,50 @@ def product_rates(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
     return found
 
 
-def batch_rates(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
-    """FLOP/s of batched products of 16 equal k×k matrices, by k."""
-    found = {}
+def _preconditioned(x: Tensor) -> Callable[[], Tensor]:
+    """What SOAP does with a stack (B, k, K) of gradients on one side: the factor, symmetric, and two rotations. 6·B·k²·K."""
+    factor = x @ x.mT
+    basis = factor.clone()
+
+    def run() -> Tensor:
+        products.accumulate(factor, x, x.mT, 0.05, 0.95, symmetric=True)
+        return products.matmul(basis, products.matmul(basis.mT, x))
+
+    return run
+
+
+def product_rates(device: torch.device) -> dict[str, dict[int, float]]:
+    """FLOP/s by k of what optimizers do with (k, 3k): preconditioning in fp32, Newton–Schulz in bf16."""
+    found: dict[str, dict[int, float]] = {"fp32": {}, "bf16": {}}
+    table = orthogonalize.coefficients("simple", 5)
+    for k in _gemm_sizes(device):
+        x = _matrix(device, torch.float32, k, 3 * k)
+        found["fp32"][k] = 6.0 * k * k * 3 * k / timed(_preconditioned(x.unsqueeze(0)), device)
+        seconds = timed(partial(orthogonalize.orthogonalize, [x], table), device)
+        found["bf16"][k] = orthogonalize.flops(k, 3 * k, table) / seconds
+    return found
+
+
+def batch_rates(device: torch.device) -> dict[str, dict[int, float]]:
+    """The same of 16 equal k×k matrices in one call, by k."""
+    found: dict[str, dict[int, float]] = {"fp32": {}, "bf16": {}}
+    table = orthogonalize.coefficients("simple", 5)
     for k in SMALL_SIZES:
-        x = _matrix(device, dtype, 16, k, k)
-
-        def run(x: Tensor = x) -> Tensor:
-            return x @ x.mT
-
-        found[k] = 16 * 2.0 * k**3 / timed(run, device)
+        x = _matrix(device, torch.float32, 16, k, k)
+        found["fp32"][k] = 16 * 6.0 * k**3 / timed(_preconditioned(x), device)
+        seconds = timed(partial(orthogonalize.orthogonalize, list(x.unbind()), table), device)
+        found["bf16"][k] = 16 * orthogonalize.flops(k, k, table) / seconds
     return found
 
 
 def factor_rates(device: torch.device) -> dict[str, dict[int, float]]:
-    """FLOP/s of QR (8/3·k³), eigh (9·k³) and a triangular solve (k³), by k."""
+    """FLOP/s of an orthonormal basis by QR (8/3·k³), eigh (9·k³) and a triangular solve (k³), by k."""
     found: dict[str, dict[int, float]] = {"qr": {}, "eigh": {}, "solve": {}}
     for k in FACTOR_SIZES:
         x = _matrix(device, torch.float32, k, k)
         symmetric = x @ x.mT + k * torch.eye(k, device=device)
         lower = torch.linalg.cholesky(symmetric)
-        found["qr"][k] = 8 / 3 * k**3 / timed(partial(torch.linalg.qr, x), device)
+        found["qr"][k] = 8 / 3 * k**3 / timed(partial(eigenbasis.complete, x), device)
         found["eigh"][k] = 9.0 * k**3 / timed(partial(torch.linalg.eigh, symmetric), device)
         solve = partial(torch.linalg.solve_triangular, lower, x, upper=False)
         found["solve"][k] = 1.0 * k**3 / timed(solve, device)
@@ -104,25 +132,91 @@ def attention_rate(device: torch.device, dtype: torch.dtype) -> dict[int, float]
     return found
 
 
-def memory_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a fused AdamW step over 16M parameters, by the rule's own count of bytes."""
-    rule = registry.build("adamw", {})
-    weight = torch.zeros(1 << 24, device=device)
+def pass_rates(device: torch.device) -> dict[int, float]:
+    """Bytes a second of a fused AdamW step, by the bytes that it moves: from what a cache holds to what it does not."""
+    rule, found = registry.build("adamw", {}), {}
+    for count in PASS_SIZES:
+        weight = torch.zeros(count, device=device)
+        grad, state = torch.ones_like(weight), rule.init_state(weight)
+        moved = rule.cost(count).elementwise_bytes
+        seconds = timed(lambda w=weight, g=grad, s=state: rule.update([w], [g], [s], 1, 1e-3, 0.1), device)  # type: ignore[misc]
+        found[int(moved)] = moved / seconds
+    return found
+
+
+def matrix_overheads(device: torch.device) -> dict[str, float]:
+    """Host seconds that each rule spends on one matrix in a step: on 32 of 8×8, whose FLOPs take no time."""
+    found = {}
+    infos = [MatrixInfo(f"w{i}", (8, 8)) for i in range(32)]
+    for name, cls in sorted(registry.rules().items()):
+        if not issubclass(cls, MatrixOptimizer):
+            continue
+        rule = registry.build(name, {})
+        weights = [_matrix(device, torch.float32, *info.shape) for info in infos]
+        states = [rule.init_state(weight, info) for weight, info in zip(weights, infos)]
+        rule.update([weight.clone() for weight in weights], states, 1, infos)
+        seconds = timed(lambda r=rule, w=weights, s=states: r.update([x.clone() for x in w], s, 11, infos), device)  # type: ignore[misc]
+        found[name] = seconds / len(infos)
+    return found
+
+
+def fragment_overhead(device: torch.device) -> float:
+    """Host seconds of one held piece in a step: its norm, looking it up, decay and update."""
+    pieces = [(torch.zeros(8, device=device), torch.zeros(8, device=device)) for _ in range(64)]
+    order = {f"decoder.layers.{index}.weight": index for index in range(len(pieces))}
+
+    def run() -> None:
+        norms = torch.stack(torch._foreach_norm([grad for _, grad in pieces])).double().tolist()
+        sums = torch.zeros(len(pieces), dtype=torch.float64)
+        for name, index in order.items():
+            sums[index] += norms[order[name]]
+        for name, (weight, update) in zip(order, pieces):
+            if float(sums[order[name]]) == 0.0 and sums[order[name]].isfinite():
+                weight[0:8].mul_(1.0 - 1e-6)
+                weight[0:8].add_(update[0:8], alpha=-1e-3)
+
+    return timed(run, device) / len(pieces)
+
+
+def together(ranks: int) -> tuple[float, float]:
+    """(products, passes): the share of its rate alone that each of `ranks` processes keeps when all work at once."""
+    import torch.multiprocessing as mp
+
+    context = mp.get_context("spawn")
+    queue, barrier = context.Queue(), context.Barrier(ranks)
+    workers = [context.Process(target=_work_together, args=(barrier, queue)) for _ in range(ranks)]
+    alone = _alone()
+    for worker in workers:
+        worker.start()
+    try:
+        found = [queue.get(timeout=120) for _ in workers]
+    finally:
+        for worker in workers:
+            worker.join(30)
+            if worker.is_alive():
+                worker.terminate()
+    shares = [min(1.0, statistics.mean(each[kind] for each in found) / alone[kind]) for kind in (0, 1)]
+    return shares[0], shares[1]
+
+
+def _alone(barrier: Any = None) -> tuple[float, float]:
+    """FLOP/s of a product and bytes/s of a pass, by this process; behind a barrier where there are several."""
+    torch.set_num_threads(1)
+    device, k = torch.device("cpu"), 512
+    x = _matrix(device, torch.float32, k, k)
+    rule, weight = registry.build("adamw", {}), torch.zeros(1 << 23)
     grad, state = torch.ones_like(weight), rule.init_state(weight)
-    moved = rule.cost(weight.numel()).elementwise_bytes
-    return moved / timed(lambda: rule.update([weight], [grad], [state], 1, 1e-3, 0.1), device, 1.0)
+    rates = []
+    for work in (lambda: products.matmul(x, x), lambda: rule.update([weight], [grad], [state], 1, 1e-3, 0.1)):
+        work()
+        if barrier is not None:
+            barrier.wait()
+        rates.append(1.0 / timed(work, device, 4 * BUDGET))
+    return rates[0], rates[1]
 
 
-def matrix_overhead(device: torch.device, rates: dict[int, float]) -> float:
-    """Host seconds of one matrix in a step of Muon: what 32 matrices of different shapes take beyond their FLOPs."""
-    rule = registry.build("muon", {"fp32_matmul_prec": "high"})
-    infos = [MatrixInfo(f"w{i}", (16 + i, 48 + i)) for i in range(32)]
-    weights = [_matrix(device, torch.float32, *info.shape) for info in infos]
-    states = [rule.init_state(w, info) for w, info in zip(weights, infos)]
-    seconds = timed(lambda: rule.update([w.clone() for w in weights], states, 1, infos), device, 0.5)
-    curve = tuple(sorted((float(k), rate) for k, rate in rates.items()))
-    flops = sum(rule.cost(info).mean_flops() / interpolate(curve, 32) for info in infos)
-    return max(1e-6, (seconds - flops) / len(infos))
+def _work_together(barrier: Any, queue: Any) -> None:
+    queue.put(_alone(barrier))
 
 
 def link(ranks: int) -> tuple[float, float]:
@@ -180,36 +274,42 @@ def calibrate(ranks: int = 0) -> str:
     if not cuda:
         torch.set_num_threads(1)  # a rank has one core
     try:
+        rates = {"gemm": product_rates(device), "small_gemm": batch_rates(device)}
+        rates |= {kind: {"fp32": curve} for kind, curve in factor_rates(device).items()}
         types = {"fp32": torch.float32, "bf16": torch.bfloat16}
-        gemm = {name: product_rates(device, dtype) for name, dtype in types.items()}
-        small = {name: batch_rates(device, dtype) for name, dtype in types.items()}
-        factors = factor_rates(device)
-        attention = {name: attention_rate(device, dtype) for name, dtype in types.items()}
-        bandwidth = memory_bandwidth(device)
-        overhead = matrix_overhead(device, gemm["fp32"])
+        rates["attention"] = {name: attention_rate(device, dtype) for name, dtype in types.items()}
+        rates["layer"] = {name: layer_rates(device, dtype) for name, dtype in types.items()}
+        passes = pass_rates(device)
+        matrices, fragment = matrix_overheads(device), fragment_overhead(device)
+        devices = torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0))
+        shares = (1.0, 1.0) if cuda or devices == 1 else together(devices)
     finally:
         torch.set_num_threads(threads)
-    devices = torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0))
     sent, latency = link(ranks or max(2, devices)) if (cuda and devices > 1) or not cuda else (1e9, 1e-5)
-    rates = {"gemm": gemm, "small_gemm": small, **{kind: {"fp32": curve} for kind, curve in factors.items()}}
-    rates["attention"] = attention
-    return _file(cuda, devices, rates, bandwidth, overhead, sent, latency)
+    return _file(cuda, devices, rates, passes, shares, matrices, fragment, (sent, latency))
+
+
+def _map(values: Mapping[Any, float]) -> str:
+    return "{" + ", ".join(f"{key}: {value:.3g}" for key, value in values.items()) + "}"
 
 
 def _file(
     cuda: bool,
     devices: int,
     rates: dict[str, dict[str, dict[int, float]]],
-    bandwidth: float,
-    overhead: float,
-    sent: float,
-    latency: float,
+    passes: dict[int, float],
+    shares: tuple[float, float],
+    matrices: dict[str, float],
+    fragment: float,
+    link_found: tuple[float, float],
 ) -> str:
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()} core"
+    sent, latency = link_found
     if cuda:
         memory = float(torch.cuda.get_device_properties(0).total_memory)
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
+    matrix = statistics.median(matrices.values())
     lines = [
         "name: this-machine",
         f'title: "{devices} × {name}, measured"',
@@ -218,25 +318,25 @@ def _file(
         if not cuda
         else f"devices: {devices}",
         "device:",
-        "  peak: {" + ", ".join(f"{key}: {max(curve.values()):.4g}" for key, curve in rates["gemm"].items()) + "}",
+        "  peak: " + _map({key: max(curve.values()) for key, curve in rates["gemm"].items()}),
         f"  memory: {memory:.4g}",
         "  reserved: 0" if not cuda else "  reserved: 2.0e+9",
-        f"  memory_bandwidth: {bandwidth:.4g}",
+        "  memory_bandwidth: " + _map(passes),
     ]
     if not cuda:
         lines.append(f"  shared_cores: {devices}")
+        lines.append(f"  together: {{compute: {shares[0]:.3g}, memory: {shares[1]:.3g}}}")
     lines.append("rates:")
     for kind, by_type in rates.items():
         lines.append(f"  {kind}:")
-        for dtype, curve in by_type.items():
-            points = ", ".join(f"{k}: {rate:.3g}" for k, rate in curve.items())
-            lines.append(f"    {dtype}: {{{points}}}")
+        lines += [f"    {dtype}: {_map(curve)}" for dtype, curve in by_type.items()]
     lines += [
         f"node: {{gpus: {devices if cuda else 1024}, bandwidth: {sent:.4g}, latency: {latency:.3g}}}",
         f"network: {{bandwidth: {sent:.4g}, latency: {latency:.3g}}}",
         "efficiency: {elementwise: 1.0, node: 1.0, network: 1.0, step: 1.0, optimizer: 1.0, overlap: "
         + ("1.0}" if cuda else "0.0}"),
-        f"overheads: {{matrix: {overhead:.3g}, fragment: {overhead / 4:.3g}, bucket: {4 * overhead:.3g}, "
-        f"step: {10 * overhead:.3g}, layer: {0.0 if cuda else 40 * overhead / 20:.3g}}}",
+        f"overheads: {{matrix: {matrix:.3g}, fragment: {fragment:.3g}, bucket: {4 * matrix:.3g}, "
+        f"step: {10 * matrix:.3g}, layer: {0.0 if cuda else 20 * fragment:.3g}}}",
+        f"matrix_overheads: {_map(matrices)}",
     ]
     return "\n".join(lines) + "\n"

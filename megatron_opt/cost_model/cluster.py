@@ -13,6 +13,7 @@ import yaml
 from megatron_opt.errors import UserError
 
 CLASSES = ("gemm", "small_gemm", "qr", "eigh", "solve", "attention")
+LAYER = "layer"  # products of the model's layers; where a file has no such rates, those of `gemm`
 Curve = tuple[tuple[float, float], ...]  # (size, FLOP/s), rising sizes
 
 
@@ -33,6 +34,11 @@ class Overheads:
     bucket: float = 0.0
     step: float = 0.0
     layer: float = 0.0  # each layer of each micro-batch, forward and backward
+    by_rule: Mapping[str, float] = field(default_factory=dict)  # a matrix's, where a rule's own was measured
+
+    def of_matrix(self, rule: str) -> float:
+        """Host seconds of one matrix of a rule."""
+        return self.by_rule.get(rule, self.matrix)
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Cluster:
     peak: Mapping[str, float]
     memory: float
     reserved: float
-    bandwidth: float  # bytes/s that element-wise passes sustain
+    passes: Curve  # bytes/s that element-wise passes sustain, over the bytes that they move
     rates: Mapping[str, Mapping[str, Curve]]  # class → dtype → curve over the smaller side
     gpus_per_node: int
     node: Link
@@ -54,14 +60,24 @@ class Cluster:
     optimizer_efficiency: float = 1.0
     overlap: float = 1.0  # share of a transfer that can run under computation
     shared_cores: int = 0  # CPU: ranks beyond this number of cores take turns
+    together: tuple[float, float] = (1.0, 1.0)  # share of products' and passes' rates when all cores work at once
     overheads: Overheads = field(default_factory=Overheads)
     sources: tuple[str, ...] = ()
 
     def rate(self, kind: str, dtype: str, size: float) -> float:
         """Sustained FLOP/s of a kernel class at a size (smaller side of a product, order of a factorization)."""
-        by_type = self.rates[kind]
+        by_type = self.rates.get(kind) or self.rates["gemm"]
         curve = by_type.get(dtype) or by_type.get("fp32") or next(iter(by_type.values()))
         return interpolate(curve, size)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s of element-wise passes over more than any cache holds."""
+        return self.passes[-1][1]
+
+    def pass_seconds(self, moved: float) -> float:
+        """Seconds of element-wise passes that move so many bytes in all."""
+        return moved / interpolate(self.passes, moved) if moved else 0.0
 
     def link(self, ranks: int, stride: int = 1) -> tuple[Link, float]:
         """The link that binds a group of `ranks` devices, `stride` apart; and the share of traffic on it."""
@@ -96,9 +112,11 @@ class Cluster:
         through_network = bytes_sent / (self.network.bandwidth * inside)
         return max(bytes_sent / self.node.bandwidth, through_network) + hops * self.network.latency
 
-    def crowding(self, ranks: int) -> float:
-        """How many times slower each rank is because ranks share cores; 1 on GPUs."""
-        return max(1.0, ranks / self.shared_cores) if self.shared_cores else 1.0
+    def crowding(self, ranks: int, memory: bool = False) -> float:
+        """How many times slower each rank's products (or passes) are because ranks share cores; 1 on GPUs."""
+        if not self.shared_cores or ranks == 1:
+            return 1.0
+        return max(1.0, ranks / self.shared_cores) / self.together[memory]
 
 
 def interpolate(curve: Curve, size: float) -> float:
@@ -163,20 +181,30 @@ class _Reader:
         points = [(self.number({where: size}, where), self.number(values, size)) for size in values]
         return tuple(sorted(points))
 
+    def passes(self, device: Mapping[str, Any], share: float) -> Curve:
+        """`memory_bandwidth`: one number, or bytes moved → bytes/s."""
+        value = device.get("memory_bandwidth")
+        if not isinstance(value, dict):
+            return ((1.0, self.number(device, "memory_bandwidth") * share),)
+        return tuple((size, rate * share) for size, rate in self.curve(value, "memory_bandwidth"))
+
     def cluster(self, content: Mapping[str, Any]) -> Cluster:
         known = {"name", "title", "sources", "device", "rates", "node", "network", "efficiency", "overheads", "devices"}
+        known.add("matrix_overheads")
         if unknown := sorted(set(content) - known):
             raise UserError(f"{self.path} has no section {unknown[0]!r}; it has {', '.join(sorted(known))}.")
         device, node, network = (self.section(content, key) for key in ("device", "node", "network"))
         rates = {}
         for kind, by_type in self.section(content, "rates").items():
-            if kind not in CLASSES:
+            if kind not in (*CLASSES, LAYER):
                 raise UserError(f"{self.path}: there is no kernel class {kind!r}; there are {', '.join(CLASSES)}.")
             rates[kind] = {dtype: self.curve(values, f"rates.{kind}.{dtype}") for dtype, values in by_type.items()}
         if missing := [kind for kind in CLASSES if kind not in rates]:
             raise UserError(f"{self.path}: rates of {', '.join(missing)} are missing.")
         efficiency = self.section(content, "efficiency", optional=True)
         overheads = self.section(content, "overheads", optional=True)
+        by_rule = self.section(content, "matrix_overheads", optional=True)
+        crowd = self.section(device, "together", optional=True)
         share = lambda key: min(1.0, self.number(efficiency, key, 1.0))  # noqa: E731
         peak = {dtype: self.number(device["peak"], dtype) for dtype in self.section(device, "peak")}
         return Cluster(
@@ -185,7 +213,7 @@ class _Reader:
             peak=peak,
             memory=self.number(device, "memory"),
             reserved=self.number(device, "reserved", 0.0, zero=True),
-            bandwidth=self.number(device, "memory_bandwidth") * share("elementwise"),
+            passes=self.passes(device, share("elementwise")),
             rates=rates,
             gpus_per_node=int(self.number(node, "gpus")),
             node=Link(self.number(node, "bandwidth") * share("node"), self.number(node, "latency", 0.0, zero=True)),
@@ -197,11 +225,13 @@ class _Reader:
             optimizer_efficiency=share("optimizer"),
             overlap=min(1.0, self.number(efficiency, "overlap", 1.0, zero=True)),
             shared_cores=int(self.number(device, "shared_cores", 0, zero=True)),
+            together=(min(1.0, self.number(crowd, "compute", 1.0)), min(1.0, self.number(crowd, "memory", 1.0))),
             overheads=Overheads(
                 **{
                     key: self.number(overheads, key, 0.0, zero=True)
                     for key in ("matrix", "fragment", "bucket", "step", "layer")
-                }
+                },
+                by_rule={name: self.number(by_rule, name, zero=True) for name in by_rule},
             ),
             sources=tuple(str(item) for item in content.get("sources") or ()),
         )

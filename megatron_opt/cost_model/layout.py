@@ -31,6 +31,7 @@ class Layout:
     grad_reduce_bf16: bool = False
     recompute: str = "none"  # none, selective, full
     flash: bool = True
+    fused_accumulation: bool = True  # backward adds to the gradient buffer itself
     fp8: bool = False
     matrix_mode: str = "auto"
     wire_bytes: int = 4
@@ -67,6 +68,7 @@ class Layout:
             grad_reduce_bf16=bool(flags.get("grad-reduce-in-bf16")),
             recompute=granularity,
             flash=flags.get("transformer-impl") != "local",
+            fused_accumulation=not flags.get("no-gradient-accumulation-fusion"),
             fp8=bool(flags.get("fp8-format")),
             matrix_mode=str(flags.get("matrix-mode", "auto")),
             wire_bytes=2 if flags.get("exchange-dtype") == "bf16" else 4,
@@ -106,6 +108,22 @@ class Layout:
     def parameter_bytes(self) -> int:
         """Bytes of one parameter in the model."""
         return 4 if self.dtype == "fp32" else 2
+
+    @property
+    def sequence_shards(self) -> int:
+        """Tensor-parallel ranks that share what lies between the sharded products of a layer."""
+        return self.tp if self.sequence_parallel else 1
+
+    def local_tokens(self, model: Model) -> float:
+        """Tokens of one micro-batch on one rank."""
+        return self.micro_batch * model.sequence / self.cp
+
+    def under_way(self, stage: int) -> float:
+        """Micro-batches whose activations a stage keeps at once (1F1B, interleaved with virtual stages)."""
+        if self.pp == 1:
+            return 1.0
+        interleaved = 1 + (self.pp - 1) / (self.pp * self.virtual) if self.virtual > 1 else 1.0
+        return min(self.microbatches, self.pp - stage) * interleaved
 
     def tokens(self, model: Model) -> int:
         """Tokens a step over all ranks."""

@@ -6,7 +6,10 @@ from dataclasses import dataclass, fields
 from megatron_opt.cost_model.cluster import Cluster
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.model import Model
-from megatron_opt.cost_model.plan import DomainPlan
+from megatron_opt.cost_model.plan import DomainPlan, numel
+from megatron_opt.optimizers.factored import FactoredOptimizer
+from megatron_opt.optimizers.kron import Kron
+from megatron_opt.optimizers.muon import SpectralOptimizer
 
 
 @dataclass
@@ -57,41 +60,55 @@ def _stage(
         for domain in stage:
             buckets = max(1.0, domain.held / max(40e6, 1e6 * domain.data))
             padding += buckets * 64 * domain.data / 2 * (layout.parameter_bytes + 4)
+    kept = activations(model, layout, index) + _weight_gradient(model, layout, index)
     return Memory(
         held * layout.parameter_bytes,
         grads,
         main,
         state,
-        activations(model, layout, index),
-        _workspace(layout, stage),
+        kept,
+        max(0.0, max(_workspace(layout, domain) for domain in stage) - kept),
         padding,
         cluster.reserved,
     )
 
 
-def _workspace(layout: Layout, stage: Sequence[DomainPlan]) -> float:
-    """Gradients in fp32 where the buffer is narrower, slabs on their way, and the largest matrix's temporaries."""
-    total = 0.0
-    for domain in stage:
-        if not domain.infos:
-            continue
-        largest = max(info.shape[0] * (info.shape[1] if len(info.shape) > 1 else 1) for info in domain.infos.values())
-        slab = largest / max(domain.slices[name] for name in domain.infos)
-        travelling = (
-            min(4.0 * layout.bucket_bytes, 8.0 * domain.matrix_numel / domain.ranks) if domain.ranks > 1 else 0.0
-        )
-        total = max(total, travelling + 12.0 * slab)
-    return total
+# fp32 copies that a rule makes of the matrices of one bucket while it works on them: directions, momenta, blocks
+_COPIES = ((SpectralOptimizer, 2.0), (FactoredOptimizer, 4.0), (Kron, 4.0))
+
+
+def _workspace(layout: Layout, domain: DomainPlan) -> float:
+    """Bytes that the optimizer's step takes for a while, by the rank that owns most: slabs, messages, a rule's copies."""
+    if not domain.infos:
+        return 0.0
+    owned: dict[int, float] = {}
+    copies = 0.0
+    for part in domain.plan.parts:
+        rows, columns = part.slab_shape
+        owned[part.rank] = owned.get(part.rank, 0.0) + rows * columns
+        copies = max(copies, next((n for kind, n in _COPIES if isinstance(domain.rules[part.matrix], kind)), 1.0))
+    bucket = max(layout.bucket_bytes / layout.wire_bytes, max(numel(info.shape) for info in domain.infos.values()))
+    worked_on = min(max(owned.values()), bucket)
+    travelling = 0.0
+    if domain.ranks > 1:  # slabs in fp32, and the messages that come and go
+        travelling = worked_on * (4.0 + 2.0 * layout.wire_bytes)
+    return 4.0 * copies * worked_on + travelling
+
+
+def _weight_gradient(model: Model, layout: Layout, stage: int) -> float:
+    """Bytes of the largest weight's gradient: backward makes one after the other, unless products add to the buffer."""
+    if layout.fused_accumulation:
+        return 0.0
+    first, last = layout.stages(model)[stage]
+    largest = max(p.numel / (layout.tp if p.cut is not None else 1) for p in model.parameters(first, last, range(1)))
+    return layout.parameter_bytes * largest
 
 
 def activations(model: Model, layout: Layout, stage: int) -> float:
     """Bytes kept between forward and backward (arXiv 2205.05198), for the micro-batches that a stage has under way."""
-    width = 4.0 if layout.dtype == "fp32" else 2.0
-    tokens = layout.micro_batch * model.sequence / layout.cp
-    t = layout.tp
-    shared = t if layout.sequence_parallel else 1
+    width, tokens = float(layout.parameter_bytes), layout.local_tokens(model)
+    t, shared, h = layout.tp, layout.sequence_shards, model.hidden
     first, last = layout.stages(model)[stage]
-    h = model.hidden
     layers = 0.0
     for layer in range(first, last):
         if layout.recompute == "full":
@@ -108,15 +125,12 @@ def activations(model: Model, layout: Layout, stage: int) -> float:
         kept += (heads + model.heads * (model.v_dim or model.head_dim) + (3.0 if model.gated else 2.0) * ffn) / t
         if expert:
             kept += 2.0 * model.topk * h / t  # dispatched and combined tokens
+        if not layout.flash:  # unfused: rotated queries and keys beside the others, the activation before its product
+            kept += ((model.heads + model.groups) * model.head_dim + (ffn if model.gated else 0.0)) / t
         layers += width * tokens * kept
         if not layout.flash and layout.recompute == "none":
-            layers += (2 * width) * tokens * model.sequence * model.heads / t
-    under_way = 1.0
-    if layout.pp > 1:
-        under_way = min(layout.microbatches, layout.pp - stage)
-        if layout.virtual > 1:
-            under_way *= 1 + (layout.pp - 1) / (layout.pp * layout.virtual)
-    total = layers * under_way
-    if stage == layout.pp - 1:  # logits in the model's type and in fp32, and their gradient
-        total += tokens * model.vocabulary / t * (width + 8.0)
+            layers += width * tokens * model.sequence * model.heads / t
+    total = layers * layout.under_way(stage)
+    if stage == layout.pp - 1:  # logits; where they are narrower, in fp32 too, and their gradient
+        total += tokens * model.vocabulary / t * (width if width == 4 else width + 8.0)
     return total

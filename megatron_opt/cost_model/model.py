@@ -129,15 +129,14 @@ class Model:
         )
 
     def _attention(self) -> list[tuple[str, tuple[int, ...], int | None]]:
+        """In the order in which Megatron registers them, which its gradient buffers follow."""
         h, d = self.hidden, self.head_dim
         if not self.mla:
             rows = (self.heads + 2 * self.groups) * d
-            found: list[tuple[str, tuple[int, ...], int | None]] = [
-                ("linear_qkv.weight", (rows, h), 0),
-                ("linear_proj.weight", (h, self.heads * d), 1),
-            ]
-            found += [("linear_qkv.bias", (rows,), 0)] if self.bias or self.qkv_bias else []
-            return found + ([("linear_proj.bias", (h,), None)] if self.bias else [])
+            found: list[tuple[str, tuple[int, ...], int | None]] = [("linear_proj.weight", (h, self.heads * d), 1)]
+            found += [("linear_proj.bias", (h,), None)] if self.bias else []
+            found.append(("linear_qkv.weight", (rows, h), 0))
+            return found + ([("linear_qkv.bias", (rows,), 0)] if self.bias or self.qkv_bias else [])
         query = self.heads * (self.qk_dim + self.rope_dim)
         found = [("linear_q_proj.weight", (query, h), 0)]
         if self.q_lora:
@@ -147,31 +146,30 @@ class Model:
                 ("q_layernorm.weight", (self.q_lora,), None),
             ]
         return [
+            ("linear_proj.weight", (h, self.heads * self.v_dim), 1),
             *found,
             ("linear_kv_down_proj.weight", (self.kv_lora + self.rope_dim, h), None),
             ("linear_kv_up_proj.weight", (self.heads * (self.qk_dim + self.v_dim), self.kv_lora), 0),
             ("kv_layernorm.weight", (self.kv_lora,), None),
-            ("linear_proj.weight", (h, self.heads * self.v_dim), 1),
         ]
 
     def _mlp(self, prefix: str, ffn: int) -> list[tuple[str, tuple[int, ...], int | None]]:
         up = (2 if self.gated else 1) * ffn
-        found: list[tuple[str, tuple[int, ...], int | None]] = [
-            (f"{prefix}linear_fc1.weight", (up, self.hidden), 0),
-            (f"{prefix}linear_fc2.weight", (self.hidden, ffn), 1),
-        ]
-        if self.bias:
-            found += [(f"{prefix}linear_fc1.bias", (up,), 0), (f"{prefix}linear_fc2.bias", (self.hidden,), None)]
+        found: list[tuple[str, tuple[int, ...], int | None]] = []
+        for name, rows, columns, cut in (("linear_fc1", up, self.hidden, 0), ("linear_fc2", self.hidden, ffn, 1)):
+            found.append((f"{prefix}{name}.weight", (rows, columns), cut))
+            found += [(f"{prefix}{name}.bias", (rows,), 0 if cut == 0 else None)] if self.bias else []
         return found
 
     def _layer(self, layer: int, experts: range) -> Iterator[Parameter]:
         base = f"decoder.layers.{layer}"
         norms = ("weight", "bias") if self.norm_bias else ("weight",)
-        for norm in ("input_layernorm", "pre_mlp_layernorm"):
-            for part in norms:
-                yield Parameter(f"{base}.{norm}.{part}", (self.hidden,), None, layer)
+        for part in norms:
+            yield Parameter(f"{base}.input_layernorm.{part}", (self.hidden,), None, layer)
         for name, shape, cut in self._attention():
             yield Parameter(f"{base}.self_attention.{name}", shape, cut, layer)
+        for part in norms:
+            yield Parameter(f"{base}.pre_mlp_layernorm.{part}", (self.hidden,), None, layer)
         if layer not in self.expert_layers:
             for name, shape, cut in self._mlp("", self.ffn):
                 yield Parameter(f"{base}.mlp.{name}", shape, cut, layer)

@@ -10,9 +10,9 @@ from megatron_opt.distributed.exchange import Part
 from megatron_opt.optimizers.base import Cost, MatrixInfo
 
 # Bytes that the engine moves for each element that a rank holds, beside what the rules' own costs count:
-# the norm reads the gradient (4); W ← W − lr·u − decay passes over weight and direction twice (20);
-# a travelling element is packed and unpacked on each way (2 × 16).
-NORM_BYTES, APPLY_BYTES, TRAVEL_BYTES, PUBLISH_BYTES = 4.0, 20.0, 32.0, 6.0
+# the norm reads the gradient (4); the direction is copied into the gradient's place (8), and W ← W − lr·u − decay passes
+# over weight and direction twice (20); a travelling element is packed and unpacked on each way (2 × 16).
+NORM_BYTES, APPLY_BYTES, TRAVEL_BYTES, PUBLISH_BYTES = 4.0, 28.0, 32.0, 6.0
 
 
 @dataclass
@@ -80,8 +80,8 @@ def matrix_seconds(rule: Any, info: MatrixInfo, cost: Cost, cluster: Cluster) ->
     """Seconds of one whole matrix on one device: by kernel class in an ordinary step, and what a refresh adds."""
     dtype, size = dtype_of(rule), size_of(rule, info)
     ordinary = _seconds(cost.flops, cluster, dtype, size)
-    ordinary["element-wise"] = cost.elementwise_bytes / cluster.bandwidth
-    ordinary["host"] = cluster.overheads.matrix
+    ordinary["element-wise"] = cluster.pass_seconds(cost.elementwise_bytes)
+    ordinary["host"] = cluster.overheads.of_matrix(rule.name)
     return ordinary, sum(_seconds(cost.refresh, cluster, dtype, size).values())
 
 
@@ -118,9 +118,8 @@ def domain_time(domain: DomainPlan, layout: Layout, cluster: Cluster) -> Optimiz
     _exchange(found, domain, layout, cluster, max(owned))
     slow = cluster.crowding(layout.world) / cluster.optimizer_efficiency
     found.by_class = {kind: value * slow for kind, value in found.by_class.items()}
-    found.element_wise, found.host, found.refresh = (
-        value * slow for value in (found.element_wise, found.host, found.refresh)
-    )
+    found.host, found.refresh = found.host * slow, found.refresh * slow
+    found.element_wise *= cluster.crowding(layout.world, memory=True) / cluster.optimizer_efficiency
     found.exchange_hidden = min(
         found.exchange * cluster.overlap * max(0, domain.buckets - 1) / max(1, domain.buckets), found.compute
     )
@@ -137,35 +136,39 @@ def _element_wise(domain: DomainPlan, layout: Layout, cluster: Cluster) -> tuple
     moved = domain.held / cut_over * (NORM_BYTES + (PUBLISH_BYTES if layout.dtype != "fp32" else 0.0))
     state = 0.0
     for entry in domain.elements:
-        numel = (entry.cut / domain.tp + entry.copied) / cut_over
+        count = (entry.cut / domain.tp + entry.copied) / cut_over
         cost = entry.rule.cost(1)
-        moved += numel * cost.elementwise_bytes
-        state += numel * cost.state_bytes
+        moved += count * cost.elementwise_bytes
+        state += count * cost.state_bytes
     matrices = domain.matrix_numel / domain.tp / cut_over
     moved += matrices * (APPLY_BYTES + (TRAVEL_BYTES if domain.ranks > 1 else 0.0))
-    return moved / cluster.bandwidth, state
+    return cluster.pass_seconds(moved), state
 
 
 def _exchange(found: OptimizerTime, domain: DomainPlan, layout: Layout, cluster: Cluster, owned: float) -> None:
-    """Bytes that the fullest owner sends, and their seconds: shards to owners, updates back, factors of cut matrices."""
+    """Bytes that the fullest sender sends, and their seconds: shards to owners, updates back, factors of cut matrices."""
     ranks = domain.ranks
     if ranks == 1 or not domain.infos:
         return
-    numel, tp = domain.matrix_numel, domain.tp
-    away = (ranks - 1) / ranks
-    if layout.distributed:  # each element is held once
-        to_owners = numel / ranks * away
-        to_shards = owned * away
-    else:  # every data-parallel rank holds its tensor-parallel shard: an owner has one, every holder gets a copy back
-        to_owners = numel / ranks * (tp - 1) / tp
-        to_shards = owned * (ranks / tp - 1 / tp)
-    found.sent["gradients to owners"] = to_owners * layout.wire_bytes
-    found.sent["updates to shards"] = to_shards * layout.wire_bytes
-    factors = _factor_bytes(domain)
-    if factors:
-        found.sent["between slices"] = max(factors.values())
+    found.sent = dict(domain.sent) if domain.sent is not None else _estimated(domain, layout, owned)
     found.exchange = sum(cluster.transfer(value, ranks) for value in found.sent.values())
     found.exchange += 2 * max(0, domain.buckets - 1) * cluster.link(ranks)[0].latency
+
+
+def _estimated(domain: DomainPlan, layout: Layout, owned: float) -> dict[str, float]:
+    """Bytes as if nothing that a slice needs lay on its rank already."""
+    ranks, total, tp = domain.ranks, domain.matrix_numel, domain.tp
+    away = (ranks - 1) / ranks
+    if layout.distributed:  # each element is held once
+        to_owners = total / ranks * away
+        to_shards = owned * away
+    else:  # every data-parallel rank holds its tensor-parallel shard: an owner has one, every holder gets a copy back
+        to_owners = total / ranks * (tp - 1) / tp
+        to_shards = owned * (ranks / tp - 1 / tp)
+    width = layout.wire_bytes
+    sent = {"gradients to owners": to_owners * width, "updates to shards": to_shards * width}
+    factors = _factor_bytes(domain)
+    return sent | ({"between slices": max(factors.values())} if factors else {})
 
 
 def _factor_bytes(domain: DomainPlan) -> dict[int, float]:

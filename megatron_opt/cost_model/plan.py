@@ -1,16 +1,24 @@
 """The optimizer's own plan for a layout: the rules' `cost()` and the engine's packing, domain by domain."""
 
 import functools
+import logging
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.model import Model, Parameter
+from megatron_opt.distributed import planning
 from megatron_opt.distributed.ownership import Job, Plan, make_buckets, pack
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer
 from megatron_opt.optimizers.groups import Group, GroupRule, assign
+
+ROUTED = 1024  # ranks of a domain up to which routes are followed: beyond, that takes longer than a command should
 
 
 @dataclass
@@ -40,6 +48,7 @@ class DomainPlan:
     parameters: int = 0  # of the whole domain
     held: float = 0.0  # of one rank, replicas of tensor parallelism included
     fragments: int = 0  # logical pieces that one rank holds at most
+    sent: dict[str, float] | None = None  # bytes of the rank that sends most, where the engine's routes were asked for
 
     @functools.cached_property
     def slices(self) -> dict[str, int]:
@@ -52,10 +61,11 @@ class DomainPlan:
     @property
     def matrix_numel(self) -> float:
         """Elements of all matrices that have owners."""
-        return float(sum(_numel(info.shape) for info in self.infos.values()))
+        return float(sum(numel(info.shape) for info in self.infos.values()))
 
 
-def _numel(shape: Sequence[int]) -> int:
+def numel(shape: Sequence[int]) -> int:
+    """Elements of a shape."""
     count = 1
     for side in shape:
         count *= side
@@ -63,11 +73,16 @@ def _numel(shape: Sequence[int]) -> int:
 
 
 def plans(
-    model: Model, layout: Layout, grouping: Sequence[GroupRule], decay_mode: str = "decoupled"
+    model: Model,
+    layout: Layout,
+    grouping: Sequence[GroupRule],
+    decay_mode: str = "decoupled",
+    exact: bool = False,
 ) -> list[list[DomainPlan]]:
     """Domains of every pipeline stage: dense parameters, then the experts of one expert-parallel rank.
 
-    Stages of equal shape share one plan, and so do all expert-parallel ranks of a stage.
+    Stages of equal shape share one plan, and so do all expert-parallel ranks of a stage. `exact` follows the engine's
+    routes for the traffic of dense parameters, up to `ROUTED` ranks.
     """
     stages = layout.stages(model)
     local = range(model.experts // layout.ep) if model.experts else range(0)
@@ -86,8 +101,42 @@ def plans(
         key = (last - first, first == 0, last == model.layers, len(model.expert_layers & set(range(first, last))))
         if key not in known:
             known[key] = _stage(model, layout, parameters, group_of, rules, f"layers {first} to {last - 1}")
+            dense = known[key][0]
+            if exact and dense.infos and 1 < dense.ranks <= ROUTED:
+                dense.sent = _sent(model, layout, grouping, stages.index((first, last)))
         found.append(known[key])
     return found
+
+
+def _sent(model: Model, layout: Layout, grouping: Sequence[GroupRule], stage: int) -> dict[str, float]:
+    """Bytes that the fullest sender of a stage's dense parameters sends in a step, along the engine's own routes."""
+    wanted = [planning.Parameter(p.name, p.shape, p.cut) for p in model.parameters(0, model.layers, range(0))]
+    g, replicas = model.geometry, layout.data_parallel * layout.cp
+    config = SimpleNamespace(
+        num_attention_heads=g.num_heads, num_query_groups=g.num_groups, kv_channels=g.head_dim,
+        gated_linear_unit=g.gated_mlp, qk_head_dim=g.qk_head_dim, v_head_dim=g.v_head_dim, num_moe_experts=None,
+        kv_lora_rank=g.kv_lora_rank, q_lora_rank=g.q_lora_rank, qk_pos_emb_head_dim=g.rope_dim,
+    )  # fmt: skip
+    bucket = max(40_000_000, 1_000_000 * replicas) if layout.overlap_grad_reduce and layout.pp == 1 else None
+    sizes = planning.Layout(
+        layout.tp, layout.pp, replicas, etp=layout.tp, distributed=layout.distributed, bucket_size=bucket
+    )
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no compiler is needed here
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Megatron's modules say of packages that it would use on a GPU
+        (found,) = planning.plan_model(
+            wanted, config, sizes, _without_experts(grouping), tied=model.tied, stages=[stage], mode=layout.matrix_mode,
+            bucket_bytes=layout.bucket_bytes, wire=torch.bfloat16 if layout.wire_bytes == 2 else torch.float32,
+            per_head=g.per_head,
+        )  # fmt: skip
+    totals = found.sent_by_rank()
+    fullest = max(totals, key=lambda rank: totals[rank])
+    return {kind: values[fullest] for kind, values in found.sent.items() if values[fullest]}
+
+
+def _without_experts(grouping: Sequence[GroupRule]) -> list[GroupRule]:
+    """The same rules, which may now match nothing: the experts are left out."""
+    return [replace(rule, optional=True) for rule in grouping]
 
 
 def _stage(
@@ -133,9 +182,9 @@ def _domain(
             entry = elements.setdefault(group.name, Elements(rule))
             entry.pieces += 1
             if parameter.cut is not None:
-                entry.cut += _numel(info.shape)
+                entry.cut += numel(info.shape)
             else:
-                entry.copied += _numel(info.shape)
+                entry.copied += numel(info.shape)
     costs = {key: _cost(matrix_rules[key], info) for key, info in infos.items()}
     jobs = [Job.of(info, matrix_rules[key], costs[key]) for key, info in infos.items()]
     plan = pack(jobs, ranks, layout.matrix_mode)

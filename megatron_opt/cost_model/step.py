@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_opt.cost_model import flags as flag_reader
-from megatron_opt.cost_model.cluster import Cluster
+from megatron_opt.cost_model.cluster import LAYER, Cluster
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.memory import Memory, memory
 from megatron_opt.cost_model.model import Model
@@ -90,14 +90,20 @@ def _copies(domain: DomainPlan, layout: Layout) -> int:
     return layout.ep if domain.name.startswith("experts") else 1
 
 
-def predict(flags: Mapping[str, Any], cluster: Cluster, world: int, grouping: Any = None) -> Step:
-    """The step that these flags take on `world` devices of the cluster; raises UserError for what cannot run."""
+def predict(
+    flags: Mapping[str, Any], cluster: Cluster, world: int, grouping: Any = None, exact: bool = True
+) -> Step:
+    """The step that these flags take on `world` devices of the cluster; raises UserError for what cannot run.
+
+    `exact` follows the engine's routes for the optimizer's traffic, which takes up to seconds.
+    """
     check_world(cluster, world)
     model = Model.of(flags)
     layout = Layout.of(flags, world, model)
     rules = grouping if grouping is not None else flag_reader.grouping(flags)
-    name = str(flags.get("optimizer", "adamw"))
-    return predict_layout(model, layout, cluster, rules, name, str(flags.get("decay-mode", "decoupled")))
+    name, decay = str(flags.get("optimizer", "adamw")), str(flags.get("decay-mode", "decoupled"))
+    work = optimizer_work(model, layout, cluster, rules, decay, exact)
+    return predict_layout(model, layout, cluster, rules, name, decay, work)
 
 
 def check_world(cluster: Cluster, world: int) -> None:
@@ -118,10 +124,10 @@ class OptimizerWork:
 
 
 def optimizer_work(
-    model: Model, layout: Layout, cluster: Cluster, rules: Any, decay_mode: str = "decoupled"
+    model: Model, layout: Layout, cluster: Cluster, rules: Any, decay_mode: str = "decoupled", exact: bool = False
 ) -> OptimizerWork:
-    """The optimizer's plan and the time of the slowest stage."""
-    domains = plans(model, layout, rules, decay_mode)
+    """The optimizer's plan and the time of the slowest stage; `exact` follows the engine's routes."""
+    domains = plans(model, layout, rules, decay_mode, exact)
     timed = {
         id(stage): _merge([domain_time(domain, layout, cluster) for domain in stage], cluster) for stage in domains
     }
@@ -185,10 +191,9 @@ def _merge(parts: list[OptimizerTime], cluster: Cluster) -> OptimizerTime:
 
 def stage_seconds(model: Model, layout: Layout, cluster: Cluster) -> float:
     """Forward and backward of all micro-batches on the slowest stage, communication aside."""
-    tokens = layout.micro_batch * model.sequence / layout.cp
-    width = 4 if layout.dtype == "fp32" else 2
+    tokens, width = layout.local_tokens(model), layout.parameter_bytes
     dtype = "fp8" if layout.fp8 else "bf16" if width == 2 else "fp32"
-    inner = layout.tp if layout.sequence_parallel else 1
+    inner = layout.sequence_shards
     slowest = 0.0
     for first, last in layout.stages(model):
         seconds = 0.0
@@ -199,7 +204,7 @@ def stage_seconds(model: Model, layout: Layout, cluster: Cluster) -> float:
             attention = model.heads * model.head_dim / layout.tp
             size = min(met, model.hidden, max(attention, ffn / (layout.etp if expert else layout.tp)))
             flops = 3.0 * tokens * model.layer_flops(layer) / layout.tp
-            seconds += flops / cluster.rate("gemm", dtype, size)
+            seconds += flops / cluster.rate(LAYER, dtype, size)
             attended = 3.0 * tokens * model.attention_flops() / layout.tp
             seconds += attended / cluster.rate("attention", dtype, model.sequence)
             if not layout.flash:  # scores are written and read about eight times
@@ -208,7 +213,7 @@ def stage_seconds(model: Model, layout: Layout, cluster: Cluster) -> float:
             passed = 10.0 * model.hidden / inner + (2.0 * heads + 3.0 * ffn * (model.topk if expert else 1)) / layout.tp
             seconds += 3.0 * width * tokens * passed / cluster.bandwidth
             if layout.recompute == "full":
-                seconds += (flops / cluster.rate("gemm", dtype, size)) / 3.0
+                seconds += (flops / cluster.rate(LAYER, dtype, size)) / 3.0
                 seconds += attended / 3.0 / cluster.rate("attention", dtype, model.sequence)
             elif layout.recompute == "selective":
                 seconds += attended / 3.0 / cluster.rate("attention", dtype, model.sequence)
@@ -216,7 +221,7 @@ def stage_seconds(model: Model, layout: Layout, cluster: Cluster) -> float:
         if last == model.layers:
             plain = "bf16" if width == 2 else "fp32"
             seconds += (
-                3.0 * tokens * model.output_flops() / layout.tp / cluster.rate("gemm", plain, min(tokens, model.hidden))
+                3.0 * tokens * model.output_flops() / layout.tp / cluster.rate(LAYER, plain, min(tokens, model.hidden))
             )
             seconds += 24.0 * tokens * model.vocabulary / layout.tp / cluster.bandwidth  # fp32 logits, six passes
         slowest = max(slowest, seconds)

@@ -114,7 +114,7 @@ def _row(sweep: str, x: float, case: str, optimizer: str, step: Step | None) -> 
 
 def _predict(flags: Mapping[str, Any], cluster: Cluster, gpus: int) -> Step | None:
     try:
-        return predict(flags, cluster, gpus)
+        return predict(flags, cluster, gpus, exact=False)
     except UserError:
         return None  # a layout that does not divide has no point in the plot
 

@@ -30,8 +30,7 @@ class Traffic:
 def traffic(model: Model, layout: Layout, cluster: Cluster, forward_backward: float) -> Traffic:
     """Per step, for the fullest pipeline stage."""
     found = Traffic()
-    width = 4 if layout.dtype == "fp32" else 2
-    tokens = layout.micro_batch * model.sequence / layout.cp
+    width, tokens = layout.parameter_bytes, layout.local_tokens(model)
     activation = tokens * model.hidden * width
     layers, count = model.layers / layout.pp, layout.microbatches
     t, crowd = layout.tp, cluster.crowding(layout.world)
@@ -54,7 +53,7 @@ def traffic(model: Model, layout: Layout, cluster: Cluster, forward_backward: fl
             "context", 3 * each * layers * count, 3 * volume * layers * count, 2.4 * each * layers * count * overlap
         )
     if layout.pp > 1:
-        volume = activation / (t if layout.sequence_parallel else 1)
+        volume = activation / layout.sequence_shards
         each = cluster.ring(volume, 2, stride=max(1, layout.world // layout.pp))
         trips = 2 * layout.virtual * count
         interleaved = 0.5 * overlap if layout.virtual > 1 else 0.0

@@ -5,6 +5,7 @@ the target's state is made from them, and Megatron saves. So any layout reads an
 iteration and the place in the data are kept; the learning-rate schedule starts anew over what is left of the run.
 """
 
+import copy
 import os
 import sys
 from collections.abc import Sequence
@@ -64,6 +65,7 @@ def convert(argv: Sequence[str]) -> None:
 
     def setup(*positional: Any, **named: Any) -> Any:
         model, optimizer, scheduler = original(*positional, **named)
+        args.rate_left = _rate_left(source, scheduler)
         _warm(args, source, model, optimizer)
         scheduler.num_steps = 0
         # the run that loads this has its own --matrix-mode; the state is stored for all
@@ -323,13 +325,24 @@ def _encode(state: dict[str, Tensor], values: dict[str, Tensor]) -> None:
             codes.encode(value.view(-1))
 
 
+def _rate_left(source: Source, scheduler: Any) -> float | None:
+    """The learning rate at the switch over its peak; None where the checkpoint does not say."""
+    state, twin = source.common.get("opt_param_scheduler"), copy.copy(scheduler)
+    if not isinstance(state, dict) or not state.get("max_lr") or state.get("lr_decay_style") == "WSD":
+        return None
+    for key in ("max_lr", "min_lr", "num_steps", "lr_warmup_steps", "lr_decay_steps", "lr_decay_style"):
+        setattr(twin, key, state[key])
+    return float(twin.get_lr({})) / float(state["max_lr"])
+
+
 def _tell(args: Any) -> None:
     """How to go on from the warm start."""
     left = max(0, (args.train_iters or 0) - args.iteration)
-    hint = f" --lr-decay-iters {left}" if left else ""
+    share = "" if args.rate_left is None else f" of {warm_start.RATE_SHARE * args.rate_left:.2f} times its tuned rate"
+    schedule = f"--lr-warmup-iters {warm_start.rewarm_steps(left)}" + (f" --lr-decay-iters {left}" if left else "")
     print(
         f"{args.save}: iteration {args.iteration} for --optimizer {args.optimizer}; go on with --load {args.save} "
-        f"--override-opt_param-scheduler and the new --lr, --lr-warmup-iters{hint}: the schedule counts from here.",
+        f"--override-opt_param-scheduler {schedule} and a new --lr{share}: the schedule counts from here.",
         flush=True,
     )
 

@@ -17,7 +17,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "GEMM_SIZES", (32, 64))
     monkeypatch.setattr(calibrate, "SMALL_SIZES", (16, 32))
     monkeypatch.setattr(calibrate, "FACTOR_SIZES", (16, 32))
-    monkeypatch.setattr(calibrate, "memory_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(calibrate, "PASS_SIZES", (1 << 10, 1 << 14))
+    monkeypatch.setattr(calibrate, "together", lambda ranks: (0.8, 0.5))
     monkeypatch.setattr(calibrate, "link", lambda ranks: (1e9, 1e-4))
 
 
@@ -27,7 +28,8 @@ def test_measured_file_reads_back_and_predicts(quick: None, tmp_path: Path) -> N
     file.write_text(calibrate.calibrate(2))
     assert torch.get_num_threads() == threads
     found = cluster.load(str(file))
-    assert set(found.rates) == set(cluster.CLASSES) and "calibrate" in found.sources[0]
+    assert set(found.rates) == {*cluster.CLASSES, cluster.LAYER} and "calibrate" in found.sources[0]
+    assert [rate > 0 for _, rate in found.passes] == [True, True] and set(found.overheads.by_rule) >= {"muon", "soap"}
     assert all(rate > 1e5 for by in found.rates.values() for curve in by.values() for _, rate in curve)
     step = predict(parse("--preset demo --optimizer soap".split())[0], found, 1)
     assert step.seconds > 0 and step.optimizer.host > 0
@@ -44,13 +46,19 @@ def test_ranks_beyond_the_cores_take_turns(quick: None, tmp_path: Path) -> None:
     file.write_text(calibrate.calibrate(2))
     found = cluster.load(str(file))
     cores = found.shared_cores
-    assert found.crowding(cores) == 1 and found.crowding(4 * cores) == 4
+    if cores > 1:
+        assert found.crowding(cores) == pytest.approx(1 / 0.8) and found.crowding(4 * cores) == pytest.approx(4 / 0.8)
+        assert found.crowding(cores, memory=True) == pytest.approx(2) and found.crowding(1, memory=True) == 1
     assert cluster.load("h100").crowding(10000) == 1
 
 
 def test_a_link_between_processes_is_measured() -> None:
     bandwidth, latency = calibrate.link(2)
     assert 1e6 < bandwidth < 1e12 and 0 < latency < 5
+
+
+def test_ranks_that_work_at_once_take_from_one_another() -> None:
+    assert all(0.05 < share <= 1 for share in calibrate.together(2))
 
 
 def test_tables_hold_every_sweep(tmp_path: Path) -> None:

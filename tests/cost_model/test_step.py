@@ -21,8 +21,8 @@ from megatron_opt.errors import UserError
 SEVEN = "--preset llama-7b --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 
 
-def step(words: str, gpus: int = 64, machine: Cluster | None = None) -> Step:
-    return predict(parse(words.split())[0], machine or load("h100"), gpus)
+def step(words: str, gpus: int = 64, machine: Cluster | None = None, exact: bool = True) -> Step:
+    return predict(parse(words.split())[0], machine or load("h100"), gpus, exact=exact)
 
 
 def test_parts_add_up() -> None:
@@ -82,7 +82,7 @@ def test_a_better_machine_is_never_slower(name: str, tp: int, pp: int, flops: fl
     base = load("h100")
     better = replace(
         base,
-        bandwidth=base.bandwidth * memory,
+        passes=tuple((size, rate * memory) for size, rate in base.passes),
         network=Link(base.network.bandwidth * net, base.network.latency),
         node=Link(base.node.bandwidth * net, base.node.latency),
         rates={
@@ -90,7 +90,7 @@ def test_a_better_machine_is_never_slower(name: str, tp: int, pp: int, flops: fl
             for kind, by in base.rates.items()
         },
     )
-    assert step(words, 64, better).seconds <= step(words, 64, base).seconds * (1 + 1e-9)
+    assert step(words, 64, better, exact=False).seconds <= step(words, 64, base, exact=False).seconds * (1 + 1e-9)
 
 
 def test_more_tokens_make_the_optimizer_cheaper_and_its_time_stays() -> None:
@@ -103,8 +103,8 @@ def test_exchange_counts_what_a_matrix_travels() -> None:
     """Two tensor-parallel ranks: half of every matrix comes to its owner in fp32, half of each owned one goes back."""
     s = step("--preset llama-130m --optimizer muon --tensor-model-parallel-size 2", 2)
     hidden = 134_217_728
-    assert s.optimizer.sent["gradients to owners"] == pytest.approx(4 * hidden / 4)
-    assert s.optimizer.sent["updates to shards"] == pytest.approx(4 * hidden / 4, rel=0.05)  # by the fuller owner
+    assert s.optimizer.sent["gradients to owners"] == pytest.approx(4 * hidden / 4, rel=0.02)  # by the fuller owner
+    assert s.optimizer.sent["updates to shards"] == pytest.approx(4 * hidden / 4, rel=0.02)
 
 
 def test_a_host_that_runs_ahead_counts_only_where_it_is_the_slower() -> None:

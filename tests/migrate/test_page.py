@@ -1,11 +1,14 @@
 """The report's page in headless Chromium, wide and narrow, without network access."""
 
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from megatron_opt.cli import main
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EXAMPLES = Path(__file__).parents[2] / "examples" / "migrations"
@@ -20,6 +23,19 @@ def test_there_are_three_worked_migrations() -> None:
     assert len(PAGES) == 3
     for page in PAGES:
         assert (page.parent / "plan.md").is_file() and (EXAMPLES / f"{page.parent.name}.sh").is_file()
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.sh")), ids=lambda path: path.stem)
+def test_worked_migrations_are_what_their_commands_give(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    words = shlex.split(script.read_text().replace("\\\n", " ").split("megatron-opt ", 1)[1])
+    place = words.index("--output") + 1
+    kept, words[place] = EXAMPLES / words[place], str(tmp_path)
+    assert main(words) == 0
+    for name in ("plan.md", "plan.json"):
+        assert (tmp_path / name).read_text() == (kept / name).read_text(), f"run examples/migrations/{script.name} again"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: chromium)")
