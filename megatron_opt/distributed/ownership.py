@@ -10,7 +10,7 @@ import heapq
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 from megatron_opt.distributed.exchange import Part
@@ -29,21 +29,22 @@ def load_of(cost: Cost) -> float:
 
 @dataclass(frozen=True)
 class Job:
-    """A matrix to place: its shape as (rows, columns), cost, the side that may be cut (None: whole only), slices' costs."""
+    """A matrix to place: its shape as (rows, columns), cost, the side that may be cut (None: whole only), and how."""
 
     matrix: str
     shape: tuple[int, int]
     cost: Cost
     split_dim: int | None = None
     slice_costs: Callable[[tuple[int, ...]], list[Cost]] | None = None
+    grain: int = 1  # slices start at multiples of it
 
     @staticmethod
     def of(info: MatrixInfo, rule: Any, cost: Cost | None = None) -> "Job":
         """The job of a matrix under its rule."""
         shape = (info.shape[0], info.shape[1]) if len(info.shape) == 2 else (info.shape[0], 1)
-        return Job(
-            info.name, shape, cost or rule.cost(info), rule.split_dim(info), lambda edges: rule.slice_costs(info, edges)
-        )
+        dim = rule.split_dim(info)
+        grain = 1 if dim is None else rule.slice_grain(info)
+        return Job(info.name, shape, cost or rule.cost(info), dim, lambda edges: rule.slice_costs(info, edges), grain)
 
     @property
     def load(self) -> float:
@@ -93,8 +94,10 @@ def _even(job: Job, ranks: int) -> Pieces:
     """Nearly equal slices on all ranks, none empty."""
     assert job.split_dim is not None
     length = job.shape[job.split_dim]
-    count = min(ranks, length)
-    return [(rank, length * rank // count, length * (rank + 1) // count) for rank in range(count)]
+    grains = -(-length // job.grain)
+    count = min(ranks, grains)
+    edges = [min(length, grains * rank // count * job.grain) for rank in range(count + 1)]
+    return [(rank, *edge) for rank, edge in enumerate(pairwise(edges))]
 
 
 def _level(loads: Sequence[float], more: float) -> float:
@@ -115,7 +118,7 @@ def _pour(jobs: Sequence[Job], loads: Sequence[float]) -> dict[str, Pieces]:
     at, rank = 0.0, 0
     for job in jobs:
         length, end = job.shape[job.split_dim or 0], at + job.load
-        grain = max(1, 1 << max(0, length.bit_length() - 9))  # slices of whole tiles
+        grain = job.grain if job.grain > 1 else 1 << max(0, length.bit_length() - 9)  # slices of whole tiles
         while rank + 1 < len(loads) and borders[rank + 1] <= at + min(_SNAP * level, job.load / 2):
             rank += 1
         pieces, start = [], 0

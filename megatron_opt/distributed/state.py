@@ -1,14 +1,14 @@
 """Optimizer state in checkpoints: by logical matrix and whole-matrix rows, so that any layout loads any other.
 
 Tensors with a matrix's rows (fp32 main copies, element-wise state, momentum) are cut into row chunks on a grid that
-depends on the matrix alone; each chunk travels to one rank, which saves it under the matrix's global name. Tensors of
-other shapes (factors, bases) are whole at their owner and saved as they are. Loading is the same way back. 8-bit state
-is saved as the fp32 values that its codes stand for, which give the same codes again.
+depends on the matrix alone; each chunk travels to one rank, which saves it under the matrix's global name. Stacks of
+square blocks (factors, bases) are tall matrices to this end; what is left (flags, norms) is saved as it is. Loading is
+the same way back. 8-bit state is saved as the fp32 values that its codes stand for, which give the same codes again.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from megatron_opt.distributed.exchange import Holdings, Part, Route, find_routes
 from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.errors import UserError
+from megatron_opt.optimizers.base import MatrixInfo
 
 if TYPE_CHECKING:
     from megatron_opt.distributed.sharded_optimizer import ShardedOptimizer
@@ -65,7 +66,7 @@ class Stored:
     """Everything that one domain keeps between steps, and the chunks on their way to or from a checkpoint."""
 
     laid: list[Laid]
-    whole: dict[tuple[str, str], Tensor]  # (state key, matrix)
+    whole: dict[tuple[str, str], tuple[Tensor, int]]  # by state key and matrix; which replica
     slabs: list[dict[tuple[str, int], Tensor]] = field(default_factory=list)
 
 
@@ -84,25 +85,61 @@ def _chunks(shapes: dict[str, tuple[int, int]], ranks: int) -> list[Part]:
     return parts
 
 
-def _matrix_kinds(step: MatrixStep, held: dict[Kind, Held]) -> dict[tuple[str, str], Tensor]:
-    """Add a matrix step's row-shaped state to `held`; return what is saved whole."""
-    whole: dict[tuple[str, str], Tensor] = {}
+def whole_places(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int, int] | None, Rect | None, int]]:
+    """Every tensor of a matrix step's state: (key, matrix, tensor, whole shape, place, index of its part).
+
+    Tensors with a matrix's rows have their place in it; stacks of square blocks are the rows of one matrix. Others have
+    no shape and no place: they are the same at every part.
+    """
     for (name, index), state in sorted(step.states.items()):
         part, rule, info = step.placed.parts[name, index], step.rules[name], step.infos[name]
-        cut = rule.split_dim(info) is not None
-        common = set(rule.init_shared(info, torch.device("meta"))) if cut else set()
+        common = {*rule.flags}
+        if rule.split_dim(info) is not None:
+            common |= {*rule.init_shared(info, torch.device("meta"))}
+        stacks = rule.stack_places(info, index, step.edges[name]) if name in step.sliced else {}
         r0, r1, c0, c1 = part.bounds
         rows, cols = shape2d(info)
         for key, tensor in sorted(state.items()):
-            if key not in common and tensor.dim() in (1, 2) and tensor.numel() == (r1 - r0) * (c1 - c0) \
-                    and tensor.shape[0] == r1 - r0:
-                _of(held, key, tensor).add(Rect(name, r0, r1, c0, c1), tensor, (rows, cols))
+            if tensor.dim() == 3 and tensor.shape[1] == tensor.shape[2]:
+                whole_key, numbers = stacks.get(key, (key, list(range(len(tensor)))))
+                yield from _stack(rule, info, whole_key, numbers, name, tensor, index)
+            elif key not in common and tensor.dim() in (1, 2) and tensor.shape[0] == r1 - r0 \
+                    and tensor.numel() == (r1 - r0) * (c1 - c0):
+                yield key, name, tensor, (rows, cols), Rect(name, r0, r1, c0, c1), index
             elif key not in common and tensor.dim() and tensor.shape[0] == tensor.numel() == r1 - r0:
-                _of(held, key, tensor).add(Rect(name, r0, r1, 0, 1), tensor, (rows, 1))
+                yield key, name, tensor, (rows, 1), Rect(name, r0, r1, 0, 1), index
             else:
-                whole[key, name] = tensor
+                yield key, name, tensor, None, None, index
     for name, state in sorted(step.shared.items()):
-        whole.update({(key, name): tensor for key, tensor in sorted(state.items())})
+        for key, tensor in sorted(state.items()):
+            if tensor.dim() == 3 and tensor.shape[1] == tensor.shape[2]:
+                yield from _stack(step.rules[name], step.infos[name], key, list(range(len(tensor))), name, tensor, 0)
+            else:
+                yield key, name, tensor, None, None, 0
+
+
+def _stack(
+    rule: Any, info: MatrixInfo, key: str, numbers: list[int], name: str, tensor: Tensor, index: int
+) -> Iterator[tuple[str, str, Tensor, tuple[int, int] | None, Rect | None, int]]:
+    """Runs of neighbouring blocks of a stack (B, k, k), which is (B·k, k) of the whole matrix's."""
+    size, start = tensor.shape[1], 0
+    count = rule.stack_length(info, key, len(tensor))
+    for at in range(1, len(numbers) + 1):
+        if at == len(numbers) or numbers[at] != numbers[at - 1] + 1:
+            first = numbers[start]
+            rect = Rect(name, first * size, (first + at - start) * size, 0, size)
+            yield key, name, tensor[start:at], (count * size, size), rect, index
+            start = at
+
+
+def _matrix_kinds(step: MatrixStep, held: dict[Kind, Held]) -> dict[tuple[str, str], tuple[Tensor, int]]:
+    """Add a matrix step's state that has a place to `held`; return what is saved whole, and which replica it is."""
+    whole: dict[tuple[str, str], tuple[Tensor, int]] = {}
+    for key, name, tensor, shape, rect, index in whole_places(step):
+        if rect is None or shape is None:
+            whole[key, name] = tensor, index
+        else:
+            _of(held, key, tensor).add(rect, tensor, shape)
     return whole
 
 
@@ -184,19 +221,21 @@ def sharded_state(optimizer: "ShardedOptimizer", is_loading: bool = False) -> di
                 ).finish()
             for (name, number), slab in slabs.items():
                 tensors[f"{kind.key}.{name}.{number}"] = _sharded(kind.key, name, number, slab, domain)
-        for (key, name), tensor in stored.whole.items():
+        for (key, name), (tensor, replica) in stored.whole.items():
             # an asynchronous save must not see the next step's changes
             room = tensor if is_loading or tensor.is_cuda else tensor.clone()
-            tensors[f"{key}.{name}"] = _sharded(key, name, None, room, domain)
+            tensors[f"{key}.{name}"] = _sharded(key, name, None, room, domain, replica)
     return {**common_state(optimizer), "tensors": tensors}
 
 
-def _sharded(key: str, matrix: str, number: int | None, tensor: Tensor, domain: Domain) -> Any:
+def _sharded(
+    key: str, matrix: str, number: int | None, tensor: Tensor, domain: Domain, replica: int = 0
+) -> Any:
     from megatron.core.dist_checkpointing import ShardedTensor
 
     entry = f"optimizer.state.{key}.{matrix}" + ("" if number is None else f".{number}")
     # the two stages of a tied embedding keep equal state: the second is a replica
-    replica = 0 if bool(domain.counted[domain.order[matrix]]) else 1
+    replica += 0 if bool(domain.counted[domain.order[matrix]]) else domain.size
     padded = domain.infos[matrix].kind in _PADDED and number is not None
     return ShardedTensor.from_rank_offsets(
         entry, tensor.detach(), replica_id=replica, allow_shape_mismatch=padded
@@ -220,7 +259,7 @@ def load_state(optimizer: "ShardedOptimizer", state: dict[str, Any]) -> None:
             for values, codes in zip(kind.held.tensors, kind.held.codes, strict=True):
                 if codes is not None:
                     codes.encode(values)
-        for (key, name), tensor in stored.whole.items():
+        for (key, name), (tensor, _) in stored.whole.items():
             tensor.copy_(tensors[f"{key}.{name}"])
     optimizer.stored = []
     for fragment in optimizer.fragments():

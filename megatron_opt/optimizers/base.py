@@ -81,6 +81,7 @@ class MatrixOptimizer:
     clip: ClassVar[bool] = False  # whether the study clips this rule's gradients by global norm
     vectors: ClassVar[bool] = False  # whether 1-D parameters are welcome
     projects: ClassVar[bool] = False  # whether steps are rescaled to a fixed norm (Hyperball)
+    flags: ClassVar[tuple[str, ...]] = ()  # state of one element, the same for every slice
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -105,11 +106,16 @@ class MatrixOptimizer:
 
     # A rule that can work on slices of a matrix along one side says which side may be cut, what the slices exchange,
     # and how one slice steps; `update` on the whole matrix equals all slices' steps together.
-    # The whole matrix's state is the union of the slices' (cut along the same side, in proportion) and the shared one.
+    # The whole matrix's state is the union of the slices' (cut along the same side, in proportion; stacks of blocks as
+    # `stack_places` says) and the shared one.
 
     def split_dim(self, info: MatrixInfo) -> int | None:
         """The side (0 or 1) that may be cut into slices, or None where the rule needs the whole matrix."""
         return None
+
+    def slice_grain(self, info: MatrixInfo) -> int:
+        """Slices start at multiples of this."""
+        return 1
 
     def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
         """State that travels with one slice of the weight."""
@@ -131,6 +137,14 @@ class MatrixOptimizer:
         `shared` is empty but for slice 0.
         """
         raise NotImplementedError
+
+    def stack_places(self, info: MatrixInfo, index: int, edges: tuple[int, ...]) -> dict[str, tuple[str, list[int]]]:
+        """Of each stack of blocks in slice `index`'s state: its key in the whole matrix's state, its blocks' numbers there."""
+        return {}
+
+    def stack_length(self, info: MatrixInfo, key: str, held: int) -> int:
+        """Blocks in the whole matrix's stack `key`, of which a slice has `held`."""
+        return held
 
     def slice_costs(self, info: MatrixInfo, edges: tuple[int, ...]) -> list[Cost]:
         """What each slice costs; in proportion by default."""

@@ -37,6 +37,20 @@ class Grid:
         """(count, block rows, block columns) of each region."""
         return [((r1 - r0) // rb * ((c1 - c0) // cb), rb, cb) for (r0, r1, rb), (c0, c1, cb) in self.regions()]
 
+    def starts(self) -> list[list[tuple[int, int]]]:
+        """First row and column of each block, by region in the order of its stack."""
+        return [
+            [(row, column) for row in range(r0, r1, rb) for column in range(c0, c1, cb)]
+            for (r0, r1, rb), (c0, c1, cb) in self.regions()
+        ]
+
+    def find(self, row: int, column: int) -> tuple[int, int]:
+        """Region, and number in its stack, of the block that holds an element."""
+        for region, ((r0, r1, rb), (c0, c1, cb)) in enumerate(self.regions()):
+            if r0 <= row < r1 and c0 <= column < c1:
+                return region, (row - r0) // rb * ((c1 - c0) // cb) + (column - c0) // cb
+        raise IndexError((row, column))
+
     def cut(self, x: Tensor) -> list[Tensor]:
         """Stacks (count, block rows, block columns); views where a region is one block."""
         stacks = []

@@ -62,6 +62,7 @@ class FactoredOptimizer(MatrixOptimizer):
     block_keys: ClassVar[tuple[str, ...]]  # states of the matrix's shape that a block step reads and writes
     clip: ClassVar[bool] = True
     vectors: ClassVar[bool] = True
+    flags: ClassVar[tuple[str, ...]] = ("ready",)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -110,9 +111,13 @@ class FactoredOptimizer(MatrixOptimizer):
         return {key: torch.zeros_like(weight) for key in self.block_keys}
 
     def init_shared(self, info: MatrixInfo, device: torch.device, dtype: torch.dtype = torch.float32) -> State:
+        return self.init_factors(self.grid(info), info, device, dtype)
+
+    def init_factors(self, grid: Grid, info: MatrixInfo, device: torch.device, dtype: torch.dtype) -> State:
+        """Factors of the blocks of a grid, what is derived from them, and whether they have begun."""
         state = {"ready": torch.zeros(1, dtype=dtype, device=device)}
         wide = torch.float64 if self.config.factor_precision == "fp64" else dtype
-        for region, (count, *block) in enumerate(self.grid(info).shapes()):
+        for region, (count, *block) in enumerate(grid.shapes()):
             for side in self.sides(info):
                 shape = (count, block[side], block[side])
                 state[f"gg_{region}_{side}"] = torch.zeros(shape, dtype=wide, device=device)

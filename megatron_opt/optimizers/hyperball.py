@@ -58,6 +58,7 @@ class Hyperball(MatrixOptimizer):
         inner = self.inner_class(config)
         self.inner = inner if isinstance(inner, MatrixOptimizer) else ElementwiseDirection(inner)
         self.vectors = self.inner.vectors  # type: ignore[misc]
+        self.flags = (*self.inner.flags, "radius")  # type: ignore[misc]
 
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
         state = self.inner.init_state(weight, info)

@@ -8,6 +8,7 @@ null space of its basis is filled by `eigenbasis.complete`, a function of the gr
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -133,16 +134,50 @@ class Soap(FactoredOptimizer):
         scale = (1 - cfg.beta2**n) ** 0.5 / (1 - cfg.beta1**n)
         return _rotate(scale * m / v.sqrt().add_(cfg.eps), bases, back=True)
 
-    # Slices along a side without a factor: the factor of the other side is summed, its basis sent to the slices
+    # Slices of whole blocks step alone. Slices along a side without a factor sum the factor of the other side, and get
+    # its basis from slice 0.
+
+    def blockwise(self, info: MatrixInfo) -> bool:
+        """Whether both sides have factors and the longer one several blocks."""
+        return len(self.sides(info)) == 2 and 0 < self.config.block_size < max(info.shape)
 
     def split_dim(self, info: MatrixInfo) -> int | None:
-        """A side without a factor; None where both have one (or a vector has one)."""
+        """The longer side where it has blocks; a side without a factor; else None."""
         sides = self.sides(info)
         if len(info.shape) == 1:
             return None if sides else 0
-        if len(sides) == 2:
+        if len(sides) == 2 and not self.blockwise(info):
             return None
-        return 1 - sides[0] if sides else int(info.shape[1] > info.shape[0])
+        return 1 - sides[0] if len(sides) == 1 else int(info.shape[1] > info.shape[0])
+
+    def slice_grain(self, info: MatrixInfo) -> int:
+        return self.config.block_size if self.blockwise(info) else 1
+
+    def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
+        state = super().init_slice(weight, info)
+        if not self.blockwise(info):
+            return state
+        return state | self.init_factors(self.grid(info, tuple(weight.shape)), info, weight.device, weight.dtype)
+
+    def init_shared(self, info: MatrixInfo, device: torch.device, dtype: torch.dtype = torch.float32) -> State:
+        return {} if self.blockwise(info) else super().init_shared(info, device, dtype)
+
+    def stack_places(self, info: MatrixInfo, index: int, edges: tuple[int, ...]) -> dict[str, tuple[str, list[int]]]:
+        places: dict[str, tuple[str, list[int]]] = {}
+        if not self.blockwise(info):
+            return places
+        shape, first, dim = [*info.shape], [0, 0], self.split_dim(info) or 0
+        shape[dim], first[dim] = edges[index + 1] - edges[index], edges[index]
+        whole = self.grid(info)
+        for region, starts in enumerate(self.grid(info, tuple(shape)).starts()):
+            found = [whole.find(first[0] + row, first[1] + column) for row, column in starts]
+            for side in self.sides(info):
+                for kind in ("gg", "q"):
+                    places[f"{kind}_{region}_{side}"] = f"{kind}_{found[0][0]}_{side}", [number for _, number in found]
+        return places
+
+    def stack_length(self, info: MatrixInfo, key: str, held: int) -> int:
+        return self.grid(info).shapes()[int(key.split("_")[1])][0] if self.blockwise(info) else held
 
     def _stacks(self, info: MatrixInfo) -> list[tuple[int, int]]:
         """(count, size) of the blocks of the factor's side, by region; nothing where no side has one."""
@@ -150,6 +185,8 @@ class Soap(FactoredOptimizer):
 
     def legs(self, info: MatrixInfo, edges: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Leg]:
         """The factor's shares to slice 0, in fp64: the first basis is decomposed from their sum; bases back to all."""
+        if self.blockwise(info):  # whether any gradient is not zero
+            return [Leg(False, tuple(range(len(edges))), 1, dtype)]
         count, stacks = len(edges) - 1, self._stacks(info)
         factor = sum(count * size * size for count, size in stacks)
         bases = 1 + sum(count * size * (2 * size + 1) for count, size in stacks)
@@ -159,6 +196,13 @@ class Soap(FactoredOptimizer):
     def slice_update(
         self, grad: Tensor, state: State, shared: State, step: int, info: MatrixInfo, index: int, edges: tuple[int, ...]
     ) -> SliceStep:
+        if self.blockwise(info):
+            some = yield grad.any().to(grad.dtype).view(1, 1)
+            alone = replace(info, shape=tuple(grad.shape))
+            began = bool(state["ready"].item())
+            (direction,) = self.update([grad], [state], step, [alone])
+            state["ready"].fill_(float(began or bool(some.any())))
+            return direction
         factor = yield self._share(grad, state, info).view(-1, 1)
         mine = grad.new_empty(0) if index else self._combine(factor.flatten(), shared, step, info)
         combined = yield mine.view(-1, 1)
@@ -166,6 +210,9 @@ class Soap(FactoredOptimizer):
 
     def slice_costs(self, info: MatrixInfo, edges: tuple[int, ...]) -> list[Cost]:
         """Refreshing bases, factors and bases themselves are slice 0's alone."""
+        if self.blockwise(info):
+            other = min(info.shape)
+            return [self.cost(replace(info, shape=(stop - start, other))) for start, stop in pairwise(edges)]
         whole, alone, held = self.cost(info), {"gemm": 0.0, "qr": 0.0}, 4.0
         for count, size in self._stacks(info):
             alone["gemm"] += count * 2.0 * size**3

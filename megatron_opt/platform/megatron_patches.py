@@ -68,6 +68,29 @@ def _to_list(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+def _uneven(gather: Any, reduce_scatter: Any) -> tuple[Any, Any]:
+    """Megatron's two functions, with unequal splits (tokens of experts cut over tensor-parallel ranks) as gloo can."""
+
+    def gathered(input_: Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        sizes = [int(size) for size in output_split_sizes]
+        padded = input_.new_zeros(max(sizes), *input_.shape[1:])
+        padded[: len(input_)] = input_
+        pieces = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(pieces, padded, group=group)
+        return torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
+
+    def scattered(input_: Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
+        total = input_.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split([int(size) for size in input_split_sizes])[group.rank()].contiguous()
+
+    return gathered, scattered
+
+
 def _set_rng_state(new_state: Tensor, device: int = -1, graph_safe: bool = False) -> None:
     torch.set_rng_state(new_state)
 
@@ -102,6 +125,7 @@ def _fork(self: Any, name: str = "model-parallel-rng") -> Any:
 def install() -> None:
     """Patch Megatron-Core for this process; imports it."""
     from megatron.core.datasets import utils as dataset_utils
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as tp_random
     from megatron.core.transformer import dot_product_attention, torch_norm
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -112,6 +136,9 @@ def install() -> None:
     tp_random.CudaRNGStatesTracker.fork = _fork
     dot_product_attention.DotProductAttention.forward = _sdpa_forward
     torch_norm.WrappedTorchNorm.__new__ = _torch_norm
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = _uneven(
+        mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+    )
     moe_utils.maybe_move_tensor_to_cpu = _to_list
     if hasattr(token_dispatcher, "maybe_move_tensor_to_cpu"):
         token_dispatcher.maybe_move_tensor_to_cpu = _to_list

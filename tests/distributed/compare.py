@@ -1,7 +1,5 @@
 """How two runs are compared."""
 
-import math
-
 from torch import Tensor
 
 from tests.distributed.pool import Run
@@ -44,15 +42,7 @@ def _assert_same_bases(
     """Both bases show the same factor: in its null space, and among equal eigenvalues, columns are free."""
     assert sorted(found) == sorted(wanted), what
     for name, factor in factors.items():
-        size = math.isqrt(factor.numel() // _blocks(factor))
+        size = factor.shape[1]
         gg, p, q = (x.view(-1, size, size) for x in (factor, found[name], wanted[name]))
         far = (p.mT @ gg @ p - q.mT @ gg @ q).norm() / gg.norm().clamp_min(1e-30)
         assert far <= tolerance, f"{what} {name}: the factor differs by {far:.1e} in the two bases"
-
-
-def _blocks(factor: Tensor) -> int:
-    """Number of square blocks in a flat stack of a power of two of them."""
-    count = 1
-    while math.isqrt(factor.numel() // count) ** 2 * count != factor.numel():
-        count += 1
-    return count

@@ -93,6 +93,7 @@ def poison(case: Case, record: recording.Record, argv: list[str], folder: Path) 
 
 def freeze(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
     """Options: parameters whose name contains `frozen` are not trained, or all whose name does not contain `kept`."""
+    from megatron_opt.distributed.matrices import global_names
     from megatron_opt.training import job
 
     initialize = job._initialize
@@ -100,7 +101,7 @@ def freeze(case: Case, record: recording.Record, argv: list[str], folder: Path) 
     def initialized(args: Any, chunks: list[Any]) -> list[Any]:
         chunks = initialize(args, chunks)
         for chunk in chunks:
-            for name, param in chunk.named_parameters():
+            for name, param in global_names(chunk, 0):
                 kept = case.options.get("kept")
                 param.requires_grad = case.options["frozen"] not in name if kept is None else kept in name
         return chunks
@@ -155,7 +156,7 @@ def finite_differences(case: Case, record: recording.Record, argv: list[str], fo
 
 
 def work(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
-    """Record the FLOPs of all optimizer steps, and the bytes of the matrix rules' state beside what the plan says."""
+    """Record the FLOPs of the steps after the first (in which bases begin), and the bytes of state beside the plan's."""
 
     def prepare(record: recording.Record) -> None:
         from torch import ops
@@ -171,7 +172,8 @@ def work(case: Case, record: recording.Record, argv: list[str], folder: Path) ->
         def counted() -> Any:
             with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
                 found = step()
-            record.extra["flops"] += counter.get_total_flops()
+            if optimizer.step_number > 1:
+                record.extra["flops"] += counter.get_total_flops()
             return found
 
         optimizer.step = counted

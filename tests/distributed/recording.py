@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_opt.distributed.state import whole_places
+
 Block = tuple[str, int, int, int, int, Tensor]  # matrix, rows [r0, r1), columns [c0, c1), values
 
 
@@ -73,32 +75,21 @@ def states(optimizer: Any) -> dict[str, list[Block]]:
                 r = piece.rect
                 for key, tensor in piece.state.items():
                     if tensor.numel() != r.numel:  # one number for each 2048 codes
-                        _add(found, key, f"{r.matrix} {r.row0} {r.col0}", tensor.detach().clone(), None)
+                        _add(found, key, f"{r.matrix} {r.row0} {r.col0}", tensor.detach().clone())
                         continue
                     block = tensor.detach().clone().view(r.row1 - r.row0, r.col1 - r.col0)
                     found.setdefault(key, []).append((r.matrix, r.row0, r.row1, r.col0, r.col1, block))
     for step in optimizer.matrix_steps:
-        for (name, index), state in step.states.items():
-            r0, r1, c0, c1 = step.placed.parts[name, index].bounds
-            for key, tensor in state.items():
-                _add(found, key, name, tensor.detach().clone(), (r0, r1, c0, c1))
-        for name, state in step.shared.items():
-            for key, tensor in state.items():
-                _add(found, key, name, tensor.detach().clone(), None)
+        for key, name, tensor, shape, rect, _ in whole_places(step):
+            if rect is None or shape is None:
+                _add(found, key, name, tensor.detach().clone())
+                continue
+            block = tensor.detach().clone().reshape(rect.row1 - rect.row0, rect.col1 - rect.col0)
+            found.setdefault(key, []).append((name, rect.row0, rect.row1, rect.col0, rect.col1, block))
     return found
 
 
-def _add(
-    found: dict[str, list[Block]], key: str, name: str, tensor: Tensor, bounds: tuple[int, int, int, int] | None
-) -> None:
-    if bounds:
-        r0, r1, c0, c1 = bounds
-        if tensor.dim() in (1, 2) and tensor.numel() == (r1 - r0) * (c1 - c0):
-            found.setdefault(key, []).append((name, r0, r1, c0, c1, tensor.view(r1 - r0, c1 - c0)))
-            return
-        if tensor.dim() and tensor.numel() == tensor.shape[0] == r1 - r0:
-            found.setdefault(key, []).append((name, r0, r1, 0, 1, tensor.view(-1, 1)))
-            return
+def _add(found: dict[str, list[Block]], key: str, name: str, tensor: Tensor) -> None:
     flat = tensor.reshape(1, -1)
     found.setdefault(key, []).append((name, 0, 1, 0, flat.shape[1], flat))
 

@@ -1,7 +1,7 @@
-"""The matrix step on ranks that are threads: whole, grouped and sliced matrices against the rule on whole matrices."""
+"""The matrix step on ranks that are threads: every way of computing against the rule on whole matrices, and its state."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.distributed import exchange as exchange_module
+from megatron_opt.distributed import state
 from megatron_opt.distributed.domain import Domain, MatrixPlan
 from megatron_opt.distributed.exchange import Exchange
 from megatron_opt.distributed.fragments import Rect
@@ -23,6 +24,7 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "muon": ("muon", {"fp32_matmul_prec": "high"}),
     "scion-bf16": ("scion", {"fp32_matmul_prec": "medium"}),
     "soap": ("soap", {"one_sided": True, "precondition_frequency": 2, "factor_precision": "fp64", "eps": 1e-6}),
+    "soap-blocks": ("soap", {"block_size": 8, "precondition_frequency": 2, "factor_precision": "fp64", "eps": 1e-6}),
     "adam_mini": ("adam_mini", {}),
 }
 SHAPES = {"a": (12, 30), "b": (24, 24), "c": (40, 6), "d": (8, 70), "e": (16, 20)}
@@ -47,9 +49,103 @@ class Mailbox:
         self.barrier.wait()
         return SimpleNamespace(wait=lambda: None)
 
+    def gather_objects(self, value: Any, group: Any, size: int) -> list[Any]:
+        self.posted[self.local.rank] = value
+        self.barrier.wait()
+        found = list(self.posted)
+        self.barrier.wait()
+        return found
 
-def _rows(length: int, rank: int, size: int) -> tuple[int, int]:
-    return length * rank // size, length * (rank + 1) // size
+
+def _rows(length: int, rank: int, size: int) -> slice:
+    return slice(length * rank // size, length * (rank + 1) // size)
+
+
+class Ranks:
+    """A matrix step on each of some threads, which hold equal shares of every matrix's rows."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, name: str, size: int, mode: str, bucket_bytes: float = 1e9) -> None:
+        self.size, self.mailbox = size, Mailbox(size)
+        patch.setattr(exchange_module.dist, "all_to_all_single", self.mailbox.all_to_all_single)
+        patch.setattr(torch.cuda, "current_device", lambda: "cpu")
+        patch.setattr(Domain, "sum_over_ranks", lambda self, values: values)
+        patch.setattr(state, "gather_objects", self.mailbox.gather_objects)
+        self.name, self.mode, self.bucket_bytes = name, mode, bucket_bytes
+        self.infos = {key: MatrixInfo(key, shape) for key, shape in SHAPES.items()}
+        self.holdings = []
+        for rank in range(size):
+            rows = [_rows(shape[0], rank, size) for shape in SHAPES.values()]
+            self.holdings.append(
+                [(i, Rect(key, rows[i].start, rows[i].stop, 0, shape[1])) for i, (key, shape) in enumerate(SHAPES.items())]
+            )
+        self.steps: list[Any] = self.run(self._make)
+
+    def _make(self, rank: int) -> MatrixStep:
+        rule_name, options = RULES[self.name]
+        rule = registry.build(rule_name, options)
+        fragments: Any = [
+            SimpleNamespace(view=SimpleNamespace(counts=True, param=SimpleNamespace(dtype=torch.float32)), rects=[rect])
+            for _, rect in self.holdings[rank]
+        ]
+        trips = Exchange(self.mailbox, rank, self.size)
+        domain = Domain("threads", self.mailbox, rank, self.size, fragments, self.holdings, self.infos, trips)
+        jobs = [Job.of(info, rule) for info in self.infos.values()]
+        placed = MatrixPlan.make(domain, jobs, self.mode, self.bucket_bytes)
+        return MatrixStep(domain, placed, dict.fromkeys(self.infos, rule), self.infos)
+
+    def run(self, function: Callable[[int], Any]) -> list[Any]:
+        """The function's results on all ranks at once."""
+        found: list[Any] = [None] * self.size
+        failed: list[BaseException] = []
+
+        def guarded(rank: int) -> None:
+            self.mailbox.local.rank = rank
+            try:
+                found[rank] = function(rank)
+            except BaseException as error:
+                failed.append(error)
+                self.mailbox.barrier.abort()
+
+        threads = [threading.Thread(target=guarded, args=(rank,)) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failed:
+            raise next((e for e in failed if not isinstance(e, threading.BrokenBarrierError)), failed[0])
+        return found
+
+    def shares(self, matrices: dict[str, Tensor], rank: int) -> list[Tensor]:
+        return [matrices[key][_rows(shape[0], rank, self.size)].reshape(-1).clone() for key, shape in SHAPES.items()]
+
+    def begin(self, weights: dict[str, Tensor]) -> None:
+        self.run(lambda rank: self.steps[rank].init_states(self.shares(weights, rank)))
+
+    def step(self, grads: dict[str, Tensor], scale: dict[str, float], skip: set[str], number: int) -> dict[str, Tensor]:
+        """Whole directions."""
+
+        def one(rank: int) -> list[Tensor]:
+            flats = self.shares(grads, rank)
+            self.steps[rank].step(flats, scale, skip, number)
+            return flats
+
+        flats = self.run(one)
+        return {
+            key: torch.cat([flats[rank][i].view(-1, shape[1]) for rank in range(self.size)])
+            for i, (key, shape) in enumerate(SHAPES.items())
+        }
+
+    def optimizer(self, rank: int) -> Any:
+        """What the saving and loading of state sees of an optimizer."""
+        step = self.steps[rank]
+        return SimpleNamespace(
+            ensure_states=lambda: None, domains=[step.domain], matrix_steps=[step], groups=[], param_groups=[], stored=[],
+            element_steps=[SimpleNamespace(slices={})], step_number=5, device=torch.device("cpu"), fragments=lambda: [],
+        )  # fmt: skip
+
+
+def _matrices(draw: torch.Generator) -> dict[str, Tensor]:
+    return {key: torch.randn(shape, generator=draw) for key, shape in SHAPES.items()}
 
 
 @pytest.mark.parametrize("mode", ["owner", "group", "sharded"])
@@ -58,70 +154,77 @@ def _rows(length: int, rank: int, size: int) -> tuple[int, int]:
 def test_every_mode_repeats_the_whole(
     monkeypatch: pytest.MonkeyPatch, name: str, mode: str, bucket_bytes: float
 ) -> None:
-    size = 7  # more than the shortest side
-    mailbox = Mailbox(size)
-    monkeypatch.setattr(exchange_module.dist, "all_to_all_single", mailbox.all_to_all_single)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
-    monkeypatch.setattr(Domain, "sum_over_ranks", lambda self, values: values)
-    rule_name, options = RULES[name]
-    infos = {key: MatrixInfo(key, shape) for key, shape in SHAPES.items()}
     draw = torch.Generator().manual_seed(3)
-    steps = [{key: torch.randn(shape, generator=draw) for key, shape in SHAPES.items()} for _ in range(5)]
-    weights = {key: torch.randn(shape, generator=draw) for key, shape in SHAPES.items()}
-    holdings = [
-        [(i, Rect(key, *_rows(rows, rank, size), 0, cols)) for i, (key, (rows, cols)) in enumerate(SHAPES.items())]
-        for rank in range(size)
-    ]
-    found: list[list[dict[str, Tensor]]] = [[] for _ in range(size)]
-    failed: list[BaseException] = []
-
-    def run(rank: int) -> None:
-        mailbox.local.rank = rank
-        rule = registry.build(rule_name, options)
-        fragments: Any = [SimpleNamespace(view=SimpleNamespace(counts=True), rects=[rect]) for _, rect in holdings[rank]]
-        trips = Exchange(mailbox, rank, size)
-        domain = Domain("threads", mailbox, rank, size, fragments, holdings, infos, trips)
-        placed = MatrixPlan.make(domain, [Job.of(info, rule) for info in infos.values()], mode, bucket_bytes)
-        step = MatrixStep(domain, placed, {key: rule for key in infos}, infos)
-        step.init_states([weights[key][slice(*_rows(len(weights[key]), rank, size))].reshape(-1) for key in SHAPES])
-        trips.traffic.sent.clear()
-        for number, grads in enumerate(steps, 1):
-            flats = [grads[key][slice(*_rows(len(grads[key]), rank, size))].reshape(-1).clone() for key in SHAPES]
-            step.step(flats, {"b": 0.5}, {"e"} if number == 2 else set(), number)
-            found[rank].append(
-                {key: flat.view(-1, SHAPES[key][1]) for key, flat in zip(SHAPES, flats, strict=True)}
-            )
-        if mode != "owner" and name != "adam_mini":
-            assert step.sliced and (mode == "group" or len(step.sliced) == len(infos))
-        planned = {what: values[rank] for what, values in sent_in_a_step(domain, step).items()}
-        skipped = {"between slices"} if "e" in step.sliced else set()  # step 2 has nothing of "e" to exchange
-        for what, count in planned.items():
-            if what not in skipped:
-                assert trips.traffic.sent.get(what, 0) == len(steps) * count, what
-
-    def guarded(rank: int) -> None:
-        try:
-            run(rank)
-        except BaseException as error:
-            failed.append(error)
-            mailbox.barrier.abort()
-
-    threads = [threading.Thread(target=guarded, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise next((e for e in failed if not isinstance(e, threading.BrokenBarrierError)), failed[0])
-    rule = registry.build(rule_name, options)
-    states = {key: rule.init_state(weights[key].clone(), infos[key]) for key in infos}
+    weights, steps = _matrices(draw), [_matrices(draw) for _ in range(5)]
+    ranks = Ranks(monkeypatch, name, 7, mode, bucket_bytes)  # more ranks than the shortest side is long
+    ranks.begin(weights)
+    if mode != "owner" and name != "adam_mini":
+        sliced = ranks.steps[0].sliced
+        assert sliced and (mode == "group" or len(sliced) == len(SHAPES))
+    for step in ranks.steps:
+        step.domain.exchange.traffic.sent.clear()
+    rule = registry.build(*RULES[name])
+    states = {key: rule.init_state(weights[key].clone(), info) for key, info in ranks.infos.items()}
     tolerance = 0.05 if "bf16" in name else 1e-4
     for number, grads in enumerate(steps, 1):
-        for key, info in infos.items():
-            got = torch.cat([found[rank][number - 1][key] for rank in range(size)])
-            if key == "e" and number == 2:
-                assert not got.any()
+        skip = {"e"} if number == 2 else set()
+        found = ranks.step(grads, {"b": 0.5}, skip, number)
+        for key, info in ranks.infos.items():
+            if key in skip:
+                assert not found[key].any()
                 continue
             grad = grads[key] * (0.5 if key == "b" else 1.0)
             (wanted,) = rule.update([grad.clone()], [states[key]], number, [info])
-            assert float((got - wanted).norm()) <= tolerance * float(wanted.norm()) + 1e-12, (key, number)
+            assert float((found[key] - wanted).norm()) <= tolerance * float(wanted.norm()) + 1e-12, (key, number)
+    for rank, step in enumerate(ranks.steps):
+        skipped = {"between slices"} if "e" in step.sliced else set()  # step 2 has nothing of "e" to exchange
+        for what, counts in sent_in_a_step(step.domain, step).items():
+            if what not in skipped:
+                assert step.domain.exchange.traffic.sent.get(what, 0) == len(steps) * counts[rank], what
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_state_moves_to_another_way_of_computing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Slices on four ranks, whole matrices on three, slices on five: every tensor by value, the next steps the same."""
+    monkeypatch.setattr(
+        state, "_sharded", lambda key, matrix, number, tensor, domain, replica=0: (tensor, replica)
+    )
+    draw = torch.Generator().manual_seed(4)
+    weights = _matrices(draw)
+    source = Ranks(monkeypatch, name, 4, "group")
+    source.begin(weights)
+    for number in (1, 2, 3):
+        source.step(_matrices(draw), {}, set(), number)
+    for size, mode in ((3, "owner"), (5, "sharded"), (2, "group")):
+        stored: dict[str, Tensor] = {}
+        for saved in source.run(lambda rank: state.sharded_state(source.optimizer(rank))["tensors"]):  # noqa: B023
+            for key, (tensor, replica) in saved.items():
+                assert key not in stored or replica, f"{key} is saved twice"
+                if not replica:
+                    stored[key] = tensor.clone()
+        target = Ranks(monkeypatch, name, size, mode)
+        target.begin(weights)
+
+        def load(rank: int) -> set[str]:
+            optimizer = target.optimizer(rank)  # noqa: B023
+            room = state.sharded_state(optimizer, is_loading=True)
+            filled = {key: tensor.copy_(stored[key]) for key, (tensor, _) in room["tensors"].items()}  # noqa: B023
+            state.load_state(optimizer, {**room, "tensors": filled})
+            return set(filled)
+
+        assert set().union(*target.run(load)) == set(stored)
+        grads = _matrices(draw)
+        source = _again(monkeypatch, source)
+        ahead = source.step({key: grad.clone() for key, grad in grads.items()}, {}, set(), 4)
+        target = _again(monkeypatch, target)
+        found = target.step(grads, {}, set(), 4)
+        for key, wanted in ahead.items():
+            assert float((found[key] - wanted).norm()) <= (0.05 if "bf16" in name else 1e-4) * float(wanted.norm()), key
+        source = target
+
+
+def _again(patch: pytest.MonkeyPatch, ranks: Ranks) -> Ranks:
+    """The threads whose turn it is."""
+    patch.setattr(exchange_module.dist, "all_to_all_single", ranks.mailbox.all_to_all_single)
+    patch.setattr(state, "gather_objects", ranks.mailbox.gather_objects)
+    return ranks

@@ -71,9 +71,9 @@ def _llama(layers: int, hidden: int, ffn: int, heads: int) -> Any:
 LLAMA_7B, LLAMA_130M = _llama(32, 4096, 11008, 32), _llama(32, 512, 2048, 8)
 
 
-def _plans(config: Any, layout: Layout) -> list[Plan]:
+def _plans(config: Any, layout: Layout, rule: str = "muon") -> list[Plan]:
     parameters = gpt_parameters(config, 32000, tied=False)
-    return [found.plan for found in plan_model(parameters, config, layout, default_rules("muon"))]
+    return [found.plan for found in plan_model(parameters, config, layout, default_rules(rule))]
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,14 @@ def test_matrices_are_cut_only_where_balance_asks_for_it() -> None:
     assert len(few.parts) == len(few.owner)
     (many,) = _plans(LLAMA_7B, Layout(tp=8, dp=64, distributed=True))
     assert len(many.owner) < len(many.parts) < len(many.owner) + 512
+
+
+def test_soap_is_cut_between_blocks() -> None:
+    """A column of blocks is a sixth of a rank's mean on 512 ranks: that is how near the mean the plan comes."""
+    (plan,) = _plans(LLAMA_7B, Layout(tp=8, dp=64, distributed=True), "soap")
+    assert plan.imbalance() < 1.2
+    inner = [part.start for part in plan.parts if part.start and part.shape == (4096, 4096)]
+    assert inner and all(start % 512 == 0 for start in inner)
 
 
 def test_work_does_not_grow_with_ranks() -> None:
