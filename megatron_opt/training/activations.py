@@ -1,16 +1,18 @@
-"""One short run on one repeated batch that writes down how large every kind of activation is, step by step.
+"""Short runs on one repeated batch that write down how large every kind of activation is, step by step.
 
-`python -m megatron_opt.training.activations FILE FLAGS…`; the parent is `mup_check.py`.
+`python -m megatron_opt.training.activations FOLDER` makes the runs of FOLDER/plan.json (name → flags), each in a forked
+process, so that Megatron is imported once, and leaves NAME.json of each; the caller is `mup_check.py`.
 """
 
 import json
+import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_opt.errors import UserError
@@ -88,15 +90,8 @@ def _means(values: dict[str, Tensor]) -> dict[str, float]:
     return {kind: sum(several) / len(several) for kind, several in found.items()}
 
 
-def main(target: Path, argv: list[str]) -> None:
+def record(target: Path, argv: list[str]) -> None:
     """Train as the flags say on one process; the record as JSON."""
-    import os
-
-    os.environ.setdefault("MASTER_ADDR", "localhost")
-    os.environ.setdefault("MASTER_PORT", "0")
-    from megatron_opt import platform
-
-    platform.activate()
     from megatron.training import training
 
     from megatron_opt.training import arguments, job
@@ -106,12 +101,47 @@ def main(target: Path, argv: list[str]) -> None:
     job.train(arguments.parse(argv), recorder.watch)
     content = {"sizes": recorder.sizes, "changes": recorder.changes, "losses": recorder.losses}
     target.write_text(json.dumps(content))
-    torch.distributed.destroy_process_group()
+
+
+def _forked(target: Path, argv: list[str]) -> int:
+    """Exit code of one run in a process of its own."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 1
+    try:
+        record(target, argv)
+        code = 0
+    except UserError as error:
+        print(error, file=sys.stderr)
+        code = 2
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main(folder: Path) -> int:
+    """All runs of the plan in order; the first failure's exit code."""
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", "0")
+    from megatron_opt import platform
+
+    platform.activate()
+    import megatron_opt.training.job  # noqa: F401  # before the first fork
+    from megatron_opt.optimizers import registry
+
+    registry.rules()
+    import megatron.training.training  # noqa: F401
+
+    for name, argv in json.loads((folder / "plan.json").read_text()).items():
+        print(name, file=sys.stderr, flush=True)
+        if code := _forked(folder / f"{name}.json", argv):
+            return code
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]), sys.argv[2:])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main(Path(sys.argv[1])))

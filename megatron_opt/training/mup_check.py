@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opt.errors import UserError
+from megatron_opt.files import write_atomic
 
 PARAMETRIZATIONS = ("standard", "mup")
 _SMALL = (
@@ -55,13 +56,18 @@ def command_lines(options: argparse.Namespace, flags: Sequence[str]) -> dict[tup
     return found
 
 
-def run(flags: Sequence[str], target: Path) -> dict[str, Any]:
-    """One run in a process of its own, and its record."""
-    command = [sys.executable, "-m", "megatron_opt.training.activations", str(target), *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"a run failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no message'}")
-    return dict(json.loads(target.read_text()))
+def run(lines: dict[tuple[str, int], list[str]]) -> Records:
+    """All runs, and what each recorded."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plan = {f"{kind} {width}": flags for (kind, width), flags in lines.items()}
+        (folder / "plan.json").write_text(json.dumps(plan))
+        command = [sys.executable, "-m", "megatron_opt.training.activations", str(folder)]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or ["it left no message"]
+            raise UserError(f"a run failed: {said[-1]}")
+        return {key: json.loads((folder / f"{key[0]} {key[1]}.json").read_text()) for key in lines}
 
 
 def slope(widths: Sequence[int], values: Sequence[float]) -> float:
@@ -139,19 +145,13 @@ def main(argv: list[str], prog: str) -> int:
     options, flags = parser.parse_args(argv[:cut]), argv[cut + 1 :]
     lines = command_lines(options, flags)
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    records: Records = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for (kind, width), line in lines.items():
-            print(f"{kind}, width {width}", file=sys.stderr)
-            records[kind, width] = run(line, Path(folder) / "record.json")
+    records = run(lines)
     summary = summarize(records, options.widths)
     text = table(summary, options.widths)
     print(text)
-    from megatron_opt.training.monitoring import write_atomically
-
     content = {"widths": options.widths, "flags": flags, "summary": summary,
                "steps": {f"{kind} {width}": record for (kind, width), record in records.items()}}  # fmt: skip
-    write_atomically(options.output_dir / "mup_check.json", json.dumps(content, indent=1) + "\n")
-    write_atomically(options.output_dir / "mup_check.txt", text + "\n")
+    write_atomic(options.output_dir / "mup_check.json", json.dumps(content, indent=1) + "\n")
+    write_atomic(options.output_dir / "mup_check.txt", text + "\n")
     plot(summary, options.widths, " ".join(flags) or "adamw", options.output_dir / "mup_check.png")
     return 0

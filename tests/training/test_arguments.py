@@ -1,5 +1,6 @@
 """Command lines: presets, what wins, and what is refused before Megatron is even asked."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from megatron_opt.errors import UserError
+from megatron_opt.optimizers import registry
 from megatron_opt.training import arguments
 
 PAPER = Path(__file__).parents[2] / "megatron_opt" / "study" / "paper" / "paper_models.json"
@@ -93,3 +95,15 @@ def test_help_is_printed_whole(capsys):
     assert left.value.code == 0
     text = capsys.readouterr().out
     assert "--soap-precondition-frequency" in text and "--use-mup" in text and "--preset" in text
+
+
+def test_every_flag_of_ours_is_documented():
+    """Flags of single rules: tests/optimizers/test_docs.py."""
+    parser = argparse.ArgumentParser(add_help=False)
+    arguments.add_arguments(parser)
+    docs = "".join(path.read_text() for path in (Path(__file__).parents[2] / "docs").glob("*.md"))
+    of_rules = tuple(f"--{name.replace('_', '-')}-" for name in registry.rules())
+    for action in parser._actions:
+        if not action.option_strings[0].startswith(of_rules):
+            assert any(f"`{flag}" in docs for flag in action.option_strings), action.option_strings
+            assert action.help
