@@ -278,19 +278,18 @@ def _write(plan: Items, slots: Any, buffer: Any, folder: Path, rank: int, string
           [(item, _view(buffer, slot)) for item, slot in zip(items, laid, strict=True)]))
         for (name, objects, items), laid in zip(plan, slots, strict=True)
     ]
-    found: deque[Any] = deque()
+    transforms = [_StorageWriterTransforms()]
 
-    class Queue:
-        put = staticmethod(found.append)
+    def write(number: int) -> list[Any]:
+        _, found = FileSystemWriterAsync.write_preloaded_data(transforms, number, buckets[number], None, None, True)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
-    FileSystemWriterAsync.write_preloaded_data_multithread(
-        [_StorageWriterTransforms()], False, rank, buckets, Queue  # type: ignore[arg-type]
-    )
-    results = found.popleft()
-    if isinstance(results, Exception):
-        raise results
+    with ThreadPoolExecutor(max(len(buckets), 1)) as pool:  # --dist-ckpt-workers files
+        results = [result for found in pool.map(write, range(len(buckets))) for result in found]
     folders.sum_files(folder, rank)
-    return pickle.dumps([result for bucket in results.values() for result in bucket])
+    return pickle.dumps(results)
 
 
 def _publish(what: Publication, metadata: Any) -> dict[str, Any]:
