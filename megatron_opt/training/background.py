@@ -16,7 +16,7 @@ import socket
 import struct
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,11 +80,11 @@ class Writer:
     # Saves
 
     def save(self, folder: Path, rank: int, plan: Items, strings: Sequence[Any], tensors: Sequence[Any],
-             still: Sequence[bool]) -> None:
+             still: Sequence[bool], first: Sequence[Callable[[], Any]] = ()) -> None:
         """Hand a save over: tensors that keep `still` until `settle` are copied meanwhile, others (and a GPU's) at once.
 
-        `strings` and `tensors` are in the order of the plan's items; the same plan object is sent once. An earlier save
-        is waited for.
+        `strings` and `tensors` are in the order of the plan's items; the same plan object is sent once. `first` is done
+        before, by the copying thread. An earlier save is waited for.
         """
         while self.busy():
             self._receive(block=True)
@@ -97,7 +97,7 @@ class Writer:
         self._writing += 1
         views = [view for view, wait in zip(self._views, later, strict=True) if wait]
         waiting = [tensor for tensor, wait in zip(tensors, later, strict=True) if wait]
-        self._copy = self._thread.submit(self._deliver, views, waiting, ("save", folder, rank, strings))
+        self._copy = self._thread.submit(self._deliver, first, views, waiting, ("save", folder, rank, strings))
 
     def _lay(self, plan: Items, tensors: Sequence[Any]) -> None:
         offset, slots, values = 0, [], iter(tensors)
@@ -121,9 +121,11 @@ class Writer:
         self._send(pickle.dumps(("plan", plan, slots)))
         self._plan = plan
 
-    def _deliver(self, views: list[Any], tensors: list[Any], message: Any) -> None:
+    def _deliver(self, first: Sequence[Callable[[], Any]], views: list[Any], tensors: list[Any], message: Any) -> None:
         import torch
 
+        for fill in first:
+            fill()
         if views:
             with torch.no_grad():
                 torch._foreach_copy_(views, tensors)
@@ -278,19 +280,18 @@ def _write(plan: Items, slots: Any, buffer: Any, folder: Path, rank: int, string
           [(item, _view(buffer, slot)) for item, slot in zip(items, laid, strict=True)]))
         for (name, objects, items), laid in zip(plan, slots, strict=True)
     ]
-    found: deque[Any] = deque()
+    transforms = [_StorageWriterTransforms()]
 
-    class Queue:
-        put = staticmethod(found.append)
+    def write(number: int) -> list[Any]:
+        _, found = FileSystemWriterAsync.write_preloaded_data(transforms, number, buckets[number], None, None, True)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
-    FileSystemWriterAsync.write_preloaded_data_multithread(
-        [_StorageWriterTransforms()], False, rank, buckets, Queue  # type: ignore[arg-type]
-    )
-    results = found.popleft()
-    if isinstance(results, Exception):
-        raise results
+    with ThreadPoolExecutor(max(len(buckets), 1)) as pool:  # --dist-ckpt-workers files
+        results = [result for found in pool.map(write, range(len(buckets))) for result in found]
     folders.sum_files(folder, rank)
-    return pickle.dumps([result for bucket in results.values() for result in bucket])
+    return pickle.dumps(results)
 
 
 def _publish(what: Publication, metadata: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from megatron_opt.errors import UserError
 from megatron_opt.files import write_atomic
-from megatron_opt.training import events, folders
+from megatron_opt.training import events, folders, stragglers
 
 HANG_EXIT = 70
 ROLLBACK_EXIT = 75  # EX_TEMPFAIL: start the same command again
@@ -252,13 +252,15 @@ def position(frame: Any) -> dict[str, Any]:
     place is the innermost of Megatron's or ours, else the innermost outside torch.
     """
     collective, at, outside = None, None, None
+    if frame.f_back is not None and frame.f_globals.get("__name__") == stragglers.__name__:  # times what is waited for
+        frame = frame.f_back
     if ".wait(" in linecache.getline(frame.f_code.co_filename, frame.f_lineno):
         collective = "wait"
     while frame is not None:
         name, module = frame.f_code.co_name, frame.f_globals.get("__name__", "")
         if module == "torch.distributed.distributed_c10d":
             collective = name.strip("_")  # the outermost is what was asked for
-        elif not module.startswith(("torch.", __name__)):
+        elif not module.startswith(("torch.", __name__, stragglers.__name__)):
             place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {name}"
             outside = outside or place
             if at is None and module.startswith("megatron"):

@@ -25,6 +25,7 @@ _plan: "_Plan | None" = None
 _metadata: Any = None  # torch's, of the last plan
 _scheduled: deque[Any] = deque()  # the same of each save that is being written
 _waits: list[float] = []
+_copies: list[Callable[[], Any]] = []  # of state into the tensors of the save that is being prepared
 _parameters: set[int] = set()  # storages of the model's parameters, changed by the optimizer's step alone
 _seen: dict[Any, tuple[int, Any, tuple[int, ...]]] = {}  # a plan's tensors: address, type, shape by index
 
@@ -37,17 +38,26 @@ def install(nice: int) -> None:
     from megatron.training import async_utils as training_async
     from megatron.training import initialize, training
 
+    from megatron_opt.distributed.exchange import Exchange
+
     _writer = Writer(nice)
 
     class Caller(_Caller, async_utils.AsyncCaller):
         pass
 
-    async_utils.AsyncCallsQueue._persistent_caller = Caller()
+    class Queue(async_utils.AsyncCallsQueue):
+        """Megatron's, which closes its worker at the end of training and starts another for the last save."""
+
+        def _get_async_caller(self) -> Caller:
+            return caller
+
+    caller = Caller()
     filesystem_async._results_queue = queue.SimpleQueue()  # not used
-    training_async._async_calls_queue = async_utils.AsyncCallsQueue(persistent=True)
+    training_async._async_calls_queue = Queue()
     initialize.init_persistent_async_worker = lambda *args, **kwargs: None
     TorchDistSaveShardedStrategy.async_save = _planned_once(TorchDistSaveShardedStrategy.async_save)
     MCoreSavePlanner.resolve_data = _noting(MCoreSavePlanner.resolve_data)
+    Exchange.gather = _put_off(Exchange.gather)  # type: ignore[method-assign]
     training.get_forward_backward_func = _settled(training.get_forward_backward_func)
 
 
@@ -76,6 +86,21 @@ def _settled(original: Callable[..., Any]) -> Callable[..., Any]:
         return run
 
     return get_forward_backward_func
+
+
+def _put_off(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The exchange's `gather`: where a rank keeps all of a checkpoint's state itself, the copying thread puts it together."""
+    from megatron_opt.distributed.exchange import Trip
+
+    @functools.wraps(original)
+    def gather(self: Any, route: Any, shards: Any, slabs: Any, what: str = "gradients to owners", wire: Any = None) -> Any:
+        whole = what == "state to checkpoint" and self.size == 1 and _plan is not None and _plan.sources is not None
+        if not whole or any(tensor.is_cuda for tensor in shards):
+            return original(self, route, shards, slabs, what, wire)
+        _copies.append(functools.partial(original, self, route, shards, slabs, what, wire))
+        return Trip(None, None, [])
+
+    return gather
 
 
 def waited() -> float:
@@ -136,7 +161,9 @@ class _Caller:
 def _write(folder: Path, rank: int, plan: "_Plan", values: "_Values") -> None:
     assert _writer is not None
     _scheduled.append(_metadata)
-    _writer.save(folder, rank, plan.items, values.strings, values.tensors, values.still)
+    copies = list(_copies)
+    _copies.clear()
+    _writer.save(folder, rank, plan.items, values.strings, values.tensors, values.still, copies)
 
 
 # ---- plans
@@ -201,6 +228,9 @@ def _planned_once(original: Callable[..., Any]) -> Callable[..., Any]:
         if _plan is not None and _everywhere(_plan.sources is not None and _plan.structure == structure):
             os.makedirs(folder, exist_ok=True)
             return AsyncRequest(_write, (Path(folder), rank, _plan, _filled(_plan, flat)), [])
+        for copy in _copies:
+            copy()
+        _copies.clear()
         sources = {
             (e.data.data_ptr(), e.data.dtype, e.data.numel()): (key, number)
             for key, entries in flat.items() for number, e in enumerate(entries) if _is_tensor(e)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_opt.training import faults, folders
+from megatron_opt.training.stragglers import OwnTime
 from tests.training.test_folders import write
 
 
@@ -118,3 +119,25 @@ def test_an_asynchronous_collective_is_waited_for():
 
     finish(threading.Event(), Handle())
     assert faults.position(frame["caller"])["collective"] == "wait"
+
+
+def test_the_clock_around_a_wait_hides_nothing():
+    lock = threading.Lock()
+    lock.acquire()
+
+    class Handle:
+        wait = staticmethod(OwnTime().timed(lock.acquire))
+
+    def finish(ready, release):
+        ready.set()
+        Handle.wait()
+
+    ready, release = threading.Event(), threading.Event()
+    thread = threading.Thread(target=finish, args=(ready, release))
+    thread.start()
+    ready.wait(30)
+    time.sleep(0.2)
+    where = faults.position(sys._current_frames()[thread.ident])
+    lock.release()
+    thread.join()
+    assert where["collective"] == "wait" and "finish" in where["at"] and "stragglers" not in where["at"]
