@@ -144,18 +144,22 @@ def pass_rates(device: torch.device) -> dict[int, float]:
     return found
 
 
-def matrix_overheads(device: torch.device) -> dict[str, float]:
-    """Host seconds that each rule spends on one matrix in a step: on 32 of 8×8, whose FLOPs take no time."""
+def rule_overheads(device: torch.device) -> dict[str, float]:
+    """Host seconds that each rule spends on one matrix or slice in a step: on 32 of 8×8, whose FLOPs take no time."""
     found = {}
     infos = [MatrixInfo(f"w{i}", (8, 8)) for i in range(32)]
-    for name, cls in sorted(registry.rules().items()):
-        if not issubclass(cls, MatrixOptimizer):
-            continue
+    for name in sorted(registry.rules()):
         rule = registry.build(name, {})
         weights = [_matrix(device, torch.float32, *info.shape) for info in infos]
-        states = [rule.init_state(weight, info) for weight, info in zip(weights, infos)]
-        rule.update([weight.clone() for weight in weights], states, 1, infos)
-        seconds = timed(lambda r=rule, w=weights, s=states: r.update([x.clone() for x in w], s, 11, infos), device)  # type: ignore[misc]
+        if isinstance(rule, MatrixOptimizer):
+            states = [rule.init_state(weight, info) for weight, info in zip(weights, infos)]
+            rule.update([weight.clone() for weight in weights], states, 1, infos)
+            seconds = timed(lambda r=rule, w=weights, s=states: r.update([x.clone() for x in w], s, 11, infos), device)  # type: ignore[misc]
+        else:
+            flats = [weight.flatten() for weight in weights]
+            states = [rule.init_state(flat) for flat in flats]
+            grads = [flat.clone() for flat in flats]
+            seconds = timed(lambda r=rule, w=flats, g=grads, s=states: r.update(w, g, s, 11, 1e-6, 0.0), device)  # type: ignore[misc]
         found[name] = seconds / len(infos)
     return found
 
@@ -280,13 +284,13 @@ def calibrate(ranks: int = 0) -> str:
         rates["attention"] = {name: attention_rate(device, dtype) for name, dtype in types.items()}
         rates["layer"] = {name: layer_rates(device, dtype) for name, dtype in types.items()}
         passes = pass_rates(device)
-        matrices, fragment = matrix_overheads(device), fragment_overhead(device)
+        by_rule, fragment = rule_overheads(device), fragment_overhead(device)
         devices = torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0))
         shares = (1.0, 1.0) if cuda or devices == 1 else together(devices)
     finally:
         torch.set_num_threads(threads)
     sent, latency = link(ranks or max(2, devices)) if (cuda and devices > 1) or not cuda else (1e9, 1e-5)
-    return _file(cuda, devices, rates, passes, shares, matrices, fragment, (sent, latency))
+    return _file(cuda, devices, rates, passes, shares, by_rule, fragment, (sent, latency))
 
 
 def _map(values: Mapping[Any, float]) -> str:
@@ -299,7 +303,7 @@ def _file(
     rates: dict[str, dict[str, dict[int, float]]],
     passes: dict[int, float],
     shares: tuple[float, float],
-    matrices: dict[str, float],
+    by_rule: dict[str, float],
     fragment: float,
     link_found: tuple[float, float],
 ) -> str:
@@ -309,7 +313,7 @@ def _file(
         memory = float(torch.cuda.get_device_properties(0).total_memory)
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
-    matrix = statistics.median(matrices.values())
+    matrix = statistics.median(by_rule.values())
     lines = [
         "name: this-machine",
         f'title: "{devices} × {name}, measured"',
@@ -337,6 +341,6 @@ def _file(
         + ("1.0}" if cuda else "0.0}"),
         f"overheads: {{matrix: {matrix:.3g}, fragment: {fragment:.3g}, bucket: {4 * matrix:.3g}, "
         f"step: {10 * matrix:.3g}, layer: {0.0 if cuda else 20 * fragment:.3g}}}",
-        f"matrix_overheads: {_map(matrices)}",
+        f"rule_overheads: {_map(by_rule)}",
     ]
     return "\n".join(lines) + "\n"

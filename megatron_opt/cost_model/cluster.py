@@ -34,7 +34,7 @@ class Overheads:
     bucket: float = 0.0
     step: float = 0.0
     layer: float = 0.0  # each layer of each micro-batch, forward and backward
-    by_rule: Mapping[str, float] = field(default_factory=dict)  # a matrix's, where a rule's own was measured
+    by_rule: Mapping[str, float] = field(default_factory=dict)  # a matrix's or slice's, where a rule's own was measured
 
     def of_matrix(self, rule: str) -> float:
         """Host seconds of one matrix of a rule."""
@@ -190,7 +190,7 @@ class _Reader:
 
     def cluster(self, content: Mapping[str, Any]) -> Cluster:
         known = {"name", "title", "sources", "device", "rates", "node", "network", "efficiency", "overheads", "devices"}
-        known.add("matrix_overheads")
+        known.add("rule_overheads")
         if unknown := sorted(set(content) - known):
             raise UserError(f"{self.path} has no section {unknown[0]!r}; it has {', '.join(sorted(known))}.")
         device, node, network = (self.section(content, key) for key in ("device", "node", "network"))
@@ -203,7 +203,7 @@ class _Reader:
             raise UserError(f"{self.path}: rates of {', '.join(missing)} are missing.")
         efficiency = self.section(content, "efficiency", optional=True)
         overheads = self.section(content, "overheads", optional=True)
-        by_rule = self.section(content, "matrix_overheads", optional=True)
+        by_rule = self.section(content, "rule_overheads", optional=True)
         crowd = self.section(device, "together", optional=True)
         share = lambda key: min(1.0, self.number(efficiency, key, 1.0))  # noqa: E731
         peak = {dtype: self.number(device["peak"], dtype) for dtype in self.section(device, "peak")}

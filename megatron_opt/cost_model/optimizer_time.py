@@ -113,7 +113,9 @@ def domain_time(domain: DomainPlan, layout: Layout, cluster: Cluster) -> Optimiz
     element, state = _element_wise(domain, layout, cluster)
     found.element_wise = work.pop("element-wise", 0.0) + element
     over = cluster.overheads
-    found.host = work.pop("host", 0.0) + over.fragment * domain.fragments + over.bucket * domain.buckets
+    cut_over = domain.data if layout.distributed else 1
+    slices = sum(over.by_rule.get(entry.rule.name, 0.0) * entry.pieces / cut_over for entry in domain.elements)
+    found.host = work.pop("host", 0.0) + slices + over.fragment * domain.fragments + over.bucket * domain.buckets
     found.by_class, found.refresh = work, refresh[slowest]
     _exchange(found, domain, layout, cluster, max(owned))
     slow = cluster.crowding(layout.world) / cluster.optimizer_efficiency

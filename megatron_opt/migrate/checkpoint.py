@@ -62,10 +62,12 @@ def convert(argv: Sequence[str]) -> None:
     import megatron.training.training as training
 
     original = training.setup_model_and_optimizer
+    rate_left: float | None = None
 
     def setup(*positional: Any, **named: Any) -> Any:
+        nonlocal rate_left
         model, optimizer, scheduler = original(*positional, **named)
-        args.rate_left = _rate_left(source, scheduler)
+        rate_left = _rate_left(source, scheduler)
         _warm(args, source, model, optimizer)
         scheduler.num_steps = 0
         # the run that loads this has its own --matrix-mode; the state is stored for all
@@ -77,7 +79,7 @@ def convert(argv: Sequence[str]) -> None:
         job.train(args)
     except _Done:
         if args.rank == 0:
-            _tell(args)
+            _tell(args, rate_left)
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     finally:
@@ -335,10 +337,10 @@ def _rate_left(source: Source, scheduler: Any) -> float | None:
     return float(twin.get_lr({})) / float(state["max_lr"])
 
 
-def _tell(args: Any) -> None:
+def _tell(args: Any, rate_left: float | None) -> None:
     """How to go on from the warm start."""
     left = max(0, (args.train_iters or 0) - args.iteration)
-    share = "" if args.rate_left is None else f" of {warm_start.RATE_SHARE * args.rate_left:.2f} times its tuned rate"
+    share = "" if rate_left is None else f" of {warm_start.RATE_SHARE * rate_left:.2f} times its tuned rate"
     schedule = f"--lr-warmup-iters {warm_start.rewarm_steps(left)}" + (f" --lr-decay-iters {left}" if left else "")
     print(
         f"{args.save}: iteration {args.iteration} for --optimizer {args.optimizer}; go on with --load {args.save} "
