@@ -14,6 +14,7 @@ from megatron_opt.distributed.elementwise import ElementwiseStep, learning_rate
 from megatron_opt.distributed.health import Health
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.ownership import Job
+from megatron_opt.distributed.state import common_state, load_state, sharded_state
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixOptimizer
 from megatron_opt.optimizers.groups import Group
@@ -316,20 +317,14 @@ class ShardedOptimizer(MegatronOptimizer):
     # Checkpoints: see state.py
 
     def state_dict(self, is_loading: bool = False) -> dict[str, Any]:
-        from megatron_opt.distributed.state import common_state
-
         return common_state(self)
 
     def sharded_state_dict(
         self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        from megatron_opt.distributed.state import sharded_state
-
         return sharded_state(self, is_loading)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        from megatron_opt.distributed.state import load_state
-
         load_state(self, state_dict)
 
 

@@ -10,26 +10,42 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_opt.distributed import packed_state
 from megatron_opt.distributed.domain import Domain, gather_objects, shape2d
+from megatron_opt.distributed.elementwise import ElementwiseStep
 from megatron_opt.distributed.exchange import Holdings, Part, Route, find_routes
 from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers.base import MatrixInfo
-
-if TYPE_CHECKING:
-    from megatron_opt.distributed.sharded_optimizer import ShardedOptimizer
+from megatron_opt.optimizers.groups import Group
 
 FORMAT = "megatron_opt.1"
 CHUNK = 1 << 24  # elements
 Kind = tuple[str, str]  # state key, dtype
 _PADDED = ("embedding", "output")  # their rows depend on how the vocabulary is padded
+
+
+class Keeper(Protocol):
+    """What is saved of an optimizer, by domain and by group."""
+
+    groups: list[Group]
+    param_groups: list[dict[str, Any]]
+    domains: list[Domain]
+    element_steps: list[ElementwiseStep]
+    matrix_steps: list[MatrixStep]
+    stored: list[Any]
+    step_number: int
+    device: torch.device
+
+    def ensure_states(self) -> None: ...
+
+    def fragments(self) -> list[Any]: ...
 
 
 @dataclass
@@ -147,7 +163,7 @@ def _of(held: dict[Kind, Held], key: str, tensor: Tensor) -> Held:
     return held.setdefault((key, str(tensor.dtype).removeprefix("torch.")), Held())
 
 
-def collect(optimizer: "ShardedOptimizer", index: int) -> Stored:
+def collect(optimizer: Keeper, index: int) -> Stored:
     """Everything that domain `index` keeps; every rank of it gets the same kinds in the same order."""
     domain = optimizer.domains[index]
     held: dict[Kind, Held] = {}
@@ -182,7 +198,7 @@ def collect(optimizer: "ShardedOptimizer", index: int) -> Stored:
     return Stored(laid, whole)
 
 
-def contents(optimizer: "ShardedOptimizer") -> str:
+def contents(optimizer: Keeper) -> str:
     """Equal for two runs if and only if they keep the same state: matrices, their optimizers and options."""
     groups = [
         (group.optimizer, sorted((k, str(v)) for k, v in group.options.items()), sorted(i.name for i in group.infos))
@@ -191,7 +207,7 @@ def contents(optimizer: "ShardedOptimizer") -> str:
     return hashlib.sha256(json.dumps(groups).encode()).hexdigest()[:16]
 
 
-def common_state(optimizer: "ShardedOptimizer") -> dict[str, Any]:
+def common_state(optimizer: Keeper) -> dict[str, Any]:
     """What is the same on every rank: step number, skipped matrices, and the groups without their tensors."""
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizers = sorted({group.optimizer for group in optimizer.groups})
@@ -201,7 +217,7 @@ def common_state(optimizer: "ShardedOptimizer") -> dict[str, Any]:
     }
 
 
-def sharded_state(optimizer: "ShardedOptimizer", is_loading: bool = False) -> dict[str, Any]:
+def sharded_state(optimizer: Keeper, is_loading: bool = False) -> dict[str, Any]:
     """Megatron's sharded state dict; on loading, its tensors are room for the saved ones."""
     optimizer.ensure_states()
     tensors: dict[str, Any] = {}
@@ -242,7 +258,7 @@ def _sharded(
     )
 
 
-def load_state(optimizer: "ShardedOptimizer", state: dict[str, Any]) -> None:
+def load_state(optimizer: Keeper, state: dict[str, Any]) -> None:
     """Take what `sharded_state` laid out and the checkpoint filled."""
     if state.get("format") != FORMAT:
         raise UserError(
