@@ -19,6 +19,15 @@ def agree(value: Any) -> Any:
     return box[0]
 
 
+def anywhere(here: bool) -> bool:
+    """Whether it is so on any rank."""
+    import torch
+
+    flag = torch.tensor([int(here)], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
+
+
 def first_error(error: str | None) -> str | None:
     """The lowest rank's error, on every rank."""
     import torch

@@ -6,6 +6,7 @@ Megatron writes into `iter_N` in place and then rewrites its tracker; here it wr
 
 import argparse
 import functools
+import gc
 import os
 import queue
 import shutil
@@ -18,7 +19,7 @@ from typing import Any
 
 from megatron_opt.errors import UserError
 from megatron_opt.training import events, folders, snapshot
-from megatron_opt.training.agreement import agree, first_error, rank
+from megatron_opt.training.agreement import agree, anywhere, first_error, rank
 from megatron_opt.training.background import Publication
 from megatron_opt.training.loading import load_newest_sound
 
@@ -160,13 +161,15 @@ def _save(original: Callable[..., Any], iteration: int, *args: Any, **kwargs: An
     if flags.async_save:
         _conclude(flags, blocking=True)
         snapshot.remember_parameters(args[0])
-    trouble = agree(_prepare(save, iteration) if rank() == 0 else None)
-    if trouble:
-        _failed(flags, iteration, trouble)
+    trouble = _prepare(save, iteration) if rank() == 0 else None
+    if anywhere(trouble is not None):
+        _failed(flags, iteration, agree(trouble))
         return
     _saving, _iteration, _error = flags.save, iteration, None
     _started[iteration] = began
     constant, flags.ckpt_assume_constant_structure = flags.ckpt_assume_constant_structure, flags.async_save
+    collecting = gc.isenabled()
+    gc.disable()  # a collection in between takes as long as the whole of a background save's preparation
     try:
         original(iteration, *args, **kwargs)
     except (CheckpointException, CheckpointingException) as error:  # raised on every rank alike
@@ -174,6 +177,8 @@ def _save(original: Callable[..., Any], iteration: int, *args: Any, **kwargs: An
     finally:
         _saving = None
         flags.ckpt_assume_constant_structure = constant
+        if collecting:
+            gc.enable()
     if flags.async_save and _error is None:
         _stalls[iteration] = time.monotonic() - began
         return

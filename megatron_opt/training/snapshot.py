@@ -225,7 +225,7 @@ def _planned_once(original: Callable[..., Any]) -> Callable[..., Any]:
         flat, _, _ = strategies._replace_state_dict_keys_with_sharded_keys(state, self.keep_only_main_replica)
         structure = _structure(flat)
         rank = agreement.rank()
-        if _plan is not None and _everywhere(_plan.sources is not None and _plan.structure == structure):
+        if _plan is not None and not agreement.anywhere(_plan.sources is None or _plan.structure != structure):
             os.makedirs(folder, exist_ok=True)
             return AsyncRequest(_write, (Path(folder), rank, _plan, _filled(_plan, flat)), [])
         for copy in _copies:
@@ -296,12 +296,3 @@ def _filled(plan: _Plan, flat: dict[str, list[Any]]) -> _Values:
 
 def _keeps_still(name: str, tensor: Any) -> bool:
     return name.startswith(_CONSTANT_PREFIX) or tensor.untyped_storage().data_ptr() in _parameters
-
-
-def _everywhere(here: bool) -> bool:
-    """Whether it is so on all ranks; a collective."""
-    import torch
-
-    flag = torch.tensor([int(here)], device=torch.cuda.current_device())
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
-    return bool(flag.item())
