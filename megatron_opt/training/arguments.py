@@ -278,6 +278,11 @@ def _check(args: Any) -> None:
     if "make-vocab-size-divisible-by" not in args.given_flags and args.padded_vocab_size is None:
         # Megatron pads to this times TP, so that every TP size has another output layer; ours is one for all sizes
         args.make_vocab_size_divisible_by = max(1, args.make_vocab_size_divisible_by // tp)
+    for unit in ("iters", "samples"):
+        warmup = getattr(args, f"lr_warmup_{unit}")
+        decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
+        if warmup and decay and warmup >= decay:
+            raise UserError(f"--lr-warmup-{unit} {warmup} is not below the {decay} {unit} of the schedule; lower it.")
     if args.async_save:
         if args.async_strategy == "nvrx" and "async-strategy" in args.given_flags:
             raise UserError("--async-strategy nvrx: background saves have a writer of this project's own; leave it out.")

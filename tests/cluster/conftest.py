@@ -41,8 +41,8 @@ def job(bench, request):
         run.end()
 
 
-# a minute or more each: `make test-all`; the kills, signals and damaged checkpoints are in every run of the tests
-LONG = ("test_disk.py", "test_hang.py", "test_loss.py")
+# a minute or more: `make test-all`; kills, signals, damage, hangs and losses that jump are in every run of the tests
+LONG = ("test_disk.py",)
 
 
 def pytest_collection_modifyitems(items):

@@ -9,7 +9,7 @@ from tests.cluster.harness import compare, losses
 
 
 def test_a_stopped_rank_is_named_and_the_run_goes_on(job, reference):
-    run = job("--hang-timeout", "4")
+    run = job("--hang-timeout", "8")
     run.start()
     run.until(lambda: run.iteration() >= 7, LIMIT, "seven steps")
     began, victim = time.monotonic(), run.ranks()[1]  # local rank 1: ranks are started in order
