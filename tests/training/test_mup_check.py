@@ -14,7 +14,7 @@ from megatron_opt.training.initialization import scale_of
 from megatron_opt.training.optimizer_flags import check_optimizer_arguments
 from megatron_opt.training.width import check_mup, width_ratio
 
-WIDTHS = [32, 64, 128, 256]
+WIDTHS = [32, 64, 128]
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +33,19 @@ HIDDEN = ("qkv", "attention", "attention output", "mlp up", "mlp down", "residua
 def test_activations_follow_the_width_without_mup_alone(checked):
     """Adam's step of lr on each of n inputs moves an output by lr·n without µP, by lr·base with it."""
     summary = json.loads((checked / "mup_check.json").read_text())["summary"]
-    for name in HIDDEN:
-        assert abs(summary["mup"]["changes"][name]["slope"]) < 0.35, name
-        assert summary["standard"]["changes"][name]["slope"] > summary["mup"]["changes"][name]["slope"] + 0.4, name
-        assert abs(summary["mup"]["sizes"][name]["slope"]) < 0.35, name
-    assert abs(summary["mup"]["changes"]["logits"]["slope"]) < 0.35
-    assert summary["standard"]["changes"]["logits"]["slope"] > 0.6
+    for measure in ("sizes", "changes"):
+        for name in (*HIDDEN, "logits"):
+            flat, steep = (summary[kind][measure][name]["slope"] for kind in ("mup", "standard"))
+            # logits of random text: the part of their steps that no gradient aligns falls by r^(−1/2), never grows
+            assert abs(flat) < 0.35 or (name == "logits" and -0.6 < flat < 0), (measure, name)
+            assert steep > 0.4 and steep > flat + 0.4, (measure, name)
+
+
+def test_training_does_not_follow_the_width_under_mup(checked):
+    steps = json.loads((checked / "mup_check.json").read_text())["steps"]
+    losses = {kind: [steps[f"{kind} {width}"]["losses"][-1] for width in WIDTHS] for kind in ("mup", "standard")}
+    assert max(losses["mup"]) < 1.03 * min(losses["mup"])
+    assert max(losses["standard"]) > 1.5 * min(losses["standard"])
 
 
 def test_the_check_leaves_table_and_picture(checked):
