@@ -30,19 +30,18 @@ def test_krons_factor_of_the_vocabulary_is_diagonal():
 
 WHOLE = {
     "kron": {}, "shampoo": {}, "muon": {"normuon": True}, "muon ": {"momentum_dtype": "int8"}, "muon_h": {}, "soap_h": {},
-    "adam_h": {}, "scion_h": {}, "kron_h": {}, "shampoo_h": {}, "soap": {}, "scion": {"momentum_dtype": "int8"},
+    "adam_h": {}, "scion_h": {}, "kron_h": {}, "shampoo_h": {}, "soap": {"block_size": 0}, "scion": {"momentum_dtype": "int8"},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.parametrize("mode", ["auto", "owner", "sharded"])
+@pytest.mark.parametrize("mode", ["auto", "owner", "group", "sharded"])
 def test_rules_that_need_the_whole_matrix_get_an_owner(name, mode):
     """Also where one matrix is far more than a rank's share, and where slices are asked for."""
     rule = registry.build(name.strip(), WHOLE[name])
     assert isinstance(rule, MatrixOptimizer)
     infos = [MatrixInfo("large", (2048, 1024)), *(MatrixInfo(f"small{i}", (16, 16)) for i in range(6))]
-    jobs = [Job(info.name, info.shape, rule.cost(info), rule.split_dim(info)) for info in infos]
-    plan = pack(jobs, 4, mode)
+    plan = pack([Job.of(info, rule) for info in infos], 4, mode)
     assert sorted(part.matrix for part in plan.parts) == sorted(info.name for info in infos)
     assert all(part.stop - part.start == info.shape[0] for info in infos for part in plan.parts if part.matrix == info.name)
     assert {part.matrix: part.rank for part in plan.parts} == plan.owner
@@ -50,5 +49,5 @@ def test_rules_that_need_the_whole_matrix_get_an_owner(name, mode):
 
 def test_plain_muon_is_cut_where_asked():
     rule, info = registry.build("muon", {}), MatrixInfo("large", (2048, 1024))
-    plan = pack([Job(info.name, info.shape, rule.cost(info), rule.split_dim(info))], 4, "sharded")
+    plan = pack([Job.of(info, rule)], 4, "sharded")
     assert len(plan.parts) == 4
