@@ -78,7 +78,9 @@ def build_datasets(num_samples: tuple[int | None, ...], vp_stage: int | None = N
     except (AssertionError, ValueError, OSError, IndexError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the dataset could not be opened: {text} (is it a Megatron .bin/.idx pair?)") from error
-    return (samples.Numbered(datasets[0]), *datasets[1:]) if args.log_samples and datasets[0] else datasets
+    if getattr(args, "log_samples", False) and datasets[0] is not None:  # a script of Megatron's does not know the flag
+        return samples.Numbered(datasets[0]), *datasets[1:]
+    return datasets
 
 
 build_datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it, for its barriers
