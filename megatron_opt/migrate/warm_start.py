@@ -44,8 +44,12 @@ RATE_SHARE = 2 / 3  # of the tuned rate times what the old schedule had left: mo
 
 
 def rewarm_steps(left: int) -> int:
-    """Steps of warmup after a switch with `left` steps to go: a fortieth, 20 at least (docs/migration.md has the runs)."""
-    return max(20, left // 40)
+    """Steps of warmup after a switch with `left` steps to go (0: unknown): a fortieth, 20 at least, half of them at most.
+
+    docs/migration.md has the runs behind this.
+    """
+    steps = max(20, left // 40)
+    return min(steps, left // 2) if left else steps
 
 
 def _inner(rule: Any) -> Any:

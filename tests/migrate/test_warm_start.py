@@ -210,3 +210,7 @@ def test_what_has_no_way_is_refused_by_name() -> None:
         warm_start.check(name, registry.build(name, {}))
     with pytest.raises(UserError, match="from kron is not possible"):
         warm_start.check("kron", registry.build("kron", {}), source=True)
+
+
+def test_a_warmup_is_a_fortieth_of_what_is_left_within_bounds() -> None:
+    assert [warm_start.rewarm_steps(left) for left in (0, 8, 30, 800, 40000)] == [20, 4, 15, 20, 1000]
