@@ -16,6 +16,7 @@ help:
 	@echo "make lint      ruff, mypy, and shellcheck and hadolint where installed"
 	@echo "make bench     benchmarks; one table each"
 	@echo "make cuda      compile the CUDA kernels"
+	@echo "make sanitize  run the CPU kernels under the address and undefined-behaviour sanitizers"
 	@echo "make setup     the virtual environment and the extension alone"
 
 $(VENV)/.python: tools/find_python.sh
@@ -69,7 +70,7 @@ bench: $(VENV)/.extension
 cuda: $(VENV)/.packages
 	@$(PY) tools/compile_cuda.py 90
 
-sanitize: $(VENV)/.packages
+sanitize:
 	@sh tools/sanitize.sh
 
 clean:

@@ -1,10 +1,12 @@
 """Time of one optimizer step, ours and the peers', on the same gradients in one process: one table.
 
-    python benchmarks/optimizer_step.py [--rules adamw muon …] [--cases model small large] [--threads 1]
+    python benchmarks/optimizer_step.py [--families elementwise muon soap kron] [--rules adamw …]
+        [--cases model small large] [--threads 1] [--share]
 
-Contenders take turns; a figure is the median over rounds of processor time (threads = 1) or wall time. The
-bound is what the step's bytes take at the bandwidth that our AdamW reaches on `model`, plus what its matrix
-products take at the rate of a 1024-cube product in the same type.
+Contenders take turns; a figure is the median over rounds of processor time (threads = 1) or wall time. SOAP and Kron get
+another gradient each step: their factors of one gradient alone would be degenerate. The bound is what the step's bytes take
+at the bandwidth that our AdamW reaches on `model`, plus what its matrix products take at the rate of a 1024-cube product in
+the same type. `--share` measures our rules alone.
 """
 
 import argparse
@@ -34,6 +36,14 @@ CASES = {
     "ten": ([(320, 320)] * 4 + [(896, 320)] * 2 + [(320, 896)]) * 8,  # 10.2M parameters
 }
 LR, WD = 1e-3, 0.1
+FAMILIES = {
+    "elementwise": ["adamw", "nadamw", "mars", "cautious", "lion", "signum", "sophia", "adam_mini"],
+    "muon": ["muon"],
+    "soap": ["soap"],
+    "kron": ["kron"],
+}
+FRESH = ("soap", "kron")  # rules whose time depends on how gradients differ
+PERIOD = {"soap": 10}  # steps of a turn: a refresh is among them
 
 
 class Peer:
@@ -46,6 +56,20 @@ class Peer:
         for p, g in zip(self.params, self.grads):
             p.grad = g
         self.optimizer.step()
+
+
+class Gradients:
+    """A few sets of gradients, put into a contender's own tensors between its steps."""
+
+    def __init__(self, shapes: list[tuple[int, int]], count: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.sets = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(count)]
+        self.next = 0
+
+    def renew(self, grads: list[Tensor]) -> None:
+        if self.sets:
+            torch._foreach_copy_(grads, self.sets[self.next % len(self.sets)])
+            self.next += 1
 
 
 class Ours:
@@ -114,6 +138,7 @@ PEERS: dict[str, dict[str, Factory]] = {
     },
     "signum": {"pytorch-optimizer": _of("pytorch_optimizer", "SignSGD")},
     "sophia": {},
+    "adam_mini": {},
     "muon": {
         "torch": _of("torch.optim", "Muon"),
         "emerging-optimizers": _of(
@@ -134,7 +159,7 @@ PEERS: dict[str, dict[str, Factory]] = {
 }  # fmt: skip
 
 
-def contenders(rule: str, shapes: list[tuple[int, int]]) -> dict[str, Any]:
+def contenders(rule: str, shapes: list[tuple[int, int]], peers: bool = True) -> dict[str, Any]:
     """Ours and the peers that are installed, each with its own parameters and the gradients of all."""
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -149,7 +174,7 @@ def contenders(rule: str, shapes: list[tuple[int, int]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if rule in registry.rules():
         found["ours"] = Ours(rule, [p.detach() for p in parameters()], [g.clone() for g in grads])
-    for name, build in PEERS.get(rule, {}).items():
+    for name, build in PEERS.get(rule, {}).items() if peers else ():
         params = parameters()
         try:
             peer = Peer(build(params), params)
@@ -166,16 +191,22 @@ def clock(threads: int) -> float:
     return time.process_time() if threads == 1 else time.perf_counter()
 
 
-def measure(found: dict[str, Any], rounds: int, threads: int, period: int) -> dict[str, list[float]]:
-    """Milliseconds a step: each contender in turn makes `period` steps a round, so that refreshes are in."""
+def measure(
+    found: dict[str, Any], rounds: int, threads: int, period: int = 1, gradients: Gradients | None = None
+) -> dict[str, list[float]]:
+    """Milliseconds a step: each contender in turn makes `period` steps a round; the first round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in found}
     for turn in range(rounds + 1):
         for name, optimizer in found.items():
-            begin = clock(threads)
+            total = 0.0
             for _ in range(period):
+                if gradients is not None:
+                    gradients.renew(optimizer.grads)
+                begin = clock(threads)
                 optimizer.step()
+                total += clock(threads) - begin
             if turn:
-                times[name].append(1e3 * (clock(threads) - begin) / period)
+                times[name].append(1e3 * total / period)
     return times
 
 
@@ -207,20 +238,23 @@ def training_ms(shapes: list[tuple[int, int]], tokens: int, threads: int) -> flo
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="time of one optimizer step, ours and the peers'")
-    parser.add_argument("--rules", nargs="+", default=list(PEERS))
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--rules", nargs="+", help="these rules in place of families")
     parser.add_argument("--cases", nargs="+", default=["model", "small"], choices=list(CASES))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--share", action="store_true", help="our rules without peers")
     parser.add_argument("--tokens", type=int, default=16384, help="batch whose training step the share is of")
     args = parser.parse_args()
+    rules = args.rules or [rule for family in args.families for rule in FAMILIES[family]]
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
     rates = {
         "bf16": product_rate(torch.bfloat16, args.threads),
         "fp32": product_rate(torch.float32, args.threads),
     }
-    base = contenders("adamw", CASES["model"])["ours"]
-    adamw_ms = statistics.median(measure({"ours": base}, 9, args.threads, 1)["ours"])
+    base = contenders("adamw", CASES["model"], peers=False)["ours"]
+    adamw_ms = statistics.median(measure({"ours": base}, 15, args.threads)["ours"])
     bandwidth = base.cost()[0] / adamw_ms * 1e3
     print(
         f"threads {args.threads}; AdamW {bandwidth / 1e9:.1f} GB/s; products bf16 {rates['bf16'] / 1e9:.0f}, "
@@ -230,12 +264,13 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|---|")
     for case in args.cases:
         training = training_ms(CASES[case], args.tokens, args.threads)
-        for rule in args.rules:
+        for rule in rules:
             gc.collect()
-            found = contenders(rule, CASES[case])
-            period = 10 if rule in ("soap", "kron") else 1
-            rounds = max(1, args.rounds // period) if period > 1 else args.rounds
-            times = {name: statistics.median(v) for name, v in measure(found, rounds, args.threads, period).items()}
+            found = contenders(rule, CASES[case], peers=not args.share)
+            gradients = Gradients(CASES[case], 4 if rule in FRESH else 0)
+            rounds = max(1, args.rounds // 4) if rule in FRESH else args.rounds
+            measured = measure(found, rounds, args.threads, PERIOD.get(rule, 1), gradients)
+            times = {name: statistics.median(values) for name, values in measured.items()}
             peers = {name: value for name, value in times.items() if name != "ours"}
             ours, best = times.get("ours"), min(peers.values(), default=None)
             bound = None

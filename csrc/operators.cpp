@@ -13,7 +13,9 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "cuda/block_adam.h"
 #include "cuda/multi_tensor.h"
+#include "cuda/symmetric.h"
 #endif
 
 namespace megatron_opt {
@@ -188,6 +190,56 @@ Tensor sum(int64_t kind, Tensors params, Tensors grads, Tensors state0, Tensors 
   return sums;
 }
 
+// Directions of Adam-mini: m like g, v with one number for each of its equal blocks.
+void block_adam(Tensors grads, Tensors moments, Tensors seconds, Tensors directions, at::ArrayRef<double> coefficients) {
+  TORCH_CHECK(moments.size() == grads.size() && seconds.size() == grads.size() && directions.size() == grads.size(),
+              "moments has ", moments.size(), " tensors, seconds ", seconds.size(), ", directions ", directions.size(),
+              ", grads ", grads.size(), ".");
+  Options options{};
+  read_coefficients(coefficients, options);
+  std::vector<BlockPiece> pieces;
+  const List list(grads);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const int64_t numel = grads[i].numel(), blocks = seconds[i].numel();
+    list.check(moments[i], "moments", i, numel);
+    list.check(seconds[i], "seconds", i, blocks);
+    list.check(directions[i], "directions", i, numel);
+    for (const Tensor* tensor : {&grads[i], &moments[i], &seconds[i], &directions[i]}) {
+      TORCH_CHECK(tensor->scalar_type() == at::kFloat, "grads, moments, seconds and directions must be float32.");
+    }
+    TORCH_CHECK(blocks > 0 ? numel % blocks == 0 : numel == 0, "seconds[", i, "] has ", blocks,
+                " elements, which do not divide grads[", i, "] of ", numel, ".");
+    pieces.push_back({grads[i].const_data_ptr<float>(), moments[i].mutable_data_ptr<float>(),
+                      seconds[i].mutable_data_ptr<float>(), directions[i].mutable_data_ptr<float>(), numel, blocks});
+  }
+#ifdef MEGATRON_OPT_WITH_CUDA
+  if (list.device.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(list.device);
+    block_adam_cuda(options.coefficients, pieces, c10::cuda::getCurrentCUDAStream());
+    return;
+  }
+#endif
+  block_adam_cpu(options.coefficients, pieces, at::get_num_threads());
+}
+
+#ifdef MEGATRON_OPT_WITH_CUDA
+// alpha·a·aᵀ + beta·d for bf16 (B, n, k) and symmetric d (B, n, n).
+Tensor symmetric_product(const Tensor& a, const std::optional<Tensor>& d, double alpha, double beta) {
+  TORCH_CHECK(a.dim() == 3 && a.is_contiguous() && a.scalar_type() == at::kBFloat16,
+              "a must be contiguous, bfloat16 and of three dimensions.");
+  const int64_t batch = a.size(0), n = a.size(1), k = a.size(2);
+  TORCH_CHECK(!d.has_value() || (d->sizes() == at::IntArrayRef({batch, n, n}) && d->is_contiguous() &&
+                                 d->scalar_type() == at::kBFloat16 && d->device() == a.device()),
+              "d must be contiguous, bfloat16 and of shape (", batch, ", ", n, ", ", n, ").");
+  const c10::cuda::CUDAGuard guard(a.device());
+  Tensor out = at::empty({batch, n, n}, a.options());
+  symmetric_cuda({a.const_data_ptr(), d ? d->const_data_ptr() : nullptr, out.mutable_data_ptr(), n, k,
+                  static_cast<float>(alpha), static_cast<float>(beta)},
+                 batch, c10::cuda::getCurrentCUDAStream());
+  return out;
+}
+#endif
+
 }  // namespace
 
 // Called once the Python side has checked that this build is the right one: an import alone changes nothing.
@@ -195,10 +247,13 @@ void register_operators() {
   static torch::Library cpu(torch::Library::IMPL, "megatron_opt", c10::DispatchKey::CPU, __FILE__, __LINE__);
   cpu.impl("multi_tensor_update", update);
   cpu.impl("multi_tensor_sum", sum);
+  cpu.impl("block_adam", block_adam);
 #ifdef MEGATRON_OPT_WITH_CUDA
   static torch::Library cuda(torch::Library::IMPL, "megatron_opt", c10::DispatchKey::CUDA, __FILE__, __LINE__);
   cuda.impl("multi_tensor_update", update);
   cuda.impl("multi_tensor_sum", sum);
+  cuda.impl("block_adam", block_adam);
+  cuda.impl("symmetric_product", symmetric_product);
 #endif
 }
 

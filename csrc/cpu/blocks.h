@@ -162,11 +162,25 @@ static void sum_block(const Options& o, const Piece& t, int64_t begin, int64_t n
   sums[2] += d;
 }
 
+static void adam_block(const Coefficients& c, const float* g, float* m, float* v, float* u, int64_t n) {
+  double squares = 0.0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t i = 0; i < n; ++i) squares += static_cast<double>(g[i]) * g[i];
+  const float scale = block_scale(squares, n, *v, c);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float moment = c.beta1 * m[i] + c.gain1 * g[i];
+    m[i] = moment;
+    u[i] = moment * scale;
+  }
+}
+
 static Kernels kernels(const char* name) {
   return {name,
           {update_block<Adam>, update_block<Mars>, update_block<Cautious>, update_block<Lion>, update_block<Signum>,
            update_block<Sophia>, update_block<Momentum>, update_block<Apply>},
-          {sum_block<GradientNorm>, sum_block<CautiousMask>, sum_block<MarsNorm>, sum_block<Products>}};
+          {sum_block<GradientNorm>, sum_block<CautiousMask>, sum_block<MarsNorm>, sum_block<Products>},
+          adam_block};
 }
 
 }  // namespace MOPT_ISA

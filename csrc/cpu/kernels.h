@@ -10,10 +10,14 @@ using UpdateBlock = void (*)(const Options&, const Piece&, float scale, float fa
                              double* sums);
 using SumBlock = void (*)(const Options&, const Piece&, int64_t begin, int64_t count, double* sums);
 
+// One block of Adam-mini: `count` elements that share v.
+using AdamBlock = void (*)(const Coefficients&, const float* g, float* m, float* v, float* u, int64_t count);
+
 struct Kernels {
   const char* name;
   UpdateBlock update[8];  // by Rule
   SumBlock sum[4];        // by Sum
+  AdamBlock block_adam;
 };
 
 Kernels portable_kernels();

@@ -101,6 +101,32 @@ void sum_cpu(Sum kind, const Options& options, const std::vector<Piece>& pieces,
   add_chunks(first, partial, sums);
 }
 
+void block_adam_cpu(const Coefficients& c, const std::vector<BlockPiece>& pieces, int threads) {
+  const AdamBlock adam = chosen_kernels().block_adam;
+  int64_t elements = 0;
+  for (const BlockPiece& piece : pieces) elements += piece.numel;
+  // A thread takes the blocks that start in its share of the elements.
+  const auto share = [&](int64_t begin, int64_t end) {
+    int64_t before = 0;
+    for (const BlockPiece& piece : pieces) {
+      const int64_t size = piece.blocks > 0 ? piece.numel / piece.blocks : 0;
+      if (size > 0) {
+        const auto first_from = [&](int64_t element) {
+          return std::clamp((element - before + size - 1) / size, int64_t{0}, piece.blocks);
+        };
+        for (int64_t b = before >= begin ? 0 : first_from(begin), last = first_from(end); b < last; ++b) {
+          adam(c, piece.g + b * size, piece.m + b * size, piece.v + b, piece.u + b * size, size);
+        }
+      }
+      before += piece.numel;
+    }
+  };
+  const int64_t shares = std::min<int64_t>(threads, elements / kChunk);
+  if (shares <= 1 || omp_in_parallel()) return share(0, elements);
+#pragma omp parallel for num_threads(static_cast<int>(shares)) schedule(static, 1)
+  for (int64_t i = 0; i < shares; ++i) share(elements * i / shares, elements * (i + 1) / shares);
+}
+
 const char* cpu_kernels_name() { return chosen_kernels().name; }
 
 }  // namespace megatron_opt

@@ -12,6 +12,9 @@ void update_cpu(Rule rule, const Options& options, const std::vector<Piece>& pie
 // Three sums a piece into `sums`.
 void sum_cpu(Sum kind, const Options& options, const std::vector<Piece>& pieces, double* sums, int threads);
 
+// Adam-mini: m ← EMA(g), v ← EMA(mean g² of a block), u = m̂/(√v̂ + ε).
+void block_adam_cpu(const Coefficients& c, const std::vector<BlockPiece>& pieces, int threads);
+
 // "portable", "avx2" or "avx512": what this processor runs.
 const char* cpu_kernels_name();
 

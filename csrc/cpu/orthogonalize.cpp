@@ -8,6 +8,8 @@
 #include <numeric>
 #include <utility>
 
+#include "teams.h"
+
 namespace megatron_opt {
 namespace {
 
@@ -16,7 +18,7 @@ int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
 // Memory of one thread, or of a team that works on one matrix together.
 struct Workspace {
   std::vector<float> memory;
-  std::vector<std::vector<float>> scratch;
+  Scratch scratch;
 
   template <class T>
   T* take(size_t& at, int64_t count) {
@@ -27,25 +29,6 @@ struct Workspace {
     return place;
   }
 };
-
-template <class T>
-void run(const Product<T>& p, int threads, std::vector<std::vector<float>>& scratch) {
-  const int64_t panels = (p.n + kPanel - 1) / kPanel;
-  const int share = static_cast<int>(std::min<int64_t>(threads, panels));
-  scratch.resize(std::max<size_t>(scratch.size(), share));
-  const size_t needed = static_cast<size_t>(scratch_floats(p.k));
-  for (int t = 0; t < share; ++t) {
-    if (scratch[t].size() < needed) scratch[t].resize(needed);
-  }
-  if (share == 1) {
-    product_panels(p, 0, panels, scratch[0].data());
-  } else {
-    // Panels of a triangle get shorter to the right: threads take them in turn.
-#pragma omp parallel for num_threads(share) schedule(static, 1)
-    for (int64_t j = 0; j < panels; ++j) product_panels(p, j, j + 1, scratch[omp_get_thread_num()].data());
-  }
-  if (p.symmetric) mirror(p.c, p.ldc, p.n);
-}
 
 template <class T>
 void iterate(const NewtonSchulz& settings, const Orthogonalization& m, int threads, Workspace& space) {
@@ -133,28 +116,6 @@ void orthogonalize_cpu(const NewtonSchulz& settings, const std::vector<Orthogona
     Workspace space;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < count; ++i) one(settings, matrices[order[i]], 1, space);
-  }
-}
-
-void run_products(const std::vector<Product<float>>& products, bool a_transposed, int threads) {
-  const auto one = [&](Product<float> p, int team, std::vector<std::vector<float>>& scratch, std::vector<float>& rows) {
-    if (a_transposed) {
-      rows.resize(static_cast<size_t>(p.m * p.k));
-      scaled_copy(p.a, p.lda, true, 1.0f, rows.data(), p.k, p.m, p.k);
-      p.a = rows.data();
-      p.lda = p.k;
-    }
-    run(p, team, scratch);
-  };
-  const int64_t count = static_cast<int64_t>(products.size());
-  if (omp_in_parallel()) threads = 1;
-  const bool whole = threads > 1 && count >= 2 * threads;
-#pragma omp parallel num_threads(threads) if (whole)
-  {
-    std::vector<std::vector<float>> scratch;
-    std::vector<float> rows;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; ++i) one(products[i], whole ? 1 : threads, scratch, rows);
   }
 }
 

@@ -27,8 +27,4 @@ struct NewtonSchulz {
 
 void orthogonalize_cpu(const NewtonSchulz& settings, const std::vector<Orthogonalization>& matrices, int threads);
 
-// C of every product; threads share products out, or the panels of each where there are few. With `a_transposed` A is
-// stored (k, m), and copied first.
-void run_products(const std::vector<Product<float>>& products, bool a_transposed, int threads);
-
 }  // namespace megatron_opt

@@ -5,6 +5,8 @@
 
 namespace megatron_opt {
 
+enum class Triangle : int { full, lower, upper };  // where a square operand has entries; the rest of it is zero
+
 // Row-major operands. A is (m, k); B is (k, n), or (n, k) with `b_transposed`. A bf16 operand needs rows padded with zeros to
 // a multiple of 32 elements, as bf16 products take elements in pairs. C may be D; neither may be A or B.
 template <class T>
@@ -17,7 +19,8 @@ struct Product {
   int64_t m, n, k;
   float alpha, beta;
   bool b_transposed;
-  bool symmetric;     // C = Cᵀ is known: half the work
+  bool symmetric;  // C = Cᵀ is known: half the work
+  Triangle a_shape = Triangle::full, b_shape = Triangle::full;  // fp32 only: zeros are passed over
 };
 
 constexpr int64_t kPanel = 32;  // columns of C computed together

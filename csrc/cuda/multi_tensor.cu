@@ -2,20 +2,14 @@
 
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
-
 #include "../include/codes.h"
 #include "../include/grid.h"
 #include "../include/philox.h"
 #include "../include/statistics.h"
+#include "check.h"
 
 namespace megatron_opt {
 namespace {
-
-void check(cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string("megatron_opt: ") + cudaGetErrorString(status));
-}
 
 // A thread's eight elements of one slot. `count` of them exist; 16-byte accesses where all do and the address allows.
 struct Lane {

@@ -38,6 +38,14 @@ struct Piece {  // one tensor of the list, every slot of it
   uint64_t first;  // number of the first element, for stochastic rounding
 };
 
+struct BlockPiece {  // one tensor of Adam-mini, fp32: `blocks` equal runs of elements, each with one second moment
+  const float* g;
+  float* m;
+  float* v;  // (blocks,)
+  float* u;  // the direction
+  int64_t numel, blocks;
+};
+
 struct Options {
   Coefficients coefficients;
   const float* device_coefficients;  // read instead of `coefficients` where given (CUDA graphs)

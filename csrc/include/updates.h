@@ -105,6 +105,12 @@ struct Apply {  // the "gradient" is a finished direction
   }
 };
 
+// Adam-mini: a block of elements shares one second moment, of the mean of g². What m is multiplied by to give the direction.
+MOPT_HD float block_scale(double squares, int64_t count, float& v, const Coefficients& c) {
+  v = c.beta2 * v + c.gain2 * static_cast<float>(squares / static_cast<double>(count));
+  return c.mean_m / (sqrtf(v) * c.root_v + c.eps);
+}
+
 // p − (lr·u + shrink·p): 1 − shrink would lose small decays to rounding. Cautious decay acts where u and p agree.
 MOPT_HD float descend(float p, float u, bool cautious_decay, const Coefficients& c) {
   const bool decays = !cautious_decay || u * p >= 0.0f;

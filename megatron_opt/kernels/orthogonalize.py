@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from megatron_opt.errors import UserError
 from megatron_opt.kernels import products
+from megatron_opt.kernels.symmetric import symmetric_product
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
@@ -79,7 +80,7 @@ def scale_to_unit(norm: Tensor, eps: float, form: str) -> Tensor:
 
 def _polynomial(a: float, b: float, c: float, r: Tensor) -> Tensor:
     """aI + bR + cR² for a batch of symmetric (…, k, k)."""
-    z = torch.baddbmm(r, r, r, beta=b, alpha=c) if r.ndim == 3 else torch.addmm(r, r, r, beta=b, alpha=c)
+    z = symmetric_product(r, r, c, b)
     z.diagonal(dim1=-2, dim2=-1).add_(a)
     return z
 
@@ -100,8 +101,8 @@ def standard_form(x: Tensor, table: Coefficients) -> Tensor:
     """X ← aX + (bA + cA²)X with A = XXᵀ, on normalized wide X (…, k, K), in the dtype of X. T(4Kk² + 2k³) FLOPs."""
     product = torch.baddbmm if x.ndim == 3 else torch.addmm
     for a, b, c in table:
-        gram = x @ x.mT
-        x = product(x, product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = symmetric_product(x)
+        x = product(x, symmetric_product(gram, gram, c, b), x, beta=a)
     return x
 
 
@@ -117,7 +118,7 @@ def gram_form(x: Tensor, table: Coefficients) -> Tensor:
     start = 0
     for length in segments(len(table), x.dtype):
         wide = x if x.dtype == torch.bfloat16 else x.double()
-        x = gram_polynomial(wide @ wide.mT, table[start : start + length]).to(x.dtype) @ x
+        x = gram_polynomial(symmetric_product(wide), table[start : start + length]).to(x.dtype) @ x
         start += length
     return x
 

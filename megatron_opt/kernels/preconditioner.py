@@ -23,25 +23,26 @@ def norm_bound(a: Tensor) -> Tensor:
     return largest.flatten() * torch.linalg.vector_norm(x, dim=(-2, -1))
 
 
-def _times(x: Tensor, factor: Tensor, side: int, transposed: bool = False) -> Tensor:
-    """Q·x (side 0) or x·Qᵀ (side 1), with Qᵀ for Q where asked."""
+def _times(x: Tensor, factor: Tensor, side: int, triangular: bool, transposed: bool = False) -> Tensor:
+    """Q·x (side 0) or x·Qᵀ (side 1), with Qᵀ for Q where asked; `triangular`: Q is upper triangular."""
     if factor.ndim == 2:
         return x * (factor.unsqueeze(-1) if side == 0 else factor.unsqueeze(-2))
     q = factor.mT if transposed else factor
-    return products.matmul(q, x) if side == 0 else products.matmul(x, q.mT)
+    shape = "full" if not triangular else "lower" if transposed == (side == 0) else "upper"
+    return products.matmul(q, x, a_shape=shape) if side == 0 else products.matmul(x, q.mT, b_shape=shape)
 
 
-def whiten(x: Tensor, factors: Factors) -> Tensor:
-    """Q₀·x·Q₁ᵀ."""
+def whiten(x: Tensor, factors: Factors, triangular: bool = False) -> Tensor:
+    """Q₀·x·Q₁ᵀ; `triangular`: dense factors are upper triangular, which halves the work."""
     for side, factor in factors.items():
-        x = _times(x, factor, side)
+        x = _times(x, factor, side, triangular)
     return x
 
 
-def precondition(x: Tensor, factors: Factors) -> Tensor:
-    """Q₀ᵀQ₀·x·Q₁ᵀQ₁. 4k² FLOPs a dense side and element of the other side."""
+def precondition(x: Tensor, factors: Factors, triangular: bool = False) -> Tensor:
+    """Q₀ᵀQ₀·x·Q₁ᵀQ₁. 4k² FLOPs a dense side and element of the other side, half of it where `triangular`."""
     for side, factor in factors.items():
-        x = _times(_times(x, factor, side), factor, side, transposed=True)
+        x = _times(_times(x, factor, side, triangular), factor, side, triangular, transposed=True)
     return x
 
 
@@ -51,9 +52,9 @@ def _unwhiten(v: Tensor, factors: Factors) -> Tensor:
         if factor.ndim == 2:
             v = v / (factor.unsqueeze(-1) if side == 0 else factor.unsqueeze(-2))
         elif side == 0:
-            v = torch.linalg.solve_triangular(factor.mT, v, upper=False)
+            v = products.solve_lower(factor.mT, v)
         else:
-            v = torch.linalg.solve_triangular(factor, v, upper=True, left=False)
+            v = products.solve_lower(factor.mT, v.mT).mT
     return v
 
 
@@ -66,7 +67,7 @@ def _moment(x: Tensor, side: int, diagonal: bool) -> Tensor:
 
 def triangular_update(factors: Factors, g: Tensor, v: Tensor, lr: float) -> None:
     """Q ← Q − lr·triu(AAᵀ − BBᵀ)·Q/‖AAᵀ + BBᵀ‖ for every side, A = Q₀gQ₁ᵀ, B = Q₀⁻ᵀvQ₁⁻¹, v Gaussian; in place."""
-    a, b = whiten(g, factors), _unwhiten(v, factors)
+    a, b = whiten(g, factors, triangular=True), _unwhiten(v, factors)
     for side, q in factors.items():
         diagonal = q.ndim == 2
         found, wanted = _moment(a, side, diagonal), _moment(b, side, diagonal)
@@ -75,7 +76,8 @@ def triangular_update(factors: Factors, g: Tensor, v: Tensor, lr: float) -> None
             q.sub_((found - wanted) * q * (lr / (found + wanted).amax(-1, keepdim=True).clamp_min(tiny)))
         else:
             step = lr / norm_bound(found + wanted).clamp_min(tiny)
-            q.sub_(products.matmul((found - wanted).triu_() * step.view(-1, 1, 1), q))
+            turn = (found - wanted).triu_().mul_(step.view(-1, 1, 1))
+            q.sub_(products.matmul(turn, q, a_shape="upper", b_shape="upper"))
 
 
 def _rotate_to_symmetric(q: Tensor, largest_step: float = 0.125) -> Tensor:

@@ -1,5 +1,5 @@
-"""Matrix products on CPU: fp32 at the processor's full width, symmetric results at half the work,
-Newton–Schulz in cache.
+"""Matrix products on CPU: fp32 at the processor's full width, symmetric results and triangular operands at half
+the work, triangular solves, Newton–Schulz in cache.
 
 torch's fp32 products go through a library that takes the narrow path on some processors; ours reach 2 to 4
 times its rate there (docs/kernels.md). Where ours do not apply (other devices, types, processors), torch's
@@ -40,7 +40,19 @@ def _taken(a: Tensor, b: Tensor) -> bool:
     return plain and available(a) and b.dtype == a.dtype and a.shape[:-2] == b.shape[:-2]
 
 
-def _product_reference(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float, symmetric: bool) -> None:
+_TRIANGLES = ("full", "lower", "upper")
+
+
+def _product_reference(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    alpha: float,
+    beta: float,
+    symmetric: bool,
+    a_shape: int = 0,
+    b_shape: int = 0,
+) -> None:
     value = alpha * (a @ b)
     out.copy_(value if beta == 0 else value.add_(out, alpha=beta))
 
@@ -63,7 +75,7 @@ def _orthogonalize_reference(
 
 _product = Operation(
     "product",
-    "(Tensor(a!) out, Tensor a, Tensor b, float alpha, float beta, bool symmetric) -> ()",
+    "(Tensor(a!) out, Tensor a, Tensor b, float alpha, float beta, bool symmetric, int a_shape=0, int b_shape=0) -> ()",
     _product_reference,
     lambda *arguments: None,
 )
@@ -75,9 +87,17 @@ _orthogonalize = Operation(
 )
 
 
+_solve_lower = Operation(
+    "solve_lower",
+    "(Tensor l, Tensor x) -> Tensor",
+    lambda l, x: torch.linalg.solve_triangular(l, x, upper=False),
+    lambda l, x: x.new_empty(x.shape),
+)
+
+
 @register_flop_formula(torch.ops.megatron_opt.product)
 def _product_flops(out: Sequence[int], a: Sequence[int], *rest: object, **options: object) -> int:
-    """2mnk, symmetric results counted in full as for torch's products."""
+    """2mnk, symmetric results and triangular operands counted in full as for torch's products."""
     return 2 * math.prod(out) * a[-1]
 
 
@@ -95,13 +115,26 @@ def accumulate(
     return out.addmm_(a, b, beta=beta, alpha=alpha)
 
 
-def matmul(a: Tensor, b: Tensor, *, symmetric: bool = False) -> Tensor:
-    """a·b for (m, k)·(k, n) or batches of them; `symmetric` promises a symmetric result, at half the work."""
+def matmul(a: Tensor, b: Tensor, *, symmetric: bool = False, a_shape: str = "full", b_shape: str = "full") -> Tensor:
+    """a·b for (m, k)·(k, n) or batches of them, at half the work where something is known of it.
+
+    `symmetric` promises a symmetric result, `a_shape` and `b_shape` (`lower` or `upper`) zeros in a square operand: they
+    are passed over, whatever they meet.
+    """
     if _taken(a, b):
         out = a.new_empty((*a.shape[:-1], b.shape[-1]))
-        _product(a.device, out, a, b, 1.0, 0.0, symmetric)
+        shapes = (_TRIANGLES.index(a_shape), _TRIANGLES.index(b_shape))
+        _product(a.device, out, a, b, 1.0, 0.0, symmetric, *shapes)
         return out
     return a @ b
+
+
+def solve_lower(l: Tensor, x: Tensor) -> Tensor:
+    """L⁻¹·x for lower triangular (B, k, k) and (B, k, n); what lies above L's diagonal is not read. k²n FLOPs."""
+    plain = l.ndim == 3 and 1 in l.stride()[-2:] and 1 in x.stride()[-2:]
+    if plain and available(l) and x.dtype == l.dtype and l.shape[0] == x.shape[0]:
+        return _solve_lower(l.device, l, x)
+    return _solve_lower.reference(l, x)
 
 
 def orthogonalize(

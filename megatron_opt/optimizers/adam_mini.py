@@ -7,7 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from megatron_opt.kernels.block_adam import block_adam
 from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, State
+from megatron_opt.optimizers.elementwise import adam_coefficients
 from megatron_opt.optimizers.options import check, option
 from megatron_opt.optimizers.registry import register
 from megatron_opt.optimizers.slices import SliceStep
@@ -51,20 +53,14 @@ class AdamMini(MatrixOptimizer):
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
     ) -> list[Tensor]:
-        return [self._direction(g, state, step) for g, state in zip(grads, states)]
-
-    def _direction(self, g: Tensor, state: State, step: int) -> Tensor:
-        cfg, second = self.config, state["exp_avg_sq"]
-        mean = torch.linalg.vector_norm(g.reshape(len(second), -1), dim=1).square() / (g.numel() // len(second))
-        second.lerp_(mean.view(second.shape), 1 - cfg.beta2)
-        state["exp_avg"].lerp_(g, 1 - cfg.beta1)
-        scale = (second / (1 - cfg.beta2**step)).sqrt().add_(cfg.eps).mul_(1 - cfg.beta1**step)
-        blocks = state["exp_avg"].view(len(second), -1)
-        return (blocks / scale.view(-1, 1)).view(g.shape)
+        o = self.config
+        coefficients = adam_coefficients(o.beta1, o.beta2, o.eps, step)
+        moments, seconds = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
+        return block_adam(grads, moments, seconds, coefficients)
 
     def cost(self, info: MatrixInfo) -> Cost:
         numel = torch.Size(info.shape).numel()
-        return Cost(elementwise_bytes=4.0 * 8 * numel, state_bytes=4.0 * (numel + self.blocks(info)))
+        return Cost(elementwise_bytes=4.0 * 4 * numel, state_bytes=4.0 * (numel + self.blocks(info)))
 
     # Slices of whole rows need nothing of each other
 
@@ -77,5 +73,5 @@ class AdamMini(MatrixOptimizer):
     def slice_update(
         self, grad: Tensor, state: State, shared: State, step: int, info: MatrixInfo, index: int, edges: tuple[int, ...]
     ) -> SliceStep:
-        return self._direction(grad, state, step)
+        return self.update([grad], [state], step, [info])[0]
         yield  # a step without exchanges

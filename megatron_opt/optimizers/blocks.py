@@ -64,10 +64,12 @@ class Grid:
         return stacks
 
     def join(self, stacks: Sequence[Tensor], out: Tensor) -> Tensor:
-        """The inverse of `cut`, into `out`."""
+        """The inverse of `cut`, into `out`; stacks that are views of it are left where they are."""
         for stack, ((r0, r1, rb), (c0, c1, cb)) in zip(stacks, self.regions(), strict=True):
             split = stack.reshape((r1 - r0) // rb, (c1 - c0) // cb, rb, cb).transpose(1, 2)
-            out[r0:r1, c0:c1] = split.reshape(r1 - r0, c1 - c0)
+            whole, region = split.reshape(r1 - r0, c1 - c0), out[r0:r1, c0:c1]
+            if whole.data_ptr() != region.data_ptr():
+                region.copy_(whole)
         return out
 
 

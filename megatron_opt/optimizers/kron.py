@@ -193,7 +193,8 @@ class Kron(MatrixOptimizer):
                     for part, new in zip(parts, tensors[key].split(counts)):
                         part.copy_(new)
         moment = batched([item.moment for item in items])
-        return list(preconditioner.precondition(moment, factors).split(counts))
+        triangular = self.config.update_form == "triangular"
+        return list(preconditioner.precondition(moment, factors, triangular).split(counts))
 
     def cost(self, info: MatrixInfo) -> Cost:
         apply, refresh, state = 0.0, {"gemm": 0.0, "solve": 0.0}, 0.0

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron_opt.kernels import eigenbasis, products
+from megatron_opt.kernels import eigenbasis
+from megatron_opt.kernels.projection import project_adam, rotate
 from megatron_opt.optimizers.base import Cost, MatrixInfo, State
 from megatron_opt.optimizers.blocks import as_matrix
 from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer, guarded
@@ -126,13 +127,10 @@ class Soap(FactoredOptimizer):
     def _direction(self, g: Tensor, m: Tensor, v: Tensor, bases: dict[int, Tensor], step: int) -> Tensor:
         """Adam's step in the eigenbasis (…, b, c), turned back; both moments advance in place."""
         cfg = self.config
-        rotated = _rotate(g, bases)
-        m.lerp_(rotated, 1 - cfg.beta1)
-        v.mul_(cfg.beta2).addcmul_(rotated, rotated, value=1 - cfg.beta2)
-        n = step - 1 if cfg.variant == "authors" else step
-        n = max(n, 1)
+        n = max(step - 1 if cfg.variant == "authors" else step, 1)
         scale = (1 - cfg.beta2**n) ** 0.5 / (1 - cfg.beta1**n)
-        return _rotate(scale * m / v.sqrt().add_(cfg.eps), bases, back=True)
+        betas = {"beta1": cfg.beta1, "beta2": cfg.beta2, "eps": cfg.eps}
+        return project_adam(g, m, v, bases.get(0), bases.get(1), **betas, scale=scale)
 
     # Slices of whole blocks step alone. Slices along a side without a factor sum the factor of the other side, and get
     # its basis from slice 0.
@@ -310,11 +308,7 @@ class Soap(FactoredOptimizer):
 
 def _rotate(x: Tensor, bases: dict[int, Tensor], back: bool = False) -> Tensor:
     """Q_Lᵀ x Q_R, or Q_L x Q_Rᵀ; sides without a basis stay."""
-    if 0 in bases:
-        x = products.matmul(bases[0] if back else bases[0].mT, x)
-    if 1 in bases:
-        x = products.matmul(x, bases[1].mT if back else bases[1])
-    return x
+    return rotate(x, bases.get(0), bases.get(1), back)
 
 
 def _reorder(v: Tensor, order: Tensor, side: int) -> Tensor:

@@ -1,13 +1,46 @@
 // Prints the launches of a list of pieces as the CUDA code computes them; test_cuda.py works them out again.
-// Arguments: multiprocessors, resident blocks, then the pieces' sizes.
+// Arguments: multiprocessors, resident blocks, then the pieces' sizes. Or `triangle` and a size: the tiles of a symmetric matrix;
+// `place` and a number: one tile; `blocks` and pairs of elements and blocks: the launches of Adam-mini.
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 
+#include "../../csrc/include/block_grid.h"
 #include "../../csrc/include/grid.h"
+#include "../../csrc/include/triangle.h"
 
 using namespace megatron_opt;
 
+int triangle(int64_t n) {
+  std::printf("%d %ld\n", kTile, static_cast<long>(triangle_tiles(n)));
+  for (int64_t i = 0; i < triangle_tiles(n); ++i) std::printf("%d:%d ", triangle_tile(i).row, triangle_tile(i).column);
+  return 0;
+}
+
+int blocks_of_pieces(int argc, char** argv) {
+  std::vector<BlockPiece> pieces;
+  for (int i = 2; i + 1 < argc; i += 2) {
+    pieces.push_back({nullptr, nullptr, nullptr, nullptr, std::atoll(argv[i]), std::atoll(argv[i + 1])});
+  }
+  static BlockBatch batch;
+  for (size_t begin = 0; begin < pieces.size(); begin += kBlockPiecesPerLaunch) {
+    const int64_t blocks = fill(batch, Coefficients{}, pieces, begin, std::min(pieces.size(), begin + kBlockPiecesPerLaunch));
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int index = locate(batch.first, batch.count, block);
+      std::printf("%d:%ld ", static_cast<int>(begin) + index, static_cast<long>(block - batch.first[index]));
+    }
+  }
+  return 0;
+}
+
 int main(int argc, char** argv) {
+  if (std::strcmp(argv[1], "triangle") == 0) return triangle(std::atoll(argv[2]));
+  if (std::strcmp(argv[1], "blocks") == 0) return blocks_of_pieces(argc, argv);
+  if (std::strcmp(argv[1], "place") == 0) {
+    const TilePlace place = triangle_tile(std::atoll(argv[2]));
+    std::printf("%d %d\n", place.row, place.column);
+    return 0;
+  }
   const int multiprocessors = std::atoi(argv[1]), resident = std::atoi(argv[2]);
   std::vector<Piece> pieces;
   for (int i = 3; i < argc; ++i) {

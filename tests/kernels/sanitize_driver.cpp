@@ -1,4 +1,4 @@
-// Runs every rule and sum of the CPU kernels on exactly allocated, misaligned, empty, tiny and odd buffers in every format, with
+// Runs every operation of the CPU kernels on exactly allocated, misaligned, empty, tiny and odd buffers in every format, with
 // values from denormal to Inf and NaN; built with sanitizers by tools/sanitize.sh.
 #include <algorithm>
 #include <cmath>
@@ -6,8 +6,10 @@
 #include <memory>
 #include <random>
 
+#include "../../csrc/cpu/eigenbasis.h"
 #include "../../csrc/cpu/multi_tensor.h"
 #include "../../csrc/cpu/orthogonalize.h"
+#include "../../csrc/cpu/teams.h"
 #include "../../csrc/include/chunks.h"
 
 using namespace megatron_opt;
@@ -85,6 +87,49 @@ int matrix_calls() {
   return calls;
 }
 
+// Triangular operands and solves, Cholesky QR and the step in a basis; whatever the numbers are.
+int factor_calls() {
+  if (!has_products()) return 0;
+  constexpr int64_t sides[] = {1, 2, 11, 12, 13, 31, 32, 33, 65, 100};
+  const auto floats = [](Memory& memory, int64_t count) { return static_cast<float*>(allocate(memory, Format::f32, count)); };
+  int calls = 0;
+  for (int round = 0; round < 40; ++round, calls += 4) {
+    Memory memory;
+    const int64_t m = sides[draw(10)], n = sides[draw(10)];
+    const int threads = 1 + static_cast<int>(draw(3));
+    float *left = floats(memory, m * m), *right = floats(memory, n * n), *x = floats(memory, m * n), *out = floats(memory, m * n);
+    const bool transposed = draw(2) != 0;
+    const Triangle shape = draw(2) != 0 ? Triangle::lower : Triangle::upper;
+    run_products({Product<float>{left, x, nullptr, out, m, n, 0, n, m, n, m, 1.0f, 0.0f, false, false, shape}}, false, threads);
+    run_solves({Solve{left, x, out, m, transposed ? m : n, n, m, n, transposed}}, draw(2) != 0, threads);
+    float* basis = floats(memory, m * m);
+    if (draw(2) != 0) {
+      for (int64_t i = 0; i < m * m; ++i) left[i] = 0.1f * static_cast<float>(draw(10)) + (i % (m + 1) == 0 ? 9.0f : 0.0f);
+    }
+    cholesky_qr_cpu(std::vector<Basis>(3, {left, basis, m}), 1e-5, 1);
+    const Projection block{x, floats(memory, m * n), floats(memory, m * n), out, draw(2) != 0 ? left : nullptr,
+                           draw(2) != 0 ? right : nullptr, n, n, n, m, n};
+    project_adam_cpu({0.1f, 0.9f, 0.1f, 1e-8f, 1.0f}, {block}, threads);
+  }
+  return calls;
+}
+
+int block_calls() {
+  for (int round = 0; round < 20; ++round) {
+    Memory memory;
+    std::vector<BlockPiece> pieces;
+    for (int64_t i = draw(6); i > 0; --i) {
+      constexpr int64_t sizes[] = {1, 3, 64, 2049, 33000};
+      const int64_t blocks = draw(5), numel = blocks * sizes[draw(5)];
+      float* of[4];
+      for (int k = 0; k < 4; ++k) of[k] = static_cast<float*>(allocate(memory, Format::f32, k == 2 ? blocks : numel));
+      pieces.push_back({of[0], of[1], of[2], of[3], numel, blocks});
+    }
+    block_adam_cpu({0, 0, 1, 0.9f, 0.1f, 0.98f, 0.02f, 1e-8f, 1.5f, 0, 2, 0}, pieces, 1 + static_cast<int>(draw(3)));
+  }
+  return 20;
+}
+
 }  // namespace
 
 int main() {
@@ -110,7 +155,7 @@ int main() {
       sum_cpu(static_cast<Sum>(kind), options, pieces, sums.data(), 1 + static_cast<int>(draw(3)));
     }
   }
-  calls += matrix_calls();
+  calls += matrix_calls() + factor_calls() + block_calls();
   std::printf("%s: %d calls\n", cpu_kernels_name(), calls);
   return 0;
 }

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_opt.errors import UserError
-from megatron_opt.kernels import dispatch
+from megatron_opt.kernels import dispatch, products, projection, symmetric
 from megatron_opt.kernels import multi_tensor as mt
 
 STEP = """
@@ -86,6 +86,22 @@ def test_operators_have_fakes_that_agree():
     update = (0, p, g, m, v, [], [], [], [], None, c, None, False, False, 0, 1, [], True)
     torch.library.opcheck(torch.ops.megatron_opt.multi_tensor_update.default, update)
     torch.library.opcheck(torch.ops.megatron_opt.multi_tensor_sum.default, (3, p, g, [], [], c))
+    seconds = [x[:, :1].contiguous() for x in v]
+    torch.library.opcheck(torch.ops.megatron_opt.block_adam.default, (g, m, seconds, p, c))
+
+
+@native
+@pytest.mark.skipif(not products.available(torch.zeros(1)), reason="no AVX-512 in this processor")
+def test_matrix_operators_have_fakes_that_agree():
+    assert projection and symmetric  # they define operators
+    a, b, eye = torch.rand(2, 4, 4).tril() + torch.eye(4), torch.rand(2, 4, 3), torch.eye(3).repeat(2, 1, 1)
+    operators = torch.ops.megatron_opt
+    torch.library.opcheck(operators.product.default, (torch.zeros(2, 4, 3), a, b, 1.0, 0.0, False, 1, 0))
+    torch.library.opcheck(operators.solve_lower.default, (a, b))
+    torch.library.opcheck(operators.cholesky_qr.default, (a, 1e-6))
+    torch.library.opcheck(operators.symmetric_product.default, (a, None, 1.0, 0.0))
+    step = (torch.rand(2, 4, 3), torch.rand(2, 4, 3), torch.rand(2, 4, 3), None, eye, 0.9, 0.9, 1e-8, 1.0)
+    torch.library.opcheck(operators.project_adam.default, step)
 
 
 @native
