@@ -45,9 +45,10 @@ class Cluster:
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
+        # a requeued job waits until its credentials have expired, which takes two minutes by default
         lines = [
             "ClusterName=test", f"SlurmctldHost={host}(127.0.0.1)", f"SlurmctldPort={_free_port()}", "SlurmUser=root",
-            "AuthType=auth/munge", f"AuthInfo=socket={self.folder}/munge.socket", "CredType=cred/munge",
+            "AuthType=auth/munge", f"AuthInfo=socket={self.folder}/munge.socket,cred_expire=20", "CredType=cred/munge",
             f"StateSaveLocation={self.folder}/state", f"SlurmdSpoolDir={self.folder}/spool-%n",
             f"SlurmctldPidFile={self.folder}/ctld.pid", f"SlurmdPidFile={self.folder}/%n.pid",
             f"SlurmctldLogFile={self.folder}/ctld.log", f"SlurmdLogFile={self.folder}/%n.log",

@@ -91,8 +91,8 @@ def test_a_preempted_job_saves_and_is_requeued(cluster, submit, reference):
 
 
 def test_at_the_time_limit_the_job_saves_and_goes_on_in_a_new_one(cluster, submit, reference):
-    """Two minutes for a run that needs three; Slurm's own warning, a minute before the end."""
-    slow = {"SLOW_RANK": "1", "SLOW_FROM": "0", "SLOW_SECONDS": "0.7"}  # four microbatches a step
+    """Two minutes, and Slurm's own warning between one minute and two before their end; the run needs more than one."""
+    slow = {"SLOW_RANK": "1", "SLOW_FROM": "0", "SLOW_SECONDS": "0.25"}  # four microbatches a step
     job, run = submit("--time=2", "--signal=USR1@60", more=("--module", "tests.cluster.slow"), **slow)
     assert ended(cluster, job, run) == "COMPLETED", run.tail()
     warned = run.events("signal")
