@@ -101,7 +101,9 @@ def test_no_layout_changes_the_work_or_the_state(name: str, tp: int, pp: int, dp
 
     one = totals(Layout(1, global_batch=8))
     many = totals(Layout(tp * pp * dp, tp=tp, pp=pp, distributed=distributed, global_batch=24))
-    assert many == pytest.approx(one, rel=1e-9)
+    assert many[0] == pytest.approx(one[0], rel=1e-9)
+    # a slice of SOAP has its own fp32 flag; a rank is cut into at one place at most, so it adds one slice
+    assert 0 <= many[1] - one[1] <= 4 * tp * pp * dp
 
 
 def test_flags_from_a_run_and_a_file(tmp_path) -> None:
