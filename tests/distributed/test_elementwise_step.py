@@ -27,7 +27,10 @@ def _train(domains: list[tuple[str, ...]], rule: Any, grouped: bool) -> dict[str
     for names in domains:
         fragments: Any = [
             SimpleNamespace(
-                view=SimpleNamespace(counts=True), main=weights[n].view(-1), rects=[Rect(n, 0, SHAPES[n][0], 0, SHAPES[n][1])]
+                view=SimpleNamespace(counts=True, param=weights[n]),
+                main=weights[n].view(-1),
+                image=lambda: None,
+                rects=[Rect(n, 0, SHAPES[n][0], 0, SHAPES[n][1])],
             )
             for n in names
         ]
