@@ -154,7 +154,7 @@ def test_every_row_and_column_is_placed_once(shapes: list[tuple[int, int, bool]]
 
 PLANNED = (
     "--preset llama-7b --optimizer muon --tensor-model-parallel-size 8 --use-distributed-optimizer --mock-data "
-    "--plan-world-size 64 --global-batch-size 512 --train-iters 10 --tokenizer-type NullTokenizer --vocab-size 31999"
+    "--plan-world-size 64 --global-batch-size 512 --train-iters 10000 --tokenizer-type NullTokenizer --vocab-size 31999"
 )
 
 
