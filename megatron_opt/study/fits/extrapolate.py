@@ -150,7 +150,8 @@ def next_runs(
     target = fit.gradient(baseline, n, d) - fit.gradient(optimizer, n, d)
     variance = float(target @ covariance @ target)
     sizes = np.unique(np.concatenate([fit.data.sizes, fit.data.sizes[-1] * np.array([2.0, reach])]))
-    ratios = np.unique(np.round(fit.data.d / fit.data.n / tokens_per_parameter, 6))
+    # two digits: sizes and budgets are whole numbers, so equal ratios differ a little
+    ratios = np.unique([float(f"{ratio:.2g}") for ratio in fit.data.d / fit.data.n / tokens_per_parameter])
     found = []
     for name in (baseline, optimizer):
         for size in sizes:
