@@ -28,9 +28,9 @@ def _case(name: str, layout: Layout, what: str, **options: str | int) -> Case:
 
 
 def _make(pool: Pool, pairs: list[tuple[Layout, Layout]]) -> dict[str, Run]:
-    saving = [_case(n, a, "save", save=f"{n}-{a.name}", interval=STEPS, stop=STEPS) for n in NAMES for a, _ in pairs]
+    saving = [_case(n, a, "save", save=f"moved-{n}-{a.name}", interval=STEPS, stop=STEPS) for n in NAMES for a, _ in pairs]
     found = pool.run(saving)
-    return found | pool.run([_case(n, b, "load", load=f"{n}-{a.name}") for n in NAMES for a, b in pairs])
+    return found | pool.run([_case(n, b, "load", load=f"moved-{n}-{a.name}") for n in NAMES for a, b in pairs])
 
 
 @pytest.fixture(scope="module")
