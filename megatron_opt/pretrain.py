@@ -1,21 +1,18 @@
 """`torchrun … -m megatron_opt.pretrain FLAGS`: Megatron-LM's pretrain() with this project's optimizers."""
 
-import os
 import sys
 import warnings
 from collections.abc import Sequence
 
 from megatron_opt.errors import UserError
-from megatron_opt.training import signals
+from megatron_opt.training import entry, signals
 
 
 def run(argv: Sequence[str]) -> None:
     """Train as the flags say; bad input raises UserError before anything is written."""
     signals.die_with_launcher()
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer-engine).*")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # one process needs no launcher
-        os.environ.setdefault("MASTER_ADDR", "localhost")
-        os.environ.setdefault("MASTER_PORT", "0")
+    entry.alone()
     from megatron_opt import platform
 
     platform.activate()
@@ -36,19 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        where = f" [rank {rank}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"megatron_opt.pretrain{where}: {error}", file=sys.stderr, flush=True)
-        return 2
+        return entry.refused("megatron_opt.pretrain", error)
     except SystemExit as leaving:
         return signals.exit_code(leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code)))
     return 0
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code:
-        os._exit(code)  # other ranks may wait in a collective; torchrun ends them when this one is gone
-    sys.exit(code)
+    entry.leave(main())

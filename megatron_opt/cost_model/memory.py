@@ -30,11 +30,6 @@ class Memory:
         """All of it."""
         return sum(getattr(self, item.name) for item in fields(self))
 
-    @property
-    def model_and_optimizer(self) -> float:
-        """What does not depend on the micro-batch."""
-        return self.total - self.activations - self.reserved
-
 
 def memory(
     model: Model, layout: Layout, cluster: Cluster, domains: Sequence[Sequence[DomainPlan]], states: Sequence[float]

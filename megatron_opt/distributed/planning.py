@@ -5,7 +5,6 @@ allocated and no process group is needed.
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_opt.distributed.fragments import Rect, rectangles
 from megatron_opt.distributed.matrices import Geometry, ParamView, split_param
 from megatron_opt.distributed.ownership import Job, Plan, make_buckets, pack, plan_table
 from megatron_opt.errors import UserError
+from megatron_opt.files import write_atomic
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
 from megatron_opt.optimizers.groups import GroupRule, assign
@@ -328,10 +328,4 @@ def show(plans: Sequence[DomainPlan], folder: str | None = None) -> None:
             "parts": [[p.matrix, p.rank, p.dim, p.start, p.stop] for p in plan.parts],
         }
         path = Path(folder) / f"optimizer_plan.{found.name.replace(' ', '_').replace(',', '')}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(temporary, "w") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomic(path, json.dumps(content))

@@ -6,7 +6,6 @@ iteration and the place in the data are kept; the learning-rate schedule starts 
 """
 
 import copy
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 from megatron_opt.errors import UserError
 from megatron_opt.migrate import warm_start
 from megatron_opt.optimizers.base import MatrixOptimizer
+from megatron_opt.training import entry
 
 
 class _Done(BaseException):
@@ -39,18 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         convert(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        where = f" [rank {rank}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"megatron-opt migrate checkpoint{where}: {error}", file=sys.stderr, flush=True)
-        return 2
+        return entry.refused("megatron-opt migrate checkpoint", error)
     return 0
 
 
 def convert(argv: Sequence[str]) -> None:
     """`argv` are the flags of the run to come: its model, layout and optimizer, --load and --save."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        os.environ.setdefault("MASTER_ADDR", "localhost")
-        os.environ.setdefault("MASTER_PORT", "0")
+    entry.alone()
     from megatron_opt import platform
 
     platform.activate()
@@ -123,16 +118,14 @@ class Source:
 def _source(args: Any) -> Source:
     from megatron.core import dist_checkpointing
 
-    from megatron_opt.training.resume import check_files
+    from megatron_opt.training import folders, resume
 
-    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
-    if not tracker.is_file():
+    folder = resume.newest(args)
+    if folder is None or not (Path(args.load) / folders.TRACKER).is_file():
         raise UserError(
-            f"{args.load} holds no checkpoint ({tracker.name} is missing); give the folder of --save of a run."
+            f"{args.load} holds no checkpoint ({folders.TRACKER} is missing); give the folder of --save of a run."
         )
-    step = args.ckpt_step or tracker.read_text().strip()
-    folder = Path(args.load) / (step if step == "release" else f"iter_{int(step):07d}")
-    check_files(folder)
+    resume.check_files(folder)
     common = dist_checkpointing.load_common_state_dict(str(folder))
     keys = dict(dist_checkpointing.load_tensors_metadata(str(folder)))
     source = Source(folder, common, keys)
@@ -350,9 +343,4 @@ def _tell(args: Any, rate_left: float | None) -> None:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code:
-        os._exit(code)  # other ranks may wait in a collective; torchrun ends them when this one is gone
-    sys.exit(code)
+    entry.leave(main())

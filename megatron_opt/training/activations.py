@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_opt.errors import UserError
+from megatron_opt.training import entry
 
 # kind of activation: the modules whose output it is
 KINDS = {
@@ -125,8 +126,7 @@ def _forked(target: Path, argv: list[str]) -> int:
 
 def main(folder: Path) -> int:
     """All runs of the plan in order; the first failure's exit code."""
-    os.environ.setdefault("MASTER_ADDR", "localhost")
-    os.environ.setdefault("MASTER_PORT", "0")
+    entry.alone()
     from megatron_opt import platform
 
     platform.activate()

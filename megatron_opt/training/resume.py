@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_opt.distributed.state import FORMAT, contents
 from megatron_opt.errors import UserError
+from megatron_opt.training import folders
 
 # what makes two models the same; a value that a checkpoint does not record is not compared
 _MODEL = (
@@ -39,7 +40,7 @@ def _load(original: Callable[..., Any], model: Any, optimizer: Any, scheduler: A
     from megatron.training import get_args
 
     options = get_args()
-    folder = _latest(options)
+    folder = newest(options)
     foreign = None
     if folder is not None and optimizer is not None:
         foreign = _examine(folder, optimizer, options)
@@ -70,13 +71,13 @@ def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
-def _latest(options: Any) -> Path | None:
+def newest(options: Any) -> Path | None:
     """The folder that Megatron will load, or None where there is no checkpoint yet."""
     if options.load is None:
         return None
-    tracker = Path(options.load) / "latest_checkpointed_iteration.txt"
+    tracker = Path(options.load) / folders.TRACKER
     if getattr(options, "ckpt_step", None):
-        return _existing(Path(options.load) / f"iter_{options.ckpt_step:07d}", "--ckpt-step")
+        return _existing(Path(options.load) / folders.name_of(options.ckpt_step), "--ckpt-step")
     if not tracker.is_file():
         return None
     text = tracker.read_text().strip()
@@ -84,7 +85,7 @@ def _latest(options: Any) -> Path | None:
         raise UserError(
             f"{tracker} holds {text[:40]!r} in place of an iteration number; write the number of a whole checkpoint into it."
         )
-    return _existing(Path(options.load) / ("release" if text == "release" else f"iter_{int(text):07d}"), str(tracker))
+    return _existing(Path(options.load) / ("release" if text == "release" else folders.name_of(int(text))), str(tracker))
 
 
 def _existing(folder: Path, named_by: str) -> Path:
