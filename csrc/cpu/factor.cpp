@@ -62,25 +62,7 @@ void solve_tile(const Solve& s, float* panel, int64_t row, float* out, const __m
 
 void solve_rows(const Solve& s, float* panel, float* out, const __mmask16 (&mask)[2]) {
   for (int64_t row = 0; row < s.k; row += kRows) {
-    switch (std::min<int64_t>(kRows, s.k - row)) {
-#define MOPT_TILE(R)                          \
-  case R:                                     \
-    solve_tile<R>(s, panel, row, out, mask);  \
-    break
-      MOPT_TILE(1);
-      MOPT_TILE(2);
-      MOPT_TILE(3);
-      MOPT_TILE(4);
-      MOPT_TILE(5);
-      MOPT_TILE(6);
-      MOPT_TILE(7);
-      MOPT_TILE(8);
-      MOPT_TILE(9);
-      MOPT_TILE(10);
-      MOPT_TILE(11);
-      MOPT_TILE(12);
-#undef MOPT_TILE
-    }
+    with_rows(std::min<int64_t>(kRows, s.k - row), [&](auto count) { solve_tile<count>(s, panel, row, out, mask); });
   }
 }
 

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "product.h"
 
@@ -144,27 +145,33 @@ void tile(const Product<T>& p, const Dword* panel, int64_t begin, int64_t depth,
   }
 }
 
+// work(R) with the number of rows, 1 … kRows, as a constant.
+template <class Work>
+void with_rows(int64_t rows, const Work& work) {
+  switch (rows) {
+#define MOPT_ROWS(R) \
+  case R:            \
+    return work(std::integral_constant<int, R>())
+    MOPT_ROWS(1);
+    MOPT_ROWS(2);
+    MOPT_ROWS(3);
+    MOPT_ROWS(4);
+    MOPT_ROWS(5);
+    MOPT_ROWS(6);
+    MOPT_ROWS(7);
+    MOPT_ROWS(8);
+    MOPT_ROWS(9);
+    MOPT_ROWS(10);
+    MOPT_ROWS(11);
+    MOPT_ROWS(12);
+#undef MOPT_ROWS
+  }
+}
+
 template <class T>
 void rows_of_tiles(int rows, const Product<T>& p, const Dword* panel, int64_t begin, int64_t depth, int64_t row,
                    int64_t column) {
-  switch (rows) {
-#define MOPT_TILE(R) \
-  case R:            \
-    return tile<R>(p, panel, begin, depth, row, column)
-    MOPT_TILE(1);
-    MOPT_TILE(2);
-    MOPT_TILE(3);
-    MOPT_TILE(4);
-    MOPT_TILE(5);
-    MOPT_TILE(6);
-    MOPT_TILE(7);
-    MOPT_TILE(8);
-    MOPT_TILE(9);
-    MOPT_TILE(10);
-    MOPT_TILE(11);
-    MOPT_TILE(12);
-#undef MOPT_TILE
-  }
+  with_rows(rows, [&](auto count) { tile<count>(p, panel, begin, depth, row, column); });
 }
 
 }  // namespace
