@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from megatron_opt.cost_model.cluster import Cluster
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.model import Model
-from megatron_opt.cost_model.plan import DomainPlan, numel
+from megatron_opt.cost_model.plan import DomainPlan
 from megatron_opt.optimizers.factored import FactoredOptimizer
 from megatron_opt.optimizers.kron import Kron
 from megatron_opt.optimizers.muon import SpectralOptimizer
@@ -82,7 +82,7 @@ def _workspace(layout: Layout, domain: DomainPlan) -> float:
         rows, columns = part.slab_shape
         owned[part.rank] = owned.get(part.rank, 0.0) + rows * columns
         copies = max(copies, next((n for kind, n in _COPIES if isinstance(domain.rules[part.matrix], kind)), 1.0))
-    bucket = max(layout.bucket_bytes / layout.wire_bytes, max(numel(info.shape) for info in domain.infos.values()))
+    bucket = max(layout.bucket_bytes / layout.wire_bytes, max(info.numel for info in domain.infos.values()))
     worked_on = min(max(owned.values()), bucket)
     travelling = 0.0
     if domain.ranks > 1:  # slabs in fp32, and the messages that come and go

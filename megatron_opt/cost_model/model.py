@@ -1,6 +1,7 @@
 """A model as its flags describe it: parameters by pipeline stage, logical matrices, FLOPs of a step."""
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,10 +27,7 @@ class Parameter:
     @property
     def numel(self) -> int:
         """Elements of the whole parameter."""
-        count = 1
-        for side in self.shape:
-            count *= side
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

@@ -61,15 +61,7 @@ class DomainPlan:
     @property
     def matrix_numel(self) -> float:
         """Elements of all matrices that have owners."""
-        return float(sum(numel(info.shape) for info in self.infos.values()))
-
-
-def numel(shape: Sequence[int]) -> int:
-    """Elements of a shape."""
-    count = 1
-    for side in shape:
-        count *= side
-    return count
+        return float(sum(info.numel for info in self.infos.values()))
 
 
 def plans(
@@ -182,9 +174,9 @@ def _domain(
             entry = elements.setdefault(group.name, Elements(rule))
             entry.pieces += 1
             if parameter.cut is not None:
-                entry.cut += numel(info.shape)
+                entry.cut += info.numel
             else:
-                entry.copied += numel(info.shape)
+                entry.copied += info.numel
     costs = {key: _cost(matrix_rules[key], info) for key, info in infos.items()}
     jobs = [Job.of(info, matrix_rules[key], costs[key]) for key, info in infos.items()]
     plan = pack(jobs, ranks, layout.matrix_mode)

@@ -26,6 +26,7 @@ class Slice:
     fragment: int
     rect: Rect
     share: float  # one over the number of ranks that hold this run
+    first: int  # number of its first element, the same on every rank that holds it
     state: State = field(default_factory=dict)
 
     @property
@@ -51,8 +52,7 @@ class ElementwiseStep:
             for rect in fragment.rects:
                 group = self.group_of[rect.matrix]
                 if isinstance(self.rules[group], ElementwiseOptimizer):
-                    share = self.domain.weight[rect.place]
-                    piece = Slice(index, rect, share)
+                    piece = Slice(index, rect, self.domain.weight[rect.place], self._first(rect))
                     main = fragment.main[rect.offset : rect.offset + rect.numel]
                     piece.state = self.rules[group].init_state(main)
                     self.slices.setdefault(group, []).append(piece)
@@ -112,13 +112,13 @@ class ElementwiseStep:
                 grad_scale=factors[index],
                 decay_mode=self.groups[index].decay_mode,
                 copies=[piece.of(images) for piece in pieces] if index in self.imaged else (),
-                firsts=[self._first(piece) for piece in pieces],
+                firsts=[piece.first for piece in pieces],
             )
 
-    def _first(self, piece: Slice) -> int:
-        """Number of a slice's first element: its matrix's begin at a hash of the name, so that replicas round alike."""
-        columns = (*self.domain.infos[piece.matrix].shape, 1)[1]
-        return zlib.crc32(piece.matrix.encode()) * 2**30 + piece.rect.row0 * columns + piece.rect.col0
+    def _first(self, rect: Rect) -> int:
+        """Number of a run's first element: its matrix's begin at a hash of the name, so that replicas round alike."""
+        columns = (*self.domain.infos[rect.matrix].shape, 1)[1]
+        return zlib.crc32(rect.matrix.encode()) * 2**30 + rect.row0 * columns + rect.col0
 
     def update_curvature(self, grads: list[Tensor], scale: float, squared: bool) -> None:
         """Gradients, squared or not, times `scale` into the curvature of the rules that keep one."""
@@ -139,10 +139,4 @@ class ElementwiseStep:
             total = domain.sum_over_ranks(total)
             return torch.stack([total[domain.order[p.matrix]] for p in pieces]).to(values) if pieces else values
 
-        numel = []
-        for piece in pieces:
-            count = 1
-            for side in domain.infos[piece.matrix].shape:
-                count *= side
-            numel.append(count)
-        return Reducer(numel, per_matrix, total)
+        return Reducer([domain.infos[piece.matrix].numel for piece in pieces], per_matrix, total)

@@ -4,6 +4,7 @@ A parameter is a local (r, c) tensor. Its rows belong to one or more logical mat
 tensor-parallel shard is a range of rows or columns of them. The declaration per layer kind is the table `LAYERS`.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -208,9 +209,7 @@ def split_param(
     if layer is None:
         raise LookupError(name)
     rows = shape[0]
-    cols = 1
-    for side in shape[1:]:
-        cols *= side
+    cols = math.prod(shape[1:])
     row_shards = tp_size if partition_dim == 0 else 1
     col_shards = tp_size if partition_dim == 1 else 1
     all_rows, all_cols = rows * row_shards, cols * col_shards

@@ -1,5 +1,6 @@
 """What every optimizer is: a rule on whole logical matrices, or one on single elements. No process group in sight."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -61,6 +62,11 @@ class MatrixInfo:
     kind: str = "hidden"
     role: str = ""
     heads: int = 1
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole matrix."""
+        return math.prod(self.shape)
 
     @property
     def rows_are_tokens(self) -> bool:

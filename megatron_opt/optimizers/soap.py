@@ -54,6 +54,10 @@ class Soap(FactoredOptimizer):
         """Whether step 1 does not count and refreshes see the new factors."""
         return self.config.variant == "authors"
 
+    def seen(self, step: int) -> int:
+        """Gradients in the factors that a refresh at this step sees."""
+        return step if self.authors else step - 1
+
     def is_due(self, info: MatrixInfo, step: int) -> bool:
         return super().is_due(info, step - 1 if self.authors else step)
 
@@ -106,13 +110,12 @@ class Soap(FactoredOptimizer):
     def block_step(self, blocks: Blocks) -> Tensor:
         moment, second = blocks.states
         direction = self._direction(blocks.grad, moment, second, blocks.derived, blocks.step)
-        updates = blocks.step if self.authors else blocks.step - 1  # in the factors that a refresh sees
         if self.authors:
             self._advance_all(blocks)
         if blocks.due:
             whole = _rotate(moment, blocks.derived, back=True)
             for side, basis in blocks.derived.items():
-                rank = updates * blocks.other(side)
+                rank = self.seen(blocks.step) * blocks.other(side)
                 order = self._refresh(blocks.factors[side], basis, rank, blocks.step, blocks.names)
                 second.copy_(_reorder(second, order, side))
             moment.copy_(_rotate(whole, blocks.derived))
@@ -127,7 +130,7 @@ class Soap(FactoredOptimizer):
     def _direction(self, g: Tensor, m: Tensor, v: Tensor, bases: dict[int, Tensor], step: int) -> Tensor:
         """Adam's step in the eigenbasis (…, b, c), turned back; both moments advance in place."""
         cfg = self.config
-        n = max(step - 1 if cfg.variant == "authors" else step, 1)
+        n = max(step - 1 if self.authors else step, 1)
         scale = (1 - cfg.beta2**n) ** 0.5 / (1 - cfg.beta1**n)
         betas = {"beta1": cfg.beta1, "beta2": cfg.beta2, "eps": cfg.eps}
         return project_adam(g, m, v, bases.get(0), bases.get(1), **betas, scale=scale)
@@ -246,7 +249,7 @@ class Soap(FactoredOptimizer):
                 offset += count * size * size
                 gg, q = shared[f"gg_{region}_{side}"], shared[f"q_{region}_{side}"]
                 pieces.append(q.flatten().clone())
-                rank = min(size, (step if cfg.variant == "authors" else step - 1) * others)
+                rank = min(size, self.seen(step) * others)
                 order = torch.arange(size, device=q.device).repeat(count, 1)
                 if first:
                     found = guarded(
@@ -255,10 +258,10 @@ class Soap(FactoredOptimizer):
                         rank or size,
                     )
                     self._keep(q, found, [info.name] * count)
-                elif due and cfg.variant == "study":
+                elif due and not self.authors:
                     order = self._refresh(gg, q, rank, step, [info.name] * count)
                 gg.mul_(cfg.shampoo_beta).add_(share.to(gg.dtype), alpha=1 - cfg.shampoo_beta)
-                if not first and due and cfg.variant == "authors":
+                if not first and due and self.authors:
                     order = self._refresh(gg, q, rank, step, [info.name] * count)
                 pieces += [q.flatten(), order.flatten().to(q.dtype)]
         ready.fill_(float(not first or not factor.numel() or factor.any()))

@@ -246,9 +246,9 @@ class Monitor:
             "optimizer": args.optimizer,
             "preset": args.preset,
             "seed": args.seed,
-            "params_total": sum(math.prod(m.shape) for m in self.matrices),
+            "params_total": sum(m.numel for m in self.matrices),
             "params_non_embedding": sum(
-                math.prod(m.shape) for m in self.matrices if m.kind not in ("embedding", "output")
+                m.numel for m in self.matrices if m.kind not in ("embedding", "output")
             ),
             "tokens": args.consumed_train_samples * args.seq_length,
             "iterations": self.iteration,
