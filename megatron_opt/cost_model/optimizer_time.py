@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_opt.cost_model.cluster import Cluster
 from megatron_opt.cost_model.layout import Layout
-from megatron_opt.cost_model.plan import DomainPlan
+from megatron_opt.cost_model.plan import DomainPlan, likeness
 from megatron_opt.distributed.exchange import Part
 from megatron_opt.optimizers.base import Cost, MatrixInfo
 
@@ -95,7 +95,7 @@ def domain_time(domain: DomainPlan, layout: Layout, cluster: Cluster) -> Optimiz
     for part in domain.plan.parts:
         name = part.matrix
         info, rule, cost = domain.infos[name], domain.rules[name], domain.costs[name]
-        key = (id(rule), info.shape, info.kind, info.role, info.heads)
+        key = likeness(rule, info)
         if key not in timed:
             timed[key] = matrix_seconds(rule, info, cost, cluster)
         ordinary, extra = timed[key]

@@ -199,8 +199,13 @@ def _domain(
     )
 
 
+def likeness(rule: Any, info: MatrixInfo) -> tuple[Any, ...]:
+    """Equal for matrices that cost a rule the same."""
+    return id(rule), info.shape, info.kind, info.role, info.heads
+
+
 def _cost(rule: Any, info: MatrixInfo) -> Cost:
-    key = (id(rule), info.shape, info.kind, info.role, info.heads)
+    key = likeness(rule, info)
     if key not in _costs:
         if len(_costs) > 4096:
             _costs.clear()

@@ -11,7 +11,7 @@ from megatron_opt.optimizers.base import MatrixInfo, State
 from megatron_opt.optimizers.blocks import as_matrix
 from megatron_opt.optimizers.kron import Kron
 from megatron_opt.optimizers.shampoo import Shampoo
-from megatron_opt.optimizers.soap import Soap
+from megatron_opt.optimizers.soap import Soap, turn
 
 _FLOOR = 1e-7  # eigenvalues below this share of the largest are taken as that: the rule learns them later
 
@@ -29,19 +29,9 @@ def _blocks(rule: Soap | Shampoo | Kron, info: MatrixInfo, m: Tensor, v: Tensor)
     return list(zip(grid.cut(mean), grid.cut(variance), strict=True))
 
 
-def _turn(x: Tensor, bases: dict[int, Tensor], back: bool = False) -> Tensor:
-    """Q_Lᵀ x Q_R, or Q_L x Q_Rᵀ; sides without a basis stay."""
-    for side, basis in bases.items():
-        if side == 0:
-            x = (basis if back else basis.mT) @ x
-        else:
-            x = x @ (basis.mT if back else basis)
-    return x
-
-
 def _turn_squares(v: Tensor, bases: dict[int, Tensor], back: bool = False) -> Tensor:
     """E[(Q_Lᵀ g Q_R)²] from E[g²] of independent entries of mean 0: the bases' squares on both sides."""
-    return _turn(v, {side: basis.square() for side, basis in bases.items()}, back)
+    return turn(v, {side: basis.square() for side, basis in bases.items()}, back)
 
 
 # SOAP
@@ -60,7 +50,7 @@ def fill_soap(rule: Soap, info: MatrixInfo, state: State, m: Tensor, v: Tensor) 
             state[f"gg_{region}_{side}"].copy_(factor)
             state[f"q_{region}_{side}"].copy_(basis)
             bases[side] = basis
-        turned = _turn(mean, bases)
+        turned = turn(mean, bases)
         firsts.append(turned.to(m.dtype))
         seconds.append((_turn_squares(variance, bases) + turned.square()).to(m.dtype))
     grid.join(firsts, as_matrix(state["exp_avg"]))
@@ -75,7 +65,7 @@ def soap_moments(rule: Soap, info: MatrixInfo, state: State) -> tuple[Tensor, Te
     regions = range(len(turned[0]))
     bases = [{side: state[f"q_{region}_{side}"].float() for side in rule.sides(info)} for region in regions]
     first, second = (torch.empty_like(state[key], dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq"))
-    grid.join([_turn(m, q, back=True) for m, q in zip(turned[0], bases, strict=True)], as_matrix(first))
+    grid.join([turn(m, q, back=True) for m, q in zip(turned[0], bases, strict=True)], as_matrix(first))
     grid.join([_turn_squares(v, q, back=True) for v, q in zip(turned[1], bases, strict=True)], as_matrix(second))
     return first, second
 

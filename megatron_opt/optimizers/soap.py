@@ -113,12 +113,12 @@ class Soap(FactoredOptimizer):
         if self.authors:
             self._advance_all(blocks)
         if blocks.due:
-            whole = _rotate(moment, blocks.derived, back=True)
+            whole = turn(moment, blocks.derived, back=True)
             for side, basis in blocks.derived.items():
                 rank = self.seen(blocks.step) * blocks.other(side)
                 order = self._refresh(blocks.factors[side], basis, rank, blocks.step, blocks.names)
                 second.copy_(_reorder(second, order, side))
-            moment.copy_(_rotate(whole, blocks.derived))
+            moment.copy_(turn(whole, blocks.derived))
         if not self.authors:
             self._advance_all(blocks)
         return direction
@@ -282,7 +282,7 @@ class Soap(FactoredOptimizer):
                 old[side], new[side] = (q.view(count, size, size).to(g.dtype) for q in (before, after))
             found.append(self._direction(g, m, v, old, step))
             if old and self.is_due(info, step):
-                m.copy_(_rotate(_rotate(m, old, back=True), new))
+                m.copy_(turn(turn(m, old, back=True), new))
                 v.copy_(_reorder(v, order.view(count, size).round().long(), side))
         for stack, moment in zip(stacks[1:], moments):
             grid.join(stack, moment)
@@ -309,7 +309,7 @@ class Soap(FactoredOptimizer):
         )
 
 
-def _rotate(x: Tensor, bases: dict[int, Tensor], back: bool = False) -> Tensor:
+def turn(x: Tensor, bases: dict[int, Tensor], back: bool = False) -> Tensor:
     """Q_Lᵀ x Q_R, or Q_L x Q_Rᵀ; sides without a basis stay."""
     return rotate(x, bases.get(0), bases.get(1), back)
 
