@@ -1,0 +1,40 @@
+"""Megatron's cache of sample indices, safe for jobs that share a dataset: each array appears whole or not at all."""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@contextmanager
+def whole_arrays() -> Iterator[None]:
+    """While open, `numpy.save` writes beside its target and renames.
+
+    Megatron takes the cache for complete as soon as its files exist; a second job that starts on the same data
+    would read an array that the first one is still writing.
+    """
+    save = np.save
+
+    def save_whole(file: Any, arr: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(file, (str, os.PathLike)):
+            return save(file, arr, *args, **kwargs)
+        target = Path(file)
+        if target.suffix != ".npy":
+            target = target.with_name(target.name + ".npy")
+        aside = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            with aside.open("wb") as stream:
+                save(stream, arr, *args, **kwargs)
+            os.replace(aside, target)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    np.save = save_whole
+    try:
+        yield
+    finally:
+        np.save = save
