@@ -72,8 +72,10 @@ def test_muons_momentum_is_adams_at_its_scale_and_comes_back(folder: Path, adamw
 def test_warm_muon_trains_on_without_a_spike(folder: Path, source: dict[int, float], muon: str) -> None:
     flags = ["--optimizer", "muon", "--load", str(folder / "muon"), "--override-opt_param-scheduler"]
     going_on = losses(launch("megatron_opt.pretrain", 1, flags, folder))
-    assert max(going_on.values()) <= 1.01 * source[STOP + 1]
-    assert going_on[16] < source[STOP]
+    resting = losses(launch("megatron_opt.pretrain", 1, [*flags, "--lr", "1e-12"], folder))
+    for number, loss in going_on.items():  # beside the same weights on the same batches: batches differ by 2%
+        assert loss <= 1.01 * resting[number], number
+    assert going_on[16] < min(resting[16], source[STOP])
 
 
 @pytest.mark.parametrize(
