@@ -1,11 +1,12 @@
 """Measure the machine at hand, products, factorizations, memory, traffic and host time, and write its cluster file."""
 
+import itertools
 import os
 import platform
 import socket
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opt.cost_model.cluster import COLLECTIVES
 from megatron_opt.kernels import eigenbasis, orthogonalize, products
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
@@ -21,6 +23,7 @@ BUDGET = 0.15  # seconds spent on each measurement
 GEMM_SIZES = (64, 128, 256, 512, 1024)  # on GPUs also 2048 and 4096
 SMALL_SIZES = (16, 32, 64, 128)
 FACTOR_SIZES = (32, 64, 128, 256, 512, 1024)
+COLD_BYTES = 1 << 29  # more than any cache holds: a training step's states come from memory
 PASS_SIZES = (1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)
 
 
@@ -133,14 +136,21 @@ def attention_rate(device: torch.device, dtype: torch.dtype) -> dict[int, float]
 
 
 def pass_rates(device: torch.device) -> dict[int, float]:
-    """Bytes a second of a fused AdamW step, by the bytes that it moves: from what a cache holds to what it does not."""
+    """Bytes a second of a fused AdamW step, by the bytes that it moves, on tensors that no cache still holds."""
     rule, found = registry.build("adamw", {}), {}
     for count in PASS_SIZES:
-        weight = torch.zeros(count, device=device)
-        grad, state = torch.ones_like(weight), rule.init_state(weight)
-        moved = rule.cost(count).elementwise_bytes
-        seconds = timed(lambda w=weight, g=grad, s=state: rule.update([w], [g], [s], 1, 1e-3, 0.1), device)  # type: ignore[misc]
-        found[int(moved)] = moved / seconds
+        moved = int(rule.cost(count).elementwise_bytes)
+        tensors = []
+        for _ in range(max(1, COLD_BYTES // moved)):
+            weight = torch.zeros(count, device=device)
+            tensors.append((weight, torch.ones_like(weight), rule.init_state(weight)))
+        turns = itertools.cycle(tensors)
+
+        def run(turns: Iterator[Any] = turns) -> None:
+            weight, grad, state = next(turns)
+            rule.update([weight], [grad], [state], 1, 1e-3, 0.1)
+
+        found[moved] = moved / timed(run, device)
     return found
 
 
@@ -223,8 +233,10 @@ def _work_together(barrier: Any, queue: Any) -> None:
     queue.put(_alone(barrier))
 
 
-def link(ranks: int) -> tuple[float, float]:
-    """(bytes/s that each rank sends, seconds of a small message) of an all-to-all of `ranks` processes on this host."""
+def link(ranks: int) -> tuple[float, float, dict[str, float]]:
+    """Of `ranks` processes on this host: bytes/s that each sends in an all-to-all, seconds of a small all-reduce,
+    and the share of that rate which each ring collective reaches.
+    """
     import torch.multiprocessing as mp
 
     with socket.socket() as free:
@@ -252,21 +264,31 @@ def _exchange(rank: int, ranks: int, port: int, queue: Any) -> None:
     dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=ranks)
     small, large = (torch.ones(ranks * n, device=device) for n in (64, 1 << 21))
 
-    def seconds(tensor: Tensor, times: int) -> float:
-        out = torch.empty_like(tensor)
-        dist.all_to_all_single(out, tensor)
-        _wait(device)
-        begin = time.perf_counter()
-        for _ in range(times):
-            dist.all_to_all_single(out, tensor)
-        _wait(device)
-        return (time.perf_counter() - begin) / times
+    part = torch.ones(large.numel() // ranks, device=device)
+    out = torch.empty_like(large)
 
-    latency = seconds(small, 50)
+    def seconds(run: Callable[[], Any], times: int) -> float:
+        found = []
+        for _ in range(times + 1):
+            dist.barrier()
+            begin = time.perf_counter()
+            run()
+            _wait(device)
+            found.append(time.perf_counter() - begin)
+        return statistics.median(found[1:])
+
+    latency = seconds(partial(dist.all_reduce, small), 50)
     sent = large.numel() * 4 * (ranks - 1) / ranks
-    bandwidth = sent / max(seconds(large, 10) - latency, 1e-9)
+    runs: dict[str, tuple[float, Callable[[], Any]]] = {  # bytes that each rank sends, and the collective
+        "all_to_all": (sent, partial(dist.all_to_all_single, out, large)),
+        "all_reduce": (2 * sent, partial(dist.all_reduce, out)),
+        "reduce_scatter": (sent, partial(dist.reduce_scatter_tensor, part, large)),
+        "all_gather": (sent, partial(dist.all_gather_into_tensor, out, part)),
+    }
+    rates = {kind: count / max(seconds(run, 10) - latency, 1e-9) for kind, (count, run) in runs.items()}
     if rank == 0:
-        queue.put((bandwidth, latency))
+        shares = {kind: rates[kind] / rates["all_to_all"] for kind in COLLECTIVES}
+        queue.put((rates["all_to_all"], latency, shares))
     dist.destroy_process_group()
 
 
@@ -289,8 +311,8 @@ def calibrate(ranks: int = 0) -> str:
         shares = (1.0, 1.0) if cuda or devices == 1 else together(devices)
     finally:
         torch.set_num_threads(threads)
-    sent, latency = link(ranks or max(2, devices)) if (cuda and devices > 1) or not cuda else (1e9, 1e-5)
-    return _file(cuda, devices, rates, passes, shares, by_rule, fragment, (sent, latency))
+    linked = link(ranks or max(2, devices)) if (cuda and devices > 1) or not cuda else (1e9, 1e-5, {})
+    return _file(cuda, devices, rates, passes, shares, by_rule, fragment, linked)
 
 
 def _map(values: Mapping[Any, float]) -> str:
@@ -305,10 +327,10 @@ def _file(
     shares: tuple[float, float],
     by_rule: dict[str, float],
     fragment: float,
-    link_found: tuple[float, float],
+    link_found: tuple[float, float, dict[str, float]],
 ) -> str:
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()} core"
-    sent, latency = link_found
+    sent, latency, collectives = link_found
     if cuda:
         memory = float(torch.cuda.get_device_properties(0).total_memory)
     else:
@@ -337,6 +359,7 @@ def _file(
     lines += [
         f"node: {{gpus: {devices if cuda else 1024}, bandwidth: {sent:.4g}, latency: {latency:.3g}}}",
         f"network: {{bandwidth: {sent:.4g}, latency: {latency:.3g}}}",
+        f"collectives: {_map(collectives)}  # share of the bandwidth above, which is an all-to-all's",
         "efficiency: {elementwise: 1.0, node: 1.0, network: 1.0, step: 1.0, optimizer: 1.0, overlap: "
         + ("1.0}" if cuda else "0.0}"),
         f"overheads: {{matrix: {matrix:.3g}, fragment: {fragment:.3g}, bucket: {4 * matrix:.3g}, "

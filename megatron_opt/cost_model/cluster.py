@@ -13,6 +13,7 @@ import yaml
 from megatron_opt.errors import UserError
 
 CLASSES = ("gemm", "small_gemm", "qr", "eigh", "solve", "attention")
+COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")
 LAYER = "layer"  # products of the model's layers; where a file has no such rates, those of `gemm`
 Curve = tuple[tuple[float, float], ...]  # (size, FLOP/s), rising sizes
 
@@ -61,6 +62,7 @@ class Cluster:
     overlap: float = 1.0  # share of a transfer that can run under computation
     shared_cores: int = 0  # CPU: ranks beyond this number of cores take turns
     together: tuple[float, float] = (1.0, 1.0)  # share of products' and passes' rates when all cores work at once
+    collectives: Mapping[str, float] = field(default_factory=dict)  # share of the links' bandwidth by kind; else 1
     overheads: Overheads = field(default_factory=Overheads)
     sources: tuple[str, ...] = ()
 
@@ -98,15 +100,17 @@ class Cluster:
         link = self.network if ranks > inside else self.node
         return max(near / self.node.bandwidth, far / self.network.bandwidth) + link.latency * (1 + ranks / 32)
 
-    def ring(self, bytes_sent: float, ranks: int, stride: int = 1) -> float:
+    def ring(self, bytes_sent: float, ranks: int, stride: int = 1, kind: str = "") -> float:
         """Seconds of a ring collective in which each rank sends `bytes_sent` in all: its slowest link binds.
 
+        `kind` is one of COLLECTIVES, or "" for messages between two ranks.
         Where `inside` ranks share a node, NCCL runs that many rings, so that the network carries 1/inside of each.
         """
         if ranks <= 1 or bytes_sent <= 0:
             return 0.0
         inside = min(max(1, self.gpus_per_node // stride), ranks)
         hops = math.ceil(math.log2(ranks))
+        bytes_sent /= self.collectives.get(kind, 1.0)
         if ranks <= inside:
             return bytes_sent / self.node.bandwidth + hops * self.node.latency
         through_network = bytes_sent / (self.network.bandwidth * inside)
@@ -190,7 +194,7 @@ class _Reader:
 
     def cluster(self, content: Mapping[str, Any]) -> Cluster:
         known = {"name", "title", "sources", "device", "rates", "node", "network", "efficiency", "overheads", "devices"}
-        known.add("rule_overheads")
+        known |= {"rule_overheads", "collectives"}
         if unknown := sorted(set(content) - known):
             raise UserError(f"{self.path} has no section {unknown[0]!r}; it has {', '.join(sorted(known))}.")
         device, node, network = (self.section(content, key) for key in ("device", "node", "network"))
@@ -205,6 +209,9 @@ class _Reader:
         overheads = self.section(content, "overheads", optional=True)
         by_rule = self.section(content, "rule_overheads", optional=True)
         crowd = self.section(device, "together", optional=True)
+        kinds = self.section(content, "collectives", optional=True)
+        if unknown := sorted(set(kinds) - set(COLLECTIVES)):
+            raise UserError(f"{self.path}: there is no collective {unknown[0]!r}; there are {', '.join(COLLECTIVES)}.")
         share = lambda key: min(1.0, self.number(efficiency, key, 1.0))  # noqa: E731
         peak = {dtype: self.number(device["peak"], dtype) for dtype in self.section(device, "peak")}
         return Cluster(
@@ -226,6 +233,7 @@ class _Reader:
             overlap=min(1.0, self.number(efficiency, "overlap", 1.0, zero=True)),
             shared_cores=int(self.number(device, "shared_cores", 0, zero=True)),
             together=(min(1.0, self.number(crowd, "compute", 1.0)), min(1.0, self.number(crowd, "memory", 1.0))),
+            collectives={kind: self.number(kinds, kind) for kind in kinds},
             overheads=Overheads(
                 **{
                     key: self.number(overheads, key, 0.0, zero=True)

@@ -37,7 +37,7 @@ def traffic(model: Model, layout: Layout, cluster: Cluster, forward_backward: fl
     overlap = cluster.overlap
     if t > 1:  # two all-reduces forward, two backward (or as many reduce-scatter and all-gather pairs)
         volume = 2 * (t - 1) / t * activation
-        each = cluster.ring(volume, t) * crowd
+        each = cluster.ring(volume, t, kind="all_reduce") * crowd
         hidden = 0.6 * overlap if layout.overlap_tp else 0.0
         total = 4 * layers * count
         found.add("tensor", each * total, volume * total, each * total * hidden)
@@ -83,11 +83,12 @@ def _data(
             continue
         ways = 1 if layout.distributed else 2
         reduced = ways * (size - 1) / size * numel * grad
-        seconds = cluster.ring(reduced, size, stride=layout.tp) * crowd
+        how = "reduce_scatter" if layout.distributed else "all_reduce"
+        seconds = cluster.ring(reduced, size, stride=layout.tp, kind=how) * crowd
         hidden = 2 / 3 * microbatch * cluster.overlap if layout.overlap_grad_reduce else 0.0
         found.add(f"{kind} gradients", seconds, reduced, hidden)
         if layout.distributed:
             gathered = (size - 1) / size * numel * layout.parameter_bytes
-            seconds = cluster.ring(gathered, size, stride=layout.tp) * crowd
+            seconds = cluster.ring(gathered, size, stride=layout.tp, kind="all_gather") * crowd
             hidden = 1 / 3 * microbatch * cluster.overlap if layout.overlap_param_gather else 0.0
             found.add(f"{kind} parameters", seconds, gathered, hidden)

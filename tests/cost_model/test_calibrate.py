@@ -18,8 +18,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "SMALL_SIZES", (16, 32))
     monkeypatch.setattr(calibrate, "FACTOR_SIZES", (16, 32))
     monkeypatch.setattr(calibrate, "PASS_SIZES", (1 << 10, 1 << 14))
+    monkeypatch.setattr(calibrate, "COLD_BYTES", 1 << 20)
     monkeypatch.setattr(calibrate, "together", lambda ranks: (0.8, 0.5))
-    monkeypatch.setattr(calibrate, "link", lambda ranks: (1e9, 1e-4))
+    monkeypatch.setattr(calibrate, "link", lambda ranks: (1e9, 1e-4, {"all_gather": 0.5}))
 
 
 def test_measured_file_reads_back_and_predicts(quick: None, tmp_path: Path) -> None:
@@ -31,6 +32,8 @@ def test_measured_file_reads_back_and_predicts(quick: None, tmp_path: Path) -> N
     assert set(found.rates) == {*cluster.CLASSES, cluster.LAYER} and "calibrate" in found.sources[0]
     assert [rate > 0 for _, rate in found.passes] == [True, True] and set(found.overheads.by_rule) >= {"muon", "soap"}
     assert all(rate > 1e5 for by in found.rates.values() for curve in by.values() for _, rate in curve)
+    assert found.ring(1e6, 2, kind="all_gather") == pytest.approx(2e6 / 1e9 + 1e-4)
+    assert found.ring(1e6, 2, kind="all_reduce") == pytest.approx(1e6 / 1e9 + 1e-4)
     step = predict(parse("--preset demo --optimizer soap".split())[0], found, 1)
     assert step.seconds > 0 and step.optimizer.host > 0
 
@@ -53,8 +56,9 @@ def test_ranks_beyond_the_cores_take_turns(quick: None, tmp_path: Path) -> None:
 
 
 def test_a_link_between_processes_is_measured() -> None:
-    bandwidth, latency = calibrate.link(2)
+    bandwidth, latency, shares = calibrate.link(2)
     assert 1e6 < bandwidth < 1e12 and 0 < latency < 5
+    assert set(shares) == set(cluster.COLLECTIVES) and all(0.001 < share < 1000 for share in shares.values())
 
 
 def test_ranks_that_work_at_once_take_from_one_another() -> None:
