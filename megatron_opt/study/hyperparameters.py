@@ -16,6 +16,7 @@ FLAGS = {
     "beta1": "adam-beta1",
     "beta2": "adam-beta2",
     "eps": "adam-eps",
+    "init_method_std": "init-method-std",
 }
 """hyperparameter → Megatron flag, for every optimizer that OPTIMIZER_FLAGS does not name"""
 
