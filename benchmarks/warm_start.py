@@ -29,7 +29,7 @@ MODEL = (
 ).split()
 ADAMW = "--optimizer adamw --lr 8e-3 --adamw-beta2 0.98"
 RULES = {
-    "muon": ("--optimizer muon --muon-momentum 0.95 --scalar-lr-ratio 1", 1.6e-2),
+    "muon": ("--optimizer muon --muon-momentum 0.95", 1.6e-2),
     "soap": ("--optimizer soap --soap-beta2 0.98 --soap-block-size 256 --soap-max-precond-dim 256", 1.6e-2),
 }
 SHARE, WINDOW = 0.6, 10
