@@ -322,7 +322,7 @@ class ShardedOptimizer(MegatronOptimizer):
     def sharded_state_dict(
         self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        return sharded_state(self, is_loading)
+        return sharded_state(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         load_state(self, state_dict)

@@ -1,15 +1,15 @@
-"""Optimizer state in checkpoints: by logical matrix and whole-matrix rows, so that any layout loads any other.
+"""Optimizer state in checkpoints: by logical matrix and whole-matrix coordinates, so that any layout loads any other.
 
-Tensors with a matrix's rows (fp32 main copies, element-wise state, momentum) are cut into row chunks on a grid that
-depends on the matrix alone; each chunk travels to one rank, which saves it under the matrix's global name. Stacks of
-square blocks (factors, bases) are tall matrices to this end; what is left (flags, norms) is saved as it is. Loading is
-the same way back. 8-bit state is saved as the fp32 values that its codes stand for, which give the same codes again.
+Tensors with a matrix's rows (fp32 main copies, element-wise state, momentum) are saved as they lie: each rank names the
+rectangles of the whole matrix that it holds, and reads those that it wants. Stacks of square blocks (factors, bases) are
+tall matrices to this end; what is left (flags, norms) is saved whole. 8-bit state is saved as the fp32 values that its
+codes stand for, which give the same codes again.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,16 +18,13 @@ from torch import Tensor
 from megatron_opt.distributed import packed_state
 from megatron_opt.distributed.domain import Domain, gather_objects, shape2d
 from megatron_opt.distributed.elementwise import ElementwiseStep
-from megatron_opt.distributed.exchange import Holdings, Part, Route, find_routes
 from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers.base import MatrixInfo
 from megatron_opt.optimizers.groups import Group
 
-FORMAT = "megatron_opt.1"
-CHUNK = 1 << 24  # elements
-Kind = tuple[str, str]  # state key, dtype
+FORMAT = "megatron_opt.2"
 _PADDED = ("embedding", "output")  # their rows depend on how the vocabulary is padded
 
 
@@ -49,56 +46,29 @@ class Keeper(Protocol):
 
 
 @dataclass
-class Held:
-    """What this rank holds of one kind: rectangles and their flat tensors, and the whole shape by matrix."""
-
-    rects: list[Rect] = field(default_factory=list)
-    tensors: list[Tensor] = field(default_factory=list)
-    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    codes: list[packed_state.Codes | None] = field(default_factory=list)
-
-    def add(
-        self, rect: Rect, tensor: Tensor, shape: tuple[int, int], codes: packed_state.Codes | None = None
-    ) -> None:
-        self.rects.append(Rect(*rect.place, 0))
-        self.tensors.append(tensor.detach().view(-1))
-        self.shapes[rect.matrix] = shape
-        self.codes.append(codes)
-
-
-@dataclass
-class Laid:
-    """One kind of state over a domain, and the chunks of it that this rank saves or loads."""
+class Piece:
+    """What one entry of a checkpoint holds of this rank's state."""
 
     key: str
-    dtype: torch.dtype
-    held: Held
-    parts: dict[tuple[str, int], Part]
-    route: Route
+    matrix: str
+    tensor: Tensor  # in the shape in which it is saved; it shares the state's memory, but for 8-bit state
+    rect: Rect | None = None  # its place in the whole
+    shape: tuple[int, int] = (0, 0)  # of the whole; both None and (0, 0) where the tensor is the whole
+    codes: packed_state.Codes | None = None
+    replica: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its name on this rank."""
+        place = "" if self.rect is None else f".{self.rect.row0}.{self.rect.col0}"
+        return f"{self.key}.{self.matrix}{place}"
 
 
-@dataclass
-class Stored:
-    """Everything that one domain keeps between steps, and the chunks on their way to or from a checkpoint."""
-
-    laid: list[Laid]
-    whole: dict[tuple[str, str], tuple[Tensor, int]]  # by state key and matrix; which replica
-    slabs: list[dict[tuple[str, int], Tensor]] = field(default_factory=list)
-
-
-def _chunks(shapes: dict[str, tuple[int, int]], ranks: int) -> list[Part]:
-    """The grid: rows of every matrix in chunks, each to the rank with the fewest elements so far."""
-    load = [0] * ranks
-    parts = []
-    for name in sorted(shapes):
-        rows, cols = shapes[name]
-        height = max(1, CHUNK // cols)
-        for index, start in enumerate(range(0, rows, height)):
-            stop = min(rows, start + height)
-            rank = load.index(min(load))
-            load[rank] += (stop - start) * cols
-            parts.append(Part(name, index, rank, 0, start, stop, (rows, cols)))
-    return parts
+def _placed(
+    key: str, rect: Rect, flat: Tensor, shape: tuple[int, int], codes: packed_state.Codes | None = None
+) -> Piece:
+    tensor = flat.detach().view(rect.row1 - rect.row0, rect.col1 - rect.col0)
+    return Piece(key, rect.matrix, tensor, rect, shape, codes)
 
 
 def whole_places(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int, int] | None, Rect | None, int]]:
@@ -148,54 +118,53 @@ def _stack(
             start = at
 
 
-def _matrix_kinds(step: MatrixStep, held: dict[Kind, Held]) -> dict[tuple[str, str], tuple[Tensor, int]]:
-    """Add a matrix step's state that has a place to `held`; return what is saved whole, and which replica it is."""
-    whole: dict[tuple[str, str], tuple[Tensor, int]] = {}
-    for key, name, tensor, shape, rect, index in whole_places(step):
-        if rect is None or shape is None:
-            whole[key, name] = tensor, index
-        else:
-            _of(held, key, tensor).add(rect, tensor, shape)
-    return whole
-
-
-def _of(held: dict[Kind, Held], key: str, tensor: Tensor) -> Held:
-    return held.setdefault((key, str(tensor.dtype).removeprefix("torch.")), Held())
-
-
-def collect(optimizer: Keeper, index: int) -> Stored:
-    """Everything that domain `index` keeps; every rank of it gets the same kinds in the same order."""
+def collect(optimizer: Keeper, index: int) -> list[Piece]:
+    """Everything that this rank keeps of domain `index`; collective, to number what several ranks hold alike."""
     domain = optimizer.domains[index]
-    held: dict[Kind, Held] = {}
+    found = []
     for fragment in domain.fragments:
         if fragment.view.param.dtype != torch.float32:
             for rect in fragment.rects:
                 flat = fragment.main[rect.offset : rect.offset + rect.numel]
-                _of(held, "fp32_param", flat).add(rect, flat, shape2d(domain.infos[rect.matrix]))
-    for pieces in optimizer.element_steps[index].slices.values():
-        for piece in pieces:
-            rect, shape = piece.rect, shape2d(domain.infos[piece.matrix])
-            for key, tensor in piece.state.items():
-                if codes := packed_state.find(piece.state, key):
-                    values = codes.decode()
-                    _of(held, key, values).add(rect, values, shape, codes)
-                elif not packed_state.is_scale(piece.state, key):
-                    _of(held, key, tensor).add(rect, tensor, shape)
-    whole = _matrix_kinds(optimizer.matrix_steps[index], held)
-    everyone = gather_objects({kind: (h.rects, h.shapes) for kind, h in held.items()}, domain.group, domain.size)
-    laid = []
-    for kind in sorted({kind for ranks in everyone for kind in ranks}):
-        shapes: dict[str, tuple[int, int]] = {}
-        holdings: list[Holdings] = []
-        for ranks in everyone:
-            rects, known = ranks.get(kind, ([], {}))
-            shapes.update(known)
-            holdings.append(list(enumerate(rects)))
-        parts = _chunks(shapes, domain.size)
-        route = find_routes(holdings, parts, domain.rank, [sorted(shapes)])[0]
-        mine = {part.key: part for part in parts if part.rank == domain.rank}
-        laid.append(Laid(kind[0], getattr(torch, kind[1]), held.get(kind, Held()), mine, route))
-    return Stored(laid, whole)
+                found.append(_placed("fp32_param", rect, flat, shape2d(domain.infos[rect.matrix])))
+    for slices in optimizer.element_steps[index].slices.values():
+        for part in slices:
+            shape = shape2d(domain.infos[part.matrix])
+            for key, tensor in part.state.items():
+                if codes := packed_state.find(part.state, key):
+                    found.append(_placed(key, part.rect, codes.decode(), shape, codes))
+                elif not packed_state.is_scale(part.state, key):
+                    found.append(_placed(key, part.rect, tensor, shape))
+    for key, name, tensor, whole, place, number in whole_places(optimizer.matrix_steps[index]):
+        if place is None or whole is None:
+            found.append(Piece(key, name, tensor.detach(), replica=number))
+        else:
+            found.append(_placed(key, place, tensor, whole))
+    places = [None if piece.rect is None else (piece.key, *piece.rect.place) for piece in found]
+    holders: dict[Any, int] = {}
+    for rank, theirs in enumerate(gather_objects(places, domain.group, domain.size)):
+        for number, held in enumerate(theirs):
+            if held is not None:
+                if rank == domain.rank:
+                    found[number].replica = holders.get(held, 0)
+                holders[held] = holders.get(held, 0) + 1
+    for piece in found:  # the two stages of a tied embedding keep equal state: the second is a replica
+        piece.replica += 0 if bool(domain.counted[domain.order[piece.matrix]]) else domain.size
+    return found
+
+
+def live_tensors(optimizer: Keeper) -> Iterator[Tensor]:
+    """All that the optimizer keeps between steps, where it lies."""
+    for domain in optimizer.domains:
+        for fragment in domain.fragments:
+            yield fragment.main
+    for element in optimizer.element_steps:
+        for pieces in element.slices.values():
+            for piece in pieces:
+                yield from piece.state.values()
+    for step in optimizer.matrix_steps:
+        for state in (*step.states.values(), *step.shared.values()):
+            yield from state.values()
 
 
 def contents(optimizer: Keeper) -> str:
@@ -217,44 +186,34 @@ def common_state(optimizer: Keeper) -> dict[str, Any]:
     }
 
 
-def sharded_state(optimizer: Keeper, is_loading: bool = False) -> dict[str, Any]:
-    """Megatron's sharded state dict; on loading, its tensors are room for the saved ones."""
+def sharded_state(optimizer: Keeper) -> dict[str, Any]:
+    """Megatron's sharded state dict, to save from and to load into."""
     optimizer.ensure_states()
-    tensors: dict[str, Any] = {}
-    optimizer.stored = []
-    for index, domain in enumerate(optimizer.domains):
-        stored = collect(optimizer, index)
-        optimizer.stored.append(stored)
-        for kind in stored.laid:
-            slabs = {
-                key: torch.empty(part.slab_shape, dtype=kind.dtype, device=optimizer.device)
-                for key, part in kind.parts.items()
-            }
-            stored.slabs.append(slabs)
-            if not is_loading:
-                domain.exchange.gather(
-                    kind.route, kind.held.tensors, slabs, "state to checkpoint", kind.dtype
-                ).finish()
-            for (name, number), slab in slabs.items():
-                tensors[f"{kind.key}.{name}.{number}"] = _sharded(kind.key, name, number, slab, domain)
-        for (key, name), (tensor, replica) in stored.whole.items():
-            # an asynchronous save must not see the next step's changes
-            room = tensor if is_loading or tensor.is_cuda else tensor.clone()
-            tensors[f"{key}.{name}"] = _sharded(key, name, None, room, domain, replica)
+    optimizer.stored = [collect(optimizer, index) for index in range(len(optimizer.domains))]
+    tensors = {
+        piece.name: _sharded(piece, domain)
+        for domain, pieces in zip(optimizer.domains, optimizer.stored, strict=True)
+        for piece in pieces
+    }
     return {**common_state(optimizer), "tensors": tensors}
 
 
-def _sharded(
-    key: str, matrix: str, number: int | None, tensor: Tensor, domain: Domain, replica: int = 0
-) -> Any:
+def _sharded(piece: Piece, domain: Domain) -> Any:
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    entry = f"optimizer.state.{key}.{matrix}" + ("" if number is None else f".{number}")
-    # the two stages of a tied embedding keep equal state: the second is a replica
-    replica += 0 if bool(domain.counted[domain.order[matrix]]) else domain.size
-    padded = domain.infos[matrix].kind in _PADDED and number is not None
-    return ShardedTensor.from_rank_offsets(
-        entry, tensor.detach(), replica_id=replica, allow_shape_mismatch=padded
+    entry = f"optimizer.state.{piece.key}.{piece.matrix}"
+    if piece.rect is None:
+        return ShardedTensor.from_rank_offsets(entry, piece.tensor, replica_id=piece.replica)
+    return ShardedTensor(
+        entry,
+        piece.tensor,
+        piece.tensor.dtype,
+        tuple(piece.tensor.shape),
+        piece.shape,
+        (piece.rect.row0, piece.rect.col0),
+        axis_fragmentations=None,  # no regular grid
+        replica_id=piece.replica,
+        allow_shape_mismatch=domain.infos[piece.matrix].kind in _PADDED,
     )
 
 
@@ -265,18 +224,10 @@ def load_state(optimizer: Keeper, state: dict[str, Any]) -> None:
             "the checkpoint's optimizer state was not written by this optimizer; load the model alone by --no-load-optim."
         )
     optimizer.step_number = int(state["step"])
-    tensors = state["tensors"]
-    for domain, stored in zip(optimizer.domains, optimizer.stored, strict=True):
-        for kind in stored.laid:
-            slabs = {key: tensors[f"{kind.key}.{key[0]}.{key[1]}"] for key in kind.parts}
-            domain.exchange.scatter(
-                kind.route, slabs, kind.held.tensors, "state from checkpoint", kind.dtype
-            ).finish()
-            for values, codes in zip(kind.held.tensors, kind.held.codes, strict=True):
-                if codes is not None:
-                    codes.encode(values)
-        for (key, name), (tensor, _) in stored.whole.items():
-            tensor.copy_(tensors[f"{key}.{name}"])
+    for piece in (piece for pieces in optimizer.stored for piece in pieces):
+        piece.tensor.copy_(state["tensors"][piece.name])
+        if piece.codes is not None:
+            piece.codes.encode(piece.tensor.view(-1))
     optimizer.stored = []
     for fragment in optimizer.fragments():
         fragment.publish()

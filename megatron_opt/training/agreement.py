@@ -21,11 +21,16 @@ def agree(value: Any) -> Any:
 
 def anywhere(here: bool) -> bool:
     """Whether it is so on any rank."""
+    return each_anywhere(here)[0]
+
+
+def each_anywhere(*here: bool) -> list[bool]:
+    """Which of these are so on any rank."""
     import torch
 
-    flag = torch.tensor([int(here)], device=torch.cuda.current_device())
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return bool(flag.item())
+    flags = torch.tensor([int(one) for one in here], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
 
 
 def first_error(error: str | None) -> str | None:

@@ -1,30 +1,36 @@
 """The writer of background saves: a process of each rank, forked before training, that shares one buffer with it.
 
     rank      tensors → buffer (a thread, during the next forward pass); then a message by socket
-    writer    buffer → files, fsync, SHA-256; rank 0's also publishes, prunes and deletes; then an answer by socket
+    writer    buffer → files, fsync, SHA-256, what is where; then an answer by socket
+              rank 0's waits for the others' files, publishes, prunes, deletes, and answers once more
 
 Megatron's own worker gets tensors by pickle, imports everything once more, and needs a GPU.
 """
 
 import contextlib
 import io
+import json
 import math
 import mmap
 import os
 import pickle
+import select
 import socket
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_opt.files import write_atomic
 from megatron_opt.training import folders, signals
 
 _ALIGNED = 64
+_RESULTS = ".results-"  # of a rank: what it has written, and where
+_LOOK = 0.02  # seconds
 _HEADER = struct.Struct("<Q")
 _DIED = "the process that writes checkpoints has died"
 
@@ -46,8 +52,8 @@ class Publication:
 
     save: Path
     iteration: int
+    ranks: int
     metadata: Any  # None: as the last time
-    results: list[bytes]  # of every rank's writer
     config: Any  # Megatron's note on the format
     keep_last: int
     keep_every: int
@@ -74,17 +80,17 @@ class Writer:
         self._views: list[Any] = []
         self._metadata: Any = None
         self._writing = self._publishing = 0
-        self._written: deque[bytes | str] = deque()
+        self._written: deque[str | None] = deque()
         self._published: deque[dict[str, Any] | str] = deque()
 
     # Saves
 
     def save(self, folder: Path, rank: int, plan: Items, strings: Sequence[Any], tensors: Sequence[Any],
-             still: Sequence[bool], first: Sequence[Callable[[], Any]] = ()) -> None:
+             still: Sequence[bool]) -> None:
         """Hand a save over: tensors that keep `still` until `settle` are copied meanwhile, others (and a GPU's) at once.
 
-        `strings` and `tensors` are in the order of the plan's items; the same plan object is sent once. `first` is done
-        before, by the copying thread. An earlier save is waited for.
+        `strings` and `tensors` are in the order of the plan's items; the same plan object is sent once. An earlier save
+        is waited for.
         """
         while self.busy():
             self._receive(block=True)
@@ -97,7 +103,7 @@ class Writer:
         self._writing += 1
         views = [view for view, wait in zip(self._views, later, strict=True) if wait]
         waiting = [tensor for tensor, wait in zip(tensors, later, strict=True) if wait]
-        self._copy = self._thread.submit(self._deliver, first, views, waiting, ("save", folder, rank, strings))
+        self._copy = self._thread.submit(self._deliver, views, waiting, ("save", folder, rank, strings))
 
     def _lay(self, plan: Items, tensors: Sequence[Any]) -> None:
         offset, slots, values = 0, [], iter(tensors)
@@ -121,11 +127,9 @@ class Writer:
         self._send(pickle.dumps(("plan", plan, slots)))
         self._plan = plan
 
-    def _deliver(self, first: Sequence[Callable[[], Any]], views: list[Any], tensors: list[Any], message: Any) -> None:
+    def _deliver(self, views: list[Any], tensors: list[Any], message: Any) -> None:
         import torch
 
-        for fill in first:
-            fill()
         if views:
             with torch.no_grad():
                 torch._foreach_copy_(views, tensors)
@@ -152,19 +156,23 @@ class Writer:
         while self._writing:
             self._receive(block=True)
 
-    def written(self) -> tuple[str | None, bytes]:
-        """(what went wrong, results) of the oldest save whose answer has not been asked for."""
-        answer = self._written.popleft()
-        return (answer, b"") if isinstance(answer, str) else (None, answer)
+    def written(self) -> str | None:
+        """What went wrong with the oldest save whose answer has not been asked for."""
+        return self._written.popleft()
 
     # Publishing
 
     def publish(self, what: Publication) -> None:
-        """Rank 0: write the small files and make the checkpoint visible."""
+        """Rank 0: once every rank has written, write the small files and make the checkpoint visible."""
         metadata = None if what.metadata is self._metadata else what.metadata
         self._metadata = what.metadata
         self._publishing += 1
-        self._send(pickle.dumps(("publish", Publication(**{**vars(what), "metadata": metadata}))))
+        message = pickle.dumps(("publish", Publication(**{**vars(what), "metadata": metadata})))
+        self._thread.submit(self._send, message)  # after the save itself
+
+    def cancel(self) -> None:
+        """Rank 0: publish nothing; another rank cannot write."""
+        self._thread.submit(self._send, pickle.dumps(("cancel",)))
 
     def published(self, block: bool) -> dict[str, Any] | str | None:
         """{"bytes", "pruned"} of the published checkpoint, what went wrong, or None as long as it is under way."""
@@ -249,15 +257,18 @@ def _serve(connection: socket.socket, nice: int) -> None:
             kind, *rest = pickle.loads(_exactly(connection, _HEADER.unpack(header)[0]))
         except (EOFError, OSError):
             return
+        if kind == "cancel":  # it has ended the waiting for the others already
+            continue
         if kind == "plan":
             plan, slots = rest
             continue
-        answer: Any
+        answer: Any = None
         try:
             if kind == "save":
-                answer = _write(plan, slots, buffer, *rest)
+                _write(plan, slots, buffer, *rest)
             else:
                 metadata = rest[0].metadata or metadata
+                _wait_for_all(rest[0], connection)
                 answer = _publish(rest[0], metadata)
         except OSError as error:
             answer = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
@@ -268,8 +279,8 @@ def _serve(connection: socket.socket, nice: int) -> None:
             folders.sweep(rest[0].save)
 
 
-def _write(plan: Items, slots: Any, buffer: Any, folder: Path, rank: int, strings: Sequence[bytes]) -> bytes:
-    """Write this rank's files in Megatron's format; its results, pickled, are rank 0's to read."""
+def _write(plan: Items, slots: Any, buffer: Any, folder: Path, rank: int, strings: Sequence[bytes]) -> None:
+    """Write this rank's files in Megatron's format; then what is in them, for rank 0's writer."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 
@@ -291,7 +302,33 @@ def _write(plan: Items, slots: Any, buffer: Any, folder: Path, rank: int, string
     with ThreadPoolExecutor(max(len(buckets), 1)) as pool:  # --dist-ckpt-workers files
         results = [result for found in pool.map(write, range(len(buckets))) for result in found]
     folders.sum_files(folder, rank)
-    return pickle.dumps(results)
+    rows = [
+        (one.index.fqn, one.index.offset and [*one.index.offset], one.index.index, one.size_in_bytes,
+         one.storage_data.relative_path, one.storage_data.offset, one.storage_data.length)
+        for one in results
+    ]  # fmt: skip
+    write_atomic(folder / f"{_RESULTS}{rank}", json.dumps(rows))
+
+
+def _read_results(path: Path) -> list[Any]:
+    """What `_write` says that it has written, as torch wants it."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+    from torch.distributed.checkpoint.storage import WriteResult
+
+    return [
+        WriteResult(MetadataIndex(name, offset, number), size, _StorageInfo(*place))
+        for name, offset, number, size, *place in json.loads(path.read_text())
+    ]
+
+
+def _wait_for_all(what: Publication, connection: socket.socket) -> None:
+    """Until the files of all ranks are there; a message meanwhile says that one will not come."""
+    folder = what.save / folders.ASIDE / folders.name_of(what.iteration)
+    wanted = {f"{_RESULTS}{rank}" for rank in range(what.ranks)}
+    while not wanted <= set(os.listdir(folder)):
+        if select.select([connection], [], [], _LOOK)[0]:
+            raise InterruptedError("another rank could not write")
 
 
 def _publish(what: Publication, metadata: Any) -> dict[str, Any]:
@@ -299,8 +336,10 @@ def _publish(what: Publication, metadata: Any) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     folder = what.save / folders.ASIDE / folders.name_of(what.iteration)
-    results = [pickle.loads(one) for one in what.results if one]
-    FileSystemWriterAsync(folder).finish(metadata, results)
+    parts = [folder / f"{_RESULTS}{rank}" for rank in range(what.ranks)]
+    FileSystemWriterAsync(folder).finish(metadata, [_read_results(part) for part in parts])
+    for part in parts:
+        part.unlink()
     save_config(what.config, str(folder))
     size = folders.publish(what.save, what.iteration)
     return {"bytes": size, "pruned": folders.prune(what.save, what.keep_last, what.keep_every)}

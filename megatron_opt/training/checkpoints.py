@@ -19,9 +19,10 @@ from typing import Any
 
 from megatron_opt.errors import UserError
 from megatron_opt.training import events, folders, snapshot
-from megatron_opt.training.agreement import agree, anywhere, first_error, rank
-from megatron_opt.training.background import Publication
+from megatron_opt.training.agreement import agree, each_anywhere, first_error, rank
+from megatron_opt.training.background import Writer
 from megatron_opt.training.loading import load_newest_sound
+from megatron_opt.training.under_way import UnderWay
 
 _SPARE = 1.02  # of the last checkpoint's size must be free before the next is begun
 
@@ -30,8 +31,7 @@ _iteration = 0
 _error: str | None = None  # what went wrong on this rank inside Megatron's writer
 _started: dict[int, float] = {}  # when a save began, by iteration
 _announcements: list[Callable[[], None]] = []  # Weights & Biases, told of a checkpoint once it is published
-_config: Any = None  # Megatron's note on the format of a background save, which rank 0's writer writes
-_publishing: list[int] = []  # iterations that rank 0's writer publishes
+_under_way: UnderWay | None = None  # with --async-save
 _stalls: dict[int, float] = {}  # seconds for which a background save has held training up, by iteration
 
 
@@ -70,12 +70,13 @@ def install(args: Any) -> None:
     checkpointing.wandb_utils.on_save_checkpoint_success = _later(
         checkpointing.wandb_utils.on_save_checkpoint_success
     )
-    checkpointing.schedule_async_save = _published_later(checkpointing.schedule_async_save)
     training.save_checkpoint = functools.partial(_save, training.save_checkpoint)
     training.load_checkpoint = functools.partial(load_newest_sound, training.load_checkpoint)
     if args.async_save:
-        snapshot.install(args.async_ckpt_cpu_priority)
-        serialization.save_config = _put_off
+        global _under_way
+        _under_way = UnderWay(Writer(args.async_ckpt_cpu_priority))  # forks: threads and process groups come later
+        snapshot.install(_under_way.writer)
+        checkpointing.schedule_async_save = _begin
     else:  # Megatron's queue is a process of its own, which outlives a killed rank
         filesystem_async._results_queue = queue.SimpleQueue()
         # rank 0 alone writes these two; were it to raise there, the others would wait for it
@@ -125,24 +126,16 @@ def _noted(original: Callable[..., Any]) -> Callable[..., Any]:
     return noted
 
 
-def _put_off(config: Any, *args: Any, **kwargs: Any) -> None:
-    """In place of Megatron's `save_config` in a background save."""
-    global _config
-    _config = config
+def _begin(request: Any) -> None:
+    """In place of Megatron's `schedule_async_save`."""
+    from megatron.training import get_args
 
-
-def _published_later(original: Callable[..., None]) -> Callable[..., None]:
-    """In place of `schedule_async_save`: publish when all ranks have written."""
-
-    @functools.wraps(original)
-    def schedule(request: Any) -> None:
-        from megatron.training import get_args
-
-        if _saving is not None:
-            request.add_finalize_fn(functools.partial(_begin_to_publish, get_args(), Path(_saving), _iteration))
-        original(request)
-
-    return schedule
+    flags = get_args()
+    if not isinstance(request, snapshot.Request):  # something else to be done in the background
+        request.execute_sync()
+        return
+    assert _under_way is not None and _saving is not None
+    _under_way.begin(request, Path(_saving), _iteration, flags.keep_last, flags.keep_every)
 
 
 def _save(original: Callable[..., Any], iteration: int, *args: Any, **kwargs: Any) -> None:
@@ -158,13 +151,15 @@ def _save(original: Callable[..., Any], iteration: int, *args: Any, **kwargs: An
         return
     save = Path(flags.save)
     began = time.monotonic()
-    if flags.async_save:
-        _conclude(flags, blocking=True)
-        snapshot.remember_parameters(args[0])
+    _conclude(flags, blocking=True)
     trouble = _prepare(save, iteration) if rank() == 0 else None
-    if anywhere(trouble is not None):
+    repeatable = _under_way is not None and snapshot.repeatable(args[1])
+    troubled, new = each_anywhere(trouble is not None, not repeatable)
+    if troubled:
         _failed(flags, iteration, agree(trouble))
         return
+    if _under_way is not None:
+        snapshot.prepare(args[0], args[1], repeat=not new)
     _saving, _iteration, _error = flags.save, iteration, None
     _started[iteration] = began
     constant, flags.ckpt_assume_constant_structure = flags.ckpt_assume_constant_structure, flags.async_save
@@ -176,6 +171,7 @@ def _save(original: Callable[..., Any], iteration: int, *args: Any, **kwargs: An
         _error = _short(error)
     finally:
         _saving = None
+        snapshot.done()
         flags.ckpt_assume_constant_structure = constant
         if collecting:
             gc.enable()
@@ -217,41 +213,20 @@ def _publish(flags: Any, save: Path, iteration: int) -> None:
     _tell(flags, iteration, trouble)
 
 
-def _begin_to_publish(flags: Any, save: Path, iteration: int) -> None:
-    """Collective, once all ranks have written: rank 0's writer publishes."""
-    import torch
-
-    trouble, results, metadata = snapshot.outcome()
-    everyone: list[Any] | None = [None] * torch.distributed.get_world_size() if rank() == 0 else None
-    torch.distributed.gather_object((trouble, results), everyone)
-    if everyone:
-        trouble = next((f"rank {index}: {text}" for index, (text, _) in enumerate(everyone) if text), None)
-        if trouble is None:
-            snapshot.publish(Publication(save, iteration, metadata, [one for _, one in everyone], _config,
-                                         flags.keep_last, flags.keep_every))
-    trouble = agree(trouble)
-    if trouble:
-        _tell(flags, iteration, trouble)
-    else:
-        _publishing.append(iteration)
-
-
-def _conclude(flags: Any, blocking: bool) -> None:
-    """Collective: hear from rank 0's writer which checkpoints are published."""
-    import torch
-
-    while _publishing:
-        began = time.monotonic()
-        found = snapshot.published(blocking) if rank() == 0 else None
-        done = torch.tensor([int(found is not None)], device=torch.cuda.current_device())
-        torch.distributed.broadcast(done, src=0)
-        _charge(_publishing[0], time.monotonic() - began)
-        if not done.item():
-            return
-        iteration = _publishing.pop(0)
-        if isinstance(found, dict):
-            _record(iteration, found["bytes"], found["pruned"])
-        _tell(flags, iteration, agree(found if isinstance(found, str) else None))
+def _conclude(flags: Any, blocking: bool, since: float | None = None) -> None:
+    """Collective: hear how the background save ended; the time `since` then is its stall."""
+    ended = _under_way.look(blocking) if _under_way is not None else None
+    if since is not None:
+        for iteration in _stalls:
+            _stalls[iteration] += time.monotonic() - since + snapshot.waited()
+    if ended is None:
+        return
+    if ended.trouble is None:
+        for announce in ended.announcements:
+            announce()
+        if rank() == 0:
+            _record(ended.iteration, ended.size, ended.pruned)
+    _tell(flags, ended.iteration, ended.trouble)
 
 
 def _publish_on_rank_0(flags: Any, save: Path, iteration: int) -> str | None:
@@ -302,15 +277,9 @@ def _finalize(original: Callable[..., None], blocking: bool = False, **kwargs: A
     """Megatron's look at running asynchronous saves, at every step."""
     from megatron.training import get_args
 
-    began, newest = time.monotonic(), max(_stalls, default=-1)
+    began = time.monotonic()
     original(blocking=blocking, **kwargs)
-    _charge(newest, time.monotonic() - began + snapshot.waited())
-    _conclude(get_args(), blocking)
-
-
-def _charge(iteration: int, seconds: float) -> None:
-    if iteration in _stalls:
-        _stalls[iteration] += seconds
+    _conclude(get_args(), blocking, began)
 
 
 def _short(error: BaseException) -> str:

@@ -112,8 +112,11 @@ def _examine(folder: Path, optimizer: Any, options: Any) -> str | None:
         return None
     state = common.get("optimizer")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        who = getattr(saved, "optimizer", None)
-        return f"its optimizer state was written by Megatron's {who or 'optimizer'}" if state else "it has no optimizer state"
+        if not state:
+            return "it has no optimizer state"
+        if isinstance(state, dict) and "format" in state:
+            return f"its optimizer state is in the format {state['format']}, not {FORMAT}"
+        return f"its optimizer state was written by Megatron's {getattr(saved, 'optimizer', None) or 'optimizer'}"
     if state["contents"] != contents(optimizer):
         theirs = "+".join(state["optimizers"])
         ours = "+".join(sorted({group.optimizer for group in optimizer.groups}))

@@ -1,172 +1,34 @@
 """Background saves: what Megatron plans at the first one is reused, and its worker replaced by `background.Writer`.
 
-A later save of the same structure needs no plan: its files hold the same items, taken from the same tensors.
+A later save of the same structure needs no plan: its files hold the same items, taken from the same tensors. Where these
+are the model's and the optimizer's own memory it needs no description of them either, only of the small rest.
 """
 
 import functools
 import io
-import math
 import os
 import queue
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_opt.distributed.state import live_tensors
 from megatron_opt.training import agreement
-from megatron_opt.training.background import Publication, Writer
+from megatron_opt.training.background import Writer
 
 _CONSTANT_PREFIX = "optimizer."  # state that only the optimizer's step changes
 
-_writer: Writer | None = None
-_plan: "_Plan | None" = None
-_metadata: Any = None  # torch's, of the last plan
-_scheduled: deque[Any] = deque()  # the same of each save that is being written
+_plan: "Plan | None" = None
+_repeat = False  # whether the save that is being prepared is the last one again, with new values
 _waits: list[float] = []
-_copies: list[Callable[[], Any]] = []  # of state into the tensors of the save that is being prepared
-_parameters: set[int] = set()  # storages of the model's parameters, changed by the optimizer's step alone
-_seen: dict[Any, tuple[int, Any, tuple[int, ...]]] = {}  # a plan's tensors: address, type, shape by index
-
-
-def install(nice: int) -> None:
-    """Fork the writer, and put it in the place of Megatron's; before threads and process groups are there."""
-    global _writer
-    from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
-    from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, TorchDistSaveShardedStrategy
-    from megatron.training import async_utils as training_async
-    from megatron.training import initialize, training
-
-    from megatron_opt.distributed.exchange import Exchange
-
-    _writer = Writer(nice)
-
-    class Caller(_Caller, async_utils.AsyncCaller):
-        pass
-
-    class Queue(async_utils.AsyncCallsQueue):
-        """Megatron's, which closes its worker at the end of training and starts another for the last save."""
-
-        def _get_async_caller(self) -> Caller:
-            return caller
-
-    caller = Caller()
-    filesystem_async._results_queue = queue.SimpleQueue()  # not used
-    training_async._async_calls_queue = Queue()
-    initialize.init_persistent_async_worker = lambda *args, **kwargs: None
-    TorchDistSaveShardedStrategy.async_save = _planned_once(TorchDistSaveShardedStrategy.async_save)
-    MCoreSavePlanner.resolve_data = _noting(MCoreSavePlanner.resolve_data)
-    Exchange.gather = _put_off(Exchange.gather)  # type: ignore[method-assign]
-    training.get_forward_backward_func = _settled(training.get_forward_backward_func)
-
-
-def remember_parameters(model: Any) -> None:
-    """Before a save: which tensors will keep still until the next update."""
-    _parameters.clear()
-    _parameters.update(p.untyped_storage().data_ptr() for chunk in model for p in chunk.parameters())
-
-
-def _settled(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron's schedules, after which the optimizer may change what is being copied."""
-
-    @functools.wraps(original)
-    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-        schedule = original(*args, **kwargs)
-
-        @functools.wraps(schedule)
-        def run(*positional: Any, **named: Any) -> Any:
-            found = schedule(*positional, **named)
-            assert _writer is not None
-            began = time.monotonic()
-            _writer.settle()
-            _waits.append(time.monotonic() - began)
-            return found
-
-        return run
-
-    return get_forward_backward_func
-
-
-def _put_off(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The exchange's `gather`: where a rank keeps all of a checkpoint's state itself, the copying thread puts it together."""
-    from megatron_opt.distributed.exchange import Trip
-
-    @functools.wraps(original)
-    def gather(self: Any, route: Any, shards: Any, slabs: Any, what: str = "gradients to owners", wire: Any = None) -> Any:
-        whole = what == "state to checkpoint" and self.size == 1 and _plan is not None and _plan.sources is not None
-        if not whole or any(tensor.is_cuda for tensor in shards):
-            return original(self, route, shards, slabs, what, wire)
-        _copies.append(functools.partial(original, self, route, shards, slabs, what, wire))
-        return Trip(None, None, [])
-
-    return gather
-
-
-def waited() -> float:
-    """Seconds that steps have waited for a copy since the last call."""
-    found = sum(_waits)
-    _waits.clear()
-    return found
-
-
-def outcome() -> tuple[str | None, bytes, Any]:
-    """(what went wrong on this rank, its writer's results, torch's metadata) of the oldest save that is written."""
-    assert _writer is not None
-    if not _scheduled:  # nothing to write on this rank
-        return None, b"", None
-    return *_writer.written(), _scheduled.popleft()
-
-
-def publish(what: Publication) -> None:
-    """Rank 0: have its writer make a checkpoint visible."""
-    assert _writer is not None
-    _writer.publish(what)
-
-
-def published(block: bool) -> dict[str, Any] | str | None:
-    """Rank 0: see `Writer.published`."""
-    assert _writer is not None
-    return _writer.published(block)
-
-
-class _Caller:
-    """Megatron's AsyncCaller: it asks at every step whether the writers of all ranks are done."""
-
-    sync_all_async_calls: Callable[[int], bool]
-
-    def schedule_async_call(self, request: Any) -> None:
-        if request.async_fn is None:
-            return
-        if request.async_fn is not _write:  # something else to be done in the background
-            request.async_fn(*request.async_fn_args, **request.async_fn_kwargs)
-            return
-        _write(*request.async_fn_args)
-
-    def is_current_async_call_done(self, blocking: bool = False, no_dist: bool = False) -> bool:
-        assert _writer is not None
-        if blocking:
-            _writer.wait()
-        busy = _writer.busy()
-        return not busy if no_dist else self.sync_all_async_calls(int(busy))
-
-    def close(self, abort: bool = False) -> None:
-        if _writer is not None and not abort:
-            _writer.wait()
-
-    def __del__(self) -> None:
-        """Megatron's base class asks for one."""
-
-
-def _write(folder: Path, rank: int, plan: "_Plan", values: "_Values") -> None:
-    assert _writer is not None
-    _scheduled.append(_metadata)
-    copies = list(_copies)
-    _copies.clear()
-    _writer.save(folder, rank, plan.items, values.strings, values.tensors, values.still, copies)
-
-
-# ---- plans
+_model: list[Any] = []  # the model's parameters and buffers
+_parameters: set[int] = set()  # storages of the parameters, which the optimizer's step alone changes
+_optimizer: Any = None
+_hollow = False  # whether all the model's own objects are empty
+_seen: dict[Any, Any] = {}  # a plan's tensors by index, as Megatron finds them
+_nothing: dict[int, bytes] = {}  # what is saved of n empty objects
 
 
 @dataclass(frozen=True)
@@ -178,18 +40,138 @@ class _Source:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Plan:
+@dataclass
+class Plan:
+    """What this rank writes, file by file, and where it comes from."""
+
     items: list[tuple[str, list[Any], list[Any]]]
     sources: list[_Source] | None  # None: some tensor could not be traced, and the next save is planned anew
     structure: dict[str, list[Any]]
+    metadata: Any  # torch's, on rank 0
+    constants: dict[str, bytes]  # objects as they were when this was planned
+    live: list[Any] | None = None  # the tensors, where all are the model's and the optimizer's own memory
+    still: list[bool] = field(default_factory=list)
+    addresses: list[int] = field(default_factory=list)  # of that memory
 
 
-@dataclass(frozen=True)
-class _Values:
+@dataclass
+class Request:
+    """A save that is ready to be handed to the writer; what Megatron takes for its own request."""
+
+    folder: Path
+    plan: Plan
     strings: list[bytes]
     tensors: list[Any]
     still: list[bool]
+    config: Any  # Megatron's note on the format
+    finalize_fns: list[Callable[[], None]] = field(default_factory=list)  # collective, and done by rank 0's writer
+    announcements: list[Callable[[], None]] = field(default_factory=list)  # once it is published
+
+    def add_finalize_fn(self, function: Callable[[], None]) -> None:
+        """What Megatron wants done once the checkpoint is there."""
+        self.announcements.append(function)
+
+
+def install(writer: Writer) -> None:
+    """Put plans that last in the place of Megatron's; before process groups are there."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, TorchDistSaveShardedStrategy
+    from megatron.training import checkpointing, initialize, training
+
+    filesystem_async._results_queue = queue.SimpleQueue()  # not used
+    initialize.init_persistent_async_worker = lambda *args, **kwargs: None
+    TorchDistSaveShardedStrategy.async_save = _planned_once(TorchDistSaveShardedStrategy.async_save)
+    MCoreSavePlanner.resolve_data = _noting(MCoreSavePlanner.resolve_data)
+    checkpointing.generate_state_dict = _shortened(checkpointing.generate_state_dict)
+    training.get_forward_backward_func = _settled(training.get_forward_backward_func, writer)
+
+
+def repeatable(optimizer: Any) -> bool:
+    """Whether the next save may be the last one again: the same tensors at the same places."""
+    return _plan is not None and _plan.live is not None and _addresses(optimizer) == _plan.addresses
+
+
+def prepare(model: Any, optimizer: Any, repeat: bool) -> None:
+    """Before Megatron's part of a save."""
+    from megatron.core.utils import unwrap_model
+
+    global _repeat, _optimizer, _model
+    _repeat, _optimizer = repeat, optimizer
+    if not repeat:
+        chunks = unwrap_model(list(model))  # Megatron's wrapper has something else called buffers
+        _model = [tensor for chunk in chunks for tensor in (*chunk.parameters(), *chunk.buffers())]
+        _parameters.clear()
+        _parameters.update(p.untyped_storage().data_ptr() for chunk in chunks for p in chunk.parameters())
+
+
+def done() -> None:
+    """After it."""
+    global _repeat
+    _repeat = False
+
+
+def waited() -> float:
+    """Seconds that steps have waited for a copy since the last call."""
+    found = sum(_waits)
+    _waits.clear()
+    return found
+
+
+def _settled(original: Callable[..., Any], writer: Writer) -> Callable[..., Any]:
+    """Megatron's schedules, after which the optimizer may change what is being copied."""
+
+    @functools.wraps(original)
+    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
+        schedule = original(*args, **kwargs)
+
+        @functools.wraps(schedule)
+        def run(*positional: Any, **named: Any) -> Any:
+            found = schedule(*positional, **named)
+            began = time.monotonic()
+            writer.settle()
+            _waits.append(time.monotonic() - began)
+            return found
+
+        return run
+
+    return get_forward_backward_func
+
+
+def _addresses(optimizer: Any) -> list[int]:
+    """Of everything that the model and the optimizer keep."""
+    return [tensor.data_ptr() for tensor in (*_model, *live_tensors(optimizer))]
+
+
+@dataclass
+class _Rest:
+    """An optimizer without its tensors."""
+
+    optimizer: Any
+    is_stub_optimizer: bool = False
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.optimizer.state_dict()
+
+
+def _shortened(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's `generate_state_dict`: without model and tensors where a save repeats the last one."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    @functools.wraps(original)
+    def generate(args: Any, model: Any, optimizer: Any, *rest: Any, **named: Any) -> Any:
+        global _hollow
+        if _repeat:
+            return original(args, [], _Rest(optimizer), *rest, **named)
+        found = original(args, model, optimizer, *rest, **named)
+        models = [value for key, value in found.items() if key.startswith("model")]
+        _hollow = all(entry.data is None for entry in nested_values(models) if isinstance(entry, ShardedObject))
+        return found
+
+    return generate
+
+
+# ---- plans
 
 
 def _noting(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -197,7 +179,7 @@ def _noting(original: Callable[..., Any]) -> Callable[..., Any]:
     def resolve_data(self: Any, item: Any) -> Any:
         found = original(self, item)
         if hasattr(found, "data_ptr"):
-            _seen[item.index] = found.data_ptr(), found.dtype, tuple(found.shape)
+            _seen[item.index] = found.detach()
         return found
 
     return resolve_data
@@ -216,21 +198,23 @@ def _structure(flat: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 def _planned_once(original: Callable[..., Any]) -> Callable[..., Any]:
     """In place of the strategy's `async_save`: the first one plans, later ones fill the same files anew."""
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig
     from megatron.core.dist_checkpointing.strategies import torch as strategies
-    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
     @functools.wraps(original)
-    def async_save(self: Any, state: Any, folder: Path, async_strategy: str = "mcore") -> Any:
-        global _metadata, _plan
+    def async_save(self: Any, state: Any, folder: Path, async_strategy: str = "mcore") -> Request:
+        global _plan
+        config = CheckpointingConfig(self.backend, self.version)
         flat, _, _ = strategies._replace_state_dict_keys_with_sharded_keys(state, self.keep_only_main_replica)
+        if _repeat:
+            assert _plan is not None and _plan.live is not None
+            os.makedirs(folder, exist_ok=True)
+            return Request(Path(folder), _plan, _objects(_plan, flat), _plan.live, _plan.still, config)
         structure = _structure(flat)
-        rank = agreement.rank()
         if _plan is not None and not agreement.anywhere(_plan.sources is None or _plan.structure != structure):
             os.makedirs(folder, exist_ok=True)
-            return AsyncRequest(_write, (Path(folder), rank, _plan, _filled(_plan, flat)), [])
-        for copy in _copies:
-            copy()
-        _copies.clear()
+            tensors, still = _filled(_plan, flat)
+            return Request(Path(folder), _plan, _objects(_plan, flat), tensors, still, config)
         sources = {
             (e.data.data_ptr(), e.data.dtype, e.data.numel()): (key, number)
             for key, entries in flat.items() for number, e in enumerate(entries) if _is_tensor(e)
@@ -242,56 +226,71 @@ def _planned_once(original: Callable[..., Any]) -> Callable[..., Any]:
             original(self, state, folder, async_strategy)
         finally:
             del self._get_save_and_finalize_callbacks
-        writer, (_, _metadata, _), _ = planned
-        _plan, values = _planned(writer.write_buckets or [], sources, structure)
-        if not _plan.items:
-            return AsyncRequest(None, (), [])
-        return AsyncRequest(_write, (Path(folder), rank, _plan, values), [])
+        writer, (_, metadata, _), _ = planned
+        _plan, tensors = _planned(writer.write_buckets or [], sources, structure, metadata)
+        _seen.clear()
+        return Request(Path(folder), _plan, _objects(_plan, flat), tensors, _plan.still, config)
 
     return async_save
 
 
-def _planned(buckets: list[Any], sources: dict[Any, tuple[str, int]], structure: Any) -> tuple[_Plan, _Values]:
-    """Megatron's plan of a save, with each tensor's origin, and what is to be written this time."""
-    items, strings, tensors, still = [], [], [], []
-    traced: list[_Source] | None = []
+def _planned(
+    buckets: list[Any], sources: dict[Any, tuple[str, int]], structure: Any, metadata: Any
+) -> tuple[Plan, list[Any]]:
+    """Megatron's plan of a save, with each tensor's origin, and the tensors to be written this time."""
+    plan = Plan([], [], structure, metadata, {})
+    tensors, found = [], []
     for _, name, (objects, values) in buckets:
-        items.append((name, [item for item, _ in objects], [item for item, _ in values]))
-        strings += [data.getvalue() for _, data in objects]
-        for item, tensor in values:
-            tensors.append(tensor)
-            still.append(_keeps_still(item.index.fqn, tensor))
-            address, kind, shape = _seen.get(item.index, (0, None, ()))
-            source = sources.get((address, kind, math.prod(shape)))
-            if source is None or not address:
-                traced = None
-            elif traced is not None:
-                traced.append(_Source(*source, shape))
-    return _Plan(items, traced, structure), _Values(strings, tensors, still)
+        plan.items.append((name, [item for item, _ in objects], [item for item, _ in values]))
+        plan.constants.update({item.index.fqn: data.getvalue() for item, data in objects})
+        tensors += [tensor for _, tensor in values]
+        found += [_seen.get(item.index) for item, _ in values]
+    names = [item.index.fqn for _, _, items in plan.items for item in items]
+    origins = [
+        None if tensor is None or not tensor.data_ptr()
+        else sources.get((tensor.data_ptr(), tensor.dtype, tensor.numel())) for tensor in found
+    ]  # fmt: skip
+    plan.sources = None if None in origins else [
+        _Source(*origin, tuple(tensor.shape))
+        for origin, tensor in zip(origins, found, strict=True) if origin is not None and tensor is not None
+    ]  # fmt: skip
+    if _hollow and hasattr(_optimizer, "element_steps"):
+        kept = {tensor.untyped_storage().data_ptr() for tensor in (*_model, *live_tensors(_optimizer))}
+        if all(tensor is not None and tensor.untyped_storage().data_ptr() in kept for tensor in found):
+            plan.live, plan.addresses, tensors = found, _addresses(_optimizer), found
+    plan.still = [_keeps_still(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
+    return plan, tensors
 
 
-def _filled(plan: _Plan, flat: dict[str, list[Any]]) -> _Values:
+def _objects(plan: Plan, flat: dict[str, list[Any]]) -> list[bytes]:
+    """What is not a tensor, as Megatron stores it; most are empty extra states."""
     import torch
 
-    strings, tensors, still = [], [], []
-    nothing: dict[int, bytes] = {}  # most objects are empty extra states
-    for _, objects, _ in plan.items:
-        for item in objects:
-            values = [entry.data for entry in flat[item.index.fqn]]
-            empty = len(values) if all(value is None for value in values) else 0
-            if empty not in nothing:
-                stream = io.BytesIO()
-                torch.save(values, stream)
-                strings.append(stream.getvalue())
-                if empty:
-                    nothing[empty] = strings[-1]
-            else:
-                strings.append(nothing[empty])
+    strings = []
+    for item in (item for _, objects, _ in plan.items for item in objects):
+        entries = flat.get(item.index.fqn)
+        if entries is None:  # of the model, in a save that repeats the last one
+            strings.append(plan.constants[item.index.fqn])
+            continue
+        values = [entry.data for entry in entries]
+        empty = len(values) if all(value is None for value in values) else 0
+        if empty not in _nothing:
+            stream = io.BytesIO()
+            torch.save(values, stream)
+            strings.append(stream.getvalue())
+            if empty:
+                _nothing[empty] = strings[-1]
+        else:
+            strings.append(_nothing[empty])
+    return strings
+
+
+def _filled(plan: Plan, flat: dict[str, list[Any]]) -> tuple[list[Any], list[bool]]:
+    tensors, still = [], []
     for source in plan.sources or []:
-        tensor = flat[source.key][source.number].data.detach().view(source.shape)
-        tensors.append(tensor)
-        still.append(_keeps_still(source.key, tensor))
-    return _Values(strings, tensors, still)
+        tensors.append(flat[source.key][source.number].data.detach().view(source.shape))
+        still.append(_keeps_still(source.key, tensors[-1]))
+    return tensors, still
 
 
 def _keeps_still(name: str, tensor: Any) -> bool:

@@ -186,9 +186,7 @@ def test_every_mode_repeats_the_whole(
 @pytest.mark.parametrize("name", RULES)
 def test_state_moves_to_another_way_of_computing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Slices on four ranks, whole matrices on three, slices on five: every tensor by value, the next steps the same."""
-    monkeypatch.setattr(
-        state, "_sharded", lambda key, matrix, number, tensor, domain, replica=0: (tensor, replica)
-    )
+    monkeypatch.setattr(state, "_sharded", lambda piece, domain: piece)
     draw = torch.Generator().manual_seed(4)
     weights = _matrices(draw)
     source = Ranks(monkeypatch, name, 4, "group")
@@ -196,21 +194,25 @@ def test_state_moves_to_another_way_of_computing(monkeypatch: pytest.MonkeyPatch
     for number in (1, 2, 3):
         source.step(_matrices(draw), {}, set(), number)
     for size, mode in ((3, "owner"), (5, "sharded"), (2, "group")):
-        stored: dict[str, Tensor] = {}
+        stored: dict[tuple[str, str], Tensor] = {}
+        covered: dict[tuple[str, str], int] = {}
         for saved in source.run(lambda rank: state.sharded_state(source.optimizer(rank))["tensors"]):  # noqa: B023
-            for key, (tensor, replica) in saved.items():
-                assert key not in stored or replica, f"{key} is saved twice"
-                if not replica:
-                    stored[key] = tensor.clone()
+            for piece in (piece for piece in saved.values() if not piece.replica):
+                entry = piece.key, piece.matrix
+                whole = stored.setdefault(entry, piece.tensor.new_zeros(piece.shape if piece.rect else piece.tensor.shape))
+                _within(whole, piece).copy_(piece.tensor)
+                covered[entry] = covered.get(entry, 0) + piece.tensor.numel()
+        assert covered == {entry: tensor.numel() for entry, tensor in stored.items()}, "saved twice or not at all"
         target = Ranks(monkeypatch, name, size, mode)
         target.begin(weights)
 
-        def load(rank: int) -> set[str]:
+        def load(rank: int) -> set[tuple[str, str]]:
             optimizer = target.optimizer(rank)  # noqa: B023
-            room = state.sharded_state(optimizer, is_loading=True)
-            filled = {key: tensor.copy_(stored[key]) for key, (tensor, _) in room["tensors"].items()}  # noqa: B023
+            room = state.sharded_state(optimizer)
+            filled = {key: _within(stored[p.key, p.matrix], p).clone() for key, p in room["tensors"].items()}  # noqa: B023
+            wanted = {(p.key, p.matrix) for p in room["tensors"].values()}
             state.load_state(optimizer, {**room, "tensors": filled})
-            return set(filled)
+            return wanted
 
         assert set().union(*target.run(load)) == set(stored)
         grads = _matrices(draw)
@@ -221,6 +223,14 @@ def test_state_moves_to_another_way_of_computing(monkeypatch: pytest.MonkeyPatch
         for key, wanted in ahead.items():
             assert float((found[key] - wanted).norm()) <= (0.05 if "bf16" in name else 1e-4) * float(wanted.norm()), key
         source = target
+
+
+def _within(whole: Tensor, piece: state.Piece) -> Tensor:
+    """Where a piece lies in its whole."""
+    if piece.rect is None:
+        return whole
+    _, r0, r1, c0, c1 = piece.rect.place
+    return whole[r0:r1, c0:c1]
 
 
 def _again(patch: pytest.MonkeyPatch, ranks: Ranks) -> Ranks:

@@ -2,14 +2,14 @@
 
 import io
 import os
-import pickle
 import signal
+import time
 
 import pytest
 import torch
 from torch.distributed.checkpoint.planner_helpers import _create_write_item_for_bytesio, _create_write_item_for_tensor
 
-from megatron_opt.training.background import Writer
+from megatron_opt.training.background import Publication, Writer, _read_results
 
 SHAPES = [((5, 3), torch.float32), ((1000, 70), torch.float32), ((), torch.float32), ((0, 4), torch.float32),
           ((33,), torch.bfloat16), ((7,), torch.int64)]  # fmt: skip
@@ -34,9 +34,9 @@ def plan_of(tensors):
     return [("__0_0.distcp", [note], items[:3]), ("__0_1.distcp", [], items[3:])]
 
 
-def read_back(folder, results):
+def read_back(folder):
     found = {}
-    for result in pickle.loads(results):
+    for result in _read_results(folder / ".results-0"):
         where = result.storage_data
         with (folder / where.relative_path).open("rb") as stream:
             stream.seek(where.offset)
@@ -59,9 +59,8 @@ def test_values_are_those_of_the_save_whatever_comes_after(tmp_path, writer):
         for tensor in live[::2]:
             tensor.mul_(3)
         writer.wait()
-        trouble, results = writer.written()
-        assert trouble is None
-        found = read_back(folder, results)
+        assert writer.written() is None
+        found = read_back(folder)
         assert found.pop("note") == b"%02d" % number
         assert len(found) == len(SHAPES)
         for i, tensor in enumerate(expected):
@@ -76,7 +75,8 @@ def test_a_larger_plan_gets_a_larger_buffer(tmp_path, writer):
         tensor = torch.arange(float(size))
         writer.save(folder, 0, [("__0_0.distcp", [], [_create_write_item_for_tensor("t", tensor)])], [], [tensor], [True])
         writer.wait()
-        assert torch.equal(read_back(folder, writer.written()[1])["t"], tensor)
+        assert writer.written() is None
+        assert torch.equal(read_back(folder)["t"], tensor)
 
 
 def test_what_goes_wrong_is_told(tmp_path, writer):
@@ -84,11 +84,10 @@ def test_what_goes_wrong_is_told(tmp_path, writer):
     plan = [("__0_0.distcp", [], [_create_write_item_for_tensor("t", tensor)])]
     writer.save(tmp_path / "nowhere", 0, plan, [], [tensor], [True])
     writer.wait()
-    trouble, _ = writer.written()
-    assert trouble and "No such file" in trouble
+    assert "No such file" in writer.written()
     writer.save(tmp_path, 0, plan, [], [tensor], [True])
     writer.wait()
-    assert writer.written()[0] is None
+    assert writer.written() is None
 
 
 def test_a_dead_writer_is_an_error_not_a_hang(tmp_path):
@@ -99,4 +98,24 @@ def test_a_dead_writer_is_an_error_not_a_hang(tmp_path):
     for _ in range(2):
         writer.save(tmp_path, 0, plan, [], [tensor], [True])
         writer.wait()
-        assert "died" in writer.written()[0]
+        assert "died" in writer.written()
+
+
+def test_nothing_is_published_before_all_ranks_have_written(tmp_path, writer):
+    """Rank 0's writer waits for the files of rank 1, which does not write; told so, it publishes nothing."""
+    folder = tmp_path / ".saving" / "iter_0000005"
+    folder.mkdir(parents=True)
+    tensor = torch.ones(3)
+    plan = [("__0_0.distcp", [], [_create_write_item_for_tensor("t", tensor)])]
+    writer.save(folder, 0, plan, [], [tensor], [True])
+    writer.publish(Publication(tmp_path, 5, 2, None, None, 0, 0))
+    writer.wait()
+    assert writer.written() is None
+    time.sleep(0.2)
+    assert writer.published(block=False) is None
+    writer.cancel()
+    assert "another rank" in writer.published(block=True)
+    assert not (tmp_path / "iter_0000005").exists()
+    writer.save(folder, 0, plan, [], [tensor], [True])  # it goes on after that
+    writer.wait()
+    assert writer.written() is None
