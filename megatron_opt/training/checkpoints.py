@@ -217,8 +217,9 @@ def _conclude(flags: Any, blocking: bool, since: float | None = None) -> None:
     """Collective: hear how the background save ended; the time `since` then is its stall."""
     ended = _under_way.look(blocking) if _under_way is not None else None
     if since is not None:
+        seconds = time.monotonic() - since + snapshot.waited()
         for iteration in _stalls:
-            _stalls[iteration] += time.monotonic() - since + snapshot.waited()
+            _stalls[iteration] += seconds
     if ended is None:
         return
     if ended.trouble is None:
