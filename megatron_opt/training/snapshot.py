@@ -238,6 +238,8 @@ def _planned(
     buckets: list[Any], sources: dict[Any, tuple[str, int]], structure: Any, metadata: Any
 ) -> tuple[Plan, list[Any]]:
     """Megatron's plan of a save, with each tensor's origin, and the tensors to be written this time."""
+    import torch
+
     plan = Plan([], [], structure, metadata, {})
     tensors, found = [], []
     for _, name, (objects, values) in buckets:
@@ -256,7 +258,8 @@ def _planned(
     ]  # fmt: skip
     if _hollow and hasattr(_optimizer, "element_steps"):
         kept = {tensor.untyped_storage().data_ptr() for tensor in (*_model, *live_tensors(_optimizer))}
-        if all(tensor is not None and tensor.untyped_storage().data_ptr() in kept for tensor in found):
+        plain = all(type(tensor) is torch.Tensor for tensor in found)  # quantized parameters are saved as other values
+        if plain and all(tensor.untyped_storage().data_ptr() in kept for tensor in found if tensor is not None):
             plan.live, plan.addresses, tensors = found, _addresses(_optimizer), found
     plan.still = [_keeps_still(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
     return plan, tensors

@@ -16,25 +16,26 @@ pytestmark = pytest.mark.slow
 def network():
     if why := hosts.missing():
         pytest.skip(why)
-    with hosts.Network(2) as made:
+    with hosts.Network(4) as made:
         yield made
 
 
 @pytest.fixture
 def nodes(network, job):
-    """The agents of two hosts with a rank each, not yet started; both write into the first one's folder."""
+    """The agents of some hosts with a rank each, not yet started; all write into the first one's folder."""
 
-    def make(nnodes, *more):
+    def make(nnodes, *more, count=2, last_call=2):
         runs = []
-        for number in (1, 2):
+        for number in range(1, count + 1):
             # the namespaces share a host name, by which torchrun would tell whose the endpoint is
-            conf = f"is_host={number == 1},join_timeout=300,last_call_timeout=2,keep_alive_interval=2"
+            conf = f"is_host={number == 1},join_timeout=300,last_call_timeout={last_call},keep_alive_interval=2"
             launcher = ("--nnodes", nnodes, "--nproc-per-node", "1", "--rdzv-endpoint", f"{network.address(1)}:29400",
                         "--rdzv-conf", conf, "--local-addr", network.address(number), "--max-restarts", "5")  # fmt: skip
             run = job(*more, launcher=launcher, prefix=("ip", "netns", "exec", network.host(number)),
                       env={"GLOO_SOCKET_IFNAME": hosts.INTERFACE})  # fmt: skip
             runs.append(run)
-        runs[1].flags = list(runs[0].flags)  # one output folder, one checkpoint; the log of each host is its own
+        for run in runs[1:]:  # one output folder, one checkpoint; the log of each host is its own
+            run.flags = list(runs[0].flags)
         return runs
 
     return make
@@ -81,6 +82,22 @@ def test_a_lost_host_is_done_without(network, nodes, reference):
     assert first.iteration() == ITERATIONS
     close_to(reference, losses(first.folder))
     seen = consumed(first.folder, resumes(first.folder))
+    assert [sorted(seen[n]) for n in sorted(seen)] == [list(range(8 * n, 8 * n + 8)) for n in range(ITERATIONS)]
+
+
+def test_two_of_four_hosts_are_lost(nodes, reference):
+    """Killed together: the other two go on from the checkpoint, every sample is seen once."""
+    runs = nodes("2:4", "--log-samples", count=4, last_call=20)
+    for run in runs:
+        run.start()
+    runs[0].until(lambda: runs[0].events("save") and runs[0].iteration() >= 7, LIMIT, "a checkpoint")
+    assert runs[0].events("start")[-1]["world_size"] == 4
+    for run in runs[2:]:
+        run.end()
+    assert (runs[0].wait(LIMIT), runs[1].wait(LIMIT)) == (0, 0), runs[0].tail()
+    assert runs[0].events("restart")[-1]["world_size"] == 2
+    close_to(reference, losses(runs[0].folder))
+    seen = consumed(runs[0].folder, resumes(runs[0].folder))
     assert [sorted(seen[n]) for n in sorted(seen)] == [list(range(8 * n, 8 * n + 8)) for n in range(ITERATIONS)]
 
 
