@@ -13,7 +13,8 @@ import torch
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.model import Model, Parameter
 from megatron_opt.distributed import planning
-from megatron_opt.distributed.ownership import Job, Plan, make_buckets, pack
+from megatron_opt.distributed.jobs import Job
+from megatron_opt.distributed.ownership import Plan, make_buckets, pack
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer
 from megatron_opt.optimizers.groups import Group, GroupRule, assign

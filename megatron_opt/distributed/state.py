@@ -18,11 +18,11 @@ from torch import Tensor
 from megatron_opt.distributed import packed_state
 from megatron_opt.distributed.domain import Domain, gather_objects, shape2d
 from megatron_opt.distributed.elementwise import ElementwiseStep
-from megatron_opt.distributed.exchange import Holdings, Part, Route, find_routes
+from megatron_opt.distributed.exchange import Holdings, Route, find_routes
 from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.matrix_step import MatrixStep
+from megatron_opt.distributed.parts import Part
 from megatron_opt.errors import UserError
-from megatron_opt.optimizers.base import MatrixInfo
 from megatron_opt.optimizers.groups import Group
 
 FORMAT = "megatron_opt.1"
@@ -82,7 +82,7 @@ class Stored:
     """Everything that one domain keeps between steps, and the chunks on their way to or from a checkpoint."""
 
     laid: list[Laid]
-    whole: dict[tuple[str, str], tuple[Tensor, int]]  # by state key and matrix; which replica
+    whole: dict[tuple[str, str], tuple[list[Tensor], int]]  # by state key and matrix: equal tensors; which replica
     slabs: list[dict[tuple[str, int], Tensor]] = field(default_factory=list)
 
 
@@ -107,18 +107,17 @@ def whole_places(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int
     Tensors with a matrix's rows have their place in it; stacks of square blocks are the rows of one matrix. Others have
     no shape and no place: they are the same at every part.
     """
-    for (name, index), state in sorted(step.states.items()):
-        part, rule, info = step.placed.parts[name, index], step.rules[name], step.infos[name]
+    for key_of, state in sorted(step.states.items()):
+        (name, index), part, info = key_of, step.mine[key_of], step.infos[key_of[0]]
+        rule, stacks = step.rules[name], _places(step, key_of)
         common = {*rule.flags}
         if rule.split_dim(info) is not None:
             common |= {*rule.init_shared(info, torch.device("meta"))}
-        stacks = rule.stack_places(info, index, step.edges[name]) if name in step.sliced else {}
         r0, r1, c0, c1 = part.bounds
         rows, cols = shape2d(info)
         for key, tensor in sorted(state.items()):
             if tensor.dim() == 3 and tensor.shape[1] == tensor.shape[2]:
-                whole_key, numbers = stacks.get(key, (key, list(range(len(tensor)))))
-                yield from _stack(rule, info, whole_key, numbers, name, tensor, index)
+                yield from _stack(name, key, tensor, stacks, index)
             elif key not in common and tensor.dim() in (1, 2) and tensor.shape[0] == r1 - r0 \
                     and tensor.numel() == (r1 - r0) * (c1 - c0):
                 yield key, name, tensor, (rows, cols), Rect(name, r0, r1, c0, c1), index
@@ -126,34 +125,45 @@ def whole_places(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int
                 yield key, name, tensor, (rows, 1), Rect(name, r0, r1, 0, 1), index
             else:
                 yield key, name, tensor, None, None, index
-    for name, state in sorted(step.shared.items()):
+    for (name, index), state in sorted(step.shared.items()):
+        stacks = _places(step, (name, index))
         for key, tensor in sorted(state.items()):
             if tensor.dim() == 3 and tensor.shape[1] == tensor.shape[2]:
-                yield from _stack(step.rules[name], step.infos[name], key, list(range(len(tensor))), name, tensor, 0)
+                yield from _stack(name, key, tensor, stacks, index)
             else:
-                yield key, name, tensor, None, None, 0
+                yield key, name, tensor, None, None, index
+
+
+Places = dict[str, tuple[str, list[int], int]]  # by key of a stack: its key in the whole, its blocks' numbers, of how many
+
+
+def _places(step: MatrixStep, key: tuple[str, int]) -> Places:
+    """Where the stacks of a part's cell lie in the matrix's; nothing where the cell is the matrix."""
+    cell = step.cells[key]
+    return {} if cell.is_whole else step.rules[key[0]].stack_places(step.infos[key[0]], cell.area)
 
 
 def _stack(
-    rule: Any, info: MatrixInfo, key: str, numbers: list[int], name: str, tensor: Tensor, index: int
+    name: str, key: str, tensor: Tensor, places: Places, index: int
 ) -> Iterator[tuple[str, str, Tensor, tuple[int, int] | None, Rect | None, int]]:
     """Runs of neighbouring blocks of a stack (B, k, k), which is (B·k, k) of the whole matrix's."""
     size, start = tensor.shape[1], 0
-    count = rule.stack_length(info, key, len(tensor))
+    of, numbers, count = places.get(key, (key, list(range(len(tensor))), len(tensor)))
     for at in range(1, len(numbers) + 1):
         if at == len(numbers) or numbers[at] != numbers[at - 1] + 1:
             first = numbers[start]
             rect = Rect(name, first * size, (first + at - start) * size, 0, size)
-            yield key, name, tensor[start:at], (count * size, size), rect, index
+            yield of, name, tensor[start:at], (count * size, size), rect, index
             start = at
 
 
-def _matrix_kinds(step: MatrixStep, held: dict[Kind, Held]) -> dict[tuple[str, str], tuple[Tensor, int]]:
+def _matrix_kinds(step: MatrixStep, held: dict[Kind, Held]) -> dict[tuple[str, str], tuple[list[Tensor], int]]:
     """Add a matrix step's state that has a place to `held`; return what is saved whole, and which replica it is."""
-    whole: dict[tuple[str, str], tuple[Tensor, int]] = {}
+    whole: dict[tuple[str, str], tuple[list[Tensor], int]] = {}
     for key, name, tensor, shape, rect, index in whole_places(step):
         if rect is None or shape is None:
-            whole[key, name] = tensor, index
+            same, replica = whole.get((key, name), ([], index))
+            whole[key, name] = [*same, tensor], replica
         else:
             _of(held, key, tensor).add(rect, tensor, shape)
     return whole
@@ -237,7 +247,7 @@ def sharded_state(optimizer: Keeper, is_loading: bool = False) -> dict[str, Any]
                 ).finish()
             for (name, number), slab in slabs.items():
                 tensors[f"{kind.key}.{name}.{number}"] = _sharded(kind.key, name, number, slab, domain)
-        for (key, name), (tensor, replica) in stored.whole.items():
+        for (key, name), ((tensor, *_), replica) in stored.whole.items():
             # an asynchronous save must not see the next step's changes
             room = tensor if is_loading or tensor.is_cuda else tensor.clone()
             tensors[f"{key}.{name}"] = _sharded(key, name, None, room, domain, replica)
@@ -275,8 +285,9 @@ def load_state(optimizer: Keeper, state: dict[str, Any]) -> None:
             for values, codes in zip(kind.held.tensors, kind.held.codes, strict=True):
                 if codes is not None:
                     codes.encode(values)
-        for (key, name), (tensor, _) in stored.whole.items():
-            tensor.copy_(tensors[f"{key}.{name}"])
+        for (key, name), (several, _) in stored.whole.items():
+            for tensor in several:
+                tensor.copy_(tensors[f"{key}.{name}"])
     optimizer.stored = []
     for fragment in optimizer.fragments():
         fragment.publish()
