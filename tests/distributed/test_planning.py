@@ -42,6 +42,10 @@ MADE = [
         ("moe", c.MOE, c.EP2_DIST, []),
         ("bf16", c.DENSE, c.TP2_DP2_DIST, ["--bf16", "--exchange-dtype", "bf16"]),
     )
+] + [
+    case(c.DENSE, [*rule, "--matrix-mode", mode], c.TP2_DP2_DIST, f"{name}-{mode}", steps=STEPS, hook="plan")
+    for name, rule in (("blocks", c.SOAP_BLOCKS), ("strips", c.SOAP_STRIPS))
+    for mode in ("sharded", "group")
 ]
 
 
