@@ -16,6 +16,7 @@ from megatron_opt.distributed.pouring import pour
 
 MODES = ("auto", "owner", "group", "sharded")
 BALANCED = 1.1  # most loaded rank over the mean, and most state over the mean, up to which `auto` cuts nothing
+_LATE = 1.15  # load over the mean that is not exceeded for more even state
 _WORTH = 1e9  # FLOPs by which the most loaded rank is late, from which a cut pays for its exchanges
 _WORTH_BYTES = 2.0**20  # the same of state
 
@@ -116,8 +117,8 @@ def pack(jobs: Sequence[Job], ranks: int, mode: str = "auto") -> Plan:
     """Place every matrix: whole on one rank, or in cells and slices on several where its rule allows it.
 
     `owner` cuts nothing, `sharded` cuts over all ranks, `group` fills every rank to the mean; `auto` is `owner`, or
-    `group` where a rank would be late or have more state by more than a tenth of the mean. Where neither way gets
-    there, the most even one is taken.
+    `group` where a rank would be late or have more state by more than a tenth of the mean. Where neither gets there,
+    load comes first.
     """
     order = sorted(jobs, key=lambda job: (-job.load, job.matrix))
     plans: list[Plan] = []
@@ -125,7 +126,7 @@ def pack(jobs: Sequence[Job], ranks: int, mode: str = "auto") -> Plan:
         plans.append(_plan(order, ranks, placed))
         if plans[-1].is_balanced():
             return plans[-1]
-    return min(plans, key=lambda plan: max(plan.imbalance(), plan.state_imbalance()))
+    return min(plans, key=lambda plan: (max(plan.imbalance(), _LATE), plan.state_imbalance()))
 
 
 def make_buckets(

@@ -22,7 +22,7 @@ class _Cursor:
         self.weights = [job.weigh(tile) for tile in range(self.places // self.depth)]
         total = sum(w.load * self.depth + w.first_load for w in self.weights)
         self.ratio = sum(w.state * self.depth + w.first_state for w in self.weights) / total
-        grain = 1 << max(0, self.depth.bit_length() - 9)  # slices of whole tiles of memory
+        grain = 1 << max(0, self.depth.bit_length() - 10)  # slices of whole tiles of memory
         self.step = max(1, int(level / _FINE / (total / self.places)) // grain) * grain
         self._look()
 

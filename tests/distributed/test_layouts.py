@@ -72,7 +72,9 @@ SLOWER = [
         Layout.of("tp4-pp2", 8, tp=4, pp=2),
         Layout.of("tp2-pp2-uneven-dp2", 8, tp=2, pp=2, more=(UNEVEN,)),
     ]),
-    ("dense", c.DENSE, ("muon/sharded", "muon/group", "soap/group", "strips/group"), [Layout.of("tp2-dp4-distopt", 8, tp=2, distopt=True)]),
+    ("dense", c.DENSE, ("muon/sharded", "muon/group", "soap/group", "strips/group"), [
+        Layout.of("tp2-dp4-distopt", 8, tp=2, distopt=True),
+    ]),
     ("tied", c.TIED, ("muon", "soap"), [Layout.of("tp2-pp2-vpp2-dp2-distopt", 8, tp=2, pp=2, vpp=2, distopt=True)]),
     ("gqa", c.GQA, ("muon", "soap"), [Layout.of("tp4-dp2-distopt", 8, tp=4, distopt=True)]),
     ("moe", c.MOE, ("muon", "soap"), [
