@@ -1,6 +1,5 @@
 """The optimizer's own plan for a layout: the rules' `cost()` and the engine's packing, domain by domain."""
 
-import functools
 import logging
 import warnings
 from collections.abc import Sequence
@@ -50,14 +49,6 @@ class DomainPlan:
     held: float = 0.0  # of one rank, replicas of tensor parallelism included
     fragments: int = 0  # logical pieces that one rank holds at most
     sent: dict[str, float] | None = None  # bytes of the rank that sends most, where the engine's routes were asked for
-
-    @functools.cached_property
-    def slices(self) -> dict[str, int]:
-        """Parts that each matrix is cut into."""
-        found: dict[str, int] = {}
-        for part in self.plan.parts:
-            found[part.matrix] = found.get(part.matrix, 0) + 1
-        return found
 
     @property
     def matrix_numel(self) -> float:

@@ -163,7 +163,7 @@ def _matrix_kinds(step: MatrixStep, held: dict[Kind, Held]) -> dict[tuple[str, s
     for key, name, tensor, shape, rect, index in whole_places(step):
         if rect is None or shape is None:
             same, replica = whole.get((key, name), ([], index))
-            whole[key, name] = [*same, tensor], replica
+            whole[key, name] = [*same, tensor], min(replica, index)
         else:
             _of(held, key, tensor).add(rect, tensor, shape)
     return whole
