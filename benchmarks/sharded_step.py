@@ -1,9 +1,14 @@
 """Claim: Muon here does no work twice, is exact on every layout, and is ahead of Megatron-Core's own Muon.
 
 `python benchmarks/sharded_step.py` trains one small model from the same weights on the same tokens with both, layout by
-layout, and prints per layout and implementation: the optimizer step's wall time (median; slowest rank) and processor time
-(mean over ranks), bytes that a rank sends in it (most), optimizer state of a rank (most), and how far the losses are from
-the same implementation's on one process. Megatron-Core's Muon needs the extra `peers` (emerging-optimizers).
+layout, and prints per layout, number of layers and implementation: the optimizer step's wall time (median; slowest rank)
+and processor time (mean over ranks), bytes that a rank sends in it (most), optimizer state of a rank (most), and how far
+the losses are from the same implementation's on one process. Megatron-Core's Muon needs the extra `peers`
+(emerging-optimizers). Ours run on the native kernels where those are built, which the first line says;
+`MEGATRON_OPT_KERNELS=native` refuses to run without them. Growth over layers, in a few minutes on two cores:
+
+    python benchmarks/sharded_step.py --layouts one tp4 tp2-dp2 tp2-dp4 --layers 8 16 32 64 --hidden 64 --steps 4 \\
+        --kinds "ours, distributed optimizer" "core, duplicated" "core, distributed"
 """
 
 import argparse
@@ -126,7 +131,7 @@ def state_bytes(optimizer: Any) -> int:
     return total
 
 
-def measure(kind: str, tp: int, args: argparse.Namespace, counter: Counter) -> dict[str, Any]:
+def measure(kind: str, tp: int, layers: int, args: argparse.Namespace, counter: Counter) -> dict[str, Any]:
     """Losses and the optimizer step's costs of one implementation on this layout."""
     import torch
     import torch.distributed as dist
@@ -134,7 +139,7 @@ def measure(kind: str, tp: int, args: argparse.Namespace, counter: Counter) -> d
 
     torch.manual_seed(0)
     distributed = OURS[kind][1] if kind in OURS else kind.endswith("layer-wise")
-    _, model = make_model(tp, args.layers, args.hidden, distributed, kind.endswith("layer-wise"))
+    _, model = make_model(tp, layers, args.hidden, distributed, kind.endswith("layer-wise"))
     optimizer = make_optimizer(kind, model)
     dp, rank = ps.get_data_parallel_world_size(), ps.get_data_parallel_rank()
     draw = torch.Generator().manual_seed(7)
@@ -164,7 +169,7 @@ def measure(kind: str, tp: int, args: argparse.Namespace, counter: Counter) -> d
 
 
 def worker(args: argparse.Namespace) -> None:
-    """All implementations on one layout, in one process group."""
+    """All implementations and numbers of layers on one layout, in one process group."""
     import torch
     import torch.distributed as dist
 
@@ -182,38 +187,46 @@ def worker(args: argparse.Namespace) -> None:
     ps.initialize_model_parallel(tp)
     model_parallel_cuda_manual_seed(1)
     found: dict[str, Any] = {}
-    for kind in args.kinds:
-        try:
-            found[kind] = measure(kind, tp, args, counter)
-        except Exception as error:  # what a peer refuses is a line of the table
-            found[kind] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:60]}"}
+    for layers in args.layers:
+        kinds = found[str(layers)] = {}
+        for kind in args.kinds:
+            try:
+                kinds[kind] = measure(kind, tp, layers, args, counter)
+            except Exception as error:  # what a peer refuses is a line of the table
+                kinds[kind] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:60]}"}
     if dist.get_rank() == 0:
         Path(args.result).write_text(json.dumps(found))
     dist.barrier()
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
-    """One line for each layout and implementation."""
-    lines = [f"{'layout':<9}{'implementation':<29}{'wall ms':>9}{'cpu ms':>9}{'sent MiB':>10}{'state MiB':>11}  loss off"]
-    for layout, kinds in found.items():
+HEADER = (
+    f"{'layers':>6} {'layout':<9}{'implementation':<29}{'wall ms':>9}{'cpu ms':>9}{'sent MiB':>10}{'state MiB':>11}  loss off"
+)
+
+
+def lines(layout: str, found: dict[str, dict[str, Any]], one: dict[str, dict[str, Any]]) -> list[str]:
+    """One line for each number of layers and implementation; losses against those of one process."""
+    made = []
+    for layers, kinds in found.items():
         for kind, values in kinds.items():
+            start = f"{layers:>6} {layout:<9}{kind:<29}"
             if "error" in values:
-                lines.append(f"{layout:<9}{kind:<29}{values['error']}")
+                made.append(start + values["error"])
                 continue
-            one = found["one"].get(kind, {}).get("losses")
-            off = max(abs(a - b) / abs(b) for a, b in zip(values["losses"], one, strict=True)) if one else float("nan")
-            lines.append(
-                f"{layout:<9}{kind:<29}{1e3 * values['wall']:>9.1f}{1e3 * values['processor']:>9.1f}"
+            known = one[layers].get(kind, {}).get("losses")
+            off = max(abs(a - b) / abs(b) for a, b in zip(values["losses"], known, strict=True)) if known else float("nan")
+            made.append(
+                f"{start}{1e3 * values['wall']:>9.1f}{1e3 * values['processor']:>9.1f}"
                 f"{values['sent'] / 2**20:>10.2f}{values['state'] / 2**20:>11.2f}  {off:.1e}"
             )
-    return "\n".join(lines)
+    return made
 
 
 def main() -> None:
     """Start the ranks of each layout and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["one", "tp2", "tp4", "dp2", "tp2-dp2"])
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, nargs="+", default=[8])
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--kinds", nargs="+", choices=[*OURS, *CORE], default=[*OURS, *CORE], help="implementations")
@@ -223,7 +236,10 @@ def main() -> None:
     if args.worker:
         worker(args)
         return
-    found: dict[str, dict[str, Any]] = {}
+    from megatron_opt.kernels.dispatch import native_available
+
+    print(f"{'native' if native_available() else 'reference (plain torch)'} kernels, width {args.hidden}\n{HEADER}", flush=True)
+    one: dict[str, dict[str, Any]] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     for layout in dict.fromkeys(["one", *args.layouts]):
         tp, dp = LAYOUTS[layout]
@@ -231,12 +247,13 @@ def main() -> None:
             result = Path(folder) / "result.json"
             subprocess.run(
                 [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp * dp), __file__,
-                 "--layers", str(args.layers), "--hidden", str(args.hidden), "--steps", str(args.steps),
+                 "--layers", *map(str, args.layers), "--hidden", str(args.hidden), "--steps", str(args.steps),
                  "--worker", layout, "--result", str(result), "--kinds", *args.kinds],
                 check=True, env=environment, timeout=1800,
             )  # fmt: skip
-            found[layout] = json.loads(result.read_text())
-    print(table(found))
+            found = json.loads(result.read_text())
+        one = one or found
+        print("\n".join(lines(layout, found, one)), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 from megatron_opt.cost_model.cluster import Cluster
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.plan import DomainPlan, likeness
-from megatron_opt.distributed.exchange import Part
+from megatron_opt.distributed.parts import cells_of
 from megatron_opt.optimizers.base import Cost, MatrixInfo
 
 # Bytes that the engine moves for each element that a rank holds, beside what the rules' own costs count:
@@ -99,7 +99,8 @@ def domain_time(domain: DomainPlan, layout: Layout, cluster: Cluster) -> Optimiz
         if key not in timed:
             timed[key] = matrix_seconds(rule, info, cost, cluster)
         ordinary, extra = timed[key]
-        share = (part.stop - part.start) / part.shape[part.dim]
+        rows, columns = part.slab_shape
+        share = rows * columns / (part.shape[0] * part.shape[1])
         for kind, value in ordinary.items():
             seconds[part.rank][kind] = seconds[part.rank].get(kind, 0.0) + value * (1.0 if kind == "host" else share)
         refresh[part.rank] += extra * share
@@ -174,15 +175,13 @@ def _estimated(domain: DomainPlan, layout: Layout, owned: float) -> dict[str, fl
 
 
 def _factor_bytes(domain: DomainPlan) -> dict[int, float]:
-    """Bytes that each rank sends to the other slices of its matrices."""
+    """Bytes that each rank sends to the other slices of what is cut."""
     sent: dict[int, float] = {}
-    cut: dict[str, list[Part]] = {}
-    for part in domain.plan.parts:
-        if domain.slices[part.matrix] > 1:
-            cut.setdefault(part.matrix, []).append(part)
-    for name, parts in cut.items():
-        edges = (0, *[part.stop for part in parts])
-        for leg in domain.rules[name].legs(domain.infos[name], edges):
-            for part in parts:
-                sent[part.rank] = sent.get(part.rank, 0.0) + leg.sent(part.index) * leg.dtype.itemsize
+    for cell in cells_of(domain.plan.parts):
+        if len(cell.parts) == 1:
+            continue
+        name = cell.key[0]
+        for leg in domain.rules[name].legs(cell.info(domain.infos[name]), cell.edges):
+            for index, part in enumerate(cell.parts):
+                sent[part.rank] = sent.get(part.rank, 0.0) + leg.sent(index) * leg.dtype.itemsize
     return sent

@@ -1,6 +1,5 @@
 """The optimizer's own plan for a layout: the rules' `cost()` and the engine's packing, domain by domain."""
 
-import functools
 import logging
 import warnings
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ import torch
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.model import Model, Parameter
 from megatron_opt.distributed import planning
-from megatron_opt.distributed.ownership import Job, Plan, make_buckets, pack
+from megatron_opt.distributed.jobs import Job
+from megatron_opt.distributed.ownership import Plan, make_buckets, pack
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer
 from megatron_opt.optimizers.groups import Group, GroupRule, assign
@@ -49,14 +49,6 @@ class DomainPlan:
     held: float = 0.0  # of one rank, replicas of tensor parallelism included
     fragments: int = 0  # logical pieces that one rank holds at most
     sent: dict[str, float] | None = None  # bytes of the rank that sends most, where the engine's routes were asked for
-
-    @functools.cached_property
-    def slices(self) -> dict[str, int]:
-        """Parts that each matrix is cut into."""
-        found: dict[str, int] = {}
-        for part in self.plan.parts:
-            found[part.matrix] = found.get(part.matrix, 0) + 1
-        return found
 
     @property
     def matrix_numel(self) -> float:

@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opt.distributed.exchange import Exchange, Holdings, Part, Route, find_routes
+from megatron_opt.distributed.exchange import Exchange, Holdings, Route, find_routes
 from megatron_opt.distributed.fragments import Fragment
-from megatron_opt.distributed.ownership import Job, Plan, make_buckets, pack
+from megatron_opt.distributed.jobs import Job
+from megatron_opt.distributed.ownership import Plan, make_buckets, pack
+from megatron_opt.distributed.parts import Cell, Part, cells_of
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers.base import MatrixInfo
 
@@ -79,6 +81,7 @@ class MatrixPlan:
 
     plan: Plan
     parts: dict[tuple[str, int], Part]
+    cells: list[Cell]
     buckets: list[list[str]]
     routes: list[Route]
 
@@ -89,15 +92,7 @@ class MatrixPlan:
         wire = torch.empty(0, dtype=domain.exchange.wire).element_size()
         buckets = make_buckets(plan.parts, domain.size, bucket_bytes, wire)
         routes = find_routes(domain.holdings, plan.parts, domain.rank, buckets)
-        return MatrixPlan(plan, {part.key: part for part in plan.parts}, buckets, routes)
-
-    def of_matrix(self, name: str) -> list[Part]:
-        """A matrix's parts in order."""
-        found, index = [], 0
-        while (name, index) in self.parts:
-            found.append(self.parts[name, index])
-            index += 1
-        return found
+        return MatrixPlan(plan, {part.key: part for part in plan.parts}, cells_of(plan.parts), buckets, routes)
 
 
 def gather_objects(value: Any, group: Any, size: int) -> list[Any]:

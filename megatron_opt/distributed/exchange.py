@@ -15,34 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opt.distributed.fragments import Rect
+from megatron_opt.distributed.parts import Part
 from megatron_opt.optimizers.slices import Leg
-
-
-@dataclass(frozen=True)
-class Part:
-    """A slab of a matrix that one rank computes: [start, stop) of side `dim`; the whole matrix is one part."""
-
-    matrix: str
-    index: int
-    rank: int
-    dim: int
-    start: int
-    stop: int
-    shape: tuple[int, int]
-
-    @property
-    def bounds(self) -> tuple[int, int, int, int]:
-        rows, cols = self.shape
-        return (self.start, self.stop, 0, cols) if self.dim == 0 else (0, rows, self.start, self.stop)
-
-    @property
-    def slab_shape(self) -> tuple[int, int]:
-        r0, r1, c0, c1 = self.bounds
-        return r1 - r0, c1 - c0
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.matrix, self.index
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain, MatrixPlan, shape2d
-from megatron_opt.distributed.exchange import Part, Route, Trip, wires
+from megatron_opt.distributed.exchange import Route, Trip, wires
+from megatron_opt.distributed.parts import Part
 from megatron_opt.optimizers.base import MatrixInfo, State
 from megatron_opt.optimizers.slices import SliceStep
 
@@ -24,15 +25,16 @@ class MatrixStep:
     rules: dict[str, Any]  # matrix name -> its MatrixOptimizer
     infos: dict[str, MatrixInfo]
     states: dict[Key, State] = field(default_factory=dict)
-    shared: dict[str, State] = field(default_factory=dict)
+    shared: dict[Key, State] = field(default_factory=dict)  # by the first part of a cell
 
     def __post_init__(self) -> None:
         self.mine = {key: part for key, part in self.placed.parts.items() if part.rank == self.domain.rank}
-        self.sliced = {
-            name: parts for name in self.infos if len(parts := self.placed.of_matrix(name)) > 1
+        self.cells = {part.key: cell for cell in self.placed.cells for part in cell.parts}
+        self.cell_infos = {key: cell.info(self.infos[key[0]]) for key, cell in self.cells.items()}
+        self.sliced = {cell.key: cell for cell in self.placed.cells if len(cell.parts) > 1}
+        self.legs = {
+            key: self.rules[key[0]].legs(self.cell_infos[key], cell.edges) for key, cell in self.sliced.items()
         }
-        self.edges = {name: (0, *[part.stop for part in parts]) for name, parts in self.sliced.items()}
-        self.legs = {name: self.rules[name].legs(self.infos[name], edges) for name, edges in self.edges.items()}
 
     def _slabs(self, names: Sequence[str], route: Route, flats: Sequence[Tensor]) -> dict[Key, Tensor]:
         """Room for this rank's parts; where a part already lies whole in one local rectangle, that rectangle itself."""
@@ -64,15 +66,13 @@ class MatrixStep:
     def init_states(self, weights: Sequence[Tensor]) -> None:
         """State before the first step, from the current weights."""
         for key, slab in self.gather(weights).items():
-            name, _ = key
-            rule, info = self.rules[name], self.infos[name]
-            if name in self.sliced:
-                self.states[key] = rule.init_slice(slab, info)
-            else:
+            rule, info, cell = self.rules[key[0]], self.cell_infos[key], self.cells[key]
+            if cell.key not in self.sliced:
                 self.states[key] = rule.init_state(slab.view(info.shape).clone(), info)
-        for name in self.sliced:
-            if self.placed.plan.owner[name] == self.domain.rank:
-                self.shared[name] = self.rules[name].init_shared(self.infos[name], self.domain.device)
+                continue
+            self.states[key] = rule.init_slice(slab, info)
+            if key == cell.key:
+                self.shared[key] = rule.init_shared(info, self.domain.device)
 
     def step(self, grads: Sequence[Tensor], scale: dict[str, float], skip: set[str], number: int) -> None:
         """Replace the gradients in `grads` by directions u; `scale` are clip factors, `skip` matrices left alone.
@@ -110,63 +110,74 @@ class MatrixStep:
                 continue
             if scale.get(name, 1.0) != 1.0:
                 slab.mul_(scale[name])
-            if name not in self.sliced:
+            if self.cells[key].key not in self.sliced:
                 rule = self.rules[name]
                 rules[id(rule)] = rule
                 batches.setdefault(id(rule), []).append(key)
         for which, keys in batches.items():
-            infos = [self.infos[name] for name, _ in keys]
+            infos = [self.cell_infos[key] for key in keys]
             grads = [slabs[key].view(info.shape) for key, info in zip(keys, infos, strict=True)]
             updates = rules[which].update(grads, [self.states[key] for key in keys], number, infos)
             for key, info, update in zip(keys, infos, updates, strict=True):
                 done[key] = update.view(shape2d(info))
-        cut = [name for name in names if name in self.sliced and name not in skip]
+                self._begin(key, self.states[key])
+        wanted = set(names) - skip
+        cut = [key for key in self.sliced if key[0] in wanted]
         if cut:
             done.update(self._compute_sliced(cut, slabs, number))
         return done
 
-    def _compute_sliced(self, names: Sequence[str], slabs: dict[Key, Tensor], number: int) -> dict[Key, Tensor]:
+    def _begin(self, key: Key, state: State) -> None:
+        """A cell begins with its matrix, which has a gradient, also where the cell's own is zero."""
+        if not self.cells[key].is_whole:
+            for flag in self.rules[key[0]].flags:
+                state[flag].fill_(1.0)
+
+    def _compute_sliced(self, cells: Sequence[Key], slabs: dict[Key, Tensor], number: int) -> dict[Key, Tensor]:
         """Slices on several ranks step together: one all-to-all over the domain for each of their exchanges."""
         exchange, size, me = self.domain.exchange, self.domain.size, self.domain.rank
         running: dict[Key, SliceStep] = {}
         waiting: dict[Key, Tensor] = {}
         done: dict[Key, Tensor] = {}
+        mine: dict[Key, tuple[int, Part]] = {}  # by cell: this rank's slice and its number
 
         def resume(key: Key, value: Tensor | None) -> None:
             try:
                 waiting[key] = running[key].send(value)  # type: ignore[arg-type]
             except StopIteration as stopped:
-                done[key] = stopped.value
+                done[mine[key][1].key] = stopped.value
 
-        for name in names:
-            edges, shared = self.edges[name], self.shared.get(name, {})
-            for part in self.sliced[name]:
+        for key in cells:
+            cell, shared = self.sliced[key], self.shared.get(key, {})
+            for index, part in enumerate(cell.parts):
                 if part.rank == me:
-                    slab, state = slabs[part.key], self.states[part.key]
-                    running[part.key] = self.rules[name].slice_update(
-                        slab, state, shared, number, self.infos[name], part.index, edges
+                    mine[key] = index, part
+                    running[key] = self.rules[key[0]].slice_update(
+                        slabs[part.key], self.states[part.key], shared, number, self.cell_infos[key], index, cell.edges
                     )
-                    resume(part.key, None)
-        legs = {name: self.legs[name] for name in names}
-        for index, wire in enumerate(wires(legs.values())):
+                    resume(key, None)
+        legs = {key: self.legs[key] for key in cells}
+        for turn, wire in enumerate(wires(legs.values())):
             outgoing: list[list[Tensor]] = [[] for _ in range(size)]
             incoming: list[list[Tensor]] = [[] for _ in range(size)]
             arrived: dict[Key, list[Tensor]] = {}
-            for name in names:
-                mine = next((part for part in self.sliced[name] if part.rank == me), None)
-                if mine is None or index >= len(legs[name]):
+            for key, (index, _) in mine.items():
+                if turn >= len(legs[key]):
                     continue
-                leg, tensor = legs[name][index], waiting.pop(mine.key)
-                pieces = arrived[mine.key] = []
-                for part in self.sliced[name]:
-                    outgoing[part.rank].append(leg.outgoing(tensor, part.index))
-                    pieces.append(tensor.new_empty(leg.arriving(mine.index, part.index)))
+                leg, tensor = legs[key][turn], waiting.pop(key)
+                pieces = arrived[key] = []
+                for other, part in enumerate(self.sliced[key].parts):
+                    outgoing[part.rank].append(leg.outgoing(tensor, other))
+                    pieces.append(tensor.new_empty(leg.arriving(index, other)))
                     incoming[part.rank].append(pieces[-1])
             places = [[(lambda t=t: t) for t in items] for items in incoming]
             counts = [[t.numel() for t in items] for items in incoming]
             exchange.start(outgoing, places, counts, "between slices", wire).finish()
             for key, pieces in arrived.items():
-                resume(key, legs[key[0]][index].joined(pieces))
+                resume(key, legs[key][turn].joined(pieces))
+        for key in cells:
+            if key in self.shared:
+                self._begin(key, self.shared[key])
         return done
 
 

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from megatron_opt.distributed.exchange import Part, wires
+from megatron_opt.distributed.exchange import wires
 from megatron_opt.distributed.fragments import Rect, rectangles
+from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.matrices import Geometry, ParamView, split_param
-from megatron_opt.distributed.ownership import Job, Plan, make_buckets, pack, plan_table
+from megatron_opt.distributed.ownership import Plan, make_buckets, pack, plan_table
+from megatron_opt.distributed.parts import Cell, Part, cells_of
 from megatron_opt.errors import UserError
 from megatron_opt.files import write_atomic
 from megatron_opt.optimizers import registry
@@ -221,14 +223,16 @@ def _sent(
                 if not own:
                     sent["gradients to owners"][holders[part.rank % len(holders)]] += count
                 sent["updates to shards"][part.rank] += count * (len(holders) - own)
+    cells: dict[str, list[Cell]] = {}
+    for cell in cells_of(plan.parts):
+        cells.setdefault(cell.key[0], []).append(cell)
     for bucket in buckets:
-        cut = {name: (0, *[part.stop for part in parts[name]]) for name in bucket if len(parts[name]) > 1}
-        legs = {name: rules[name].legs(infos[name], edges) for name, edges in cut.items()}
-        for index, dtype in enumerate(wires(legs.values())):
-            width = dtype.itemsize
-            for name, several in legs.items():
-                for part in parts[name] if index < len(several) else ():
-                    sent["between slices"][part.rank] += several[index].sent(part.index) * width
+        cut = [cell for name in bucket for cell in cells[name] if len(cell.parts) > 1]
+        legs = [rules[cell.key[0]].legs(cell.info(infos[cell.key[0]]), cell.edges) for cell in cut]
+        for turn, dtype in enumerate(wires(legs)):
+            for cell, several in zip(cut, legs, strict=True):
+                for index, part in enumerate(cell.parts) if turn < len(several) else ():
+                    sent["between slices"][part.rank] += several[turn].sent(index) * dtype.itemsize
     return sent
 
 
@@ -325,7 +329,7 @@ def show(plans: Sequence[DomainPlan], folder: str | None = None) -> None:
         content = {
             "domain": found.name, "digest": plan.digest(), "flops": plan.flops, "state_bytes": plan.state_bytes,
             "load": plan.load, "imbalance": plan.imbalance(), "sent_bytes": found.sent,
-            "parts": [[p.matrix, p.rank, p.dim, p.start, p.stop] for p in plan.parts],
+            "parts": [[p.matrix, p.rank, *p.bounds] for p in plan.parts],  # rows, columns
         }
         path = Path(folder) / f"optimizer_plan.{found.name.replace(' ', '_').replace(',', '')}.json"
         write_atomic(path, json.dumps(content))

@@ -12,8 +12,8 @@ from torch import Tensor
 from megatron_opt.distributed.domain import Domain, MatrixPlan
 from megatron_opt.distributed.elementwise import ElementwiseStep, learning_rate
 from megatron_opt.distributed.health import Health
+from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.matrix_step import MatrixStep
-from megatron_opt.distributed.ownership import Job
 from megatron_opt.distributed.state import common_state, load_state, sharded_state
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixOptimizer

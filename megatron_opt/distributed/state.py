@@ -21,7 +21,6 @@ from megatron_opt.distributed.elementwise import ElementwiseStep
 from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.errors import UserError
-from megatron_opt.optimizers.base import MatrixInfo
 from megatron_opt.optimizers.groups import Group
 
 FORMAT = "megatron_opt.2"
@@ -60,8 +59,8 @@ class Piece:
     @property
     def name(self) -> str:
         """Its name on this rank."""
-        place = "" if self.rect is None else f".{self.rect.row0}.{self.rect.col0}"
-        return f"{self.key}.{self.matrix}{place}"
+        place = self.replica if self.rect is None else f"{self.rect.row0}.{self.rect.col0}"
+        return f"{self.key}.{self.matrix}.{place}"
 
 
 def _placed(
@@ -77,18 +76,17 @@ def whole_places(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int
     Tensors with a matrix's rows have their place in it; stacks of square blocks are the rows of one matrix. Others have
     no shape and no place: they are the same at every part.
     """
-    for (name, index), state in sorted(step.states.items()):
-        part, rule, info = step.placed.parts[name, index], step.rules[name], step.infos[name]
+    for key_of, state in sorted(step.states.items()):
+        (name, index), part, info = key_of, step.mine[key_of], step.infos[key_of[0]]
+        rule, stacks = step.rules[name], _places(step, key_of)
         common = {*rule.flags}
         if rule.split_dim(info) is not None:
             common |= {*rule.init_shared(info, torch.device("meta"))}
-        stacks = rule.stack_places(info, index, step.edges[name]) if name in step.sliced else {}
         r0, r1, c0, c1 = part.bounds
         rows, cols = shape2d(info)
         for key, tensor in sorted(state.items()):
             if tensor.dim() == 3 and tensor.shape[1] == tensor.shape[2]:
-                whole_key, numbers = stacks.get(key, (key, list(range(len(tensor)))))
-                yield from _stack(rule, info, whole_key, numbers, name, tensor, index)
+                yield from _stack(name, key, tensor, stacks, index)
             elif key not in common and tensor.dim() in (1, 2) and tensor.shape[0] == r1 - r0 \
                     and tensor.numel() == (r1 - r0) * (c1 - c0):
                 yield key, name, tensor, (rows, cols), Rect(name, r0, r1, c0, c1), index
@@ -96,25 +94,35 @@ def whole_places(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int
                 yield key, name, tensor, (rows, 1), Rect(name, r0, r1, 0, 1), index
             else:
                 yield key, name, tensor, None, None, index
-    for name, state in sorted(step.shared.items()):
+    for (name, index), state in sorted(step.shared.items()):
+        stacks = _places(step, (name, index))
         for key, tensor in sorted(state.items()):
             if tensor.dim() == 3 and tensor.shape[1] == tensor.shape[2]:
-                yield from _stack(step.rules[name], step.infos[name], key, list(range(len(tensor))), name, tensor, 0)
+                yield from _stack(name, key, tensor, stacks, index)
             else:
-                yield key, name, tensor, None, None, 0
+                yield key, name, tensor, None, None, index
+
+
+Places = dict[str, tuple[str, list[int], int]]  # by key of a stack: its key in the whole, its blocks' numbers, of how many
+
+
+def _places(step: MatrixStep, key: tuple[str, int]) -> Places:
+    """Where the stacks of a part's cell lie in the matrix's; nothing where the cell is the matrix."""
+    cell = step.cells[key]
+    return {} if cell.is_whole else step.rules[key[0]].stack_places(step.infos[key[0]], cell.area)
 
 
 def _stack(
-    rule: Any, info: MatrixInfo, key: str, numbers: list[int], name: str, tensor: Tensor, index: int
+    name: str, key: str, tensor: Tensor, places: Places, index: int
 ) -> Iterator[tuple[str, str, Tensor, tuple[int, int] | None, Rect | None, int]]:
     """Runs of neighbouring blocks of a stack (B, k, k), which is (B·k, k) of the whole matrix's."""
     size, start = tensor.shape[1], 0
-    count = rule.stack_length(info, key, len(tensor))
+    of, numbers, count = places.get(key, (key, list(range(len(tensor))), len(tensor)))
     for at in range(1, len(numbers) + 1):
         if at == len(numbers) or numbers[at] != numbers[at - 1] + 1:
             first = numbers[start]
             rect = Rect(name, first * size, (first + at - start) * size, 0, size)
-            yield key, name, tensor[start:at], (count * size, size), rect, index
+            yield of, name, tensor[start:at], (count * size, size), rect, index
             start = at
 
 

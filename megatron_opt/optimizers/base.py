@@ -13,6 +13,7 @@ from megatron_opt.optimizers.slices import Leg, SliceStep, shares
 
 State = dict[str, Tensor]
 Shape = tuple[int, ...]
+Area = tuple[int, int, int, int]  # rows [0, 1) and columns [2, 3) of a matrix
 DECAY_MODES = ("decoupled", "independent", "cautious")
 _OTHER_TABLES = ("position", "tokentype")  # embeddings of something else than words
 
@@ -87,7 +88,7 @@ class MatrixOptimizer:
     clip: ClassVar[bool] = False  # whether the study clips this rule's gradients by global norm
     vectors: ClassVar[bool] = False  # whether 1-D parameters are welcome
     projects: ClassVar[bool] = False  # whether steps are rescaled to a fixed norm (Hyperball)
-    flags: ClassVar[tuple[str, ...]] = ()  # state of one element, the same for every slice
+    flags: ClassVar[tuple[str, ...]] = ()  # state of one element: 1 from the first gradient on
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -110,18 +111,20 @@ class MatrixOptimizer:
         """Factor on the weight after the step, from the whole matrix's ‖W‖² (rules with `projects`, without decay)."""
         raise NotImplementedError
 
-    # A rule that can work on slices of a matrix along one side says which side may be cut, what the slices exchange,
-    # and how one slice steps; `update` on the whole matrix equals all slices' steps together.
-    # The whole matrix's state is the union of the slices' (cut along the same side, in proportion; stacks of blocks as
-    # `stack_places` says) and the shared one.
+    # A rule whose matrices are grids of tiles that need nothing of each other says how large tiles are: on a cell, any
+    # rectangle of whole tiles, it is then the same rule, with the cell's shape in `info`.
+    # A rule that can work on slices of a tile (of the matrix, where it says none) along one side says which side may be
+    # cut, what the slices exchange, and how one slice steps; `update` on the whole equals all slices' steps together.
+    # The whole's state is the union of the slices' (cut along the same side, in proportion) and the shared one, and the
+    # matrix's that of its cells; stacks of blocks go where `stack_places` says. Neither sees a matrix without a gradient.
 
-    def split_dim(self, info: MatrixInfo) -> int | None:
-        """The side (0 or 1) that may be cut into slices, or None where the rule needs the whole matrix."""
+    def tile(self, info: MatrixInfo) -> tuple[int, int] | None:
+        """(rows, columns) of tiles, a vector being one column; None where the matrix is one."""
         return None
 
-    def slice_grain(self, info: MatrixInfo) -> int:
-        """Slices start at multiples of this."""
-        return 1
+    def split_dim(self, info: MatrixInfo) -> int | None:
+        """The side (0 or 1) that may be cut into slices, or None where the rule needs the whole."""
+        return None
 
     def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
         """State that travels with one slice of the weight."""
@@ -144,13 +147,9 @@ class MatrixOptimizer:
         """
         raise NotImplementedError
 
-    def stack_places(self, info: MatrixInfo, index: int, edges: tuple[int, ...]) -> dict[str, tuple[str, list[int]]]:
-        """Of each stack of blocks in slice `index`'s state: its key in the whole matrix's state, its blocks' numbers there."""
+    def stack_places(self, info: MatrixInfo, area: Area) -> dict[str, tuple[str, list[int], int]]:
+        """Of each stack of blocks in a cell's state: its key in the matrix's state, its blocks' numbers there, of how many."""
         return {}
-
-    def stack_length(self, info: MatrixInfo, key: str, held: int) -> int:
-        """Blocks in the whole matrix's stack `key`, of which a slice has `held`."""
-        return held
 
     def slice_costs(self, info: MatrixInfo, edges: tuple[int, ...]) -> list[Cost]:
         """What each slice costs; in proportion by default."""

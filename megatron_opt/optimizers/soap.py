@@ -8,7 +8,6 @@ null space of its basis is filled by `eigenbasis.complete`, a function of the gr
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from megatron_opt.kernels import eigenbasis
 from megatron_opt.kernels.projection import project_adam, rotate
-from megatron_opt.optimizers.base import Cost, MatrixInfo, State
+from megatron_opt.optimizers.base import Area, Cost, MatrixInfo, State
 from megatron_opt.optimizers.blocks import as_matrix
 from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer, guarded
 from megatron_opt.optimizers.options import choice, option
@@ -135,50 +134,30 @@ class Soap(FactoredOptimizer):
         betas = {"beta1": cfg.beta1, "beta2": cfg.beta2, "eps": cfg.eps}
         return project_adam(g, m, v, bases.get(0), bases.get(1), **betas, scale=scale)
 
-    # Slices of whole blocks step alone. Slices along a side without a factor sum the factor of the other side, and get
-    # its basis from slice 0.
+    # Blocks step alone. Slices along a side without a factor sum the factor of the other side, and get its basis from
+    # slice 0.
 
-    def blockwise(self, info: MatrixInfo) -> bool:
-        """Whether both sides have factors and the longer one several blocks."""
-        return len(self.sides(info)) == 2 and 0 < self.config.block_size < max(info.shape)
+    def tile(self, info: MatrixInfo) -> tuple[int, int] | None:
+        """A block: the whole of a side without a factor."""
+        (_, rows, columns), *_ = self.grid(info).shapes()
+        return rows, columns
 
     def split_dim(self, info: MatrixInfo) -> int | None:
-        """The longer side where it has blocks; a side without a factor; else None."""
+        """A side without a factor; of two, the longer."""
         sides = self.sides(info)
         if len(info.shape) == 1:
             return None if sides else 0
-        if len(sides) == 2 and not self.blockwise(info):
-            return None
-        return 1 - sides[0] if len(sides) == 1 else int(info.shape[1] > info.shape[0])
+        return {0: int(info.shape[1] > info.shape[0]), 1: 1 - sum(sides)}.get(len(sides))
 
-    def slice_grain(self, info: MatrixInfo) -> int:
-        return self.config.block_size if self.blockwise(info) else 1
-
-    def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
-        state = super().init_slice(weight, info)
-        if not self.blockwise(info):
-            return state
-        return state | self.init_factors(self.grid(info, tuple(weight.shape)), info, weight.device, weight.dtype)
-
-    def init_shared(self, info: MatrixInfo, device: torch.device, dtype: torch.dtype = torch.float32) -> State:
-        return {} if self.blockwise(info) else super().init_shared(info, device, dtype)
-
-    def stack_places(self, info: MatrixInfo, index: int, edges: tuple[int, ...]) -> dict[str, tuple[str, list[int]]]:
-        places: dict[str, tuple[str, list[int]]] = {}
-        if not self.blockwise(info):
-            return places
-        shape, first, dim = [*info.shape], [0, 0], self.split_dim(info) or 0
-        shape[dim], first[dim] = edges[index + 1] - edges[index], edges[index]
-        whole = self.grid(info)
-        for region, starts in enumerate(self.grid(info, tuple(shape)).starts()):
-            found = [whole.find(first[0] + row, first[1] + column) for row, column in starts]
+    def stack_places(self, info: MatrixInfo, area: Area) -> dict[str, tuple[str, list[int], int]]:
+        places, whole, (r0, r1, c0, c1) = {}, self.grid(info), area
+        for region, starts in enumerate(self.grid(info, (r1 - r0, c1 - c0)).starts()):
+            found = [whole.find(r0 + row, c0 + column) for row, column in starts]
+            of, numbers = found[0][0], [number for _, number in found]
             for side in self.sides(info):
                 for kind in ("gg", "q"):
-                    places[f"{kind}_{region}_{side}"] = f"{kind}_{found[0][0]}_{side}", [number for _, number in found]
+                    places[f"{kind}_{region}_{side}"] = f"{kind}_{of}_{side}", numbers, whole.shapes()[of][0]
         return places
-
-    def stack_length(self, info: MatrixInfo, key: str, held: int) -> int:
-        return self.grid(info).shapes()[int(key.split("_")[1])][0] if self.blockwise(info) else held
 
     def _stacks(self, info: MatrixInfo) -> list[tuple[int, int]]:
         """(count, size) of the blocks of the factor's side, by region; nothing where no side has one."""
@@ -186,8 +165,6 @@ class Soap(FactoredOptimizer):
 
     def legs(self, info: MatrixInfo, edges: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Leg]:
         """The factor's shares to slice 0, in fp64: the first basis is decomposed from their sum; bases back to all."""
-        if self.blockwise(info):  # whether any gradient is not zero
-            return [Leg(False, tuple(range(len(edges))), 1, dtype)]
         count, stacks = len(edges) - 1, self._stacks(info)
         factor = sum(count * size * size for count, size in stacks)
         bases = 1 + sum(count * size * (2 * size + 1) for count, size in stacks)
@@ -197,13 +174,6 @@ class Soap(FactoredOptimizer):
     def slice_update(
         self, grad: Tensor, state: State, shared: State, step: int, info: MatrixInfo, index: int, edges: tuple[int, ...]
     ) -> SliceStep:
-        if self.blockwise(info):
-            some = yield grad.any().to(grad.dtype).view(1, 1)
-            alone = replace(info, shape=tuple(grad.shape))
-            began = bool(state["ready"].item())
-            (direction,) = self.update([grad], [state], step, [alone])
-            state["ready"].fill_(float(began or bool(some.any())))
-            return direction
         factor = yield self._share(grad, state, info).view(-1, 1)
         mine = grad.new_empty(0) if index else self._combine(factor.flatten(), shared, step, info)
         combined = yield mine.view(-1, 1)
@@ -211,9 +181,6 @@ class Soap(FactoredOptimizer):
 
     def slice_costs(self, info: MatrixInfo, edges: tuple[int, ...]) -> list[Cost]:
         """Refreshing bases, factors and bases themselves are slice 0's alone."""
-        if self.blockwise(info):
-            other = min(info.shape)
-            return [self.cost(replace(info, shape=(stop - start, other))) for start, stop in pairwise(edges)]
         whole, alone, held = self.cost(info), {"gemm": 0.0, "qr": 0.0}, 4.0
         for count, size in self._stacks(info):
             alone["gemm"] += count * 2.0 * size**3

@@ -33,6 +33,7 @@ SOAP = "--optimizer soap --soap-factor-precision fp64 --soap-eps 1e-6 --soap-pre
 SOAP_HIDDEN = ["--optimizer", "soap", "--optimizer-groups", str(Path(__file__).with_name("soap_hidden.yaml"))]
 # one factor a matrix, of its shorter side: the other side may be cut
 SOAP_ONE_SIDED = [*SOAP, "--soap-one-sided", "true"]
+SOAP_STRIPS = [*SOAP_ONE_SIDED, "--soap-block-size", "16"]  # two strips or four of every matrix
 SOAP_BLOCKS = [*SOAP, "--soap-block-size", "16"]  # 32 × 32 and 32 × 64: several blocks on either side
 ADAMW = "--optimizer adamw".split()
 

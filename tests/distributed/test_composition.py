@@ -57,10 +57,16 @@ def _rule(name: str) -> list[str]:
 WORK_LAYOUTS = [c.ONE, c.TP2, c.DP2_DIST, c.TP2_DP2_DIST]
 WORK = [
     case(c.DENSE, [*rule, "--matrix-mode", mode], layout, f"work-{kind}-{mode}-{layout.name}", steps=3, hook="work")
-    for kind, rule in (("muon", c.MUON), ("soap", c.SOAP), ("blocks", c.SOAP_BLOCKS), ("one-sided", c.SOAP_ONE_SIDED))
+    for kind, rule in (
+        ("muon", c.MUON), ("soap", c.SOAP), ("blocks", c.SOAP_BLOCKS), ("one-sided", c.SOAP_ONE_SIDED),
+    )
     for mode in ("owner", "sharded", "group")
     for layout in WORK_LAYOUTS
-]
+] + [
+    case(c.DENSE, [*c.SOAP_STRIPS, "--matrix-mode", mode], layout, f"work-strips-{mode}-{layout.name}", steps=3, hook="work")
+    for mode in ("sharded", "group")
+    for layout in (c.ONE, c.TP2_DP2_DIST)
+]  # fmt: skip
 CASES = [
     *(case(model, [*_rule(name), *more], layout, name, steps=STEPS, **HOOKS.get(name, {}))
       for name, (model, layout, more) in COMPOSED.items()),

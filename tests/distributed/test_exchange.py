@@ -4,8 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_opt.distributed.exchange import Holdings, Part, Route, find_routes
+from megatron_opt.distributed.exchange import Holdings, Route, find_routes
 from megatron_opt.distributed.fragments import Rect
+from megatron_opt.distributed.parts import Part
 
 
 @st.composite
@@ -26,11 +27,17 @@ def situations(draw: st.DrawFn) -> tuple[list[Holdings], list[Part], dict[str, t
                 for holder in draw(st.sets(st.integers(0, ranks - 1), min_size=1, max_size=2)):
                     index = len(holdings[holder])
                     holdings[holder].append((index, Rect(name, r0, r1, c0, c1)))
-        dim = draw(st.integers(0, 1))
-        length = (rows, cols)[dim]
-        edges = sorted({0, length, *draw(st.lists(st.integers(0, length), max_size=3))})
-        for index, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-            parts.append(Part(name, index, draw(st.integers(0, ranks - 1)), dim, start, stop, (rows, cols)))
+        middle, index = draw(st.integers(0, rows)), 0
+        for top, bottom in ((0, middle), (middle, rows)):  # two cells, each cut along a side of its own
+            if top == bottom:
+                continue
+            cell = None if bottom - top == rows else (top, bottom, 0, cols)
+            dim = draw(st.integers(0, 1))
+            first, last = ((top, bottom), (0, cols))[dim]
+            edges = sorted({first, last, *draw(st.lists(st.integers(first, last), max_size=3))})
+            for start, stop in zip(edges[:-1], edges[1:], strict=True):
+                parts.append(Part(name, index, draw(st.integers(0, ranks - 1)), dim, start, stop, (rows, cols), cell))
+                index += 1
     return holdings, parts, shapes
 
 

@@ -17,6 +17,7 @@ OPTIMIZERS = {
     **{f"muon/{mode}": [*c.MUON, "--matrix-mode", mode] for mode in ("owner", "sharded", "group")},
     **{f"soap/{mode}": [*c.SOAP_ONE_SIDED, "--matrix-mode", mode] for mode in ("owner", "sharded", "group")},
     **{f"soap16/{mode}": [*c.SOAP_BLOCKS, "--matrix-mode", mode] for mode in ("sharded", "group")},
+    **{f"strips/{mode}": [*c.SOAP_STRIPS, "--matrix-mode", mode] for mode in ("sharded", "group")},
 }
 UNEVEN = "--decoder-first-pipeline-num-layers=1"
 DENSE_LAYOUTS = [
@@ -47,6 +48,7 @@ CUT = ("muon/sharded", "muon/group", "soap/sharded", "soap/group", "soap16/shard
 MODELS = [
     ("dense", c.DENSE, ALL, DENSE_LAYOUTS),
     ("dense", c.DENSE, CUT, MODE_LAYOUTS),
+    ("dense", c.DENSE, ("strips/sharded", "strips/group"), [c.TP2_DP2_DIST]),
     ("dense", c.DENSE, ("soap/default",), [c.TP2, c.PP2, c.DP2_DIST, c.TP2_DP2_DIST, c.TP4]),
     ("gqa", c.GQA, ALL, [c.TP2, c.TP4]),
     ("gqa", c.GQA, ("muon/group",), [c.TP2]),
@@ -59,6 +61,7 @@ MODELS = [
 NULL_SPACES = ("moe-soap.default",)  # routers' bases: rounding noise moves them, and no loss (docs/distributed.md)
 SLOWER = [
     ("dense", c.DENSE, CUT, [c.DP2_DIST, c.TP2_DP2]),
+    ("dense", c.DENSE, ("strips/sharded", "strips/group"), [c.TP2, c.DP2, c.TP2_DP2, c.DP2_DIST]),
     ("dense", c.DENSE, ("muon/owner", "soap/owner"), [*MODE_LAYOUTS, c.DP2_DIST, c.TP2_DP2]),
     ("dense", c.DENSE, ALL, [
         Layout.of("pp2-dp4-distopt", 8, pp=2, distopt=True),
@@ -69,7 +72,9 @@ SLOWER = [
         Layout.of("tp4-pp2", 8, tp=4, pp=2),
         Layout.of("tp2-pp2-uneven-dp2", 8, tp=2, pp=2, more=(UNEVEN,)),
     ]),
-    ("dense", c.DENSE, ("muon/sharded", "muon/group", "soap/group"), [Layout.of("tp2-dp4-distopt", 8, tp=2, distopt=True)]),
+    ("dense", c.DENSE, ("muon/sharded", "muon/group", "soap/group", "strips/group"), [
+        Layout.of("tp2-dp4-distopt", 8, tp=2, distopt=True),
+    ]),
     ("tied", c.TIED, ("muon", "soap"), [Layout.of("tp2-pp2-vpp2-dp2-distopt", 8, tp=2, pp=2, vpp=2, distopt=True)]),
     ("gqa", c.GQA, ("muon", "soap"), [Layout.of("tp4-dp2-distopt", 8, tp=4, distopt=True)]),
     ("moe", c.MOE, ("muon", "soap"), [

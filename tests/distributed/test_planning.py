@@ -10,10 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_opt.distributed.ownership import MODES, Job, Plan, pack
+from megatron_opt.distributed.jobs import Job
+from megatron_opt.distributed.ownership import MODES, Plan, pack
+from megatron_opt.distributed.parts import cells_of
 from megatron_opt.distributed.planning import Layout, gpt_parameters, plan_model
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
@@ -39,6 +42,10 @@ MADE = [
         ("moe", c.MOE, c.EP2_DIST, []),
         ("bf16", c.DENSE, c.TP2_DP2_DIST, ["--bf16", "--exchange-dtype", "bf16"]),
     )
+] + [
+    case(c.DENSE, [*rule, "--matrix-mode", mode], c.TP2_DP2_DIST, f"{name}-{mode}", steps=STEPS, hook="plan")
+    for name, rule in (("blocks", c.SOAP_BLOCKS), ("strips", c.SOAP_STRIPS))
+    for mode in ("sharded", "group")
 ]
 
 
@@ -76,6 +83,7 @@ def _plans(config: Any, layout: Layout, rule: str = "muon") -> list[Plan]:
     return [found.plan for found in plan_model(parameters, config, layout, default_rules(rule))]
 
 
+@pytest.mark.parametrize("rule", ["muon", "soap"])
 @pytest.mark.parametrize(
     ("config", "layout"),
     [
@@ -90,11 +98,11 @@ def _plans(config: Any, layout: Layout, rule: str = "muon") -> list[Plan]:
     ],
     ids=["130m-dp8", "130m-tp2dp4", "130m-tp4dp2", "7b-dp64", "7b-tp8dp8", "7b-tp8pp4dp2", "7b-tp8dp64", "7b-tp8pp4dp16"],
 )
-def test_the_most_loaded_rank_is_near_the_mean(config: Any, layout: Layout) -> None:
-    for plan in _plans(config, layout):
+def test_the_most_loaded_rank_is_near_the_mean(config: Any, layout: Layout, rule: str) -> None:
+    for plan in _plans(config, layout, rule):
         assert plan.imbalance() < 1.05
-        mean = sum(plan.state_bytes) / len(plan.state_bytes)
-        assert max(plan.state_bytes) < 1.1 * mean
+        assert max(plan.flops) * len(plan.flops) < 1.05 * sum(plan.flops)
+        assert plan.state_imbalance() < 1.1
 
 
 def test_matrices_are_cut_only_where_balance_asks_for_it() -> None:
@@ -105,11 +113,13 @@ def test_matrices_are_cut_only_where_balance_asks_for_it() -> None:
 
 
 def test_soap_is_cut_between_blocks() -> None:
-    """A column of blocks is a sixth of a rank's mean on 512 ranks: that is how near the mean the plan comes."""
+    """A side with a factor between its blocks; slices are of one block, along the side without a factor."""
     (plan,) = _plans(LLAMA_7B, Layout(tp=8, dp=64, distributed=True), "soap")
-    assert plan.imbalance() < 1.2
-    inner = [part.start for part in plan.parts if part.start and part.shape == (4096, 4096)]
-    assert inner and all(start % 512 == 0 for start in inner)
+    square = [part for part in plan.parts if part.shape == (4096, 4096) and part.cell]
+    assert len({part.slab_shape for part in square}) > 3
+    assert all(side % 512 == 0 for part in square for side in part.bounds)
+    sliced = [cell for cell in cells_of(plan.parts) if len(cell.parts) > 1]
+    assert sliced and all(min(cell.area[1] - cell.area[0], cell.area[3] - cell.area[2]) == 512 for cell in sliced)
 
 
 def test_work_does_not_grow_with_ranks() -> None:
@@ -118,11 +128,12 @@ def test_work_does_not_grow_with_ranks() -> None:
     assert many == pytest.approx(one, rel=1e-9)
 
 
-def test_planning_for_4096_ranks_is_quick() -> None:
+@pytest.mark.parametrize("rule", ["muon", "soap"])
+def test_planning_for_4096_ranks_is_quick(rule: str) -> None:
     import megatron.core.optimizer.distrib_optimizer  # noqa: F401  # its import is not planning
 
     started = time.process_time()
-    plans = _plans(LLAMA_7B, Layout(tp=8, pp=4, dp=128, distributed=True))
+    plans = _plans(LLAMA_7B, Layout(tp=8, pp=4, dp=128, distributed=True), rule)
     assert time.process_time() - started < 10
     assert all(plan.imbalance() < 1.15 for plan in plans)
 
@@ -150,6 +161,35 @@ def test_every_row_and_column_is_placed_once(shapes: list[tuple[int, int, bool]]
             assert plan.owner[job.matrix] == parts[0].rank
         assert sum(plan.flops) == pytest.approx(sum(job.cost.mean_flops() for job in jobs))
         assert sum(plan.load) >= sum(job.load for job in jobs) * (1 - 1e-9)
+
+
+@given(
+    st.lists(st.tuples(sizes, sizes, st.integers(0, 2)), min_size=1, max_size=8), st.integers(1, 40), st.sampled_from(MODES)
+)
+def test_cells_cover_every_matrix_once(shapes: list[tuple[int, int, int]], ranks: int, mode: str) -> None:
+    """Between blocks only, one part of a cell on a rank, the work that of the whole."""
+    rules = [registry.build("soap", {"block_size": 16, **more}) for more in ({}, {"one_sided": True}, {"max_precond_dim": 90})]
+    infos = {f"m{i}": MatrixInfo(f"m{i}", (rows, columns)) for i, (rows, columns, _) in enumerate(shapes)}
+    infos["v"] = MatrixInfo("v", (60,))
+    chosen = {f"m{i}": rules[which] for i, (_, _, which) in enumerate(shapes)} | {"v": rules[0]}
+    jobs = [Job.of(info, chosen[name]) for name, info in infos.items()]
+    plan = pack(jobs, ranks, mode)
+    for job in jobs:
+        parts = [part for part in plan.parts if part.matrix == job.matrix]
+        assert [part.index for part in parts] == list(range(len(parts)))
+        covered = torch.zeros(job.shape, dtype=torch.int32)
+        for part in parts:
+            r0, r1, c0, c1 = part.bounds
+            covered[r0:r1, c0:c1] += 1
+        assert covered.eq(1).all()
+        for cell in cells_of(parts):
+            r0, r1, c0, c1 = cell.area
+            assert len({part.rank for part in cell.parts}) == len(cell.parts)
+            assert r0 % job.tile[0] == c0 % job.tile[1] == 0
+            assert r1 == job.shape[0] or r1 % job.tile[0] == 0
+            assert c1 == job.shape[1] or c1 % job.tile[1] == 0
+            assert cell.is_whole or mode != "owner"
+    assert sum(plan.flops) == pytest.approx(sum(job.cost.mean_flops() for job in jobs))
 
 
 PLANNED = (

@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -202,18 +203,13 @@ def test_slices_equal_the_whole(case, shape, dtype, pieces):
     dim = rule.split_dim(info)
     if dim is None or shape[dim] < pieces:
         pytest.skip("this rule needs this matrix whole")
-    grain = rule.slice_grain(info)
-    grains = -(-shape[dim] // grain)
-    edges = tuple(min(shape[dim], grains * i // pieces * grain) for i in range(pieces + 1))
-    if len(set(edges)) <= pieces:
-        pytest.skip("fewer blocks than slices")
+    edges = tuple(shape[dim] * i // pieces for i in range(pieces + 1))
     cut = functools.partial(torch.split, split_size_or_sections=[b - a for a, b in itertools.pairwise(edges)], dim=dim)
     weight = gradients(shape, 1, dtype, seed=3)[0]
     whole = rule.init_state(weight.clone(), info)
     slices = [rule.init_slice(part.clone(), info) for part in cut(weight)]
     shared = rule.init_shared(info, weight.device, dtype)
-    places = [rule.stack_places(info, index, edges) for index in range(pieces)]
-    assert set(whole) == {places[i].get(key, (key,))[0] for i, held in enumerate(slices) for key in held} | set(shared)
+    assert set(whole) == {key for held in slices for key in held} | set(shared)
     exact = getattr(rule.config, "fp32_matmul_prec", "high") == "high"
     tolerance = (1e-9 if dtype == torch.float64 else 1e-4) if exact else 0.05
     for t, g in enumerate(gradients(shape, 6, dtype), 1):
@@ -222,22 +218,50 @@ def test_slices_equal_the_whole(case, shape, dtype, pieces):
         found = step_together(rule, parts, slices, shared, t, info, edges)
         assert float((torch.cat(found, dim) - expected).norm()) <= tolerance * float(expected.norm()) + 1e-12, t
     for key, value in whole.items():
-        if key in shared:
-            joined = shared[key]
-        elif not any(places):
-            joined = torch.cat([state[key] for state in slices], dim)
-        elif value.dim() == 3:
-            joined = torch.full_like(value, torch.nan)
-            for held, place in zip(slices, places):
-                for name, (of, numbers) in place.items():
-                    if of == key:
-                        joined[numbers] = held[name]
-        else:
-            same = key == "ready"
-            joined = slices[0][key] if same else torch.cat([state[key] for state in slices], dim)
+        joined = shared[key] if key in shared else torch.cat([state[key] for state in slices], dim)
         assert joined.shape == value.shape
         difference = float((joined.double() - value.double()).norm())
         assert difference <= 1e-4 * float(value.double().norm()) + 1e-12, key
+
+
+@table
+@shapes
+@dtypes
+def test_cells_equal_the_whole(case, shape, dtype):
+    """The first column of tiles, and the others of every row together, each stepped as a matrix of its own."""
+    rule = build(case)
+    info = accepted(rule, shape)
+    rows, columns = (*shape, 1)[:2]
+    height, width = rule.tile(info) or (rows, columns)
+    if (height, width) == (rows, columns):
+        pytest.skip("this rule needs this matrix whole")
+    areas = [(0, rows, 0, width)] if width < columns else []
+    areas += [(top, min(rows, top + height), width % columns, columns) for top in range(0, rows, height)]
+    whole = rule.init_state(torch.ones(shape, dtype=dtype), info)
+    infos = [replace(info, shape=(r1 - r0, c1 - c0)[: len(shape)]) for r0, r1, c0, c1 in areas]
+    cells = [rule.init_state(torch.ones(each.shape, dtype=dtype), each) for each in infos]
+    for t, g in enumerate(gradients(shape, 6, dtype), 1):
+        (expected,) = rule.update([g.clone()], [whole], t, [info])
+        given = [g.view(rows, columns)[r0:r1, c0:c1].reshape(each.shape) for (r0, r1, c0, c1), each in zip(areas, infos)]
+        found = torch.full_like(g, torch.nan).view(rows, columns)
+        for (r0, r1, c0, c1), u in zip(areas, rule.update(given, cells, t, infos)):
+            found[r0:r1, c0:c1] = u.view(r1 - r0, c1 - c0)
+        assert float((found.view(shape) - expected).norm()) <= 1e-5 * float(expected.norm()) + 1e-12, t
+    joined = {key: torch.full_like(value, torch.nan) for key, value in whole.items()}
+    for (r0, r1, c0, c1), held in zip(areas, cells):
+        places = rule.stack_places(info, (r0, r1, c0, c1))
+        for key, value in held.items():
+            if value.dim() == 3:
+                of, numbers, count = places[key]
+                assert count == len(whole[of])
+                joined[of][numbers] = value
+            elif value.numel() == 1 and key in rule.flags:
+                joined[key] = value
+            else:
+                joined[key].view(rows, columns)[r0:r1, c0:c1] = value.view(r1 - r0, c1 - c0)
+    for key, value in whole.items():
+        assert float((joined[key].double() - value.double()).norm()) <= 1e-5 * float(value.double().norm()) + 1e-12, key
+    assert sum(rule.cost(each).mean_flops() for each in infos) == pytest.approx(rule.cost(info).mean_flops())
 
 
 @table

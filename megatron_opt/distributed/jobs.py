@@ -1,0 +1,144 @@
+"""Jobs: matrices to place, and where they may be cut.
+
+A matrix is a grid of tiles that need nothing of each other; a tile may be cut into slices whose ranks exchange while they
+step. Places in a job count the tiles row by row, and within each tile the rows or columns of the side that may be cut.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from megatron_opt.distributed.parts import Part, shape_of, with_shape
+from megatron_opt.optimizers.base import Area, Cost, MatrixInfo
+
+Run = tuple[int, int, int]  # rank, and the first and last place of what it gets
+
+
+def load_of(cost: Cost) -> float:
+    """What packing balances: FLOPs per step, with memory traffic counted at 10 FLOPs a byte."""
+    return cost.mean_flops() + 10.0 * cost.elementwise_bytes + 1.0
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Load and bytes of state of a tile: for each place in it, and once with its first place."""
+
+    load: float
+    state: float
+    first_load: float = 0.0
+    first_state: float = 0.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A matrix to place: (rows, columns) of it and of its tiles, the side of a tile that may be cut, and costs."""
+
+    matrix: str
+    shape: tuple[int, int]
+    tile: tuple[int, int]
+    split_dim: int | None
+    cost: Cost
+    cell_cost: Callable[[tuple[int, int]], Cost]  # of a rectangle of whole tiles
+    slice_costs: Callable[[tuple[int, int], tuple[int, ...]], list[Cost]]  # of a tile
+    weights: dict[tuple[int, int], Weight] = field(default_factory=dict, compare=False)
+
+    @staticmethod
+    def of(info: MatrixInfo, rule: Any, cost: Cost | None = None) -> "Job":
+        """The job of a matrix under its rule."""
+        shape = (info.shape[0], info.shape[1]) if len(info.shape) == 2 else (info.shape[0], 1)
+        return Job(
+            info.name, shape, rule.tile(info) or shape, rule.split_dim(info), cost or rule.cost(info),
+            lambda cell: rule.cost(with_shape(info, cell)),
+            lambda cell, edges: rule.slice_costs(with_shape(info, cell), edges),
+        )  # fmt: skip
+
+    @property
+    def load(self) -> float:
+        """Of the whole matrix."""
+        return load_of(self.cost)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        return -(-self.shape[0] // self.tile[0]), -(-self.shape[1] // self.tile[1])
+
+    @property
+    def depth(self) -> int:
+        """Places in a tile."""
+        return 1 if self.split_dim is None else self.shape[self.split_dim]
+
+    @property
+    def places(self) -> int:
+        """Places in the matrix."""
+        rows, columns = self.grid
+        return rows * columns * self.depth
+
+    def area(self, first: int, last: int) -> Area:
+        """The rectangle from one tile to another."""
+        columns = self.grid[1]
+        (row, column), (last_row, last_column) = divmod(first, columns), divmod(last, columns)
+        return (
+            row * self.tile[0], min(self.shape[0], (last_row + 1) * self.tile[0]),
+            column * self.tile[1], min(self.shape[1], (last_column + 1) * self.tile[1]),
+        )  # fmt: skip
+
+    def weigh(self, tile: int) -> Weight:
+        """What a tile weighs."""
+        shape = shape_of(self.area(tile, tile))
+        if shape not in self.weights:
+            cost, depth = self.cell_cost(shape), self.depth
+            weight = Weight(load_of(cost), cost.state_bytes)
+            if depth > 1:
+                rest = self.slice_costs(shape, (0, depth - depth // 2, depth))[1]
+                load, state = load_of(rest) / (depth // 2), rest.state_bytes / (depth // 2)
+                weight = Weight(load, state, load_of(cost) - load * depth, cost.state_bytes - state * depth)
+            self.weights[shape] = weight
+        return self.weights[shape]
+
+    def parts(self, runs: Sequence[Run]) -> list[tuple[Part, Cost]]:
+        """Parts for runs in ascending order that cover all places, and their costs."""
+        depth, side = self.depth, self.split_dim or 0
+        cells: list[tuple[Area, list[Run]]] = []  # rows or columns of a cell by rank, counted from its first
+        sliced: dict[int, list[Run]] = {}
+        for rank, start, stop in runs:
+            (first, low), (last, high) = divmod(start, depth), divmod(stop, depth)
+            if low and first < last:
+                sliced.setdefault(first, []).append((rank, low, depth))
+                first, low = first + 1, 0
+            if high and first <= last:
+                sliced.setdefault(last, []).append((rank, low if first == last else 0, high))
+            for area in self._rectangles(first, last):
+                cells.append((area, [(rank, 0, shape_of(area)[side])]))
+        cells += [(self.area(tile, tile), pieces) for tile, pieces in sliced.items()]
+        made: list[tuple[Part, Cost]] = []
+        for area, pieces in sorted(cells, key=lambda cell: (cell[0][0], cell[0][2])):
+            shape, first = shape_of(area), area[2 * side]
+            cell = None if shape == self.shape else area
+            if len(pieces) > 1:
+                costs = self.slice_costs(shape, (0, *[high for _, _, high in pieces]))
+            else:
+                costs = [self.cell_cost(shape) if cell else self.cost]
+            for (rank, low, high), cost in zip(pieces, costs, strict=True):
+                made.append((Part(self.matrix, len(made), rank, side, first + low, first + high, self.shape, cell), cost))
+        return made
+
+    def _rectangles(self, first: int, stop: int) -> list[Area]:
+        """Tiles [first, stop), row by row, as few rectangles."""
+        columns, found = self.grid[1], []
+        while first < stop:
+            column = first % columns
+            if column or stop - first < columns:
+                count = min(columns - column, stop - first)
+            else:
+                count = (stop - first) // columns * columns
+            found.append(self.area(first, first + count - 1))
+            first += count
+        return found
+
+
+def even(job: Job, ranks: int) -> list[Run]:
+    """Nearly equal runs on all ranks, none empty."""
+    count = min(ranks, job.places)
+    edges = [job.places * rank // count for rank in range(count + 1)]
+    return [(rank, *edge) for rank, edge in enumerate(pairwise(edges))]

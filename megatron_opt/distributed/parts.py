@@ -1,0 +1,89 @@
+"""Parts, what one rank computes of a matrix, and cells, the rectangles of a matrix that need nothing of each other."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from megatron_opt.optimizers.base import Area, MatrixInfo
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank computes: [start, stop) of side `dim` of a cell, which is the whole matrix where none is given."""
+
+    matrix: str
+    index: int  # among the matrix's parts
+    rank: int
+    dim: int
+    start: int
+    stop: int
+    shape: tuple[int, int]  # of the matrix
+    cell: Area | None = None
+
+    @property
+    def area(self) -> Area:
+        """The cell's rectangle."""
+        return self.cell or (0, self.shape[0], 0, self.shape[1])
+
+    @property
+    def bounds(self) -> Area:
+        """The part's rectangle."""
+        r0, r1, c0, c1 = self.area
+        return (self.start, self.stop, c0, c1) if self.dim == 0 else (r0, r1, self.start, self.stop)
+
+    @property
+    def slab_shape(self) -> tuple[int, int]:
+        return shape_of(self.bounds)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.matrix, self.index
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A rectangle of a matrix that is computed apart from the rest of it, in one part or in slices on several ranks."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Of its first part, whose rank holds what exists once for the cell."""
+        return self.parts[0].key
+
+    @property
+    def area(self) -> Area:
+        return self.parts[0].area
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the cell is all of its matrix."""
+        return self.parts[0].cell is None
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """Where the cut side is cut, counted from the cell's own first row or column."""
+        first = self.parts[0].start
+        return (0, *[part.stop - first for part in self.parts])
+
+    def info(self, whole: MatrixInfo) -> MatrixInfo:
+        """The matrix as its rule sees this cell of it."""
+        return whole if self.is_whole else with_shape(whole, shape_of(self.area))
+
+
+def shape_of(area: Area) -> tuple[int, int]:
+    """Rows and columns of a rectangle."""
+    r0, r1, c0, c1 = area
+    return r1 - r0, c1 - c0
+
+
+def with_shape(info: MatrixInfo, shape: tuple[int, int]) -> MatrixInfo:
+    """A matrix, or a vector of one column, of another size."""
+    return replace(info, shape=shape[: len(info.shape)])
+
+
+def cells_of(parts: Iterable[Part]) -> list[Cell]:
+    """The cells of parts, matrices and cells in the order of their first part."""
+    found: dict[tuple[str, Area], list[Part]] = {}
+    for part in parts:
+        found.setdefault((part.matrix, part.area), []).append(part)
+    return [Cell(tuple(sorted(several, key=lambda part: part.start))) for several in found.values()]
