@@ -20,8 +20,11 @@ void run(const Product<float>& p, int threads, Scratch& scratch);
 void run(const Product<uint16_t>& p, int threads, Scratch& scratch);
 void run(const Solve& s, int threads, Scratch& scratch);
 
+// The same with A stored (k, m); `memory` takes a copy where A is large.
+void run_transposed(Product<float> p, int threads, Scratch& scratch, std::vector<float>& memory);
+
 // C of every product; threads share products out, or the panels of each where there are few. With `a_transposed` A is
-// stored (k, m), and copied first.
+// stored (k, m).
 void run_products(const std::vector<Product<float>>& products, bool a_transposed, int threads);
 
 // out of every solve; with `l_transposed` L is stored upper triangular, its transpose.

@@ -51,6 +51,11 @@ class Grid:
                 return region, (row - r0) // rb * ((c1 - c0) // cb) + (column - c0) // cb
         raise IndexError((row, column))
 
+    def is_whole(self) -> bool:
+        """Whether the matrix is one block."""
+        shapes = self.shapes()
+        return len(shapes) == 1 and shapes[0][0] == 1
+
     def cut(self, x: Tensor) -> list[Tensor]:
         """Stacks (count, block rows, block columns); views where a region is one block."""
         stacks = []
@@ -79,5 +84,18 @@ def as_matrix(x: Tensor) -> Tensor:
 
 
 def batched(tensors: Sequence[Tensor]) -> Tensor:
-    """Stacks of equal blocks as one stack."""
+    """Equal blocks (b, c), or stacks of them (B, b, c), as one stack; a view where there is one alone."""
+    if tensors[0].ndim == 2:
+        return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
     return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+
+
+def apart(stack: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The inverse of `batched`: views of a stack."""
+    return stack.unbind() if like[0].ndim == 2 else stack.split([len(part) for part in like])
+
+
+def put_back(stack: Tensor, parts: Sequence[Tensor]) -> None:
+    """What became of a stack to the parts it is of, unless it is a view of them."""
+    if len(parts) > 1:
+        torch._foreach_copy_(list(parts), list(apart(stack, parts)))
