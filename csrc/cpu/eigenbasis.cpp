@@ -39,14 +39,29 @@ float* rotate(float* x, float* other, int64_t rows, int64_t cols, const float* l
   return x;
 }
 
-void project(const RotatedAdam& settings, const Projection& b, int threads, Buffers& at) {
+void project(const RotatedAdam& settings, const FactorStep& factor_step, const Projection& b, const Projection* next, int threads,
+             Buffers& at) {
   const int64_t rows = b.rows, cols = b.cols;
   at.first.resize(static_cast<size_t>(rows * cols));
   at.second.resize(static_cast<size_t>(rows * cols));
   float *x = at.first.data(), *other = at.second.data();
+  if (b.factors[0] != nullptr) {
+    float* f = b.factors[0];
+    run(Product<float>{b.g, b.g, f, f, b.ldg, b.ldg, rows, rows, rows, rows, cols, factor_step.gain, factor_step.decay, true, true},
+        threads, at.scratch);
+    if (next != nullptr) prefetch(next->factors[0], rows, rows, rows);
+  }
+  if (b.factors[1] != nullptr) {
+    float* f = b.factors[1];
+    run_transposed(Product<float>{b.g, b.g, f, f, b.ldg, b.ldg, cols, cols, cols, cols, rows, factor_step.gain, factor_step.decay,
+                                  false, true},
+                   threads, at.scratch, at.transposed);
+    if (next != nullptr) prefetch(next->factors[1], cols, cols, cols);
+  }
   // Into the basis; the first product reads g where it lies.
   if (b.left != nullptr) {
     run_transposed(plain(b.left, rows, b.g, b.ldg, x, rows, cols, rows, false), threads, at.scratch, at.transposed);
+    if (next != nullptr) prefetch(next->g, next->ldg, rows, cols);
     x = rotate(x, other, rows, cols, nullptr, b.right, false, threads, at);
   } else if (b.right != nullptr) {
     run(plain(b.g, b.ldg, b.right, cols, x, rows, cols, cols, false), threads, at.scratch);
@@ -54,12 +69,18 @@ void project(const RotatedAdam& settings, const Projection& b, int threads, Buff
     scaled_copy(b.g, b.ldg, false, 1.0f, x, cols, rows, cols);
   }
   other = x == at.first.data() ? at.second.data() : at.first.data();
+  if (next != nullptr) prefetch(next->left, rows, rows, rows);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t row = 0; row < rows; ++row) {
     rotated_adam(settings, x + row * cols, b.m + row * b.ldm, b.v + row * b.ldv, cols);
   }
+  if (next != nullptr) prefetch(next->m, next->ldm, rows, cols);
   // Out of it; the last product writes where g lay.
   x = rotate(x, other, rows, cols, b.left, nullptr, true, threads, at);
+  if (next != nullptr) {
+    prefetch(next->v, next->ldv, rows, cols);
+    prefetch(next->right, cols, cols, cols);
+  }
   if (b.right == nullptr) return scaled_copy(x, cols, false, 1.0f, b.g, b.ldg, rows, cols);
   Product<float> last = plain(x, cols, b.right, cols, b.g, rows, cols, cols, true);
   last.ldc = b.ldg;
@@ -172,29 +193,28 @@ bool refresh(const PowerStep& settings, const Refresh& b, int threads, RefreshBu
 
 }  // namespace
 
-void project_adam_cpu(const RotatedAdam& settings, const std::vector<Projection>& blocks, int threads) {
-  const int64_t count = static_cast<int64_t>(blocks.size());
-  if (omp_in_parallel()) threads = 1;
-  const bool whole = one_each(count, threads);
-#pragma omp parallel num_threads(threads) if (whole)
-  {
-    Buffers buffers;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; ++i) project(settings, blocks[i], whole ? 1 : threads, buffers);
-  }
+void project_adam_cpu(const RotatedAdam& settings, const FactorStep& factor_step, const std::vector<Projection>& blocks,
+                      int threads) {
+  for_blocks<Buffers>(blocks, threads, [&](int64_t i, const Projection* next, int team, Buffers& buffers) {
+    const bool same = next != nullptr && next->rows == blocks[i].rows && next->cols == blocks[i].cols;
+    project(settings, factor_step, blocks[i], same ? next : nullptr, team, buffers);
+  });
 }
 
 std::vector<char> refresh_cpu(const PowerStep& settings, const std::vector<Refresh>& blocks, int threads) {
-  const int64_t count = static_cast<int64_t>(blocks.size());
   std::vector<char> found(blocks.size(), 0);
-  if (omp_in_parallel()) threads = 1;
-  const bool whole = one_each(count, threads);
-#pragma omp parallel num_threads(threads) if (whole)
-  {
-    RefreshBuffers buffers;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; ++i) found[i] = refresh(settings, blocks[i], whole ? 1 : threads, buffers);
-  }
+  for_blocks<RefreshBuffers>(blocks, threads, [&](int64_t i, const Refresh* next, int team, RefreshBuffers& buffers) {
+    if (next != nullptr) {
+      const int64_t sizes[2] = {next->rows, next->cols};
+      for (int side = 0; side < 2; ++side) {
+        prefetch(next->bases[side], sizes[side], sizes[side], sizes[side]);
+        prefetch(next->factors[side], sizes[side], sizes[side], sizes[side]);
+      }
+      prefetch(next->m, next->ldm, next->rows, next->cols);
+      prefetch(next->v, next->ldv, next->rows, next->cols);
+    }
+    found[i] = refresh(settings, blocks[i], team, buffers);
+  });
   return found;
 }
 

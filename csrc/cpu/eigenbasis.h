@@ -7,17 +7,22 @@
 
 namespace megatron_opt {
 
-// One block: g ← Q_L·[Adam of Q_Lᵀ·g·Q_R]·Q_Rᵀ, both moments advance in the basis; a side without a basis has a null pointer.
+// One block: L ← decay·L + gain·g·gᵀ, R ← decay·R + gain·gᵀ·g where there are factors; then g ← Q_L·[Adam of Q_Lᵀ·g·Q_R]·Q_Rᵀ, both moments advance in the basis; a side without a basis has a null pointer.
 struct Projection {
   float* g;
   float* m;
   float* v;
   const float* left;  // (rows, rows), contiguous
   const float* right;  // (cols, cols), contiguous
+  float* factors[2];  // of each side, contiguous; null where they do not change
   int64_t ldg, ldm, ldv, rows, cols;
 };
 
-void project_adam_cpu(const RotatedAdam& settings, const std::vector<Projection>& blocks, int threads);
+struct FactorStep {
+  float gain, decay;
+};
+
+void project_adam_cpu(const RotatedAdam& settings, const FactorStep& factor_step, const std::vector<Projection>& blocks, int threads);
 
 // Orthonormal q (n, n) of the QR decomposition of x (n, n), diag R > 0, both contiguous.
 struct Basis {

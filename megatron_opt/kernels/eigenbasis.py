@@ -186,7 +186,7 @@ def _refresh_reference(
             found = found & (values > floor * largest).all(-1) & held_here
             index = order.unsqueeze(-1) if side == 0 else order.unsqueeze(-2)
             reordered = reordered.gather(side + 1, index.expand_as(reordered))
-        turned = rotate(rotate(moment, *old, back=True), *new)
+        turned = rotate(rotate(moment, old[0], old[1], back=True), new[0], new[1])
         for to, value in ((moment, turned), (second, reordered), *zip(old, new)):
             if to is not None and value is not None:
                 to.copy_(torch.where(found.view(-1, 1, 1), value, to))

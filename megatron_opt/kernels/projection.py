@@ -25,38 +25,41 @@ def rotate(x: Tensor, left: Tensor | None, right: Tensor | None, back: bool = Fa
     return x
 
 
-def _stack(x: Tensor) -> Tensor:
+def stacked(x: Tensor) -> Tensor:
+    """A matrix as a stack of one."""
     return x if x.ndim == 3 else x.unsqueeze(0)
 
 
 def _step(
-    grads: Tensors, moments: Tensors, seconds: Tensors, lefts: Tensors, rights: Tensors,
-    beta1: float, beta2: float, eps: float, scale: float,
+    grads: Tensors, moments: Tensors, seconds: Tensors, lefts: Tensors, rights: Tensors, left_factors: Tensors,
+    right_factors: Tensors, beta1: float, beta2: float, eps: float, scale: float, gain: float, decay: float,
 ) -> None:  # fmt: skip
+    _advance(left_factors, right_factors, grads, gain, decay)
     for i, (grad, moment, second) in enumerate(zip(grads, moments, seconds, strict=True)):
-        bases = [_stack(bases[i]) if bases else None for bases in (lefts, rights)]
-        rotated = rotate(_stack(grad), *bases)
+        left, right = (stacked(bases[i]) if bases else None for bases in (lefts, rights))
+        rotated = rotate(stacked(grad), left, right)
         moment.lerp_(rotated.view_as(moment), 1 - beta1)
         rotated = rotated.view_as(second)
         second.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
-        direction = scale * _stack(moment) / _stack(second).sqrt().add_(eps)
-        grad.copy_(rotate(direction, *bases, back=True).view_as(grad))
+        direction = scale * stacked(moment) / stacked(second).sqrt().add_(eps)
+        grad.copy_(rotate(direction, left, right, back=True).view_as(grad))
 
 
 _project_adam = Operation(
     "project_adam",
-    "(Tensor(a!)[] grads, Tensor(b!)[] moments, Tensor(c!)[] seconds, Tensor[] lefts, Tensor[] rights, float beta1, "
-    "float beta2, float eps, float scale) -> ()",
+    "(Tensor(a!)[] grads, Tensor(b!)[] moments, Tensor(c!)[] seconds, Tensor[] lefts, Tensor[] rights, "
+    "Tensor(d!)[] left_factors, Tensor(e!)[] right_factors, float beta1, float beta2, float eps, float scale, "
+    "float gain, float decay) -> ()",
     _step,
     lambda *arguments: None,
 )
 
 
 def _advance(lefts: Tensors, rights: Tensors, grads: Tensors, gain: float, decay: float) -> None:
-    for i, grad in enumerate(map(_stack, grads)):
+    for i, grad in enumerate(map(stacked, grads)):
         for factors, g in ((lefts, grad), (rights, grad.mT)):
             if factors:
-                _stack(factors[i]).baddbmm_(g, g.mT, beta=decay, alpha=gain)
+                stacked(factors[i]).baddbmm_(g, g.mT, beta=decay, alpha=gain)
 
 
 _advance_factors = Operation(
@@ -76,9 +79,12 @@ def two_sided(grads: Sequence[Sequence[int]], lefts: Sequence, rights: Sequence)
 
 
 @register_flop_formula(torch.ops.megatron_opt.project_adam)
-def _flops(grads: list, moments: list, seconds: list, lefts: list, rights: list, *rest: object, **options: object):
-    """4mn(m + n) for two bases."""
-    return 2 * two_sided(grads, lefts, rights)
+def _flops(
+    grads: list, moments: list, seconds: list, lefts: list, rights: list, left_factors: list, right_factors: list,
+    *rest: object, **options: object,
+):  # fmt: skip
+    """4mn(m + n) for two bases, 2mn(m + n) for their factors."""
+    return 2 * two_sided(grads, lefts, rights) + two_sided(grads, left_factors, right_factors)
 
 
 @register_flop_formula(torch.ops.megatron_opt.advance_factors)
@@ -96,24 +102,27 @@ def _rows(x: Tensor) -> bool:
 
 
 def taken(moved: Tensors, whole: Tensors) -> bool:
-    """Whether native kernels of this folder take matrices that are read and written row by row, and contiguous ones."""
+    """Whether native kernels of lists take matrices that are read and written row by row, and contiguous ones."""
     if not (moved and products.available(moved[0])):
         return False
-    plain = all(map(_rows, moved)) and all(x.is_contiguous() for x in whole)
-    return plain and all(x.dtype == torch.float32 for x in (*moved, *whole))
+    types = {x.dtype for x in (*moved, *whole)}
+    return types == {torch.float32} and all(map(_rows, moved)) and all(x.is_contiguous() for x in whole)
 
 
 def project_adam(
-    grads: Tensors, moments: Tensors, seconds: Tensors, lefts: Tensors, rights: Tensors, *,
-    beta1: float, beta2: float, eps: float, scale: float,
+    grads: Tensors, moments: Tensors, seconds: Tensors, lefts: Tensors, rights: Tensors, left_factors: Tensors = (),
+    right_factors: Tensors = (), *, beta1: float, beta2: float, eps: float, scale: float, gain: float = 0.0,
+    decay: float = 1.0, plain: bool | None = None,
 ) -> None:  # fmt: skip
     """x = Q_Lᵀ g Q_R;  m ← EMA(x);  v ← EMA(x²);  g ← Q_L [scale·m/(√v + ε)] Q_Rᵀ. 4mn(m + n) FLOPs.
 
     For each of lists of (m, n), or (B, m, n), all in place; bases are (m, m) and (n, n), or (B, …), and a list of them
-    is empty where the side stays. SOAP: arXiv 2409.11321. Raises RuntimeError where shapes do not fit together.
+    is empty where the side stays. Where there are factors, `advance_factors` comes first. `plain` is what `taken` says
+    of the lists, where it is known. SOAP: arXiv 2409.11321. Raises RuntimeError where shapes do not fit together.
     """
-    arguments = (grads, moments, seconds, lefts, rights, beta1, beta2, eps, scale)
-    if taken([*grads, *moments, *seconds], [*lefts, *rights]):
+    factors = (left_factors, right_factors)
+    arguments = (grads, moments, seconds, lefts, rights, *factors, beta1, beta2, eps, scale, gain, decay)
+    if taken([*grads, *moments, *seconds], [*lefts, *rights, *factors[0], *factors[1]]) if plain is None else plain:
         _project_adam(grads[0].device, *arguments)
     else:
         _step(*arguments)

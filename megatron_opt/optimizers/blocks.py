@@ -51,11 +51,6 @@ class Grid:
                 return region, (row - r0) // rb * ((c1 - c0) // cb) + (column - c0) // cb
         raise IndexError((row, column))
 
-    def is_whole(self) -> bool:
-        """Whether the matrix is one block."""
-        shapes = self.shapes()
-        return len(shapes) == 1 and shapes[0][0] == 1
-
     def cut(self, x: Tensor) -> list[Tensor]:
         """Stacks (count, block rows, block columns); views where a region is one block."""
         stacks = []

@@ -13,10 +13,10 @@ from torch import Tensor
 from megatron_opt.kernels import products
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer, Shape, State
 from megatron_opt.optimizers.blocks import Grid, apart, as_matrix, batched, put_back
+from megatron_opt.optimizers.families import SMALL, Family, Planner
 from megatron_opt.optimizers.options import check, choice, option
 
 log = logging.getLogger(__name__)
-SMALL = 128  # blocks up to this side go through one batched product over all matrices
 
 
 @dataclass(frozen=True)
@@ -59,31 +59,6 @@ class Blocks:
         return self.grad.shape[2 - side]
 
 
-@dataclass
-class Family:
-    """Regions of equal blocks that step together."""
-
-    shape: tuple[int, int]  # of a block
-    sides: tuple[int, ...]
-    whole: bool  # whether each is a whole matrix
-    members: list[tuple[int, int]]  # (matrix, region)
-
-    def names(self, parts: Sequence[Tensor], infos: Sequence[MatrixInfo]) -> list[str]:
-        """Of each block's matrix."""
-        counts = [1 if part.ndim == 2 else len(part) for part in parts]
-        return [infos[index].name for (index, _), count in zip(self.members, counts) for _ in range(count)]
-
-
-@dataclass
-class _Plan:
-    """How the matrices of a call are grouped."""
-
-    infos: list[MatrixInfo]
-    kinds: list[tuple[torch.dtype, torch.device]]
-    families: list[Family]
-    cut: list[int]  # matrices of several blocks
-
-
 class FactoredOptimizer(MatrixOptimizer):
     """A rule with a factor for each side of each block; the subclass says what is derived from it and used how."""
 
@@ -95,7 +70,7 @@ class FactoredOptimizer(MatrixOptimizer):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.failures: Counter[str] = Counter()  # decompositions that failed twice, by matrix; the old one was kept
-        self._plans: dict[str, _Plan] = {}
+        self.plan = Planner(self.grid, self.sides)
 
     def begin(self, grad: Tensor, state: State, info: MatrixInfo) -> bool:
         """Before a matrix's first step; False where that step moves nothing."""
@@ -169,7 +144,7 @@ class FactoredOptimizer(MatrixOptimizer):
             if start:
                 self.before_blocks(grad, state)
         dues = [not known or due for known, due in zip(ready, self._all_due(infos, step))]
-        plan = self._plan(grads, infos)
+        plan = self.plan(grads, infos)
         cuts = {i: self._cut(grads[i], states[i], infos[i]) for i in plan.cut if started[i]}
         found: dict[tuple[int, int], Tensor] = {}
         for family in plan.families:
@@ -191,28 +166,6 @@ class FactoredOptimizer(MatrixOptimizer):
         if self.config.stagger:
             return [self.is_due(info, step) for info in infos]
         return [self.is_due(infos[0], step)] * len(infos) if infos else []
-
-    def _plan(self, grads: Sequence[Tensor], infos: Sequence[MatrixInfo]) -> _Plan:
-        """Which regions step together; found again where the last call with this first matrix had the same ones."""
-        kinds, infos = [(grad.dtype, grad.device) for grad in grads], list(infos)
-        known = self._plans.get(infos[0].name) if infos else None
-        if known is not None and known.kinds == kinds and known.infos == infos:
-            return known
-        families: dict[tuple, Family] = {}
-        cut = []
-        for index, (kind, info) in enumerate(zip(kinds, infos)):
-            grid, sides = self.grid(info), self.sides(info)
-            whole = grid.is_whole()
-            if not whole:
-                cut.append(index)
-            for region, (_, *shape) in enumerate(grid.shapes()):
-                key = (*shape, sides, whole, *kind)
-                key = key if max(shape) <= SMALL else (*key, index, region)
-                families.setdefault(key, Family((shape[0], shape[1]), sides, whole, [])).members.append((index, region))
-        plan = _Plan(infos, kinds, list(families.values()), cut)
-        if infos:
-            self._plans[infos[0].name] = plan
-        return plan
 
     def _cut(self, grad: Tensor, state: State, info: MatrixInfo) -> list[list[Tensor]]:
         """Stacks of the gradient and of the rule's `block_keys`, by region."""
@@ -252,9 +205,9 @@ class FactoredOptimizer(MatrixOptimizer):
         held = {
             (kind, side): [states[i][f"{kind}_{region}_{side}"] for i, region in members]
             for kind in ("gg", "q")
-            for side in family.sides
+            for side in family.kind
         }
-        return self.family_step(Family(family.shape, family.sides, family.whole, members), parts, held, step, due, infos)
+        return self.family_step(family.part(members), parts, held, step, due, infos)
 
     def family_step(
         self, family: Family, parts: list[list[Tensor]], held: Held, step: int, due: bool, infos: Sequence[MatrixInfo]
@@ -265,7 +218,7 @@ class FactoredOptimizer(MatrixOptimizer):
         """
         grad, *stacks = map(batched, parts)
         tensors = {key: batched(several) for key, several in held.items()}
-        factors, derived = ({side: tensors[kind, side] for side in family.sides} for kind in ("gg", "q"))
+        factors, derived = ({side: tensors[kind, side] for side in family.kind} for kind in ("gg", "q"))
         names = family.names(parts[0], infos)
         direction = self.block_step(Blocks(grad, stacks, factors, derived, step, due, names))
         for key, several in held.items():

@@ -6,7 +6,7 @@ count step 1, refreshes when (t − 1) % frequency = 0, and uses the new factors
 null space of its basis is filled by `eigenbasis.complete`, a function of the gradients alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -17,7 +17,8 @@ from torch import Tensor
 from megatron_opt.kernels import eigenbasis, projection
 from megatron_opt.optimizers.base import Cost, MatrixInfo, State
 from megatron_opt.optimizers.blocks import as_matrix, batched, put_back
-from megatron_opt.optimizers.factored import SMALL, Blocks, FactoredConfig, FactoredOptimizer, Family, Held, guarded
+from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer, Held, guarded
+from megatron_opt.optimizers.families import SMALL, Family
 from megatron_opt.optimizers.options import choice, option
 from megatron_opt.optimizers.registry import register
 from megatron_opt.optimizers.slices import Leg, SliceStep, shares, to_first
@@ -113,17 +114,20 @@ class Soap(FactoredOptimizer):
         grads, moments, seconds = parts
         if not projection.taken([*grads, *moments, *seconds], [x for several in held.values() for x in several]):
             return super().family_step(family, parts, held, step, due, infos)
-        bases, factors = ({side: held[kind, side] for side in family.sides} for kind in ("q", "gg"))
-        gains = (1 - self.config.shampoo_beta, self.config.shampoo_beta)
+        bases, factors = ({side: held[kind, side] for side in family.kind} for kind in ("q", "gg"))
+        gains: dict[str, Any] = {"gain": 1 - self.config.shampoo_beta, "decay": self.config.shampoo_beta}
         late = due and not self.authors  # the refresh sees the factors from before this step
         directions = [grad.clone() for grad in grads] if late else grads
-        if not late:
-            projection.advance_factors(*both(factors), grads, *gains)
-        projection.project_adam(directions, moments, seconds, *both(bases), **self._adam(step))
+        lefts, rights = both(bases)
+        left_factors, right_factors = both({} if late else factors)
+        projection.project_adam(
+            directions, moments, seconds, lefts, rights, left_factors, right_factors,
+            **self._adam(step), **gains, plain=True,
+        )  # fmt: skip
         if due:
             self._refresh_family(family, moments, seconds, bases, factors, step, family.names(grads, infos))
         if late:
-            projection.advance_factors(*both(factors), grads, *gains)
+            projection.advance_factors(*both(factors), grads, **gains)
         return directions
 
     def _refresh_family(
@@ -131,14 +135,14 @@ class Soap(FactoredOptimizer):
         family: Family,
         moments: Sequence[Tensor],
         seconds: Sequence[Tensor],
-        bases: dict[int, Sequence[Tensor]],
-        factors: dict[int, Sequence[Tensor]],
+        bases: Mapping[int, Sequence[Tensor]],
+        factors: Mapping[int, Sequence[Tensor]],
         step: int,
         names: Sequence[str],
     ) -> None:
         """Small blocks with full factors where they lie, others and those that this leaves stacked."""
         lists = [moments, seconds, *bases.values(), *factors.values()]
-        full = all(self.seen(step) * family.shape[1 - side] >= family.shape[side] for side in family.sides)
+        full = all(self.seen(step) * family.shape[1 - side] >= family.shape[side] for side in family.kind)
         if full and self.config.adaptive_tol == 0 and max(family.shape) <= SMALL:
             found = eigenbasis.refresh_bases(moments, seconds, bases, factors, self.config.power_shift)
             left = (~found).nonzero().flatten().tolist()
@@ -147,9 +151,9 @@ class Soap(FactoredOptimizer):
             blocks = [[block for x in several for block in (x if x.ndim == 3 else (x,))] for several in lists]
             lists, names = [[several[i] for i in left] for several in blocks], [names[i] for i in left]
         moment, second, *rest = stacks = [batched(several) for several in lists]
-        turned = dict(zip(family.sides, rest)), dict(zip(family.sides, rest[len(family.sides) :]))
+        turned = dict(zip(family.kind, rest)), dict(zip(family.kind, rest[len(family.kind) :]))
         self._refresh_stack(moment, second, *turned, step, names)
-        for stack, several in zip(stacks[: 2 + len(family.sides)], lists):
+        for stack, several in zip(stacks[: 2 + len(family.kind)], lists):
             put_back(stack, several)
 
     def block_step(self, blocks: Blocks) -> Tensor:
@@ -188,10 +192,11 @@ class Soap(FactoredOptimizer):
         """Adam's step in the eigenbasis (…, b, c), turned back; both moments advance in place."""
         direction = g.clone()
         stacks = {side: [basis] for side, basis in bases.items()}
-        projection.project_adam([direction], [m], [v], *both(stacks), **self._adam(step))
+        lefts, rights = both(stacks)
+        projection.project_adam([direction], [m], [v], lefts, rights, **self._adam(step))
         return direction
 
-    def _adam(self, step: int) -> dict[str, float]:
+    def _adam(self, step: int) -> dict[str, Any]:
         """Coefficients of Adam's step; bias corrections are in the scale."""
         cfg = self.config
         n = max(step - 1 if self.authors else step, 1)
@@ -377,7 +382,7 @@ def turn(x: Tensor, bases: dict[int, Tensor], back: bool = False) -> Tensor:
     return projection.rotate(x, bases.get(0), bases.get(1), back)
 
 
-def both(by_side: dict[int, Sequence[Tensor]]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+def both(by_side: Mapping[int, Sequence[Tensor]]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Lists of side 0 and of side 1, empty where it has none."""
     return by_side.get(0, ()), by_side.get(1, ())
 

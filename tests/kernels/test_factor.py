@@ -184,7 +184,7 @@ def test_the_step_bears_huge_and_tiny_gradients(scale):
     """v = 0 for tiny ones (their squares vanish), as in the reference."""
     arguments = problem(2, 33, 20, scale)
     ours, lists = step_of(torch.float32, arguments, (0, 1)), [[x.clone()] for x in arguments]
-    projection._step(*lists, 0.9, 0.95, 1e-8, 0.7)
+    projection._step(*lists, [], [], 0.9, 0.95, 1e-8, 0.7, 0.0, 1.0)
     exact = lists[0][0]
     torch.testing.assert_close(ours[0], exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
 
@@ -202,7 +202,7 @@ def test_the_step_works_in_the_rows_of_a_wider_matrix():
     expected = step_of(torch.float32, arguments, (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(parts, expected))
     assert not any(x[..., :5].any() or x[..., 25:].any() for x in wide)
-    settings = (0.9, 0.9, 1.0, 1.0)
+    settings = ([], [], 0.9, 0.9, 1.0, 1.0, 0.0, 1.0)
     torch.ops.megatron_opt.project_adam(*[[torch.zeros(0, 4, 5)]] * 3, [], [], *settings)
     torch.ops.megatron_opt.project_adam([], [], [], [], [], *settings)
     lists = [[x] for x in arguments]
@@ -260,6 +260,20 @@ def test_factors_of_lists_are_float64s(sides):
 
 @native
 @pytest.mark.parametrize("sides", [(0, 1), (0,), (1,)])
+def test_steps_of_lists_advance_factors_first(sides):
+    lists = list(lists_of(MIXED))
+    for which, side in ((3, 0), (4, 1), (5, 0), (6, 1)):
+        lists[which] = lists[which] if side in sides else []
+    exact = in_double(lists)
+    projection._step(*exact, 0.9, 0.95, 1e-8, 0.7, 0.05, 0.95)
+    projection.project_adam(*lists, beta1=0.9, beta2=0.95, eps=1e-8, scale=0.7, gain=0.05, decay=0.95)
+    for ours, theirs in zip(lists, exact):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5)
+
+
+@native
+@pytest.mark.parametrize("sides", [(0, 1), (0,), (1,)])
 @pytest.mark.parametrize("shift", [0.0, 0.2])
 def test_refreshed_bases_of_lists_are_float64s(sides, shift):
     lists = list(lists_of(MIXED))
@@ -294,7 +308,8 @@ def test_blocks_whose_bases_are_not_found_stay():
 def test_what_steps_beside_a_block_and_how_many_threads_change_no_bit():
     def run(lists):
         projection.advance_factors(*lists[5:], lists[0], 0.05, 0.95)
-        projection.project_adam(*lists[:5], beta1=0.9, beta2=0.95, eps=1e-8, scale=0.7)
+        settings = dict(beta1=0.9, beta2=0.95, eps=1e-8, scale=0.7, gain=0.05, decay=0.95)
+        projection.project_adam(*lists, **settings)
         eb.refresh_bases(lists[1], lists[2], {0: lists[3], 1: lists[4]}, {0: lists[5], 1: lists[6]})
         return lists
 

@@ -1,4 +1,4 @@
-// Native kernels of steps in an eigenbasis on CPU: lists of matrices or of stacks of blocks, any of them where it lies.
+// Native kernels of preconditioned steps on CPU, in eigenbases and with Kronecker factors: lists of matrices or of stacks of blocks, any of them where it lies.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "cpu/eigenbasis.h"
+#include "cpu/kron.h"
 #include "cpu/teams.h"
 #include "operators.h"
 
@@ -57,22 +58,25 @@ void check_lengths(size_t count, std::initializer_list<Tensors> all, std::initia
   for (const Tensors& list : optional) TORCH_CHECK(list.empty() || list.size() == count, "lists must be equally long.");
 }
 
-// Adam in the basis; both moments advance in place, directions replace gradients.
-void project_adam(Tensors grads, Tensors moments, Tensors seconds, Tensors lefts, Tensors rights, double beta1, double beta2,
-                  double eps, double scale) {
-  check_lengths(grads.size(), {moments, seconds}, {lefts, rights});
+// Factors, then Adam in the basis; moments and factors advance in place, directions replace gradients.
+void project_adam(Tensors grads, Tensors moments, Tensors seconds, Tensors lefts, Tensors rights, Tensors left_factors,
+                  Tensors right_factors, double beta1, double beta2, double eps, double scale, double gain, double decay) {
+  check_lengths(grads.size(), {moments, seconds}, {lefts, rights, left_factors, right_factors});
   std::vector<Projection> blocks;
   for (size_t i = 0; i < grads.size(); ++i) {
     const Stack g = stack_of(grads[i], "grad"), m = beside(moments, i, g, "moment"), v = beside(seconds, i, g, "second");
     if (g.rows == 0 || g.cols == 0) continue;
     const Stack left = square(lefts, i, g.count, g.rows, "left"), right = square(rights, i, g.count, g.cols, "right");
+    const Stack gg = square(left_factors, i, g.count, g.rows, "left factor");
+    const Stack hh = square(right_factors, i, g.count, g.cols, "right factor");
     for (int64_t b = 0; b < g.count; ++b) {
-      blocks.push_back({g.block(b), m.block(b), v.block(b), left.block(b), right.block(b), g.ld, m.ld, v.ld, g.rows, g.cols});
+      blocks.push_back({g.block(b), m.block(b), v.block(b), left.block(b), right.block(b), {gg.block(b), hh.block(b)}, g.ld, m.ld,
+                        v.ld, g.rows, g.cols});
     }
   }
   const RotatedAdam settings{static_cast<float>(1.0 - beta1), static_cast<float>(beta2), static_cast<float>(1.0 - beta2),
                              static_cast<float>(eps), static_cast<float>(scale)};
-  project_adam_cpu(settings, blocks, at::get_num_threads());
+  project_adam_cpu(settings, {static_cast<float>(gain), static_cast<float>(decay)}, blocks, at::get_num_threads());
 }
 
 // factor ← decay·factor + gain·g·gᵀ (lefts), gain·gᵀ·g (rights).
@@ -118,6 +122,24 @@ Tensor refresh_bases(Tensors moments, Tensors seconds, Tensors lefts, Tensors ri
   return all;
 }
 
+// Where there is noise, factors learn in place; preconditioned moments replace moments.
+void kron_step(Tensors lefts, Tensors rights, Tensors moments, Tensors noises, at::ArrayRef<double> dampings, double lr) {
+  check_lengths(moments.size(), {lefts, rights}, {noises});
+  TORCH_CHECK(dampings.size() == noises.size(), "lists must be equally long.");
+  std::vector<KronBlock> blocks;
+  for (size_t i = 0; i < moments.size(); ++i) {
+    const Stack m = stack_of(moments[i], "moment");
+    if (m.rows == 0 || m.cols == 0) continue;
+    const Stack left = square(lefts, i, m.count, m.rows, "left"), right = square(rights, i, m.count, m.cols, "right");
+    const Stack v = noises.empty() ? Stack{nullptr, 0, 0, 0, 0, 0} : beside(noises, i, m, "noise");
+    const float damping = noises.empty() ? 0.0f : static_cast<float>(dampings[i]);
+    for (int64_t b = 0; b < m.count; ++b) {
+      blocks.push_back({left.block(b), right.block(b), m.block(b), v.block(b), m.ld, v.ld, m.rows, m.cols, damping});
+    }
+  }
+  kron_cpu(static_cast<float>(lr), blocks, at::get_num_threads());
+}
+
 // (bases, whether each was found) of contiguous columns (B, n, n).
 std::tuple<Tensor, Tensor> cholesky_qr(const Tensor& columns, double noise) {
   TORCH_CHECK(has_products(), "this processor has no AVX-512.");
@@ -138,12 +160,13 @@ std::tuple<Tensor, Tensor> cholesky_qr(const Tensor& columns, double noise) {
 
 }  // namespace
 
-void register_eigenbasis_operators() {
+void register_preconditioner_operators() {
   static torch::Library cpu(torch::Library::IMPL, "megatron_opt", c10::DispatchKey::CPU, __FILE__, __LINE__);
   cpu.impl("project_adam", project_adam);
   cpu.impl("advance_factors", advance_factors);
   cpu.impl("refresh_bases", refresh_bases);
   cpu.impl("cholesky_qr", cholesky_qr);
+  cpu.impl("kron_step", kron_step);
 }
 
 }  // namespace megatron_opt
