@@ -24,16 +24,28 @@ struct Buffers {
   Scratch scratch;
 };
 
+// What a product asks for on the way, one after another.
+struct Wanted {
+  const float* numbers[8] = {};
+  int64_t counts[8] = {}, next = 0;
+
+  Product<float> with(const Product<float>& p) {
+    if (next == 8) return p;
+    const int64_t i = next++;
+    return ahead(p, numbers[i], counts[i]);
+  }
+};
+
 // Q_Lᵀ·x·Q_R, or Q_L·x·Q_Rᵀ with `back`, of contiguous (rows, cols); the result lies in one of `x` and `other`.
 float* rotate(float* x, float* other, int64_t rows, int64_t cols, const float* left, const float* right, bool back, int threads,
-              Buffers& at) {
+              Buffers& at, Wanted& wanted) {
   if (left != nullptr) {
-    const Product<float> p = plain(left, rows, x, cols, other, rows, cols, rows, false);
+    const Product<float> p = wanted.with(plain(left, rows, x, cols, other, rows, cols, rows, false));
     back ? run(p, threads, at.scratch) : run_transposed(p, threads, at.scratch, at.transposed);
     std::swap(x, other);
   }
   if (right != nullptr) {
-    run(plain(x, cols, right, cols, other, rows, cols, cols, back), threads, at.scratch);
+    run(wanted.with(plain(x, cols, right, cols, other, rows, cols, cols, back)), threads, at.scratch);
     std::swap(x, other);
   }
   return x;
@@ -41,48 +53,44 @@ float* rotate(float* x, float* other, int64_t rows, int64_t cols, const float* l
 
 void project(const RotatedAdam& settings, const FactorStep& factor_step, const Projection& b, const Projection* next, int threads,
              Buffers& at) {
-  const int64_t rows = b.rows, cols = b.cols;
-  at.first.resize(static_cast<size_t>(rows * cols));
-  at.second.resize(static_cast<size_t>(rows * cols));
+  const int64_t rows = b.rows, cols = b.cols, count = rows * cols, left = rows * rows, right = cols * cols;
+  at.first.resize(static_cast<size_t>(count));
+  at.second.resize(static_cast<size_t>(count));
   float *x = at.first.data(), *other = at.second.data();
-  if (b.factors[0] != nullptr) {
-    float* f = b.factors[0];
-    run(Product<float>{b.g, b.g, f, f, b.ldg, b.ldg, rows, rows, rows, rows, cols, factor_step.gain, factor_step.decay, true, true},
-        threads, at.scratch);
-    if (next != nullptr) prefetch(next->factors[0], rows, rows, rows);
+  Wanted wanted;
+  if (next != nullptr) {
+    wanted = {{next->g, next->factors[0], next->factors[1], next->left, next->right, next->m},
+              {count, left, right, left, right, count}};
   }
-  if (b.factors[1] != nullptr) {
-    float* f = b.factors[1];
-    run_transposed(Product<float>{b.g, b.g, f, f, b.ldg, b.ldg, cols, cols, cols, cols, rows, factor_step.gain, factor_step.decay,
-                                  false, true},
-                   threads, at.scratch, at.transposed);
-    if (next != nullptr) prefetch(next->factors[1], cols, cols, cols);
+  for (int side = 0; side < 2; ++side) {
+    float* f = b.factors[side];
+    const int64_t n = side == 0 ? rows : cols, k = side == 0 ? cols : rows;
+    if (f == nullptr) continue;
+    const Product<float> p = wanted.with(
+        {b.g, b.g, f, f, b.ldg, b.ldg, n, n, n, n, k, factor_step.gain, factor_step.decay, side == 0, true});
+    side == 0 ? run(p, threads, at.scratch) : run_transposed(p, threads, at.scratch, at.transposed);
   }
   // Into the basis; the first product reads g where it lies.
   if (b.left != nullptr) {
-    run_transposed(plain(b.left, rows, b.g, b.ldg, x, rows, cols, rows, false), threads, at.scratch, at.transposed);
-    if (next != nullptr) prefetch(next->g, next->ldg, rows, cols);
-    x = rotate(x, other, rows, cols, nullptr, b.right, false, threads, at);
+    run_transposed(wanted.with(plain(b.left, rows, b.g, b.ldg, x, rows, cols, rows, false)), threads, at.scratch, at.transposed);
+    x = rotate(x, other, rows, cols, nullptr, b.right, false, threads, at, wanted);
   } else if (b.right != nullptr) {
-    run(plain(b.g, b.ldg, b.right, cols, x, rows, cols, cols, false), threads, at.scratch);
+    run(wanted.with(plain(b.g, b.ldg, b.right, cols, x, rows, cols, cols, false)), threads, at.scratch);
   } else {
     scaled_copy(b.g, b.ldg, false, 1.0f, x, cols, rows, cols);
   }
   other = x == at.first.data() ? at.second.data() : at.first.data();
-  if (next != nullptr) prefetch(next->left, rows, rows, rows);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t row = 0; row < rows; ++row) {
+    if (next != nullptr) {
+      for (int64_t j = 0; j < cols; j += 16) __builtin_prefetch(next->v + row * next->ldv + j, 0, 2);
+    }
     rotated_adam(settings, x + row * cols, b.m + row * b.ldm, b.v + row * b.ldv, cols);
   }
-  if (next != nullptr) prefetch(next->m, next->ldm, rows, cols);
   // Out of it; the last product writes where g lay.
-  x = rotate(x, other, rows, cols, b.left, nullptr, true, threads, at);
-  if (next != nullptr) {
-    prefetch(next->v, next->ldv, rows, cols);
-    prefetch(next->right, cols, cols, cols);
-  }
+  x = rotate(x, other, rows, cols, b.left, nullptr, true, threads, at, wanted);
   if (b.right == nullptr) return scaled_copy(x, cols, false, 1.0f, b.g, b.ldg, rows, cols);
-  Product<float> last = plain(x, cols, b.right, cols, b.g, rows, cols, cols, true);
+  Product<float> last = wanted.with(plain(x, cols, b.right, cols, b.g, rows, cols, cols, true));
   last.ldc = b.ldg;
   run(last, threads, at.scratch);
 }
@@ -134,12 +142,12 @@ struct RefreshBuffers : Buffers {
 
 // The basis after one power iteration, to at.fresh, and the order of the old one's columns, to at.order.
 bool power_step(const PowerStep& settings, int side, int64_t n, const float* factor, const float* basis, int threads,
-                RefreshBuffers& at) {
+                RefreshBuffers& at, Wanted& wanted) {
   for (Buffer* buffer : {&at.image, &at.rows, &at.solved, &at.gram, &at.fresh[side], &at.transposed}) {
     buffer->resize(static_cast<size_t>(n * n));
   }
   float* image = at.image.data();
-  run(plain(factor, n, basis, n, image, n, n, n, false), threads, at.scratch);
+  run(wanted.with(plain(factor, n, basis, n, image, n, n, n, false)), threads, at.scratch);
   Buffer values(static_cast<size_t>(n), 0.0f);
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j < n; ++j) values[j] += basis[i * n + j] * image[i * n + j];
@@ -165,20 +173,25 @@ bool power_step(const PowerStep& settings, int side, int64_t n, const float* fac
   return true;
 }
 
-bool refresh(const PowerStep& settings, const Refresh& b, int threads, RefreshBuffers& at) {
+bool refresh(const PowerStep& settings, const Refresh& b, const Refresh* next, int threads, RefreshBuffers& at) {
   const int64_t sizes[2] = {b.rows, b.cols}, rows = b.rows, cols = b.cols;
   const float* fresh[2] = {nullptr, nullptr};
+  Wanted wanted;
+  if (next != nullptr) {
+    wanted = {{next->bases[0], next->bases[1], next->factors[0], next->factors[1], next->m, next->v},
+              {rows * rows, cols * cols, rows * rows, cols * cols, rows * cols, rows * cols}};
+  }
   for (int side = 0; side < 2; ++side) {
     if (b.bases[side] == nullptr) continue;
-    if (!power_step(settings, side, sizes[side], b.factors[side], b.bases[side], threads, at)) return false;
+    if (!power_step(settings, side, sizes[side], b.factors[side], b.bases[side], threads, at, wanted)) return false;
     fresh[side] = at.fresh[side].data();
   }
   at.first.resize(static_cast<size_t>(rows * cols));
   at.second.resize(static_cast<size_t>(rows * cols));
   float *first = at.first.data(), *second = at.second.data();
   scaled_copy(b.m, b.ldm, false, 1.0f, first, cols, rows, cols);
-  float* x = rotate(first, second, rows, cols, b.bases[0], b.bases[1], true, threads, at);
-  x = rotate(x, x == first ? second : first, rows, cols, fresh[0], fresh[1], false, threads, at);
+  float* x = rotate(first, second, rows, cols, b.bases[0], b.bases[1], true, threads, at, wanted);
+  x = rotate(x, x == first ? second : first, rows, cols, fresh[0], fresh[1], false, threads, at, wanted);
   scaled_copy(x, cols, false, 1.0f, b.m, b.ldm, rows, cols);
   scaled_copy(b.v, b.ldv, false, 1.0f, first, cols, rows, cols);
   for (int64_t i = 0; i < rows; ++i) {
@@ -195,26 +208,17 @@ bool refresh(const PowerStep& settings, const Refresh& b, int threads, RefreshBu
 
 void project_adam_cpu(const RotatedAdam& settings, const FactorStep& factor_step, const std::vector<Projection>& blocks,
                       int threads) {
-  for_blocks<Buffers>(blocks, threads, [&](int64_t i, const Projection* next, int team, Buffers& buffers) {
-    const bool same = next != nullptr && next->rows == blocks[i].rows && next->cols == blocks[i].cols;
-    project(settings, factor_step, blocks[i], same ? next : nullptr, team, buffers);
+  for_blocks<Buffers>(blocks, threads, [&](const Projection& block, const Projection* next, int64_t, int team, Buffers& buffers) {
+    project(settings, factor_step, block, next, team, buffers);
   });
 }
 
 std::vector<char> refresh_cpu(const PowerStep& settings, const std::vector<Refresh>& blocks, int threads) {
   std::vector<char> found(blocks.size(), 0);
-  for_blocks<RefreshBuffers>(blocks, threads, [&](int64_t i, const Refresh* next, int team, RefreshBuffers& buffers) {
-    if (next != nullptr) {
-      const int64_t sizes[2] = {next->rows, next->cols};
-      for (int side = 0; side < 2; ++side) {
-        prefetch(next->bases[side], sizes[side], sizes[side], sizes[side]);
-        prefetch(next->factors[side], sizes[side], sizes[side], sizes[side]);
-      }
-      prefetch(next->m, next->ldm, next->rows, next->cols);
-      prefetch(next->v, next->ldv, next->rows, next->cols);
-    }
-    found[i] = refresh(settings, blocks[i], team, buffers);
-  });
+  for_blocks<RefreshBuffers>(
+      blocks, threads, [&](const Refresh& block, const Refresh* next, int64_t i, int team, RefreshBuffers& buffers) {
+        found[i] = refresh(settings, block, next, team, buffers);
+      });
   return found;
 }
 

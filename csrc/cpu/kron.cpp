@@ -144,33 +144,30 @@ void learn(const KronBlock& b, float lr, int threads, Buffers& at) {
   turn(b.right, cols, lr, threads, at);
 }
 
-void precondition(const KronBlock& b, int threads, Buffers& at) {
+void precondition(const KronBlock& b, const KronBlock* next, int threads, Buffers& at) {
   const int64_t rows = b.rows, cols = b.cols;
   at.damped.resize(static_cast<size_t>(rows * cols));
   float *x = at.damped.data(), *y = at.between.data();
-  run(product(b.left, rows, b.m, b.ldm, y, rows, cols, rows, false, Triangle::upper, Triangle::full), threads, at.scratch);
-  run_transposed(product(b.left, rows, y, cols, x, rows, cols, rows, false, Triangle::lower, Triangle::full), threads, at.scratch,
-                 at.rows);
-  run(product(x, cols, b.right, cols, y, rows, cols, cols, true, Triangle::full, Triangle::lower), threads, at.scratch);
+  const KronBlock none{};
+  const KronBlock& coming = next != nullptr ? *next : none;
+  const Product<float> first = product(b.left, rows, b.m, b.ldm, y, rows, cols, rows, false, Triangle::upper, Triangle::full);
+  run(ahead(first, coming.left, rows * rows), threads, at.scratch);
+  const Product<float> second = product(b.left, rows, y, cols, x, rows, cols, rows, false, Triangle::lower, Triangle::full);
+  run_transposed(ahead(second, coming.right, cols * cols), threads, at.scratch, at.rows);
+  const Product<float> third = product(x, cols, b.right, cols, y, rows, cols, cols, true, Triangle::full, Triangle::lower);
+  run(ahead(third, coming.m, rows * cols), threads, at.scratch);
   Product<float> last = product(y, cols, b.right, cols, b.m, rows, cols, cols, false, Triangle::full, Triangle::upper);
   last.ldc = b.ldm;
-  run(last, threads, at.scratch);
+  run(ahead(last, coming.v, rows * cols), threads, at.scratch);
 }
 
 }  // namespace
 
 void kron_cpu(float lr, const std::vector<KronBlock>& blocks, int threads) {
-  for_blocks<Buffers>(blocks, threads, [&](int64_t i, const KronBlock* next, int team, Buffers& at) {
-    if (next != nullptr) {
-      prefetch(next->left, next->rows, next->rows, next->rows);
-      prefetch(next->right, next->cols, next->cols, next->cols);
-      prefetch(next->m, next->ldm, next->rows, next->cols);
-      prefetch(next->v, next->ldv, next->rows, next->cols);
-    }
-    const KronBlock& b = blocks[i];
+  for_blocks<Buffers>(blocks, threads, [&](const KronBlock& b, const KronBlock* next, int64_t, int team, Buffers& at) {
     at.between.resize(static_cast<size_t>(b.rows * b.cols));
     if (b.v != nullptr) learn(b, lr, team, at);
-    precondition(b, team, at);
+    precondition(b, next, team, at);
   });
 }
 

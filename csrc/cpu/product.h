@@ -22,6 +22,8 @@ struct Product {
   bool symmetric;  // C = Cᵀ is known: half the work
   Triangle a_shape = Triangle::full, b_shape = Triangle::full;  // fp32 only: zeros are passed over
   bool a_transposed = false;  // fp32 only, for an A that stays in the first cache: rows are read across
+  const float* ahead = nullptr;  // numbers that are wanted next: asked for tile by tile
+  int64_t ahead_count = 0;
 };
 
 constexpr int64_t kPanel = 32;  // columns of C computed together

@@ -18,17 +18,17 @@ inline bool one_each(int64_t count, int threads) {
   return threads > 1 && (count >= 2 * threads || (count > 0 && count % threads == 0));
 }
 
-// Asks for numbers that the next item needs, row by row: products read panels, which no hardware foresees.
-inline void prefetch(const float* x, int64_t ld, int64_t rows, int64_t cols) {
-  if (x == nullptr) return;
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < cols; j += 16) __builtin_prefetch(x + i * ld + j, 0, 2);
-  }
+// The product, asking for contiguous numbers of the next item on the way: products read panels, which no hardware foresees.
+inline Product<float> ahead(Product<float> p, const float* wanted, int64_t count) {
+  p.ahead = wanted;
+  p.ahead_count = wanted == nullptr ? 0 : count;
+  return p;
 }
 
 constexpr int64_t kPrefetched = 128 * 128;  // numbers of a block whose operands fit into the second cache besides another's
 
-// work(block, the thread's next one or null, team, buffers) for every block: dealt out whole, or one after another by all threads.
+// work(block, the next one, number, team, buffers) for every block: dealt out whole, or one after another by all threads. The next
+// one is null where it has another shape or is large.
 template <class Buffers, class Block, class Work>
 void for_blocks(const std::vector<Block>& blocks, int threads, const Work& work) {
   const int64_t count = static_cast<int64_t>(blocks.size());
@@ -40,8 +40,9 @@ void for_blocks(const std::vector<Block>& blocks, int threads, const Work& work)
     Buffers buffers;
 #pragma omp for schedule(dynamic, run)
     for (int64_t i = 0; i < count; ++i) {
-      const bool ahead = i + 1 < count && blocks[i + 1].rows * blocks[i + 1].cols <= kPrefetched;
-      work(i, ahead ? &blocks[i + 1] : nullptr, whole ? 1 : threads, buffers);
+      const Block *block = &blocks[i], *next = i + 1 < count ? block + 1 : nullptr;
+      const bool near = next != nullptr && next->rows == block->rows && next->cols == block->cols;
+      work(*block, near && next->rows * next->cols <= kPrefetched ? next : nullptr, i, whole ? 1 : threads, buffers);
     }
   }
 }
