@@ -96,7 +96,15 @@ void advance_factors(Tensors lefts, Tensors rights, Tensors grads, double gain, 
       add(1, right.block(b), g.cols, g.rows);
     }
   }
-  for (int side = 0; side < 2; ++side) run_products(products[side], side == 1, at::get_num_threads());
+  for (int side = 0; side < 2; ++side) {
+    std::vector<Product<float>>& list = products[side];
+    for (size_t i = 0; i + 1 < list.size(); ++i) {
+      if (list[i].n == list[i + 1].n && list[i].n * list[i].n <= kPrefetched) {
+        list[i] = ahead(list[i], list[i + 1].c, list[i + 1].n * list[i + 1].n);
+      }
+    }
+    run_products(list, side == 1, at::get_num_threads());
+  }
 }
 
 // Whether the bases of each block were found, by blocks in their order.
