@@ -202,11 +202,11 @@ class FactoredOptimizer(MatrixOptimizer):
             parts += [[as_matrix(states[i][key]) for i, _ in members] for key in self.block_keys]
         else:
             parts = [[cuts[i][which][region] for i, region in members] for which in range(1 + len(self.block_keys))]
-        held = {
-            (kind, side): [states[i][f"{kind}_{region}_{side}"] for i, region in members]
-            for kind in ("gg", "q")
-            for side in family.kind
-        }
+        held: Held = {}
+        for kind in ("gg", "q"):
+            for side in family.kind:
+                keys = [f"{kind}_{region}_{side}" for region in range(1 + max(region for _, region in members))]
+                held[kind, side] = [states[i][keys[region]] for i, region in members]
         return self.family_step(family.part(members), parts, held, step, due, infos)
 
     def family_step(
