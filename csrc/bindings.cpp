@@ -16,6 +16,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("register_operators", [] {
     megatron_opt::register_operators();
     megatron_opt::register_matrix_operators();
+    megatron_opt::register_preconditioner_operators();
   });
   m.attr("products") = megatron_opt::has_products();
   m.attr("bf16_products") = megatron_opt::has_bf16_products();

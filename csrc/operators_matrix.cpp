@@ -1,11 +1,9 @@
-// Native kernels of the matrix operators on CPU: products, triangular solves, Newton–Schulz, steps in an eigenbasis.
+// Native kernels of the matrix operators on CPU: products, triangular solves, Newton–Schulz.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "cpu/eigenbasis.h"
 #include "cpu/orthogonalize.h"
 #include "cpu/teams.h"
 #include "operators.h"
@@ -116,72 +114,6 @@ Tensor solve_lower(const Tensor& l, const Tensor& x) {
   return out;
 }
 
-void check_basis(const std::optional<Tensor>& basis, int64_t batch, int64_t size, const char* name) {
-  if (!basis.has_value()) return;
-  TORCH_CHECK(basis->sizes() == at::IntArrayRef({batch, size, size}) && basis->is_contiguous() &&
-                  basis->scalar_type() == at::kFloat && basis->device().is_cpu(),
-              name, " must be contiguous, float32, on CPU and of shape (", batch, ", ", size, ", ", size, ").");
-}
-
-void check_rows(const Tensor& t, const Tensor& like, const char* name) {
-  TORCH_CHECK(t.sizes() == like.sizes() && t.scalar_type() == at::kFloat && t.device().is_cpu(), name,
-              " must be float32, on CPU and of shape ", like.sizes(), ".");
-  TORCH_CHECK((t.size(2) <= 1 || t.stride(2) == 1) && (t.size(1) <= 1 || t.stride(1) >= t.size(2)) &&
-                  (t.size(0) <= 1 || t.stride(0) >= t.size(2)),
-              name, " has overlapping or scattered rows.");
-}
-
-// Adam in the basis, (B, rows, cols); both moments advance in place.
-Tensor project_adam(const Tensor& grad, const Tensor& moment, const Tensor& second, const std::optional<Tensor>& left,
-                    const std::optional<Tensor>& right, double beta1, double beta2, double eps, double scale) {
-  TORCH_CHECK(has_products(), "this processor has no AVX-512.");
-  TORCH_CHECK(grad.dim() == 3, "grad must have three dimensions.");
-  check_rows(grad, grad, "grad");
-  check_rows(moment, grad, "moment");
-  check_rows(second, grad, "second");
-  const int64_t batch = grad.size(0), rows = grad.size(1), cols = grad.size(2);
-  check_basis(left, batch, rows, "left");
-  check_basis(right, batch, cols, "right");
-  Tensor out = at::empty(grad.sizes(), grad.options());
-  if (out.numel() == 0) return out;
-  std::vector<Projection> blocks(static_cast<size_t>(batch));
-  for (int64_t i = 0; i < batch; ++i) {
-    blocks[i] = {grad.const_data_ptr<float>() + i * grad.stride(0),
-                 moment.mutable_data_ptr<float>() + i * moment.stride(0),
-                 second.mutable_data_ptr<float>() + i * second.stride(0),
-                 out.mutable_data_ptr<float>() + i * rows * cols,
-                 left ? left->const_data_ptr<float>() + i * rows * rows : nullptr,
-                 right ? right->const_data_ptr<float>() + i * cols * cols : nullptr,
-                 grad.stride(1),
-                 moment.stride(1),
-                 second.stride(1),
-                 rows,
-                 cols};
-  }
-  const RotatedAdam settings{static_cast<float>(1.0 - beta1), static_cast<float>(beta2), static_cast<float>(1.0 - beta2),
-                             static_cast<float>(eps), static_cast<float>(scale)};
-  project_adam_cpu(settings, blocks, at::get_num_threads());
-  return out;
-}
-
-// (bases, whether each was found) of contiguous columns (B, n, n).
-std::tuple<Tensor, Tensor> cholesky_qr(const Tensor& columns, double noise) {
-  TORCH_CHECK(has_products(), "this processor has no AVX-512.");
-  TORCH_CHECK(columns.dim() == 3 && columns.size(1) == columns.size(2) && columns.is_contiguous() &&
-                  columns.scalar_type() == at::kFloat && columns.device().is_cpu(),
-              "columns must be contiguous, float32, on CPU and of shape (B, n, n).");
-  const int64_t batch = columns.size(0), n = columns.size(1);
-  Tensor basis = at::empty(columns.sizes(), columns.options());
-  Tensor found = at::zeros({batch}, columns.options().dtype(at::kBool));
-  std::vector<Basis> bases(static_cast<size_t>(batch));
-  for (int64_t i = 0; i < batch; ++i) {
-    bases[i] = {columns.const_data_ptr<float>() + i * n * n, basis.mutable_data_ptr<float>() + i * n * n, n};
-  }
-  const std::vector<char> taken = cholesky_qr_cpu(bases, noise, at::get_num_threads());
-  for (int64_t i = 0; i < batch; ++i) found.mutable_data_ptr<bool>()[i] = taken[i] != 0;
-  return {basis, found};
-}
-
 }  // namespace
 
 void register_matrix_operators() {
@@ -189,8 +121,6 @@ void register_matrix_operators() {
   cpu.impl("product", product);
   cpu.impl("orthogonalize", orthogonalize);
   cpu.impl("solve_lower", solve_lower);
-  cpu.impl("project_adam", project_adam);
-  cpu.impl("cholesky_qr", cholesky_qr);
 }
 
 }  // namespace megatron_opt

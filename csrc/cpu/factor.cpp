@@ -102,15 +102,21 @@ bool cholesky(float* g, int64_t ld, int64_t k, float* scratch) {
       rows_of_tiles(static_cast<int>(std::min<int64_t>(kRows, columns - row)), update, reinterpret_cast<Dword*>(panel), 0, at,
                     row, 0);
     }
-    double l[kPanel][kPanel] = {};
-    for (int64_t i = 0; i < columns; ++i) {
-      for (int64_t j = 0; j <= i; ++j) {
-        double sum = corner[i * ld + j];
-        for (int64_t c = 0; c < j; ++c) sum -= l[i][c] * l[j][c];
-        if (i == j && !(sum > 0.0)) return false;
-        l[i][j] = i == j ? std::sqrt(sum) : sum / l[j][j];
-        corner[i * ld + j] = static_cast<float>(l[i][j]);
+    double l[kPanel][kPanel];  // by columns
+    for (int64_t j = 0; j < columns; ++j) {
+      double sums[kPanel] = {};
+      for (int64_t i = j; i < columns; ++i) sums[i] = corner[i * ld + j];
+      for (int64_t c = 0; c < j; ++c) {
+        const double factor = l[c][j];
+#pragma omp simd
+        for (int64_t i = 0; i < kPanel; ++i) sums[i] -= l[c][i] * factor;
       }
+      if (!(sums[j] > 0.0)) return false;
+      const double pivot = std::sqrt(sums[j]);
+#pragma omp simd
+      for (int64_t i = 0; i < kPanel; ++i) l[j][i] = sums[i] / pivot;
+      l[j][j] = pivot;
+      for (int64_t i = j; i < columns; ++i) corner[i * ld + j] = static_cast<float>(l[j][i]);
     }
   }
   return true;

@@ -38,6 +38,9 @@ template <class T>
 void panels(const Product<T>& p, int64_t first, int64_t last, float* scratch) {
   const int64_t depth = dwords(p.b, p.k);
   Dword* panel = reinterpret_cast<Dword*>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t{63});
+  const int64_t tiles = (p.m + kRows - 1) / kRows * (last - first);
+  const int64_t share = (p.ahead_count / std::max<int64_t>(p.symmetric ? tiles * 3 / 4 : tiles, 1) + 15) / 16 * 16;
+  const float *ahead = p.ahead, *ahead_end = p.ahead + p.ahead_count;
   for (int64_t j = first; j < last; ++j) {
     const int64_t column = j * kPanel, columns = std::min<int64_t>(kPanel, p.n - column);
     if (p.b_transposed) {
@@ -50,6 +53,7 @@ void panels(const Product<T>& p, int64_t first, int64_t last, float* scratch) {
     const int64_t high = p.b_shape == Triangle::upper ? std::min(depth, column + columns) : depth;
     const int64_t start = p.symmetric ? column / kRows * kRows : 0;
     for (int64_t row = start; row < p.m; row += kRows) {
+      for (const float* stop = std::min(ahead + share, ahead_end); ahead < stop; ahead += 16) __builtin_prefetch(ahead, 0, 2);
       const int rows = static_cast<int>(std::min<int64_t>(kRows, p.m - row));
       const int64_t begin = p.a_shape == Triangle::upper ? std::max(low, row) : low;
       const int64_t end = p.a_shape == Triangle::lower ? std::min(high, row + rows) : high;

@@ -7,7 +7,7 @@ namespace megatron_opt {
 
 enum class Triangle : int { full, lower, upper };  // where a square operand has entries; the rest of it is zero
 
-// Row-major operands. A is (m, k); B is (k, n), or (n, k) with `b_transposed`. A bf16 operand needs rows padded with zeros to
+// Row-major operands. A is (m, k), or (k, m) with `a_transposed`; B is (k, n), or (n, k) with `b_transposed`. A bf16 operand needs rows padded with zeros to
 // a multiple of 32 elements, as bf16 products take elements in pairs. C may be D; neither may be A or B.
 template <class T>
 struct Product {
@@ -21,6 +21,9 @@ struct Product {
   bool b_transposed;
   bool symmetric;  // C = Cᵀ is known: half the work
   Triangle a_shape = Triangle::full, b_shape = Triangle::full;  // fp32 only: zeros are passed over
+  bool a_transposed = false;  // fp32 only, for an A that stays in the first cache: rows are read across
+  const float* ahead = nullptr;  // numbers that are wanted next: asked for tile by tile
+  int64_t ahead_count = 0;
 };
 
 constexpr int64_t kPanel = 32;  // columns of C computed together

@@ -7,6 +7,8 @@
 namespace megatron_opt {
 namespace {
 
+constexpr int64_t kDirect = 64 * 64;  // numbers of an operand that are read across their rows
+
 int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
 // work(first panel, last panel, scratch) over all panels of n columns, for a depth of k.
@@ -52,6 +54,17 @@ void for_items(int64_t count, int threads, const Work& work) {
 void run(const Product<float>& p, int threads, Scratch& scratch) { run_product(p, threads, scratch); }
 void run(const Product<uint16_t>& p, int threads, Scratch& scratch) { run_product(p, threads, scratch); }
 
+void run_transposed(Product<float> p, int threads, Scratch& scratch, std::vector<float>& memory) {
+  p.a_transposed = p.k * p.lda <= kDirect;
+  if (!p.a_transposed) {
+    memory.resize(static_cast<size_t>(p.m * p.k));
+    scaled_copy(p.a, p.lda, true, 1.0f, memory.data(), p.k, p.m, p.k);
+    p.a = memory.data();
+    p.lda = p.k;
+  }
+  run(p, threads, scratch);
+}
+
 void run(const Solve& s, int threads, Scratch& scratch) {
   for_panels(s.n, s.k, threads, scratch,
              [&](int64_t first, int64_t last, float* memory) { solve_panels(s, first, last, memory); });
@@ -59,14 +72,11 @@ void run(const Solve& s, int threads, Scratch& scratch) {
 
 void run_products(const std::vector<Product<float>>& products, bool a_transposed, int threads) {
   for_items(static_cast<int64_t>(products.size()), threads, [&](int64_t i, int team, Scratch& scratch, std::vector<float>& rows) {
-    Product<float> p = products[i];
     if (a_transposed) {
-      rows.resize(static_cast<size_t>(p.m * p.k));
-      scaled_copy(p.a, p.lda, true, 1.0f, rows.data(), p.k, p.m, p.k);
-      p.a = rows.data();
-      p.lda = p.k;
+      run_transposed(products[i], team, scratch, rows);
+    } else {
+      run(products[i], team, scratch);
     }
-    run(p, team, scratch);
   });
 }
 

@@ -114,16 +114,16 @@ inline __m512 multiply_add(const uint16_t*, __m512i a, __m512i b, __m512 sum) {
 }
 
 // A tile of R rows and 32 columns over depths begin … depth−1, sums in registers; then alpha·sum + beta·d to c.
-template <int R, class T>
+template <int R, bool Across, class T>
 void tile(const Product<T>& p, const Dword* panel, int64_t begin, int64_t depth, int64_t row, int64_t column) {
-  const Dword* a = reinterpret_cast<const Dword*>(p.a + row * p.lda);
-  const int64_t row_step = p.lda * static_cast<int64_t>(sizeof(T)) / 4;
+  const int64_t ld = p.lda * static_cast<int64_t>(sizeof(T)) / 4, row_step = Across ? 1 : ld, depth_step = Across ? ld : 1;
+  const Dword* a = reinterpret_cast<const Dword*>(p.a) + row * row_step;
   __m512 sum[R][2];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
   for (int64_t i = begin; i < depth; ++i) {
     const __m512i b0 = _mm512_loadu_si512(panel + i * kPanel), b1 = _mm512_loadu_si512(panel + i * kPanel + 16);
-    const Dword* at = a + i;
+    const Dword* at = a + i * depth_step;
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const __m512i value = _mm512_set1_epi32(static_cast<int>(at[r * row_step]));
@@ -171,7 +171,12 @@ void with_rows(int64_t rows, const Work& work) {
 template <class T>
 void rows_of_tiles(int rows, const Product<T>& p, const Dword* panel, int64_t begin, int64_t depth, int64_t row,
                    int64_t column) {
-  with_rows(rows, [&](auto count) { tile<count>(p, panel, begin, depth, row, column); });
+  with_rows(rows, [&](auto count) {
+    if constexpr (sizeof(T) == 4) {
+      if (p.a_transposed) return tile<count, true>(p, panel, begin, depth, row, column);
+    }
+    tile<count, false>(p, panel, begin, depth, row, column);
+  });
 }
 
 }  // namespace

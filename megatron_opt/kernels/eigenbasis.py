@@ -6,11 +6,17 @@ completed by the Householder reflections of its own QR decomposition, applied to
 function of B alone, as smooth as B's basis. Signs: the diagonal of R is positive, so columns keep theirs.
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from megatron_opt.kernels import products
 from megatron_opt.kernels.dispatch import Operation
+from megatron_opt.kernels.projection import rotate, two_sided
+
+Tensors = Sequence[Tensor]
 
 _FLOOR = 2.0  # a value below this many roundings of the largest is rounding itself
 _NOISE = 8.0  # a column shorter than this many roundings of the longest is rounding itself
@@ -153,6 +159,77 @@ def power_step(factor: Tensor, basis: Tensor, rank: int, shift: float = 0.0) -> 
     columns = order[..., :rank].unsqueeze(-2).expand(*image.shape[:-1], -1)
     sorted_image = image.gather(-1, columns)
     return (orthonormalize if rank == size and image.ndim == 3 else complete)(sorted_image), order
+
+
+def _refresh_reference(
+    moments: Tensors, seconds: Tensors, lefts: Tensors, rights: Tensors, left_factors: Tensors, right_factors: Tensors,
+    shift: float, floor: float, left_noise: float, right_noise: float,
+) -> Tensor:  # fmt: skip
+    flags = []
+    for i, (m, v) in enumerate(zip(moments, seconds, strict=True)):
+        moment, second = (x if x.ndim == 3 else x.unsqueeze(0) for x in (m, v))
+        old: list[Tensor | None] = [None, None]
+        new: list[Tensor | None] = [None, None]
+        found, reordered = torch.ones(len(moment), dtype=torch.bool, device=m.device), second
+        held = ((lefts, left_factors, left_noise), (rights, right_factors, right_noise))
+        for side, (bases, factors, noise) in enumerate(held):
+            if not bases:
+                continue
+            basis, factor = (x.view(len(moment), *x.shape[-2:]) for x in (bases[i], factors[i]))
+            image = factor @ basis
+            values = (basis * image).sum(-2)
+            largest = values.amax(-1, keepdim=True)
+            order = torch.argsort(values, dim=-1, descending=True, stable=True)
+            image = (image + (shift * largest).unsqueeze(-1) * basis).gather(-1, order.unsqueeze(-2).expand_as(image))
+            old[side] = basis
+            new[side], held_here = _cholesky_qr_reference(image, noise)
+            found = found & (values > floor * largest).all(-1) & held_here
+            index = order.unsqueeze(-1) if side == 0 else order.unsqueeze(-2)
+            reordered = reordered.gather(side + 1, index.expand_as(reordered))
+        turned = rotate(rotate(moment, old[0], old[1], back=True), new[0], new[1])
+        for to, value in ((moment, turned), (second, reordered), *zip(old, new)):
+            if to is not None and value is not None:
+                to.copy_(torch.where(found.view(-1, 1, 1), value, to))
+        flags.append(found)
+    return torch.cat(flags) if flags else torch.empty(0, dtype=torch.bool)
+
+
+_refresh_bases = Operation(
+    "refresh_bases",
+    "(Tensor(a!)[] moments, Tensor(b!)[] seconds, Tensor(c!)[] lefts, Tensor(d!)[] rights, Tensor[] left_factors, "
+    "Tensor[] right_factors, float shift, float floor, float left_noise, float right_noise) -> Tensor",
+    _refresh_reference,
+    lambda moments, *rest: torch.empty(
+        sum(len(m) if m.ndim == 3 else 1 for m in moments), dtype=torch.bool, device=moments[0].device
+    ),
+)
+
+
+@register_flop_formula(torch.ops.megatron_opt.refresh_bases)
+def _refresh_flops(moments: list, seconds: list, lefts: list, rights: list, *rest: object, **options: object):
+    """4mn(m + n) to turn the moment, 2K³ for the image of each basis."""
+    images = two_sided(lefts, lefts, []) + two_sided(rights, rights, [])
+    return 2 * two_sided(moments, lefts, rights) + images
+
+
+def refresh_bases(
+    moments: Tensors,
+    seconds: Tensors,
+    bases: Mapping[int, Tensors],
+    factors: Mapping[int, Tensors],
+    shift: float = 0.0,
+) -> Tensor:
+    """`power_step` of blocks whose factors have full rank, by Cholesky QR; first moments turn along, second ones are
+    reordered.
+
+    Lists of (m, n) or (B, m, n) as `projection.project_adam`'s, all fp32 on CPU and in place; by side 0 and 1 the
+    bases and factors (…, m, m) and (…, n, n). Returns (blocks,) whether each was found: where a column is rounding
+    noise or Cholesky QR gives up, a block stays as it was.
+    """
+    sides = [bases.get(0, ()), bases.get(1, ()), factors.get(0, ()), factors.get(1, ())]
+    levels = [_noise(moments[0].dtype, size) for size in moments[0].shape[-2:]]
+    floor = _FLOOR * torch.finfo(moments[0].dtype).eps
+    return _refresh_bases(moments[0].device, moments, seconds, *sides, shift, floor, *levels)
 
 
 def rotation(factor: Tensor, basis: Tensor, columns: Tensor) -> Tensor:

@@ -4,11 +4,18 @@ A factor is dense (B, k, k) or diagonal (B, k). PSGD: arXiv 1512.04202, 2402.118
 bound are those of kron-torch and of the study's code; the Procrustes form is dQ = Q^½ E Q^{3/2} of 2402.11858.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from megatron_opt.kernels import products
+from megatron_opt.kernels.dispatch import Operation
+from megatron_opt.kernels.projection import stacked, two_sided
 
+Tensors = Sequence[Tensor]
 Factors = dict[int, Tensor]  # by side
 
 
@@ -78,6 +85,46 @@ def triangular_update(factors: Factors, g: Tensor, v: Tensor, lr: float) -> None
             step = lr / norm_bound(found + wanted).clamp_min(tiny)
             turn = (found - wanted).triu_().mul_(step.view(-1, 1, 1))
             q.sub_(products.matmul(turn, q, a_shape="upper", b_shape="upper"))
+
+
+def _kron_step(
+    lefts: Tensors, rights: Tensors, moments: Tensors, noises: Tensors, dampings: Sequence[float], lr: float
+) -> None:
+    for i, moment in enumerate(moments):
+        m, factors = stacked(moment), {0: stacked(lefts[i]), 1: stacked(rights[i])}
+        if noises:
+            v = stacked(noises[i])
+            triangular_update(factors, torch.add(m, v, alpha=dampings[i]), v, lr)
+        m.copy_(precondition(m, factors, triangular=True))
+
+
+_kron = Operation(
+    "kron_step",
+    "(Tensor(a!)[] lefts, Tensor(b!)[] rights, Tensor(c!)[] moments, Tensor[] noises, float[] dampings, float lr) -> ()",
+    _kron_step,
+    lambda *arguments: None,
+)
+
+
+@register_flop_formula(torch.ops.megatron_opt.kron_step)
+def _kron_flops(lefts: list, rights: list, moments: list, noises: list, *rest: object, **options: object):
+    """4mn(m + n); 6mn(m + n) + 2(m³ + n³) + 4(m² + n²) more where factors learn, triangles counted in full."""
+    total = 2 * two_sided(moments, lefts, rights)
+    if noises:
+        total += 3 * two_sided(moments, lefts, rights)
+        total += sum(math.prod(shape) * (2 * shape[-1] + 4) for shape in (*lefts, *rights))
+    return total
+
+
+def kron_step(
+    lefts: Tensors, rights: Tensors, moments: Tensors, noises: Tensors, dampings: Sequence[float], lr: float
+) -> None:
+    """`triangular_update` of m + damping·v and v, then m ← Q₀ᵀQ₀·m·Q₁ᵀQ₁, for each of lists of (m, n) or (B, m, n).
+
+    All in place, fp32 on CPU as `projection.taken` says; factors are upper triangular. Without noises and dampings
+    factors stay as they are. Raises RuntimeError where shapes do not fit together.
+    """
+    _kron(moments[0].device, lefts, rights, moments, noises, dampings, lr)
 
 
 def _rotate_to_symmetric(q: Tensor, largest_step: float = 0.125) -> Tensor:

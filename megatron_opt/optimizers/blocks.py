@@ -79,5 +79,18 @@ def as_matrix(x: Tensor) -> Tensor:
 
 
 def batched(tensors: Sequence[Tensor]) -> Tensor:
-    """Stacks of equal blocks as one stack."""
+    """Equal blocks (b, c), or stacks of them (B, b, c), as one stack; a view where there is one alone."""
+    if tensors[0].ndim == 2:
+        return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
     return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+
+
+def apart(stack: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The inverse of `batched`: views of a stack."""
+    return stack.unbind() if like[0].ndim == 2 else stack.split([len(part) for part in like])
+
+
+def put_back(stack: Tensor, parts: Sequence[Tensor]) -> None:
+    """What became of a stack to the parts it is of, unless it is a view of them."""
+    if len(parts) > 1:
+        torch._foreach_copy_(list(parts), list(apart(stack, parts)))

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from megatron_opt.kernels import products
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer, Shape, State
-from megatron_opt.optimizers.blocks import Grid, as_matrix, batched
+from megatron_opt.optimizers.blocks import Grid, apart, as_matrix, batched, put_back
+from megatron_opt.optimizers.families import SMALL, Family, Planner
 from megatron_opt.optimizers.options import check, choice, option
 
 log = logging.getLogger(__name__)
-_SMALL = 128  # blocks up to this side go through one batched product over all matrices
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class FactoredConfig:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+Held = dict[tuple[str, int], list[Tensor]]  # by kind (`gg`, `q`) and side
 
 
 @dataclass
@@ -67,6 +70,7 @@ class FactoredOptimizer(MatrixOptimizer):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.failures: Counter[str] = Counter()  # decompositions that failed twice, by matrix; the old one was kept
+        self.plan = Planner(self.grid, self.sides)
 
     def begin(self, grad: Tensor, state: State, info: MatrixInfo) -> bool:
         """Before a matrix's first step; False where that step moves nothing."""
@@ -98,7 +102,7 @@ class FactoredOptimizer(MatrixOptimizer):
 
     def is_large(self, info: MatrixInfo) -> bool:
         """Whether a block fills the machine by itself."""
-        return max(max(block) for _, *block in self.grid(info).shapes()) > _SMALL
+        return max(max(block) for _, *block in self.grid(info).shapes()) > SMALL
 
     def is_due(self, info: MatrixInfo, step: int) -> bool:
         """Whether this matrix is refreshed at this step: a function of name and step alone."""
@@ -133,69 +137,95 @@ class FactoredOptimizer(MatrixOptimizer):
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
     ) -> list[Tensor]:
         ready = torch.cat([state["ready"] for state in states]).tolist()
-        directions = [torch.zeros_like(grad) for grad in grads]
-        groups: dict[tuple, list[tuple[int, int]]] = {}
-        cuts: dict[int, list[list[Tensor]]] = {}
-        for index, (grad, state, info) in enumerate(zip(grads, states, infos)):
-            if not ready[index] and not self.begin(as_matrix(grad), state, info):
-                continue
-            self.before_blocks(grad, state)
-            grid, due = self.grid(info), not ready[index] or self.is_due(info, step)
-            cuts[index] = [grid.cut(as_matrix(x)) for x in (grad, *(state[key] for key in self.block_keys))]
-            for region, stack in enumerate(cuts[index][0]):
-                key = (*stack.shape[1:], self.sides(info), due, grad.dtype, grad.device)
-                key = key if max(stack.shape[1:]) <= _SMALL else (*key, index, region)
-                groups.setdefault(key, []).append((index, region))
+        started = [
+            bool(known) or self.begin(as_matrix(grads[i]), states[i], infos[i]) for i, known in enumerate(ready)
+        ]
+        for grad, state, start in zip(grads, states, started):
+            if start:
+                self.before_blocks(grad, state)
+        dues = [not known or due for known, due in zip(ready, self._all_due(infos, step))]
+        plan = self.plan(grads, infos)
+        cuts = {i: self._cut(grads[i], states[i], infos[i]) for i in plan.cut if started[i]}
         found: dict[tuple[int, int], Tensor] = {}
-        for (_, _, sides, due, *_), members in groups.items():
-            found.update(self._step_group(members, cuts, states, infos, sides, step, due))
-        for index, (grads_cut, *cut) in cuts.items():
-            grid = self.grid(infos[index])
-            grid.join([found[index, r] for r in range(len(grads_cut))], as_matrix(directions[index]))
-            if sum(map(len, grads_cut)) > 1:  # one block is a view of the state itself
-                for name, stacks in zip(self.block_keys, cut):
-                    grid.join(stacks, as_matrix(states[index][name]))
+        for family in plan.families:
+            for due in (False, True):
+                members = [place for place in family.members if dues[place[0]] == due and started[place[0]]]
+                if members:
+                    found.update(zip(members, self._step_members(members, family, grads, cuts, states, infos, step, due)))
+        directions = []
+        for index, (grad, state, info) in enumerate(zip(grads, states, infos)):
+            if not started[index]:
+                directions.append(torch.zeros_like(grad))
+            elif index in cuts:
+                directions.append(self._join(grad, state, info, cuts[index], found, index))
+            else:
+                directions.append(found[index, 0] if grad.ndim == 2 else found[index, 0].view(grad.shape))
         return directions
+
+    def _all_due(self, infos: Sequence[MatrixInfo], step: int) -> list[bool]:
+        if self.config.stagger:
+            return [self.is_due(info, step) for info in infos]
+        return [self.is_due(infos[0], step)] * len(infos) if infos else []
+
+    def _cut(self, grad: Tensor, state: State, info: MatrixInfo) -> list[list[Tensor]]:
+        """Stacks of the gradient and of the rule's `block_keys`, by region."""
+        grid = self.grid(info)
+        return [grid.cut(as_matrix(x)) for x in (grad, *(state[key] for key in self.block_keys))]
+
+    def _join(
+        self, grad: Tensor, state: State, info: MatrixInfo, cut: list[list[Tensor]], found: dict, index: int
+    ) -> Tensor:
+        """The direction of a matrix of several blocks; its states get theirs back."""
+        grid, direction = self.grid(info), torch.empty_like(grad)
+        grid.join([found[index, region] for region in range(len(cut[0]))], as_matrix(direction))
+        for name, stacks in zip(self.block_keys, cut[1:]):
+            grid.join(stacks, as_matrix(state[name]))
+        return direction
 
     def before_blocks(self, grad: Tensor, state: State) -> None:
         """What is done to the whole matrix's state first."""
 
-    def _step_group(
+    def _step_members(
         self,
-        members: Sequence[tuple[int, int]],
+        members: list[tuple[int, int]],
+        family: Family,
+        grads: Sequence[Tensor],
         cuts: dict[int, list[list[Tensor]]],
         states: Sequence[State],
         infos: Sequence[MatrixInfo],
-        sides: tuple[int, ...],
         step: int,
         due: bool,
-    ) -> dict[tuple[int, int], Tensor]:
-        """One block step for equal blocks of many matrices, stacked, and the results back to each."""
-        parts = [[cuts[index][which][region] for index, region in members] for which in range(1 + len(self.block_keys))]
-        held = {
-            (kind, side): [states[index][f"{kind}_{region}_{side}"] for index, region in members]
-            for kind in ("gg", "q")
-            for side in sides
-        }
+    ) -> Sequence[Tensor]:
+        """One step of some regions of a family."""
+        if family.whole:
+            parts = [[as_matrix(grads[i]) for i, _ in members]]
+            parts += [[as_matrix(states[i][key]) for i, _ in members] for key in self.block_keys]
+        else:
+            parts = [[cuts[i][which][region] for i, region in members] for which in range(1 + len(self.block_keys))]
+        held: Held = {}
+        for kind in ("gg", "q"):
+            for side in family.kind:
+                keys = [f"{kind}_{region}_{side}" for region in range(1 + max(region for _, region in members))]
+                held[kind, side] = [states[i][keys[region]] for i, region in members]
+        return self.family_step(family.part(members), parts, held, step, due, infos)
+
+    def family_step(
+        self, family: Family, parts: list[list[Tensor]], held: Held, step: int, due: bool, infos: Sequence[MatrixInfo]
+    ) -> Sequence[Tensor]:
+        """Directions of equal blocks; by one `block_step` of them all, stacked, and the results back to each.
+
+        `parts` are gradients and `block_keys`, (b, c) or (B, b, c) for each member; `held` what it has by side.
+        """
         grad, *stacks = map(batched, parts)
         tensors = {key: batched(several) for key, several in held.items()}
-        counts = [len(stack) for stack in parts[0]]
-        blocks = Blocks(
-            grad,
-            stacks,
-            {side: tensors["gg", side] for side in sides},
-            {side: tensors["q", side] for side in sides},
-            step,
-            due,
-            [infos[index].name for (index, _), count in zip(members, counts) for _ in range(count)],
-        )
-        direction = self.block_step(blocks)
-        if len(members) > 1:
-            copies = [(held[key], tensors[key]) for key in held] + list(zip(parts[1:], blocks.states))
-            for several, together in copies:
-                for part, new in zip(several, together.split(counts)):
-                    part.copy_(new)
-        return dict(zip(members, direction.split(counts)))
+        factors, derived = ({side: tensors[kind, side] for side in family.kind} for kind in ("gg", "q"))
+        names = family.names(parts[0], infos)
+        direction = self.block_step(Blocks(grad, stacks, factors, derived, step, due, names))
+        for key, several in held.items():
+            put_back(tensors[key], several)
+        for several, stack in zip(parts[1:], stacks):
+            put_back(stack, several)
+        return apart(direction, parts[0])
 
     def advance(self, factor: Tensor, grad: Tensor, side: int) -> None:
         """GG ← β·GG + (1−β)·g gᵀ (side 0) or gᵀg (side 1), in place."""

@@ -13,13 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron_opt.kernels import preconditioner
+from megatron_opt.kernels import preconditioner, products, projection
 from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, State
-from megatron_opt.optimizers.blocks import Grid, as_matrix, batched
+from megatron_opt.optimizers.blocks import Grid, apart, as_matrix, batched
+from megatron_opt.optimizers.families import SMALL, Planner
 from megatron_opt.optimizers.options import check, choice, option
 from megatron_opt.optimizers.registry import register
 
-_SMALL = 128  # blocks up to this side go through one batched product over all matrices
+_CHUNK = 16  # small matrices whose noise stays in cache until it is used
 _DAMPING = torch.finfo(torch.float32).eps ** 0.5
 
 
@@ -71,13 +72,13 @@ class UpdateSchedule:
 
 @dataclass
 class _Item:
-    """One region of one matrix: blocks of momentum, noise and damping's scale."""
+    """One region of one matrix: blocks of momentum and noise, (b, c) or (B, b, c), and the noise's share in damping."""
 
     matrix: int
     region: int
-    moment: Tensor  # (B, b, c)
-    damped: Tensor | None
+    moment: Tensor
     noise: Tensor | None
+    damping: float
 
 
 @register
@@ -92,6 +93,8 @@ class Kron(MatrixOptimizer):
         super().__init__(config)
         self.clip = not config.normalize_grads  # type: ignore[misc]  # a norm of one needs no clip
         self.schedule = UpdateSchedule(config.update_probability, config.update_flat_start)
+        self.plan = Planner(self.grid, self.diagonal)
+        self._generators: dict[torch.device, torch.Generator] = {}
 
     def diagonal(self, info: MatrixInfo) -> tuple[bool, ...]:
         """By side: whether its factor is diagonal (vectors, sides of one, the vocabulary, very long sides)."""
@@ -120,81 +123,114 @@ class Kron(MatrixOptimizer):
 
     def noise(self, info: MatrixInfo, step: int, like: Tensor) -> Tensor:
         """Gaussian (m, n), a function of the matrix's name and the step."""
-        generator = torch.Generator(like.device).manual_seed(zlib.crc32(info.name.encode()) * 2**20 + step)
+        if like.device not in self._generators:
+            self._generators[like.device] = torch.Generator(like.device)
+        generator = self._generators[like.device].manual_seed(zlib.crc32(info.name.encode()) * 2**20 + step)
         return torch.randn(like.shape, generator=generator, dtype=torch.float32, device=like.device).to(like.dtype)
 
-    def _moment(self, grad: Tensor, state: State, step: int) -> Tensor:
-        """The bias-corrected momentum (m, n), advanced by this gradient."""
-        cfg = self.config
-        if cfg.normalize_grads:
-            grad = grad / (torch.linalg.vector_norm(grad) + 1e-16)
-        state["exp_avg"].lerp_(grad, 1 - cfg.beta1)
-        return as_matrix(state["exp_avg"]) / (1 - cfg.beta1**step)
+    def _moments(self, grads: Sequence[Tensor], states: Sequence[State], step: int) -> list[Tensor]:
+        """Bias-corrected momenta (m, n), advanced by these gradients, in their place."""
+        grads, momenta = list(grads), [state["exp_avg"] for state in states]
+        if self.config.normalize_grads:
+            norms = torch._foreach_norm(grads)
+            torch._foreach_add_(norms, 1e-16)
+            torch._foreach_div_(grads, norms)
+        torch._foreach_lerp_(momenta, grads, 1 - self.config.beta1)
+        torch._foreach_copy_(grads, momenta)
+        torch._foreach_div_(grads, 1 - self.config.beta1**step)
+        return [as_matrix(grad) for grad in grads]
 
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
     ) -> list[Tensor]:
-        cfg, number = self.config, self.schedule(step)
-        directions = [torch.empty_like(grad) for grad in grads]
-        groups: dict[tuple, list[_Item]] = {}
-        found: list[dict[int, Tensor]] = [{} for _ in grads]
-        moments = [self._moment(grad, state, step) for grad, state in zip(grads, states)]
-        means = torch.stack([m.abs().mean() for m in moments]).tolist() if number else [0.0] * len(moments)
-        for index, (moment, mean, info) in enumerate(zip(moments, means, infos)):
-            grid, flat = self.grid(info), self.diagonal(info)
-            stacks = grid.cut(moment)
-            extra: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(stacks)
-            if mean > 0:  # factors learn nothing from zeros
-                noise = self.noise(info, step, moment)
-                extra = list(zip(grid.cut(torch.add(moment, noise, alpha=_DAMPING * mean)), grid.cut(noise)))
-            for region, (m, (damped, drawn)) in enumerate(zip(stacks, extra)):
-                key = (*m.shape[1:], flat, damped is not None, m.dtype, m.device)
-                key = key if max(m.shape[1:]) <= _SMALL else (*key, index, region)
-                groups.setdefault(key, []).append(_Item(index, region, m, damped, drawn))
-        for items in groups.values():
-            for item, stack in zip(items, self._region_step(items, states, infos, number)):
-                found[item.matrix][item.region] = stack
-        for index, (direction, info) in enumerate(zip(directions, infos)):
-            blocks = found[index]
-            self.grid(info).join([blocks[region] for region in range(len(blocks))], as_matrix(direction))
-            if cfg.max_update_rms:
-                rms = torch.linalg.vector_norm(direction) / direction.numel() ** 0.5
-                direction.div_((rms / cfg.max_update_rms).clamp_min(1.0))
-        return directions
+        cfg, number, plan = self.config, self.schedule(step), self.plan(grads, infos)
+        moments = self._moments(grads, states, step)
+        means = [0.0] * len(moments)
+        if number and moments:
+            sums = torch.stack(torch._foreach_norm(moments, 1)).tolist()
+            means = [total / max(moment.numel(), 1) for total, moment in zip(sums, moments)]
+        cuts = {i: self._cut(i, moments[i], means[i], infos[i], step) for i in plan.cut}
+        chunk = _CHUNK if moments and products.available(moments[0]) else max(len(moments), 1)
+        found: dict[tuple[int, int], Tensor] = {}
+        for family in plan.families:
+            for learns in (False, True):
+                members = [place for place in family.members if (means[place[0]] > 0) == learns]  # zeros teach nothing
+                for first in range(0, len(members), chunk):
+                    items = []
+                    for index, region in members[first : first + chunk]:
+                        if family.whole:
+                            moment, mean = moments[index], means[index]
+                            noise = self.noise(infos[index], step, moment) if learns else None
+                            items.append(_Item(index, region, moment, noise, _DAMPING * mean))
+                        else:
+                            items.append(cuts[index][region])
+                    self._step_items(items, family.kind, states, number, found)
+        for index in plan.cut:
+            blocks = [found[index, region] for region in range(len(cuts[index]))]
+            self.grid(infos[index]).join(blocks, moments[index])
+        moved = [i for (i, _), direction in found.items() if i not in cuts and direction is not moments[i]]
+        if moved:
+            torch._foreach_copy_([moments[i] for i in moved], [found[i, 0] for i in moved])
+        if cfg.max_update_rms and moments:
+            scales = list(torch._foreach_norm(moments))
+            torch._foreach_div_(scales, [cfg.max_update_rms * max(moment.numel(), 1) ** 0.5 for moment in moments])
+            torch._foreach_clamp_min_(scales, 1.0)
+            torch._foreach_div_(moments, scales)
+        return list(grads)
 
-    def _region_step(
-        self, items: Sequence[_Item], states: Sequence[State], infos: Sequence[MatrixInfo], number: int
-    ) -> list[Tensor]:
-        """Preconditioned momentum of equal blocks of many matrices; factors change in place."""
-        sides = range(len(self.diagonal(infos[items[0].matrix])))
-        counts = [len(item.moment) for item in items]
-        kinds = ("q", "bound") if self.config.update_form == "procrustes" else ("q",)
+    def _cut(self, index: int, moment: Tensor, mean: float, info: MatrixInfo, step: int) -> list[_Item]:
+        """Regions of a matrix of several blocks."""
+        grid = self.grid(info)
+        stacks = grid.cut(moment)
+        noises: list[Tensor | None] = [None] * len(stacks)
+        if mean > 0:
+            noises = list(grid.cut(self.noise(info, step, moment)))
+        return [_Item(index, region, *pair, _DAMPING * mean) for region, pair in enumerate(zip(stacks, noises))]
+
+    def _step_items(
+        self,
+        items: Sequence[_Item],
+        flat: tuple[bool, ...],
+        states: Sequence[State],
+        number: int,
+        found: dict[tuple[int, int], Tensor],
+    ) -> None:
+        """Preconditioned momentum of equal blocks of many matrices to `found`; factors change in place."""
+        procrustes = self.config.update_form == "procrustes"
         held = {
             (kind, side): [states[item.matrix][f"{kind}_{item.region}_{side}"] for item in items]
-            for kind in kinds
-            for side in sides
+            for kind in (("q", "bound") if procrustes else ("q",))
+            for side in range(len(flat))
         }
-        tensors = {key: batched(parts) for key, parts in held.items()}
-        factors = {side: tensors["q", side] for side in sides}
-        damped = [item.damped for item in items if item.damped is not None]
-        if damped:
-            every = self.config.balance_every
-            if every and number % every == 0:
-                preconditioner.balance(factors)
-            lr = self.config.preconditioner_lr
-            if self.config.update_form == "triangular":
-                noise = batched([item.noise for item in items if item.noise is not None])
-                preconditioner.triangular_update(factors, batched(damped), noise, lr)
+        moments = [item.moment for item in items]
+        noises = [item.noise for item in items if item.noise is not None]
+        every, lr = self.config.balance_every, self.config.preconditioner_lr
+        if noises and every and number % every == 0:
+            for pair in zip(*(held["q", side] for side in range(len(flat)))):
+                preconditioner.balance(dict(enumerate(pair)))
+        matrices = held["q", 0] + held["q", 1] if len(flat) == 2 else []
+        if not procrustes and flat == (False, False) and projection.taken([*moments, *noises], matrices):
+            dampings = [item.damping for item in items if item.noise is not None]
+            preconditioner.kron_step(held["q", 0], held["q", 1], moments, noises, dampings, lr)
+            found.update({(item.matrix, item.region): item.moment for item in items})
+            return
+        tensors = {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in held.items()}
+        factors = {side: tensors["q", side] for side in range(len(flat))}
+        moment = batched(moments)
+        if noises:
+            noise = batched(noises)
+            each = [item.damping for item in items for _ in range(1 if item.moment.ndim == 2 else len(item.moment))]
+            damped = moment + moment.new_tensor(each).view(-1, 1, 1) * noise
+            if procrustes:
+                bounds = {side: tensors["bound", side] for side in range(len(flat))}
+                preconditioner.procrustes_update(factors, bounds, damped, lr)
             else:
-                bounds = {side: tensors["bound", side] for side in sides}
-                preconditioner.procrustes_update(factors, bounds, batched(damped), lr)
-            if len(items) > 1:
-                for key, parts in held.items():
-                    for part, new in zip(parts, tensors[key].split(counts)):
-                        part.copy_(new)
-        moment = batched([item.moment for item in items])
-        triangular = self.config.update_form == "triangular"
-        return list(preconditioner.precondition(moment, factors, triangular).split(counts))
+                preconditioner.triangular_update(factors, damped, noise, lr)
+            for key, parts in held.items():
+                if len(parts) > 1:
+                    torch._foreach_copy_(parts, list(tensors[key].split([len(part) for part in parts])))
+        result = preconditioner.precondition(moment, factors, not procrustes)
+        found.update(zip([(item.matrix, item.region) for item in items], apart(result, moments)))
 
     def cost(self, info: MatrixInfo) -> Cost:
         apply, refresh, state = 0.0, {"gemm": 0.0, "solve": 0.0}, 0.0
@@ -212,7 +248,7 @@ class Kron(MatrixOptimizer):
                 else:  # Q·g, two moments; step·Q; one bound; one solve
                     refresh["gemm"] += count * (6.0 * size * size * other + 2.0 * size**3 + 4.0 * size**2)
                     refresh["solve"] += count * float(size * size * other)
-        large = max(max(shape[1:]) for shape in self.grid(info).shapes()) > _SMALL
+        large = max(max(shape[1:]) for shape in self.grid(info).shapes()) > SMALL
         return Cost(
             flops={"gemm" if large else "small_gemm": apply} if apply else {},
             refresh={key: value for key, value in refresh.items() if value},

@@ -6,18 +6,18 @@ count step 1, refreshes when (t − 1) % frequency = 0, and uses the new factors
 null space of its basis is filled by `eigenbasis.complete`, a function of the gradients alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from megatron_opt.kernels import eigenbasis
-from megatron_opt.kernels.projection import project_adam, rotate
+from megatron_opt.kernels import eigenbasis, projection
 from megatron_opt.optimizers.base import Area, Cost, MatrixInfo, State
-from megatron_opt.optimizers.blocks import as_matrix
-from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer, guarded
+from megatron_opt.optimizers.blocks import as_matrix, batched, put_back
+from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer, Held, guarded
+from megatron_opt.optimizers.families import SMALL, Family
 from megatron_opt.optimizers.options import choice, option
 from megatron_opt.optimizers.registry import register
 from megatron_opt.optimizers.slices import Leg, SliceStep, shares, to_first
@@ -106,21 +106,82 @@ class Soap(FactoredOptimizer):
             order[block] = self._keep(basis[block : block + 1], [result], names[block : block + 1])[0]
         return order
 
+    def family_step(
+        self, family: Family, parts: list[list[Tensor]], held: Held, step: int, due: bool, infos: Sequence[MatrixInfo]
+    ) -> Sequence[Tensor]:
+        """Native kernels work on each block where it lies; directions may replace gradients."""
+        grads, moments, seconds = parts
+        if not projection.taken([*grads, *moments, *seconds], [several[0] for several in held.values()]):
+            return super().family_step(family, parts, held, step, due, infos)
+        bases, factors = ({side: held[kind, side] for side in family.kind} for kind in ("q", "gg"))
+        gains: dict[str, Any] = {"gain": 1 - self.config.shampoo_beta, "decay": self.config.shampoo_beta}
+        late = due and not self.authors  # the refresh sees the factors from before this step
+        directions = [grad.clone() for grad in grads] if late else grads
+        lefts, rights = both(bases)
+        left_factors, right_factors = both({} if late else factors)
+        projection.project_adam(
+            directions, moments, seconds, lefts, rights, left_factors, right_factors,
+            **self._adam(step), **gains, plain=True,
+        )  # fmt: skip
+        if due:
+            self._refresh_family(family, moments, seconds, bases, factors, step, family.names(grads, infos))
+        if late:
+            projection.advance_factors(*both(factors), grads, **gains)
+        return directions
+
+    def _refresh_family(
+        self,
+        family: Family,
+        moments: Sequence[Tensor],
+        seconds: Sequence[Tensor],
+        bases: Mapping[int, Sequence[Tensor]],
+        factors: Mapping[int, Sequence[Tensor]],
+        step: int,
+        names: Sequence[str],
+    ) -> None:
+        """Small blocks with full factors where they lie, others and those that this leaves stacked."""
+        lists = [moments, seconds, *bases.values(), *factors.values()]
+        full = all(self.seen(step) * family.shape[1 - side] >= family.shape[side] for side in family.kind)
+        if full and self.config.adaptive_tol == 0 and max(family.shape) <= SMALL:
+            found = eigenbasis.refresh_bases(moments, seconds, bases, factors, self.config.power_shift)
+            left = (~found).nonzero().flatten().tolist()
+            if not left:
+                return
+            blocks = [[block for x in several for block in (x if x.ndim == 3 else (x,))] for several in lists]
+            lists, names = [[several[i] for i in left] for several in blocks], [names[i] for i in left]
+        moment, second, *rest = stacks = [batched(several) for several in lists]
+        turned = dict(zip(family.kind, rest)), dict(zip(family.kind, rest[len(family.kind) :]))
+        self._refresh_stack(moment, second, *turned, step, names)
+        for stack, several in zip(stacks[: 2 + len(family.kind)], lists):
+            put_back(stack, several)
+
     def block_step(self, blocks: Blocks) -> Tensor:
         moment, second = blocks.states
         direction = self._direction(blocks.grad, moment, second, blocks.derived, blocks.step)
         if self.authors:
             self._advance_all(blocks)
         if blocks.due:
-            whole = turn(moment, blocks.derived, back=True)
-            for side, basis in blocks.derived.items():
-                rank = self.seen(blocks.step) * blocks.other(side)
-                order = self._refresh(blocks.factors[side], basis, rank, blocks.step, blocks.names)
-                second.copy_(_reorder(second, order, side))
-            moment.copy_(turn(whole, blocks.derived))
+            self._refresh_stack(moment, second, blocks.derived, blocks.factors, blocks.step, blocks.names)
         if not self.authors:
             self._advance_all(blocks)
         return direction
+
+    def _refresh_stack(
+        self,
+        moment: Tensor,
+        second: Tensor,
+        bases: dict[int, Tensor],
+        factors: dict[int, Tensor],
+        step: int,
+        names: Sequence[str],
+    ) -> None:
+        """New bases of a stack of blocks; its moments (B, b, c) follow them."""
+        whole = turn(moment, bases, back=True)
+        for side, basis in bases.items():
+            rank = self.seen(step) * moment.shape[2 - side]
+            order = self._refresh(factors[side], basis, rank, step, names)
+            second.copy_(_reorder(second, order, side))
+        moment.copy_(turn(whole, bases))
 
     def _advance_all(self, blocks: Blocks) -> None:
         for side, factor in blocks.factors.items():
@@ -128,11 +189,18 @@ class Soap(FactoredOptimizer):
 
     def _direction(self, g: Tensor, m: Tensor, v: Tensor, bases: dict[int, Tensor], step: int) -> Tensor:
         """Adam's step in the eigenbasis (…, b, c), turned back; both moments advance in place."""
+        direction = g.clone()
+        stacks = {side: [basis] for side, basis in bases.items()}
+        lefts, rights = both(stacks)
+        projection.project_adam([direction], [m], [v], lefts, rights, **self._adam(step))
+        return direction
+
+    def _adam(self, step: int) -> dict[str, Any]:
+        """Coefficients of Adam's step; bias corrections are in the scale."""
         cfg = self.config
         n = max(step - 1 if self.authors else step, 1)
         scale = (1 - cfg.beta2**n) ** 0.5 / (1 - cfg.beta1**n)
-        betas = {"beta1": cfg.beta1, "beta2": cfg.beta2, "eps": cfg.eps}
-        return project_adam(g, m, v, bases.get(0), bases.get(1), **betas, scale=scale)
+        return {"beta1": cfg.beta1, "beta2": cfg.beta2, "eps": cfg.eps, "scale": scale}
 
     # Blocks step alone. Slices along a side without a factor sum the factor of the other side, and get its basis from
     # slice 0.
@@ -278,7 +346,12 @@ class Soap(FactoredOptimizer):
 
 def turn(x: Tensor, bases: dict[int, Tensor], back: bool = False) -> Tensor:
     """Q_Lᵀ x Q_R, or Q_L x Q_Rᵀ; sides without a basis stay."""
-    return rotate(x, bases.get(0), bases.get(1), back)
+    return projection.rotate(x, bases.get(0), bases.get(1), back)
+
+
+def both(by_side: Mapping[int, Sequence[Tensor]]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Lists of side 0 and of side 1, empty where it has none."""
+    return by_side.get(0, ()), by_side.get(1, ())
 
 
 def _reorder(v: Tensor, order: Tensor, side: int) -> Tensor:

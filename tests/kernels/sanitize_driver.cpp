@@ -7,6 +7,7 @@
 #include <random>
 
 #include "../../csrc/cpu/eigenbasis.h"
+#include "../../csrc/cpu/kron.h"
 #include "../../csrc/cpu/multi_tensor.h"
 #include "../../csrc/cpu/orthogonalize.h"
 #include "../../csrc/cpu/teams.h"
@@ -93,7 +94,7 @@ int factor_calls() {
   constexpr int64_t sides[] = {1, 2, 11, 12, 13, 31, 32, 33, 65, 100};
   const auto floats = [](Memory& memory, int64_t count) { return static_cast<float*>(allocate(memory, Format::f32, count)); };
   int calls = 0;
-  for (int round = 0; round < 40; ++round, calls += 4) {
+  for (int round = 0; round < 40; ++round, calls += 7) {
     Memory memory;
     const int64_t m = sides[draw(10)], n = sides[draw(10)];
     const int threads = 1 + static_cast<int>(draw(3));
@@ -107,9 +108,18 @@ int factor_calls() {
       for (int64_t i = 0; i < m * m; ++i) left[i] = 0.1f * static_cast<float>(draw(10)) + (i % (m + 1) == 0 ? 9.0f : 0.0f);
     }
     cholesky_qr_cpu(std::vector<Basis>(3, {left, basis, m}), 1e-5, 1);
-    const Projection block{x, floats(memory, m * n), floats(memory, m * n), out, draw(2) != 0 ? left : nullptr,
-                           draw(2) != 0 ? right : nullptr, n, n, n, m, n};
-    project_adam_cpu({0.1f, 0.9f, 0.1f, 1e-8f, 1.0f}, {block}, threads);
+    float *moment = floats(memory, m * n), *second = floats(memory, m * n);
+    const Projection block{x, moment, second, draw(2) != 0 ? left : nullptr, draw(2) != 0 ? right : nullptr,
+                           {draw(2) != 0 ? floats(memory, m * m) : nullptr, floats(memory, n * n)}, n, n, n, m, n};
+    project_adam_cpu({0.1f, 0.9f, 0.1f, 1e-8f, 1.0f}, {0.1f, 0.9f}, {block, block}, 1);
+    float *first = floats(memory, m * m), *other = floats(memory, n * n);
+    for (int64_t i = 0; i < m * m; ++i) first[i] = i % (m + 1) == 0 ? 1.0f : 0.0f;
+    for (int64_t i = 0; i < n * n; ++i) other[i] = right[i] = i % (n + 1) == 0 ? 1.0f + static_cast<float>(draw(3)) : 0.0f;
+    kron_cpu(0.1f, std::vector<KronBlock>(2, {first, other, x, draw(2) != 0 ? out : nullptr, n, n, m, n, 0.1f}), 1);
+    const bool one = draw(2) != 0;
+    refresh_cpu({0.0f, 1e-7f, {1e-5, 1e-5}},
+                {{moment, second, n, n, m, n, {one ? nullptr : first, other}, {one ? nullptr : left, right}}}, threads);
+    kron_cpu(0.1f, {{first, other, x, out, n, n, m, n, 0.1f}}, threads);
   }
   return calls;
 }

@@ -150,9 +150,9 @@ def test_bases_stay_orthonormal_over_a_thousand_steps(size):
 
 def step_of(dtype, arguments, sides):
     grad, m, v, left, right = (x.to(dtype) for x in arguments)
-    m, v = m.clone(), v.clone()
-    bases = (left if 0 in sides else None, right if 1 in sides else None)
-    u = projection.project_adam(grad, m, v, *bases, beta1=0.9, beta2=0.95, eps=1e-8, scale=0.7)
+    u, m, v = grad.clone(), m.clone(), v.clone()
+    bases = ([left] if 0 in sides else [], [right] if 1 in sides else [])
+    projection.project_adam([u], [m], [v], *bases, beta1=0.9, beta2=0.95, eps=1e-8, scale=0.7)
     return u, m, v
 
 
@@ -183,10 +183,9 @@ def test_the_step_in_the_basis_is_float64s(rows, columns, batch, sides):
 def test_the_step_bears_huge_and_tiny_gradients(scale):
     """v = 0 for tiny ones (their squares vanish), as in the reference."""
     arguments = problem(2, 33, 20, scale)
-    ours, exact = (
-        step_of(torch.float32, arguments, (0, 1)),
-        projection._reference(*(x.clone() for x in arguments), 0.9, 0.95, 1e-8, 0.7),
-    )
+    ours, lists = step_of(torch.float32, arguments, (0, 1)), [[x.clone()] for x in arguments]
+    projection._step(*lists, [], [], 0.9, 0.95, 1e-8, 0.7, 0.0, 1.0)
+    exact = lists[0][0]
     torch.testing.assert_close(ours[0], exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
 
 
@@ -198,17 +197,135 @@ def test_the_step_works_in_the_rows_of_a_wider_matrix():
     for to, x in zip(wide, arguments):
         to[..., 5:25] = x
     parts = [x[..., 5:25] for x in wide]
-    u = projection.project_adam(*parts, *arguments[3:], beta1=0.9, beta2=0.95, eps=1e-8, scale=0.7)
+    lists = [[x] for x in (*parts, *arguments[3:])]
+    projection.project_adam(*lists, beta1=0.9, beta2=0.95, eps=1e-8, scale=0.7)
     expected = step_of(torch.float32, arguments, (0, 1))
-    assert all(torch.equal(a, b) for a, b in zip((u, *parts[1:]), expected))
+    assert all(torch.equal(a, b) for a, b in zip(parts, expected))
     assert not any(x[..., :5].any() or x[..., 25:].any() for x in wide)
-    empty = [torch.zeros(0, 4, 5)] * 3
-    assert projection.project_adam(*empty, None, None, beta1=0, beta2=0, eps=1, scale=1).shape == (0, 4, 5)
+    settings = ([], [], 0.9, 0.9, 1.0, 1.0, 0.0, 1.0)
+    torch.ops.megatron_opt.project_adam(*[[torch.zeros(0, 4, 5)]] * 3, [], [], *settings)
+    torch.ops.megatron_opt.project_adam([], [], [], [], [], *settings)
+    lists = [[x] for x in arguments]
     with pytest.raises(RuntimeError, match="left must be contiguous"):
-        torch.ops.megatron_opt.project_adam(*arguments[:3], arguments[4], None, 0.9, 0.9, 1.0, 1.0)
+        torch.ops.megatron_opt.project_adam(*lists[:3], lists[4], [], *settings)
     with pytest.raises(RuntimeError, match="overlapping or scattered rows"):
         row = torch.zeros(1, 1, 20).expand(1, 12, 20)
-        torch.ops.megatron_opt.project_adam(arguments[0], row, arguments[2], None, None, 0.9, 0.9, 1.0, 1.0)
+        torch.ops.megatron_opt.project_adam(lists[0], [row], lists[2], [], [], *settings)
+    with pytest.raises(RuntimeError, match="moment must have the shapes"):
+        torch.ops.megatron_opt.project_adam(lists[0], [torch.zeros(1, 12, 19)], lists[2], [], [], *settings)
+    with pytest.raises(RuntimeError, match="equally long"):
+        torch.ops.megatron_opt.project_adam(lists[0], [], lists[2], [], [], *settings)
+
+
+def lists_of(shapes, seed=0, dtype=torch.float32):
+    """Gradients, moments and seconds of matrices and stacks, bases and well-conditioned factors of both sides."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    lists = [[draw(*shape).to(dtype) for shape in shapes] for _ in range(3)]
+    lists[2] = [x.square() + 0.1 for x in lists[2]]
+    for side in (-2, -1):
+        squares = [draw(*shape[:-2], shape[side], shape[side]) for shape in shapes]
+        bases = [torch.linalg.qr(x)[0] for x in squares]
+        spread = [q * torch.linspace(1, 0.1, q.shape[-1], dtype=torch.float64) for q in bases]
+        # factors whose eigenvectors are near the bases, in another order
+        factors = [s @ q.mT + 0.01 * x @ x.mT / x.shape[-1] for s, q, x in zip(spread, bases, squares)]
+        lists += [[q.flip(-1).contiguous().to(dtype) for q in bases], [f.to(dtype) for f in factors]]
+    grads, moments, seconds, lefts, left_factors, rights, right_factors = lists
+    return grads, moments, seconds, lefts, rights, left_factors, right_factors
+
+
+MIXED = [(64, 64), (3, 33, 20), (1, 1), (100, 12), (2, 65, 96)]
+
+
+def in_double(lists):
+    return [[x.double() for x in several] for several in lists]
+
+
+@native
+@pytest.mark.parametrize("sides", [(0, 1), (0,), (1,)])
+def test_factors_of_lists_are_float64s(sides):
+    grads, _, _, _, _, lefts, rights = lists_of(MIXED)
+    lefts, rights = lefts if 0 in sides else [], rights if 1 in sides else []
+    exact = in_double([lefts, rights, grads])
+    projection._advance(*exact, 0.05, 0.95)
+    projection.advance_factors(lefts, rights, grads, 0.05, 0.95)
+    for ours, theirs in ((lefts, exact[0]), (rights, exact[1])):
+        assert len(ours) == len(theirs) and all(torch.equal(x, x.mT) for x in ours)
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@native
+@pytest.mark.parametrize("sides", [(0, 1), (0,), (1,)])
+def test_steps_of_lists_advance_factors_first(sides):
+    lists = list(lists_of(MIXED))
+    for which, side in ((3, 0), (4, 1), (5, 0), (6, 1)):
+        lists[which] = lists[which] if side in sides else []
+    exact = in_double(lists)
+    projection._step(*exact, 0.9, 0.95, 1e-8, 0.7, 0.05, 0.95)
+    projection.project_adam(*lists, beta1=0.9, beta2=0.95, eps=1e-8, scale=0.7, gain=0.05, decay=0.95)
+    for ours, theirs in zip(lists, exact):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5)
+
+
+@native
+@pytest.mark.parametrize("sides", [(0, 1), (0,), (1,)])
+@pytest.mark.parametrize("shift", [0.0, 0.2])
+def test_refreshed_bases_of_lists_are_float64s(sides, shift):
+    lists = list(lists_of(MIXED))
+    for which, side in ((3, 0), (4, 1), (5, 0), (6, 1)):
+        lists[which] = lists[which] if side in sides else []
+    exact, before = in_double(lists), lists[2][0].clone()
+    eps = torch.finfo(torch.float32).eps
+    expected = eb._refresh_reference(*exact[1:], shift, 2 * eps, 1e-5, 1e-5)
+    bases, factors = ({side: lists[first + side] for side in sides} for first in (3, 5))
+    found = eb.refresh_bases(lists[1], lists[2], bases, factors, shift)
+    assert found.all() and expected.all() and len(found) == 8
+    assert not torch.equal(before, lists[2][0]) and torch.equal(before.flatten().sort()[0], lists[2][0].flatten().sort()[0])
+    for ours, theirs in zip(lists[1:5], exact[1:5]):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)
+
+
+@native
+def test_blocks_whose_bases_are_not_found_stay():
+    lists = list(lists_of([(3, 20, 33), (12, 20)]))
+    lists[5][0][1] = torch.ones(20, 20)  # rank one
+    lists[6][1].fill_(float("nan"))
+    before = [[x.clone() for x in several] for several in lists]
+    found = eb.refresh_bases(lists[1], lists[2], {0: lists[3], 1: lists[4]}, {0: lists[5], 1: lists[6]})
+    assert found.tolist() == [True, False, True, False]
+    for ours, old in zip(lists[1:5], before[1:5]):
+        assert torch.equal(ours[0][1], old[0][1]) and torch.equal(ours[1], old[1])
+        assert not torch.equal(ours[0][0], old[0][0]) and not torch.equal(ours[0][2], old[0][2])
+
+
+@native
+def test_what_steps_beside_a_block_and_how_many_threads_change_no_bit():
+    def run(lists):
+        projection.advance_factors(*lists[5:], lists[0], 0.05, 0.95)
+        settings = dict(beta1=0.9, beta2=0.95, eps=1e-8, scale=0.7, gain=0.05, decay=0.95)
+        projection.project_adam(*lists, **settings)
+        eb.refresh_bases(lists[1], lists[2], {0: lists[3], 1: lists[4]}, {0: lists[5], 1: lists[6]})
+        return lists
+
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(lists_of(MIXED)))
+            # each alone
+            parts = [run([several[i : i + 1] for several in lists_of(MIXED)]) for i in range(len(MIXED))]
+            results.append([[part[which][0] for part in parts] for which in range(7)])
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        for ours, first in zip(result, results[0], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, first, strict=True))
 
 
 @native

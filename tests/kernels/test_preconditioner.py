@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_opt.kernels import preconditioner as pc
+from megatron_opt.kernels import products
 
 
 def triangular(batch, size):
@@ -100,3 +101,75 @@ def test_root_of_zero_is_zero(root):
     found = root(a, 4, 1e-6)
     assert not found[0].any()
     torch.testing.assert_close(found[1], torch.eye(4), rtol=1e-4, atol=1e-4)
+
+
+KRON_SHAPES = [(64, 64), (3, 33, 20), (1, 1), (100, 12), (2, 65, 96), (200, 130)]
+
+
+def kron_lists(seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    sizes = [(*shape[:-2], shape[-2], shape[-1]) for shape in KRON_SHAPES]
+    factors = [
+        [(torch.eye(size[side], dtype=torch.float64) + 0.1 * draw(*size[:-2], size[side], size[side]).triu()) for size in sizes]
+        for side in (-2, -1)
+    ]
+    factors = [[q.expand(1, *q.shape[-2:]).contiguous() if q.ndim == 2 else q for q in several] for several in factors]
+    lists = (*factors, [draw(*size) for size in sizes], [draw(*size) for size in sizes])
+    return [[x.to(dtype) for x in several] for several in lists]
+
+
+def kron_step(lists, learns):
+    noises, dampings = (lists[3], [0.01 * (1 + i) for i in range(len(lists[3]))]) if learns else ([], [])
+    step = pc._kron_step if lists[0][0].dtype == torch.float64 else pc.kron_step
+    step(*lists[:3], noises, dampings, 0.2)
+    return lists
+
+
+native = pytest.mark.skipif(not products.available(torch.zeros(1)), reason="no extension, or no AVX-512 here")
+
+
+@native
+@pytest.mark.parametrize("learns", [True, False])
+def test_steps_of_lists_are_float64s(learns):
+    ours, exact = kron_step(kron_lists(), learns), kron_step(kron_lists(dtype=torch.float64), learns)
+    before = kron_lists()
+    for which, (several, theirs) in enumerate(zip(ours, exact)):
+        for x, y, old in zip(several, theirs, before[which]):
+            torch.testing.assert_close(x.double(), y, rtol=1e-3, atol=2e-4 * float(y.abs().max()))
+            if which < 2:
+                assert torch.equal(x, x.triu()) and torch.equal(x, old) == (not learns)
+
+
+@native
+def test_steps_of_lists_do_not_depend_on_threads_or_on_each_other():
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(kron_step(kron_lists(), True))
+            alone = []
+            for i in range(len(KRON_SHAPES)):
+                lists = [several[i : i + 1] for several in kron_lists()]
+                pc.kron_step(*lists[:3], lists[3], [0.01 * (1 + i)], 0.2)
+                alone.append(lists)
+            results.append([[one[which][0] for one in alone] for which in range(4)])
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        for ours, first in zip(result, results[0], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, first, strict=True))
+
+
+@native
+def test_steps_of_lists_refuse_what_does_not_fit():
+    lefts, rights, moments, noises = kron_lists()
+    with pytest.raises(RuntimeError, match="right must be contiguous"):
+        pc.kron_step(lefts, rights[::-1], moments, [], [], 0.1)
+    with pytest.raises(RuntimeError, match="equally long"):
+        pc.kron_step(lefts, rights, moments, noises, [0.1], 0.1)
+    with pytest.raises(RuntimeError, match="noise must have the shapes"):
+        pc.kron_step(lefts, rights, moments, noises[::-1], [0.1] * len(noises), 0.1)
