@@ -9,7 +9,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_opt.errors import UserError
-from megatron_opt.kernels import dispatch, products, projection, symmetric
+from megatron_opt.kernels import (
+    block_adam,
+    dispatch,
+    eigenbasis,
+    preconditioner,
+    products,
+    projection,
+    symmetric,
+)
 from megatron_opt.kernels import multi_tensor as mt
 
 STEP = """
@@ -81,6 +89,7 @@ def test_operators_have_fakes_that_agree():
     def tensors(count, *shape):
         return [torch.rand(*shape) for _ in range(count)]
 
+    assert block_adam  # it defines an operator
     c = list(mt.Coefficients(eps=1e-8))
     p, g, m, v = (tensors(2, 5, 3) for _ in range(4))
     update = (0, p, g, m, v, [], [], [], [], None, c, None, False, False, 0, 1, [], True)
@@ -93,7 +102,7 @@ def test_operators_have_fakes_that_agree():
 @native
 @pytest.mark.skipif(not products.available(torch.zeros(1)), reason="no AVX-512 in this processor")
 def test_matrix_operators_have_fakes_that_agree():
-    assert projection and symmetric  # they define operators
+    assert eigenbasis and preconditioner and projection and symmetric  # they define operators
     a, b, eye = torch.rand(2, 4, 4).tril() + torch.eye(4), torch.rand(2, 4, 3), torch.eye(3).repeat(2, 1, 1)
     operators = torch.ops.megatron_opt
     torch.library.opcheck(operators.product.default, (torch.zeros(2, 4, 3), a, b, 1.0, 0.0, False, 1, 0))
