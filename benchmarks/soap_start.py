@@ -1,4 +1,4 @@
-"""How well SOAP's bases fit after a warm start: built from Adam's moments, or from the first gradients.
+"""How well SOAP's bases fit after a warm start, beside those of the first gradients.
 
 `python benchmarks/soap_start.py --data DIR --load CHECKPOINTS` (an AdamW checkpoint of `benchmarks/warm_start.py`, such as
 OUTPUT/1/adamw/checkpoints) makes a warm start, runs steps that move nothing (a learning rate of 1e-12) and compares bases
@@ -44,7 +44,7 @@ class Recorder:
     def see(self, rule: Any, grad: Tensor, state: dict[str, Tensor], info: Any) -> None:
         if len(info.shape) != 2:
             return
-        names = {1: "moments", 11: "10 steps", 21: "20 steps", 41: "40 steps"}
+        names = {2: "1 step", 11: "10 steps", 21: "20 steps", 41: "40 steps"}
         for side in rule.sides(info):
             key = (info.name, side)
             if self.count in names:
@@ -57,8 +57,8 @@ class Recorder:
     def table(self) -> list[tuple[str, float]]:
         """(basis, mean off-diagonal share), best last."""
         rows = []
-        keys = list(self.bases["moments"])
-        kinds: dict[str, Any] = {"none": lambda key: torch.eye(self.bases["moments"][key].shape[0])}
+        keys = list(self.bases["1 step"])
+        kinds: dict[str, Any] = {"none": lambda key: torch.eye(self.bases["1 step"][key].shape[0])}
         kinds |= {f"first {n} gradients": lambda key, n=n: eigenbasis(self.at(f"first {n}", key)) for n in FIRST}
         kinds |= {f"warm start after {name}": found.__getitem__ for name, found in self.bases.items()}
         for name, basis in kinds.items():

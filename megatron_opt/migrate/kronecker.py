@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from megatron_opt.optimizers.base import MatrixInfo, State
+from megatron_opt.optimizers.bases import turn, turn_squares
 from megatron_opt.optimizers.blocks import as_matrix
 from megatron_opt.optimizers.kron import Kron
 from megatron_opt.optimizers.shampoo import Shampoo
-from megatron_opt.optimizers.soap import Soap, turn
+from megatron_opt.optimizers.soap import Soap
 
+_SEED = 1e-3  # of a factor, beside first gradients that count 1 − β
 _FLOOR = 1e-7  # eigenvalues below this share of the largest are taken as that: the rule learns them later
 
 
@@ -29,44 +31,32 @@ def _blocks(rule: Soap | Shampoo | Kron, info: MatrixInfo, m: Tensor, v: Tensor)
     return list(zip(grid.cut(mean), grid.cut(variance), strict=True))
 
 
-def _turn_squares(v: Tensor, bases: dict[int, Tensor], back: bool = False) -> Tensor:
-    """E[(Q_Lᵀ g Q_R)²] from E[g²] of independent entries of mean 0: the bases' squares on both sides."""
-    return turn(v, {side: basis.square() for side, basis in bases.items()}, back)
-
-
 # SOAP
 
 
 def fill_soap(rule: Soap, info: MatrixInfo, state: State, m: Tensor, v: Tensor) -> None:
-    """Factors, their eigenbases, and both moments in them. The first refresh mixes in true gradients."""
-    grid, firsts, seconds = rule.grid(info), [], []
+    """Both moments, which the first gradient's bases will turn, and a little of the factors that Adam knows of: what the
+    first gradients do not reach has an order then, and the same in every layout.
+    """
     for region, (mean, variance) in enumerate(_blocks(rule, info, m, v)):
-        bases = {}
         for side in rule.sides(info):
-            factor = _factor(mean, variance, side)
-            basis = torch.linalg.eigh(factor).eigenvectors.flip(-1)  # largest first
-            pivot = basis.gather(1, basis.abs().argmax(1, keepdim=True))
-            basis = basis * torch.where(pivot < 0, -1.0, 1.0)  # one sign on every machine
-            state[f"gg_{region}_{side}"].copy_(factor)
-            state[f"q_{region}_{side}"].copy_(basis)
-            bases[side] = basis
-        turned = turn(mean, bases)
-        firsts.append(turned.to(m.dtype))
-        seconds.append((_turn_squares(variance, bases) + turned.square()).to(m.dtype))
-    grid.join(firsts, as_matrix(state["exp_avg"]))
-    grid.join(seconds, as_matrix(state["exp_avg_sq"]))
-    state["ready"].fill_(1.0)
+            state[f"gg_{region}_{side}"].copy_(_SEED * _factor(mean, variance, side))
+    state["exp_avg"].copy_(m)
+    state["exp_avg_sq"].copy_(v)
+    state["ready"].fill_(0.0 if rule.sides(info) else 1.0)
 
 
 def soap_moments(rule: Soap, info: MatrixInfo, state: State) -> tuple[Tensor, Tensor]:
-    """Both moments turned back from the eigenbasis."""
+    """Both moments turned back from the eigenbasis, if they are in one."""
+    if not state["ready"].any():
+        return state["exp_avg"].float(), state["exp_avg_sq"].float()
     grid = rule.grid(info)
     turned = [grid.cut(as_matrix(state[key].float())) for key in ("exp_avg", "exp_avg_sq")]
     regions = range(len(turned[0]))
     bases = [{side: state[f"q_{region}_{side}"].float() for side in rule.sides(info)} for region in regions]
     first, second = (torch.empty_like(state[key], dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq"))
     grid.join([turn(m, q, back=True) for m, q in zip(turned[0], bases, strict=True)], as_matrix(first))
-    grid.join([_turn_squares(v, q, back=True) for v, q in zip(turned[1], bases, strict=True)], as_matrix(second))
+    grid.join([turn_squares(v, q, back=True) for v, q in zip(turned[1], bases, strict=True)], as_matrix(second))
     return first, second
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_opt.kernels import eigenbasis, projection
 from megatron_opt.optimizers.base import Area, Cost, MatrixInfo, State
+from megatron_opt.optimizers.bases import both, reorder, turn, turn_in
 from megatron_opt.optimizers.blocks import as_matrix, batched, put_back
 from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer, Held, guarded
 from megatron_opt.optimizers.families import SMALL, Family
@@ -61,16 +62,35 @@ class Soap(FactoredOptimizer):
         return super().is_due(info, step - 1 if self.authors else step)
 
     def begin(self, grad: Tensor, state: State, info: MatrixInfo) -> bool:
-        """Factors of the first gradient and their bases; nothing moves."""
-        sides = self.sides(info)
-        for region, stack in enumerate(self.grid(info).cut(grad)):
-            found = guarded(eigenbasis.first_bases, (stack,), sides) if sides else []
-            for which, side in enumerate(sides):
-                self.advance(state[f"gg_{region}_{side}"], stack, side)
-                bases = [result and result[which] for result in found]
+        """Factors of the first gradient and their bases; nothing moves. A warm start's moments are turned into them."""
+        sides, grid = self.sides(info), self.grid(info)
+        if not grad.any() and any(bool(state[f"gg_{region}_{side}"].any()) for region, side in self._factors(info)):
+            return False
+        moments = [as_matrix(state[key]) for key in self.block_keys]
+        stacks = [grid.cut(x) for x in (grad, *moments)]
+        for region, (stack, m, v) in enumerate(zip(*stacks)):
+            factors = {side: state[f"gg_{region}_{side}"] for side in sides}
+            seeded = any(bool(factor.any()) for factor in factors.values())
+            found = guarded(eigenbasis.first_bases, (stack,), sides) if sides and not seeded else []
+            for which, (side, factor) in enumerate(factors.items()):
+                self.advance(factor, stack, side)
+                bases = [result and result[which] for result in found] or self._bases_of(factor, m.dtype)
                 self._keep(state[f"q_{region}_{side}"], bases, [info.name] * len(stack))
+            if seeded:
+                turn_in(m, v, {side: state[f"q_{region}_{side}"] for side in sides})
+        for parts, moment in zip(stacks[1:], moments):
+            grid.join(parts, moment)
         state["ready"].fill_(float(grad.any()))
         return False
+
+    def _factors(self, info: MatrixInfo) -> list[tuple[int, int]]:
+        """(region, side) of every stack of factors."""
+        return [(region, side) for region in range(len(self.grid(info).shapes())) for side in self.sides(info)]
+
+    def _bases_of(self, factor: Tensor, dtype: torch.dtype) -> list[Any]:
+        """First bases of a warm start: its factors have full rank."""
+        size = factor.shape[-1]
+        return guarded(lambda a: eigenbasis.first_basis_of_factor(a, size, dtype), (factor.double(),))
 
     def _keep(self, basis: Tensor, found: Sequence[Any], names: Sequence[str]) -> Tensor:
         """New bases into `basis` (B, K, K) where they were found; the order of columns (B, K)."""
@@ -180,7 +200,7 @@ class Soap(FactoredOptimizer):
         for side, basis in bases.items():
             rank = self.seen(step) * moment.shape[2 - side]
             order = self._refresh(factors[side], basis, rank, step, names)
-            second.copy_(_reorder(second, order, side))
+            second.copy_(reorder(second, order, side))
         moment.copy_(turn(whole, bases))
 
     def _advance_all(self, blocks: Blocks) -> None:
@@ -274,8 +294,11 @@ class Soap(FactoredOptimizer):
 
     def _combine(self, factor: Tensor, shared: State, step: int, info: MatrixInfo) -> Tensor:
         cfg, ready = self.config, shared["ready"]
-        pieces = [ready.clone()]
         first, due = not bool(ready.item()), self.is_due(info, step)
+        seeded = first and any(bool(shared[f"gg_{region}_{side}"].any()) for region, side in self._factors(info))
+        pieces = [ready + 2.0 * seeded * bool(factor.any())]
+        if seeded and not factor.any():
+            return ready.new_zeros(1 + sum(count * size * (2 * size + 1) for count, size in self._stacks(info)))
         offset = 0
         for side in self.sides(info):
             others = info.shape[1 - side]
@@ -286,7 +309,10 @@ class Soap(FactoredOptimizer):
                 pieces.append(q.flatten().clone())
                 rank = min(size, self.seen(step) * others)
                 order = torch.arange(size, device=q.device).repeat(count, 1)
-                if first:
+                if seeded:
+                    gg.mul_(cfg.shampoo_beta).add_(share.to(gg.dtype), alpha=1 - cfg.shampoo_beta)
+                    self._keep(q, self._bases_of(gg, q.dtype), [info.name] * count)
+                elif first:
                     found = guarded(
                         lambda a, r, dtype=q.dtype: eigenbasis.first_basis_of_factor(a, r, dtype),
                         (share,),
@@ -295,7 +321,8 @@ class Soap(FactoredOptimizer):
                     self._keep(q, found, [info.name] * count)
                 elif due and not self.authors:
                     order = self._refresh(gg, q, rank, step, [info.name] * count)
-                gg.mul_(cfg.shampoo_beta).add_(share.to(gg.dtype), alpha=1 - cfg.shampoo_beta)
+                if not seeded:
+                    gg.mul_(cfg.shampoo_beta).add_(share.to(gg.dtype), alpha=1 - cfg.shampoo_beta)
                 if not first and due and self.authors:
                     order = self._refresh(gg, q, rank, step, [info.name] * count)
                 pieces += [q.flatten(), order.flatten().to(q.dtype)]
@@ -307,6 +334,7 @@ class Soap(FactoredOptimizer):
             return torch.zeros_like(grad)
         moments = [as_matrix(state[key]) for key in self.block_keys]
         grid, rest, found = self.grid(info, tuple(moments[0].shape)), combined[1:], []
+        seeded = bool(combined[0] > 1)
         stacks = [grid.cut(x) for x in (as_matrix(grad), *moments)]
         for region, (g, m, v) in enumerate(zip(*stacks)):
             old, new = {}, {}
@@ -315,10 +343,14 @@ class Soap(FactoredOptimizer):
                 square = count * size * size
                 before, after, order, rest = rest.tensor_split([square, 2 * square, 2 * square + count * size])
                 old[side], new[side] = (q.view(count, size, size).to(g.dtype) for q in (before, after))
+            if seeded:
+                turn_in(m, v, new)
+                found.append(torch.zeros_like(g))
+                continue
             found.append(self._direction(g, m, v, old, step))
             if old and self.is_due(info, step):
                 m.copy_(turn(turn(m, old, back=True), new))
-                v.copy_(_reorder(v, order.view(count, size).round().long(), side))
+                v.copy_(reorder(v, order.view(count, size).round().long(), side))
         for stack, moment in zip(stacks[1:], moments):
             grid.join(stack, moment)
         return grid.join(found, as_matrix(torch.empty_like(grad))).view(grad.shape)
@@ -342,19 +374,3 @@ class Soap(FactoredOptimizer):
             elementwise_bytes=4.0 * 16 * rows * columns,
             state_bytes=state + 8.0 * rows * columns,
         )
-
-
-def turn(x: Tensor, bases: dict[int, Tensor], back: bool = False) -> Tensor:
-    """Q_Lᵀ x Q_R, or Q_L x Q_Rᵀ; sides without a basis stay."""
-    return projection.rotate(x, bases.get(0), bases.get(1), back)
-
-
-def both(by_side: Mapping[int, Sequence[Tensor]]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Lists of side 0 and of side 1, empty where it has none."""
-    return by_side.get(0, ()), by_side.get(1, ())
-
-
-def _reorder(v: Tensor, order: Tensor, side: int) -> Tensor:
-    """The second moment (B, b, c) follows the basis's columns (B, K)."""
-    index = order.unsqueeze(-1) if side == 0 else order.unsqueeze(-2)
-    return v.gather(side + 1, index.expand_as(v))

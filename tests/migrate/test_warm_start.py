@@ -1,5 +1,7 @@
 """The mathematics of warm starts: scales, rotations, round trips."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from megatron_opt.kernels import preconditioner
 from megatron_opt.migrate import warm_start
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
+from tests.optimizers.slicing import step_together
 
 INFO = MatrixInfo("w", (12, 20))
 
@@ -45,38 +48,73 @@ def test_first_moments_return_as_they_went(name: str, tolerance: float) -> None:
     assert second.shape == v.shape and bool((second >= 0).all())
 
 
-def test_soaps_second_moment_is_adams_in_the_new_basis() -> None:
-    """Against gradients drawn with Adam's mean and variance: factors, and squares in the eigenbasis."""
-    rule = registry.build("soap", {"block_size": 0})
+def warm_soap(m: torch.Tensor, v: torch.Tensor, **options: object) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A rule, and the state of a start from these moments."""
+    rule = registry.build("soap", {"block_size": 0, **options})
     state = rule.init_state(torch.zeros(INFO.shape), INFO)
-    m, v = moments(2)
     warm_start.fill_matrix(rule, INFO, state, m, v)
-    left, right = state["q_0_0"][0], state["q_0_1"][0]
+    return rule, state
+
+
+def test_a_warm_soap_takes_the_first_gradients_bases_and_turns_adams_moments() -> None:
+    """Second moments against squares of gradients drawn with Adam's mean and variance, in those bases."""
+    m, v = moments(2)
+    rule, state = warm_soap(m, v)
     generator = torch.Generator().manual_seed(3)
     draws = m + (v - m.square()).sqrt() * torch.randn(40000, *INFO.shape, generator=generator)
-    torch.testing.assert_close((draws @ draws.mT).mean(0), state["gg_0_0"][0], rtol=0.05, atol=0.2)
-    torch.testing.assert_close((draws.mT @ draws).mean(0), state["gg_0_1"][0], rtol=0.05, atol=0.2)
+    gradient = draws[0]
+    assert float(rule.update([gradient.clone()], [state], 1001, [INFO])[0].norm()) == 0
+    left, right = state["q_0_0"][0], state["q_0_1"][0]
+    for basis, outer, factor in ((left, gradient @ gradient.mT, "gg_0_0"), (right, gradient.mT @ gradient, "gg_0_1")):
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(len(basis)), rtol=0, atol=1e-5)
+        inside = basis.mT @ state[factor][0] @ basis
+        torch.testing.assert_close(inside, torch.diag(inside.diagonal()), rtol=0, atol=1e-4)
+        assert float((state[factor][0] - 0.05 * outer).norm()) < 0.1 * float((0.05 * outer).norm())  # default beta: 0.95
     rotated = (left.mT @ draws @ right).square().mean(0)
     torch.testing.assert_close(rotated, state["exp_avg_sq"], rtol=0.06, atol=0.01)
     torch.testing.assert_close(left @ state["exp_avg"] @ right.mT, m, rtol=1e-4, atol=1e-6)
-    for basis, factor in ((left, state["gg_0_0"][0]), (right, state["gg_0_1"][0])):
-        torch.testing.assert_close(basis.mT @ basis, torch.eye(len(basis)), rtol=0, atol=1e-5)
-        inside = basis.mT @ factor @ basis
-        torch.testing.assert_close(inside, torch.diag(inside.diagonal()), rtol=0, atol=1e-4)
     assert state["ready"].item() == 1
+    back, _ = warm_start.moments_of_matrix(rule, INFO, state)
+    torch.testing.assert_close(back, m, rtol=1e-4, atol=1e-5)
 
 
-def test_a_warm_soap_moves_at_once_and_by_adams_size() -> None:
-    rule = registry.build("soap", {"block_size": 0})
-    state = rule.init_state(torch.zeros(INFO.shape), INFO)
+def test_a_warm_soap_moves_from_its_second_step_and_by_adams_size() -> None:
     m, v = moments(4)
-    warm_start.fill_matrix(rule, INFO, state, m, v)
-    (u,) = rule.update([m.clone()], [state], 1001, [INFO])
+    rule, state = warm_soap(m, v)
+    rule.update([m.clone()], [state], 1001, [INFO])
+    (u,) = rule.update([m.clone()], [state], 1002, [INFO])
     adam = m / v.sqrt()
     assert 0.5 < float(u.norm() / adam.norm()) < 2.0
-    assert float((u * adam).sum() / (u.norm() * adam.norm())) > 0.9
-    cold = rule.init_state(torch.zeros(INFO.shape), INFO)
-    assert float(rule.update([m.clone()], [cold], 1001, [INFO])[0].norm()) == 0
+    assert float((u * adam).sum() / (u.norm() * adam.norm())) > 0.8  # the bases are the gradient's own
+
+
+def test_a_warm_soap_waits_for_a_gradient() -> None:
+    m, v = moments(8)
+    rule, state = warm_soap(m, v)
+    before = {key: value.clone() for key, value in state.items()}
+    assert float(rule.update([torch.zeros(INFO.shape)], [state], 1001, [INFO])[0].norm()) == 0
+    assert all(torch.equal(state[key], value) for key, value in before.items())
+
+
+def test_a_warm_soap_in_slices_is_the_whole() -> None:
+    m, v = (x.double() for x in moments(9))
+    rule = registry.build("soap", {"block_size": 0, "max_precond_dim": min(INFO.shape)})
+    dim = rule.split_dim(INFO)
+    assert dim is not None
+    edges = (0, INFO.shape[dim] // 3, INFO.shape[dim])
+    sizes = [edges[1], edges[2] - edges[1]]
+    whole = rule.init_state(torch.zeros(INFO.shape, dtype=torch.float64), INFO)
+    warm_start.fill_matrix(rule, INFO, whole, m, v)
+    shared = {key: whole[key].clone() for key in rule.init_shared(INFO, m.device, m.dtype)}
+    parts = {key: whole[key].split(sizes, dim) for key in set(whole) - set(shared)}
+    slices = [{key: cut[index].clone() for key, cut in parts.items()} for index in range(2)]
+    gradients = [torch.zeros_like(m), *moments(10)[:1], *moments(11)[:1], *moments(12)[:1]]
+    for step, gradient in enumerate((g.double() for g in gradients), 1001):
+        (expected,) = rule.update([gradient.clone()], [whole], step, [INFO])
+        given = [part.clone() for part in gradient.split(sizes, dim)]
+        found = torch.cat(step_together(rule, given, slices, shared, step, INFO, edges), dim)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    assert float(expected.norm()) > 0
 
 
 def test_second_moment_from_momentum_alone() -> None:

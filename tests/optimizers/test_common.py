@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
+from tests.optimizers.slicing import step_together
 
 # name of the case -> (rule, options); whatever a rule can be switched to has a line
 CASES = {
@@ -159,38 +160,6 @@ def test_many_matrices_at_once_are_each_alone(case):
         for index, info in enumerate(infos):
             (one,) = rule.update([grads[index][t].clone()], [alone[index]], t + 1, [info])
             assert float((one - all_at_once[index]).norm()) <= tolerance * float(one.norm()) + 1e-12
-
-
-def step_together(rule, grads, states, shared, step, info, edges):
-    """Directions of all slices, which exchange what the rule's legs say, and nothing else."""
-    running = [
-        rule.slice_update(grad, state, {} if index else shared, step, info, index, edges)
-        for index, (grad, state) in enumerate(zip(grads, states))
-    ]
-    inbox, found = [None] * len(running), [None] * len(running)
-    for leg in [*rule.legs(info, edges, grads[0].dtype), None]:
-        given = []
-        for index, slice_step in enumerate(running):
-            try:
-                given.append(slice_step.send(inbox[index]))
-            except StopIteration as stopped:
-                found[index] = stopped.value
-        if leg is None:
-            break
-        assert len(given) == len(running)
-        for index, tensor in enumerate(given):
-            assert tensor.shape == (leg.edges[-1] if leg.reduce else leg.rows(index), leg.width)
-        inbox = [
-            leg.joined([leg.outgoing(tensor, index) for tensor in given]).to(leg.dtype) for index in range(len(given))
-        ]
-        assert all(
-            leg.arriving(index, source) == leg.outgoing(given[source], index).shape
-            for index in range(len(given)) for source in range(len(given))
-        )
-        sent = [sum(leg.outgoing(t, i).numel() for i in range(len(given)) if i != j) for j, t in enumerate(given)]
-        assert sent == [leg.sent(index) for index in range(len(given))]
-    assert not any(direction is None for direction in found)
-    return found
 
 
 @table
