@@ -22,21 +22,20 @@ def run(argv: Sequence[str]) -> None:
     from megatron_opt.training.job import train
 
     train(args)
-    import torch
-
-    if torch.distributed.is_initialized():  # gloo's threads may otherwise abort the process at its end
-        torch.distributed.destroy_process_group()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 trained (also when the loss diverged), 2 bad input, 1 any other failure."""
+    code = 0
     try:
         run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         return entry.refused("megatron_opt.pretrain", error)
     except SystemExit as leaving:
-        return signals.exit_code(leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code)))
-    return 0
+        code = signals.exit_code(leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code)))
+    if not code:  # also by --exit-interval and its like
+        entry.part()
+    return code
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def convert(argv: Sequence[str]) -> None:
         if args.rank == 0:
             _tell(args, rate_left)
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        entry.part()
     finally:
         training.setup_model_and_optimizer = original
 

@@ -20,6 +20,14 @@ def refused(program: str, error: Exception) -> int:
     return 2
 
 
+def part() -> None:
+    """End this rank's process group, whose threads may otherwise abort the process at its end (gloo)."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def leave(code: int) -> NoReturn:
     """End the process; a failed rank ends at once, since others may wait for it in a collective until torchrun ends them."""
     sys.stdout.flush()
