@@ -1,5 +1,6 @@
 """How a command that is one rank of a job starts, refuses and ends."""
 
+import atexit
 import os
 import sys
 from typing import NoReturn
@@ -29,9 +30,12 @@ def part() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process; a failed rank ends at once, since others may wait for it in a collective until torchrun ends them."""
+    """End the process without taking the interpreter down: threads of gloo and torch abort a rank now and then while their
+    libraries are unloaded, and a launcher would start a finished job again. A failed rank ends at once, since others may
+    wait for it in a collective until torchrun ends them; a good end lets loggers write first.
+    """
+    if not code:
+        atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code:
-        os._exit(code)
-    sys.exit(code)
+    os._exit(code)

@@ -1,5 +1,8 @@
 """How a rank ends."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,3 +27,15 @@ def test_no_process_group_is_left_when_a_run_ends_well(monkeypatch, tmp_path, en
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_leaving_writes_what_is_due_and_nothing_aborts_the_process(code):
+    """A thread that never ends stands for one that a library would abort by."""
+    program = (
+        "import atexit, threading; from megatron_opt.training import entry; atexit.register(print, 'written');"
+        f"threading.Thread(target=threading.Event().wait).start(); print('text'); entry.leave({code})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert done.stdout.split() == (["text"] if code else ["text", "written"])
