@@ -3,7 +3,7 @@
 `python benchmarks/soap_start.py --data DIR --load CHECKPOINTS` (an AdamW checkpoint of `benchmarks/warm_start.py`, such as
 OUTPUT/1/adamw/checkpoints) makes a warm start, runs steps that move nothing (a learning rate of 1e-12) and compares bases
 against the factors of gradients that none of them has seen: the share of a factor's off-diagonal part in the basis,
-‖offdiag(QᵀAQ)‖/‖A‖, mean over all matrices. 0 is its eigenbasis.
+‖offdiag(QᵀAQ)‖/‖A‖, mean over all hidden matrices. 0 is its eigenbasis.
 """
 
 import argparse
@@ -24,7 +24,7 @@ class Recorder:
     """Collects factors of first gradients and of later ones, and bases on the way, inside `Soap.update`."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.steps: dict[str, int] = {}  # by matrix
         self.factors: dict[tuple[str, str], Tensor] = {}
         self.bases: dict[str, dict[tuple[str, int], Tensor]] = {}
 
@@ -34,7 +34,6 @@ class Recorder:
         update = Soap.update
 
         def recorded(rule: Any, grads: Any, states: Any, step: int, infos: Any) -> Any:
-            self.count += 1
             for grad, state, info in zip(grads, states, infos, strict=True):
                 self.see(rule, grad, state, info)
             return update(rule, grads, states, step, infos)
@@ -42,15 +41,16 @@ class Recorder:
         Soap.update = recorded  # type: ignore[method-assign]
 
     def see(self, rule: Any, grad: Tensor, state: dict[str, Tensor], info: Any) -> None:
-        if len(info.shape) != 2:
+        if info.kind != "hidden":
             return
+        count = self.steps[info.name] = self.steps.get(info.name, 0) + 1
         names = {2: "1 step", 11: "10 steps", 21: "20 steps", 41: "40 steps"}
         for side in rule.sides(info):
             key = (info.name, side)
-            if self.count in names:
-                self.bases.setdefault(names[self.count], {})[key] = state[f"q_0_{side}"][0].clone()
+            if count in names:
+                self.bases.setdefault(names[count], {})[key] = state[f"q_0_{side}"][0].clone()
             outer = (grad @ grad.mT if side == 0 else grad.mT @ grad).double()
-            for kind in [f"first {n}" for n in FIRST if self.count <= n] + ["judge"] * (self.count > SEEN):
+            for kind in [f"first {n}" for n in FIRST if count <= n] + ["judge"] * (count > SEEN):
                 at = (kind, f"{info.name}.{side}")
                 self.factors[at] = self.factors.get(at, 0.0) + outer
 

@@ -12,6 +12,8 @@ from megatron_opt.study.files import replace_with
 from megatron_opt.study.report.plots import Plot, Series
 
 matplotlib.use("Agg")
+MARKERS = "osD^"
+BESIDE = 8  # a longer legend stands beside the axes
 
 
 def write_png(plot: Plot, path: Path) -> None:
@@ -27,8 +29,12 @@ def write_png(plot: Plot, path: Path) -> None:
     if plot.y_range:
         axes.set_ylim(*plot.y_range)
     drawn = [series for series in plot.series if not series.crosses]
+    alike: dict[str, list[str]] = {}  # labels of one color: told apart by their markers
     for series in drawn:
-        _draw(axes, series)
+        labels = alike.setdefault(series.color, [])
+        if series.label not in labels:
+            labels.append(series.label)
+        _draw(axes, series, MARKERS[labels.index(series.label) % len(MARKERS)])
     for series in plot.series:
         if series.crosses:
             top = axes.get_ylim()[1]
@@ -46,15 +52,18 @@ def write_png(plot: Plot, path: Path) -> None:
         axes.set_xticks(xs)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    if any(series.label for series in plot.series):
+    labels = [series.label for series in plot.series if series.label]
+    if len(labels) > BESIDE:
+        figure.subplots_adjust(right=0.82)
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    elif labels:
         axes.legend(fontsize=8, frameon=False)
     with replace_with(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
-def _draw(axes, series: Series) -> None:
+def _draw(axes, series: Series, marker: str) -> None:
     style = ("--" if series.dash else "-") if series.line else "none"
-    marker = "o" if series.points else None
     if series.low is not None and series.high is not None:
         if series.line:
             axes.fill_between(series.x, series.low, series.high, color=series.color, alpha=0.15, linewidth=0)
@@ -64,7 +73,7 @@ def _draw(axes, series: Series) -> None:
         series.x,
         series.y,
         linestyle=style,
-        marker=marker,
+        marker=marker if series.points else None,
         markersize=4,
         color=series.color,
         linewidth=1.5,
