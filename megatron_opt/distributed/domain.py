@@ -21,11 +21,6 @@ from megatron_opt.errors import UserError
 from megatron_opt.optimizers.base import MatrixInfo
 
 
-def shape2d(info: MatrixInfo) -> tuple[int, int]:
-    """(rows, columns); a vector is one column."""
-    return (info.shape[0], info.shape[1]) if len(info.shape) == 2 else (info.shape[0], 1)
-
-
 @dataclass
 class Domain:
     """Fragments of this rank, holdings of all ranks, and the group that they exchange over."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from megatron_opt.distributed.parts import Part, shape_of, with_shape
+from megatron_opt.distributed.parts import Part, shape2d, shape_of, with_shape
 from megatron_opt.optimizers.base import Area, Cost, MatrixInfo
 
 Run = tuple[int, int, int]  # rank, and the first and last place of what it gets
@@ -46,7 +46,7 @@ class Job:
     @staticmethod
     def of(info: MatrixInfo, rule: Any, cost: Cost | None = None) -> "Job":
         """The job of a matrix under its rule."""
-        shape = (info.shape[0], info.shape[1]) if len(info.shape) == 2 else (info.shape[0], 1)
+        shape = shape2d(info)
         return Job(
             info.name, shape, rule.tile(info) or shape, rule.split_dim(info), cost or rule.cost(info),
             lambda cell: rule.cost(with_shape(info, cell)),

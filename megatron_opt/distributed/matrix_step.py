@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opt.distributed.domain import Domain, MatrixPlan, shape2d
+from megatron_opt.distributed.domain import Domain, MatrixPlan
 from megatron_opt.distributed.exchange import Route, Trip, wires
-from megatron_opt.distributed.parts import Part
+from megatron_opt.distributed.parts import Part, shape2d
 from megatron_opt.optimizers.base import MatrixInfo, State
 from megatron_opt.optimizers.slices import SliceStep
 

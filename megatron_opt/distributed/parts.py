@@ -76,6 +76,11 @@ def shape_of(area: Area) -> tuple[int, int]:
     return r1 - r0, c1 - c0
 
 
+def shape2d(info: MatrixInfo) -> tuple[int, int]:
+    """(rows, columns); a vector is one column."""
+    return (info.shape[0], info.shape[1]) if len(info.shape) == 2 else (info.shape[0], 1)
+
+
 def with_shape(info: MatrixInfo, shape: tuple[int, int]) -> MatrixInfo:
     """A matrix, or a vector of one column, of another size."""
     return replace(info, shape=shape[: len(info.shape)])

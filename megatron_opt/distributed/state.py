@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from megatron_opt.distributed import packed_state
-from megatron_opt.distributed.domain import Domain, gather_objects, shape2d
+from megatron_opt.distributed.domain import Domain, gather_objects
 from megatron_opt.distributed.elementwise import ElementwiseStep
 from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.matrix_step import MatrixStep
+from megatron_opt.distributed.parts import shape2d
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers.groups import Group
 

@@ -64,7 +64,7 @@ class Soap(FactoredOptimizer):
     def begin(self, grad: Tensor, state: State, info: MatrixInfo) -> bool:
         """Factors of the first gradient and their bases; nothing moves. A warm start's moments are turned into them."""
         sides, grid = self.sides(info), self.grid(info)
-        if not grad.any() and any(bool(state[f"gg_{region}_{side}"].any()) for region, side in self._factors(info)):
+        if not grad.any() and self._is_seeded(state, info):
             return False
         moments = [as_matrix(state[key]) for key in self.block_keys]
         stacks = [grid.cut(x) for x in (grad, *moments)]
@@ -83,9 +83,10 @@ class Soap(FactoredOptimizer):
         state["ready"].fill_(float(grad.any()))
         return False
 
-    def _factors(self, info: MatrixInfo) -> list[tuple[int, int]]:
-        """(region, side) of every stack of factors."""
-        return [(region, side) for region in range(len(self.grid(info).shapes())) for side in self.sides(info)]
+    def _is_seeded(self, factors: State, info: MatrixInfo) -> bool:
+        """Whether factors that have seen no gradient are a warm start's."""
+        regions = range(len(self.grid(info).shapes()))
+        return any(bool(factors[f"gg_{region}_{side}"].any()) for region in regions for side in self.sides(info))
 
     def _bases_of(self, factor: Tensor, dtype: torch.dtype) -> list[Any]:
         """First bases of a warm start: its factors have full rank."""
@@ -255,9 +256,12 @@ class Soap(FactoredOptimizer):
         """The factor's shares to slice 0, in fp64: the first basis is decomposed from their sum; bases back to all."""
         count, stacks = len(edges) - 1, self._stacks(info)
         factor = sum(count * size * size for count, size in stacks)
-        bases = 1 + sum(count * size * (2 * size + 1) for count, size in stacks)
         up = Leg(True, to_first(factor, count), 1, torch.float64)
-        return [up, Leg(False, to_first(bases, count), 1, dtype)]
+        return [up, Leg(False, to_first(self._answer_size(info), count), 1, dtype)]
+
+    def _answer_size(self, info: MatrixInfo) -> int:
+        """Elements that slice 0 sends back: how far the matrix is, old and new bases, the order of columns."""
+        return 1 + sum(count * size * (2 * size + 1) for count, size in self._stacks(info))
 
     def slice_update(
         self, grad: Tensor, state: State, shared: State, step: int, info: MatrixInfo, index: int, edges: tuple[int, ...]
@@ -295,10 +299,10 @@ class Soap(FactoredOptimizer):
     def _combine(self, factor: Tensor, shared: State, step: int, info: MatrixInfo) -> Tensor:
         cfg, ready = self.config, shared["ready"]
         first, due = not bool(ready.item()), self.is_due(info, step)
-        seeded = first and any(bool(shared[f"gg_{region}_{side}"].any()) for region, side in self._factors(info))
+        seeded = first and self._is_seeded(shared, info)
         pieces = [ready + 2.0 * seeded * bool(factor.any())]
         if seeded and not factor.any():
-            return ready.new_zeros(1 + sum(count * size * (2 * size + 1) for count, size in self._stacks(info)))
+            return ready.new_zeros(self._answer_size(info))
         offset = 0
         for side in self.sides(info):
             others = info.shape[1 - side]

@@ -1,13 +1,14 @@
 """Megatron's cache of sample indices, safe for jobs that share a dataset: each array appears whole or not at all."""
 
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from megatron_opt.files import replacing
 
 
 @contextmanager
@@ -25,13 +26,8 @@ def whole_arrays() -> Iterator[None]:
         target = Path(file)
         if target.suffix != ".npy":
             target = target.with_name(target.name + ".npy")
-        aside = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
-        try:
-            with aside.open("wb") as stream:
-                save(stream, arr, *args, **kwargs)
-            os.replace(aside, target)
-        finally:
-            aside.unlink(missing_ok=True)
+        with replacing(target) as stream:
+            save(stream, arr, *args, **kwargs)
 
     np.save = save_whole
     try:

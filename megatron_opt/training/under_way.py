@@ -77,8 +77,6 @@ class UnderWay:
 
     def look(self, blocking: bool) -> Ended | None:
         """Collective: how the save ended, None where there is none or it goes on; `blocking` waits for the end."""
-
-
         while self._iteration is not None:
             if self._asked is None:
                 self._asked = self._ask()

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from megatron_opt.distributed import exchange as exchange_module
 from megatron_opt.distributed import state
-from megatron_opt.distributed.domain import Domain, MatrixPlan, shape2d
+from megatron_opt.distributed.domain import Domain, MatrixPlan
 from megatron_opt.distributed.exchange import Exchange
 from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.matrix_step import MatrixStep
+from megatron_opt.distributed.parts import shape2d
 from megatron_opt.distributed.planning import sent_in_a_step
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo

@@ -48,15 +48,12 @@ def test_the_kernel_is_the_float64_reference(shapes, scale, offset, seed):
 
 
 @native
-def test_any_number_of_threads_gives_the_same_bits():
+def test_any_number_of_threads_gives_the_same_bits(set_threads):
     arguments = problem([(700, 100), (1, 70_000), (3, 3), (0, 4), (50_000, 1), (2, 40_000)])
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 1, 2, 3, 5):
-            torch.set_num_threads(count)
-            results.append(run(arguments))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 1, 2, 3, 5):
+        set_threads(count)
+        results.append(run(arguments))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 

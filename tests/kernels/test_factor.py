@@ -305,7 +305,7 @@ def test_blocks_whose_bases_are_not_found_stay():
 
 
 @native
-def test_what_steps_beside_a_block_and_how_many_threads_change_no_bit():
+def test_what_steps_beside_a_block_and_how_many_threads_change_no_bit(set_threads):
     def run(lists):
         projection.advance_factors(*lists[5:], lists[0], 0.05, 0.95)
         settings = dict(beta1=0.9, beta2=0.95, eps=1e-8, scale=0.7, gain=0.05, decay=0.95)
@@ -313,16 +313,13 @@ def test_what_steps_beside_a_block_and_how_many_threads_change_no_bit():
         eb.refresh_bases(lists[1], lists[2], {0: lists[3], 1: lists[4]}, {0: lists[5], 1: lists[6]})
         return lists
 
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(run(lists_of(MIXED)))
-            # each alone
-            parts = [run([several[i : i + 1] for several in lists_of(MIXED)]) for i in range(len(MIXED))]
-            results.append([[part[which][0] for part in parts] for which in range(7)])
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3):
+        set_threads(count)
+        results.append(run(lists_of(MIXED)))
+        # each alone
+        parts = [run([several[i : i + 1] for several in lists_of(MIXED)]) for i in range(len(MIXED))]
+        results.append([[part[which][0] for part in parts] for which in range(7)])
     for result in results[1:]:
         for ours, first in zip(result, results[0], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, first, strict=True))
@@ -330,18 +327,15 @@ def test_what_steps_beside_a_block_and_how_many_threads_change_no_bit():
 
 @native
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_any_number_of_threads_gives_the_same_bits(batch):
+def test_any_number_of_threads_gives_the_same_bits(batch, set_threads):
     arguments, l = problem(batch, 90, 70), triangle(90, "lower", batch)
     columns = torch.eye(90) + 0.03 * rectangle(batch, 90, 90, 8)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 1, 2, 3):
-            torch.set_num_threads(count)
-            basis, found = eb.cholesky_qr(columns)
-            solved = products.solve_lower(l, arguments[0])
-            shaped = products.matmul(l, arguments[0], a_shape="lower")
-            results.append([*step_of(torch.float32, arguments, (0, 1)), basis, found, solved, shaped])
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 1, 2, 3):
+        set_threads(count)
+        basis, found = eb.cholesky_qr(columns)
+        solved = products.solve_lower(l, arguments[0])
+        shaped = products.matmul(l, arguments[0], a_shape="lower")
+        results.append([*step_of(torch.float32, arguments, (0, 1)), basis, found, solved, shaped])
     for result in results[1:]:
         assert result[4].all() and all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))

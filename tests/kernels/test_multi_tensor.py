@@ -131,16 +131,12 @@ def test_kernel_is_the_reference(rule, sizes, dtypes, offset, scale, flags, seed
 
 @native
 @pytest.mark.parametrize("rule", list(Rule))
-def test_every_run_and_any_number_of_threads_give_the_same_bits(rule):
+def test_every_run_and_any_number_of_threads_give_the_same_bits(rule, set_threads):
     arguments = problem(rule, [100_000, 3, 2048, 70_001], [torch.float32, torch.bfloat16, torch.float32])
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 1, 2, 3, 5):
-            torch.set_num_threads(count)
-            results.append(run(arguments, stochastic=True, seed=3, step=2))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 1, 2, 3, 5):
+        set_threads(count)
+        results.append(run(arguments, stochastic=True, seed=3, step=2))
     for tensors, sums in results[1:]:
         assert torch.equal(sums, results[0][1])
         for a, b in zip(tensors, results[0][0], strict=True):

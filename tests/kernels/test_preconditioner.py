@@ -145,20 +145,17 @@ def test_steps_of_lists_are_float64s(learns):
 
 
 @native
-def test_steps_of_lists_do_not_depend_on_threads_or_on_each_other():
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(kron_step(kron_lists(), True))
-            alone = []
-            for i in range(len(KRON_SHAPES)):
-                lists = [several[i : i + 1] for several in kron_lists()]
-                pc.kron_step(*lists[:3], lists[3], [0.01 * (1 + i)], 0.2)
-                alone.append(lists)
-            results.append([[one[which][0] for one in alone] for which in range(4)])
-    finally:
-        torch.set_num_threads(threads)
+def test_steps_of_lists_do_not_depend_on_threads_or_on_each_other(set_threads):
+    results = []
+    for count in (1, 2, 3):
+        set_threads(count)
+        results.append(kron_step(kron_lists(), True))
+        alone = []
+        for i in range(len(KRON_SHAPES)):
+            lists = [several[i : i + 1] for several in kron_lists()]
+            pc.kron_step(*lists[:3], lists[3], [0.01 * (1 + i)], 0.2)
+            alone.append(lists)
+        results.append([[one[which][0] for one in alone] for which in range(4)])
     for result in results[1:]:
         for ours, first in zip(result, results[0], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, first, strict=True))

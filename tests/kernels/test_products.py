@@ -69,21 +69,17 @@ def test_symmetric_products_are_exactly_symmetric(n, k, batch, transposed):
 
 
 @native
-def test_any_number_of_threads_gives_the_same_bits():
+def test_any_number_of_threads_gives_the_same_bits(set_threads):
     a, b, many = made((300, 200), 1), made((200, 250), 2), made((9, 40, 70), 3)
     matrices = [made((60, 90), 4), made((128, 64), 5), made((33, 33), 6)]
-    threads = torch.get_num_threads()
-    try:
-        found = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results = [products.matmul(a, b), products.matmul(a, a.mT, symmetric=True)]
-            results += [products.matmul(many, many.mT, symmetric=True)]
-            results += products.orthogonalize(matrices, SIMPLE, 1e-5, bf16=products._processor("bf16_products"))
-            results += products.orthogonalize(matrices[:1], SIMPLE, 1e-5, bf16=False, gram=2)
-            found.append(results)
-    finally:
-        torch.set_num_threads(threads)
+    found = []
+    for count in (1, 2, 3):
+        set_threads(count)
+        results = [products.matmul(a, b), products.matmul(a, a.mT, symmetric=True)]
+        results += [products.matmul(many, many.mT, symmetric=True)]
+        results += products.orthogonalize(matrices, SIMPLE, 1e-5, bf16=products._processor("bf16_products"))
+        results += products.orthogonalize(matrices[:1], SIMPLE, 1e-5, bf16=False, gram=2)
+        found.append(results)
     for results in found[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results, found[0], strict=True))
 
