@@ -42,6 +42,9 @@ class Domain:
             for _, rect in held:
                 holders[rect.place] = holders.get(rect.place, 0) + 1
         self.weight = {place: 1.0 / count for place, count in holders.items()}
+        rects = [rect for fragment in self.fragments for rect in fragment.rects]
+        self._numbers = torch.tensor([self.order[rect.matrix] for rect in rects], dtype=torch.long)
+        self._weights = torch.tensor([self.weight[rect.place] for rect in rects], dtype=torch.float64)
         for fragment in self.fragments:
             if not fragment.view.counts:
                 for rect in fragment.rects:
@@ -61,13 +64,12 @@ class Domain:
         dist.all_reduce(moved, group=self.group)
         return moved.cpu()
 
-    def sum_per_matrix(self, rect_values: Sequence[Sequence[float]]) -> Tensor:
-        """From one value a rectangle of each fragment, the sum over each whole matrix, replicas counted once."""
+    def sum_per_matrix(self, values: Tensor) -> Tensor:
+        """From one value for each rectangle of each fragment in turn, float64, the sum over each whole matrix, replicas
+        counted once.
+        """
         total = torch.zeros(len(self.order), dtype=torch.float64)
-        for fragment, values in zip(self.fragments, rect_values, strict=True):
-            for rect, value in zip(fragment.rects, values, strict=True):
-                total[self.order[rect.matrix]] += value * self.weight[rect.place]
-        return self.sum_over_ranks(total)
+        return self.sum_over_ranks(total.index_add_(0, self._numbers, values * self._weights))
 
 
 @dataclass

@@ -10,11 +10,12 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain, MatrixPlan
-from megatron_opt.distributed.elementwise import ElementwiseStep, learning_rate
+from megatron_opt.distributed.elementwise import ElementwiseStep
 from megatron_opt.distributed.health import Health
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.state import common_state, load_state, sharded_state
+from megatron_opt.distributed.weights import WeightStep, squared_norms
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixOptimizer
 from megatron_opt.optimizers.groups import Group
@@ -50,6 +51,7 @@ class ShardedOptimizer(MegatronOptimizer):
         self.health = Health(on_bad_matrix)
         self.stats: dict[str, dict[str, float]] | None = None  # filled by a step when `want_stats` is set
         self.want_stats = False
+        self.has_states = False  # on every rank
         self.device = torch.device(torch.cuda.current_device())  # an index on CUDA
         self.stored: list[Any] = []  # state on its way from a checkpoint, between the two calls of Megatron's loading
         self._scale_one = torch.ones(1, dtype=torch.float32, device=self.device)
@@ -57,6 +59,7 @@ class ShardedOptimizer(MegatronOptimizer):
         group_of = {info.name: index for index, group in enumerate(self.groups) for info in group.infos}
         self.group_of = group_of
         self.matrix_steps: list[MatrixStep] = []
+        self.weight_steps: list[WeightStep] = []
         self.element_steps: list[ElementwiseStep] = []
         for domain in self.domains:
             matrix_names = [n for n in sorted(domain.infos) if isinstance(self.rules[group_of[n]], MatrixOptimizer)]
@@ -65,6 +68,7 @@ class ShardedOptimizer(MegatronOptimizer):
             jobs = [Job.of(info, rules[name]) for name, info in infos.items()]
             placed = MatrixPlan.make(domain, jobs, mode, bucket_bytes)
             self.matrix_steps.append(MatrixStep(domain, placed, rules, infos))
+            self.weight_steps.append(WeightStep(domain, self.matrix_steps[-1], self.groups, self.rules, group_of))
             self.element_steps.append(ElementwiseStep(domain, self.groups, self.rules, group_of))
         self.param_groups = self._make_param_groups()
 
@@ -121,9 +125,10 @@ class ShardedOptimizer(MegatronOptimizer):
             param = fragment.view.param
             if param.dtype != torch.float32:
                 fragment.main.copy_(param.detach().view(-1)[fragment.start : fragment.stop])
-        for step in self.matrix_steps:
-            if self.step_number == 0:
+        if self.step_number == 0:
+            for step in self.matrix_steps:
                 step.states.clear()
+            self.has_states = False
 
     def get_grad_norm(self) -> float:
         grads = [[_grad(fragment) for fragment in domain.fragments] for domain in self.domains]
@@ -131,30 +136,32 @@ class ShardedOptimizer(MegatronOptimizer):
 
     def count_zeros(self) -> float:
         """Zeros in the gradients, each element counted once."""
-        total = torch.zeros(1, dtype=torch.float64)
+        found = []
         for domain in self.domains:
-            values = [
-                [float((grad[r.offset : r.offset + r.numel] == 0).sum()) for r in fragment.rects]
+            zeros = [
+                float((grad[r.offset : r.offset + r.numel] == 0).sum()) if (grad := fragment.grad()) is not None else 0.0
                 for fragment in domain.fragments
-                if (grad := fragment.grad()) is not None
+                for r in fragment.rects
             ]
-            total += (domain.sum_per_matrix(values) * domain.counted).sum() / domain.size
-        return float(self._sum_over_world(total))
+            sums = domain.sum_per_matrix(torch.tensor(zeros, dtype=torch.float64))
+            found.append((sums * domain.counted).sum())
+        return float(self._sum_over_domains(found))
 
     # The step
 
     @torch.no_grad()
     def step(self) -> tuple[bool, float, float | None]:
         """Clip, update all parameters, publish them; returns (True, gradient norm, zeros or None)."""
-        self.ensure_states()
+        if not self.has_states:
+            self.ensure_states()
         zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
         grads = [[_grad(fragment) for fragment in domain.fragments] for domain in self.domains]
         grad_norm, scopes, squares = self._norms(grads)
         coefficients = [self._clip_factor(scopes, group) for group in self.groups]
         self.step_number += 1
         bad = [
-            {name for name, at in domain.order.items() if not math.isfinite(float(square[at]))}
-            for domain, square in zip(self.domains, squares, strict=True)
+            {name for name, square in zip(domain.order, found, strict=True) if not math.isfinite(square)}
+            for domain, found in zip(self.domains, squares, strict=True)
         ]
         for domain, names in zip(self.domains, bad, strict=True):
             self.health.report(names, self.step_number, domain.rank == 0)
@@ -163,9 +170,9 @@ class ShardedOptimizer(MegatronOptimizer):
         self._step_elements(grads, coefficients, bad)
         if before is not None:
             self._record(before)
-        for domain, element in zip(self.domains, self.element_steps, strict=True):
+        for domain, element, weight in zip(self.domains, self.element_steps, self.weight_steps, strict=True):
             for fragment in domain.fragments:
-                if not element.publishes(fragment):
+                if not element.publishes(fragment) and not weight.publishes(fragment):
                     fragment.publish()
         if self.distributed and not self.overlap_param_gather:
             for chunk in self.model_chunks:
@@ -173,13 +180,16 @@ class ShardedOptimizer(MegatronOptimizer):
         return True, grad_norm, zeros
 
     def _step_matrices(
-        self, grads: list[list[Tensor]], squares: list[Tensor], factors: list[float], bad: list[set[str]]
+        self, grads: list[list[Tensor]], squares: list[list[float]], factors: list[float], bad: list[set[str]]
     ) -> None:
-        for index, (domain, matrix) in enumerate(zip(self.domains, self.matrix_steps, strict=True)):
-            zero = {name for name in matrix.infos if float(squares[index][domain.order[name]]) == 0.0}
-            clip = {name: factors[self.group_of[name]] for name in matrix.infos}
-            matrix.step(grads[index], clip, bad[index] | zero, self.step_number)
-            self._apply(domain, matrix, grads[index], bad[index] | zero)
+        for domain, matrix, weight, flats, found, skip in zip(
+            self.domains, self.matrix_steps, self.weight_steps, grads, squares, bad, strict=True
+        ):
+            if not matrix.infos:
+                continue
+            skip = skip | {name for name in matrix.infos if found[domain.order[name]] == 0.0}
+            matrix.step(flats, {name: factors[self.group_of[name]] for name in matrix.infos}, skip, self.step_number)
+            weight.step(flats, skip, self.param_groups)
 
     def _step_elements(self, grads: list[list[Tensor]], factors: list[float], bad: list[set[str]]) -> None:
         """Element-wise rules of all domains; what a rule sums over all that it trains is summed first."""
@@ -191,44 +201,6 @@ class ShardedOptimizer(MegatronOptimizer):
             sums = dict(zip(sorted(sums), total.unbind(), strict=True))
         for element, flats, skip in zip(self.element_steps, grads, bad, strict=True):
             element.step(flats, factors, skip, self.step_number, self.param_groups, sums)
-
-    def _apply(self, domain: Domain, matrix: MatrixStep, updates: list[Tensor], skip: set[str]) -> None:
-        """W ← W − lr·u − decay on this rank's shards of matrices, then the projection of the rules that have one."""
-        projected: dict[str, Any] = {}
-        for fragment, update in zip(domain.fragments, updates, strict=True):
-            for rect in fragment.rects:
-                if rect.matrix not in matrix.infos or rect.matrix in skip:
-                    continue
-                index = self.group_of[rect.matrix]
-                group, mode = self.param_groups[index], self.groups[index].decay_mode
-                span = slice(rect.offset, rect.offset + rect.numel)
-                lr = learning_rate(group)
-                decay_weights(fragment.main[span], update[span], lr, group["weight_decay"], mode)
-                fragment.main[span].add_(update[span], alpha=-lr)
-                if self.rules[index].projects:
-                    projected[rect.matrix] = self.rules[index]
-        if any(rule.projects for rule in self.rules):
-            self._project(domain, matrix, projected)
-
-    def _project(self, domain: Domain, matrix: MatrixStep, projected: dict[str, Any]) -> None:
-        """Rescale weights to the norm that their rule keeps (Hyperball); the state is at the owner."""
-        squares = domain.sum_per_matrix(
-            [
-                [float(f.main[r.offset : r.offset + r.numel].double().square().sum()) if r.matrix in projected else 0.0
-                 for r in f.rects]
-                for f in domain.fragments
-            ]
-        )
-        factors = torch.zeros(len(domain.order), dtype=torch.float64)
-        for (name, part), state in matrix.states.items():
-            if part == 0 and name in matrix.rules and self.rules[self.group_of[name]].projects:
-                at = domain.order[name]
-                factors[at] = float(self.rules[self.group_of[name]].projection(squares[at], state))
-        factors = domain.sum_over_ranks(factors)
-        for fragment in domain.fragments:
-            for rect in fragment.rects:
-                if rect.matrix in projected:
-                    fragment.main[rect.offset : rect.offset + rect.numel].mul_(float(factors[domain.order[rect.matrix]]))
 
     def curvature_due(self, step: int) -> bool:
         """Whether a rule wants a curvature estimate after step `step`."""
@@ -246,38 +218,46 @@ class ShardedOptimizer(MegatronOptimizer):
             wanted = domain.sum_over_ranks(torch.tensor([float(len(step.states) < len(step.mine))], dtype=torch.float64))
             if float(wanted) > 0:
                 step.init_states([fragment.main for fragment in domain.fragments])
+        self.has_states = True
 
     # Norms
 
-    def _norms(self, grads: list[list[Tensor]]) -> tuple[float, dict[str, float], list[Tensor]]:
+    def _norms(self, grads: list[list[Tensor]]) -> tuple[float, dict[str, float], list[list[float]]]:
         """The global norm, the norm of each clipping scope, and squared norms by matrix of each domain.
 
         Matrices whose norm is not finite are left out of the sums: they will be skipped.
         """
-        squares = []
+        squares, totals = [], []
         scopes = sorted({group.clip_scope for group in self.groups if group.clip_scope})
-        totals = torch.zeros(1 + len(scopes), dtype=torch.float64)
         for domain, flats in zip(self.domains, grads, strict=True):
-            found = domain.sum_per_matrix(
-                [squared_norms(flat, [(r.offset, r.numel) for r in f.rects])
-                 for f, flat in zip(domain.fragments, flats, strict=True)]
-            )
-            squares.append(found)
-            finite = torch.where(torch.isfinite(found), found, 0.0) * domain.counted / domain.size
-            totals[0] += finite.sum()
-            for name, at in domain.order.items():
-                scope = self.groups[self.group_of[name]].clip_scope
-                if scope:
-                    totals[1 + scopes.index(scope)] += finite[at]
-        totals = self._sum_over_world(totals)
-        norms = totals.sqrt().tolist()
+            found = domain.sum_per_matrix(squared_norms(domain.fragments, flats))
+            squares.append(found.tolist())
+            finite = torch.where(torch.isfinite(found), found, 0.0) * domain.counted
+            by_group = torch.zeros(len(self.groups), dtype=torch.float64).index_add_(0, self._groups_of(domain), finite)
+            of_scope = dict.fromkeys(scopes, 0.0)
+            for group, value in zip(self.groups, by_group.tolist(), strict=True):
+                if group.clip_scope:
+                    of_scope[group.clip_scope] += value
+            totals.append(torch.tensor([float(finite.sum()), *of_scope.values()], dtype=torch.float64))
+        norms = self._sum_over_domains(totals).sqrt().tolist()
         return norms[0], dict(zip(scopes, norms[1:], strict=True)), squares
+
+    def _groups_of(self, domain: Domain) -> Tensor:
+        """Index of each matrix's group."""
+        return torch.tensor([self.group_of[name] for name in domain.order], dtype=torch.long)
 
     def _clip_factor(self, norms: dict[str, float], group: Group) -> float:
         limit = self.config.clip_grad
         if limit <= 0 or group.clip_scope is None:
             return 1.0
         return min(1.0, limit / (norms[group.clip_scope] + 1e-6))
+
+    def _sum_over_domains(self, sums: Sequence[Tensor]) -> Tensor:
+        """Over the whole model, of what each domain has summed over its ranks."""
+        if all(domain.size == dist.get_world_size() for domain in self.domains):
+            return torch.stack(list(sums)).sum(0)
+        shares = [value / domain.size for value, domain in zip(sums, self.domains, strict=True)]
+        return self._sum_over_world(torch.stack(shares).sum(0))
 
     def _sum_over_world(self, values: Tensor) -> Tensor:
         if dist.get_world_size() == 1:
@@ -295,19 +275,18 @@ class ShardedOptimizer(MegatronOptimizer):
 
     def _record(self, before: list[list[Tensor]]) -> None:
         """Norms of weights and updates by group."""
-        sums = torch.zeros(len(self.groups), 2, dtype=torch.float64)
-        for domain, old_flats in zip(self.domains, before, strict=True):
-            for what in range(2):
-                values = []
-                for fragment, old in zip(domain.fragments, old_flats, strict=True):
-                    flat = fragment.main if what == 0 else fragment.main - old
-                    values.append(squared_norms(flat, [(r.offset, r.numel) for r in fragment.rects]))
-                found = domain.sum_per_matrix(values) * domain.counted / domain.size
-                for name, at in domain.order.items():
-                    sums[self.group_of[name], what] += found[at]
+        totals = []
+        for domain, old in zip(self.domains, before, strict=True):
+            sums = torch.zeros(len(self.groups), 2, dtype=torch.float64)
+            mains = [fragment.main for fragment in domain.fragments]
+            moved = [main - past for main, past in zip(mains, old, strict=True)]
+            for what, flats in enumerate((mains, moved)):
+                found = domain.sum_per_matrix(squared_norms(domain.fragments, flats)) * domain.counted
+                sums[:, what].index_add_(0, self._groups_of(domain), found)
+            totals.append(sums)
         self.stats = {
             group.name: {"weight_norm": math.sqrt(max(w, 0.0)), "update_norm": math.sqrt(max(u, 0.0))}
-            for group, (w, u) in zip(self.groups, self._sum_over_world(sums).tolist(), strict=True)
+            for group, (w, u) in zip(self.groups, self._sum_over_domains(totals).tolist(), strict=True)
         }
 
     def fragments(self) -> list[Any]:
@@ -347,22 +326,3 @@ def _grad(fragment: Any) -> Tensor:
     grad = fragment.grad()
     return torch.zeros_like(fragment.main) if grad is None else grad
 
-
-def squared_norms(flat: Tensor, spans: Sequence[tuple[int, int]]) -> list[float]:
-    """Σx² of each span (offset, length) of a flat tensor."""
-    if not spans:
-        return []
-    norms = torch._foreach_norm([flat[start : start + length] for start, length in spans])
-    return [value * value for value in torch.stack(norms).double().tolist()]
-
-
-def decay_weights(weight: Tensor, update: Tensor, lr: float, decay: float, mode: str) -> None:
-    """W ← W − lr·wd·W (decoupled), W − wd·W (independent), or decoupled only where u and W have one sign (cautious)."""
-    if not decay:
-        return
-    if mode == "independent":
-        weight.mul_(1 - decay)
-    elif mode == "cautious":
-        weight.sub_(weight * (update * weight > 0), alpha=lr * decay)
-    else:
-        weight.mul_(1 - lr * decay)

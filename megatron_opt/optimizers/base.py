@@ -18,6 +18,13 @@ DECAY_MODES = ("decoupled", "independent", "cautious")
 _OTHER_TABLES = ("position", "tokentype")  # embeddings of something else than words
 
 
+def shrinkage(lr: float, weight_decay: float, mode: str) -> float:
+    """Share of a weight that decay takes in a step: lr·wd, or wd where it is independent; UserError for another mode."""
+    if mode not in DECAY_MODES:
+        raise UserError(f"there is no decay mode {mode!r}; there are {', '.join(DECAY_MODES)}.")
+    return weight_decay if mode == "independent" else lr * weight_decay
+
+
 @dataclass(frozen=True)
 class Cost:
     """What one matrix costs in one step; ownership packs by it and the cost model reads it.
@@ -230,10 +237,7 @@ class ElementwiseOptimizer:
         first element in the whole model, so that stochastic rounding does not depend on how it is cut.
         Raises UserError for another decay mode.
         """
-        if decay_mode not in DECAY_MODES:
-            raise UserError(f"there is no decay mode {decay_mode!r}; there are {', '.join(DECAY_MODES)}.")
-        shrink = weight_decay if decay_mode == "independent" else lr * weight_decay
-        how = Step(step, lr, shrink, grad_scale, decay_mode == "cautious", copies, firsts)
+        how = Step(step, lr, shrinkage(lr, weight_decay, decay_mode), grad_scale, decay_mode == "cautious", copies, firsts)
         self.apply(params, grads, states, how, reducer or Reducer([p.numel() for p in params]))
 
     def apply(

@@ -1,0 +1,95 @@
+"""Directions into weights: one fused pass over this rank's shards of matrices, then the norms that some rules keep."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_opt.distributed.domain import Domain
+from megatron_opt.distributed.elementwise import learning_rate
+from megatron_opt.distributed.fragments import Fragment, Rect
+from megatron_opt.distributed.matrix_step import MatrixStep
+from megatron_opt.kernels import multi_tensor
+from megatron_opt.kernels.multi_tensor import Coefficients, Rule, Sum
+from megatron_opt.optimizers.base import shrinkage
+from megatron_opt.optimizers.groups import Group
+
+
+@dataclass
+class WeightStep:
+    """Rectangles of a domain's matrices on this rank, by parameter group."""
+
+    domain: Domain
+    matrix: MatrixStep
+    groups: Sequence[Group]
+    rules: Sequence[Any]
+    group_of: dict[str, int]
+
+    def __post_init__(self) -> None:
+        self.held: dict[int, list[tuple[int, Rect]]] = {}
+        for index, fragment in enumerate(self.domain.fragments):
+            for rect in fragment.rects:
+                if rect.matrix in self.matrix.infos:
+                    self.held.setdefault(self.group_of[rect.matrix], []).append((index, rect))
+        dtypes = [fragment.view.param.dtype for fragment in self.domain.fragments]
+        self.imaged = {  # groups whose pass writes the model's bf16 parameters beside the main copies
+            group
+            for group, held in self.held.items()
+            if not self.rules[group].projects and all(dtypes[index] == torch.bfloat16 for index, _ in held)
+        }
+
+    def publishes(self, fragment: Fragment) -> bool:
+        """Whether the step writes all of a fragment to the model by itself."""
+        return all(self.group_of[rect.matrix] in self.imaged for rect in fragment.rects)
+
+    def step(self, updates: Sequence[Tensor], skip: set[str], param_groups: Sequence[dict[str, Any]]) -> None:
+        """W ← W − lr·u − decay where `updates` are flat directions by fragment; then the projection of rules that have one."""
+        mains = [fragment.main for fragment in self.domain.fragments]
+        for index, held in self.held.items():
+            group, mode = param_groups[index], self.groups[index].decay_mode
+            taken = [(at, rect) for at, rect in held if rect.matrix not in skip]
+            lr = learning_rate(group)
+            multi_tensor.update(
+                Rule.APPLY,
+                [_run(mains[at], rect) for at, rect in taken],
+                [_run(updates[at], rect) for at, rect in taken],
+                (),
+                Coefficients(lr=lr, shrink=shrinkage(lr, group["weight_decay"], mode)),
+                copies=[_run(self._image(at), rect) for at, rect in taken] if index in self.imaged else (),
+                cautious_decay=mode == "cautious",
+            )
+        if any(rule.projects for rule in self.matrix.rules.values()):
+            self._project(mains, skip)
+
+    def _image(self, index: int) -> Tensor:
+        image = self.domain.fragments[index].image()
+        assert image is not None  # the parameter is bf16
+        return image
+
+    def _project(self, mains: Sequence[Tensor], skip: set[str]) -> None:
+        """Rescale weights to the norm that their rule keeps (Hyperball); the state is at the owner."""
+        domain = self.domain
+        squares = domain.sum_per_matrix(squared_norms(domain.fragments, mains))
+        factors = torch.zeros(len(domain.order), dtype=torch.float64)
+        for (name, part), state in self.matrix.states.items():
+            rule = self.matrix.rules[name]
+            if part == 0 and rule.projects:
+                factors[domain.order[name]] = float(rule.projection(squares[domain.order[name]], state))
+        found = domain.sum_over_ranks(factors).tolist()
+        for index, held in self.held.items():
+            if self.rules[index].projects:
+                for at, rect in held:
+                    if rect.matrix not in skip:
+                        _run(mains[at], rect).mul_(found[domain.order[rect.matrix]])
+
+
+def _run(flat: Tensor, rect: Rect) -> Tensor:
+    return flat[rect.offset : rect.offset + rect.numel]
+
+
+def squared_norms(fragments: Sequence[Fragment], flats: Sequence[Tensor]) -> Tensor:
+    """Σx² of each rectangle of each fragment in turn, (rectangles,) float64 on the CPU; one pass and one wait for the device."""
+    runs = [_run(flat, rect) for fragment, flat in zip(fragments, flats, strict=True) for rect in fragment.rects]
+    return multi_tensor.sums(Sum.GRADIENT_NORM, runs, Coefficients())[:, 0].cpu()
