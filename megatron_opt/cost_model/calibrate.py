@@ -1,21 +1,20 @@
 """Measure the machine at hand, products, factorizations, memory, traffic and host time, and write its cluster file."""
 
-import itertools
 import os
 import platform
-import socket
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opt.cost_model.cluster import COLLECTIVES
-from megatron_opt.kernels import eigenbasis, orthogonalize, products
+from megatron_opt.cost_model.calibrate_ranks import CACHE_BYTES, engine, forget, link, together
+from megatron_opt.cost_model.cluster import Overheads
+from megatron_opt.kernels import eigenbasis, multi_tensor, orthogonalize, products
+from megatron_opt.kernels.multi_tensor import Coefficients, Sum
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
 
@@ -23,11 +22,13 @@ BUDGET = 0.15  # seconds spent on each measurement
 GEMM_SIZES = (64, 128, 256, 512, 1024)  # on GPUs also 2048 and 4096
 SMALL_SIZES = (16, 32, 64, 128)
 FACTOR_SIZES = (32, 64, 128, 256, 512, 1024)
-COLD_BYTES = 1 << 29  # more than any cache holds: a training step's states come from memory
+PIECE = 1 << 18  # elements of a matrix in the passes over many
 PASS_SIZES = (1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)
 
 
-def timed(run: Callable[[], Any], device: torch.device, budget: float = BUDGET) -> float:
+def timed(
+    run: Callable[[], Any], device: torch.device, budget: float = BUDGET, before: Callable[[], Any] | None = None
+) -> float:
     """Median seconds of a call, after one to warm up; at least three calls, about `budget` seconds in all.
 
     On the CPU the thread's own time is taken, so that other processes on the machine do not count.
@@ -38,6 +39,9 @@ def timed(run: Callable[[], Any], device: torch.device, budget: float = BUDGET) 
     times: list[float] = []
     start = time.perf_counter()
     while len(times) < 3 or (time.perf_counter() - start < budget and len(times) < 200):
+        if before is not None:
+            before()
+            _wait(device)
         begin = clock()
         run()
         _wait(device)
@@ -135,161 +139,43 @@ def attention_rate(device: torch.device, dtype: torch.dtype) -> dict[int, float]
     return found
 
 
-def pass_rates(device: torch.device) -> dict[int, float]:
-    """Bytes a second of a fused AdamW step, by the bytes that it moves, on tensors that no cache still holds."""
-    rule, found = registry.build("adamw", {}), {}
+def pass_rates(device: torch.device) -> tuple[dict[int, float], dict[int, float]]:
+    """Bytes a second of a fused AdamW step and of a sum of squares over a list of pieces that no cache still holds, by the
+    bytes that they move in all.
+    """
+    rule, updates, reads = registry.build("adamw", {}), {}, {}
     for count in PASS_SIZES:
+        piece = min(count, PIECE)
+        weights = [torch.zeros(piece, device=device) for _ in range(count // piece)]
+        grads, states = [torch.ones_like(w) for w in weights], [rule.init_state(w) for w in weights]
         moved = int(rule.cost(count).elementwise_bytes)
-        tensors = []
-        for _ in range(max(1, COLD_BYTES // moved)):
-            weight = torch.zeros(count, device=device)
-            tensors.append((weight, torch.ones_like(weight), rule.init_state(weight)))
-        turns = itertools.cycle(tensors)
-
-        def run(turns: Iterator[Any] = turns) -> None:
-            weight, grad, state = next(turns)
-            rule.update([weight], [grad], [state], 1, 1e-3, 0.1)
-
-        found[moved] = moved / timed(run, device)
-    return found
+        evict = partial(forget, torch.zeros(CACHE_BYTES // 4, device=device))
+        update = partial(rule.update, weights, grads, states, 1, 1e-3, 0.1)
+        updates[moved] = moved / timed(update, device, before=evict)
+        read = partial(multi_tensor.sums, Sum.GRADIENT_NORM, grads, Coefficients())
+        reads[4 * count] = 4 * count / timed(read, device, before=evict)
+    return updates, reads
 
 
 def rule_overheads(device: torch.device) -> dict[str, float]:
     """Host seconds that each rule spends on one matrix or slice in a step: on 32 of 8×8, whose FLOPs take no time."""
     found = {}
     infos = [MatrixInfo(f"w{i}", (8, 8)) for i in range(32)]
+    evict = partial(forget, torch.zeros(CACHE_BYTES // 4))
     for name in sorted(registry.rules()):
         rule = registry.build(name, {})
         weights = [_matrix(device, torch.float32, *info.shape) for info in infos]
+        run: Callable[[], Any]
         if isinstance(rule, MatrixOptimizer):
             states = [rule.init_state(weight, info) for weight, info in zip(weights, infos)]
             rule.update([weight.clone() for weight in weights], states, 1, infos)
-            seconds = timed(lambda r=rule, w=weights, s=states: r.update([x.clone() for x in w], s, 11, infos), device)  # type: ignore[misc]
+            run = lambda r=rule, w=weights, s=states: r.update([x.clone() for x in w], s, 11, infos)  # type: ignore[misc]  # noqa: E731
         else:
             flats = [weight.flatten() for weight in weights]
             states = [rule.init_state(flat) for flat in flats]
-            grads = [flat.clone() for flat in flats]
-            seconds = timed(lambda r=rule, w=flats, g=grads, s=states: r.update(w, g, s, 11, 1e-6, 0.0), device)  # type: ignore[misc]
-        found[name] = seconds / len(infos)
+            run = partial(rule.update, flats, [flat.clone() for flat in flats], states, 11, 1e-6, 0.0)
+        found[name] = timed(run, device, before=evict) / len(infos)
     return found
-
-
-def fragment_overhead(device: torch.device) -> float:
-    """Host seconds of one held piece in a step: its norm, looking it up, decay and update."""
-    pieces = [(torch.zeros(8, device=device), torch.zeros(8, device=device)) for _ in range(64)]
-    order = {f"decoder.layers.{index}.weight": index for index in range(len(pieces))}
-
-    def run() -> None:
-        norms = torch.stack(torch._foreach_norm([grad for _, grad in pieces])).double().tolist()
-        sums = torch.zeros(len(pieces), dtype=torch.float64)
-        for name, index in order.items():
-            sums[index] += norms[order[name]]
-        for name, (weight, update) in zip(order, pieces):
-            if float(sums[order[name]]) == 0.0 and sums[order[name]].isfinite():
-                weight[0:8].mul_(1.0 - 1e-6)
-                weight[0:8].add_(update[0:8], alpha=-1e-3)
-
-    return timed(run, device) / len(pieces)
-
-
-def together(ranks: int) -> tuple[float, float]:
-    """(products, passes): the share of its rate alone that each of `ranks` processes keeps when all work at once."""
-    import torch.multiprocessing as mp
-
-    context = mp.get_context("spawn")
-    queue, barrier = context.Queue(), context.Barrier(ranks)
-    workers = [context.Process(target=_work_together, args=(barrier, queue)) for _ in range(ranks)]
-    alone = _alone()
-    for worker in workers:
-        worker.start()
-    try:
-        found = [queue.get(timeout=120) for _ in workers]
-    finally:
-        for worker in workers:
-            worker.join(30)
-            if worker.is_alive():
-                worker.terminate()
-    shares = [min(1.0, statistics.mean(each[kind] for each in found) / alone[kind]) for kind in (0, 1)]
-    return shares[0], shares[1]
-
-
-def _alone(barrier: Any = None) -> tuple[float, float]:
-    """FLOP/s of a product and bytes/s of a pass, by this process; behind a barrier where there are several."""
-    torch.set_num_threads(1)
-    device, k = torch.device("cpu"), 512
-    x = _matrix(device, torch.float32, k, k)
-    rule, weight = registry.build("adamw", {}), torch.zeros(1 << 23)
-    grad, state = torch.ones_like(weight), rule.init_state(weight)
-    rates = []
-    for work in (lambda: products.matmul(x, x), lambda: rule.update([weight], [grad], [state], 1, 1e-3, 0.1)):
-        work()
-        if barrier is not None:
-            barrier.wait()
-        rates.append(1.0 / timed(work, device, 4 * BUDGET))
-    return rates[0], rates[1]
-
-
-def _work_together(barrier: Any, queue: Any) -> None:
-    queue.put(_alone(barrier))
-
-
-def link(ranks: int) -> tuple[float, float, dict[str, float]]:
-    """Of `ranks` processes on this host: bytes/s that each sends in an all-to-all, seconds of a small all-reduce,
-    and the share of that rate which each ring collective reaches.
-    """
-    import torch.multiprocessing as mp
-
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_exchange, args=(rank, ranks, port, queue)) for rank in range(ranks)]
-    for worker in workers:
-        worker.start()
-    try:
-        return queue.get(timeout=120)
-    finally:
-        for worker in workers:
-            worker.join(30)
-            if worker.is_alive():
-                worker.terminate()
-
-
-def _exchange(rank: int, ranks: int, port: int, queue: Any) -> None:
-    torch.set_num_threads(1)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=ranks)
-    small, large = (torch.ones(ranks * n, device=device) for n in (64, 1 << 21))
-
-    part = torch.ones(large.numel() // ranks, device=device)
-    out = torch.empty_like(large)
-
-    def seconds(run: Callable[[], Any], times: int) -> float:
-        found = []
-        for _ in range(times + 1):
-            dist.barrier()
-            begin = time.perf_counter()
-            run()
-            _wait(device)
-            found.append(time.perf_counter() - begin)
-        return statistics.median(found[1:])
-
-    latency = seconds(partial(dist.all_reduce, small), 50)
-    sent = large.numel() * 4 * (ranks - 1) / ranks
-    runs: dict[str, tuple[float, Callable[[], Any]]] = {  # bytes that each rank sends, and the collective
-        "all_to_all": (sent, partial(dist.all_to_all_single, out, large)),
-        "all_reduce": (2 * sent, partial(dist.all_reduce, out)),
-        "reduce_scatter": (sent, partial(dist.reduce_scatter_tensor, part, large)),
-        "all_gather": (sent, partial(dist.all_gather_into_tensor, out, part)),
-    }
-    rates = {kind: count / max(seconds(run, 10) - latency, 1e-9) for kind, (count, run) in runs.items()}
-    if rank == 0:
-        shares = {kind: rates[kind] / rates["all_to_all"] for kind in COLLECTIVES}
-        queue.put((rates["all_to_all"], latency, shares))
-    dist.destroy_process_group()
 
 
 def calibrate(ranks: int = 0) -> str:
@@ -305,14 +191,25 @@ def calibrate(ranks: int = 0) -> str:
         types = {"fp32": torch.float32, "bf16": torch.bfloat16}
         rates["attention"] = {name: attention_rate(device, dtype) for name, dtype in types.items()}
         rates["layer"] = {name: layer_rates(device, dtype) for name, dtype in types.items()}
-        passes = pass_rates(device)
-        by_rule, fragment = rule_overheads(device), fragment_overhead(device)
+        passes, reads = pass_rates(device)
+        overheads = host_overheads(rule_overheads(device), *engine())
         devices = torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0))
         shares = (1.0, 1.0) if cuda or devices == 1 else together(devices)
     finally:
         torch.set_num_threads(threads)
-    linked = link(ranks or max(2, devices)) if (cuda and devices > 1) or not cuda else (1e9, 1e-5, {})
-    return _file(cuda, devices, rates, passes, shares, by_rule, fragment, linked)
+    linked = link(ranks or max(2, devices)) if (cuda and devices > 1) or not cuda else (1e9, 1e-5, 1e-5, {})
+    return _file(cuda, devices, rates, (passes, reads), shares, overheads, linked)
+
+
+def host_overheads(
+    by_rule: dict[str, float], step: float, element: float, matrix: float, layer: float
+) -> Overheads:
+    """The engine's share of what an element-wise rule's matrix (Lion's) and a matrix rule's (Muon's) take in a step."""
+    fragment = max(0.0, element - by_rule["lion"])
+    own = max(0.0, matrix - fragment - by_rule["muon"])
+    matrices = {name for name, rule in registry.rules().items() if issubclass(rule, MatrixOptimizer)}
+    by_rule = {name: seconds + (own if name in matrices else 0.0) for name, seconds in by_rule.items()}
+    return Overheads(statistics.median(by_rule[name] for name in matrices), fragment, 0.0, step, layer, 0.0, by_rule)
 
 
 def _map(values: Mapping[Any, float]) -> str:
@@ -323,19 +220,17 @@ def _file(
     cuda: bool,
     devices: int,
     rates: dict[str, dict[str, dict[int, float]]],
-    passes: dict[int, float],
+    passes: tuple[dict[int, float], dict[int, float]],
     shares: tuple[float, float],
-    by_rule: dict[str, float],
-    fragment: float,
-    link_found: tuple[float, float, dict[str, float]],
+    host: Overheads,
+    link_found: tuple[float, float, float, dict[str, float]],
 ) -> str:
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()} core"
-    sent, latency, collectives = link_found
+    sent, latency, reduction, collectives = link_found
     if cuda:
         memory = float(torch.cuda.get_device_properties(0).total_memory)
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
-    matrix = statistics.median(by_rule.values())
     lines = [
         "name: this-machine",
         f'title: "{devices} × {name}, measured"',
@@ -347,7 +242,8 @@ def _file(
         "  peak: " + _map({key: max(curve.values()) for key, curve in rates["gemm"].items()}),
         f"  memory: {memory:.4g}",
         "  reserved: 0" if not cuda else "  reserved: 2.0e+9",
-        "  memory_bandwidth: " + _map(passes),
+        "  memory_bandwidth: " + _map(passes[0]),
+        "  read_bandwidth: " + _map(passes[1]),
     ]
     if not cuda:
         lines.append(f"  shared_cores: {devices}")
@@ -362,8 +258,8 @@ def _file(
         f"collectives: {_map(collectives)}  # share of the bandwidth above, which is an all-to-all's",
         "efficiency: {elementwise: 1.0, node: 1.0, network: 1.0, step: 1.0, optimizer: 1.0, overlap: "
         + ("1.0}" if cuda else "0.0}"),
-        f"overheads: {{matrix: {matrix:.3g}, fragment: {fragment:.3g}, bucket: {4 * matrix:.3g}, "
-        f"step: {10 * matrix:.3g}, layer: {0.0 if cuda else 20 * fragment:.3g}}}",
-        f"rule_overheads: {_map(by_rule)}",
+        f"overheads: {{matrix: {host.matrix:.3g}, fragment: {host.fragment:.3g}, bucket: {4 * host.matrix:.3g}, "
+        f"step: {host.step:.3g}, layer: {0.0 if cuda else host.layer:.3g}, reduction: {reduction:.3g}}}",
+        f"rule_overheads: {_map(host.by_rule)}",
     ]
     return "\n".join(lines) + "\n"

@@ -35,6 +35,7 @@ class Overheads:
     bucket: float = 0.0
     step: float = 0.0
     layer: float = 0.0  # each layer of each micro-batch, forward and backward
+    reduction: float = 0.0  # an all-reduce of a few numbers amid other work, where that takes longer than its latency
     by_rule: Mapping[str, float] = field(default_factory=dict)  # a matrix's or slice's, where a rule's own was measured
 
     def of_matrix(self, rule: str) -> float:
@@ -52,6 +53,7 @@ class Cluster:
     memory: float
     reserved: float
     passes: Curve  # bytes/s that element-wise passes sustain, over the bytes that they move
+    reads: Curve  # the same of passes that write nothing
     rates: Mapping[str, Mapping[str, Curve]]  # class → dtype → curve over the smaller side
     gpus_per_node: int
     node: Link
@@ -80,6 +82,14 @@ class Cluster:
     def pass_seconds(self, moved: float) -> float:
         """Seconds of element-wise passes that move so many bytes in all."""
         return moved / interpolate(self.passes, moved) if moved else 0.0
+
+    def read_seconds(self, read: float) -> float:
+        """Seconds of a pass that reads so many bytes and writes none."""
+        return read / interpolate(self.reads, read) if read else 0.0
+
+    def reduction(self, ranks: int) -> float:
+        """Seconds of an all-reduce of a few numbers in the midst of a step."""
+        return max(self.link(ranks)[0].latency, self.overheads.reduction) if ranks > 1 else 0.0
 
     def link(self, ranks: int, stride: int = 1) -> tuple[Link, float]:
         """The link that binds a group of `ranks` devices, `stride` apart; and the share of traffic on it."""
@@ -185,12 +195,12 @@ class _Reader:
         points = [(self.number({where: size}, where), self.number(values, size)) for size in values]
         return tuple(sorted(points))
 
-    def passes(self, device: Mapping[str, Any], share: float) -> Curve:
-        """`memory_bandwidth`: one number, or bytes moved → bytes/s."""
-        value = device.get("memory_bandwidth")
+    def passes(self, device: Mapping[str, Any], key: str, share: float) -> Curve:
+        """A bandwidth: one number, or bytes moved → bytes/s."""
+        value = device.get(key)
         if not isinstance(value, dict):
-            return ((1.0, self.number(device, "memory_bandwidth") * share),)
-        return tuple((size, rate * share) for size, rate in self.curve(value, "memory_bandwidth"))
+            return ((1.0, self.number(device, key) * share),)
+        return tuple((size, rate * share) for size, rate in self.curve(value, key))
 
     def cluster(self, content: Mapping[str, Any]) -> Cluster:
         known = {"name", "title", "sources", "device", "rates", "node", "network", "efficiency", "overheads", "devices"}
@@ -220,7 +230,10 @@ class _Reader:
             peak=peak,
             memory=self.number(device, "memory"),
             reserved=self.number(device, "reserved", 0.0, zero=True),
-            passes=self.passes(device, share("elementwise")),
+            passes=self.passes(device, "memory_bandwidth", share("elementwise")),
+            reads=self.passes(
+                device, "read_bandwidth" if "read_bandwidth" in device else "memory_bandwidth", share("elementwise")
+            ),
             rates=rates,
             gpus_per_node=int(self.number(node, "gpus")),
             node=Link(self.number(node, "bandwidth") * share("node"), self.number(node, "latency", 0.0, zero=True)),
@@ -237,7 +250,7 @@ class _Reader:
             overheads=Overheads(
                 **{
                     key: self.number(overheads, key, 0.0, zero=True)
-                    for key in ("matrix", "fragment", "bucket", "step", "layer")
+                    for key in ("matrix", "fragment", "bucket", "step", "layer", "reduction")
                 },
                 by_rule={name: self.number(by_rule, name, zero=True) for name in by_rule},
             ),

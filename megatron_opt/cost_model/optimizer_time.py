@@ -10,9 +10,10 @@ from megatron_opt.distributed.parts import cells_of
 from megatron_opt.optimizers.base import Cost, MatrixInfo
 
 # Bytes that the engine moves for each element that a rank holds, beside what the rules' own costs count:
-# the norm reads the gradient (4); the direction is copied into the gradient's place (8), and W ← W − lr·u − decay passes
-# over weight and direction twice (20); a travelling element is packed and unpacked on each way (2 × 16).
-NORM_BYTES, APPLY_BYTES, TRAVEL_BYTES, PUBLISH_BYTES = 4.0, 28.0, 32.0, 6.0
+# the norm reads the gradient (4); the direction is copied into the gradient's place (8), and W ← W − lr·u − decay reads
+# both and writes one (12), and the model's parameter where that is another; a projection reads the weight, and reads and
+# writes it (12); a travelling element is packed and unpacked on each way (2 × 16).
+NORM_BYTES, APPLY_BYTES, PROJECT_BYTES, TRAVEL_BYTES = 4.0, 20.0, 12.0, 32.0
 
 
 @dataclass
@@ -136,7 +137,7 @@ def domain_time(domain: DomainPlan, layout: Layout, cluster: Cluster) -> Optimiz
 def _element_wise(domain: DomainPlan, layout: Layout, cluster: Cluster) -> tuple[float, float]:
     """Seconds and state bytes, on each rank, of element-wise rules and of the engine's passes."""
     cut_over = domain.data if layout.distributed else 1
-    moved = domain.held / cut_over * (NORM_BYTES + (PUBLISH_BYTES if layout.dtype != "fp32" else 0.0))
+    moved = domain.held / cut_over * (layout.parameter_bytes if layout.dtype != "fp32" else 0.0)
     state = 0.0
     for entry in domain.elements:
         count = (entry.cut / domain.tp + entry.copied) / cut_over
@@ -145,7 +146,9 @@ def _element_wise(domain: DomainPlan, layout: Layout, cluster: Cluster) -> tuple
         state += count * cost.state_bytes
     matrices = domain.matrix_numel / domain.tp / cut_over
     moved += matrices * (APPLY_BYTES + (TRAVEL_BYTES if domain.ranks > 1 else 0.0))
-    return cluster.pass_seconds(moved), state
+    projected = sum(info.numel for name, info in domain.infos.items() if domain.rules[name].projects)
+    moved += projected / domain.tp / cut_over * PROJECT_BYTES
+    return cluster.pass_seconds(moved) + cluster.read_seconds(domain.held / cut_over * NORM_BYTES), state
 
 
 def _exchange(found: OptimizerTime, domain: DomainPlan, layout: Layout, cluster: Cluster, owned: float) -> None:

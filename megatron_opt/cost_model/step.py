@@ -131,8 +131,11 @@ def optimizer_work(
     timed = {
         id(stage): _merge([domain_time(domain, layout, cluster) for domain in stage], cluster) for stage in domains
     }
-    for item in timed.values():  # norms and checks over all ranks
-        item.exchange += 4 * cluster.link(layout.world)[0].latency if layout.world > 1 else 0.0
+    for key, stage in {id(stage): stage for stage in domains}.items():
+        waits = sum(cluster.reduction(domain.ranks) for domain in stage)  # norms by matrix, then of all that is trained
+        if any(domain.ranks != layout.world for domain in stage):
+            waits += cluster.reduction(layout.world)
+        timed[key].exchange += waits
     slowest = max(timed.values(), key=lambda item: item.mean)
     return OptimizerWork(domains, slowest, [timed[id(stage)].state_bytes for stage in domains])
 

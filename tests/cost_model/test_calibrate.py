@@ -18,9 +18,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "SMALL_SIZES", (16, 32))
     monkeypatch.setattr(calibrate, "FACTOR_SIZES", (16, 32))
     monkeypatch.setattr(calibrate, "PASS_SIZES", (1 << 10, 1 << 14))
-    monkeypatch.setattr(calibrate, "COLD_BYTES", 1 << 20)
     monkeypatch.setattr(calibrate, "together", lambda ranks: (0.8, 0.5))
-    monkeypatch.setattr(calibrate, "link", lambda ranks: (1e9, 1e-4, {"all_gather": 0.5}))
+    monkeypatch.setattr(calibrate, "link", lambda ranks: (1e9, 1e-4, 3e-4, {"all_gather": 0.5}))
+    monkeypatch.setattr(calibrate, "engine", lambda: (2e-4, 3e-5, 5e-5, 6e-4))
+    monkeypatch.setattr(calibrate, "CACHE_BYTES", 1 << 16)
 
 
 def test_measured_file_reads_back_and_predicts(quick: None, tmp_path: Path) -> None:
@@ -34,6 +35,9 @@ def test_measured_file_reads_back_and_predicts(quick: None, tmp_path: Path) -> N
     assert all(rate > 1e5 for by in found.rates.values() for curve in by.values() for _, rate in curve)
     assert found.ring(1e6, 2, kind="all_gather") == pytest.approx(2e6 / 1e9 + 1e-4)
     assert found.ring(1e6, 2, kind="all_reduce") == pytest.approx(1e6 / 1e9 + 1e-4)
+    assert found.reduction(2) == pytest.approx(3e-4) and found.reduction(1) == 0
+    assert all(rate > 0 for _, rate in found.reads) and found.read_seconds(1e6) > 0
+    assert (found.overheads.step, found.overheads.layer) == (2e-4, 6e-4) and 0 <= found.overheads.fragment <= 3e-5
     step = predict(parse("--preset demo --optimizer soap".split())[0], found, 1)
     assert step.seconds > 0 and step.optimizer.host > 0
 
@@ -53,16 +57,6 @@ def test_ranks_beyond_the_cores_take_turns(quick: None, tmp_path: Path) -> None:
         assert found.crowding(cores) == pytest.approx(1 / 0.8) and found.crowding(4 * cores) == pytest.approx(4 / 0.8)
         assert found.crowding(cores, memory=True) == pytest.approx(2) and found.crowding(1, memory=True) == 1
     assert cluster.load("h100").crowding(10000) == 1
-
-
-def test_a_link_between_processes_is_measured() -> None:
-    bandwidth, latency, shares = calibrate.link(2)
-    assert 1e6 < bandwidth < 1e12 and 0 < latency < 5
-    assert set(shares) == set(cluster.COLLECTIVES) and all(0.001 < share < 1000 for share in shares.values())
-
-
-def test_ranks_that_work_at_once_take_from_one_another() -> None:
-    assert all(0.05 < share <= 1 for share in calibrate.together(2))
 
 
 def test_tables_hold_every_sweep(tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""Directions into weights: the formula in float64, bf16 images, kept norms, and matrices that are left alone."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_opt.distributed.domain import Domain
+from megatron_opt.distributed.fragments import Rect
+from megatron_opt.distributed.weights import WeightStep, squared_norms
+from megatron_opt.optimizers import registry
+from megatron_opt.optimizers.base import MatrixInfo
+
+SHAPES = {"down": (6, 40), "gate": (5, 7), "up": (5, 7)}
+LR, DECAY = 0.1, 0.3
+
+
+class Held:
+    """`gate` and `up` in one fragment, `down` in another, on one process."""
+
+    def __init__(self, mode: str, rule: str = "muon", dtype: torch.dtype = torch.float32) -> None:
+        draw = torch.Generator().manual_seed(2)
+        self.infos = {name: MatrixInfo(name, shape) for name, shape in SHAPES.items()}
+        rects = [[Rect("gate", 0, 5, 0, 7, 0), Rect("up", 0, 5, 0, 7, 35)], [Rect("down", 0, 6, 0, 40, 0)]]
+        mains = [torch.randn(70, generator=draw), torch.randn(240, generator=draw)]
+        self.images = [main.to(dtype) for main in mains]
+        fragments: Any = [
+            SimpleNamespace(
+                view=SimpleNamespace(counts=True, param=image), main=main, rects=held,
+                image=lambda image=image: image if image.dtype != torch.float32 else None,
+            )
+            for main, image, held in zip(mains, self.images, rects, strict=True)
+        ]  # fmt: skip
+        holdings = [[(at, rect) for at, held in enumerate(rects) for rect in held]]
+        self.domain = Domain("", None, 0, 1, fragments, holdings, self.infos, None)  # type: ignore[arg-type]
+        self.rule = registry.build(rule, {})
+        states = {(n, 0): self.rule.init_state(w, self.infos[n]) for n, w in self.weights().items()}
+        matrix: Any = SimpleNamespace(infos=self.infos, rules=dict.fromkeys(self.infos, self.rule), states=states)
+        groups: Any = [SimpleNamespace(decay_mode=mode)]
+        self.step = WeightStep(self.domain, matrix, groups, [self.rule], dict.fromkeys(self.infos, 0))
+        self.updates = [torch.randn(70, generator=draw), torch.randn(240, generator=draw)]
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.whole([fragment.main for fragment in self.domain.fragments])
+
+    def whole(self, flats: list[Tensor]) -> dict[str, Tensor]:
+        parts = {"gate": flats[0][:35], "up": flats[0][35:], "down": flats[1]}
+        return {name: part.reshape(SHAPES[name]).clone() for name, part in parts.items()}
+
+
+@pytest.mark.parametrize("mode", ["decoupled", "independent", "cautious"])
+def test_weights_follow_the_formula(mode: str) -> None:
+    held = Held(mode)
+    before = {name: weight.double() for name, weight in held.weights().items()}
+    directions = {name: update.double() for name, update in held.whole(held.updates).items()}
+    held.step.step(held.updates, {"up"}, [{"lr": 2 * LR, "lr_scale": 0.5, "weight_decay": DECAY}])
+    for name, weight in held.weights().items():
+        w, u = before[name], directions[name]
+        share = DECAY if mode == "independent" else LR * DECAY
+        decay = torch.where(u * w >= 0, share * w, 0.0) if mode == "cautious" else share * w
+        expected = w if name == "up" else w - LR * u - decay
+        torch.testing.assert_close(weight.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_bf16_parameters_are_written_in_the_same_pass() -> None:
+    held = Held("decoupled", dtype=torch.bfloat16)
+    held.step.step(held.updates, set(), [{"lr": LR, "lr_scale": 1.0, "weight_decay": DECAY}])
+    for fragment, image in zip(held.domain.fragments, held.images, strict=True):
+        assert held.step.publishes(fragment) and torch.equal(image, fragment.main.bfloat16())
+
+
+def test_projected_weights_keep_their_norm_and_are_published_apart() -> None:
+    held = Held("decoupled", "muon_h", torch.bfloat16)
+    before = held.weights()
+    held.step.step(held.updates, {"up"}, [{"lr": LR, "lr_scale": 1.0, "weight_decay": 0.0}])
+    after = held.weights()
+    assert torch.equal(after["up"], before["up"]) and not held.step.publishes(held.domain.fragments[0])
+    for name in ("gate", "down"):
+        assert not torch.equal(after[name], before[name])
+        torch.testing.assert_close(after[name].norm(), before[name].norm())
+
+
+def test_squared_norms_by_rectangle() -> None:
+    held = Held("decoupled")
+    held.updates[1][3] = float("inf")
+    found = squared_norms(held.domain.fragments, held.updates)
+    expected = [held.updates[0][:35].double().square().sum(), held.updates[0][35:].double().square().sum()]
+    torch.testing.assert_close(found[:2], torch.stack(expected))
+    assert found.shape == (3,) and torch.isinf(found[2])
