@@ -18,6 +18,8 @@ from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.ownership import Plan, make_buckets, pack
 from megatron_opt.distributed.parts import Cell, Part, cells_of
 from megatron_opt.errors import UserError
+from megatron_opt.kernels import multi_tensor
+from megatron_opt.kernels.multi_tensor import Coefficients, Sum
 from megatron_opt.optimizers.base import MatrixInfo
 
 
@@ -70,6 +72,13 @@ class Domain:
         """
         total = torch.zeros(len(self.order), dtype=torch.float64)
         return self.sum_over_ranks(total.index_add_(0, self._numbers, values * self._weights))
+
+    def squared_norms(self, flats: Sequence[Tensor]) -> Tensor:
+        """Σx² of every whole matrix, (matrices,) float64 on the CPU, from flat tensors by fragment: one pass over them and
+        one wait for the device.
+        """
+        runs = [rect.run(flat) for fragment, flat in zip(self.fragments, flats, strict=True) for rect in fragment.rects]
+        return self.sum_per_matrix(multi_tensor.sums(Sum.GRADIENT_NORM, runs, Coefficients())[:, 0].cpu())
 
 
 @dataclass

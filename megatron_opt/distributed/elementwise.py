@@ -34,7 +34,7 @@ class Slice:
         return self.rect.matrix
 
     def of(self, flats: Sequence[Tensor]) -> Tensor:
-        return flats[self.fragment][self.rect.offset : self.rect.offset + self.rect.numel]
+        return self.rect.run(flats[self.fragment])
 
 
 @dataclass
@@ -53,8 +53,7 @@ class ElementwiseStep:
                 group = self.group_of[rect.matrix]
                 if isinstance(self.rules[group], ElementwiseOptimizer):
                     piece = Slice(index, rect, self.domain.weight[rect.place], self._first(rect))
-                    main = fragment.main[rect.offset : rect.offset + rect.numel]
-                    piece.state = self.rules[group].init_state(main)
+                    piece.state = self.rules[group].init_state(rect.run(fragment.main))
                     self.slices.setdefault(group, []).append(piece)
         dtypes = [fragment.view.param.dtype for fragment in self.domain.fragments]
         self.imaged = {  # groups whose kernel writes the model's bf16 parameters beside the main copies

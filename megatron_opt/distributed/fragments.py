@@ -25,6 +25,10 @@ class Rect:
     def numel(self) -> int:
         return (self.row1 - self.row0) * (self.col1 - self.col0)
 
+    def run(self, flat: Tensor) -> Tensor:
+        """Its elements of a flat tensor of the fragment."""
+        return flat[self.offset : self.offset + self.numel]
+
     @property
     def place(self) -> tuple[str, int, int, int, int]:
         return (self.matrix, self.row0, self.row1, self.col0, self.col1)

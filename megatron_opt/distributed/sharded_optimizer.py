@@ -15,7 +15,7 @@ from megatron_opt.distributed.health import Health
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.state import common_state, load_state, sharded_state
-from megatron_opt.distributed.weights import WeightStep, squared_norms
+from megatron_opt.distributed.weights import WeightStep
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixOptimizer
 from megatron_opt.optimizers.groups import Group
@@ -139,7 +139,7 @@ class ShardedOptimizer(MegatronOptimizer):
         found = []
         for domain in self.domains:
             zeros = [
-                float((grad[r.offset : r.offset + r.numel] == 0).sum()) if (grad := fragment.grad()) is not None else 0.0
+                float((r.run(grad) == 0).sum()) if (grad := fragment.grad()) is not None else 0.0
                 for fragment in domain.fragments
                 for r in fragment.rects
             ]
@@ -230,7 +230,7 @@ class ShardedOptimizer(MegatronOptimizer):
         squares, totals = [], []
         scopes = sorted({group.clip_scope for group in self.groups if group.clip_scope})
         for domain, flats in zip(self.domains, grads, strict=True):
-            found = domain.sum_per_matrix(squared_norms(domain.fragments, flats))
+            found = domain.squared_norms(flats)
             squares.append(found.tolist())
             finite = torch.where(torch.isfinite(found), found, 0.0) * domain.counted
             by_group = torch.zeros(len(self.groups), dtype=torch.float64).index_add_(0, self._groups_of(domain), finite)
@@ -281,7 +281,7 @@ class ShardedOptimizer(MegatronOptimizer):
             mains = [fragment.main for fragment in domain.fragments]
             moved = [main - past for main, past in zip(mains, old, strict=True)]
             for what, flats in enumerate((mains, moved)):
-                found = domain.sum_per_matrix(squared_norms(domain.fragments, flats)) * domain.counted
+                found = domain.squared_norms(flats) * domain.counted
                 sums[:, what].index_add_(0, self._groups_of(domain), found)
             totals.append(sums)
         self.stats = {

@@ -134,8 +134,7 @@ def collect(optimizer: Keeper, index: int) -> list[Piece]:
     for fragment in domain.fragments:
         if fragment.view.param.dtype != torch.float32:
             for rect in fragment.rects:
-                flat = fragment.main[rect.offset : rect.offset + rect.numel]
-                found.append(_placed("fp32_param", rect, flat, shape2d(domain.infos[rect.matrix])))
+                found.append(_placed("fp32_param", rect, rect.run(fragment.main), shape2d(domain.infos[rect.matrix])))
     for slices in optimizer.element_steps[index].slices.values():
         for part in slices:
             shape = shape2d(domain.infos[part.matrix])

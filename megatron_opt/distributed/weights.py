@@ -12,7 +12,7 @@ from megatron_opt.distributed.elementwise import learning_rate
 from megatron_opt.distributed.fragments import Fragment, Rect
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.kernels import multi_tensor
-from megatron_opt.kernels.multi_tensor import Coefficients, Rule, Sum
+from megatron_opt.kernels.multi_tensor import Coefficients, Rule
 from megatron_opt.optimizers.base import shrinkage
 from megatron_opt.optimizers.groups import Group
 
@@ -53,11 +53,11 @@ class WeightStep:
             lr = learning_rate(group)
             multi_tensor.update(
                 Rule.APPLY,
-                [_run(mains[at], rect) for at, rect in taken],
-                [_run(updates[at], rect) for at, rect in taken],
+                [rect.run(mains[at]) for at, rect in taken],
+                [rect.run(updates[at]) for at, rect in taken],
                 (),
                 Coefficients(lr=lr, shrink=shrinkage(lr, group["weight_decay"], mode)),
-                copies=[_run(self._image(at), rect) for at, rect in taken] if index in self.imaged else (),
+                copies=[rect.run(self._image(at)) for at, rect in taken] if index in self.imaged else (),
                 cautious_decay=mode == "cautious",
             )
         if any(rule.projects for rule in self.matrix.rules.values()):
@@ -71,7 +71,7 @@ class WeightStep:
     def _project(self, mains: Sequence[Tensor], skip: set[str]) -> None:
         """Rescale weights to the norm that their rule keeps (Hyperball); the state is at the owner."""
         domain = self.domain
-        squares = domain.sum_per_matrix(squared_norms(domain.fragments, mains))
+        squares = domain.squared_norms(mains)
         factors = torch.zeros(len(domain.order), dtype=torch.float64)
         for (name, part), state in self.matrix.states.items():
             rule = self.matrix.rules[name]
@@ -82,14 +82,4 @@ class WeightStep:
             if self.rules[index].projects:
                 for at, rect in held:
                     if rect.matrix not in skip:
-                        _run(mains[at], rect).mul_(found[domain.order[rect.matrix]])
-
-
-def _run(flat: Tensor, rect: Rect) -> Tensor:
-    return flat[rect.offset : rect.offset + rect.numel]
-
-
-def squared_norms(fragments: Sequence[Fragment], flats: Sequence[Tensor]) -> Tensor:
-    """Σx² of each rectangle of each fragment in turn, (rectangles,) float64 on the CPU; one pass and one wait for the device."""
-    runs = [_run(flat, rect) for fragment, flat in zip(fragments, flats, strict=True) for rect in fragment.rects]
-    return multi_tensor.sums(Sum.GRADIENT_NORM, runs, Coefficients())[:, 0].cpu()
+                        rect.run(mains[at]).mul_(found[domain.order[rect.matrix]])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain
 from megatron_opt.distributed.fragments import Rect
-from megatron_opt.distributed.weights import WeightStep, squared_norms
+from megatron_opt.distributed.weights import WeightStep
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
 
@@ -82,10 +82,11 @@ def test_projected_weights_keep_their_norm_and_are_published_apart() -> None:
         torch.testing.assert_close(after[name].norm(), before[name].norm())
 
 
-def test_squared_norms_by_rectangle() -> None:
+def test_squared_norms_by_matrix() -> None:
     held = Held("decoupled")
     held.updates[1][3] = float("inf")
-    found = squared_norms(held.domain.fragments, held.updates)
-    expected = [held.updates[0][:35].double().square().sum(), held.updates[0][35:].double().square().sum()]
-    torch.testing.assert_close(found[:2], torch.stack(expected))
-    assert found.shape == (3,) and torch.isinf(found[2])
+    found = held.domain.squared_norms(held.updates)
+    wholes = held.whole(held.updates)
+    assert found.shape == (3,) and found.dtype == torch.float64 and torch.isinf(found[held.domain.order["down"]])
+    for name in ("gate", "up"):
+        torch.testing.assert_close(found[held.domain.order[name]], wholes[name].double().square().sum())
