@@ -194,7 +194,10 @@ def calibrate(ranks: int = 0) -> str:
         passes, reads = pass_rates(device)
         overheads = host_overheads(rule_overheads(device), *engine())
         devices = torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0))
-        shares = (1.0, 1.0) if cuda or devices == 1 else together(devices)
+        shares = (1.0, 1.0)
+        if not cuda and devices > 1:
+            products_share, bandwidth = together(devices)
+            shares = products_share, min(1.0, bandwidth / passes[max(passes)])
     finally:
         torch.set_num_threads(threads)
     linked = link(ranks or max(2, devices)) if (cuda and devices > 1) or not cuda else (1e9, 1e-5, 1e-5, {})

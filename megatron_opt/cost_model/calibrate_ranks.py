@@ -65,10 +65,13 @@ def _free_port() -> int:
 
 
 def together(ranks: int) -> tuple[float, float]:
-    """(products, passes): the share of its rate alone that each of `ranks` processes keeps when all work at once."""
+    """Where `ranks` processes work at once: the share of its FLOP/s alone that each keeps, and its bytes/s of passes.
+
+    Passes are not compared with the same process alone: that rate depends on which pages it was given.
+    """
     found = answers(_alone_and_together, ranks, ranks)
-    shares = [min(1.0, statistics.mean(each[kind] for each in found)) for kind in (0, 1)]
-    return shares[0], shares[1]
+    products_share, bandwidth = (statistics.mean(each[kind] for each in found) for kind in (0, 1))
+    return min(1.0, products_share), bandwidth
 
 
 def _alone_and_together(rank: int, ranks: int, barrier: Any, results: Any) -> None:
@@ -76,31 +79,29 @@ def _alone_and_together(rank: int, ranks: int, barrier: Any, results: Any) -> No
     x = torch.randn(512, 512)
     rule, weight = registry.build("adamw", {}), torch.zeros(1 << 23)
     grad, state = torch.ones_like(weight), rule.init_state(weight)
-    works: tuple[tuple[Callable[[], Any], int], ...] = (
-        (lambda: products.matmul(x, x), 50),
-        (lambda: rule.update([weight], [grad], [state], 1, 1e-3, 0.1), 10),
-    )
 
     def seconds(work: Callable[[], Any], times: int) -> float:
         begin = time.perf_counter()
         for _ in range(times):
             work()
-        return time.perf_counter() - begin
+        return (time.perf_counter() - begin) / times
 
-    shares = []
-    for work, times in works:
-        work()
-        crowded, alone = [], []
-        for _ in range(ROUNDS):
+    multiply = partial(products.matmul, x, x)
+    update = partial(rule.update, [weight], [grad], [state], 1, 1e-3, 0.1)
+    multiply()
+    update()
+    crowded, alone, passing = [], [], []
+    for _ in range(ROUNDS):
+        barrier.wait()
+        crowded.append(seconds(multiply, 50))
+        for turn in range(ranks):
             barrier.wait()
-            crowded.append(seconds(work, times))
-            for turn in range(ranks):
-                barrier.wait()
-                if turn == rank:
-                    alone.append(seconds(work, times))
-            barrier.wait()
-        shares.append(min(alone) / statistics.median(crowded))
-    results.put(shares)
+            if turn == rank:
+                alone.append(seconds(multiply, 50))
+        barrier.wait()
+        passing.append(seconds(update, 10))
+    moved = rule.cost(weight.numel()).elementwise_bytes
+    results.put((min(alone) / statistics.median(crowded), moved / statistics.median(passing)))
 
 
 def link(ranks: int) -> tuple[float, float, float, dict[str, float]]:

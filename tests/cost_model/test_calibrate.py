@@ -18,7 +18,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "SMALL_SIZES", (16, 32))
     monkeypatch.setattr(calibrate, "FACTOR_SIZES", (16, 32))
     monkeypatch.setattr(calibrate, "PASS_SIZES", (1 << 10, 1 << 14))
-    monkeypatch.setattr(calibrate, "together", lambda ranks: (0.8, 0.5))
+    monkeypatch.setattr(calibrate, "together", lambda ranks: (0.8, 3e10))
     monkeypatch.setattr(calibrate, "link", lambda ranks: (1e9, 1e-4, 3e-4, {"all_gather": 0.5}))
     monkeypatch.setattr(calibrate, "engine", lambda: (2e-4, 3e-5, 5e-5, 6e-4))
     monkeypatch.setattr(calibrate, "CACHE_BYTES", 1 << 16)
@@ -48,7 +48,8 @@ def test_timing_takes_the_median_of_several_calls() -> None:
     assert len(calls) == 4  # one to warm up, three that count
 
 
-def test_ranks_beyond_the_cores_take_turns(quick: None, tmp_path: Path) -> None:
+def test_ranks_beyond_the_cores_take_turns(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "pass_rates", lambda device: ({1 << 20: 4e10, 1 << 24: 6e10}, {1 << 20: 2e10}))
     file = tmp_path / "machine.yaml"
     file.write_text(calibrate.calibrate(2))
     found = cluster.load(str(file))
