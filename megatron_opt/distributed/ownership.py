@@ -23,6 +23,7 @@ _LATE = 1.15  # load over the mean that is not exceeded for more even state
 _WORTH = 1e9  # FLOPs by which the most loaded rank is late, from which a cut pays for its exchanges
 _WORTH_BYTES = 2.0**20  # the same of state
 _SENT = 5e3  # FLOPs (a GPU's, bf16) in half the time that a byte takes to another node
+_MEMORY = 0.3  # share of time that twice the state on the fullest rank is worth
 _ROOM = (1.0, 0.8, 0.6, 0.4, 0.2)  # shares of what `auto` allows above the mean, to which gangs are filled
 
 
@@ -46,9 +47,12 @@ class Plan:
         return _over_mean(self.state_bytes)
 
     def price(self) -> float:
-        """Load of the rank that is ready last, its bytes to other slices counted, and as much for what a rank sends on average."""
+        """Load of the rank that is ready last, its bytes to other slices and as many as a rank sends on average counted.
+
+        Uneven state makes a plan dearer.
+        """
         last = max(load + _SENT * sent for load, sent in zip(self.load, self.exchanged, strict=True))
-        return last + _SENT * sum(self.exchanged) / len(self.exchanged)
+        return (last + _SENT * sum(self.exchanged) / len(self.load)) * (1 + _MEMORY * (self.state_imbalance() - 1))
 
     def is_balanced(self, most: float = BALANCED) -> bool:
         """Whether no rank has more of either than `most` times the mean, or too little more to be worth a cut."""
@@ -123,8 +127,8 @@ def pack(jobs: Sequence[Job], ranks: int, mode: str = "auto", most: float = BALA
     """Place every matrix: whole on one rank, or in cells and slices on several where its rule allows it.
 
     `owner` cuts nothing, `sharded` cuts over all ranks, `group` fills every rank to the mean. `auto` is `owner` where
-    no rank then has more load or state than `most` times the mean; else what sends least among ways to cut that keep to
-    this. Where none does, load comes first. Raises UserError for `most` below 1.
+    no rank then has more load or state than `most` times the mean; else, among ways to cut that keep to this, what is
+    the cheapest in load and bytes sent. Where none does, load comes first. Raises UserError for `most` below 1.
     """
     check_balance(most)
     order = sorted(jobs, key=lambda job: (-job.load, job.matrix))
