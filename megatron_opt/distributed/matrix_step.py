@@ -31,6 +31,8 @@ class MatrixStep:
         self.mine = {key: part for key, part in self.placed.parts.items() if part.rank == self.domain.rank}
         self.cells = {part.key: cell for cell in self.placed.cells for part in cell.parts}
         self.cell_infos = {key: cell.info(self.infos[key[0]]) for key, cell in self.cells.items()}
+        self.in_parts = {key[0] for key, cell in self.cells.items() if len(cell.parts) > 1 or not cell.is_whole}
+        self.scaled_later = {name for name in self.in_parts if self.rules[name].projects}
         self.sliced = {cell.key: cell for cell in self.placed.cells if len(cell.parts) > 1}
         self.legs = {
             key: self.rules[key[0]].legs(self.cell_infos[key], cell.edges) for key, cell in self.sliced.items()
@@ -67,12 +69,29 @@ class MatrixStep:
         """State before the first step, from the current weights."""
         for key, slab in self.gather(weights).items():
             rule, info, cell = self.rules[key[0]], self.cell_infos[key], self.cells[key]
-            if cell.key not in self.sliced:
+            if key[0] not in self.in_parts:
                 self.states[key] = rule.init_state(slab.view(info.shape).clone(), info)
-                continue
-            self.states[key] = rule.init_slice(slab, info)
-            if key == cell.key:
-                self.shared[key] = rule.init_shared(info, self.domain.device)
+            elif cell.key not in self.sliced:
+                self.states[key] = rule.init_part(slab.view(info.shape).clone(), info)
+            else:
+                self.states[key] = rule.init_slice(slab, info)
+                if key == cell.key:
+                    self.shared[key] = rule.init_shared(info, self.domain.device)
+        self._join_norms()
+
+    def _join_norms(self) -> None:
+        """Norms of parts become those of their matrices, at every part."""
+        for norm in sorted({norm for name in self.in_parts for norm in self.rules[name].norms}):
+            squares = torch.zeros(len(self.domain.order), dtype=torch.float64)
+            mine = [key for key in self.states if key[0] in self.in_parts and norm in self.rules[key[0]].norms]
+            for key in mine:
+                squares[self.domain.order[key[0]]] += float(self.states[key][norm]) ** 2
+            squares = self.domain.sum_over_ranks(squares)
+            for key in mine:
+                self.states[key][norm].fill_(float(squares[self.domain.order[key[0]]].sqrt()))
+        for name, index in self.states:
+            if name in self.in_parts:
+                self.rules[name].joined(self.states[name, index], self.infos[name])
 
     def step(self, grads: Sequence[Tensor], scale: dict[str, float], skip: set[str], number: int) -> None:
         """Replace the gradients in `grads` by directions u; `scale` are clip factors, `skip` matrices left alone.
@@ -95,6 +114,28 @@ class MatrixStep:
             pending = coming
         for trip in under_way:
             trip.finish()
+        if self.scaled_later:
+            self.rescale(grads, self.scaled_later - skip)
+
+    def rescale(self, flats: Sequence[Tensor], names: set[str]) -> None:
+        """Scale matrices in per-fragment tensors (weights, directions) to the norm that their rule keeps (Hyperball)."""
+        squares = self.domain.sum_per_matrix(
+            [
+                [float(flat[r.offset : r.offset + r.numel].double().square().sum()) if r.matrix in names else 0.0
+                 for r in fragment.rects]
+                for fragment, flat in zip(self.domain.fragments, flats, strict=True)
+            ]
+        )
+        factors = torch.zeros(len(self.domain.order), dtype=torch.float64)
+        for (name, part), state in self.states.items():
+            if part == 0 and self.rules[name].projects:  # its rank has the norm, and need not hold any of the matrix
+                at = self.domain.order[name]
+                factors[at] = float(self.rules[name].projection(squares[at], state))
+        factors = self.domain.sum_over_ranks(factors)
+        for fragment, flat in zip(self.domain.fragments, flats, strict=True):
+            for rect in fragment.rects:
+                if rect.matrix in names:
+                    flat[rect.offset : rect.offset + rect.numel].mul_(float(factors[self.domain.order[rect.matrix]]))
 
     def _compute(
         self, names: Sequence[str], slabs: dict[Key, Tensor], scale: dict[str, float], skip: set[str], number: int
@@ -111,7 +152,7 @@ class MatrixStep:
             if scale.get(name, 1.0) != 1.0:
                 slab.mul_(scale[name])
             if self.cells[key].key not in self.sliced:
-                rule = self.rules[name]
+                rule = self.rules[name].of_part() if name in self.in_parts else self.rules[name]
                 rules[id(rule)] = rule
                 batches.setdefault(id(rule), []).append(key)
         for which, keys in batches.items():
@@ -152,7 +193,7 @@ class MatrixStep:
             for index, part in enumerate(cell.parts):
                 if part.rank == me:
                     mine[key] = index, part
-                    running[key] = self.rules[key[0]].slice_update(
+                    running[key] = self.rules[key[0]].of_part().slice_update(
                         slabs[part.key], self.states[part.key], shared, number, self.cell_infos[key], index, cell.edges
                     )
                     resume(key, None)

@@ -196,7 +196,7 @@ class ShardedOptimizer(MegatronOptimizer):
 
     def _apply(self, domain: Domain, matrix: MatrixStep, updates: list[Tensor], skip: set[str]) -> None:
         """W ← W − lr·u − decay on this rank's shards of matrices, then the projection of the rules that have one."""
-        projected: dict[str, Any] = {}
+        projected: set[str] = set()
         for fragment, update in zip(domain.fragments, updates, strict=True):
             for rect in fragment.rects:
                 if rect.matrix not in matrix.infos or rect.matrix in skip:
@@ -208,29 +208,9 @@ class ShardedOptimizer(MegatronOptimizer):
                 decay_weights(fragment.main[span], update[span], lr, group["weight_decay"], mode)
                 fragment.main[span].add_(update[span], alpha=-lr)
                 if self.rules[index].projects:
-                    projected[rect.matrix] = self.rules[index]
+                    projected.add(rect.matrix)
         if any(rule.projects for rule in self.rules):
-            self._project(domain, matrix, projected)
-
-    def _project(self, domain: Domain, matrix: MatrixStep, projected: dict[str, Any]) -> None:
-        """Rescale weights to the norm that their rule keeps (Hyperball); the state is at the owner."""
-        squares = domain.sum_per_matrix(
-            [
-                [float(f.main[r.offset : r.offset + r.numel].double().square().sum()) if r.matrix in projected else 0.0
-                 for r in f.rects]
-                for f in domain.fragments
-            ]
-        )
-        factors = torch.zeros(len(domain.order), dtype=torch.float64)
-        for (name, part), state in matrix.states.items():
-            if part == 0 and name in matrix.rules and self.rules[self.group_of[name]].projects:
-                at = domain.order[name]
-                factors[at] = float(self.rules[self.group_of[name]].projection(squares[at], state))
-        factors = domain.sum_over_ranks(factors)
-        for fragment in domain.fragments:
-            for rect in fragment.rects:
-                if rect.matrix in projected:
-                    fragment.main[rect.offset : rect.offset + rect.numel].mul_(float(factors[domain.order[rect.matrix]]))
+            matrix.rescale([fragment.main for fragment in domain.fragments], projected)
 
     def curvature_due(self, step: int) -> bool:
         """Whether a rule wants a curvature estimate after step `step`."""

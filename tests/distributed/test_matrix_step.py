@@ -31,6 +31,11 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
         {"block_size": 8, "one_sided": True, "precondition_frequency": 2, "factor_precision": "fp64", "eps": 1e-6},
     ),
     "adam_mini": ("adam_mini", {}),
+    "normuon": ("muon", {"fp32_matmul_prec": "high", "normuon": True}),
+    "muon_h": ("muon_h", {"fp32_matmul_prec": "high"}),
+    "soap_h-blocks": ("soap_h", {"block_size": 8, "precondition_frequency": 2, "factor_precision": "fp64", "eps": 1e-6}),
+    "adam_h": ("adam_h", {}),
+    "shampoo-blocks": ("shampoo", {"grafting": "none", "block_size": 8, "precondition_frequency": 2, "damping": 1e-2}),
 }
 SHAPES: dict[str, tuple[int, ...]] = {"a": (12, 30), "b": (24, 24), "c": (40, 6), "d": (8, 70), "e": (16, 20)}
 VECTORS = {"f": (30,)}  # where the rule takes them
@@ -55,6 +60,10 @@ class Mailbox:
         self.barrier.wait()
         return SimpleNamespace(wait=lambda: None)
 
+    @property
+    def sum_over_ranks(self) -> Any:
+        return lambda domain, values: torch.stack(self.gather_objects(values, None, 0)).sum(0)
+
     def gather_objects(self, value: Any, group: Any, size: int) -> list[Any]:
         self.posted[self.local.rank] = value
         self.barrier.wait()
@@ -74,7 +83,7 @@ class Ranks:
         self.size, self.mailbox = size, Mailbox(size)
         patch.setattr(exchange_module.dist, "all_to_all_single", self.mailbox.all_to_all_single)
         patch.setattr(torch.cuda, "current_device", lambda: "cpu")
-        patch.setattr(Domain, "sum_over_ranks", lambda self, values: values)
+        patch.setattr(Domain, "sum_over_ranks", self.mailbox.sum_over_ranks)
         patch.setattr(state, "gather_objects", self.mailbox.gather_objects)
         self.name, self.mode, self.bucket_bytes = name, mode, bucket_bytes
         self.infos = {key: MatrixInfo(key, shape) for key, shape in _shapes(name).items()}
@@ -249,4 +258,5 @@ def _again(patch: pytest.MonkeyPatch, ranks: Ranks) -> Ranks:
     """The threads whose turn it is."""
     patch.setattr(exchange_module.dist, "all_to_all_single", ranks.mailbox.all_to_all_single)
     patch.setattr(state, "gather_objects", ranks.mailbox.gather_objects)
+    patch.setattr(Domain, "sum_over_ranks", ranks.mailbox.sum_over_ranks)
     return ranks
