@@ -68,7 +68,7 @@ WORK = [
     for layout in (c.ONE, c.TP2_DP2_DIST)
 ] + [
     case(c.DENSE, [*rule, "--matrix-mode", "sharded"], layout, f"work-{kind}-sharded-{layout.name}", steps=3, hook="work")
-    for kind, rule in (("normuon", c.NORMUON), ("muon_h", c.MUON_H), ("soap_h", c.SOAP_H), ("adam_h", c.ADAM_H))
+    for kind, rule in (("normuon", c.NORMUON), ("muon_h", c.MUON_H), ("soap_h", c.SOAP_H))
     for layout in (c.ONE, c.TP2_DP2_DIST)
 ]  # fmt: skip
 CASES = [
