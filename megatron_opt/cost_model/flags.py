@@ -51,6 +51,7 @@ NUMBERS = [
     "v-head-dim",
     "recompute-num-layers",
     "exchange-bucket-mb",
+    "matrix-balance",
     "scalar-lr-ratio",
     "lr",
     "weight-decay",

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from megatron_opt.cost_model.model import Model
+from megatron_opt.distributed.ownership import BALANCED
 from megatron_opt.errors import UserError
 
 
@@ -34,6 +35,7 @@ class Layout:
     fused_accumulation: bool = True  # backward adds to the gradient buffer itself
     fp8: bool = False
     matrix_mode: str = "auto"
+    matrix_balance: float = BALANCED
     wire_bytes: int = 4
     bucket_bytes: float = 64 * 2**20
 
@@ -71,6 +73,7 @@ class Layout:
             fused_accumulation=not flags.get("no-gradient-accumulation-fusion"),
             fp8=bool(flags.get("fp8-format")),
             matrix_mode=str(flags.get("matrix-mode", "auto")),
+            matrix_balance=float(flags.get("matrix-balance") or BALANCED),
             wire_bytes=2 if flags.get("exchange-dtype") == "bf16" else 4,
             bucket_bytes=float(flags.get("exchange-bucket-mb") or 64) * 2**20,
         )

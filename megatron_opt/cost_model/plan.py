@@ -110,6 +110,7 @@ def _sent(model: Model, layout: Layout, grouping: Sequence[GroupRule], stage: in
         warnings.simplefilter("ignore")  # what Megatron's modules say of packages that it would use on a GPU
         (found,) = planning.plan_model(
             wanted, config, sizes, _without_experts(grouping), tied=model.tied, stages=[stage], mode=layout.matrix_mode,
+            most=layout.matrix_balance,
             bucket_bytes=layout.bucket_bytes, wire=torch.bfloat16 if layout.wire_bytes == 2 else torch.float32,
             per_head=g.per_head,
         )  # fmt: skip
@@ -171,7 +172,7 @@ def _domain(
                 entry.copied += info.numel
     costs = {key: _cost(matrix_rules[key], info) for key, info in infos.items()}
     jobs = [Job.of(info, matrix_rules[key], costs[key]) for key, info in infos.items()]
-    plan = pack(jobs, ranks, layout.matrix_mode)
+    plan = pack(jobs, ranks, layout.matrix_mode, layout.matrix_balance)
     buckets = len(make_buckets(plan.parts, ranks, layout.bucket_bytes, layout.wire_bytes))
     data = max(1, ranks // tp)
     return DomainPlan(

@@ -10,6 +10,7 @@ from megatron_opt.distributed.domain import Domain, agree, gather_objects, subgr
 from megatron_opt.distributed.exchange import Exchange
 from megatron_opt.distributed.fragments import make_fragments
 from megatron_opt.distributed.matrices import declare
+from megatron_opt.distributed.ownership import BALANCED
 from megatron_opt.distributed.sharded_optimizer import ShardedOptimizer
 from megatron_opt.optimizers.base import MatrixInfo
 from megatron_opt.optimizers.groups import GroupRule, assign
@@ -69,6 +70,7 @@ def build_optimizer(
     rules: Sequence[GroupRule],
     *,
     mode: str = "auto",
+    most: float = BALANCED,
     bucket_bytes: float = 64 * 2**20,
     wire: torch.dtype = torch.float32,
     per_head: bool = False,
@@ -81,7 +83,7 @@ def build_optimizer(
     domains = build_domains(chunks, distributed, per_head, wire)
     groups = assign(all_matrices(domains), rules, decay_mode, width_ratio)
     optimizer = ShardedOptimizer(
-        config, chunks, domains, groups, mode=mode, bucket_bytes=bucket_bytes, on_bad_matrix=on_bad_matrix
+        config, chunks, domains, groups, mode=mode, most=most, bucket_bytes=bucket_bytes, on_bad_matrix=on_bad_matrix
     )
     for domain, step in zip(domains, optimizer.matrix_steps, strict=True):
         agree(f"optimizer plan of {domain.name}", step.placed.plan.digest(), domain.group, domain.size)

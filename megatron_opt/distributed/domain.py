@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_opt.distributed.exchange import Exchange, Holdings, Route, find_routes
 from megatron_opt.distributed.fragments import Fragment
 from megatron_opt.distributed.jobs import Job
-from megatron_opt.distributed.ownership import Plan, make_buckets, pack
+from megatron_opt.distributed.ownership import BALANCED, Plan, make_buckets, pack
 from megatron_opt.distributed.parts import Cell, Part, cells_of
 from megatron_opt.errors import UserError
 from megatron_opt.kernels import multi_tensor
@@ -92,9 +92,11 @@ class MatrixPlan:
     routes: list[Route]
 
     @staticmethod
-    def make(domain: Domain, jobs: Sequence[Job], mode: str, bucket_bytes: float) -> "MatrixPlan":
+    def make(
+        domain: Domain, jobs: Sequence[Job], mode: str, bucket_bytes: float, most: float = BALANCED
+    ) -> "MatrixPlan":
         """Plan and routes; equal on every rank of the domain."""
-        plan = pack(jobs, domain.size, mode)
+        plan = pack(jobs, domain.size, mode, most)
         wire = torch.empty(0, dtype=domain.exchange.wire).element_size()
         buckets = make_buckets(plan.parts, domain.size, bucket_bytes, wire)
         routes = find_routes(domain.holdings, plan.parts, domain.rank, buckets)

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_opt.distributed.parts import Part, shape2d, shape_of, with_shape
 from megatron_opt.optimizers.base import Area, Cost, MatrixInfo
+from megatron_opt.optimizers.slices import Leg
 
 Run = tuple[int, int, int]  # rank, and the first and last place of what it gets
 
@@ -41,6 +42,7 @@ class Job:
     cost: Cost
     cell_cost: Callable[[tuple[int, int]], Cost]  # of a rectangle of whole tiles
     slice_costs: Callable[[tuple[int, int], tuple[int, ...]], list[Cost]]  # of a tile
+    legs: Callable[[tuple[int, int], tuple[int, ...]], Sequence[Leg]]  # what its slices exchange
     weights: dict[tuple[int, int], Weight] = field(default_factory=dict, compare=False)
 
     @staticmethod
@@ -51,6 +53,7 @@ class Job:
             info.name, shape, rule.tile(info) or shape, rule.split_dim(info), cost or rule.cost(info),
             lambda cell: rule.cost(with_shape(info, cell)),
             lambda cell, edges: rule.slice_costs(with_shape(info, cell), edges),
+            lambda cell, edges: rule.legs(with_shape(info, cell), edges),
         )  # fmt: skip
 
     @property

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain, MatrixPlan
-from megatron_opt.distributed.exchange import Route, Trip, wires
+from megatron_opt.distributed.exchange import Item, Trip, wires
 from megatron_opt.distributed.parts import Part, shape2d
 from megatron_opt.optimizers.base import MatrixInfo, State
 from megatron_opt.optimizers.slices import SliceStep
@@ -31,34 +31,45 @@ class MatrixStep:
         self.mine = {key: part for key, part in self.placed.parts.items() if part.rank == self.domain.rank}
         self.cells = {part.key: cell for cell in self.placed.cells for part in cell.parts}
         self.cell_infos = {key: cell.info(self.infos[key[0]]) for key, cell in self.cells.items()}
+        self.lying = self._lying()
+        self.in_parts = {key[0] for key, cell in self.cells.items() if len(cell.parts) > 1 or not cell.is_whole}
+        self.scaled_later = {name for name in self.in_parts if self.rules[name].projects}
         self.sliced = {cell.key: cell for cell in self.placed.cells if len(cell.parts) > 1}
         self.legs = {
             key: self.rules[key[0]].legs(self.cell_infos[key], cell.edges) for key, cell in self.sliced.items()
         }
 
-    def _slabs(self, names: Sequence[str], route: Route, flats: Sequence[Tensor]) -> dict[Key, Tensor]:
-        """Room for this rank's parts; where a part already lies whole in one local rectangle, that rectangle itself."""
-        local: dict[Key, list[Any]] = {}
-        for source, items in enumerate(route.gather_in):
-            for item in items:
-                local.setdefault(item.part, []).append((source, item))
-        slabs = {}
-        wanted = set(names)
+    def _lying(self) -> dict[Key, Item]:
+        """This rank's parts that one local rectangle holds whole."""
+        found = {}
+        for route in self.placed.routes:
+            arriving: dict[Key, list[tuple[int, Item]]] = {}
+            for source, items in enumerate(route.gather_in):
+                for item in items:
+                    arriving.setdefault(item.part, []).append((source, item))
+            for key, ((source, item), *others) in arriving.items():
+                if not others and source == self.domain.rank and item.numel == _numel(self.mine[key]):
+                    found[key] = item
+        return found
+
+    def _slabs(self, names: Sequence[str], flats: Sequence[Tensor]) -> dict[Key, Tensor]:
+        """Room for this rank's parts of a bucket; where a part already lies whole in one local rectangle, that itself."""
+        slabs, wanted = {}, set(names)
         for key, part in self.mine.items():
-            if part.matrix not in wanted:
-                continue
-            found = local.get(key, [])
-            if len(found) == 1 and found[0][0] == self.domain.rank and found[0][1].numel == _numel(part):
-                slabs[key] = found[0][1].of_fragment(flats[found[0][1].fragment])
-            else:
-                slabs[key] = torch.empty(part.slab_shape, dtype=torch.float32, device=self.domain.device)
+            if part.matrix in wanted:
+                item = self.lying.get(key)
+                slabs[key] = (
+                    torch.empty(part.slab_shape, dtype=torch.float32, device=self.domain.device)
+                    if item is None
+                    else item.of_fragment(flats[item.fragment])
+                )
         return slabs
 
     def gather(self, flats: Sequence[Tensor]) -> dict[Key, Tensor]:
         """This rank's parts of per-fragment flat tensors (weights, say), bucket after bucket."""
         found: dict[Key, Tensor] = {}
         for names, route in zip(self.placed.buckets, self.placed.routes, strict=True):
-            slabs = self._slabs(names, route, flats)
+            slabs = self._slabs(names, flats)
             self.domain.exchange.gather(route, flats, slabs, "weights to owners").finish()
             found.update(slabs)
         return found
@@ -67,12 +78,29 @@ class MatrixStep:
         """State before the first step, from the current weights."""
         for key, slab in self.gather(weights).items():
             rule, info, cell = self.rules[key[0]], self.cell_infos[key], self.cells[key]
-            if cell.key not in self.sliced:
+            if key[0] not in self.in_parts:
                 self.states[key] = rule.init_state(slab.view(info.shape).clone(), info)
-                continue
-            self.states[key] = rule.init_slice(slab, info)
-            if key == cell.key:
-                self.shared[key] = rule.init_shared(info, self.domain.device)
+            elif cell.key not in self.sliced:
+                self.states[key] = rule.init_part(slab.view(info.shape).clone(), info)
+            else:
+                self.states[key] = rule.init_slice(slab, info)
+                if key == cell.key:
+                    self.shared[key] = rule.init_shared(info, self.domain.device)
+        self._join_norms()
+
+    def _join_norms(self) -> None:
+        """Norms of parts become those of their matrices, at every part."""
+        for norm in sorted({norm for name in self.in_parts for norm in self.rules[name].norms}):
+            squares = torch.zeros(len(self.domain.order), dtype=torch.float64)
+            mine = [key for key in self.states if key[0] in self.in_parts and norm in self.rules[key[0]].norms]
+            for key in mine:
+                squares[self.domain.order[key[0]]] += float(self.states[key][norm]) ** 2
+            squares = self.domain.sum_over_ranks(squares)
+            for key in mine:
+                self.states[key][norm].fill_(float(squares[self.domain.order[key[0]]].sqrt()))
+        for name, index in self.states:
+            if name in self.in_parts:
+                self.rules[name].joined(self.states[name, index], self.infos[name])
 
     def step(self, grads: Sequence[Tensor], scale: dict[str, float], skip: set[str], number: int) -> None:
         """Replace the gradients in `grads` by directions u; `scale` are clip factors, `skip` matrices left alone.
@@ -85,7 +113,7 @@ class MatrixStep:
         for index in range(len(placed.buckets) + 1):
             coming = None
             if index < len(placed.buckets):
-                slabs = self._slabs(placed.buckets[index], placed.routes[index], grads)
+                slabs = self._slabs(placed.buckets[index], grads)
                 coming = exchange.gather(placed.routes[index], grads, slabs), slabs
             if pending is not None:
                 trip, slabs = pending
@@ -95,6 +123,22 @@ class MatrixStep:
             pending = coming
         for trip in under_way:
             trip.finish()
+        if self.scaled_later:
+            self.rescale(grads, self.scaled_later - skip)
+
+    def rescale(self, flats: Sequence[Tensor], names: set[str]) -> None:
+        """Scale matrices in per-fragment tensors (weights, directions) to the norm that their rule keeps (Hyperball)."""
+        squares = self.domain.squared_norms(flats)
+        factors = torch.zeros(len(self.domain.order), dtype=torch.float64)
+        for (name, part), state in self.states.items():
+            if part == 0 and self.rules[name].projects:  # its rank has the norm, and need not hold any of the matrix
+                at = self.domain.order[name]
+                factors[at] = float(self.rules[name].projection(squares[at], state))
+        found = self.domain.sum_over_ranks(factors).tolist()
+        for fragment, flat in zip(self.domain.fragments, flats, strict=True):
+            for rect in fragment.rects:
+                if rect.matrix in names:
+                    rect.run(flat).mul_(found[self.domain.order[rect.matrix]])
 
     def _compute(
         self, names: Sequence[str], slabs: dict[Key, Tensor], scale: dict[str, float], skip: set[str], number: int
@@ -111,7 +155,7 @@ class MatrixStep:
             if scale.get(name, 1.0) != 1.0:
                 slab.mul_(scale[name])
             if self.cells[key].key not in self.sliced:
-                rule = self.rules[name]
+                rule = self.rules[name].of_part() if name in self.in_parts else self.rules[name]
                 rules[id(rule)] = rule
                 batches.setdefault(id(rule), []).append(key)
         for which, keys in batches.items():
@@ -152,7 +196,7 @@ class MatrixStep:
             for index, part in enumerate(cell.parts):
                 if part.rank == me:
                     mine[key] = index, part
-                    running[key] = self.rules[key[0]].slice_update(
+                    running[key] = self.rules[key[0]].of_part().slice_update(
                         slabs[part.key], self.states[part.key], shared, number, self.cell_infos[key], index, cell.edges
                     )
                     resume(key, None)

@@ -1,24 +1,30 @@
 """Who computes which matrix: deterministic packing over the ranks of a stage, equal everywhere.
 
 Whole matrices go by longest processing time first. Where that leaves a rank late, or with far more state than the mean,
-matrices whose rule allows it are cut: see `pouring`.
+matrices whose rule allows it are cut: see `pouring` and `gangs`. Of what balances, what sends least is taken.
 """
 
 import hashlib
 import heapq
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_opt.distributed.gangs import gather
 from megatron_opt.distributed.jobs import Job, Run, even, load_of
-from megatron_opt.distributed.parts import Part
+from megatron_opt.distributed.parts import Part, cells_of, shape_of
 from megatron_opt.distributed.pouring import pour
+from megatron_opt.errors import UserError
 
 MODES = ("auto", "owner", "group", "sharded")
-BALANCED = 1.1  # most loaded rank over the mean, and most state over the mean, up to which `auto` cuts nothing
+BALANCED = 1.1  # most loaded rank over the mean, and most state over the mean, that `auto` is content with
 _LATE = 1.15  # load over the mean that is not exceeded for more even state
 _WORTH = 1e9  # FLOPs by which the most loaded rank is late, from which a cut pays for its exchanges
 _WORTH_BYTES = 2.0**20  # the same of state
+_SENT = 5e3  # FLOPs (a GPU's, bf16) in half the time that a byte takes to another node
+_MEMORY = 0.3  # share of time that twice the state on the fullest rank is worth
+_ROOM = (1.0, 0.8, 0.6, 0.4, 0.2)  # shares of what `auto` allows above the mean, to which gangs are filled
 
 
 @dataclass
@@ -30,6 +36,7 @@ class Plan:
     load: list[float]
     flops: list[float]
     state_bytes: list[float]
+    exchanged: list[float]  # bytes sent in a step to other slices of the same matrices
 
     def imbalance(self) -> float:
         """Largest load over mean load."""
@@ -39,10 +46,18 @@ class Plan:
         """Most bytes of state over their mean."""
         return _over_mean(self.state_bytes)
 
-    def is_balanced(self) -> bool:
-        """Whether no rank has more of either than is worth a cut."""
+    def price(self) -> float:
+        """Load of the rank that is ready last, its bytes to other slices and as many as a rank sends on average counted.
+
+        Uneven state makes a plan dearer.
+        """
+        last = max(load + _SENT * sent for load, sent in zip(self.load, self.exchanged, strict=True))
+        return (last + _SENT * sum(self.exchanged) / len(self.load)) * (1 + _MEMORY * (self.state_imbalance() - 1))
+
+    def is_balanced(self, most: float = BALANCED) -> bool:
+        """Whether no rank has more of either than `most` times the mean, or too little more to be worth a cut."""
         return all(
-            _over_mean(values) <= BALANCED or max(values) - sum(values) / len(values) <= worth
+            _over_mean(values) <= most or max(values) - sum(values) / len(values) <= worth
             for values, worth in ((self.load, _WORTH), (self.state_bytes, _WORTH_BYTES))
         )
 
@@ -84,48 +99,60 @@ def _poured(jobs: Sequence[Job], ranks: int, both: bool) -> dict[str, list[Run]]
 
 def _plan(jobs: Sequence[Job], ranks: int, placed: dict[str, list[Run]]) -> Plan:
     parts: list[Part] = []
-    load, flops, state = [0.0] * ranks, [0.0] * ranks, [0.0] * ranks
+    load, flops, state, sent = ([0.0] * ranks for _ in range(4))
     owner = {}
     for job in jobs:
         made = job.parts(placed[job.matrix])
+        for cell in cells_of(part for part, _ in made) if len(made) > 1 else ():
+            if len(cell.parts) > 1:
+                legs = job.legs(shape_of(cell.area), cell.edges)
+                for index, part in enumerate(cell.parts):
+                    sent[part.rank] += sum(leg.sent(index) * leg.dtype.itemsize for leg in legs)
         owner[job.matrix] = made[0][0].rank
         for part, cost in made:
             parts.append(part)
             load[part.rank] += load_of(cost)
             flops[part.rank] += cost.mean_flops()
             state[part.rank] += cost.state_bytes
-    return Plan(parts, owner, load, flops, state)
+    return Plan(parts, owner, load, flops, state, sent)
 
 
-def _ways(jobs: Sequence[Job], ranks: int, mode: str) -> Iterator[dict[str, list[Run]]]:
-    """Placements that a mode may choose, in the order of what they cut."""
-    if mode == "sharded":
-        yield {job.matrix: even(job, ranks) for job in jobs if job.places > 1} | _whole(
-            [job for job in jobs if job.places == 1], ranks
-        )
-        return
-    if mode != "group":
-        yield _whole(jobs, ranks)
-    if mode == "auto":
-        yield _whole(jobs, ranks, both=True)
-    if mode != "owner":
-        yield _poured(jobs, ranks, both=False)
-        yield _poured(jobs, ranks, both=True)
+def check_balance(most: float) -> None:
+    """Refuse what no plan can keep to."""
+    if not 1.0 <= most < math.inf:
+        raise UserError(f"--matrix-balance {most} is no ratio of the most to the mean; give 1 or more, 1.1 say.")
 
 
-def pack(jobs: Sequence[Job], ranks: int, mode: str = "auto") -> Plan:
+def pack(jobs: Sequence[Job], ranks: int, mode: str = "auto", most: float = BALANCED) -> Plan:
     """Place every matrix: whole on one rank, or in cells and slices on several where its rule allows it.
 
-    `owner` cuts nothing, `sharded` cuts over all ranks, `group` fills every rank to the mean; `auto` is `owner`, or
-    `group` where a rank would be late or have more state by more than a tenth of the mean. Where neither gets there,
-    load comes first.
+    `owner` cuts nothing, `sharded` cuts over all ranks, `group` fills every rank to the mean. `auto` is `owner` where
+    no rank then has more load or state than `most` times the mean; else, among ways to cut that keep to this, what is
+    the cheapest in load and bytes sent. Where none does, load comes first. Raises UserError for `most` below 1.
     """
+    check_balance(most)
     order = sorted(jobs, key=lambda job: (-job.load, job.matrix))
     plans: list[Plan] = []
-    for placed in _ways(order, ranks, mode):
+
+    def add(placed: dict[str, list[Run]]) -> bool:
         plans.append(_plan(order, ranks, placed))
-        if plans[-1].is_balanced():
-            return plans[-1]
+        return plans[-1].is_balanced(most)
+
+    if mode == "sharded":
+        whole = _whole([job for job in order if job.places == 1], ranks)
+        return _plan(order, ranks, {job.matrix: even(job, ranks) for job in order if job.places > 1} | whole)
+    if mode == "owner":
+        return _plan(order, ranks, _whole(order, ranks))
+    if mode == "auto" and (add(_whole(order, ranks)) or add(_whole(order, ranks, both=True))):
+        return plans[-1]
+    if add(_poured(order, ranks, both=False)) and mode == "group":
+        return plans[-1]
+    add(_poured(order, ranks, both=True))
+    if mode == "auto" and jobs:
+        for share in _ROOM:
+            add(gather(order, ranks, 1.0 + share * (most - 1.0)))
+    if balanced := [plan for plan in plans if plan.is_balanced(most)]:
+        return min(balanced, key=Plan.price)
     return min(plans, key=lambda plan: (max(plan.imbalance(), _LATE), plan.state_imbalance()))
 
 
@@ -171,5 +198,9 @@ def plan_table(plan: Plan, sent: Mapping[int, float] | None = None, title: str =
     lines.append(
         f" total {sum(count):>6} {sum(plan.flops) / 1e9:>12.3f} {sum(plan.state_bytes) / 2**20:>10.2f} "
         f"{sum(sent.values()) / 2**20 if sent else 0:>10.2f} {plan.imbalance():>9.3f} (most loaded / mean)"
+    )
+    lines.append(
+        f"most state / mean {plan.state_imbalance():.3f}; most sent between slices of a matrix "
+        f"{max(plan.exchanged) / 2**20:.2f} MiB, {len(plan.parts) - len(plan.owner)} cuts"
     )
     return "\n".join(lines)

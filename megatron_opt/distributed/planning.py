@@ -17,7 +17,7 @@ from megatron_opt.distributed.exchange import wires
 from megatron_opt.distributed.fragments import Rect, rectangles
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.matrices import Geometry, ParamView, split_param
-from megatron_opt.distributed.ownership import Plan, make_buckets, pack, plan_table
+from megatron_opt.distributed.ownership import BALANCED, Plan, make_buckets, pack, plan_table
 from megatron_opt.distributed.parts import Cell, Part, cells_of
 from megatron_opt.errors import UserError
 from megatron_opt.files import write_atomic
@@ -257,6 +257,7 @@ def plan_model(
     tied: bool = False,
     stages: Sequence[int] | None = None,
     mode: str = "auto",
+    most: float = BALANCED,
     bucket_bytes: float = 64 * 2**20,
     wire: torch.dtype = torch.float32,
     per_head: bool = False,
@@ -279,7 +280,7 @@ def plan_model(
             held, infos, ranks = _holdings(chunks, layout, geometry, expert, tied)
             taken = {name: infos[name] for name in sorted(infos) if isinstance(rule_of[name], MatrixOptimizer)}
             jobs = [Job.of(info, rule_of[name]) for name, info in taken.items()]
-            plan = pack(jobs, ranks, mode)
+            plan = pack(jobs, ranks, mode, most)
             buckets = make_buckets(plan.parts, ranks, bucket_bytes, width)
             name = f"stage {stage}" if expert is None else f"experts of stage {stage}, expert rank {expert}"
             found.append(DomainPlan(name, plan, _sent(held, plan, rule_of, taken, buckets, width)))
@@ -312,7 +313,7 @@ def from_args(args: Any, world: int, rules: Sequence[GroupRule], stages: Sequenc
         layout = replace(layout, etp=1)
     parameters = gpt_parameters(config, args.padded_vocab_size, tied=tied, learned_positions=learned)
     return plan_model(
-        parameters, config, layout, rules, tied=tied, stages=stages, mode=args.matrix_mode,
+        parameters, config, layout, rules, tied=tied, stages=stages, mode=args.matrix_mode, most=args.matrix_balance,
         bucket_bytes=args.exchange_bucket_mb * 2**20,
         wire={"fp32": torch.float32, "bf16": torch.bfloat16}[args.exchange_dtype], per_head=args.split_heads,
     )

@@ -10,20 +10,21 @@ from itertools import accumulate
 
 from megatron_opt.distributed.jobs import Job, Run
 
-_FINE = 64  # slices are multiples of about this part of a rank's load
+FINE = 64  # slices are multiples of about this part of a rank's load or state
 
 
 class _Cursor:
     """How far a job is poured."""
 
-    def __init__(self, job: Job, level: float) -> None:
+    def __init__(self, job: Job, level: float, state_level: float, fine: int) -> None:
         self.job, self.at, self.runs = job, 0, list[Run]()
         self.depth, self.places = job.depth, job.places
         self.weights = [job.weigh(tile) for tile in range(self.places // self.depth)]
         total = sum(w.load * self.depth + w.first_load for w in self.weights)
-        self.ratio = sum(w.state * self.depth + w.first_state for w in self.weights) / total
+        state = sum(w.state * self.depth + w.first_state for w in self.weights)
+        self.ratio = state / total
         grain = 1 << max(0, self.depth.bit_length() - 10)  # slices of whole tiles of memory
-        self.step = max(1, int(level / _FINE / (total / self.places)) // grain) * grain
+        self.step = max(1, int(self.places / fine * min(level / total, state_level / (state or 1.0))) // grain) * grain
         self._look()
 
     def _look(self) -> None:
@@ -78,14 +79,17 @@ def level_of(held: Sequence[float], more: float) -> float:
     return ordered[0]
 
 
-def pour(jobs: Sequence[Job], loads: Sequence[float], states: Sequence[float], both: bool) -> dict[str, list[Run]]:
+def pour(
+    jobs: Sequence[Job], loads: Sequence[float], states: Sequence[float], both: bool, fine: int = FINE
+) -> dict[str, list[Run]]:
     """Runs by job; `loads` and `states` are what ranks have already, `both` says whether state is to be balanced too."""
     total = sum(job.load for job in jobs)
-    cursors = [_Cursor(job, total / len(loads)) for job in jobs]
+    total_state = sum(job.cost.state_bytes for job in jobs)
+    cursors = [_Cursor(job, total / len(loads), total_state / len(loads), fine) for job in jobs]
     if both:
         cursors.sort(key=lambda cursor: (-cursor.ratio, -cursor.job.load, cursor.job.matrix))
     level = level_of(loads, total)
-    state_level = level_of(states, sum(job.cost.state_bytes for job in jobs))
+    state_level = level_of(states, total_state)
     line, lack, lack_state = _Line(cursors, both), 0.0, 0.0
     for rank, (load, state) in enumerate(zip(loads, states, strict=True)):
         lack += max(0.0, level - load)

@@ -14,6 +14,7 @@ from megatron_opt.distributed.elementwise import ElementwiseStep
 from megatron_opt.distributed.health import Health
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.matrix_step import MatrixStep
+from megatron_opt.distributed.ownership import BALANCED
 from megatron_opt.distributed.state import common_state, load_state, sharded_state
 from megatron_opt.distributed.weights import WeightStep
 from megatron_opt.optimizers import registry
@@ -40,6 +41,7 @@ class ShardedOptimizer(MegatronOptimizer):
         groups: Sequence[Group],
         *,
         mode: str = "auto",
+        most: float = BALANCED,
         bucket_bytes: float = 64 * 2**20,
         on_bad_matrix: str = "skip",
     ) -> None:
@@ -66,7 +68,7 @@ class ShardedOptimizer(MegatronOptimizer):
             infos = {name: domain.infos[name] for name in matrix_names}
             rules = {name: self.rules[group_of[name]] for name in matrix_names}
             jobs = [Job.of(info, rules[name]) for name, info in infos.items()]
-            placed = MatrixPlan.make(domain, jobs, mode, bucket_bytes)
+            placed = MatrixPlan.make(domain, jobs, mode, bucket_bytes, most)
             self.matrix_steps.append(MatrixStep(domain, placed, rules, infos))
             self.weight_steps.append(WeightStep(domain, self.matrix_steps[-1], self.groups, self.rules, group_of))
             self.element_steps.append(ElementwiseStep(domain, self.groups, self.rules, group_of))

@@ -80,7 +80,7 @@ def whole_places(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int
     for key_of, state in sorted(step.states.items()):
         (name, index), part, info = key_of, step.mine[key_of], step.infos[key_of[0]]
         rule, stacks = step.rules[name], _places(step, key_of)
-        common = {*rule.flags}
+        common = {*rule.flags, *rule.norms}
         if rule.split_dim(info) is not None:
             common |= {*rule.init_shared(info, torch.device("meta"))}
         r0, r1, c0, c1 = part.bounds
@@ -88,7 +88,7 @@ def whole_places(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int
         for key, tensor in sorted(state.items()):
             if tensor.dim() == 3 and tensor.shape[1] == tensor.shape[2]:
                 yield from _stack(name, key, tensor, stacks, index)
-            elif key not in common and tensor.dim() in (1, 2) and tensor.shape[0] == r1 - r0 \
+            elif key not in {*common, *rule.rows} and tensor.dim() in (1, 2) and tensor.shape[0] == r1 - r0 \
                     and tensor.numel() == (r1 - r0) * (c1 - c0):
                 yield key, name, tensor, (rows, cols), Rect(name, r0, r1, c0, c1), index
             elif key not in common and tensor.dim() and tensor.shape[0] == tensor.numel() == r1 - r0:

@@ -60,26 +60,10 @@ class WeightStep:
                 copies=[rect.run(self._image(at)) for at, rect in taken] if index in self.imaged else (),
                 cautious_decay=mode == "cautious",
             )
-        if any(rule.projects for rule in self.matrix.rules.values()):
-            self._project(mains, skip)
+        if projected := {name for name, rule in self.matrix.rules.items() if rule.projects}:
+            self.matrix.rescale(mains, projected - skip)
 
     def _image(self, index: int) -> Tensor:
         image = self.domain.fragments[index].image()
         assert image is not None  # the parameter is bf16
         return image
-
-    def _project(self, mains: Sequence[Tensor], skip: set[str]) -> None:
-        """Rescale weights to the norm that their rule keeps (Hyperball); the state is at the owner."""
-        domain = self.domain
-        squares = domain.squared_norms(mains)
-        factors = torch.zeros(len(domain.order), dtype=torch.float64)
-        for (name, part), state in self.matrix.states.items():
-            rule = self.matrix.rules[name]
-            if part == 0 and rule.projects:
-                factors[domain.order[name]] = float(rule.projection(squares[domain.order[name]], state))
-        found = domain.sum_over_ranks(factors).tolist()
-        for index, held in self.held.items():
-            if self.rules[index].projects:
-                for at, rect in held:
-                    if rect.matrix not in skip:
-                        rect.run(mains[at]).mul_(found[domain.order[rect.matrix]])

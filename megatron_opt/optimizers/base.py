@@ -96,6 +96,8 @@ class MatrixOptimizer:
     vectors: ClassVar[bool] = False  # whether 1-D parameters are welcome
     projects: ClassVar[bool] = False  # whether steps are rescaled to a fixed norm (Hyperball)
     flags: ClassVar[tuple[str, ...]] = ()  # state of one element: 1 from the first gradient on
+    norms: ClassVar[tuple[str, ...]] = ()  # state of one element: a norm of the whole matrix, with every part of it
+    rows: ClassVar[tuple[str, ...]] = ()  # state of one element a row
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -115,7 +117,10 @@ class MatrixOptimizer:
         raise NotImplementedError
 
     def projection(self, squared_norm: Tensor, state: State) -> Tensor:
-        """Factor on the weight after the step, from the whole matrix's ‖W‖² (rules with `projects`, without decay)."""
+        """Factor to the norm that the rule keeps, from the whole matrix's squared one (rules with `projects`, no decay).
+
+        On the weight after the step, and on the direction of a matrix in parts.
+        """
         raise NotImplementedError
 
     # A rule whose matrices are grids of tiles that need nothing of each other says how large tiles are: on a cell, any
@@ -124,6 +129,17 @@ class MatrixOptimizer:
     # cut, what the slices exchange, and how one slice steps; `update` on the whole equals all slices' steps together.
     # The whole's state is the union of the slices' (cut along the same side, in proportion) and the shared one, and the
     # matrix's that of its cells; stacks of blocks go where `stack_places` says. Neither sees a matrix without a gradient.
+
+    def of_part(self) -> "MatrixOptimizer":
+        """The rule that computes parts of a matrix: with `projects` the caller scales the direction to the whole's norm."""
+        return self
+
+    def init_part(self, weight: Tensor, info: MatrixInfo) -> State:
+        """State of a cell; `norms` are the cell's own until `joined`."""
+        return self.init_state(weight, info)
+
+    def joined(self, state: State, info: MatrixInfo) -> None:
+        """Called with a part's state once its `norms` are the whole matrix's; refuses what the rule cannot begin with."""
 
     def tile(self, info: MatrixInfo) -> tuple[int, int] | None:
         """(rows, columns) of tiles, a vector being one column; None where the matrix is one."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.kernels import products
-from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer, Shape, State
+from megatron_opt.optimizers.base import Area, MatrixInfo, MatrixOptimizer, Shape, State
 from megatron_opt.optimizers.blocks import Grid, apart, as_matrix, batched, put_back
 from megatron_opt.optimizers.families import SMALL, Family, Planner
 from megatron_opt.optimizers.options import check, choice, option
@@ -130,6 +130,23 @@ class FactoredOptimizer(MatrixOptimizer):
 
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
         return self.init_slice(weight, info) | self.init_shared(info, weight.device, weight.dtype)
+
+    # Blocks step alone
+
+    def tile(self, info: MatrixInfo) -> tuple[int, int] | None:
+        """A block: the whole of a side without a factor."""
+        (_, rows, columns), *_ = self.grid(info).shapes()
+        return rows, columns
+
+    def stack_places(self, info: MatrixInfo, area: Area) -> dict[str, tuple[str, list[int], int]]:
+        places, whole, (r0, r1, c0, c1) = {}, self.grid(info), area
+        for region, starts in enumerate(self.grid(info, (r1 - r0, c1 - c0)).starts()):
+            found = [whole.find(r0 + row, c0 + column) for row, column in starts]
+            of, numbers = found[0][0], [number for _, number in found]
+            for side in self.sides(info):
+                for kind in ("gg", "q"):
+                    places[f"{kind}_{region}_{side}"] = f"{kind}_{of}_{side}", numbers, whole.shapes()[of][0]
+        return places
 
     # One step on whole matrices
 

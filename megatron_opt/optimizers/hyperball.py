@@ -5,6 +5,7 @@ about √(lr·wd) of the wrapped rule's own; weight decay means nothing here and
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import elementwise
-from megatron_opt.optimizers.base import Cost, ElementwiseOptimizer, MatrixInfo, MatrixOptimizer, State
+from megatron_opt.optimizers.base import Area, Cost, ElementwiseOptimizer, MatrixInfo, MatrixOptimizer, State
 from megatron_opt.optimizers.kron import Kron
 from megatron_opt.optimizers.muon import Muon
 from megatron_opt.optimizers.registry import register
 from megatron_opt.optimizers.scion import Scion
 from megatron_opt.optimizers.shampoo import Shampoo
+from megatron_opt.optimizers.slices import Leg, SliceStep, shares
 from megatron_opt.optimizers.soap import Soap
 
 _FLOOR = 1e-10
@@ -45,6 +47,23 @@ class ElementwiseDirection(MatrixOptimizer):
     def cost(self, info: MatrixInfo) -> Cost:
         return self.inner.cost(torch.Size(info.shape).numel())
 
+    # Slices of the longer side, which need nothing of each other
+
+    def split_dim(self, info: MatrixInfo) -> int | None:
+        """Whole where the rule sums over the matrix, or rounds to blocks or by place."""
+        if isinstance(self.inner, elementwise.Cautious) or self.config.state_dtype != "fp32":
+            return None
+        return int(len(info.shape) == 2 and info.shape[1] > info.shape[0])
+
+    def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
+        return self.inner.init_state(weight)
+
+    def slice_update(
+        self, grad: Tensor, state: State, shared: State, step: int, info: MatrixInfo, index: int, edges: tuple[int, ...]
+    ) -> SliceStep:
+        yield from ()
+        return self.update([grad.contiguous()], [state], step, [info])[0]
+
 
 class Hyperball(MatrixOptimizer):
     """W ← R·N(W − η·R·N(u)) with u of the rule named before `_h`."""
@@ -52,23 +71,32 @@ class Hyperball(MatrixOptimizer):
     inner_class: ClassVar[type]
     clip: ClassVar[bool] = True
     projects: ClassVar[bool] = True
+    norms: ClassVar[tuple[str, ...]] = ("radius",)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         inner = self.inner_class(config)
         self.inner = inner if isinstance(inner, MatrixOptimizer) else ElementwiseDirection(inner)
         self.vectors = self.inner.vectors  # type: ignore[misc]
-        self.flags = (*self.inner.flags, "radius")  # type: ignore[misc]
+        self.flags, self.rows = self.inner.flags, self.inner.rows  # type: ignore[misc]
 
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
-        state = self.inner.init_state(weight, info)
-        radius = torch.linalg.vector_norm(weight.double()).to(weight.dtype)
-        if not radius > 0:
+        state = self.init_part(weight, info)
+        self.joined(state, info)
+        return state
+
+    def init_part(self, weight: Tensor, info: MatrixInfo) -> State:
+        return self.inner.init_state(weight, info) | self._radius(weight)
+
+    def _radius(self, weight: Tensor) -> State:
+        return {"radius": torch.linalg.vector_norm(weight.double()).to(weight.dtype).view(1)}
+
+    def joined(self, state: State, info: MatrixInfo) -> None:
+        if not state["radius"] > 0:
             raise UserError(
                 f"{info.name} starts at zero, and {self.name} would keep it there; give it another initialization "
                 "or another optimizer (--optimizer-groups)."
             )
-        return state | {"radius": radius.view(1)}
 
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
@@ -83,14 +111,40 @@ class Hyperball(MatrixOptimizer):
         return state["radius"][0] / squared_norm.sqrt().clamp_min(_FLOOR)
 
     def cost(self, info: MatrixInfo) -> Cost:
-        inner, numel = self.inner.cost(info), torch.Size(info.shape).numel()
-        return Cost(
-            inner.flops,
-            inner.refresh,
-            inner.refresh_every,
-            inner.elementwise_bytes + 4.0 * 6 * numel,  # two norms, two scalings
-            inner.state_bytes + 4.0,
-        )
+        return self._with_norms(self.inner.cost(info), torch.Size(info.shape).numel())
+
+    def _with_norms(self, cost: Cost, numel: float) -> Cost:
+        """Besides, two norms and two scalings, and the radius."""
+        moved = cost.elementwise_bytes + 4.0 * 6 * numel
+        return replace(cost, elementwise_bytes=moved, state_bytes=cost.state_bytes + 4.0)
+
+    # Parts are the inner rule's
+
+    def of_part(self) -> MatrixOptimizer:
+        return self.inner
+
+    def tile(self, info: MatrixInfo) -> tuple[int, int] | None:
+        return self.inner.tile(info)
+
+    def split_dim(self, info: MatrixInfo) -> int | None:
+        return self.inner.split_dim(info)
+
+    def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
+        return self.inner.init_slice(weight, info) | self._radius(weight)
+
+    def init_shared(self, info: MatrixInfo, device: torch.device, dtype: torch.dtype = torch.float32) -> State:
+        return self.inner.init_shared(info, device, dtype)
+
+    def legs(self, info: MatrixInfo, edges: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Leg]:
+        return self.inner.legs(info, edges, dtype)
+
+    def stack_places(self, info: MatrixInfo, area: Area) -> dict[str, tuple[str, list[int], int]]:
+        return self.inner.stack_places(info, area)
+
+    def slice_costs(self, info: MatrixInfo, edges: tuple[int, ...]) -> list[Cost]:
+        numel = torch.Size(info.shape).numel()
+        costs = self.inner.slice_costs(info, edges)
+        return [self._with_norms(cost, share * numel) for cost, share in zip(costs, shares(edges), strict=True)]
 
 
 def _wrap(name: str, inner: type) -> type:

@@ -4,7 +4,7 @@ kellerjordan.github.io/posts/muon, arXiv 2502.16982; row normalization (NorMuon)
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from megatron_opt.optimizers import sliced_orthogonalization as sliced
 from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, Shape, State
 from megatron_opt.optimizers.options import check, choice, option
 from megatron_opt.optimizers.registry import register
-from megatron_opt.optimizers.slices import Leg, SliceStep, in_proportion
+from megatron_opt.optimizers.slices import Leg, SliceStep, in_proportion, shares
 
 SCALE_MODES = ("shape_scaling", "spectral", "unit_rms_norm", "none")
 MOMENTUM_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}  # None: the weight's own
@@ -199,8 +199,13 @@ class SpectralOptimizer(MatrixOptimizer):
         x = (x * ns.scale_to_unit(norm, self.eps, self.config.norm_form)).contiguous()
         x = x.to(ns.ITERATION_DTYPES[self.config.fp32_matmul_prec] or x.dtype)
         y = yield from sliced.iterate(x, K, in_proportion(k, edges), index, self.table)
-        y = y.to(grad.dtype) * self.factor(info)
-        return y if self.split_dim(info) == 1 else y.mT
+        y = y.to(grad.dtype)
+        return (yield from self.rescale_slice(y if self.split_dim(info) == 1 else y.mT, state, info))
+
+    def rescale_slice(self, x: Tensor, state: State, info: MatrixInfo) -> SliceStep:
+        """What follows the orthogonalization of a slice."""
+        yield from ()
+        return x * self.factor(info)
 
 
 @register
@@ -209,6 +214,7 @@ class Muon(SpectralOptimizer):
 
     name: ClassVar[str] = "muon"
     Config: ClassVar[type] = MuonConfig
+    rows: ClassVar[tuple[str, ...]] = ("row_second_moment",)
 
     def weights(self) -> tuple[float, float, float, float]:
         mu = self.config.momentum
@@ -217,9 +223,10 @@ class Muon(SpectralOptimizer):
 
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
         state = super().init_state(weight, info)
-        if self.config.normuon:
-            state["row_second_moment"] = weight.new_zeros(info.shape[0], 1)
-        return state
+        return state | self._row_moments(weight)
+
+    def _row_moments(self, weight: Tensor) -> State:
+        return {"row_second_moment": weight.new_zeros(len(weight), 1)} if self.config.normuon else {}
 
     def rescale(self, x: Tensor, state: State, info: MatrixInfo) -> Tensor:
         if self.config.normuon:
@@ -230,8 +237,41 @@ class Muon(SpectralOptimizer):
             x = rows * (x.norm() / rows.norm().clamp_min(torch.finfo(x.dtype).tiny))
         return super().rescale(x, state, info)
 
-    def split_dim(self, info: MatrixInfo) -> int | None:
-        return None if self.config.normuon else super().split_dim(info)
+    # NorMuon's slices: of columns, that sum rows' squares and then know all rows; of rows, that sum two squared norms
+
+    def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
+        return super().init_slice(weight, info) | self._row_moments(weight)
+
+    def legs(self, info: MatrixInfo, edges: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Leg]:
+        found, sums = super().legs(info, edges, dtype), info.shape[0] if self.split_dim(info) == 1 else 2
+        if self.config.normuon:
+            found.append(Leg(False, tuple(range(len(edges))), sums, torch.float64))
+        return found
+
+    def rescale_slice(self, x: Tensor, state: State, info: MatrixInfo) -> SliceStep:
+        if self.config.normuon:
+            squares = x.double().square().sum(dim=1)
+            if self.split_dim(info) == 1:
+                squares = (yield squares.view(1, -1)).sum(dim=0)
+            moment = state["row_second_moment"]
+            moment.lerp_((squares / info.shape[1]).to(moment.dtype).view(-1, 1), 1 - self.config.normuon_beta2)
+            scale = 1.0 / (moment.sqrt() + self.config.normuon_eps)
+            norms = torch.stack([squares.sum(), (squares * scale.flatten().double().square()).sum()])
+            if self.split_dim(info) == 0:
+                norms = (yield norms.view(1, -1)).sum(dim=0)
+            before, after = norms.sqrt()
+            x = x * scale * (before / after.clamp_min(torch.finfo(x.dtype).tiny)).to(x.dtype)
+        return (yield from super().rescale_slice(x, state, info))
+
+    def slice_costs(self, info: MatrixInfo, edges: tuple[int, ...]) -> list[Cost]:
+        costs = super().slice_costs(info, edges)
+        if not self.config.normuon or self.split_dim(info) == 0:
+            return costs
+        moments = 4.0 * info.shape[0]  # with every slice
+        return [
+            replace(cost, state_bytes=cost.state_bytes + (1 - share) * moments)
+            for cost, share in zip(costs, shares(edges), strict=True)
+        ]
 
     def cost(self, info: MatrixInfo) -> Cost:
         cost = super().cost(info)

@@ -79,6 +79,10 @@ class Shampoo(FactoredOptimizer):
                 u.mul_(torch.where(norm > 0, length / norm, torch.zeros_like(norm)))
         return directions
 
+    def tile(self, info: MatrixInfo) -> tuple[int, int] | None:
+        """A block; the whole where its length is AdamW's, a norm of the whole matrix."""
+        return super().tile(info) if self.config.grafting == "none" else None
+
     def cost(self, info: MatrixInfo) -> Cost:
         gemm, refresh, state = 0.0, 0.0, 4.0
         numel = torch.Size(info.shape).numel()

@@ -1,7 +1,8 @@
 """Newton–Schulz on slices of one matrix: the products of one process, each computed once by one of the slices.
 
 Slice j has columns X_j of wide X (k, K). X·Xᵀ is summed over the slices; of every (k, k) product a slice computes the
-block of rows that is its own, in proportion to its columns. The iteration is the one of `kernels.orthogonalize`.
+block of rows that is its own, in proportion to its columns. All of them are symmetric, polynomials of one matrix: half of
+each row travels. The iteration is the one of `kernels.orthogonalize`.
 """
 
 import torch
@@ -16,12 +17,12 @@ from megatron_opt.optimizers.slices import Leg, SliceStep
 def legs(k: int, K: int, rows: tuple[int, ...], dtype: torch.dtype, table: Coefficients) -> list[Leg]:
     """Exchanges of `iterate` in order."""
     if not ns.uses_gram_form(k, K, dtype, table):
-        step = [Leg(True, rows, k, dtype), Leg(False, rows, k, dtype), Leg(False, rows, k, dtype)]
+        step = [Leg(True, rows, _half(k), dtype), Leg(False, rows, _half(k), dtype), Leg(False, rows, _half(k), dtype)]
         return step * len(table)
-    wide, found = _wide(dtype), []
+    found = []
     for length in ns.segments(len(table), dtype):
-        whole = Leg(False, rows, k, wide)
-        found += [Leg(True, rows, k, wide), whole, *[whole] * (2 * length - 1), *[whole] * (length > 1)]
+        whole = Leg(False, rows, _half(k), _wide(dtype))
+        found += [Leg(True, rows, _half(k), _wide(dtype)), *[whole] * (2 * length + (length > 2))]
     return found
 
 
@@ -30,30 +31,60 @@ def iterate(x: Tensor, K: int, rows: tuple[int, ...], index: int, table: Coeffic
     start, stop = rows[index], rows[index + 1]
     if not ns.uses_gram_form(len(x), K, x.dtype, table):
         for a, b, c in table:
-            block = yield products.matmul(x, x.mT, symmetric=True)
-            gram = yield block
-            z = yield products.accumulate(block.clone(), block, gram, c, b)
+            block = yield fold(products.matmul(x, x.mT, symmetric=True))
+            gram = unfold((yield block))
+            block = gram[start:stop]
+            z = unfold((yield fold(products.accumulate(block.clone(), block, gram, c, b), start)))
             x = products.accumulate(x.clone(), z, x, 1.0, a)
         return x
     first = 0
     for length in ns.segments(len(table), x.dtype):
         wide = x.to(_wide(x.dtype))
-        block = yield wide @ wide.mT
-        gram = yield block
-        q = block
+        block = yield fold(wide @ wide.mT)
+        gram = unfold((yield block))
+        whole, q = gram, gram[start:stop]
+        block = q
         for number, (a, b, c) in enumerate(table[first : first + length]):
             z = torch.addmm(block, block, gram, beta=b, alpha=c)
             z[:, start:stop].diagonal().add_(a)
-            whole = yield z
+            if number + 1 == length <= 2:  # the other factor is here whole, and polynomials of one matrix commute
+                q = z @ whole if number else z
+                break
+            whole = unfold((yield fold(z, start)))
             q = q @ whole if number else z
-            if number + 1 < length:  # polynomials of one matrix commute: own rows suffice
+            if number + 1 < length:  # for the same reason own rows suffice
                 block = block @ whole @ whole
-                gram = yield block
-        if length > 1:
-            whole = yield q
+                gram = unfold((yield fold(block, start)))
+        whole = unfold((yield fold(q, start)))
         x = whole.to(x.dtype) @ x
         first += length
     return x
+
+
+def _half(k: int) -> int:
+    """Elements that travel of a row."""
+    return k // 2 + 1
+
+
+def fold(rows: Tensor, first: int = 0) -> Tensor:
+    """Of rows `first`, … of a symmetric (k, k), row r's columns r to r + k/2, beyond the last going on from column 0."""
+    k, half = rows.shape[1], _half(rows.shape[1])
+    twice = torch.cat([rows, rows[:, :half]], dim=1)
+    return twice.as_strided((len(rows), half), (k + half + 1, 1), first).contiguous()
+
+
+def unfold(folded: Tensor) -> Tensor:
+    """The symmetric (k, k) of all folded rows (k, k/2 + 1); what both of two rows have counts half from each."""
+    k, half = folded.shape
+    twice = folded.new_zeros(k, k + half)
+    placed = twice.as_strided((k, half), (k + half + 1, 1))
+    placed.copy_(folded)
+    placed[:, 0].mul_(0.5)
+    if k % 2 == 0:
+        placed[:, -1].mul_(0.5)
+    upper = twice[:, :k]
+    upper[:, :half] += twice[:, k:]
+    return upper + upper.mT
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.kernels import eigenbasis, projection
-from megatron_opt.optimizers.base import Area, Cost, MatrixInfo, State
+from megatron_opt.optimizers.base import Cost, MatrixInfo, State
 from megatron_opt.optimizers.bases import both, reorder, turn, turn_in
 from megatron_opt.optimizers.blocks import as_matrix, batched, put_back
 from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer, Held, guarded
@@ -223,13 +223,7 @@ class Soap(FactoredOptimizer):
         scale = (1 - cfg.beta2**n) ** 0.5 / (1 - cfg.beta1**n)
         return {"beta1": cfg.beta1, "beta2": cfg.beta2, "eps": cfg.eps, "scale": scale}
 
-    # Blocks step alone. Slices along a side without a factor sum the factor of the other side, and get its basis from
-    # slice 0.
-
-    def tile(self, info: MatrixInfo) -> tuple[int, int] | None:
-        """A block: the whole of a side without a factor."""
-        (_, rows, columns), *_ = self.grid(info).shapes()
-        return rows, columns
+    # Slices along a side without a factor sum the factor of the other side, and get its basis from slice 0.
 
     def split_dim(self, info: MatrixInfo) -> int | None:
         """A side without a factor; of two, the longer."""
@@ -237,16 +231,6 @@ class Soap(FactoredOptimizer):
         if len(info.shape) == 1:
             return None if sides else 0
         return {0: int(info.shape[1] > info.shape[0]), 1: 1 - sum(sides)}.get(len(sides))
-
-    def stack_places(self, info: MatrixInfo, area: Area) -> dict[str, tuple[str, list[int], int]]:
-        places, whole, (r0, r1, c0, c1) = {}, self.grid(info), area
-        for region, starts in enumerate(self.grid(info, (r1 - r0, c1 - c0)).starts()):
-            found = [whole.find(r0 + row, c0 + column) for row, column in starts]
-            of, numbers = found[0][0], [number for _, number in found]
-            for side in self.sides(info):
-                for kind in ("gg", "q"):
-                    places[f"{kind}_{region}_{side}"] = f"{kind}_{of}_{side}", numbers, whole.shapes()[of][0]
-        return places
 
     def _stacks(self, info: MatrixInfo) -> list[tuple[int, int]]:
         """(count, size) of the blocks of the factor's side, by region; nothing where no side has one."""

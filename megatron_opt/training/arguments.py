@@ -135,6 +135,12 @@ def add_engine_arguments(group: Any) -> None:
         help="compute matrices whole on one rank, cut where a rank is full, or in slices on all; auto picks by balance",
     )
     group.add_argument(
+        "--matrix-balance",
+        type=float,
+        default=1.1,
+        help="load and state of the fullest rank over the mean that --matrix-mode auto is content with: more cuts less",
+    )
+    group.add_argument(
         "--exchange-dtype",
         choices=["fp32", "bf16"],
         default="fp32",

@@ -95,6 +95,7 @@ def make_optimizer(config: Any, model_chunks: Sequence[Any], **ignored: Any) -> 
         model_chunks,
         group_rules(args),
         mode=args.matrix_mode,
+        most=args.matrix_balance,
         bucket_bytes=args.exchange_bucket_mb * 2**20,
         wire={"fp32": torch.float32, "bf16": torch.bfloat16}[args.exchange_dtype],
         per_head=args.split_heads,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_opt.distributed.ownership import check_balance
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.groups import GroupRule, default_rules, load_rules
@@ -143,6 +144,9 @@ def check_optimizer_arguments(args: Any) -> None:
                 f"--{name.replace('_', '-')}-… is given, but no parameter is trained by {name} "
                 f"(--optimizer {args.optimizer} uses {', '.join(sorted(used))}); remove the flag."
             )
+    check_balance(args.matrix_balance)
+    if "matrix-balance" in args.given_flags and args.matrix_mode != "auto":
+        raise UserError(f"--matrix-balance says when --matrix-mode auto cuts; with {args.matrix_mode} leave it out.")
     for flag, why in _REFUSED.items():
         if flag in args.given_flags:
             raise UserError(f"--{flag} has no meaning with --optimizer {args.optimizer}: {why}")

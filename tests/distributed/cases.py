@@ -26,6 +26,9 @@ MOE = (
     "--moe-token-dispatcher-type alltoall"
 ).split()
 
+MTP = [*DENSE, "--num-layers", "2", "--mtp-num-layers", "1"]
+OUTPUT_GATE = [*DENSE, "--num-layers", "2", "--attention-output-gate"]
+
 MUON = "--optimizer muon --muon-fp32-matmul-prec high".split()
 # SOAP divides by the gradient's size in every direction, so it scales rounding noise up where there is no gradient: in
 # the null space of a vector's factor, and of a router's, with few tokens an expert. No two layouts agree on noise.
@@ -35,6 +38,13 @@ SOAP_HIDDEN = ["--optimizer", "soap", "--optimizer-groups", str(Path(__file__).w
 SOAP_ONE_SIDED = [*SOAP, "--soap-one-sided", "true"]
 SOAP_STRIPS = [*SOAP_ONE_SIDED, "--soap-block-size", "16"]  # two strips or four of every matrix
 SOAP_BLOCKS = [*SOAP, "--soap-block-size", "16"]  # 32 × 32 and 32 × 64: several blocks on either side
+NORMUON = [*MUON, "--muon-normuon", "true"]
+MUON_H = "--optimizer muon_h --muon-h-fp32-matmul-prec high".split()
+SOAP_H = (
+    "--optimizer soap_h --soap-h-factor-precision fp64 --soap-h-eps 1e-6 --soap-h-precondition-1d false "
+    "--soap-h-block-size 16"
+).split()
+ADAM_H = "--optimizer adam_h".split()
 ADAMW = "--optimizer adamw".split()
 
 

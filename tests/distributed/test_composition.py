@@ -66,6 +66,10 @@ WORK = [
     case(c.DENSE, [*c.SOAP_STRIPS, "--matrix-mode", mode], layout, f"work-strips-{mode}-{layout.name}", steps=3, hook="work")
     for mode in ("sharded", "group")
     for layout in (c.ONE, c.TP2_DP2_DIST)
+] + [
+    case(c.DENSE, [*rule, "--matrix-mode", "sharded"], layout, f"work-{kind}-sharded-{layout.name}", steps=3, hook="work")
+    for kind, rule in (("normuon", c.NORMUON), ("muon_h", c.MUON_H), ("soap_h", c.SOAP_H))
+    for layout in (c.ONE, c.TP2_DP2_DIST)
 ]  # fmt: skip
 CASES = [
     *(case(model, [*_rule(name), *more], layout, name, steps=STEPS, **HOOKS.get(name, {}))

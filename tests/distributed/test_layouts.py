@@ -17,6 +17,10 @@ OPTIMIZERS = {
     **{f"muon/{mode}": [*c.MUON, "--matrix-mode", mode] for mode in ("owner", "sharded", "group")},
     **{f"soap/{mode}": [*c.SOAP_ONE_SIDED, "--matrix-mode", mode] for mode in ("owner", "sharded", "group")},
     **{f"soap16/{mode}": [*c.SOAP_BLOCKS, "--matrix-mode", mode] for mode in ("sharded", "group")},
+    **{f"normuon/{mode}": [*c.NORMUON, "--matrix-mode", mode] for mode in ("sharded", "group")},
+    **{f"muon_h/{mode}": [*c.MUON_H, "--matrix-mode", mode] for mode in ("sharded", "group")},
+    **{f"soap_h/{mode}": [*c.SOAP_H, "--matrix-mode", mode] for mode in ("sharded", "group")},
+    **{f"adam_h/{mode}": [*c.ADAM_H, "--matrix-mode", mode] for mode in ("sharded", "group")},
     **{f"strips/{mode}": [*c.SOAP_STRIPS, "--matrix-mode", mode] for mode in ("sharded", "group")},
 }
 UNEVEN = "--decoder-first-pipeline-num-layers=1"
@@ -45,15 +49,19 @@ EP2_DP2_DIST = Layout.of("ep2-dp2-distopt", 4, ep=2, distopt=True)
 MOE_LAYOUTS = [c.EP2, c.EP2_DIST, c.DP2_DIST, c.PP2, TP2_EP2, ETP2, EP2_ETP2, EP2_DP2_DIST]
 BOTH, ALL = ("adamw", "muon"), ("adamw", "muon", "soap")
 CUT = ("muon/sharded", "muon/group", "soap/sharded", "soap/group", "soap16/sharded", "soap16/group")
+NORMS = ("normuon/sharded", "muon_h/sharded", "soap_h/sharded", "soap_h/group", "adam_h/sharded")  # summed over parts
 MODELS = [
     ("dense", c.DENSE, ALL, DENSE_LAYOUTS),
     ("dense", c.DENSE, CUT, MODE_LAYOUTS),
     ("dense", c.DENSE, ("strips/sharded", "strips/group"), [c.TP2_DP2_DIST]),
+    ("dense", c.DENSE, NORMS, [c.TP2_DP2_DIST]),
     ("dense", c.DENSE, ("soap/default",), [c.TP2, c.PP2, c.DP2_DIST, c.TP2_DP2_DIST, c.TP4]),
     ("gqa", c.GQA, ALL, [c.TP2, c.TP4]),
     ("gqa", c.GQA, ("muon/group",), [c.TP2]),
     ("tied", c.TIED, ALL, [c.TP2, c.PP2, c.VPP2, c.DP2_DIST, c.TP2_PP2]),
     ("gpt2", c.GPT2, BOTH, [c.TP2, c.TP2_PP2, c.DP2_DIST]),
+    ("mtp", c.MTP, ("muon",), [c.TP2, c.DP2_DIST]),
+    ("gated", c.OUTPUT_GATE, ("muon",), [c.TP2, c.DP2_DIST]),
     ("moe", c.MOE, ALL, MOE_LAYOUTS),
     ("moe", c.MOE, ("muon/group",), [EP2_ETP2, EP2_DP2_DIST]),
     ("moe", c.MOE, ("soap/default",), [c.EP2, c.DP2_DIST]),
@@ -62,6 +70,8 @@ NULL_SPACES = ("moe-soap.default",)  # routers' bases: rounding noise moves them
 SLOWER = [
     ("dense", c.DENSE, CUT, [c.DP2_DIST, c.TP2_DP2]),
     ("dense", c.DENSE, ("strips/sharded", "strips/group"), [c.TP2, c.DP2, c.TP2_DP2, c.DP2_DIST]),
+    ("dense", c.DENSE, (*NORMS, "normuon/group", "muon_h/group"), [c.TP2, c.DP2, c.TP2_DP2_DIST, c.TP4, c.PP2_DP2_DIST]),
+    ("moe", c.MOE, ("normuon/group", "muon_h/group"), [EP2_ETP2, EP2_DP2_DIST]),
     ("dense", c.DENSE, ("muon/owner", "soap/owner"), [*MODE_LAYOUTS, c.DP2_DIST, c.TP2_DP2]),
     ("dense", c.DENSE, ALL, [
         Layout.of("pp2-dp4-distopt", 8, pp=2, distopt=True),

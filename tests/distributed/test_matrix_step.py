@@ -31,6 +31,11 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
         {"block_size": 8, "one_sided": True, "precondition_frequency": 2, "factor_precision": "fp64", "eps": 1e-6},
     ),
     "adam_mini": ("adam_mini", {}),
+    "normuon": ("muon", {"fp32_matmul_prec": "high", "normuon": True}),
+    "muon_h": ("muon_h", {"fp32_matmul_prec": "high"}),
+    "soap_h-blocks": ("soap_h", {"block_size": 8, "precondition_frequency": 2, "factor_precision": "fp64", "eps": 1e-6}),
+    "adam_h": ("adam_h", {}),
+    "shampoo-blocks": ("shampoo", {"grafting": "none", "block_size": 8, "precondition_frequency": 2, "damping": 1e-2}),
 }
 SHAPES: dict[str, tuple[int, ...]] = {"a": (12, 30), "b": (24, 24), "c": (40, 6), "d": (8, 70), "e": (16, 20)}
 VECTORS = {"f": (30,)}  # where the rule takes them
@@ -55,6 +60,10 @@ class Mailbox:
         self.barrier.wait()
         return SimpleNamespace(wait=lambda: None)
 
+    @property
+    def sum_over_ranks(self) -> Any:
+        return lambda domain, values: torch.stack(self.gather_objects(values, None, 0)).sum(0)
+
     def gather_objects(self, value: Any, group: Any, size: int) -> list[Any]:
         self.posted[self.local.rank] = value
         self.barrier.wait()
@@ -74,7 +83,7 @@ class Ranks:
         self.size, self.mailbox = size, Mailbox(size)
         patch.setattr(exchange_module.dist, "all_to_all_single", self.mailbox.all_to_all_single)
         patch.setattr(torch.cuda, "current_device", lambda: "cpu")
-        patch.setattr(Domain, "sum_over_ranks", lambda self, values: values)
+        patch.setattr(Domain, "sum_over_ranks", self.mailbox.sum_over_ranks)
         patch.setattr(state, "gather_objects", self.mailbox.gather_objects)
         self.name, self.mode, self.bucket_bytes = name, mode, bucket_bytes
         self.infos = {key: MatrixInfo(key, shape) for key, shape in _shapes(name).items()}
@@ -195,6 +204,43 @@ def test_every_mode_repeats_the_whole(
                 assert step.domain.exchange.traffic.sent.get(what, 0) == len(steps) * counts[rank], what
 
 
+def test_the_next_bucket_travels_while_this_one_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bucket i + 1 starts to its owners before bucket i is computed, directions of bucket i − 1 are not waited for."""
+    draw = torch.Generator().manual_seed(5)
+    ranks = Ranks(monkeypatch, "muon", 3, "owner", 1000.0)
+    ranks.begin(_matrices(draw, "muon"))
+    step, events = ranks.steps[0], []
+    exchange = step.domain.exchange
+    for name in ("gather", "scatter"):
+        inner = getattr(exchange, name)
+
+        def called(*args: Any, name: str = name, inner: Any = inner, **rest: Any) -> Any:
+            events.append(name)
+            return inner(*args, **rest)
+
+        monkeypatch.setattr(exchange, name, called)
+    compute = step._compute
+
+    def computed(*args: Any) -> Any:
+        events.append("compute")
+        return compute(*args)
+
+    monkeypatch.setattr(step, "_compute", computed)
+    finish = exchange_module.Trip.finish
+
+    def finished(trip: Any) -> None:
+        if ranks.mailbox.local.rank == 0:
+            events.append("wait")
+        finish(trip)
+
+    monkeypatch.setattr(exchange_module.Trip, "finish", finished)
+    ranks.step(_matrices(draw, "muon"), {}, set(), 1)
+    buckets = len(step.placed.buckets)
+    assert buckets > 2
+    turn = ["gather", "wait", "compute", "scatter"]
+    assert events == ["gather", *turn * (buckets - 1), *turn[1:], *["wait"] * buckets]
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_state_moves_to_another_way_of_computing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Slices on four ranks, whole matrices on three, slices on five: every tensor by value, the next steps the same."""
@@ -249,4 +295,5 @@ def _again(patch: pytest.MonkeyPatch, ranks: Ranks) -> Ranks:
     """The threads whose turn it is."""
     patch.setattr(exchange_module.dist, "all_to_all_single", ranks.mailbox.all_to_all_single)
     patch.setattr(state, "gather_objects", ranks.mailbox.gather_objects)
+    patch.setattr(Domain, "sum_over_ranks", ranks.mailbox.sum_over_ranks)
     return ranks

@@ -1,5 +1,6 @@
 """Directions into weights: the formula in float64, bf16 images, kept norms, and matrices that are left alone."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain
 from megatron_opt.distributed.fragments import Rect
+from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.weights import WeightStep
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
@@ -37,7 +39,8 @@ class Held:
         self.domain = Domain("", None, 0, 1, fragments, holdings, self.infos, None)  # type: ignore[arg-type]
         self.rule = registry.build(rule, {})
         states = {(n, 0): self.rule.init_state(w, self.infos[n]) for n, w in self.weights().items()}
-        matrix: Any = SimpleNamespace(infos=self.infos, rules=dict.fromkeys(self.infos, self.rule), states=states)
+        matrix: Any = SimpleNamespace(domain=self.domain, infos=self.infos, states=states)
+        matrix.rules, matrix.rescale = dict.fromkeys(self.infos, self.rule), partial(MatrixStep.rescale, matrix)
         groups: Any = [SimpleNamespace(decay_mode=mode)]
         self.step = WeightStep(self.domain, matrix, groups, [self.rule], dict.fromkeys(self.infos, 0))
         self.updates = [torch.randn(70, generator=draw), torch.randn(240, generator=draw)]

@@ -1,10 +1,15 @@
 """Muon and Scion against float64 transcriptions and peers."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
+from megatron_opt.optimizers import sliced_orthogonalization as sliced
 from megatron_opt.optimizers.base import MatrixInfo
 from megatron_opt.optimizers.muon import SCALE_MODES, shape_scale
 
@@ -167,3 +172,14 @@ def test_narrow_momentum_error_is_small_and_known(dtype, smallest, largest):
 def test_meaningless_options_are_refused(options):
     with pytest.raises(UserError):
         registry.build("muon", options)
+
+
+@given(st.integers(1, 40), st.lists(st.integers(0, 40), max_size=4), st.integers(0, 9))
+def test_half_of_a_symmetric_matrix_is_all_of_it(size, cuts, seed):
+    """Rows folded apart, joined and unfolded give the matrix back bit for bit."""
+    draw = torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
+    matrix = draw + draw.T
+    edges = [0, *sorted(min(cut, size) for cut in cuts), size]
+    folded = [sliced.fold(matrix[start:stop], start) for start, stop in pairwise(edges)]
+    assert torch.equal(sliced.unfold(torch.cat(folded)), matrix)
+    assert sum(part.numel() for part in folded) == size * (size // 2 + 1)

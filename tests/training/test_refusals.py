@@ -11,7 +11,8 @@ from megatron_opt.training.optimizer_flags import _REFUSED, _UNSUPPORTED, check_
 
 
 def flags(**given: Any) -> Namespace:
-    return Namespace(**{"optimizer": "muon", "optimizer_groups": None, "scalar_lr_ratio": None, "given_flags": set(), **given})
+    plain = {"optimizer": "muon", "optimizer_groups": None, "scalar_lr_ratio": None, "given_flags": set()}
+    return Namespace(**{**plain, "matrix_mode": "auto", "matrix_balance": 1.1, **given})
 
 
 @pytest.mark.parametrize("name", _UNSUPPORTED)
@@ -30,6 +31,19 @@ def test_unsupported_flag_is_refused(name: str) -> None:
 def test_flag_without_meaning_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"--{name} has no meaning"):
         check_optimizer_arguments(flags(given_flags={name}))
+
+
+@pytest.mark.parametrize("value", [0.9, -1.0, float("nan"), float("inf")])
+def test_a_balance_that_no_plan_can_keep_is_refused(value: float) -> None:
+    with pytest.raises(UserError, match=r"--matrix-balance .* give 1 or more"):
+        check_optimizer_arguments(flags(matrix_balance=value))
+
+
+def test_a_balance_without_effect_is_refused() -> None:
+    given = {"matrix_balance": 1.5, "given_flags": {"matrix-balance"}}
+    check_optimizer_arguments(flags(**given))
+    with pytest.raises(UserError, match="with owner leave it out"):
+        check_optimizer_arguments(flags(**given, matrix_mode="owner"))
 
 
 def test_every_unsupported_flag_is_one_of_megatrons() -> None:
