@@ -106,11 +106,11 @@ def _progress(status: Status, metrics: list[dict[str, Any]]) -> None:
 def _state(
     status: Status, folder: Path, log: list[dict[str, Any]], metrics: list[dict[str, Any]], written: float
 ) -> str:
+    if log and log[-1]["event"] == "failed":
+        return f"failed with exit code {log[-1]['code']}"
     result = folder / "results.json"
     if result.is_file() and result.stat().st_mtime >= written - 60:
         return str(json.loads(result.read_text()).get("status", "completed"))
-    if log and log[-1]["event"] == "failed":
-        return f"failed with exit code {log[-1]['code']}"
     if log and log[-1]["event"] == "signal":
         return f"left on {log[-1]['signal']}"
     if not metrics and status.iteration is None:
