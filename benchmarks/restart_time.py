@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""From a rank's death to the first new step: two ranks under the launcher, one killed (-9), by what the time goes into."""
+"""From a rank's death to the first new step: ranks under the launcher, one killed (-9), by what the time goes into."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.cluster.harness import LAYOUTS, Run, job_flags
 
 PHASES = (
-    ("agent", "the agent notices, ends the other rank and starts two new ones"),
+    ("agent", "the agent notices, ends the other ranks and starts new ones"),
     ("imports", "interpreter, torch, Megatron, flags"),
     ("groups", "process groups, datasets, model, optimizer"),
     ("load", "checksums and checkpoint"),
@@ -24,13 +24,14 @@ PHASES = (
 )
 
 
-def once(folder: Path, model: list[str]) -> dict[str, float]:
+def once(folder: Path, ranks: int, model: list[str]) -> dict[str, float]:
     """Seconds by phase of one restart."""
-    run = Run(folder, [*job_flags(folder, 4000, interval=10), *LAYOUTS["DP2"], "--optimizer", "adamw", *model])
+    flags = [*job_flags(folder, 4000, interval=10), *LAYOUTS["DP2"], "--optimizer", "adamw", *model]
+    run = Run(folder, flags, launcher=("--nproc-per-node", str(ranks), "--max-restarts", "1"))
     run.start()
     try:
         run.until(lambda: run.iteration() >= 25, 150, "25 steps")
-        victim, killed = run.ranks()[1], time.time()
+        victim, killed = run.ranks()[-1], time.time()
         old = set(run.ranks())
         os.kill(victim, signal.SIGKILL)
         run.until(lambda: set(run.ranks()) - old, 60, "new ranks")
@@ -50,15 +51,20 @@ def once(folder: Path, model: list[str]) -> dict[str, float]:
 def main() -> int:
     """Print the medians."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="a column each (default 1 2)")
+    parser.add_argument("--runs", type=int, default=3, help="restarts of which the median is taken (default 3)")
     parser.add_argument("--model", nargs=argparse.REMAINDER, default=["--hidden-size", "320", "--num-layers", "8"])
     args = parser.parse_args()
+    found: dict[int, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as name:
-        found = [once(Path(name) / str(number), args.model) for number in range(args.runs)]
-    print("| phase | seconds |\n|---|---|")
+        for ranks in args.ranks:
+            folders = [Path(name) / f"{ranks}-{number}" for number in range(args.runs)]
+            found[ranks] = [once(folder, ranks, args.model) for folder in folders]
+    print(f"| phase | {' | '.join(f'{n} rank{"s" * (n > 1)}, s' for n in found)} |\n|---|{'---|' * len(found)}")
     for phase, what in (*PHASES, ("all", "death to the first new step")):
-        print(f"| {what} | {statistics.median(one[phase] for one in found):.1f} |")
-    print(json.dumps([{k: round(v, 2) for k, v in one.items()} for one in found]))
+        medians = (statistics.median(one[phase] for one in runs) for runs in found.values())
+        print(f"| {what} | {' | '.join(f'{value:.1f}' for value in medians)} |")
+    print(json.dumps({n: [{k: round(v, 2) for k, v in one.items()} for one in runs] for n, runs in found.items()}))
     return 0
 
 

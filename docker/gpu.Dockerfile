@@ -1,5 +1,7 @@
 # GPU image: docker build -f docker/gpu.Dockerfile -t megatron-opt:gpu .
 # NGC's image brings torch, CUDA, NCCL, Transformer Engine and Apex, built for each other: none of them is replaced.
+# 26.09, the newest tag known in November 2026: torch 2.14.0a0, CUDA 13.4, cuDNN 9.26.0, NCCL 2.31.2, Transformer Engine
+# 2.19.0, Python 3.12 (as users of the image report). Its Apex is not reported; `doctor` tells what is there.
 ARG NGC_TAG=26.09-py3
 FROM nvcr.io/nvidia/pytorch:${NGC_TAG}
 

@@ -3,10 +3,13 @@
 #   DATA       folder with train/valid .bin/.idx and tokenizer.model (see docs/data.md)
 #   OUTPUT     folder of the run, on a file system that all nodes share
 #   OPTIMIZER  muon, adamw, soap, … (default muon)
+#   LR         learning rate (for muon by default the layout's or the preset's)
 : "${DATA:?folder with train.bin, valid.bin and tokenizer.model}"
 : "${OUTPUT:?folder for checkpoints and logs, shared by all nodes}"
+[ "${OPTIMIZER:-muon}" = muon ] || : "${LR:?learning rate of $OPTIMIZER; the layouts know only that of muon}"
+lr=${LR:-${lr:-}}
 run=(
-  --optimizer "${OPTIMIZER:-muon}"
+  --optimizer "${OPTIMIZER:-muon}" ${lr:+--lr "$lr"}
   --train-data-path "$DATA/train" --valid-data-path "$DATA/valid"
   --tokenizer-type SentencePieceTokenizer --tokenizer-model "$DATA/tokenizer.model"
   --data-cache-path "$OUTPUT/index-cache"

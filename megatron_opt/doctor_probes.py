@@ -87,6 +87,7 @@ VERSIONS: dict[str, Callable[[], str]] = {
     "megatron_opt": sources,
     "native kernels": extension,
     "transformer-engine": lambda: _installed("transformer-engine"),
+    "apex": lambda: _installed("apex"),
     "accelerator": accelerator,
 }
 

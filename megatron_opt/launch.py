@@ -16,6 +16,7 @@ SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 SHUTDOWN_SECONDS = 120
 RESTARTS = 3
 BAD_INPUT = 2
+SAVED = (143, 138)  # left on SIGTERM or SIGUSR1 with a checkpoint
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _exit_code(failures: Sequence[int]) -> int:
     """One code for the run from the codes of its failed ranks (negative: killed by that signal)."""
     if BAD_INPUT in failures:
         return BAD_INPUT
-    saved = [code for code in failures if code in (143, 138)]
+    saved = [code for code in failures if code in SAVED]
     return saved[0] if saved and len(saved) == len(failures) else 1
 
 
@@ -185,6 +186,16 @@ def launch(words: Sequence[str]) -> int:
     return 0
 
 
+def _note_failure(code: int, own: argparse.Namespace, training: Sequence[str]) -> None:
+    """The run's event log tells that nobody will start it again; fewer nodes may go on with --nnodes MIN:MAX."""
+    from megatron_opt.training import events
+
+    folder = effective_flags(training).get("output-dir")
+    if code not in (0, *SAVED) and ":" not in own.nnodes and folder and os.path.isdir(folder):
+        events.open_log(folder)
+        events.record("failed", code=code)
+
+
 def main(argv: list[str], prog: str = "megatron-opt train") -> int:
     """Start the ranks of this node and wait for them."""
     own, training = _parser(prog).parse_known_args(argv)
@@ -197,4 +208,6 @@ def main(argv: list[str], prog: str = "megatron-opt train") -> int:
     if own.dry_run:
         print(f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} torchrun", *words)
         return 0
-    return launch(words)
+    code = launch(words)
+    _note_failure(code, own, training)
+    return code

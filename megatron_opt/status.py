@@ -106,6 +106,8 @@ def _progress(status: Status, metrics: list[dict[str, Any]]) -> None:
 def _state(
     status: Status, folder: Path, log: list[dict[str, Any]], metrics: list[dict[str, Any]], written: float
 ) -> str:
+    if log and log[-1]["event"] == "failed":
+        return f"failed with exit code {log[-1]['code']}"
     result = folder / "results.json"
     if result.is_file() and result.stat().st_mtime >= written - 60:
         return str(json.loads(result.read_text()).get("status", "completed"))
@@ -164,7 +166,7 @@ def main(argv: list[str], prog: str = "megatron-opt status") -> int:
             text = json.dumps(vars(status)) if args.json else table(status)
             clear = "\033[H\033[2J" if args.watch and sys.stdout.isatty() else ""
             print(clear + text, flush=True)
-            if args.watch is None or status.state in ("completed", "diverged", "interrupted"):
+            if args.watch is None or status.state.startswith(("completed", "diverged", "interrupted", "failed")):
                 return 0
             time.sleep(args.watch)
     except KeyboardInterrupt:

@@ -281,6 +281,8 @@ def _check(args: Any) -> None:
             raise UserError(
                 f"{needed} is missing; give it, or a whole model by --preset ({', '.join(preset_names())})."
             )
+    if args.lr is None and not args.plan_world_size:
+        raise UserError("--lr is missing; give the learning rate, which depends on the optimizer.")
     if "make-vocab-size-divisible-by" not in args.given_flags and args.padded_vocab_size is None:
         # Megatron pads to this times TP, so that every TP size has another output layer; ours is one for all sizes
         args.make_vocab_size_divisible_by = max(1, args.make_vocab_size_divisible_by // tp)

@@ -202,8 +202,9 @@ def _strike(run: Run, target: str, draw: random.Random, save: Path, limit: float
                 return False
             raise
         if target == "save":
-            deadline = time.monotonic() + 20
-            while not saving(save) and time.monotonic() < deadline and run.process.poll() is None:
+            deadline = time.monotonic() + limit
+            while not saving(save) and run.process.poll() is None:
+                assert time.monotonic() < deadline, f"no save within {limit:.0f} s:\n{run.tail()}"
                 time.sleep(0.002)
         else:
             time.sleep(draw.uniform(0.0, 1.5))

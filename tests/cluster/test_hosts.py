@@ -101,6 +101,29 @@ def test_two_of_four_hosts_are_lost(nodes, reference):
     assert [sorted(seen[n]) for n in sorted(seen)] == [list(range(8 * n, 8 * n + 8)) for n in range(ITERATIONS)]
 
 
+def test_a_lost_host_is_taken_back(nodes, reference):
+    """Killed and done without; started again, the other saves, meets it anew and both go on from there."""
+    runs = nodes("1:2", "--log-samples", "--module", "tests.cluster.slow", last_call=10)
+    first, second = runs
+    for run in runs:
+        run.env |= {"SLOW_RANK": "0", "SLOW_FROM": "0", "SLOW_SECONDS": "0.05"}
+        run.start()
+
+    def sizes():
+        return [entry["world_size"] for entry in first.events("start", "restart")]
+
+    first.until(lambda: first.events("save") and first.iteration() >= 7, LIMIT, "a checkpoint")
+    second.end()
+    first.until(lambda: sizes()[-1] == 1 and first.iteration() >= 12, LIMIT, "steps without the lost host")
+    second.start()
+    assert (first.wait(LIMIT), second.wait(LIMIT)) == (0, 0), first.tail()
+    assert sizes() == [2, 1, 2]
+    assert first.events("signal")[-1]["signal"] == "SIGTERM"  # how torchrun asks ranks to meet anew
+    close_to(reference, losses(first.folder))
+    seen = consumed(first.folder, resumes(first.folder))
+    assert [sorted(seen[n]) for n in sorted(seen)] == [list(range(8 * n, 8 * n + 8)) for n in range(ITERATIONS)]
+
+
 def test_a_killed_host_comes_back(nodes, reference):
     first, second = nodes("2")
     first.start(), second.start()

@@ -1,6 +1,5 @@
 """examples/slurm.sbatch on a real two-node Slurm: warned, preempted, an array; the losses of an undisturbed run."""
 
-import os
 import sys
 import time
 
@@ -34,8 +33,8 @@ def submit(cluster, bench, request, tmp_path):
     command.chmod(0o755)
     jobs = []
 
-    def start(*options, more=(), **environment):
-        folder = bench / f"{request.node.name}-{len(jobs)}"
+    def start(*options, more=(), name="", arguments=(), **environment):
+        folder = bench / (name or f"{request.node.name}-{len(jobs)}")
         folder.mkdir()
         examples = tmp_path / f"examples-{len(jobs)}"
         (examples / "layouts").mkdir(parents=True)
@@ -44,9 +43,8 @@ def submit(cluster, bench, request, tmp_path):
         (examples / "run_flags.sh").write_text("run=()\n")
         job = cluster.run(
             "sbatch", "--parsable", "--nodes=2", "--partition=low", f"--output={folder}/log", *options,
-            str(ROOT / "examples" / "slurm.sbatch"), "tiny",
-            EXAMPLES=str(examples), RANKS="1", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1",
-            PATH=f"{command.parent}:{slurm._path()}", **environment,
+            str(ROOT / "examples" / "slurm.sbatch"), "tiny", *arguments, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1",
+            PATH=f"{command.parent}:{slurm._path()}", **{"EXAMPLES": str(examples), "RANKS": "1", **environment},
         )  # fmt: skip
         jobs.append(job)
         return job, Run(folder, [])
@@ -117,20 +115,13 @@ def test_a_failed_node_has_its_job_requeued_and_resumed(cluster, submit, referen
 
 
 def test_an_array_of_jobs_keeps_to_itself(cluster, submit, bench):
-    """Two tasks with an output folder each by SLURM_ARRAY_TASK_ID, one node each."""
-    script = bench / "array.sh"
-    lines = ["#!/bin/sh"]
-    for task in (0, 1):
-        words = " ".join(f"'{word}'" for word in flags_of(bench / f"array-{task}", "--seed", str(task + 1), iterations=8))
-        lines.append(f'[ "$SLURM_ARRAY_TASK_ID" = {task} ] && exec "{sys.executable}" -m megatron_opt.cli train '
-                     f"--nproc-per-node 2 {words}")
-    script.write_text("\n".join(lines) + "\n")
-    job = cluster.run("sbatch", "--parsable", "--array=0-1", "--nodes=1", "--exclusive", f"--output={bench}/array-%a.log",
-                      str(script), PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", HOME=os.environ.get("HOME", "/"))
+    """Two tasks of one node each: %a in folders and flags is the task's number."""
+    options = ("--array=1-2", "--nodes=1", f"--output={bench}/array-%a.log")
+    job, _ = submit(*options, name="array-%a", arguments=("--seed", "%a", "--train-iters", "8"), RANKS="2")
     deadline = time.monotonic() + LIMIT
     while cluster.run("squeue", "--noheader", "--job", job):
         assert time.monotonic() < deadline
         time.sleep(0.5)
     logs = "\n".join(path.read_text()[-3000:] for path in bench.glob("array-*.log"))
-    first, second = (losses(bench / f"array-{task}") for task in (0, 1))
+    first, second = (losses(bench / f"array-{task}") for task in (1, 2))
     assert len(first) == len(second) == 9 and first != second, logs

@@ -91,7 +91,15 @@ def test_every_flag_is_known(environment):
             args = parse_args(add_arguments)
         finally:
             sys.argv = saved
-        assert args.optimizer == "muon" and args.keep_last == 3
+        assert args.optimizer == "muon" and args.keep_last == 3 and args.lr > 0
+
+
+def test_another_optimizer_wants_its_own_learning_rate(environment):
+    words = started("single_node.sh", "130m", environment | {"OPTIMIZER": "adamw", "LR": "4e-3"})
+    assert words[words.index("--lr") + 1] == "4e-3" and words[words.index("--optimizer") + 1] == "adamw"
+    command = ["bash", str(EXAMPLES / "single_node.sh"), "130m", "--dry-run"]
+    done = subprocess.run(command, env=environment | {"OPTIMIZER": "adamw"}, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "LR: learning rate of adamw" in done.stderr
 
 
 def test_kubernetes_manifest(environment):

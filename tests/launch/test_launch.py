@@ -9,6 +9,7 @@ import pytest
 from megatron_opt import launch
 from megatron_opt.errors import UserError
 from megatron_opt.launch import Machine, rank_count
+from megatron_opt.training import events
 
 
 @pytest.mark.parametrize(
@@ -141,12 +142,13 @@ def test_a_signal_reaches_the_ranks_and_is_the_exit_code(run, tmp_path, name, co
     assert all((tmp_path / f"saved-{rank}").exists() for rank in (0, 1))
 
 
-def test_a_failed_rank_is_named(run):
+def test_a_failed_rank_is_named_and_the_end_of_the_run_noted(run, tmp_path):
     process = run("""
         import os, sys, time
         if os.environ["RANK"] == "1":
             sys.exit(7)
         time.sleep(60)
-    """)
+    """, "--output-dir", str(tmp_path))
     _, log = process.communicate(timeout=120)
     assert process.returncode == 1 and "local rank 1 left with 7" in log
+    assert [(event["event"], event["code"]) for event in events.read(tmp_path)] == [("failed", 1)]

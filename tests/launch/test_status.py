@@ -78,6 +78,8 @@ def test_silence_and_ends_are_told_apart(folder):
     assert status.look(run, now(run)).state == "left on SIGTERM"
     (run / "results.json").write_text('{"status": "diverged"}')
     assert status.look(run, now(run)).state == "diverged"
+    folder("events.jsonl", {**START, "event": "restart"}, {"event": "failed", "code": 1})
+    assert status.look(run, now(run)).state == "failed with exit code 1"
 
 
 def test_the_command_needs_no_torch_and_ends_with_the_run(folder):

@@ -16,6 +16,7 @@ MODEL = (
 ).split()
 WITHOUT_DATA = {
     "no model": (["--lr", "1e-3"], "--num-layers is missing"),
+    "no learning rate": (["--preset", "llama-130m", "--mock-data"], "--lr is missing"),
     "unknown preset": (["--preset", "nope"], "there is no such preset; there are"),
     "unknown optimizer": ([*MODEL, "--mock-data", "--optimizer", "adamax"], "invalid choice: 'adamax'"),
     "unknown flag": ([*MODEL, "--mock-data", "--learning-rate", "1"], "--learning-rate"),
