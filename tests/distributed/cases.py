@@ -26,6 +26,9 @@ MOE = (
     "--moe-token-dispatcher-type alltoall"
 ).split()
 
+MTP = [*DENSE, "--num-layers", "2", "--mtp-num-layers", "1"]
+OUTPUT_GATE = [*DENSE, "--num-layers", "2", "--attention-output-gate"]
+
 MUON = "--optimizer muon --muon-fp32-matmul-prec high".split()
 # SOAP divides by the gradient's size in every direction, so it scales rounding noise up where there is no gradient: in
 # the null space of a vector's factor, and of a router's, with few tokens an expert. No two layouts agree on noise.

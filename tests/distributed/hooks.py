@@ -1,5 +1,6 @@
 """What a case may do inside its ranks before training: each takes (case, record, argv, folder)."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ def _record_loaded(record: recording.Record) -> None:
     training.train = training_with
 
 
-def plan(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
-    """Record what the plan for these flags says of this rank, beside what the run's own plan and counters say."""
+def plan(case: Case, record: recording.Record, argv: list[str], folder: Path) -> list[str]:
+    """Record what the plan for these flags says of this rank, beside what the run's own plan, its file and counters say."""
+    output = folder / f"plan-{case.name}"
 
     def compare(record: recording.Record) -> None:
         from megatron.core import parallel_state as ps
@@ -50,17 +52,20 @@ def plan(case: Case, record: recording.Record, argv: list[str], folder: Path) ->
         args = get_args()
         found = planning.from_args(args, args.world_size, group_rules(args), [ps.get_pipeline_model_parallel_rank()])
         planned = {each.name: each for each in found}
+        files = {domain.name: domain.name.replace(" ", "_").replace(",", "") for domain in record.optimizer.domains}
         record.extra["domains"] = [
             {
                 "planned": {what: values[domain.rank] for what, values in planned[domain.name].sent.items()},
                 "known": {what: v[domain.rank] for what, v in planning.sent_in_a_step(domain, step).items()},
                 "sent": dict(domain.exchange.traffic.sent),
                 "digests": (planned[domain.name].plan.digest(), step.placed.plan.digest()),
+                "file": json.loads((output / f"optimizer_plan.{files[domain.name]}.json").read_text()),
             }
             for domain, step in zip(record.optimizer.domains, record.optimizer.matrix_steps, strict=True)
         ]
 
     record.at_end.append(compare)
+    return [*argv, "--print-optimizer-plan", "--output-dir", str(output)]
 
 
 def poison(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:

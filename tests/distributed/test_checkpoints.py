@@ -18,6 +18,8 @@ MODELS = {
     "group": [*c.DENSE, *c.MUON, "--matrix-mode", "group"],
     "sharded": [*c.DENSE, *c.SOAP_ONE_SIDED, "--matrix-mode", "sharded"],
     "blocks": [*c.DENSE, *c.SOAP_BLOCKS, "--matrix-mode", "group"],
+    "normuon": [*c.DENSE, *c.NORMUON, "--matrix-mode", "sharded"],
+    "soap_h": [*c.DENSE, *c.SOAP_H, "--matrix-mode", "group"],
     "tied": [*c.TIED, *c.MUON],
     "moe": [*c.MOE, *c.MUON],
     "soap": [*c.DENSE, *c.SOAP],
@@ -34,11 +36,13 @@ PAIRS = [
     ("soap", c.TP2, c.PP2), ("soap", c.DP2_DIST, c.TP2_DP2), ("adamw", c.TP2_DP2_DIST, c.VPP2),
     ("group", c.TP2_DP2_DIST, c.ONE), ("group", c.ONE, c.DP2), ("group", c.TP2, c.DP4_DIST),
     ("sharded", c.TP2_DP2, c.PP2), ("blocks", c.TP2_DP2, c.ONE), ("blocks", c.ONE, c.DP2_DIST), ("blocks", c.TP4, c.TP2),
+    ("normuon", c.TP2_DP2_DIST, c.PP2), ("soap_h", c.TP2_DP2_DIST, c.ONE), ("soap_h", c.ONE, c.TP2),
     ("bf16", c.DP2_DIST, c.TP2_PP2), ("bf16", c.TP2, c.DP2),
 ]  # fmt: skip
 RESUMED = [
     ("dense", c.ONE), ("dense", c.TP2_DP2_DIST), ("moe", c.EP2_DIST), ("soap", c.TP2), ("bf16", c.DP2_DIST),
-    ("adamw", c.VPP2), ("int8", c.DP2_DIST), ("group", c.TP2_DP2_DIST), ("blocks", c.TP2),
+    ("adamw", c.VPP2), ("int8", c.DP2_DIST), ("group", c.TP2_DP2_DIST), ("blocks", c.TP2), ("normuon", c.DP2_DIST),
+    ("soap_h", c.TP2),
 ]  # fmt: skip
 TOTAL, STOP = 10, 5
 

@@ -60,6 +60,8 @@ MODELS = [
     ("gqa", c.GQA, ("muon/group",), [c.TP2]),
     ("tied", c.TIED, ALL, [c.TP2, c.PP2, c.VPP2, c.DP2_DIST, c.TP2_PP2]),
     ("gpt2", c.GPT2, BOTH, [c.TP2, c.TP2_PP2, c.DP2_DIST]),
+    ("mtp", c.MTP, ("muon",), [c.TP2, c.DP2_DIST]),
+    ("gated", c.OUTPUT_GATE, ("muon",), [c.TP2, c.DP2_DIST]),
     ("moe", c.MOE, ALL, MOE_LAYOUTS),
     ("moe", c.MOE, ("muon/group",), [EP2_ETP2, EP2_DP2_DIST]),
     ("moe", c.MOE, ("soap/default",), [c.EP2, c.DP2_DIST]),

@@ -1,6 +1,7 @@
 """Logical matrices against slicing by hand, with integers: every declared layer kind, every tensor-parallel size."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_opt.distributed.fragments import rectangles
-from megatron_opt.distributed.matrices import LAYERS, Geometry, ParamView, find_layer, split_param
+from megatron_opt.distributed.matrices import (
+    LAYERS,
+    Geometry,
+    ParamView,
+    declare,
+    find_layer,
+    global_names,
+    split_param,
+)
+from megatron_opt.errors import UserError
 
 HEADS, GROUPS, D, H = 8, 2, 3, 12
 GEOMETRY = Geometry(
@@ -145,6 +155,60 @@ def test_a_shape_that_does_not_fit_the_heads_is_refused() -> None:
 def test_unknown_matrices_are_refused_and_unknown_vectors_taken() -> None:
     assert find_layer("decoder.layers.0.mixer.in_proj.weight", 2) is None
     assert find_layer("decoder.layers.0.mixer.dt", 1).kind == "bias"  # type: ignore[union-attr]
+
+
+class _Layer(torch.nn.Module):
+    """As Megatron's: its number counts from 1 over the whole model."""
+
+    def __init__(self, number: int, **parts: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer_number = number
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+def _experts(grouped: bool) -> torch.nn.Module:
+    mlp, experts = torch.nn.Module(), torch.nn.Module()
+    experts.num_local_experts = 2  # type: ignore[assignment]
+    if grouped:
+        experts.linear_fc1 = torch.nn.Module()
+        for local in range(2):
+            experts.linear_fc1.register_parameter(f"weight{local}", torch.nn.Parameter(torch.zeros(8, 4)))
+    else:
+        experts.local_experts = torch.nn.ModuleList()
+        for _ in range(2):
+            one = torch.nn.Module()
+            one.linear_fc1 = torch.nn.Linear(4, 8, bias=False)
+            experts.local_experts.append(one)
+    mlp.experts = experts
+    return mlp
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["sequential", "grouped"])
+def test_layers_and_experts_have_global_names(grouped: bool) -> None:
+    """The second stage's first layer, the second expert-parallel rank's two experts."""
+    chunk = torch.nn.Module()
+    chunk.decoder = torch.nn.Module()
+    chunk.decoder.layers = torch.nn.ModuleList([_Layer(5, mlp=_experts(grouped))])
+    names = [name for name, _ in global_names(chunk, ep_rank=1)]
+    assert names == [f"decoder.layers.4.mlp.experts.{expert}.linear_fc1.weight" for expert in (2, 3)]
+
+
+def test_parameters_without_a_declaration_stop_the_run_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core import parallel_state as ps
+
+    for name in ("expert_model_parallel_rank", "tensor_model_parallel_rank", "expert_tensor_parallel_rank"):
+        monkeypatch.setattr(ps, f"get_{name}", lambda: 0)
+    monkeypatch.setattr(ps, "get_tensor_model_parallel_world_size", lambda: 1)
+    config = SimpleNamespace(
+        num_attention_heads=HEADS, num_query_groups=GROUPS, kv_channels=D, gated_linear_unit=True, attention_output_gate=False
+    )
+    chunk = torch.nn.Module()
+    chunk.mixer = torch.nn.Linear(4, 8, bias=False)
+    with pytest.raises(UserError, match=r"mixer\.weight \(8, 4\)\); add their kind to LAYERS .* or freeze them"):
+        declare([chunk], config)
+    chunk.mixer.weight.requires_grad = False
+    assert not declare([chunk], config).matrices
 
 
 @given(

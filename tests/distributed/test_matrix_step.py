@@ -204,6 +204,43 @@ def test_every_mode_repeats_the_whole(
                 assert step.domain.exchange.traffic.sent.get(what, 0) == len(steps) * counts[rank], what
 
 
+def test_the_next_bucket_travels_while_this_one_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bucket i + 1 starts to its owners before bucket i is computed, directions of bucket i − 1 are not waited for."""
+    draw = torch.Generator().manual_seed(5)
+    ranks = Ranks(monkeypatch, "muon", 2, "owner", 100.0)
+    ranks.begin(_matrices(draw, "muon"))
+    step, events = ranks.steps[0], []
+    exchange = step.domain.exchange
+    for name in ("gather", "scatter"):
+        inner = getattr(exchange, name)
+
+        def called(*args: Any, name: str = name, inner: Any = inner, **rest: Any) -> Any:
+            events.append(name)
+            return inner(*args, **rest)
+
+        monkeypatch.setattr(exchange, name, called)
+    compute = step._compute
+
+    def computed(*args: Any) -> Any:
+        events.append("compute")
+        return compute(*args)
+
+    monkeypatch.setattr(step, "_compute", computed)
+    finish = exchange_module.Trip.finish
+
+    def finished(trip: Any) -> None:
+        if ranks.mailbox.local.rank == 0:
+            events.append("wait")
+        finish(trip)
+
+    monkeypatch.setattr(exchange_module.Trip, "finish", finished)
+    ranks.step(_matrices(draw, "muon"), {}, set(), 1)
+    buckets = len(step.placed.buckets)
+    assert buckets > 2
+    turn = ["gather", "wait", "compute", "scatter"]
+    assert events == ["gather", *turn * (buckets - 1), *turn[1:], *["wait"] * buckets]
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_state_moves_to_another_way_of_computing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Slices on four ranks, whole matrices on three, slices on five: every tensor by value, the next steps the same."""

@@ -63,6 +63,7 @@ def test_bytes_sent_equal_the_plan(runs: dict[str, Run], name: str) -> None:
             planned, known = domain["digests"]
             assert planned == known
             assert domain["planned"] == domain["known"]
+            assert domain["file"]["digest"] == known and len(domain["file"]["load"]) == len(domain["file"]["flops"])
             for what, count in domain["planned"].items():
                 assert domain["sent"].get(what, 0) == STEPS * count, (what, rank)
 
