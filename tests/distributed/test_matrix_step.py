@@ -207,7 +207,7 @@ def test_every_mode_repeats_the_whole(
 def test_the_next_bucket_travels_while_this_one_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bucket i + 1 starts to its owners before bucket i is computed, directions of bucket i − 1 are not waited for."""
     draw = torch.Generator().manual_seed(5)
-    ranks = Ranks(monkeypatch, "muon", 3, "owner", 1000.0)
+    ranks = Ranks(monkeypatch, "muon", 2, "owner", 100.0)
     ranks.begin(_matrices(draw, "muon"))
     step, events = ranks.steps[0], []
     exchange = step.domain.exchange
