@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_opt.distributed.gangs import gather
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.ownership import MODES, Plan, pack
 from megatron_opt.distributed.parts import cells_of
@@ -201,6 +202,41 @@ def test_every_row_and_column_is_placed_once(shapes: list[tuple[int, int, bool]]
             assert plan.owner[job.matrix] == parts[0].rank
         assert sum(plan.flops) == pytest.approx(sum(job.cost.mean_flops() for job in jobs))
         assert sum(plan.load) >= sum(job.load for job in jobs) * (1 - 1e-9)
+
+
+@given(
+    st.lists(st.tuples(sizes, sizes, st.integers(0, 2), st.integers(1, 20)), min_size=1, max_size=5), st.integers(1, 60),
+    st.sampled_from([1.0, 1.1, 1.5, 3.0]),
+)
+def test_gangs_place_everything_once(kinds: list[tuple[int, int, int, int]], ranks: int, most: float) -> None:
+    """Slices, cells and matrices that cannot be cut; several of each kind."""
+    options: list[tuple[str, dict[str, Any]]] = [("muon", {}), ("muon", {"momentum_dtype": "int8"}), ("soap", {"block_size": 16})]
+    rules = [registry.build(name, more) for name, more in options]
+    jobs = [
+        Job.of(MatrixInfo(f"m{kind}.{i}", (rows, columns)), rules[which])
+        for kind, (rows, columns, which, count) in enumerate(kinds) for i in range(count)
+    ]
+    placed = gather(jobs, ranks, most)
+    assert sorted(placed) == sorted(job.matrix for job in jobs)
+    for job in jobs:
+        runs = placed[job.matrix]
+        assert [start for _, start, _ in runs] == [0, *[stop for _, _, stop in runs[:-1]]] and runs[-1][2] == job.places
+        assert all(start < stop for _, start, stop in runs)
+        assert len({rank for rank, _, _ in runs}) == len(runs) and all(0 <= rank < ranks for rank, _, _ in runs)
+
+
+@given(st.integers(1, 30), st.integers(1, 60))
+def test_gangs_of_one_kind_are_even(count: int, ranks: int) -> None:
+    """Where each rank can have a tenth more than its share, none has more; cuts are fewer than in one line."""
+    rule = registry.build("muon", {})
+    jobs = [Job.of(MatrixInfo(f"m{i}", (2048, 2048)), rule) for i in range(count)]
+    placed = gather(jobs, ranks, 1.1)
+    shares = [0.0] * ranks
+    for runs in placed.values():
+        for rank, start, stop in runs:
+            shares[rank] += (stop - start) / 2048
+    assert max(shares) <= 1.1 * count / ranks + 8 / 2048  # slices are of four columns
+    assert sum(len(runs) - 1 for runs in placed.values()) <= max(0, ranks - 1)
 
 
 @given(
