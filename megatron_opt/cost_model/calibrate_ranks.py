@@ -129,7 +129,9 @@ def _exchange(rank: int, ranks: int, barrier: Any, results: Any, port: int) -> N
     part = torch.ones(large.numel() // ranks, device=device)
     out, other = torch.empty_like(large), torch.zeros(CACHE_BYTES // 4)
 
-    def seconds(run: Callable[[], Any], times: int, before: Callable[[], Any] | None = None) -> float:
+    def seconds(
+        run: Callable[[], Any], times: int, before: Callable[[], Any] | None = None, share: float = 0.5
+    ) -> float:
         found = []
         for _ in range(times + 1):
             if before is not None:
@@ -142,10 +144,11 @@ def _exchange(rank: int, ranks: int, barrier: Any, results: Any, port: int) -> N
             if cuda:
                 torch.cuda.synchronize()
             found.append(time.perf_counter() - begin)
-        return statistics.median(found[1:])
+        return sorted(found[1:])[int(share * times)]
 
-    latency = min(seconds(partial(dist.all_reduce, small), 10) for _ in range(5))  # without a scheduler's whims
-    amid = seconds(partial(dist.all_reduce, small), 25, partial(forget, other))
+    # A quarter of the small ones is soon: where threads share cores, the others may wait for a scheduler's slice.
+    latency = seconds(partial(dist.all_reduce, small), 50, share=0.25)
+    amid = seconds(partial(dist.all_reduce, small), 25, partial(forget, other), share=0.25)
     sent = large.numel() * 4 * (ranks - 1) / ranks
     runs: dict[str, tuple[float, Callable[[], Any]]] = {  # bytes that each rank sends, and the collective
         "all_to_all": (sent, partial(dist.all_to_all_single, out, large)),
