@@ -29,16 +29,17 @@ def test_krons_factor_of_the_vocabulary_is_diagonal():
 
 
 WHOLE = {
-    "kron": {}, "shampoo": {}, "muon": {"normuon": True}, "muon ": {"momentum_dtype": "int8"}, "muon_h": {}, "soap_h": {},
-    "adam_h": {}, "scion_h": {}, "kron_h": {}, "shampoo_h": {}, "soap": {"block_size": 0}, "scion": {"momentum_dtype": "int8"},
+    "kron": {}, "shampoo": {}, "muon": {"momentum_dtype": "int8"}, "muon_h": {"momentum_dtype": "int8"}, "cautious_h": {},
+    "kron_h": {}, "shampoo_h": {}, "soap": {"block_size": 0}, "scion": {"momentum_dtype": "int8"},
 }  # fmt: skip
+CUT = {"muon": {}, "muon ": {"normuon": True}, "muon_h": {}, "scion_h": {}, "adam_h": {}}
 
 
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("mode", ["auto", "owner", "group", "sharded"])
 def test_rules_that_need_the_whole_matrix_get_an_owner(name, mode):
     """Also where one matrix is far more than a rank's share, and where slices are asked for."""
-    rule = registry.build(name.strip(), WHOLE[name])
+    rule = registry.build(name, WHOLE[name])
     assert isinstance(rule, MatrixOptimizer)
     infos = [MatrixInfo("large", (2048, 1024)), *(MatrixInfo(f"small{i}", (16, 16)) for i in range(6))]
     plan = pack([Job.of(info, rule) for info in infos], 4, mode)
@@ -47,7 +48,8 @@ def test_rules_that_need_the_whole_matrix_get_an_owner(name, mode):
     assert {part.matrix: part.rank for part in plan.parts} == plan.owner
 
 
-def test_plain_muon_is_cut_where_asked():
-    rule, info = registry.build("muon", {}), MatrixInfo("large", (2048, 1024))
+@pytest.mark.parametrize("name", CUT)
+def test_other_rules_are_cut_where_asked(name):
+    rule, info = registry.build(name.strip(), CUT[name]), MatrixInfo("large", (2048, 1024))
     plan = pack([Job.of(info, rule)], 4, "sharded")
     assert len(plan.parts) == 4

@@ -75,7 +75,7 @@ def test_command_lines_that_make_no_sense_are_refused(options, flags, words):
 
 def arguments(given=(), **values):
     known = {"use_mup": True, "mup_base_hidden_size": 32, "optimizer": "adamw", "optimizer_groups": None,
-             "scalar_lr_ratio": None}  # fmt: skip
+             "scalar_lr_ratio": None, "matrix_mode": "auto", "matrix_balance": 1.1}  # fmt: skip
     return Namespace(**{**known, "given_flags": set(given), **values})
 
 
