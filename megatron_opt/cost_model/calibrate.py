@@ -144,12 +144,12 @@ def pass_rates(device: torch.device) -> tuple[dict[int, float], dict[int, float]
     bytes that they move in all.
     """
     rule, updates, reads = registry.build("adamw", {}), {}, {}
+    evict = partial(forget, torch.zeros(CACHE_BYTES // 4, device=device))
     for count in PASS_SIZES:
         piece = min(count, PIECE)
         weights = [torch.zeros(piece, device=device) for _ in range(count // piece)]
         grads, states = [torch.ones_like(w) for w in weights], [rule.init_state(w) for w in weights]
         moved = int(rule.cost(count).elementwise_bytes)
-        evict = partial(forget, torch.zeros(CACHE_BYTES // 4, device=device))
         update = partial(rule.update, weights, grads, states, 1, 1e-3, 0.1)
         updates[moved] = moved / timed(update, device, before=evict)
         read = partial(multi_tensor.sums, Sum.GRADIENT_NORM, grads, Coefficients())
@@ -212,7 +212,8 @@ def host_overheads(
     own = max(0.0, matrix - fragment - by_rule["muon"])
     matrices = {name for name, rule in registry.rules().items() if issubclass(rule, MatrixOptimizer)}
     by_rule = {name: seconds + (own if name in matrices else 0.0) for name, seconds in by_rule.items()}
-    return Overheads(statistics.median(by_rule[name] for name in matrices), fragment, 0.0, step, layer, 0.0, by_rule)
+    median = statistics.median(by_rule[name] for name in matrices)
+    return Overheads(matrix=median, fragment=fragment, step=step, layer=layer, by_rule=by_rule)
 
 
 def _map(values: Mapping[Any, float]) -> str:

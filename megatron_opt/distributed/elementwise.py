@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain
-from megatron_opt.distributed.fragments import Fragment, Rect
+from megatron_opt.distributed.fragments import Rect
 from megatron_opt.optimizers.base import ElementwiseOptimizer, Reducer, State
 from megatron_opt.optimizers.groups import Group
 
@@ -61,10 +61,6 @@ class ElementwiseStep:
             for group, pieces in self.slices.items()
             if all(dtypes[piece.fragment] == torch.bfloat16 for piece in pieces)
         }
-
-    def publishes(self, fragment: Fragment) -> bool:
-        """Whether the step writes all of a fragment to the model by itself."""
-        return all(self.group_of[rect.matrix] in self.imaged for rect in fragment.rects)
 
     def _rules(self, skip: set[str]) -> Iterator[tuple[int, Any, list[Slice]]]:
         """Element-wise rules by group, and the slices that they step; every rank of the domain gets every group."""

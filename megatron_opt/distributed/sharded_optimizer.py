@@ -72,6 +72,10 @@ class ShardedOptimizer(MegatronOptimizer):
             self.matrix_steps.append(MatrixStep(domain, placed, rules, infos))
             self.weight_steps.append(WeightStep(domain, self.matrix_steps[-1], self.groups, self.rules, group_of))
             self.element_steps.append(ElementwiseStep(domain, self.groups, self.rules, group_of))
+        self.imaged = set[int]().union(*(w.imaged for w in self.weight_steps), *(e.imaged for e in self.element_steps))
+        self.groups_of = [  # index of each matrix's group, by domain
+            torch.tensor([group_of[name] for name in domain.order], dtype=torch.long) for domain in self.domains
+        ]
         self.param_groups = self._make_param_groups()
 
     def _make_param_groups(self) -> list[dict[str, Any]]:
@@ -172,14 +176,17 @@ class ShardedOptimizer(MegatronOptimizer):
         self._step_elements(grads, coefficients, bad)
         if before is not None:
             self._record(before)
-        for domain, element, weight in zip(self.domains, self.element_steps, self.weight_steps, strict=True):
-            for fragment in domain.fragments:
-                if not element.publishes(fragment) and not weight.publishes(fragment):
-                    fragment.publish()
+        for fragment in self.fragments():
+            if not self.publishes(fragment):
+                fragment.publish()
         if self.distributed and not self.overlap_param_gather:
             for chunk in self.model_chunks:
                 chunk.start_param_sync()
         return True, grad_norm, zeros
+
+    def publishes(self, fragment: Any) -> bool:
+        """Whether the steps themselves write all of a fragment to the model."""
+        return all(self.group_of[rect.matrix] in self.imaged for rect in fragment.rects)
 
     def _step_matrices(
         self, grads: list[list[Tensor]], squares: list[list[float]], factors: list[float], bad: list[set[str]]
@@ -231,11 +238,11 @@ class ShardedOptimizer(MegatronOptimizer):
         """
         squares, totals = [], []
         scopes = sorted({group.clip_scope for group in self.groups if group.clip_scope})
-        for domain, flats in zip(self.domains, grads, strict=True):
+        for domain, flats, groups in zip(self.domains, grads, self.groups_of, strict=True):
             found = domain.squared_norms(flats)
             squares.append(found.tolist())
             finite = torch.where(torch.isfinite(found), found, 0.0) * domain.counted
-            by_group = torch.zeros(len(self.groups), dtype=torch.float64).index_add_(0, self._groups_of(domain), finite)
+            by_group = torch.zeros(len(self.groups), dtype=torch.float64).index_add_(0, groups, finite)
             of_scope = dict.fromkeys(scopes, 0.0)
             for group, value in zip(self.groups, by_group.tolist(), strict=True):
                 if group.clip_scope:
@@ -243,10 +250,6 @@ class ShardedOptimizer(MegatronOptimizer):
             totals.append(torch.tensor([float(finite.sum()), *of_scope.values()], dtype=torch.float64))
         norms = self._sum_over_domains(totals).sqrt().tolist()
         return norms[0], dict(zip(scopes, norms[1:], strict=True)), squares
-
-    def _groups_of(self, domain: Domain) -> Tensor:
-        """Index of each matrix's group."""
-        return torch.tensor([self.group_of[name] for name in domain.order], dtype=torch.long)
 
     def _clip_factor(self, norms: dict[str, float], group: Group) -> float:
         limit = self.config.clip_grad
@@ -278,13 +281,13 @@ class ShardedOptimizer(MegatronOptimizer):
     def _record(self, before: list[list[Tensor]]) -> None:
         """Norms of weights and updates by group."""
         totals = []
-        for domain, old in zip(self.domains, before, strict=True):
+        for domain, old, groups in zip(self.domains, before, self.groups_of, strict=True):
             sums = torch.zeros(len(self.groups), 2, dtype=torch.float64)
             mains = [fragment.main for fragment in domain.fragments]
             moved = [main - past for main, past in zip(mains, old, strict=True)]
             for what, flats in enumerate((mains, moved)):
                 found = domain.squared_norms(flats) * domain.counted
-                sums[:, what].index_add_(0, self._groups_of(domain), found)
+                sums[:, what].index_add_(0, groups, found)
             totals.append(sums)
         self.stats = {
             group.name: {"weight_norm": math.sqrt(max(w, 0.0)), "update_norm": math.sqrt(max(u, 0.0))}
@@ -327,4 +330,3 @@ class _Groups:
 def _grad(fragment: Any) -> Tensor:
     grad = fragment.grad()
     return torch.zeros_like(fragment.main) if grad is None else grad
-

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain
 from megatron_opt.distributed.elementwise import learning_rate
-from megatron_opt.distributed.fragments import Fragment, Rect
+from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.kernels import multi_tensor
 from megatron_opt.kernels.multi_tensor import Coefficients, Rule
@@ -33,16 +33,13 @@ class WeightStep:
             for rect in fragment.rects:
                 if rect.matrix in self.matrix.infos:
                     self.held.setdefault(self.group_of[rect.matrix], []).append((index, rect))
+        self.projected = {name for name, rule in self.matrix.rules.items() if rule.projects}
         dtypes = [fragment.view.param.dtype for fragment in self.domain.fragments]
         self.imaged = {  # groups whose pass writes the model's bf16 parameters beside the main copies
             group
             for group, held in self.held.items()
             if not self.rules[group].projects and all(dtypes[index] == torch.bfloat16 for index, _ in held)
         }
-
-    def publishes(self, fragment: Fragment) -> bool:
-        """Whether the step writes all of a fragment to the model by itself."""
-        return all(self.group_of[rect.matrix] in self.imaged for rect in fragment.rects)
 
     def step(self, updates: Sequence[Tensor], skip: set[str], param_groups: Sequence[dict[str, Any]]) -> None:
         """W ← W − lr·u − decay where `updates` are flat directions by fragment; then the projection of rules that have one."""
@@ -60,8 +57,8 @@ class WeightStep:
                 copies=[rect.run(self._image(at)) for at, rect in taken] if index in self.imaged else (),
                 cautious_decay=mode == "cautious",
             )
-        if projected := {name for name, rule in self.matrix.rules.items() if rule.projects}:
-            self.matrix.rescale(mains, projected - skip)
+        if self.projected:
+            self.matrix.rescale(mains, self.projected - skip)
 
     def _image(self, index: int) -> Tensor:
         image = self.domain.fragments[index].image()

@@ -229,14 +229,8 @@ def images(case: Case, record: recording.Record, argv: list[str], folder: Path) 
 
     def compare(record: recording.Record) -> None:
         found = [
-            (
-                element.publishes(fragment) or weight.publishes(fragment),
-                bool((fragment.image() == fragment.main.bfloat16()).all()),
-            )
-            for domain, element, weight in zip(
-                record.optimizer.domains, record.optimizer.element_steps, record.optimizer.weight_steps, strict=True
-            )
-            for fragment in domain.fragments
+            (record.optimizer.publishes(fragment), bool((fragment.image() == fragment.main.bfloat16()).all()))
+            for fragment in record.optimizer.fragments()
         ]
         record.extra["images"] = found
 
