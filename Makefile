@@ -59,6 +59,7 @@ test-all: $(VENV)/.extension
 
 lint: $(VENV)/.extension
 	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check --quiet .
 	@$(VENV)/bin/mypy megatron_opt
 	@if command -v shellcheck > /dev/null; then shellcheck -x $(SCRIPTS); else echo "shellcheck is not installed: scripts not checked"; fi
 	@if hadolint=$$(command -v $(VENV)/bin/hadolint hadolint | head -n 1) && [ -n "$$hadolint" ]; then $$hadolint docker/*.Dockerfile; \

@@ -43,8 +43,11 @@ def main() -> int:
             both, _ = measure(Path(name) / "sync", ranks, args.saves, args.every)
             stalls, whole = measure(Path(name) / "async", ranks, args.saves, args.every, "--async-save")
         sync, stall = 1e3 * statistics.median(both[1:]), 1e3 * statistics.median(stalls[1:])
-        print(f"| {ranks} | {sync:.0f} | {stall:.1f} | {1e3 * stalls[0]:.0f} | {1e3 * statistics.median(whole[1:]):.0f} | "
-              f"{100 * stall / sync:.1f}% |", flush=True)
+        print(
+            f"| {ranks} | {sync:.0f} | {stall:.1f} | {1e3 * stalls[0]:.0f} | {1e3 * statistics.median(whole[1:]):.0f} | "
+            f"{100 * stall / sync:.1f}% |",
+            flush=True,
+        )
     return 0
 
 

@@ -249,7 +249,9 @@ def main() -> None:
         work(args.worker, args.optimizers.split(","), args.sizes.split(","), str(args.output))
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    layouts = [layout for layout in args.layouts.split(",") if not args.table or (args.output / f"{layout}.json").exists()]
+    layouts = [
+        layout for layout in args.layouts.split(",") if not args.table or (args.output / f"{layout}.json").exists()
+    ]
     rows = []
     for layout in layouts:
         if not args.table:

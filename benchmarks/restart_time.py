@@ -45,7 +45,9 @@ def once(folder: Path, ranks: int, model: list[str]) -> dict[str, float]:
     (resumed,) = run.events("resume")[-1:]
     loading = resumed["time"] - resumed["seconds"]
     moments = [killed, born, started, loading, resumed["time"], stepped]
-    return {name: b - a for (name, _), a, b in zip(PHASES, moments, moments[1:], strict=False)} | {"all": stepped - killed}
+    return {name: b - a for (name, _), a, b in zip(PHASES, moments, moments[1:], strict=False)} | {
+        "all": stepped - killed
+    }
 
 
 def main() -> int:

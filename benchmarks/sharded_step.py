@@ -23,10 +23,18 @@ from pathlib import Path
 from typing import Any
 
 LAYOUTS = {"one": (1, 1), "tp2": (2, 1), "tp4": (4, 1), "dp2": (1, 2), "tp2-dp2": (2, 2), "tp2-dp4": (2, 4)}  # tp, dp
-OURS = {"ours": ("auto", False), "ours, distributed optimizer": ("auto", True), "ours, group": ("group", True),
-        "ours, sharded": ("sharded", False)}
-CORE = {"core, duplicated": "duplicated", "core, distributed": "distributed", "core, blockwise": "blockwise",
-        "core, layer-wise": "duplicated"}
+OURS = {
+    "ours": ("auto", False),
+    "ours, distributed optimizer": ("auto", True),
+    "ours, group": ("group", True),
+    "ours, sharded": ("sharded", False),
+}
+CORE = {
+    "core, duplicated": "duplicated",
+    "core, distributed": "distributed",
+    "core, blockwise": "blockwise",
+    "core, layer-wise": "duplicated",
+}
 VOCAB, SEQUENCE, BATCH = 512, 32, 8
 LR = 3e-3
 
@@ -83,7 +91,11 @@ def make_model(tp: int, layers: int, hidden: int, distributed: bool, layer_wise:
         attention_dropout=0.0, tensor_model_parallel_size=tp, init_method_std=0.05,
     )  # fmt: skip
     model = GPTModel(
-        config, get_gpt_layer_local_spec(normalization="RMSNorm"), VOCAB, SEQUENCE, position_embedding_type="rope",
+        config,
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        VOCAB,
+        SEQUENCE,
+        position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
     )
     initialize([model], config, 1, "megatron")
@@ -110,8 +122,13 @@ def make_optimizer(kind: str, model: Any) -> Any:
         return build_optimizer(config, [model], default_rules("muon", options), mode=mode)
     layer_wise = kind.endswith("layer-wise")
     config = OptimizerConfig(
-        optimizer="muon", muon_momentum=0.95, muon_fp32_matmul_prec="high", muon_scale_mode="shape_scaling",
-        muon_tp_mode=CORE[kind], use_layer_wise_distributed_optimizer=layer_wise, **common,
+        optimizer="muon",
+        muon_momentum=0.95,
+        muon_fp32_matmul_prec="high",
+        muon_scale_mode="shape_scaling",
+        muon_tp_mode=CORE[kind],
+        use_layer_wise_distributed_optimizer=layer_wise,
+        **common,
     )
     return get_megatron_optimizer(config, [model])
 
@@ -160,8 +177,12 @@ def measure(kind: str, tp: int, layers: int, args: argparse.Namespace, counter: 
         wall.append(time.perf_counter() - clock)
         processor.append(time.process_time() - cpu)
         sent.append(counter.bytes - before)
-    found = {"wall": statistics.median(wall[1:]), "processor": statistics.median(processor[1:]), "sent": sent[-1],
-             "state": state_bytes(optimizer)}
+    found = {
+        "wall": statistics.median(wall[1:]),
+        "processor": statistics.median(processor[1:]),
+        "sent": sent[-1],
+        "state": state_bytes(optimizer),
+    }
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, found)
     merged = {key: max(g[key] for g in gathered) for key in ("wall", "sent", "state")}
@@ -199,9 +220,7 @@ def worker(args: argparse.Namespace) -> None:
     dist.barrier()
 
 
-HEADER = (
-    f"{'layers':>6} {'layout':<9}{'implementation':<29}{'wall ms':>9}{'cpu ms':>9}{'sent MiB':>10}{'state MiB':>11}  loss off"
-)
+HEADER = f"{'layers':>6} {'layout':<9}{'implementation':<29}{'wall ms':>9}{'cpu ms':>9}{'sent MiB':>10}{'state MiB':>11}  loss off"
 
 
 def lines(layout: str, found: dict[str, dict[str, Any]], one: dict[str, dict[str, Any]]) -> list[str]:
@@ -214,7 +233,11 @@ def lines(layout: str, found: dict[str, dict[str, Any]], one: dict[str, dict[str
                 made.append(start + values["error"])
                 continue
             known = one[layers].get(kind, {}).get("losses")
-            off = max(abs(a - b) / abs(b) for a, b in zip(values["losses"], known, strict=True)) if known else float("nan")
+            off = (
+                max(abs(a - b) / abs(b) for a, b in zip(values["losses"], known, strict=True))
+                if known
+                else float("nan")
+            )
             made.append(
                 f"{start}{1e3 * values['wall']:>9.1f}{1e3 * values['processor']:>9.1f}"
                 f"{values['sent'] / 2**20:>10.2f}{values['state'] / 2**20:>11.2f}  {off:.1e}"
@@ -238,7 +261,10 @@ def main() -> None:
         return
     from megatron_opt.kernels.dispatch import native_available
 
-    print(f"{'native' if native_available() else 'reference (plain torch)'} kernels, width {args.hidden}\n{HEADER}", flush=True)
+    print(
+        f"{'native' if native_available() else 'reference (plain torch)'} kernels, width {args.hidden}\n{HEADER}",
+        flush=True,
+    )
     one: dict[str, dict[str, Any]] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     for layout in dict.fromkeys(["one", *args.layouts]):

@@ -90,7 +90,15 @@ def main() -> None:
     args = parser.parse_args()
     switch = int(SHARE * args.iterations)
     with tempfile.TemporaryDirectory() as folder:
-        flags = [*MODEL, *RULES["soap"][0].split(), "--seed", "1", "--override-opt_param-scheduler", "--eval-iters", "0"]
+        flags = [
+            *MODEL,
+            *RULES["soap"][0].split(),
+            "--seed",
+            "1",
+            "--override-opt_param-scheduler",
+            "--eval-iters",
+            "0",
+        ]
         flags += ["--train-iters", str(switch + SEEN + HELD_OUT), "--lr", "1e-12", "--lr-decay-style", "constant"]
         flags += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(args.data / "tokenizer.model")]
         flags += ["--train-data-path", str(args.data / "train"), "--data-cache-path", f"{folder}/cache"]

@@ -107,9 +107,7 @@ def our_seconds(name: str, steps: int) -> list[float]:
             --global-batch-size {batch} --train-iters {steps} --lr 1e-3 --optimizer adamw --mock-data
             --tokenizer-type NullTokenizer --vocab-size {VOCABULARY - 1} --eval-iters 0 --eval-interval 1000000
             --log-interval {INTERVAL} --output-dir {folder}"""
-        subprocess.run(
-            [sys.executable, "-m", "megatron_opt.pretrain", *flags.split()], capture_output=True, check=True
-        )
+        subprocess.run([sys.executable, "-m", "megatron_opt.pretrain", *flags.split()], capture_output=True, check=True)
         entries = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
         return [entry["step_time"] for entry in entries if entry["kind"] == "train"][1:]
 

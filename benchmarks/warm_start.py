@@ -100,7 +100,14 @@ class Experiment:
         folder, left = self.folder / branch.name, self.iterations - self.switch
         rule, rate = RULES[branch.target]
         flags = [*self.common, *rule.split(), "--lr", f"{rate * branch.share:g}", "--override-opt_param-scheduler"]
-        flags += ["--lr-decay-iters", str(left), "--lr-warmup-iters", str(branch.warmup), "--ckpt-step", str(self.switch)]
+        flags += [
+            "--lr-decay-iters",
+            str(left),
+            "--lr-warmup-iters",
+            str(branch.warmup),
+            "--ckpt-step",
+            str(self.switch),
+        ]
         load = self.source / "checkpoints"
         if branch.start == "warm":
             load = self.folder / f"start-{branch.target}"

@@ -75,8 +75,15 @@ def layout_groups(args: argparse.Namespace, world: int) -> dict[str, list[list[i
     """Ranks of every process group of a layout, in Megatron's order, by kind; groups of one left out."""
     from megatron.core.parallel_state import RankGenerator
 
-    tp, pp, cp, ep = (getattr(args, name) for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size",
-                                                       "context_parallel_size", "expert_model_parallel_size"))
+    tp, pp, cp, ep = (
+        getattr(args, name)
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+        )
+    )
     if world % (tp * pp * cp):
         raise UserError(f"{world} ranks are not divisible by TP {tp} × PP {pp} × CP {cp}; give the layout of your run.")
     dp = world // (tp * pp * cp)
@@ -172,8 +179,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}-parallel-size", type=int, default=1, help="as in the run to come")
     parser.add_argument("--shared-dir", type=Path, help="folder for checkpoints, that every rank must see")
     parser.add_argument("--free-gb", type=float, default=10.0, help="space wanted there (default 10)")
-    parser.add_argument("--data-path", nargs="*", default=[], metavar="PREFIX",
-                        help="datasets that every rank must read")
+    parser.add_argument(
+        "--data-path", nargs="*", default=[], metavar="PREFIX", help="datasets that every rank must read"
+    )
     parser.add_argument("--megabytes", type=int, default=16, help="size of a timed collective (default 16)")
     parser.add_argument("--timeout", type=int, default=120, help="seconds for any one collective (default 120)")
     return parser
@@ -202,8 +210,10 @@ def main(argv: list[str], prog: str = "megatron-opt doctor") -> int:
         print(table(findings, hosts))
         warned = sum(finding.verdict == WARN for finding in findings)
         what = "NOT fit" if failed else "fit"
-        print(f"{world} ranks on {len(set(hosts))} hosts: {what}, {warned} warnings, {time.monotonic() - began:.0f} s",
-              flush=True)
+        print(
+            f"{world} ranks on {len(set(hosts))} hosts: {what}, {warned} warnings, {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
     return int(failed)
 
 

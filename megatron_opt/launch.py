@@ -73,8 +73,10 @@ def rank_count(host: Machine, flags: dict[str, str]) -> int:
         shard *= _size(flags, f"{name}{'-model' if name != 'context' else ''}-parallel-size")
     places = host.gpus or host.cores
     if host.gpus and shard > host.gpus:
-        raise UserError(f"the layout wants {shard} ranks a model copy and this machine has {host.gpus} GPUs; "
-                        "lower the parallel sizes, or use several nodes by --nnodes.")
+        raise UserError(
+            f"the layout wants {shard} ranks a model copy and this machine has {host.gpus} GPUs; "
+            "lower the parallel sizes, or use several nodes by --nnodes."
+        )
     copies = max(1, places // shard)
     micro, batch = _size(flags, "micro-batch-size"), _size(flags, "global-batch-size", 0)
     while copies > 1 and batch and batch % (micro * copies):
@@ -84,7 +86,8 @@ def rank_count(host: Machine, flags: dict[str, str]) -> int:
 
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=prog, allow_abbrev=False,
+        prog=prog,
+        allow_abbrev=False,
         description="Train on this machine, or on this node of several; every flag not listed here goes to "
         "megatron_opt.pretrain (see `python -m megatron_opt.pretrain --help`).",
     )
@@ -92,20 +95,35 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     def told(name: str, default: str | None = None) -> str | None:
         return os.environ.get(f"PET_{name}", default)  # torchrun's own variables, which Kubernetes operators set
 
-    parser.add_argument("--nproc-per-node", type=int, default=told("NPROC_PER_NODE"),
-                        help="ranks on this node (default: from GPUs or cores)")
+    parser.add_argument(
+        "--nproc-per-node",
+        type=int,
+        default=told("NPROC_PER_NODE"),
+        help="ranks on this node (default: from GPUs or cores)",
+    )
     parser.add_argument("--nnodes", default=told("NNODES", "1"), help="nodes, N or MIN:MAX (default 1)")
-    parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", default=told("RDZV_ENDPOINT"),
-                        help="meeting point of the nodes (c10d)")
-    parser.add_argument("--rdzv-id", default=told("RDZV_ID", "megatron_opt"),
-                        help="name of the job at the meeting point")
-    parser.add_argument("--rdzv-conf", default=told("RDZV_CONF", ""),
-                        help="key=value,… for the rendezvous, as torchrun takes it")
+    parser.add_argument(
+        "--rdzv-endpoint", metavar="HOST:PORT", default=told("RDZV_ENDPOINT"), help="meeting point of the nodes (c10d)"
+    )
+    parser.add_argument(
+        "--rdzv-id", default=told("RDZV_ID", "megatron_opt"), help="name of the job at the meeting point"
+    )
+    parser.add_argument(
+        "--rdzv-conf", default=told("RDZV_CONF", ""), help="key=value,… for the rendezvous, as torchrun takes it"
+    )
     parser.add_argument("--local-addr", help="this node's address, where its name does not resolve")
-    parser.add_argument("--max-restarts", type=int, default=told("MAX_RESTARTS"),
-                        help=f"times a dead rank is answered by a restart (default {RESTARTS} with --save, else 0)")
-    parser.add_argument("--shutdown-timeout", type=int, default=SHUTDOWN_SECONDS,
-                        help=f"seconds that ranks get to save after a signal (default {SHUTDOWN_SECONDS})")
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=told("MAX_RESTARTS"),
+        help=f"times a dead rank is answered by a restart (default {RESTARTS} with --save, else 0)",
+    )
+    parser.add_argument(
+        "--shutdown-timeout",
+        type=int,
+        default=SHUTDOWN_SECONDS,
+        help=f"seconds that ranks get to save after a signal (default {SHUTDOWN_SECONDS})",
+    )
     parser.add_argument("--module", default=TARGET, help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help="print the torchrun command and exit")
     return parser
@@ -122,8 +140,18 @@ def torchrun_arguments(own: argparse.Namespace, training: Sequence[str], host: M
     restarts = own.max_restarts
     if restarts is None:
         restarts = RESTARTS if "save" in flags else 0
-    words = ["--nnodes", own.nnodes, "--nproc-per-node", str(ranks), "--max-restarts", str(restarts),
-             "--signals-to-handle", SIGNALS, "--shutdown-timeout", str(own.shutdown_timeout)]
+    words = [
+        "--nnodes",
+        own.nnodes,
+        "--nproc-per-node",
+        str(ranks),
+        "--max-restarts",
+        str(restarts),
+        "--signals-to-handle",
+        SIGNALS,
+        "--shutdown-timeout",
+        str(own.shutdown_timeout),
+    ]
     if own.rdzv_endpoint:
         words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", own.rdzv_endpoint, "--rdzv-id", own.rdzv_id]
         words += ["--rdzv-conf", own.rdzv_conf] if own.rdzv_conf else []
@@ -178,8 +206,11 @@ def launch(words: Sequence[str]) -> int:
         if code == 1:
             first = error.get_first_failure()[1]
             how = f"was killed by signal {-first.exitcode}" if first.exitcode < 0 else f"left with {first.exitcode}"
-            print(f"megatron-opt train: local rank {first.local_rank} {how} (process {first.pid}); "
-                  "its own message stands above.", file=sys.stderr)
+            print(
+                f"megatron-opt train: local rank {first.local_rank} {how} (process {first.pid}); "
+                "its own message stands above.",
+                file=sys.stderr,
+            )
         return code
     except SignalException as signalled:
         return 128 + int(signalled.sigval)

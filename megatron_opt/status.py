@@ -141,8 +141,12 @@ def table(status: Status) -> str:
         ("speed", f"{number(status.tokens_per_s, ',.0f')} tokens/s on {number(status.world_size, 'd')} ranks"),
         ("time to end", _duration(status.seconds_left)),
         ("restarts", str(status.restarts)),
-        ("checkpoint", "none" if status.checkpoint is None
-         else f"iteration {status.checkpoint}, {_duration(status.checkpoint_age)} ago"),
+        (
+            "checkpoint",
+            "none"
+            if status.checkpoint is None
+            else f"iteration {status.checkpoint}, {_duration(status.checkpoint_age)} ago",
+        ),
     ]
     if status.counts:
         rows.append(("trouble", ", ".join(f"{n} × {name}" for name, n in status.counts.items())))

@@ -38,8 +38,11 @@ def main() -> int:
     pairs = list(itertools.product(args.layouts.split(","), args.optimizers.split(",")))
     share = -(-args.kills // len(pairs))
     draw = random.Random(args.seed)
-    lines = ["| layout | optimizer | kills (rank / save / agent / start-up) | starts | restarts | damaged | orphans | "
-             "differing values | seconds |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| layout | optimizer | kills (rank / save / agent / start-up) | starts | restarts | damaged | orphans | "
+        "differing values | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     print("\n".join(lines), flush=True)
     failed, total = False, 0
     for number, (layout, optimizer) in enumerate(pairs):
@@ -57,8 +60,17 @@ def main() -> int:
         failed |= bool(different or outcome.orphans) or len(reference) < args.iterations
         total += sum(outcome.kills.values())
         kills = " / ".join(str(outcome.kills.get(target, 0)) for target in ("rank", "save", "agent", "start-up"))
-        cells = [layout, optimizer, kills, outcome.starts, outcome.restarts, outcome.damaged, outcome.orphans,
-                 f"{len(different)} of {len(reference)}", f"{outcome.seconds:.0f}"]
+        cells = [
+            layout,
+            optimizer,
+            kills,
+            outcome.starts,
+            outcome.restarts,
+            outcome.damaged,
+            outcome.orphans,
+            f"{len(different)} of {len(reference)}",
+            f"{outcome.seconds:.0f}",
+        ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
         print(lines[-1], flush=True)
     print(f"{total} kills: {'FAILED' if failed else 'all runs ended as the undisturbed ones'}", flush=True)

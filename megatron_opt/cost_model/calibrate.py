@@ -204,9 +204,7 @@ def calibrate(ranks: int = 0) -> str:
     return _file(cuda, devices, rates, (passes, reads), shares, overheads, linked)
 
 
-def host_overheads(
-    by_rule: dict[str, float], step: float, element: float, matrix: float, layer: float
-) -> Overheads:
+def host_overheads(by_rule: dict[str, float], step: float, element: float, matrix: float, layer: float) -> Overheads:
     """The engine's share of what an element-wise rule's matrix (Lion's) and a matrix rule's (Muon's) take in a step."""
     fragment = max(0.0, element - by_rule["lion"])
     own = max(0.0, matrix - fragment - by_rule["muon"])

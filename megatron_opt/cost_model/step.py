@@ -90,9 +90,7 @@ def _copies(domain: DomainPlan, layout: Layout) -> int:
     return layout.ep if domain.name.startswith("experts") else 1
 
 
-def predict(
-    flags: Mapping[str, Any], cluster: Cluster, world: int, grouping: Any = None, exact: bool = True
-) -> Step:
+def predict(flags: Mapping[str, Any], cluster: Cluster, world: int, grouping: Any = None, exact: bool = True) -> Step:
     """The step that these flags take on `world` devices of the cluster; raises UserError for what cannot run.
 
     `exact` follows the engine's routes for the optimizer's traffic, which takes up to seconds.

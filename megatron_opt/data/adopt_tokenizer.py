@@ -63,18 +63,12 @@ def _config(source: Path, model: HuggingFace) -> dict[str, Any]:
 
 def _check(model: Tokenizer, source: Path, output: Path) -> None:
     if isinstance(model, HuggingFace) and output.name != "tokenizer.json":
-        raise UserError(
-            f"Megatron finds this tokenizer by its folder; name the output {output.parent}/tokenizer.json"
-        )
+        raise UserError(f"Megatron finds this tokenizer by its folder; name the output {output.parent}/tokenizer.json")
     if isinstance(model, TikToken) and output.suffix != ".json":
-        raise UserError(
-            f"Megatron takes tiktoken files that end in .json; name the output {output.stem}.json"
-        )
+        raise UserError(f"Megatron takes tiktoken files that end in .json; name the output {output.stem}.json")
     ids = model.encode(PROBE)
     if not ids or not all(0 <= i < model.vocab_size for i in (*ids, model.eod)):
-        raise UserError(
-            f"the tokenizer {source} does not give ids below its vocabulary of {model.vocab_size} tokens"
-        )
+        raise UserError(f"the tokenizer {source} does not give ids below its vocabulary of {model.vocab_size} tokens")
 
 
 def _megatron_list(source: Path) -> bytes:

@@ -15,9 +15,7 @@ def tokenizer_digest(path: str | Path) -> str:
     return sha256(path / "tokenizer.json" if path.is_dir() else path)
 
 
-def check_dataset(
-    prefix: str | Path, vocab_size: int | None = None, tokenizer_sha256: str | None = None
-) -> None:
+def check_dataset(prefix: str | Path, vocab_size: int | None = None, tokenizer_sha256: str | None = None) -> None:
     """Refuse a dataset that a model with `vocab_size` embeddings and this tokenizer cannot be trained on.
 
     A dataset of Megatron's own tool has no record beside it: then the tokenizer is not compared, and token
@@ -31,9 +29,7 @@ def check_dataset(
     if tokens == 0:
         raise UserError(f"the dataset {prefix} holds no tokens; index a corpus that is not empty")
     if index.dtype.kind == "f":
-        raise UserError(
-            f"the dataset {prefix} holds {index.dtype} values, not token ids; index the corpus again"
-        )
+        raise UserError(f"the dataset {prefix} holds {index.dtype} values, not token ids; index the corpus again")
     record = read_record(prefix)
     largest = None
     if record is not None:

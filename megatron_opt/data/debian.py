@@ -51,18 +51,12 @@ def find_package(manual: Manual) -> str:
     Raises UserError without apt or when no version is known to it.
     """
     if shutil.which("apt-cache") is None:
-        raise UserError(
-            "apt-cache is not here: this corpus needs Debian or Ubuntu; take --name small, or --input"
-        )
+        raise UserError("apt-cache is not here: this corpus needs Debian or Ubuntu; take --name small, or --input")
     stem = re.split(r"\\?\.?\\d", manual.package.pattern)[0].replace("\\", "")
-    listed = subprocess.run(
-        ["apt-cache", "pkgnames", stem], capture_output=True, text=True, check=False
-    ).stdout
+    listed = subprocess.run(["apt-cache", "pkgnames", stem], capture_output=True, text=True, check=False).stdout
     names = {name for name in listed.split() if manual.package.fullmatch(name)}
     if not names:
-        raise UserError(
-            f"apt knows no package like {manual.preferred}; run `apt-get update`, or take --name small"
-        )
+        raise UserError(f"apt knows no package like {manual.preferred}; run `apt-get update`, or take --name small")
     if manual.preferred in names:
         return manual.preferred
     return max(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])

@@ -38,9 +38,7 @@ def describe(prefix: str, tokenizer: str | None = None, sample: int = 1, **tikto
         raise UserError(f"{idx_path(prefix)} is corrupt: it holds a negative length; index the corpus again")
     smallest, largest = _range(tokens)
     if smallest < 0:
-        raise UserError(
-            f"{bin_path(prefix)} is corrupt: it holds the token id {smallest}; index the corpus again"
-        )
+        raise UserError(f"{bin_path(prefix)} is corrupt: it holds the token id {smallest}; index the corpus again")
     if model is not None and largest >= model.vocab_size:
         raise UserError(
             f"{bin_path(prefix)} holds the token id {largest}, {tokenizer} has {model.vocab_size} tokens;"

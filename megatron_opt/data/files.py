@@ -19,9 +19,7 @@ def make_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"cannot create the folder {folder}: {error.strerror}; choose another output"
-        ) from None
+        raise UserError(f"cannot create the folder {folder}: {error.strerror}; choose another output") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"cannot write into {folder}: permission denied; choose another output")
     return folder
@@ -33,9 +31,7 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; free space or choose another output"
-        ) from None
+        raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another output") from None
 
 
 @contextlib.contextmanager
@@ -73,9 +69,7 @@ def sole_writer(lock: Path, outputs: list[Path]) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"another run is writing {outputs[0]}; wait for it, or give another output"
-            ) from None
+            raise UserError(f"another run is writing {outputs[0]}; wait for it, or give another output") from None
         try:
             for path in outputs:
                 for left in path.parent.glob(f".{glob.escape(path.name)}.????????"):
@@ -127,8 +121,7 @@ def already_done(
         strangers = [path for path in outputs if path.exists()]
         if strangers and (lock is None or not lock.exists()):
             raise UserError(
-                f"{strangers[0]} exists and is not of this command;"
-                " give another output, or --force to replace it"
+                f"{strangers[0]} exists and is not of this command; give another output, or --force to replace it"
             )
         return None
     done = read_json(record)
@@ -140,7 +133,5 @@ def already_done(
             " give another output, or --force to replace it"
         )
     files = done.get("files", {})
-    complete = all(
-        path.is_file() and files.get(path.name, {}).get("bytes") == path.stat().st_size for path in outputs
-    )
+    complete = all(path.is_file() and files.get(path.name, {}).get("bytes") == path.stat().st_size for path in outputs)
     return done if complete else None

@@ -82,9 +82,7 @@ def build_index(
         raise UserError(f"{source} is not JSONL; make it so with `megatron-opt data corpus --input {source}`")
     record_path = indexed.sidecar_path(prefix)
     if record_path.exists() and indexed.read_record(prefix) is None:
-        raise UserError(
-            f"{record_path} is no record of a dataset and would be lost; give another --output-prefix"
-        )
+        raise UserError(f"{record_path} is no record of a dataset and would be lost; give another --output-prefix")
     tokenizer = options.load()
     make_folder(Path(prefix).absolute().parent)
     settings = {**asdict(options), "tokenizer": tokenizer.sha256(), "source": sha256(source)}
@@ -243,16 +241,12 @@ def _tokenize(chunk: Chunk) -> None:
 def _join(
     source: Path, prefix: str, shards: list[Path], tokenizer: Tokenizer, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    lengths = np.concatenate(
-        [np.load(shard.with_suffix(".npy")) for shard in shards] or [np.empty(0, np.int32)]
-    )
+    lengths = np.concatenate([np.load(shard.with_suffix(".npy")) for shard in shards] or [np.empty(0, np.int32)])
     if len(lengths) == 0:
         raise UserError(f"the corpus {source} holds no text; there is nothing to index")
     dtype = indexed.token_dtype(tokenizer.vocab_size)
     parts = [read_json(shard.with_suffix(".json")) for shard in shards]
-    with contextlib.suppress(
-        FileNotFoundError
-    ):  # the record of other files must not stand beside the new ones
+    with contextlib.suppress(FileNotFoundError):  # the record of other files must not stand beside the new ones
         indexed.sidecar_path(prefix).unlink()
     with atomic(indexed.bin_path(prefix)) as stream:
         for shard in shards:

@@ -106,28 +106,18 @@ def read_index(prefix: str | Path) -> Index:
     except OSError as error:
         raise UserError(f"cannot read {idx}: {error.strerror}") from None
     if header[: len(MAGIC)] != MAGIC[: len(header)] or not header:
-        raise UserError(
-            f"{idx} is not a Megatron index (wrong magic bytes); write it with `megatron-opt data index`"
-        )
+        raise UserError(f"{idx} is not a Megatron index (wrong magic bytes); write it with `megatron-opt data index`")
     if len(header) < HEADER.size:
-        raise UserError(
-            f"{idx} is truncated: {size} bytes, a header alone has {HEADER.size}; index the corpus again"
-        )
+        raise UserError(f"{idx} is truncated: {size} bytes, a header alone has {HEADER.size}; index the corpus again")
     _, version, code, sequences, bounds = HEADER.unpack(header)
     if version != VERSION:
-        raise UserError(
-            f"{idx} has format version {version}, Megatron reads version {VERSION}; index the corpus again"
-        )
+        raise UserError(f"{idx} has format version {version}, Megatron reads version {VERSION}; index the corpus again")
     if code not in DTYPES:
-        raise UserError(
-            f"{idx} has the unknown dtype code {code}; the file is corrupt, index the corpus again"
-        )
+        raise UserError(f"{idx} has the unknown dtype code {code}; the file is corrupt, index the corpus again")
     expected = HEADER.size + 12 * sequences + 8 * bounds
     if size not in (expected, expected + sequences):
         state = "truncated" if size < expected else "corrupt"
-        raise UserError(
-            f"{idx} is {state}: {size} bytes, its header promises {expected}; index the corpus again"
-        )
+        raise UserError(f"{idx} is {state}: {size} bytes, its header promises {expected}; index the corpus again")
     index = _map(idx, np.dtype(DTYPES[code]), sequences, bounds)
     _check(index, idx, tokens, bin_size)
     return index
@@ -172,9 +162,7 @@ def _check(index: Index, idx: Path, tokens: Path, bin_size: int) -> None:
         return
     end = int(index.pointers[-1]) + int(index.lengths[-1]) * index.dtype.itemsize
     if end > bin_size:
-        raise UserError(
-            f"{tokens} is truncated: {bin_size} bytes, {idx.name} needs {end}; index the corpus again"
-        )
+        raise UserError(f"{tokens} is truncated: {bin_size} bytes, {idx.name} needs {end}; index the corpus again")
     if end < bin_size:
         raise UserError(
             f"{tokens} has {bin_size} bytes, {idx.name} describes {end};"

@@ -19,9 +19,7 @@ def pip_download(requirement: str, folder: Path, source: bool) -> Path:
     Raises UserError with pip's own last words: offline, no such version, no pip.
     """
     if importlib.util.find_spec("pip") is None:
-        raise UserError(
-            f"{sys.executable} has no pip to fetch {requirement}; run `{sys.executable} -m ensurepip`"
-        )
+        raise UserError(f"{sys.executable} has no pip to fetch {requirement}; run `{sys.executable} -m ensurepip`")
     name = requirement.partition("==")[0]
     kind = "--no-binary" if source else "--only-binary"
     command = [
@@ -45,9 +43,7 @@ def apt_download(package: str, folder: Path) -> Path:
     """Fetch one Debian package into the empty `folder`; no root needed. Raises UserError with apt's words."""
     for program in ("apt-get", "dpkg-deb"):
         if shutil.which(program) is None:
-            raise UserError(
-                f"no {program} here: this corpus needs Debian or Ubuntu; take --name small or --input"
-            )
+            raise UserError(f"no {program} here: this corpus needs Debian or Ubuntu; take --name small or --input")
     remedy = "check the network, or renew apt's lists with `apt-get update`"
     _run(["apt-get", "download", "--quiet", package], folder, package, remedy)
     return _only_file(folder, package)

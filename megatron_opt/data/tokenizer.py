@@ -78,9 +78,7 @@ class SentencePiece(Tokenizer):
         self.vocab_size = self._model.get_piece_size()
         self.eod = self._model.eos_id()
         if self.eod < 0:
-            raise UserError(
-                f"{path} has no end-of-sentence piece to end documents with; use another tokenizer"
-            )
+            raise UserError(f"{path} has no end-of-sentence piece to end documents with; use another tokenizer")
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
@@ -109,9 +107,7 @@ class HuggingFace(Tokenizer):
         self.eod_token = eod_token or self._configured_eod() or self._usual_eod()
         self.eod = self._model.token_to_id(self.eod_token)
         if self.eod is None:
-            raise UserError(
-                f"{path} has no token {self.eod_token!r} to end documents with; name another with --eod"
-            )
+            raise UserError(f"{path} has no token {self.eod_token!r} to end documents with; name another with --eod")
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
 
     def _configured_eod(self) -> str | None:
@@ -231,9 +227,7 @@ def _extra(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError(
-            f"this tokenizer needs the package {name}: pip install 'megatron-opt[data]'"
-        ) from None
+        raise UserError(f"this tokenizer needs the package {name}: pip install 'megatron-opt[data]'") from None
 
 
 def _read_tiktoken_json(path: Path) -> list[bytes]:
@@ -247,7 +241,5 @@ def _read_tiktoken_json(path: Path) -> list[bytes]:
     if ranks != list(range(len(tokens))) or len(set(tokens)) != len(tokens):
         raise UserError(f"{path}: the ranks must be 0, 1, 2, … and no token may occur twice")
     if tokens[:256] != [bytes([i]) for i in range(256)]:
-        raise UserError(
-            f"{path}: the first 256 tokens must be the single bytes in order, Megatron asks for it"
-        )
+        raise UserError(f"{path}: the first 256 tokens must be the single bytes in order, Megatron asks for it")
     return tokens

@@ -91,9 +91,7 @@ def _train(lines: Iterator[str], source: Path, vocab_size: int) -> bytes:
 def _explain(message: str, source: Path, vocab_size: int) -> str:
     too_high = re.search(r"value <= (\d+)", message)
     if too_high:
-        return (
-            f"{source} has too little text for {vocab_size} pieces; give --vocab-size {too_high[1]} or less"
-        )
+        return f"{source} has too little text for {vocab_size} pieces; give --vocab-size {too_high[1]} or less"
     too_low = re.search(r"required_chars\. \d+ vs (\d+)", message)
     if too_low:
         return f"--vocab-size {vocab_size} does not hold the letters of {source}; give {too_low[1]} or more"

@@ -38,9 +38,7 @@ def build_domains(chunks: Sequence[Any], distributed: bool, per_head: bool, wire
         for part in gather_objects({name: found.matrices[name] for name in names}, group, size):
             infos.update(part)
         name = f"experts of stage {pp}, expert rank {ep}" if is_expert else f"stage {pp}"
-        domains.append(
-            Domain(name, group, rank, size, fragments, holdings, infos, Exchange(group, rank, size, wire))
-        )
+        domains.append(Domain(name, group, rank, size, fragments, holdings, infos, Exchange(group, rank, size, wire)))
     return domains
 
 

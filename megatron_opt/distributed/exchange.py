@@ -201,12 +201,8 @@ class Exchange:
         message = torch.cat(send) if send else torch.empty(0, dtype=wire, device=device)
         received = torch.empty(sum(out_splits), dtype=wire, device=device)
         self.traffic.add(what, message.numel() * message.element_size())
-        work = dist.all_to_all_single(
-            received, message, out_splits, in_splits, group=self.group, async_op=True
-        )
-        places = [
-            (place, count) for r in others for place, count in zip(incoming[r], counts[r], strict=True)
-        ]
+        work = dist.all_to_all_single(received, message, out_splits, in_splits, group=self.group, async_op=True)
+        places = [(place, count) for r in others for place, count in zip(incoming[r], counts[r], strict=True)]
         return Trip(work, received, places)
 
     def gather(
@@ -237,7 +233,10 @@ class Exchange:
         """Updates of parts back to every rank that holds a shard of them."""
         return self.start(
             [[item.of_slab(slabs[item.part]) for item in items] for items in route.scatter_out],
-            [[lambda item=item: item.of_fragment(updates[item.fragment]) for item in items] for items in route.scatter_in],  # type: ignore[misc]
+            [
+                [lambda item=item: item.of_fragment(updates[item.fragment]) for item in items]
+                for items in route.scatter_in
+            ],  # type: ignore[misc]
             [[item.numel for item in items] for items in route.scatter_in],
             what,
             wire,

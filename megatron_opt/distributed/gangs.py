@@ -93,7 +93,9 @@ def gather(jobs: Sequence[Job], ranks: int, most: float) -> dict[str, list[Run]]
             placed[job.matrix] = [(first + rank, low, high) for rank, low, high in runs]
         first += gang.ranks
     if rest:
-        runs_of = pour([job for gang in rest for job in gang.jobs], [0.0] * (ranks - first), [0.0] * (ranks - first), True)
+        runs_of = pour(
+            [job for gang in rest for job in gang.jobs], [0.0] * (ranks - first), [0.0] * (ranks - first), True
+        )
         placed |= {name: [(first + rank, low, high) for rank, low, high in runs] for name, runs in runs_of.items()}
     for kind in large:
         for job in kind.jobs:

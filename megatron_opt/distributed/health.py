@@ -20,7 +20,9 @@ class Health:
         for name in sorted(bad):
             self.skipped[name] = self.skipped.get(name, 0) + 1
             if speaks:
-                logger.warning("step %d: gradient of %s is not finite, skipped (%d so far)", step, name, self.skipped[name])
+                logger.warning(
+                    "step %d: gradient of %s is not finite, skipped (%d so far)", step, name, self.skipped[name]
+                )
         if bad and self.policy == "abort":
             raise UserError(
                 f"step {step}: the gradient of {sorted(bad)[0]} is not finite ({len(bad)} matrices in all); "

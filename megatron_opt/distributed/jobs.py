@@ -123,7 +123,9 @@ class Job:
             else:
                 costs = [self.cell_cost(shape) if cell else self.cost]
             for (rank, low, high), cost in zip(pieces, costs, strict=True):
-                made.append((Part(self.matrix, len(made), rank, side, first + low, first + high, self.shape, cell), cost))
+                made.append(
+                    (Part(self.matrix, len(made), rank, side, first + low, first + high, self.shape, cell), cost)
+                )
         return made
 
     def _rectangles(self, first: int, stop: int) -> list[Area]:

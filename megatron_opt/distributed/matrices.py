@@ -236,9 +236,7 @@ def split_param(
         if start < stop:
             full = f"{name}.{part.suffix}" if part.suffix else name
             pieces.append(Piece(full, start - first, stop - start, part.row + start - part.start, col))
-    infos = [
-        info(suffix, re.sub(r"\d+$", "", suffix), height, heads) for suffix, (height, heads) in heights.items()
-    ]
+    infos = [info(suffix, re.sub(r"\d+$", "", suffix), height, heads) for suffix, (height, heads) in heights.items()]
     covered = sum(piece.rows for piece in pieces)
     if covered != rows:
         raise ValueError(
@@ -281,14 +279,14 @@ def global_names(module: Any, ep_rank: int) -> Iterator[tuple[str, Any]]:
         for prefix, number in local_experts.items():
             if not name.startswith(prefix):
                 continue
-            rest = name[len(prefix):]
+            rest = name[len(prefix) :]
             if match := re.match(r"local_experts\.(\d+)\.(.*)", rest):  # one module an expert
                 name = f"{prefix}{ep_rank * number + int(match[1])}.{match[2]}"
             elif match := re.match(r"(.*\.(?:weight|bias))(\d+)$", rest):  # grouped: one tensor an expert
                 name = f"{prefix}{ep_rank * number + int(match[2])}.{match[1]}"
         for prefix, number in layer_numbers.items():
             if local.startswith(prefix) and ".mtp" not in prefix and not prefix.startswith("mtp"):
-                name = re.sub(r"layers\.\d+\.$", f"layers.{number}.", prefix) + name[len(prefix):]
+                name = re.sub(r"layers\.\d+\.$", f"layers.{number}.", prefix) + name[len(prefix) :]
         if getattr(param, "shared_embedding", False):  # the last stage's copy of a tied embedding
             name = "embedding.word_embeddings.weight"
         yield name, param
@@ -323,8 +321,15 @@ def declare(chunks: Iterable[Any], config: Any, *, per_head: bool = False) -> De
             found.matrices.update({info.name: info for info in infos})
             found.views.append(
                 ParamView(
-                    name, param, rows, cols, pieces, is_expert, dim is None,
-                    counts=not getattr(param, "shared", False), chunk=chunk_index,
+                    name,
+                    param,
+                    rows,
+                    cols,
+                    pieces,
+                    is_expert,
+                    dim is None,
+                    counts=not getattr(param, "shared", False),
+                    chunk=chunk_index,
                 )
             )
     if unknown:

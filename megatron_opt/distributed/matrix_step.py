@@ -196,8 +196,18 @@ class MatrixStep:
             for index, part in enumerate(cell.parts):
                 if part.rank == me:
                     mine[key] = index, part
-                    running[key] = self.rules[key[0]].of_part().slice_update(
-                        slabs[part.key], self.states[part.key], shared, number, self.cell_infos[key], index, cell.edges
+                    running[key] = (
+                        self.rules[key[0]]
+                        .of_part()
+                        .slice_update(
+                            slabs[part.key],
+                            self.states[part.key],
+                            shared,
+                            number,
+                            self.cell_infos[key],
+                            index,
+                            cell.edges,
+                        )
                     )
                     resume(key, None)
         legs = {key: self.legs[key] for key in cells}

@@ -156,9 +156,7 @@ def pack(jobs: Sequence[Job], ranks: int, mode: str = "auto", most: float = BALA
     return min(plans, key=lambda plan: (max(plan.imbalance(), _LATE), plan.state_imbalance()))
 
 
-def make_buckets(
-    parts: Sequence[Part], ranks: int, bucket_bytes: float, element_bytes: int = 4
-) -> list[list[str]]:
+def make_buckets(parts: Sequence[Part], ranks: int, bucket_bytes: float, element_bytes: int = 4) -> list[list[str]]:
     """Matrices in travelling order: buckets in which no rank receives more than `bucket_bytes`, every rank has a share."""
     by_rank: dict[int, list[Part]] = {}
     for part in parts:

@@ -40,7 +40,9 @@ class Parameter:
         if self.dim is None:
             return self.shape
         if self.shape[self.dim] % shards:
-            raise UserError(f"{self.name} has {self.shape[self.dim]} rows or columns, which {shards} ranks cannot share.")
+            raise UserError(
+                f"{self.name} has {self.shape[self.dim]} rows or columns, which {shards} ranks cannot share."
+            )
         return tuple(side // shards if i == self.dim else side for i, side in enumerate(self.shape))
 
 
@@ -201,7 +203,12 @@ def _holdings(
 
 
 def _sent(
-    held: Held, plan: Plan, rules: dict[str, Any], infos: dict[str, MatrixInfo], buckets: Sequence[Sequence[str]], wire: int
+    held: Held,
+    plan: Plan,
+    rules: dict[str, Any],
+    infos: dict[str, MatrixInfo],
+    buckets: Sequence[Sequence[str]],
+    wire: int,
 ) -> dict[str, list[float]]:
     """Bytes that each rank sends in a step, as the run's counters name them."""
     ranks = len(plan.load)
@@ -287,35 +294,56 @@ def plan_model(
     return found
 
 
-def from_args(args: Any, world: int, rules: Sequence[GroupRule], stages: Sequence[int] | None = None) -> list[DomainPlan]:
+def from_args(
+    args: Any, world: int, rules: Sequence[GroupRule], stages: Sequence[int] | None = None
+) -> list[DomainPlan]:
     """Plans for Megatron flags as `world` ranks would make them."""
     tp, pp, ep = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.expert_model_parallel_size
     if world % (tp * pp):
         raise UserError(f"{world} ranks are not divisible by tensor parallelism {tp} × pipeline parallelism {pp}.")
     dp = world // (tp * pp)
     config = SimpleNamespace(
-        num_layers=args.num_layers, hidden_size=args.hidden_size, num_attention_heads=args.num_attention_heads,
-        ffn_hidden_size=args.ffn_hidden_size, moe_ffn_hidden_size=args.moe_ffn_hidden_size,
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        ffn_hidden_size=args.ffn_hidden_size,
+        moe_ffn_hidden_size=args.moe_ffn_hidden_size,
         num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-        kv_channels=args.kv_channels or args.hidden_size // args.num_attention_heads, normalization=args.normalization,
-        add_bias_linear=args.add_bias_linear, gated_linear_unit=args.swiglu, num_moe_experts=args.num_experts,
+        kv_channels=args.kv_channels or args.hidden_size // args.num_attention_heads,
+        normalization=args.normalization,
+        add_bias_linear=args.add_bias_linear,
+        gated_linear_unit=args.swiglu,
+        num_moe_experts=args.num_experts,
         multi_latent_attention=args.multi_latent_attention,
         attention_output_gate=getattr(args, "attention_output_gate", False),
     )
     tied = not args.untie_embeddings_and_output_weights
     learned = args.max_position_embeddings if args.position_embedding_type == "learned_absolute" else 0
     layout = Layout(
-        tp, pp, dp, ep, getattr(args, "expert_tensor_parallel_size", None) or tp,
-        virtual=getattr(args, "virtual_pipeline_model_parallel_size", None) or 1, distributed=args.use_distributed_optimizer,
+        tp,
+        pp,
+        dp,
+        ep,
+        getattr(args, "expert_tensor_parallel_size", None) or tp,
+        virtual=getattr(args, "virtual_pipeline_model_parallel_size", None) or 1,
+        distributed=args.use_distributed_optimizer,
         bucket_size=max(40_000_000, 1_000_000 * dp) if args.overlap_grad_reduce and pp == 1 else None,
     )
     if not config.num_moe_experts:
         layout = replace(layout, etp=1)
     parameters = gpt_parameters(config, args.padded_vocab_size, tied=tied, learned_positions=learned)
     return plan_model(
-        parameters, config, layout, rules, tied=tied, stages=stages, mode=args.matrix_mode, most=args.matrix_balance,
+        parameters,
+        config,
+        layout,
+        rules,
+        tied=tied,
+        stages=stages,
+        mode=args.matrix_mode,
+        most=args.matrix_balance,
         bucket_bytes=args.exchange_bucket_mb * 2**20,
-        wire={"fp32": torch.float32, "bf16": torch.bfloat16}[args.exchange_dtype], per_head=args.split_heads,
+        wire={"fp32": torch.float32, "bf16": torch.bfloat16}[args.exchange_dtype],
+        per_head=args.split_heads,
     )
 
 
@@ -328,8 +356,13 @@ def show(plans: Sequence[DomainPlan], folder: str | None = None) -> None:
             continue
         plan = found.plan
         content = {
-            "domain": found.name, "digest": plan.digest(), "flops": plan.flops, "state_bytes": plan.state_bytes,
-            "load": plan.load, "imbalance": plan.imbalance(), "sent_bytes": found.sent,
+            "domain": found.name,
+            "digest": plan.digest(),
+            "flops": plan.flops,
+            "state_bytes": plan.state_bytes,
+            "load": plan.load,
+            "imbalance": plan.imbalance(),
+            "sent_bytes": found.sent,
             "parts": [[p.matrix, p.rank, *p.bounds] for p in plan.parts],  # rows, columns
         }
         path = Path(folder) / f"optimizer_plan.{found.name.replace(' ', '_').replace(',', '')}.json"

@@ -224,7 +224,9 @@ class ShardedOptimizer(MegatronOptimizer):
     def ensure_states(self) -> None:
         """Make the matrix rules' state from the current weights where there is none yet."""
         for domain, step in zip(self.domains, self.matrix_steps, strict=True):
-            wanted = domain.sum_over_ranks(torch.tensor([float(len(step.states) < len(step.mine))], dtype=torch.float64))
+            wanted = domain.sum_over_ranks(
+                torch.tensor([float(len(step.states) < len(step.mine))], dtype=torch.float64)
+            )
             if float(wanted) > 0:
                 step.init_states([fragment.main for fragment in domain.fragments])
         self.has_states = True

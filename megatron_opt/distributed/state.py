@@ -88,8 +88,12 @@ def whole_places(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int
         for key, tensor in sorted(state.items()):
             if tensor.dim() == 3 and tensor.shape[1] == tensor.shape[2]:
                 yield from _stack(name, key, tensor, stacks, index)
-            elif key not in {*common, *rule.rows} and tensor.dim() in (1, 2) and tensor.shape[0] == r1 - r0 \
-                    and tensor.numel() == (r1 - r0) * (c1 - c0):
+            elif (
+                key not in {*common, *rule.rows}
+                and tensor.dim() in (1, 2)
+                and tensor.shape[0] == r1 - r0
+                and tensor.numel() == (r1 - r0) * (c1 - c0)
+            ):
                 yield key, name, tensor, (rows, cols), Rect(name, r0, r1, c0, c1), index
             elif key not in common and tensor.dim() and tensor.shape[0] == tensor.numel() == r1 - r0:
                 yield key, name, tensor, (rows, 1), Rect(name, r0, r1, 0, 1), index
@@ -104,7 +108,9 @@ def whole_places(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int
                 yield key, name, tensor, None, None, index
 
 
-Places = dict[str, tuple[str, list[int], int]]  # by key of a stack: its key in the whole, its blocks' numbers, of how many
+Places = dict[
+    str, tuple[str, list[int], int]
+]  # by key of a stack: its key in the whole, its blocks' numbers, of how many
 
 
 def _places(step: MatrixStep, key: tuple[str, int]) -> Places:
@@ -189,7 +195,10 @@ def common_state(optimizer: Keeper) -> dict[str, Any]:
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizers = sorted({group.optimizer for group in optimizer.groups})
     return {
-        "format": FORMAT, "step": optimizer.step_number, "param_groups": groups, "optimizers": optimizers,
+        "format": FORMAT,
+        "step": optimizer.step_number,
+        "param_groups": groups,
+        "optimizers": optimizers,
         "contents": contents(optimizer),
     }
 

@@ -40,7 +40,9 @@ def check(name: str, rule: Any, source: bool = False) -> None:
         )
 
 
-RATE_SHARE = 2 / 3  # of the tuned rate times what the old schedule had left: more lifts the loss by over 1% (docs/migration.md)
+RATE_SHARE = (
+    2 / 3
+)  # of the tuned rate times what the old schedule had left: more lifts the loss by over 1% (docs/migration.md)
 
 
 def rewarm_steps(left: int) -> int:

@@ -253,7 +253,9 @@ class ElementwiseOptimizer:
         first element in the whole model, so that stochastic rounding does not depend on how it is cut.
         Raises UserError for another decay mode.
         """
-        how = Step(step, lr, shrinkage(lr, weight_decay, decay_mode), grad_scale, decay_mode == "cautious", copies, firsts)
+        how = Step(
+            step, lr, shrinkage(lr, weight_decay, decay_mode), grad_scale, decay_mode == "cautious", copies, firsts
+        )
         self.apply(params, grads, states, how, reducer or Reducer([p.numel() for p in params]))
 
     def apply(

@@ -154,9 +154,7 @@ class FactoredOptimizer(MatrixOptimizer):
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
     ) -> list[Tensor]:
         ready = torch.cat([state["ready"] for state in states]).tolist()
-        started = [
-            bool(known) or self.begin(as_matrix(grads[i]), states[i], infos[i]) for i, known in enumerate(ready)
-        ]
+        started = [bool(known) or self.begin(as_matrix(grads[i]), states[i], infos[i]) for i, known in enumerate(ready)]
         for grad, state, start in zip(grads, states, started):
             if start:
                 self.before_blocks(grad, state)
@@ -168,7 +166,9 @@ class FactoredOptimizer(MatrixOptimizer):
             for due in (False, True):
                 members = [place for place in family.members if dues[place[0]] == due and started[place[0]]]
                 if members:
-                    found.update(zip(members, self._step_members(members, family, grads, cuts, states, infos, step, due)))
+                    found.update(
+                        zip(members, self._step_members(members, family, grads, cuts, states, infos, step, due))
+                    )
         directions = []
         for index, (grad, state, info) in enumerate(zip(grads, states, infos)):
             if not started[index]:

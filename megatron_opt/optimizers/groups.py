@@ -185,7 +185,9 @@ def assign(
             names = _some([info.name for info in infos])
             raise UserError(f"group {rule.match!r} is empty: {why}; mend or remove it. Names are like {names}.")
     groups: list[Group] = []
-    for (index, decay, scale), members in sorted(taken.items(), key=lambda item: (item[0][0], -item[0][1], -item[0][2])):
+    for (index, decay, scale), members in sorted(
+        taken.items(), key=lambda item: (item[0][0], -item[0][1], -item[0][2])
+    ):
         rule = rules[index]
         _check_members(rule, built[index], members, decay)
         clip = built[index].clip if rule.clip is None else rule.clip

@@ -43,7 +43,9 @@ class SpectralConfig:
     """What every rule built on orthogonalized momentum shares."""
 
     scale_mode: str = choice("shape_scaling", SCALE_MODES, "factor by the matrix's shape (out, in)")
-    extra_scale_factor: float = option(1.0, "further factor on the update; 0.2 with spectral matches AdamW's RMS", above=0)
+    extra_scale_factor: float = option(
+        1.0, "further factor on the update; 0.2 with spectral matches AdamW's RMS", above=0
+    )
     num_ns_steps: int = option(5, "Newton–Schulz steps", low=1)
     coefficient_type: str = choice("simple", (*ns.SETS, "custom"), "Newton–Schulz coefficients")
     custom_coefficients: tuple[tuple[float, float, float], ...] = option((), "(a, b, c) per step for `custom`")

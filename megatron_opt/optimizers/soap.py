@@ -263,7 +263,8 @@ class Soap(FactoredOptimizer):
             alone["qr"] += count * 8.0 / 3.0 * size**3
             held += count * size * size * (12.0 if self.config.factor_precision == "fp64" else 8.0)
         spread = replace(
-            whole, refresh={kind: value - alone[kind] for kind, value in whole.refresh.items()},
+            whole,
+            refresh={kind: value - alone[kind] for kind, value in whole.refresh.items()},
             state_bytes=whole.state_bytes - held,
         )
         costs = [spread.scaled(share) for share in shares(edges)]

@@ -17,15 +17,32 @@ PRESETS = Path(__file__).parent.parent / "presets"
 
 # What a Megatron job needs to be told on CPU; put before the user's flags, so that his win.
 CPU_FLAGS = (
-    "--distributed-backend", "gloo", "--transformer-impl", "local", "--use-cpu-initialization",
-    "--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion", "--no-persist-layer-norm",
-    "--no-rope-fusion", "--no-bias-swiglu-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion",
-    "--no-create-attention-mask-in-dataloader", "--num-workers", "0", "--ckpt-format", "torch_dist",
-    "--eval-iters", "10",
+    "--distributed-backend",
+    "gloo",
+    "--transformer-impl",
+    "local",
+    "--use-cpu-initialization",
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-persist-layer-norm",
+    "--no-rope-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-gelu-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-create-attention-mask-in-dataloader",
+    "--num-workers",
+    "0",
+    "--ckpt-format",
+    "torch_dist",
+    "--eval-iters",
+    "10",
 )
 # Ours everywhere: divergence is a result of a study, and a bad matrix is skipped; both are counted and logged.
 OUR_FLAGS = (
-    "--no-check-for-nan-in-loss-and-grad", "--log-throughput", "--lr-wsd-decay-style", "linear",
+    "--no-check-for-nan-in-loss-and-grad",
+    "--log-throughput",
+    "--lr-wsd-decay-style",
+    "linear",
 )
 
 
@@ -99,11 +116,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="initialize as Megatron does, which gives every layout another model",
     )
     group.add_argument(
-        "--log-samples", action="store_true",
+        "--log-samples",
+        action="store_true",
         help="write the ids of the training samples of each step to OUTPUT/samples-RANK.jsonl, to check a restart by",
     )
     group.add_argument(
-        "--plan-world-size", type=int, metavar="RANKS",
+        "--plan-world-size",
+        type=int,
+        metavar="RANKS",
         help="print the optimizer plan of these flags on so many ranks, which need not be there, and exit",
     )
     add_engine_arguments(group)
@@ -293,7 +313,9 @@ def _check(args: Any) -> None:
             raise UserError(f"--lr-warmup-{unit} {warmup} is not below the {decay} {unit} of the schedule; lower it.")
     if args.async_save:
         if args.async_strategy == "nvrx" and "async-strategy" in args.given_flags:
-            raise UserError("--async-strategy nvrx: background saves have a writer of this project's own; leave it out.")
+            raise UserError(
+                "--async-strategy nvrx: background saves have a writer of this project's own; leave it out."
+            )
         args.async_strategy, args.use_persistent_ckpt_worker = "mcore", True  # else Megatron would save synchronously
         if world == tp * pp:  # nobody to share the writing with
             args.ckpt_fully_parallel_save = False

@@ -85,8 +85,15 @@ class Writer:
 
     # Saves
 
-    def save(self, folder: Path, rank: int, plan: Items, strings: Sequence[Any], tensors: Sequence[Any],
-             still: Sequence[bool]) -> None:
+    def save(
+        self,
+        folder: Path,
+        rank: int,
+        plan: Items,
+        strings: Sequence[Any],
+        tensors: Sequence[Any],
+        still: Sequence[bool],
+    ) -> None:
         """Hand a save over: tensors that keep `still` until `settle` are copied meanwhile, others (and a GPU's) at once.
 
         `strings` and `tensors` are in the order of the plan's items; the same plan object is sent once. An earlier save
@@ -286,9 +293,14 @@ def _write(plan: Items, slots: Any, buffer: Any, folder: Path, rank: int, string
 
     values = iter(strings)
     buckets = [
-        (os.path.join(folder, name), name,
-         ([(item, io.BytesIO(next(values))) for item in objects],
-          [(item, _view(buffer, slot)) for item, slot in zip(items, laid, strict=True)]))
+        (
+            os.path.join(folder, name),
+            name,
+            (
+                [(item, io.BytesIO(next(values))) for item in objects],
+                [(item, _view(buffer, slot)) for item, slot in zip(items, laid, strict=True)],
+            ),
+        )
         for (name, objects, items), laid in zip(plan, slots, strict=True)
     ]
     transforms = [_StorageWriterTransforms()]

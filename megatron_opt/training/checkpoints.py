@@ -38,15 +38,28 @@ _stalls: dict[int, float] = {}  # seconds for which a background save has held t
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of retention, trust and failed saves."""
     group = parser.add_argument_group("megatron_opt checkpoints")
-    group.add_argument("--keep-last", type=int, default=0, metavar="N",
-                       help="keep the N newest checkpoints (default 0: all)")
-    group.add_argument("--keep-every", type=int, default=0, metavar="N",
-                       help="with --keep-last, also keep checkpoints of iterations divisible by N")
-    group.add_argument("--on-save-failure", choices=["stop", "continue"], default="stop",
-                       help="a checkpoint that cannot be written (disk full, read-only): end the run, or train on")
-    group.add_argument("--trust-checkpoint", action="store_true",
-                       help="load a checkpoint although it has no checksums or its pickles import unknown names, "
-                       "which lets its author run code")
+    group.add_argument(
+        "--keep-last", type=int, default=0, metavar="N", help="keep the N newest checkpoints (default 0: all)"
+    )
+    group.add_argument(
+        "--keep-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --keep-last, also keep checkpoints of iterations divisible by N",
+    )
+    group.add_argument(
+        "--on-save-failure",
+        choices=["stop", "continue"],
+        default="stop",
+        help="a checkpoint that cannot be written (disk full, read-only): end the run, or train on",
+    )
+    group.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="load a checkpoint although it has no checksums or its pickles import unknown names, "
+        "which lets its author run code",
+    )
 
 
 def install(args: Any) -> None:
@@ -56,7 +69,9 @@ def install(args: Any) -> None:
     if min(args.keep_last, args.keep_every) < 0:
         raise UserError("--keep-last and --keep-every want numbers from 0 on.")
     if args.async_save and args.non_persistent_save_interval:
-        raise UserError("--non-persistent-save-interval does not work with --async-save; give a shorter --save-interval.")
+        raise UserError(
+            "--non-persistent-save-interval does not work with --async-save; give a shorter --save-interval."
+        )
     if getattr(args, "save_retain_interval", None):
         if args.keep_last:
             raise UserError("--save-retain-interval N is Megatron's word for --keep-last 1 --keep-every N; give one.")
@@ -67,9 +82,7 @@ def install(args: Any) -> None:
 
     checkpointing.get_checkpoint_name = _aside(checkpointing.get_checkpoint_name)
     checkpointing.get_checkpoint_tracker_filename = _nowhere(checkpointing.get_checkpoint_tracker_filename)
-    checkpointing.wandb_utils.on_save_checkpoint_success = _later(
-        checkpointing.wandb_utils.on_save_checkpoint_success
-    )
+    checkpointing.wandb_utils.on_save_checkpoint_success = _later(checkpointing.wandb_utils.on_save_checkpoint_success)
     training.save_checkpoint = functools.partial(_save, training.save_checkpoint)
     training.load_checkpoint = functools.partial(load_newest_sound, training.load_checkpoint)
     if args.async_save:
@@ -267,11 +280,16 @@ def _failed(flags: Any, iteration: int, trouble: str) -> None:
         newest = folders.iterations(Path(flags.save))[:1]
         kept = f"the newest whole one is of iteration {newest[0]}" if newest else "there is none yet"
         events.record("save_failed", iteration=iteration, reason=trouble)
-        print(f"megatron_opt: the checkpoint of iteration {iteration} was not saved: {trouble}; {kept}.",
-              file=sys.stderr, flush=True)
+        print(
+            f"megatron_opt: the checkpoint of iteration {iteration} was not saved: {trouble}; {kept}.",
+            file=sys.stderr,
+            flush=True,
+        )
     if flags.on_save_failure == "stop":
-        raise UserError(f"the checkpoint of iteration {iteration} could not be saved ({trouble}); make room and start "
-                        "the same command again, or train on without it by --on-save-failure continue.")
+        raise UserError(
+            f"the checkpoint of iteration {iteration} could not be saved ({trouble}); make room and start "
+            "the same command again, or train on without it by --on-save-failure continue."
+        )
 
 
 def _finalize(original: Callable[..., None], blocking: bool = False, **kwargs: Any) -> None:

@@ -50,11 +50,19 @@ def start(args: Any) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         record(
             "restart" if restarts() else "start",
-            train_iters=args.train_iters, world_size=args.world_size, global_batch_size=args.global_batch_size,
-            seq_length=args.seq_length, optimizer=args.optimizer, save=args.save,
+            train_iters=args.train_iters,
+            world_size=args.world_size,
+            global_batch_size=args.global_batch_size,
+            seq_length=args.seq_length,
+            optimizer=args.optimizer,
+            save=args.save,
             slurm_job=os.environ.get("SLURM_JOB_ID"),
-            layout={"tp": args.tensor_model_parallel_size, "pp": args.pipeline_model_parallel_size,
-                    "cp": args.context_parallel_size, "dp": args.data_parallel_size},
+            layout={
+                "tp": args.tensor_model_parallel_size,
+                "pp": args.pipeline_model_parallel_size,
+                "cp": args.context_parallel_size,
+                "dp": args.data_parallel_size,
+            },
         )
 
 

@@ -38,16 +38,34 @@ _LEAST = 8  # losses seen before one can be called a spike
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of hang detection and of losses that jump."""
     group = parser.add_argument_group("megatron_opt faults")
-    group.add_argument("--hang-timeout", type=float, metavar="SECONDS",
-                       help="a rank that makes no step for so long is reported and the ranks leave, for a restart "
-                       "(default: nine tenths of --distributed-timeout-minutes; 0: never)")
-    group.add_argument("--on-loss-spike", choices=["ignore", "skip", "rollback"], default="ignore",
-                       help="a loss that is not finite or above --loss-spike-factor times the recent median: train on, "
-                       "leave the step's update out, or go back --rollback-steps and skip the data since")
-    group.add_argument("--loss-spike-factor", type=float, default=2.0, metavar="X",
-                       help=f"what counts as a spike, times the median of the last {_WINDOW} losses (default 2)")
-    group.add_argument("--rollback-steps", type=int, default=0, metavar="N",
-                       help="go back to the newest checkpoint at least N steps before the spike (default 0)")
+    group.add_argument(
+        "--hang-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="a rank that makes no step for so long is reported and the ranks leave, for a restart "
+        "(default: nine tenths of --distributed-timeout-minutes; 0: never)",
+    )
+    group.add_argument(
+        "--on-loss-spike",
+        choices=["ignore", "skip", "rollback"],
+        default="ignore",
+        help="a loss that is not finite or above --loss-spike-factor times the recent median: train on, "
+        "leave the step's update out, or go back --rollback-steps and skip the data since",
+    )
+    group.add_argument(
+        "--loss-spike-factor",
+        type=float,
+        default=2.0,
+        metavar="X",
+        help=f"what counts as a spike, times the median of the last {_WINDOW} losses (default 2)",
+    )
+    group.add_argument(
+        "--rollback-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="go back to the newest checkpoint at least N steps before the spike (default 0)",
+    )
 
 
 def install(args: Any) -> None:
@@ -104,9 +122,18 @@ def _global_loss(reduced: list[dict[str, Any]]) -> float:
     return float(total[0] / total[1]) if total[1] else math.nan
 
 
-def _guarded_step(original: Callable[..., Any], watch: LossWatch, forward_step: Any, iterator: Any, model: Any,
-                  optimizer: Any, scheduler: Any, config: Any, forward_backward: Callable[..., Any],
-                  **kwargs: Any) -> Any:
+def _guarded_step(
+    original: Callable[..., Any],
+    watch: LossWatch,
+    forward_step: Any,
+    iterator: Any,
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    config: Any,
+    forward_backward: Callable[..., Any],
+    **kwargs: Any,
+) -> Any:
     """Megatron's train_step, whose update is left out when the loss is a spike."""
     from megatron.training import get_args
 
@@ -155,8 +182,12 @@ def _report_spike(args: Any, watch: LossWatch, iteration: int, loss: float) -> N
         )
     if rank == 0:
         events.record("rollback", iteration=iteration, loss=shown, to=target, count=watch.spikes)
-        print(f"megatron_opt: the loss of iteration {iteration} is {loss:.4g}: going back to iteration {target}; the "
-              f"data of iterations {target + 1} to {iteration} will be skipped.", file=sys.stderr, flush=True)
+        print(
+            f"megatron_opt: the loss of iteration {iteration} is {loss:.4g}: going back to iteration {target}; the "
+            f"data of iterations {target + 1} to {iteration} will be skipped.",
+            file=sys.stderr,
+            flush=True,
+        )
     torch.distributed.barrier()
     raise SystemExit(ROLLBACK_EXIT)
 
@@ -229,7 +260,6 @@ class HangWatch:
         if self.iteration == mine["iteration"] and time.monotonic() - self.moved > self.limit:
             os._exit(HANG_EXIT)
 
-
     def _exchange(self, rank: int, world: int, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
         """Reports by rank. The store lives in rank 0 or its agent: when that does not answer, rank 0 is silent."""
         prefix = f"megatron_opt/hang/{events.restarts()}/"
@@ -300,8 +330,16 @@ def describe(verdict: dict[str, Any]) -> str:
     return f"Held up by rank {names}, which {how}{waiting}{': ' + '; '.join(where) if where else ''}."
 
 
-def _watched_step_end(original: Callable[..., bool], watch: HangWatch, model: Any, optimizer: Any, scheduler: Any,
-                      iteration: int, *args: Any, **kwargs: Any) -> bool:
+def _watched_step_end(
+    original: Callable[..., bool],
+    watch: HangWatch,
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    iteration: int,
+    *args: Any,
+    **kwargs: Any,
+) -> bool:
     watch.beat(iteration)
     leaving = original(model, optimizer, scheduler, iteration, *args, **kwargs)
     watch.beat(iteration)

@@ -1,8 +1,8 @@
 """A folder of checkpoints on disk: which are whole, which are damaged, which may go. Knows nothing of Megatron's state.
 
-    SAVE/iter_0000100/                        published by one rename; integrity.json lists SHA-256 by file
-    SAVE/latest_checkpointed_iteration.txt    Megatron's tracker, replaced in one step after the rename
-    SAVE/.saving/iter_0000200/                being written: not there for any reader
+SAVE/iter_0000100/                        published by one rename; integrity.json lists SHA-256 by file
+SAVE/latest_checkpointed_iteration.txt    Megatron's tracker, replaced in one step after the rename
+SAVE/.saving/iter_0000200/                being written: not there for any reader
 """
 
 import contextlib
@@ -59,7 +59,8 @@ def sync_folder(folder: Path) -> None:
 
 def _members(folder: Path) -> list[str]:
     return sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*")
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
         if path.is_file() and path.name != MANIFEST and not path.name.startswith(_SUMS)
     )
 

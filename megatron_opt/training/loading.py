@@ -32,8 +32,13 @@ def load_newest_sound(original: Callable[..., Any], *args: Any, **kwargs: Any) -
     finally:
         flags.ckpt_step = wanted
     if rank() == 0:
-        events.record("resume", iteration=loaded[0], seconds=round(time.monotonic() - began, 3),
-                      consumed_samples=flags.consumed_train_samples, world_size=flags.world_size)
+        events.record(
+            "resume",
+            iteration=loaded[0],
+            seconds=round(time.monotonic() - began, 3),
+            consumed_samples=flags.consumed_train_samples,
+            world_size=flags.world_size,
+        )
     return loaded
 
 
@@ -60,11 +65,16 @@ def _choose(load: Path, wanted: int | None, trust: bool, own: bool) -> int | Non
         refusals.append(f"iteration {iteration} ({trouble})")
         if rank() == 0:
             events.record("damaged", iteration=iteration, reason=trouble)
-            print(f"megatron_opt: the checkpoint of iteration {iteration} under {load} is not used: {trouble}.",
-                  file=sys.stderr, flush=True)
+            print(
+                f"megatron_opt: the checkpoint of iteration {iteration} under {load} is not used: {trouble}.",
+                file=sys.stderr,
+                flush=True,
+            )
     if refusals:
-        raise UserError(f"no checkpoint under {load} can be used: {'; '.join(refusals[:3])}; repair or remove them, "
-                        "or load a foreign one that you trust by --trust-checkpoint.")
+        raise UserError(
+            f"no checkpoint under {load} can be used: {'; '.join(refusals[:3])}; repair or remove them, "
+            "or load a foreign one that you trust by --trust-checkpoint."
+        )
     return None
 
 
@@ -88,8 +98,11 @@ def _inspect(load: Path, iteration: int, trust: bool) -> tuple[dict[str, str] | 
         files = folders.manifest(load, iteration)
     except (OSError, ValueError) as error:
         return None, f"its {folders.MANIFEST} is unreadable ({error})"
-    if files is None and not any((folder / name).exists() for name in (".metadata", "common.pt")) \
-            and not list(folder.glob("mp_rank_*")):
+    if (
+        files is None
+        and not any((folder / name).exists() for name in (".metadata", "common.pt"))
+        and not list(folder.glob("mp_rank_*"))
+    ):
         return None, "it is incomplete"
     if trust:
         return files, None

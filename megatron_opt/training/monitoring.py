@@ -166,7 +166,9 @@ class Monitor:
         self._tensorboard(iteration, tokens_per_s, seconds, spans, stats)
         own = self.own_time.take()
         if torch.cuda.is_available():  # the host does not wait where the device does
-            own = steps * (sum(spans.get(n, 0.0) for n in ("forward_backward", "optimizer")) - spans.get("communication", 0.0))
+            own = steps * (
+                sum(spans.get(n, 0.0) for n in ("forward_backward", "optimizer")) - spans.get("communication", 0.0)
+            )
         self._compare(iteration, steps, loss is not None and not math.isfinite(loss), own)
 
     def _compare(self, iteration: int, steps: int, bad: bool, own: float) -> None:
@@ -247,9 +249,7 @@ class Monitor:
             "preset": args.preset,
             "seed": args.seed,
             "params_total": sum(m.numel for m in self.matrices),
-            "params_non_embedding": sum(
-                m.numel for m in self.matrices if m.kind not in ("embedding", "output")
-            ),
+            "params_non_embedding": sum(m.numel for m in self.matrices if m.kind not in ("embedding", "output")),
             "tokens": args.consumed_train_samples * args.seq_length,
             "iterations": self.iteration,
             "final_train_loss": self.last_train,

@@ -34,19 +34,35 @@ _ALLOWED = {
     "torch.storage": {"UntypedStorage", "TypedStorage"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.planner": {
-        "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType",
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
     },
     "megatron.core.enums": {"ModelType"},
     "megatron.core.optimizer": {"OptimizerConfig"},
     "megatron.core.optimizer.optimizer_config": {"OptimizerConfig"},
     "megatron.core.rerun_state_machine": {"RerunDiagnostic", "RerunMode", "RerunState"},
     "megatron.core.transformer.enums": {
-        "AttnBackend", "AttnMaskType", "AttnType", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope",
-        "LayerType", "ModelType",
+        "AttnBackend",
+        "AttnMaskType",
+        "AttnType",
+        "CudaGraphModule",
+        "CudaGraphScope",
+        "InferenceCudaGraphScope",
+        "LayerType",
+        "ModelType",
     },
 }
 
@@ -88,7 +104,8 @@ def _refused(stream: Any) -> set[str]:
     reader = _Names(stream)
     reader.load()
     return {
-        f"{module}.{name}" for module, name in reader.names
+        f"{module}.{name}"
+        for module, name in reader.names
         if name not in _ALLOWED.get(module, ()) and not (module == "torch" and _is_torch_type(name))
     }
 

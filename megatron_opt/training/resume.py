@@ -53,7 +53,9 @@ def _load(original: Callable[..., Any], model: Any, optimizer: Any, scheduler: A
     except BaseException as error:  # torch's CheckpointException is no Exception
         remedy = "resume from an earlier one (--ckpt-step N)"
         if "OptimizerParamScheduler" in str(error):
-            remedy = "--override-opt_param-scheduler takes the flags' schedule, --use-checkpoint-opt_param-scheduler its own"
+            remedy = (
+                "--override-opt_param-scheduler takes the flags' schedule, --use-checkpoint-opt_param-scheduler its own"
+            )
         raise UserError(f"the checkpoint {folder} cannot be loaded: {_short(error)}; {remedy}.") from error
     if foreign:
         if scheduler is not None and not options.finetune:
@@ -85,12 +87,16 @@ def newest(options: Any) -> Path | None:
         raise UserError(
             f"{tracker} holds {text[:40]!r} in place of an iteration number; write the number of a whole checkpoint into it."
         )
-    return _existing(Path(options.load) / ("release" if text == "release" else folders.name_of(int(text))), str(tracker))
+    return _existing(
+        Path(options.load) / ("release" if text == "release" else folders.name_of(int(text))), str(tracker)
+    )
 
 
 def _existing(folder: Path, named_by: str) -> Path:
     if not folder.is_dir():
-        raise UserError(f"{named_by} names the checkpoint {folder}, which is not there; name one that is (--ckpt-step N).")
+        raise UserError(
+            f"{named_by} names the checkpoint {folder}, which is not there; name one that is (--ckpt-step N)."
+        )
     return folder
 
 
@@ -174,4 +180,6 @@ def check_files(folder: Path) -> None:
         size = path.stat().st_size if path.is_file() else -1
         if size < end:
             what = "is missing" if size < 0 else f"has {size} of {end} bytes"
-            raise UserError(f"the checkpoint {folder} is damaged: {name} {what}; resume from an earlier one (--ckpt-step N).")
+            raise UserError(
+                f"the checkpoint {folder} is damaged: {name} {what}; resume from an earlier one (--ckpt-step N)."
+            )

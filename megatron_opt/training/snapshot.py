@@ -217,7 +217,9 @@ def _planned_once(original: Callable[..., Any]) -> Callable[..., Any]:
             return Request(Path(folder), _plan, _objects(_plan, flat), tensors, still, config)
         sources = {
             (e.data.data_ptr(), e.data.dtype, e.data.numel()): (key, number)
-            for key, entries in flat.items() for number, e in enumerate(entries) if _is_tensor(e)
+            for key, entries in flat.items()
+            for number, e in enumerate(entries)
+            if _is_tensor(e)
         }
         _seen.clear()
         planned: list[Any] = []

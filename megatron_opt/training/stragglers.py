@@ -24,11 +24,17 @@ _COLLECTIVES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the watch for slow ranks."""
     group = parser.add_argument_group("megatron_opt stragglers")
-    group.add_argument("--straggler-factor", type=float, default=1.5, metavar="X",
-                       help="name a rank whose own time is above X times the median of its pipeline stage's other ranks "
-                       "(default 1.5; 0: never)")
-    group.add_argument("--straggler-window", type=int, default=50, metavar="STEPS",
-                       help="over at least so many steps (default 50)")
+    group.add_argument(
+        "--straggler-factor",
+        type=float,
+        default=1.5,
+        metavar="X",
+        help="name a rank whose own time is above X times the median of its pipeline stage's other ranks "
+        "(default 1.5; 0: never)",
+    )
+    group.add_argument(
+        "--straggler-window", type=int, default=50, metavar="STEPS", help="over at least so many steps (default 50)"
+    )
 
 
 class OwnTime:
@@ -115,5 +121,11 @@ class Watch:
 def report(iteration: int, rank: int, times: tuple[float, float]) -> None:
     """By the slow rank itself, which knows its host."""
     mine, usual = times
-    events.record("straggler", iteration=iteration, guilty=[rank], seconds=round(mine, 4), others=round(usual, 4),
-                  factor=round(mine / max(usual, 1e-9), 2))
+    events.record(
+        "straggler",
+        iteration=iteration,
+        guilty=[rank],
+        seconds=round(mine, 4),
+        others=round(usual, 4),
+        factor=round(mine / max(usual, 1e-9), 2),
+    )

@@ -39,7 +39,20 @@ class Network:
         for number in range(1, self.count + 1):
             host = self.host(number)
             _ip("netns", "add", host)
-            _ip("-n", host, "link", "add", INTERFACE, "type", "veth", "peer", "name", f"port{number}", "netns", self.switch)
+            _ip(
+                "-n",
+                host,
+                "link",
+                "add",
+                INTERFACE,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                f"port{number}",
+                "netns",
+                self.switch,
+            )
             _ip("-n", self.switch, "link", "set", f"port{number}", "master", "bridge", "up")
             _ip("-n", host, "addr", "add", f"{self.address(number)}/24", "dev", INTERFACE)
             _ip("-n", host, "link", "set", INTERFACE, "up")

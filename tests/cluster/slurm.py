@@ -63,8 +63,11 @@ class Cluster:
         (self.folder / "slurm.conf").write_text("\n".join(lines) + "\n")
         (self.folder / "state").mkdir(exist_ok=True)
         names = ("socket", "pid", "log", "seed")
-        files = [f"--{'log-file' if n == 'log' else 'pid-file' if n == 'pid' else 'seed-file' if n == 'seed' else n}"
-                 f"={self.folder}/munge.{n}" for n in names]
+        files = [
+            f"--{'log-file' if n == 'log' else 'pid-file' if n == 'pid' else 'seed-file' if n == 'seed' else n}"
+            f"={self.folder}/munge.{n}"
+            for n in names
+        ]
         self._daemon("munged", ["munged", "--foreground", "--force", f"--key-file={key}", *files])
         self._until(lambda: (self.folder / "munge.socket").exists(), "munged")
         self._daemon("slurmctld", ["slurmctld", "-D", "-i"])
@@ -84,8 +87,12 @@ class Cluster:
         import psutil
 
         spool = str(self.folder / f"spool-{name}")
-        steps = [process for process in psutil.process_iter(["name"]) if process.info["name"] == "slurmstepd"
-                 and any(spool in str(c.laddr) for c in process.net_connections(kind="unix"))]
+        steps = [
+            process
+            for process in psutil.process_iter(["name"])
+            if process.info["name"] == "slurmstepd"
+            and any(spool in str(c.laddr) for c in process.net_connections(kind="unix"))
+        ]
         tasks = [child for step in steps for child in step.children(recursive=True)]
         daemon = self.daemons.pop(name)
         for process in (daemon.pid, *(step.pid for step in steps), *(task.pid for task in tasks)):

@@ -95,7 +95,9 @@ def test_two_of_four_hosts_are_lost(nodes, reference):
     for run in runs[2:]:
         run.end()
     assert (runs[0].wait(LIMIT), runs[1].wait(LIMIT)) == (0, 0), runs[0].tail()
-    assert runs[0].events("start", "restart")[-1]["world_size"] == 2  # torchrun may not count a new meeting as a restart
+    assert (
+        runs[0].events("start", "restart")[-1]["world_size"] == 2
+    )  # torchrun may not count a new meeting as a restart
     close_to(reference, losses(runs[0].folder))
     seen = consumed(runs[0].folder, resumes(runs[0].folder))
     assert [sorted(seen[n]) for n in sorted(seen)] == [list(range(8 * n, 8 * n + 8)) for n in range(ITERATIONS)]

@@ -123,9 +123,7 @@ def test_unwritable_output(tmp_path, source):
         build([source], tmp_path / "file")
 
 
-@pytest.mark.parametrize(
-    "split", ["", "1", "1,2", "1,2,3,4", "0,1,1", "-1,2,3", "a,b,c", "nan,1,1", "inf,1,1"]
-)
+@pytest.mark.parametrize("split", ["", "1", "1,2", "1,2,3,4", "0,1,1", "-1,2,3", "a,b,c", "nan,1,1", "inf,1,1"])
 def test_bad_split(split):
     with pytest.raises(UserError, match="three weights"):
         parse_split(split)
@@ -149,8 +147,7 @@ def test_deal(keys, weights):
 
 def test_scenes_and_sections_keep_all_words():
     play = "THE PLAY\n\nby A\n\n" + "".join(
-        f"ACT {act}.\n\n"
-        + "".join(f"SCENE {scene}. A room\n\n{sentences(30, scene)}\n\n" for scene in range(1, 4))
+        f"ACT {act}.\n\n" + "".join(f"SCENE {scene}. A room\n\n{sentences(30, scene)}\n\n" for scene in range(1, 4))
         for act in range(1, 4)
     )
     found = list(small.scenes(play))

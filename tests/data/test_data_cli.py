@@ -20,9 +20,7 @@ def test_from_text_to_tokens(tmp_path, corpus, capsys):
     train = tmp_path / "c" / "train.jsonl"
     code, said = run(capsys, "tokenizer", "--input", train, "--vocab-size", 380, "--output", model)
     assert code == 0 and "380 tokens, end of document 2" in said.out
-    code, said = run(
-        capsys, "index", "--input", train, "--tokenizer", model, "--output-prefix", tmp_path / "train"
-    )
+    code, said = run(capsys, "index", "--input", train, "--tokenizer", model, "--output-prefix", tmp_path / "train")
     assert code == 0 and "108 documents" in said.out and "bytes per token" in said.out
     assert f"--data-path {tmp_path / 'train'} --tokenizer-type SentencePieceTokenizer" in said.out
     code, said = run(capsys, "inspect", tmp_path / "train", "--tokenizer", model)
@@ -33,9 +31,7 @@ def test_from_text_to_tokens(tmp_path, corpus, capsys):
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys):
     code, said = run(capsys, "inspect", tmp_path / "nothing")
     assert code == 2 and said.out == ""
-    assert (
-        said.err.count("\n") == 1 and said.err.startswith("megatron-opt data: ") and "nothing.idx" in said.err
-    )
+    assert said.err.count("\n") == 1 and said.err.startswith("megatron-opt data: ") and "nothing.idx" in said.err
 
 
 @pytest.mark.parametrize(

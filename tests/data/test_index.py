@@ -49,9 +49,7 @@ def files(prefix):
 
 @pytest.mark.parametrize("append_eod", [True, False])
 def test_same_files_as_megatrons_tool(tmp_path, corpus, model, append_eod):
-    record = build_index(
-        corpus, str(tmp_path / "ours"), Options(str(model), append_eod=append_eod), workers=1
-    )
+    record = build_index(corpus, str(tmp_path / "ours"), Options(str(model), append_eod=append_eod), workers=1)
     tokenizer = SentencePieceTokenizer(str(model))
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
     for line in corpus.read_text().splitlines():
@@ -148,9 +146,7 @@ def test_killed_run_goes_on_where_it_stopped(tmp_path, long_corpus, model, monke
     monkeypatch.setattr(index_module, "CHUNK_BYTES", 20_000)
     tokenized = []
     work = index_module._tokenize
-    monkeypatch.setattr(
-        index_module, "_tokenize", lambda chunk: (tokenized.append(chunk.shard.name), work(chunk))
-    )
+    monkeypatch.setattr(index_module, "_tokenize", lambda chunk: (tokenized.append(chunk.shard.name), work(chunk)))
     build_index(long_corpus, str(prefix), Options(str(model)), workers=1)
     assert tokenized and not {f"{name}.json" for name in tokenized} & done
     monkeypatch.undo()
@@ -189,9 +185,7 @@ def test_leftovers_of_a_kill_are_swept(tmp_path, corpus, model):
 
 def test_worker_that_dies_is_reported(tmp_path, long_corpus, model):
     process = start(long_corpus, tmp_path / "data", model)
-    workers = [
-        child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())
-    ]
+    workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
     os.kill(workers[0].pid, signal.SIGKILL)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1 and "a worker process died" in said

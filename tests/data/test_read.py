@@ -105,9 +105,7 @@ def test_files_of_folders_and_globs(tmp_path):
         (tmp_path / name).write_text("x")
 
     def names(*inputs):
-        return [
-            str(path.relative_to(tmp_path)) for path in find_files([str(tmp_path / name) for name in inputs])
-        ]
+        return [str(path.relative_to(tmp_path)) for path in find_files([str(tmp_path / name) for name in inputs])]
 
     assert names("") == ["a.jsonl", "b.txt", "sub/c.md", "sub/d.parquet", "sub/deep/f.txt", "sub/e.rst.gz"]
     assert names("b.txt", "*.txt", "sub/*.md") == ["b.txt", "sub/c.md"]

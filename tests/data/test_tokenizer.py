@@ -71,9 +71,7 @@ def test_sentencepiece_agrees_with_megatron(model, monkeypatch):
 @pytest.mark.parametrize(("pattern", "special_tokens"), [("v1", 7), ("v2", 1000)])
 def test_tiktoken_agrees_with_megatron(tmp_path, monkeypatch, pattern, special_tokens):
     output = tmp_path / "out" / "ranks.json"
-    ours = adopt_tokenizer(
-        ranks(tmp_path / "r.tiktoken"), output, pattern=pattern, special_tokens=special_tokens
-    )
+    ours = adopt_tokenizer(ranks(tmp_path / "r.tiktoken"), output, pattern=pattern, special_tokens=special_tokens)
     agree(ours, monkeypatch)
     assert [ours.decode(ours.encode(text)) for text in SAMPLES if "</s>" not in text] == [
         text for text in SAMPLES if "</s>" not in text
@@ -82,9 +80,7 @@ def test_tiktoken_agrees_with_megatron(tmp_path, monkeypatch, pattern, special_t
 
 @pytest.mark.parametrize(("eos", "begin"), [("</s>", False), ("<|done|>", True)])
 def test_hugging_face_agrees_with_megatron(tmp_path, monkeypatch, eos, begin):
-    pytest.importorskip(
-        "transformers", reason="Megatron's HuggingFaceTokenizer needs the package transformers"
-    )
+    pytest.importorskip("transformers", reason="Megatron's HuggingFaceTokenizer needs the package transformers")
     source = hugging_face(tmp_path / "source", eos)
     if begin:
         tokenizer = HfTokenizer.from_file(str(source))
@@ -121,9 +117,7 @@ def test_tiktoken_merges_do_not_depend_on_the_order_of_bytes(tmp_path):
     import tiktoken
 
     source = ranks(tmp_path / "r.tiktoken")
-    known = {
-        base64.b64decode(word): int(rank) for word, rank in map(bytes.split, source.read_bytes().splitlines())
-    }
+    known = {base64.b64decode(word): int(rank) for word, rank in map(bytes.split, source.read_bytes().splitlines())}
     ours = adopt_tokenizer(source, tmp_path / "ranks.json", special_tokens=7)
     theirs = tiktoken.Encoding("t", pat_str=ours._model._pat_str, mergeable_ranks=known, special_tokens={})
     for text in SAMPLES[:20]:

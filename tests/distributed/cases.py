@@ -58,8 +58,17 @@ class Layout:
 
     @staticmethod
     def of(
-        name: str, ranks: int, tp: int = 1, pp: int = 1, *, ep: int = 1, etp: int = 0, vpp: int = 0,
-        sp: bool = False, distopt: bool = False, more: Sequence[str] = (),
+        name: str,
+        ranks: int,
+        tp: int = 1,
+        pp: int = 1,
+        *,
+        ep: int = 1,
+        etp: int = 0,
+        vpp: int = 0,
+        sp: bool = False,
+        distopt: bool = False,
+        more: Sequence[str] = (),
     ) -> "Layout":
         flags = [f"--tensor-model-parallel-size={tp}", f"--pipeline-model-parallel-size={pp}"]
         flags += [f"--expert-model-parallel-size={ep}"] if ep > 1 else []

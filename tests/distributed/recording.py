@@ -58,8 +58,14 @@ class Record:
 def weights(optimizer: Any) -> list[Block]:
     """This rank's rectangles of the fp32 weights."""
     return [
-        (r.matrix, r.row0, r.row1, r.col0, r.col1,
-         fragment.main[r.offset : r.offset + r.numel].detach().clone().view(r.row1 - r.row0, r.col1 - r.col0))
+        (
+            r.matrix,
+            r.row0,
+            r.row1,
+            r.col0,
+            r.col1,
+            fragment.main[r.offset : r.offset + r.numel].detach().clone().view(r.row1 - r.row0, r.col1 - r.col0),
+        )
         for domain in optimizer.domains
         for fragment in domain.fragments
         for r in fragment.rects
@@ -106,7 +112,9 @@ def whole(blocks: list[Block]) -> dict[str, Tensor]:
         target, known = values[name][r0:r1, c0:c1], seen[name][r0:r1, c0:c1]
         wide = block.double()
         if not torch.equal(torch.where(known, target, wide), wide):
-            raise AssertionError(f"replicas of {name} differ by {(torch.where(known, target, wide) - wide).abs().max()}")
+            raise AssertionError(
+                f"replicas of {name} differ by {(torch.where(known, target, wide) - wide).abs().max()}"
+            )
         target.copy_(wide)
         known.fill_(True)
     missing = [name for name, mask in seen.items() if not mask.all()]

@@ -48,7 +48,9 @@ TOTAL, STOP = 10, 5
 
 
 def _case(model: str, layout: Layout, what: str, **options: Any) -> Case:
-    return case([], MODELS[model], layout, f"{what}-{model}-{layout.name}", steps=TOTAL, hook="checkpoint", options=options)
+    return case(
+        [], MODELS[model], layout, f"{what}-{model}-{layout.name}", steps=TOTAL, hook="checkpoint", options=options
+    )
 
 
 def _saved(model: str, layout: Layout) -> str:
@@ -58,9 +60,7 @@ def _saved(model: str, layout: Layout) -> str:
 @pytest.fixture(scope="module")
 def runs(pool: Pool) -> dict[str, Run]:
     sources = dict.fromkeys([(m, a) for m, a, _ in PAIRS] + RESUMED)
-    saving = [
-        _case(m, layout, "save", save=_saved(m, layout), interval=STOP, stop=STOP) for m, layout in sources
-    ]
+    saving = [_case(m, layout, "save", save=_saved(m, layout), interval=STOP, stop=STOP) for m, layout in sources]
     whole = dict.fromkeys([(m, c.ONE) for m in MODELS if m not in ("bf16", "int8")] + RESUMED)
     found = pool.run([*saving, *(_case(m, layout, "whole") for m, layout in whole)])
     loading = [_case(m, b, f"load-{a.name}", load=_saved(m, a)) for m, a, b in PAIRS]
@@ -90,8 +90,13 @@ def test_any_layout_loads_any_other(runs: dict[str, Run], model: str, a: Layout,
         _assert_equal(recording.whole(blocks), state[key], key)
     if model != "bf16":
         reference = runs[f"whole-{model}-one"]
-        tail = Run(reference.case, [{**rank, "losses": rank["losses"][STOP:], "grad_norms": rank["grad_norms"][STOP:]}
-                                    for rank in reference.ranks])
+        tail = Run(
+            reference.case,
+            [
+                {**rank, "losses": rank["losses"][STOP:], "grad_norms": rank["grad_norms"][STOP:]}
+                for rank in reference.ranks
+            ],
+        )
         assert_same_curve(loaded, tail, steps=TOTAL - STOP)
 
 
@@ -102,15 +107,24 @@ def _assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
 
 
 def test_megatrons_own_checkpoint_gives_its_model(pool: Pool) -> None:
-    own = case(c.DENSE, ["--optimizer", "adam"], c.TP2, "own", steps=TOTAL, hook="checkpoint",
-               options={"save": "adam", "interval": STOP, "stop": STOP})
+    own = case(
+        c.DENSE,
+        ["--optimizer", "adam"],
+        c.TP2,
+        "own",
+        steps=TOTAL,
+        hook="checkpoint",
+        options={"save": "adam", "interval": STOP, "stop": STOP},
+    )
     saved = pool.run([own])["own"]
     assert len(saved.losses) == STOP
     flags = [*c.DENSE, *c.MUON]
-    loads = pool.run([
-        case(flags, [], layout, f"take-{layout.name}", steps=TOTAL, hook="checkpoint", options={"load": "adam"})
-        for layout in (c.TP2, c.DP2_DIST)
-    ])
+    loads = pool.run(
+        [
+            case(flags, [], layout, f"take-{layout.name}", steps=TOTAL, hook="checkpoint", options={"load": "adam"})
+            for layout in (c.TP2, c.DP2_DIST)
+        ]
+    )
     log = "".join(path.read_text() for path in pool.home.glob("member*.log"))
     assert "written by Megatron's adam; the model is loaded and the optimizer's state starts anew" in log
     whole = pool.run([case(c.DENSE, ["--optimizer", "adam"], c.ONE, "adam-whole", steps=TOTAL)])["adam-whole"]

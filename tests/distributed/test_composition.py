@@ -109,7 +109,9 @@ def test_bf16_with_main_copies(runs: dict[str, Run]) -> None:
     assert runs["bf16-dp2"].losses == sharded.losses  # the distributed optimizer changes nothing
     assert sharded.losses == pytest.approx(one.losses, rel=1e-2)
     assert sharded.losses == pytest.approx(runs["one-dense"].losses, rel=2e-2)
-    assert any(value.float().bfloat16().double().ne(value).any() for value in sharded.weights.values()), "copies are fp32"
+    assert any(value.float().bfloat16().double().ne(value).any() for value in sharded.weights.values()), (
+        "copies are fp32"
+    )
 
 
 @pytest.mark.parametrize("name", POISON)

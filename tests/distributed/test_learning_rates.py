@@ -8,7 +8,18 @@ from tests.distributed.cases import case
 from tests.distributed.pool import Pool, Run
 
 LR = 1e-3
-FLAGS = ["--num-layers", "2", "--lr-decay-style", "constant", "--lr", str(LR), "--lr-warmup-iters", "0", "--weight-decay", "0"]
+FLAGS = [
+    "--num-layers",
+    "2",
+    "--lr-decay-style",
+    "constant",
+    "--lr",
+    str(LR),
+    "--lr-warmup-iters",
+    "0",
+    "--weight-decay",
+    "0",
+]
 GROUPS = """
 groups:
 - {match: "kind=hidden", optimizer: muon, lr_scale: %s, options: {fp32_matmul_prec: high}}

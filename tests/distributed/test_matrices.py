@@ -149,7 +149,9 @@ def test_gated_attention_and_single_heads(tp: int) -> None:
 
 def test_a_shape_that_does_not_fit_the_heads_is_refused() -> None:
     with pytest.raises(ValueError, match="does not fit the model's head counts"):
-        split_param("x.self_attention.linear_qkv.weight", (QKV_ROWS + 1, H), GEOMETRY, tp_rank=0, tp_size=1, partition_dim=None)
+        split_param(
+            "x.self_attention.linear_qkv.weight", (QKV_ROWS + 1, H), GEOMETRY, tp_rank=0, tp_size=1, partition_dim=None
+        )
 
 
 def test_unknown_matrices_are_refused_and_unknown_vectors_taken() -> None:
@@ -201,7 +203,11 @@ def test_parameters_without_a_declaration_stop_the_run_by_name(monkeypatch: pyte
         monkeypatch.setattr(ps, f"get_{name}", lambda: 0)
     monkeypatch.setattr(ps, "get_tensor_model_parallel_world_size", lambda: 1)
     config = SimpleNamespace(
-        num_attention_heads=HEADS, num_query_groups=GROUPS, kv_channels=D, gated_linear_unit=True, attention_output_gate=False
+        num_attention_heads=HEADS,
+        num_query_groups=GROUPS,
+        kv_channels=D,
+        gated_linear_unit=True,
+        attention_output_gate=False,
     )
     chunk = torch.nn.Module()
     chunk.mixer = torch.nn.Linear(4, 8, bias=False)
@@ -212,7 +218,9 @@ def test_parameters_without_a_declaration_stop_the_run_by_name(monkeypatch: pyte
 
 
 @given(
-    tp=st.sampled_from([1, 2, 4]), rank=st.integers(0, 3), cuts=st.lists(st.integers(0, 10_000), max_size=6),
+    tp=st.sampled_from([1, 2, 4]),
+    rank=st.integers(0, 3),
+    cuts=st.lists(st.integers(0, 10_000), max_size=6),
     name=st.sampled_from([name for name, (_, dim, _) in KINDS.items() if dim in (0, 1, "glu")]),
 )
 def test_rectangles_of_any_interval_hold_the_interval(tp: int, rank: int, cuts: list[int], name: str) -> None:

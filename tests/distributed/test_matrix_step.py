@@ -33,7 +33,10 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "adam_mini": ("adam_mini", {}),
     "normuon": ("muon", {"fp32_matmul_prec": "high", "normuon": True}),
     "muon_h": ("muon_h", {"fp32_matmul_prec": "high"}),
-    "soap_h-blocks": ("soap_h", {"block_size": 8, "precondition_frequency": 2, "factor_precision": "fp64", "eps": 1e-6}),
+    "soap_h-blocks": (
+        "soap_h",
+        {"block_size": 8, "precondition_frequency": 2, "factor_precision": "fp64", "eps": 1e-6},
+    ),
     "adam_h": ("adam_h", {}),
     "shampoo-blocks": ("shampoo", {"grafting": "none", "block_size": 8, "precondition_frequency": 2, "damping": 1e-2}),
 }
@@ -198,7 +201,9 @@ def test_every_mode_repeats_the_whole(
             (wanted,) = rule.update([grad.clone()], [states[key]], number, [info])
             assert float((found[key] - wanted).norm()) <= tolerance * float(wanted.norm()) + 1e-12, (key, number)
     for rank, step in enumerate(ranks.steps):
-        skipped = {"between slices"} if "e" in {name for name, _ in step.sliced} else set()  # step 2 has nothing of "e" to exchange
+        skipped = (
+            {"between slices"} if "e" in {name for name, _ in step.sliced} else set()
+        )  # step 2 has nothing of "e" to exchange
         for what, counts in sent_in_a_step(step.domain, step).items():
             if what not in skipped:
                 assert step.domain.exchange.traffic.sent.get(what, 0) == len(steps) * counts[rank], what
@@ -257,7 +262,9 @@ def test_state_moves_to_another_way_of_computing(monkeypatch: pytest.MonkeyPatch
         for saved in source.run(lambda rank: state.sharded_state(source.optimizer(rank))["tensors"]):  # noqa: B023
             for piece in (piece for piece in saved.values() if not piece.replica):
                 entry = piece.key, piece.matrix
-                whole = stored.setdefault(entry, piece.tensor.new_zeros(piece.shape if piece.rect else piece.tensor.shape))
+                whole = stored.setdefault(
+                    entry, piece.tensor.new_zeros(piece.shape if piece.rect else piece.tensor.shape)
+                )
                 _within(whole, piece).copy_(piece.tensor)
                 covered[entry] = covered.get(entry, 0) + piece.tensor.numel()
         assert covered == {entry: tensor.numel() for entry, tensor in stored.items()}, "saved twice or not at all"

@@ -12,7 +12,10 @@ STEPS = 8
 DENSE = [*c.DENSE, "--num-layers", "2"]
 # options that make a rule's arithmetic comparable: fp32 throughout, no division by rounding noise
 OPTIONS = {
-    **{name: [f"--{name.replace('_', '-')}-fp32-matmul-prec", "high"] for name in ("muon", "muon_h", "scion", "scion_h")},
+    **{
+        name: [f"--{name.replace('_', '-')}-fp32-matmul-prec", "high"]
+        for name in ("muon", "muon_h", "scion", "scion_h")
+    },
     "mars": ["--mars-eps", "1e-3"],
     "sophia": ["--sophia-eps", "1e-4"],
     "shampoo": "--shampoo-damping 1e-2 --shampoo-factor-precision fp64 --shampoo-precondition-1d false".split(),

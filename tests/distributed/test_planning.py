@@ -71,9 +71,18 @@ def test_bytes_sent_equal_the_plan(runs: dict[str, Run], name: str) -> None:
 
 def _llama(layers: int, hidden: int, ffn: int, heads: int) -> Any:
     return SimpleNamespace(
-        num_layers=layers, hidden_size=hidden, ffn_hidden_size=ffn, moe_ffn_hidden_size=None, num_attention_heads=heads,
-        num_query_groups=heads, kv_channels=hidden // heads, normalization="RMSNorm", add_bias_linear=False,
-        gated_linear_unit=True, num_moe_experts=None, multi_latent_attention=False,
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        moe_ffn_hidden_size=None,
+        num_attention_heads=heads,
+        num_query_groups=heads,
+        kv_channels=hidden // heads,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        num_moe_experts=None,
+        multi_latent_attention=False,
     )
 
 
@@ -98,7 +107,16 @@ def _plans(config: Any, layout: Layout, rule: str = "muon") -> list[Plan]:
         (LLAMA_7B, Layout(tp=8, dp=64, distributed=True)),
         (LLAMA_7B, Layout(tp=8, pp=4, dp=16, distributed=True)),
     ],
-    ids=["130m-dp8", "130m-tp2dp4", "130m-tp4dp2", "7b-dp64", "7b-tp8dp8", "7b-tp8pp4dp2", "7b-tp8dp64", "7b-tp8pp4dp16"],
+    ids=[
+        "130m-dp8",
+        "130m-tp2dp4",
+        "130m-tp4dp2",
+        "7b-dp64",
+        "7b-tp8dp8",
+        "7b-tp8pp4dp2",
+        "7b-tp8dp64",
+        "7b-tp8pp4dp16",
+    ],
 )
 def test_the_most_loaded_rank_is_near_the_mean(config: Any, layout: Layout, rule: str) -> None:
     for plan in _plans(config, layout, rule):
@@ -115,7 +133,9 @@ def test_matrices_are_cut_only_where_balance_asks_for_it() -> None:
 
 
 LLAMA_70B = SimpleNamespace(**{**vars(_llama(80, 8192, 28672, 64)), "num_query_groups": 8})
-LLAMA_70B_HEADS = _llama(80, 8192, 28672, 64)  # squares with more load, long matrices with more state: gangs alone do not do
+LLAMA_70B_HEADS = _llama(
+    80, 8192, 28672, 64
+)  # squares with more load, long matrices with more state: gangs alone do not do
 
 
 @pytest.mark.parametrize(
@@ -187,7 +207,8 @@ def test_every_row_and_column_is_placed_once(shapes: list[tuple[int, int, bool]]
     rule = registry.build("muon", {})
     whole = registry.build("muon", {"momentum_dtype": "int8"})
     jobs = [
-        Job.of(MatrixInfo(f"m{i}", (rows, columns)), rule if cut else whole) for i, (rows, columns, cut) in enumerate(shapes)
+        Job.of(MatrixInfo(f"m{i}", (rows, columns)), rule if cut else whole)
+        for i, (rows, columns, cut) in enumerate(shapes)
     ]
     for mode, most in [*((mode, 1.1) for mode in MODES), ("auto", 1.6)]:
         plan = pack(jobs, ranks, mode, most)
@@ -205,16 +226,22 @@ def test_every_row_and_column_is_placed_once(shapes: list[tuple[int, int, bool]]
 
 
 @given(
-    st.lists(st.tuples(sizes, sizes, st.integers(0, 2), st.integers(1, 20)), min_size=1, max_size=5), st.integers(1, 60),
+    st.lists(st.tuples(sizes, sizes, st.integers(0, 2), st.integers(1, 20)), min_size=1, max_size=5),
+    st.integers(1, 60),
     st.sampled_from([1.0, 1.1, 1.5, 3.0]),
 )
 def test_gangs_place_everything_once(kinds: list[tuple[int, int, int, int]], ranks: int, most: float) -> None:
     """Slices, cells and matrices that cannot be cut; several of each kind."""
-    options: list[tuple[str, dict[str, Any]]] = [("muon", {}), ("muon", {"momentum_dtype": "int8"}), ("soap", {"block_size": 16})]
+    options: list[tuple[str, dict[str, Any]]] = [
+        ("muon", {}),
+        ("muon", {"momentum_dtype": "int8"}),
+        ("soap", {"block_size": 16}),
+    ]
     rules = [registry.build(name, more) for name, more in options]
     jobs = [
         Job.of(MatrixInfo(f"m{kind}.{i}", (rows, columns)), rules[which])
-        for kind, (rows, columns, which, count) in enumerate(kinds) for i in range(count)
+        for kind, (rows, columns, which, count) in enumerate(kinds)
+        for i in range(count)
     ]
     placed = gather(jobs, ranks, most)
     assert sorted(placed) == sorted(job.matrix for job in jobs)
@@ -240,11 +267,16 @@ def test_gangs_of_one_kind_are_even(count: int, ranks: int) -> None:
 
 
 @given(
-    st.lists(st.tuples(sizes, sizes, st.integers(0, 2)), min_size=1, max_size=8), st.integers(1, 40), st.sampled_from(MODES)
+    st.lists(st.tuples(sizes, sizes, st.integers(0, 2)), min_size=1, max_size=8),
+    st.integers(1, 40),
+    st.sampled_from(MODES),
 )
 def test_cells_cover_every_matrix_once(shapes: list[tuple[int, int, int]], ranks: int, mode: str) -> None:
     """Between blocks only, one part of a cell on a rank, the work that of the whole."""
-    rules = [registry.build("soap", {"block_size": 16, **more}) for more in ({}, {"one_sided": True}, {"max_precond_dim": 90})]
+    rules = [
+        registry.build("soap", {"block_size": 16, **more})
+        for more in ({}, {"one_sided": True}, {"max_precond_dim": 90})
+    ]
     infos = {f"m{i}": MatrixInfo(f"m{i}", (rows, columns)) for i, (rows, columns, _) in enumerate(shapes)}
     infos["v"] = MatrixInfo("v", (60,))
     chosen = {f"m{i}": rules[which] for i, (_, _, which) in enumerate(shapes)} | {"v": rules[0]}

@@ -19,12 +19,39 @@ def test_stock_script_trains_with_ours(tmp_path: Path, optimizer: str) -> None:
     at = c.COMMON.index("--hang-timeout")  # a flag of our own entry
     ours = c.COMMON[:at] + c.COMMON[at + 2 :]
     flags = [
-        *CPU_FLAGS, *ours, *c.DENSE, "--optimizer", optimizer, "--train-data-path", data, "--data-cache-path",
-        str(tmp_path / "cache"), "--train-iters", "16", "--log-interval", "1", "--tensor-model-parallel-size", "2",
-        "--max-position-embeddings", "16", "--lr-decay-iters", "16", "--eval-iters", "0",
+        *CPU_FLAGS,
+        *ours,
+        *c.DENSE,
+        "--optimizer",
+        optimizer,
+        "--train-data-path",
+        data,
+        "--data-cache-path",
+        str(tmp_path / "cache"),
+        "--train-iters",
+        "16",
+        "--log-interval",
+        "1",
+        "--tensor-model-parallel-size",
+        "2",
+        "--max-position-embeddings",
+        "16",
+        "--lr-decay-iters",
+        "16",
+        "--eval-iters",
+        "0",
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-               "tests.distributed.stock_script", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "tests.distributed.stock_script",
+        *flags,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -24,11 +24,15 @@ OPTIONS = {
 
 def _case(name: str, layout: Layout, what: str, **options: str | int) -> Case:
     flags = ["--optimizer", name, *OPTIONS.get(name, [])]
-    return case(DENSE, flags, layout, f"{what}-{name}-{layout.name}", steps=STEPS + 1, hook="checkpoint", options=options)
+    return case(
+        DENSE, flags, layout, f"{what}-{name}-{layout.name}", steps=STEPS + 1, hook="checkpoint", options=options
+    )
 
 
 def _make(pool: Pool, pairs: list[tuple[Layout, Layout]]) -> dict[str, Run]:
-    saving = [_case(n, a, "save", save=f"moved-{n}-{a.name}", interval=STEPS, stop=STEPS) for n in NAMES for a, _ in pairs]
+    saving = [
+        _case(n, a, "save", save=f"moved-{n}-{a.name}", interval=STEPS, stop=STEPS) for n in NAMES for a, _ in pairs
+    ]
     found = pool.run(saving)
     return found | pool.run([_case(n, b, "load", load=f"moved-{n}-{a.name}") for n in NAMES for a, b in pairs])
 

@@ -36,7 +36,10 @@ def make_run(case: Case, rank: int, folder: Path, data: str) -> dict[str, Any]:
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.ranks))
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/{case.name}.store", rank=rank, world_size=case.ranks,
+        "gloo",
+        init_method=f"file://{folder}/{case.name}.store",
+        rank=rank,
+        world_size=case.ranks,
         timeout=timedelta(seconds=100),
     )
     record, started = recording.Record(), time.time()

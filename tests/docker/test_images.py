@@ -103,8 +103,9 @@ def test_install_steps_of_the_cpu_image_in_a_clean_environment(tmp_path):
             if "--index-url" in step and not reachable("download.pytorch.org"):
                 at = step.index("--index-url")
                 del step[at : at + 2]  # the same versions from where this machine gets its packages
-            done = subprocess.run([str(venv / "bin" / "pip"), *step[1:]], cwd=source, capture_output=True, text=True,
-                                  timeout=1500)
+            done = subprocess.run(
+                [str(venv / "bin" / "pip"), *step[1:]], cwd=source, capture_output=True, text=True, timeout=1500
+            )
             if done.returncode and not reachable("pypi.org"):
                 pytest.skip(f"no package index can be reached: {done.stderr[-200:]}")
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -112,5 +113,7 @@ def test_install_steps_of_the_cpu_image_in_a_clean_environment(tmp_path):
     assert ran == 4
     (entry,) = [re.findall(r'"(.+?)"', a) for w, a in words if w == "ENTRYPOINT"]
     (default,) = [re.findall(r'"(.+?)"', a) for w, a in words if w == "CMD"]
-    done = subprocess.run([str(venv / "bin" / entry[0]), *default], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [str(venv / "bin" / entry[0]), *default], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0 and "native kernels" in done.stdout, done.stdout + done.stderr

@@ -26,8 +26,14 @@ def environment(tmp_path):
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m megatron_opt.cli "$@"\n')
     command.chmod(0o755)
     return {
-        **os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-        "DATA": "/data", "OUTPUT": str(tmp_path / "run"), "HEAD": "node1:29500", "RANKS": "8",
+        **os.environ,
+        "PATH": f"{command.parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "DATA": "/data",
+        "OUTPUT": str(tmp_path / "run"),
+        "HEAD": "node1:29500",
+        "RANKS": "8",
     }
 
 

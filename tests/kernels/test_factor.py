@@ -285,7 +285,9 @@ def test_refreshed_bases_of_lists_are_float64s(sides, shift):
     bases, factors = ({side: lists[first + side] for side in sides} for first in (3, 5))
     found = eb.refresh_bases(lists[1], lists[2], bases, factors, shift)
     assert found.all() and expected.all() and len(found) == 8
-    assert not torch.equal(before, lists[2][0]) and torch.equal(before.flatten().sort()[0], lists[2][0].flatten().sort()[0])
+    assert not torch.equal(before, lists[2][0]) and torch.equal(
+        before.flatten().sort()[0], lists[2][0].flatten().sort()[0]
+    )
     for ours, theirs in zip(lists[1:5], exact[1:5]):
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)

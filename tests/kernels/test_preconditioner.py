@@ -114,7 +114,10 @@ def kron_lists(seed=0, dtype=torch.float32):
 
     sizes = [(*shape[:-2], shape[-2], shape[-1]) for shape in KRON_SHAPES]
     factors = [
-        [(torch.eye(size[side], dtype=torch.float64) + 0.1 * draw(*size[:-2], size[side], size[side]).triu()) for size in sizes]
+        [
+            (torch.eye(size[side], dtype=torch.float64) + 0.1 * draw(*size[:-2], size[side], size[side]).triu())
+            for size in sizes
+        ]
         for side in (-2, -1)
     ]
     factors = [[q.expand(1, *q.shape[-2:]).contiguous() if q.ndim == 2 else q for q in several] for several in factors]

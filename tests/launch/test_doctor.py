@@ -37,8 +37,12 @@ def test_table_names_rank_and_host():
 
 
 def layout(tp=1, pp=1, cp=1, ep=1):
-    return Namespace(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
-                     expert_model_parallel_size=ep)
+    return Namespace(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+    )
 
 
 def test_groups_are_those_of_the_layout():
@@ -69,12 +73,31 @@ def line(done, check):
 
 
 def test_two_sound_ranks(tmp_path):
-    done = examine(tmp_path, "", "--tensor-model-parallel-size", "2", "--megabytes", "1", "--shared-dir", str(tmp_path),
-                   "--free-gb", "0.001")
+    done = examine(
+        tmp_path,
+        "",
+        "--tensor-model-parallel-size",
+        "2",
+        "--megabytes",
+        "1",
+        "--shared-dir",
+        str(tmp_path),
+        "--free-gb",
+        "0.001",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks on 1 hosts: fit" in done.stdout
-    for check in ("torch", "native kernels", "clock", "world all-reduce", "world reduce-scatter", "world all-gather",
-                  "world all-to-all", "shared folder", "durable write"):
+    for check in (
+        "torch",
+        "native kernels",
+        "clock",
+        "world all-reduce",
+        "world reduce-scatter",
+        "world all-gather",
+        "world all-to-all",
+        "shared folder",
+        "durable write",
+    ):
         assert line(done, check)
     assert not list(tmp_path.glob(".doctor*"))
 

@@ -73,8 +73,9 @@ def run(tmp_path):
         (tmp_path / "target.py").write_text(textwrap.dedent(body))
         command = [sys.executable, "-c", "import sys; from megatron_opt import cli; sys.exit(cli.main(sys.argv[1:]))"]
         command += ["train", "--module", "target", "--nproc-per-node", "2", *argv]
-        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                env=_environment(tmp_path))
+        return subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment(tmp_path)
+        )
 
     return start
 
@@ -88,19 +89,24 @@ def _environment(folder):
 
 
 def test_bad_input_is_not_restarted(run, tmp_path):
-    process = run(f"""
+    process = run(
+        f"""
         import os
         open(r"{tmp_path}/" + "started-" + os.environ["RANK"], "a").write("x")
         if os.environ["RANK"] == "1":
             os._exit(2)
-    """, "--max-restarts", "3")
+    """,
+        "--max-restarts",
+        "3",
+    )
     process.communicate(timeout=120)
     assert process.returncode == 2
     assert (tmp_path / "started-1").read_text() == "x"
 
 
 def test_a_killed_rank_is_restarted_and_the_ranks_meet_in_a_new_store(run, tmp_path):
-    process = run(f"""
+    process = run(
+        f"""
         import os, signal, torch, torch.distributed as dist
         dist.init_process_group("gloo")
         x = torch.ones(1)
@@ -112,7 +118,10 @@ def test_a_killed_rank_is_restarted_and_the_ranks_meet_in_a_new_store(run, tmp_p
         dist.all_reduce(x, group=group)
         open(r"{tmp_path}/" + "sum-" + str(dist.get_rank()), "w").write(str(x.item()))
         dist.destroy_process_group()
-    """, "--max-restarts", "1")
+    """,
+        "--max-restarts",
+        "1",
+    )
     _, log = process.communicate(timeout=120)
     assert process.returncode == 0, log
     assert [(tmp_path / f"sum-{rank}").read_text() for rank in (0, 1)] == ["8.0", "8.0"]
@@ -123,7 +132,8 @@ def test_a_signal_reaches_the_ranks_and_is_the_exit_code(run, tmp_path, name, co
     import signal
     import time
 
-    process = run(f"""
+    process = run(
+        f"""
         import os, signal, sys, time
         def saved(number, frame):
             open(r"{tmp_path}/" + "saved-" + os.environ["RANK"], "w").write(str(number))
@@ -131,7 +141,10 @@ def test_a_signal_reaches_the_ranks_and_is_the_exit_code(run, tmp_path, name, co
         signal.signal(signal.{name}, saved)
         open(r"{tmp_path}/" + "ready-" + os.environ["RANK"], "w").close()
         time.sleep(100)
-    """, "--max-restarts", "3")
+    """,
+        "--max-restarts",
+        "3",
+    )
     deadline = time.monotonic() + 90
     while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
         assert time.monotonic() < deadline and process.poll() is None
@@ -143,12 +156,16 @@ def test_a_signal_reaches_the_ranks_and_is_the_exit_code(run, tmp_path, name, co
 
 
 def test_a_failed_rank_is_named_and_the_end_of_the_run_noted(run, tmp_path):
-    process = run("""
+    process = run(
+        """
         import os, sys, time
         if os.environ["RANK"] == "1":
             sys.exit(7)
         time.sleep(60)
-    """, "--output-dir", str(tmp_path))
+    """,
+        "--output-dir",
+        str(tmp_path),
+    )
     _, log = process.communicate(timeout=120)
     assert process.returncode == 1 and "local rank 1 left with 7" in log
     assert [(event["event"], event["code"]) for event in events.read(tmp_path)] == [("failed", 1)]

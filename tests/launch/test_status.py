@@ -61,8 +61,13 @@ def test_a_running_run(folder, tmp_path):
 
 
 def test_troubles_are_counted(folder):
-    run = folder("events.jsonl", START, {"event": "hang", "guilty": [3], "iteration": 5}, {**START, "event": "restart"},
-                 {"event": "damaged", "iteration": 9, "reason": "x does not match"})
+    run = folder(
+        "events.jsonl",
+        START,
+        {"event": "hang", "guilty": [3], "iteration": 5},
+        {**START, "event": "restart"},
+        {"event": "damaged", "iteration": 9, "reason": "x does not match"},
+    )
     folder("metrics.jsonl", train(9))
     found = status.look(run, now(run))
     assert found.restarts == 1 and found.counts == {"hang": 1, "damaged": 1}
@@ -86,8 +91,15 @@ def test_the_command_needs_no_torch_and_ends_with_the_run(folder):
     run = folder("events.jsonl", START)
     folder("metrics.jsonl", train(100))
     (run / "results.json").write_text('{"status": "completed"}')
-    code = ("import sys; from megatron_opt import cli; code = cli.main(sys.argv[1:]); "
-            "sys.exit(99 if 'torch' in sys.modules else code)")
-    done = subprocess.run([sys.executable, "-c", code, "status", str(run), "--json", "--watch", "0.1"],
-                          capture_output=True, text=True, timeout=60, env=dict(os.environ))
+    code = (
+        "import sys; from megatron_opt import cli; code = cli.main(sys.argv[1:]); "
+        "sys.exit(99 if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "status", str(run), "--json", "--watch", "0.1"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=dict(os.environ),
+    )
     assert done.returncode == 0 and json.loads(done.stdout)["state"] == "completed"

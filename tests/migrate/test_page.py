@@ -35,7 +35,9 @@ def test_worked_migrations_are_what_their_commands_give(
     kept, words[place] = EXAMPLES / words[place], str(tmp_path)
     assert main(words) == 0
     for name in ("plan.md", "plan.json"):
-        assert (tmp_path / name).read_text() == (kept / name).read_text(), f"run examples/migrations/{script.name} again"
+        assert (tmp_path / name).read_text() == (kept / name).read_text(), (
+            f"run examples/migrations/{script.name} again"
+        )
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: chromium)")

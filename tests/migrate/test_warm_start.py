@@ -36,7 +36,15 @@ def test_muons_momentum_is_what_it_would_be_under_the_same_gradients(options: di
 
 @pytest.mark.parametrize(
     ("name", "tolerance"),
-    [("muon", 1e-6), ("scion", 1e-6), ("soap", 1e-4), ("muon_h", 1e-6), ("adam_h", 0), ("shampoo", 0), ("adam_mini", 0)],
+    [
+        ("muon", 1e-6),
+        ("scion", 1e-6),
+        ("soap", 1e-4),
+        ("muon_h", 1e-6),
+        ("adam_h", 0),
+        ("shampoo", 0),
+        ("adam_mini", 0),
+    ],
 )
 def test_first_moments_return_as_they_went(name: str, tolerance: float) -> None:
     rule = registry.build(name, {"block_size": 8} if name in ("soap", "shampoo") else {})
@@ -69,7 +77,9 @@ def test_a_warm_soap_takes_the_first_gradients_bases_and_turns_adams_moments() -
         torch.testing.assert_close(basis.mT @ basis, torch.eye(len(basis)), rtol=0, atol=1e-5)
         inside = basis.mT @ state[factor][0] @ basis
         torch.testing.assert_close(inside, torch.diag(inside.diagonal()), rtol=0, atol=1e-4)
-        assert float((state[factor][0] - 0.05 * outer).norm()) < 0.1 * float((0.05 * outer).norm())  # default beta: 0.95
+        assert float((state[factor][0] - 0.05 * outer).norm()) < 0.1 * float(
+            (0.05 * outer).norm()
+        )  # default beta: 0.95
     rotated = (left.mT @ draws @ right).square().mean(0)
     torch.testing.assert_close(rotated, state["exp_avg_sq"], rtol=0.06, atol=0.01)
     torch.testing.assert_close(left @ state["exp_avg"] @ right.mT, m, rtol=1e-4, atol=1e-6)

@@ -25,7 +25,8 @@ def step_together(rule, grads, states, shared, step, info, edges):
         ]
         assert all(
             leg.arriving(index, source) == leg.outgoing(given[source], index).shape
-            for index in range(len(given)) for source in range(len(given))
+            for index in range(len(given))
+            for source in range(len(given))
         )
         sent = [sum(leg.outgoing(t, i).numel() for i in range(len(given)) if i != j) for j, t in enumerate(given)]
         assert sent == [leg.sent(index) for index in range(len(given))]

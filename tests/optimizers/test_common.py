@@ -176,7 +176,11 @@ def join_norms(rule, states, info):
 
 def to_norm(rule, direction, state):
     """What the caller does with the direction of a matrix in parts."""
-    return direction * rule.projection(direction.double().square().sum(), state).to(direction) if rule.projects else direction
+    return (
+        direction * rule.projection(direction.double().square().sum(), state).to(direction)
+        if rule.projects
+        else direction
+    )
 
 
 @table
@@ -203,7 +207,9 @@ def test_slices_equal_the_whole(case, shape, dtype, pieces):
         (expected,) = rule.update([g.clone()], [whole], t, [info])
         parts = [part.clone() for part in cut(g)]
         found = torch.cat(step_together(rule.of_part(), parts, slices, shared, t, info, edges), dim)
-        assert float((to_norm(rule, found, slices[0]) - expected).norm()) <= tolerance * float(expected.norm()) + 1e-12, t
+        assert (
+            float((to_norm(rule, found, slices[0]) - expected).norm()) <= tolerance * float(expected.norm()) + 1e-12
+        ), t
     for key, value in whole.items():
         if key in rule.norms or (key in rule.rows and dim == 1):
             joined = slices[0][key]
@@ -235,11 +241,16 @@ def test_cells_equal_the_whole(case, shape, dtype):
     join_norms(rule, cells, info)
     for t, g in enumerate(gradients(shape, 6, dtype), 1):
         (expected,) = rule.update([g.clone()], [whole], t, [info])
-        given = [g.view(rows, columns)[r0:r1, c0:c1].reshape(each.shape) for (r0, r1, c0, c1), each in zip(areas, infos)]
+        given = [
+            g.view(rows, columns)[r0:r1, c0:c1].reshape(each.shape) for (r0, r1, c0, c1), each in zip(areas, infos)
+        ]
         found = torch.full_like(g, torch.nan).view(rows, columns)
         for (r0, r1, c0, c1), u in zip(areas, rule.of_part().update(given, cells, t, infos)):
             found[r0:r1, c0:c1] = u.view(r1 - r0, c1 - c0)
-        assert float((to_norm(rule, found, cells[0]).view(shape) - expected).norm()) <= 1e-5 * float(expected.norm()) + 1e-12, t
+        assert (
+            float((to_norm(rule, found, cells[0]).view(shape) - expected).norm())
+            <= 1e-5 * float(expected.norm()) + 1e-12
+        ), t
     joined = {key: torch.full_like(value, torch.nan) for key, value in whole.items()}
     for (r0, r1, c0, c1), held in zip(areas, cells):
         places = rule.stack_places(info, (r0, r1, c0, c1))

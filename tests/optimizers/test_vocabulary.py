@@ -44,7 +44,9 @@ def test_rules_that_need_the_whole_matrix_get_an_owner(name, mode):
     infos = [MatrixInfo("large", (2048, 1024)), *(MatrixInfo(f"small{i}", (16, 16)) for i in range(6))]
     plan = pack([Job.of(info, rule) for info in infos], 4, mode)
     assert sorted(part.matrix for part in plan.parts) == sorted(info.name for info in infos)
-    assert all(part.stop - part.start == info.shape[0] for info in infos for part in plan.parts if part.matrix == info.name)
+    assert all(
+        part.stop - part.start == info.shape[0] for info in infos for part in plan.parts if part.matrix == info.name
+    )
     assert {part.matrix: part.rank for part in plan.parts} == plan.owner
 
 

@@ -73,7 +73,9 @@ def test_a_larger_plan_gets_a_larger_buffer(tmp_path, writer):
         folder = tmp_path / str(number)
         folder.mkdir()
         tensor = torch.arange(float(size))
-        writer.save(folder, 0, [("__0_0.distcp", [], [_create_write_item_for_tensor("t", tensor)])], [], [tensor], [True])
+        writer.save(
+            folder, 0, [("__0_0.distcp", [], [_create_write_item_for_tensor("t", tensor)])], [], [tensor], [True]
+        )
         writer.wait()
         assert writer.written() is None
         assert torch.equal(read_back(folder)["t"], tensor)

@@ -44,8 +44,10 @@ def test_nothing_is_written_without_a_folder_and_a_vanished_one_does_no_harm(tmp
 
 
 def test_lines_of_many_writers_stay_whole(tmp_path):
-    code = ("import sys; from megatron_opt.training import events; events.open_log(sys.argv[1])\n"
-            "for i in range(200): events.record('step', i=i, text='x' * 300)")
+    code = (
+        "import sys; from megatron_opt.training import events; events.open_log(sys.argv[1])\n"
+        "for i in range(200): events.record('step', i=i, text='x' * 300)"
+    )
     writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(4)]
     assert [writer.wait(timeout=60) for writer in writers] == [0] * 4
     lines = (tmp_path / events.FILE).read_text().splitlines()

@@ -108,5 +108,7 @@ def test_curvatures_cost_is_in_the_log_and_the_results(tmp_path):
     assert len(shown) == 3 and all(0 < float(share) < 100 for _, share in shown)
     result, lines = read(tmp_path)
     split = result["step_time_s"]
-    assert 0 < split["curvature"] and split["curvature"] + split["forward_backward"] + split["optimizer"] <= split["total"]
+    assert (
+        0 < split["curvature"] and split["curvature"] + split["forward_backward"] + split["optimizer"] <= split["total"]
+    )
     assert all(line["split"]["curvature"] > 0 for line in lines if line["kind"] == "train")

@@ -20,9 +20,23 @@ WIDTHS = [32, 64, 128]
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mup")
-    flags = ["--", "--optimizer", "adamw", "--lr", "0.01", "--num-layers", "1", "--seq-length", "32", "--vocab-size", "127"]
+    flags = [
+        "--",
+        "--optimizer",
+        "adamw",
+        "--lr",
+        "0.01",
+        "--num-layers",
+        "1",
+        "--seq-length",
+        "32",
+        "--vocab-size",
+        "127",
+    ]
     flags += ["--mock-data", "--tokenizer-type", "NullTokenizer"]
-    code = cli.main(["mup", "check", "--widths", *map(str, WIDTHS), "--steps", "4", "--output-dir", str(folder), *flags])
+    code = cli.main(
+        ["mup", "check", "--widths", *map(str, WIDTHS), "--steps", "4", "--output-dir", str(folder), *flags]
+    )
     assert code == 0
     return folder
 

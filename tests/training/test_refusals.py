@@ -19,7 +19,9 @@ def flags(**given: Any) -> Namespace:
 def test_unsupported_flag_is_refused(name: str) -> None:
     fine, _ = _UNSUPPORTED[name]
     wrong = "torch" if name == "ckpt_format" else 2 if fine else True
-    with pytest.raises(UserError, match=re.escape(f"--{name.replace('_', '-')} does not work with --optimizer muon")) as said:
+    with pytest.raises(
+        UserError, match=re.escape(f"--{name.replace('_', '-')} does not work with --optimizer muon")
+    ) as said:
         check_optimizer_arguments(flags(**{name: wrong}))
     assert str(said.value).count(". ") <= 1
     for value in fine:
