@@ -47,6 +47,10 @@ class Item:
         return slab[r0:r1, c0:c1]
 
 
+def _update_of(item: Item, updates: Sequence[Tensor]) -> Tensor:
+    return item.of_fragment(updates[item.fragment])
+
+
 @dataclass
 class Route:
     """Items between this rank and every other, in an order that both sides derive alike.
@@ -233,10 +237,7 @@ class Exchange:
         """Updates of parts back to every rank that holds a shard of them."""
         return self.start(
             [[item.of_slab(slabs[item.part]) for item in items] for items in route.scatter_out],
-            [
-                [lambda item=item: item.of_fragment(updates[item.fragment]) for item in items]
-                for items in route.scatter_in
-            ],  # type: ignore[misc]
+            [[functools.partial(_update_of, item, updates) for item in items] for items in route.scatter_in],
             [[item.numel for item in items] for items in route.scatter_in],
             what,
             wire,
