@@ -7,6 +7,7 @@ import signal
 import sys
 
 from megatron_opt.errors import UserError
+from megatron_opt.extras import missing_package
 
 COMMANDS = {
     "data": ("megatron_opt.data.cli", "fetch a corpus, train a tokenizer, write .bin/.idx, inspect a dataset"),
@@ -46,12 +47,18 @@ def _run(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         print(f"megatron-opt: no command {argv[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    module = importlib.import_module(COMMANDS[argv[0]][0])
     try:
+        module = importlib.import_module(COMMANDS[argv[0]][0])
         return int(module.main(argv[1:], prog=f"megatron-opt {argv[0]}") or 0)
     except UserError as error:
-        print(f"megatron-opt {argv[0]}: {error}", file=sys.stderr)
-        return 2
+        sentence = error
+    except ModuleNotFoundError as error:
+        missing = missing_package(error)
+        if missing is None:
+            raise
+        sentence = missing
+    print(f"megatron-opt {argv[0]}: {sentence}", file=sys.stderr)
+    return 2
 
 
 def _reader_is_gone() -> bool:
