@@ -179,17 +179,25 @@ LAYERS = (
     Layer(r"mlp\.router\.weight", "router", "router"),
     Layer(r"mlp\.shared_experts\.gate_weight", "router", "shared_gate"),
     Layer(r"eh_proj\.weight", "hidden", "eh_proj"),
-    Layer(r".*(norm|layernorm)[^.]*\.(weight|bias)", "norm"),
-    Layer(r".*\.bias", "bias"),
+    Layer(r"(self|cross)_attention\.linear_proj\.bias", "bias"),
+    Layer(r"mlp\.(shared_experts\.|experts\.\d+\.)?linear_fc2\.bias", "bias"),
+    Layer(r"mlp\.router\.bias", "bias"),
+    Layer(r"(\w+_)?(layernorm|norm)\.(weight|bias)", "norm"),
+    Layer(r"[eh]norm\.(weight|bias)", "norm"),  # of multi-token prediction
+    # Transformer Engine keeps a norm in the linear layer that it stands before
+    Layer(r"self_attention\.linear_(qkv|q_up_proj|kv_up_proj|qkv_down_proj)\.layer_norm_(weight|bias)", "norm"),
+    Layer(r"self_attention\.linear_(q|kv)_down_proj\.layer_norm_(weight|bias)", "norm"),
+    Layer(r"mlp\.(shared_experts\.)?linear_fc1\.layer_norm_(weight|bias)", "norm"),
+    Layer(r"mixer\.in_proj\.layer_norm_(weight|bias)", "norm"),
 )
 
 
-def find_layer(name: str, ndim: int) -> Layer | None:
-    """The declaration of a parameter by its global name; unknown 1-D parameters are taken as biases."""
+def find_layer(name: str) -> Layer | None:
+    """The declaration of a parameter by its global name, or None: nothing is guessed from a shape."""
     for layer in LAYERS:
         if re.fullmatch(rf"(.*\.)?{layer.pattern}", name):
             return layer
-    return Layer("", "bias") if ndim < 2 else None
+    return None
 
 
 def split_param(
@@ -205,7 +213,7 @@ def split_param(
 
     `partition_dim` is the side that tensor parallelism cuts, or None where every rank holds the whole.
     """
-    layer = find_layer(name, len(shape))
+    layer = find_layer(name)
     if layer is None:
         raise LookupError(name)
     rows = shape[0]
@@ -334,7 +342,7 @@ def declare(chunks: Iterable[Any], config: Any, *, per_head: bool = False) -> De
             )
     if unknown:
         raise UserError(
-            f"{len(unknown)} parameters have no declaration as logical matrices ({', '.join(unknown[:5])}); "
+            f"{len(unknown)} parameters have no declaration ({', '.join(unknown[:5])}); "
             "add their kind to LAYERS in megatron_opt/distributed/matrices.py, or freeze them."
         )
     return found

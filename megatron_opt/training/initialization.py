@@ -89,8 +89,9 @@ def initialize(chunks: Sequence[Any], config: Any, seed: int, style: str) -> Non
     declaration = declare(chunks, config)
     truncate = _TRUNCATION if style == "study" else None
     for view in declaration.views:
-        layer = find_layer(view.name, view.param.dim())
-        if layer is not None and layer.kind in ("norm", "bias"):
+        layer = find_layer(view.name)
+        assert layer is not None  # `declare` has refused it
+        if layer.kind in ("norm", "bias"):
             one = layer.kind == "norm" and view.name.endswith("weight")
             one = one and not getattr(config, "layernorm_zero_centered_gamma", False)
             view.param.fill_(1.0 if one else 0.0)

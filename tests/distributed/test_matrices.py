@@ -84,6 +84,13 @@ KINDS = {
     "mtp.layers.0.eh_proj.weight": (numbered(H, 2 * H), 0, lambda w: {"": w}),
     L + "input_layernorm.weight": (numbered(H, 1), None, lambda w: {"": w}),
     L + "self_attention.linear_proj.bias": (numbered(H, 1), None, lambda w: {"": w}),
+    L + "mlp.linear_fc2.bias": (numbered(H, 1), None, lambda w: {"": w}),
+    L + "mlp.router.bias": (numbered(8, 1), None, lambda w: {"": w}),
+    L + "self_attention.linear_qkv.layer_norm_weight": (numbered(H, 1), None, lambda w: {"": w}),
+    L + "self_attention.linear_kv_down_proj.layer_norm_bias": (numbered(H, 1), None, lambda w: {"": w}),
+    L + "mlp.linear_fc1.layer_norm_weight": (numbered(H, 1), None, lambda w: {"": w}),
+    L + "mixer.in_proj.layer_norm_weight": (numbered(H, 1), None, lambda w: {"": w}),
+    "mtp.layers.0.enorm.weight": (numbered(H, 1), None, lambda w: {"": w}),
 }  # fmt: skip
 
 
@@ -96,7 +103,7 @@ def shards_of(whole: Tensor, dim: int | str | None, tp: int) -> list[Tensor]:
 def assembled(name: str, whole: Tensor, dim: int | str | None, tp: int, geometry: Geometry) -> dict[str, Tensor]:
     """Whole logical matrices from the pieces that every rank declares in its shard; -1 where no rank has a value."""
     found: dict[str, Tensor] = {}
-    vector = name.endswith("bias") or "layernorm" in name
+    vector = name.endswith("bias") or "norm" in name
     for rank, shard in enumerate(shards_of(whole, dim, tp)):
         side = {"glu": 0}.get(dim, dim) if tp > 1 else None  # type: ignore[call-overload]
         shape = (shard.shape[0],) if vector else tuple(shard.shape)
@@ -126,7 +133,7 @@ def test_every_kind_is_what_slicing_by_hand_gives(name: str, tp: int) -> None:
 
 
 def test_the_table_above_has_every_declared_layer() -> None:
-    used = {find_layer(name, 1 if "bias" in name or "norm" in name else 2) for name in KINDS}
+    used = {find_layer(name) for name in KINDS}
     assert {layer.pattern for layer in LAYERS} == {layer.pattern for layer in used if layer}
 
 
@@ -154,9 +161,35 @@ def test_a_shape_that_does_not_fit_the_heads_is_refused() -> None:
         )
 
 
-def test_unknown_matrices_are_refused_and_unknown_vectors_taken() -> None:
-    assert find_layer("decoder.layers.0.mixer.in_proj.weight", 2) is None
-    assert find_layer("decoder.layers.0.mixer.dt", 1).kind == "bias"  # type: ignore[union-attr]
+@pytest.mark.parametrize("module", ["decoder.layers.0.mixer", "decoder.layers.0.self_attention.linear_new", "x"])
+@pytest.mark.parametrize("part", ["weight", "bias", "scale", "layer_norm_gain"])
+def test_nothing_is_guessed(module: str, part: str) -> None:
+    assert find_layer(f"{module}.{part}") is None
+
+
+ATTENTION = ("qkv", "q_up_proj", "kv_up_proj", "q_down_proj", "kv_down_proj", "qkv_down_proj")
+NORMS = [
+    *(f"{L}self_attention.linear_{linear}.layer_norm_{part}" for linear in ATTENTION for part in ("weight", "bias")),
+    *(
+        f"{L}mlp.{prefix}linear_fc1.layer_norm_{part}"
+        for prefix in ("", "shared_experts.")
+        for part in ("weight", "bias")
+    ),
+    *(f"{L}{norm}.weight" for norm in ("input_layernorm", "pre_mlp_layernorm", "mixer.norm", "norm")),
+    *(f"{L}self_attention.{norm}.weight" for norm in ("q_layernorm", "k_layernorm", "kv_layernorm")),
+    *(f"mtp.layers.0.{norm}.bias" for norm in ("enorm", "hnorm", "final_layernorm")),
+    "mtp.layers.0.mtp_model_layer.self_attention.linear_qkv.layer_norm_weight",
+    L + "mixer.in_proj.layer_norm_weight",
+    "decoder.final_layernorm.weight",
+    "decoder.final_norm.weight",
+]
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_alone_and_fused_into_linear_layers_are_norms(name: str) -> None:
+    layer = find_layer(name)
+    assert layer is not None
+    assert layer.kind == "norm"
 
 
 class _Layer(torch.nn.Module):
@@ -214,6 +247,10 @@ def test_parameters_without_a_declaration_stop_the_run_by_name(monkeypatch: pyte
     with pytest.raises(UserError, match=r"mixer\.weight \(8, 4\)\); add their kind to LAYERS .* or freeze them"):
         declare([chunk], config)
     chunk.mixer.weight.requires_grad = False
+    chunk.gain = torch.nn.Parameter(torch.ones(4))  # a vector is no exception
+    with pytest.raises(UserError, match=r"gain \(4,\)\); add their kind"):
+        declare([chunk], config)
+    chunk.gain.requires_grad = False
     assert not declare([chunk], config).matrices
 
 
