@@ -15,8 +15,9 @@ def run(argv: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer-engine).*")
     entry.alone()
     from megatron_opt import platform
+    from megatron_opt.platform import transformer_engine
 
-    platform.activate()
+    platform.activate(transformer_engine.wanted(argv))
     from megatron_opt.training import arguments
 
     args = arguments.parse(argv)

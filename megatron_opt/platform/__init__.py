@@ -10,13 +10,17 @@ def on_cpu() -> bool:
     return not torch.cuda.is_available()
 
 
-def activate() -> None:
-    """Patch this process, once; to be called before Megatron is imported."""
+def activate(transformer_engine: bool = False) -> None:
+    """Patch this process, once; to be called before Megatron is imported. On CPU Transformer Engine is there only when asked for."""
     if on_cpu():
-        from megatron_opt.platform import cuda_answers
+        from megatron_opt.platform import cuda_answers, transformer_engine as te
 
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it under tensor parallelism
         cuda_answers.install()
+        if transformer_engine:
+            te.install()
+        else:
+            te.hide()
     for replacement in replacements():
         replacement.install()
 

@@ -1,0 +1,180 @@
+"""FP8 by one scale a tensor: the scale from the tensor itself (tensorwise), or from a history of absolute maxima (delayed).
+
+q = cast(clamp(x·s, ±max)), s = max/amax; a value is q/s. E4M3 has max 448, E5M2 57,344.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_opt.platform.transformer_engine.extension import operation, torch_dtype
+
+FORMATS = {7: (torch.float8_e4m3fn, 448.0), 8: (torch.float8_e5m2, 57344.0)}  # by DType
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def scale_from_amax(amax: Tensor, largest: float, powers_of_two: bool = False, epsilon: float = 0.0) -> Tensor:
+    """largest/max(amax, ε) in fp32; 1 where amax is 0 or not finite, the largest number where the quotient overflows."""
+    bounded = amax.clamp_min(epsilon)
+    scale = (largest / bounded).nan_to_num(posinf=_LARGEST)
+    if powers_of_two:
+        scale = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1)
+    return torch.where((bounded == 0) | ~bounded.isfinite(), torch.ones_like(scale), scale)
+
+
+def encode(x: Tensor, scale: Tensor, dtype: int) -> Tensor:
+    """Bytes of x·scale, rounded to nearest even, saturated."""
+    kind, largest = FORMATS[int(dtype)]
+    return (x.float() * scale).clamp(-largest, largest).to(kind).view(torch.uint8)
+
+
+def decode(tensor: Any) -> tuple[Tensor, Tensor]:
+    """(values before the scale, as stored in rows, fp32; 1/scale) of a tensor with one scale."""
+    kind = FORMATS[int(tensor._fp8_dtype)][0]
+    if tensor._data is not None:
+        raw = tensor._data.reshape(-1, tensor._data.shape[-1])
+    else:
+        raw = tensor._transpose.reshape(tensor._transpose.shape[0], -1).t().contiguous()
+    return raw.view(kind).float(), tensor._scale_inv
+
+
+def _is_current(quantizer: Any) -> bool:
+    return type(quantizer).__name__ == "Float8CurrentScalingQuantizer"
+
+
+@operation
+def quantize(x: Tensor, quantizer: Any, out: Any = None, noop: Tensor | None = None) -> Any:
+    """x in the quantizer's format, into `out` where it is given; unchanged where `noop` holds another number than 0."""
+    if noop is not None and float(noop) != 0:
+        return out
+    if type(quantizer).__name__ not in ("Float8Quantizer", "Float8CurrentScalingQuantizer"):
+        from megatron_opt.platform.transformer_engine.extension import MODULE
+
+        return getattr(MODULE, type(quantizer).__name__)(x)
+    if out is None:
+        out = quantizer.make_empty(x.shape, dtype=x.dtype, device=x.device)
+    amax = x.detach().float().abs().max() if x.numel() else torch.zeros(())
+    if _is_current(quantizer):
+        if quantizer.with_amax_reduction:
+            torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group=quantizer.amax_reduction_group)
+        largest = FORMATS[int(quantizer.dtype)][1]
+        scale = scale_from_amax(amax, largest, quantizer.force_pow_2_scales, quantizer.amax_epsilon)
+    else:
+        scale = quantizer.scale.reshape(())
+        if quantizer.amax.numel():
+            quantizer.amax.copy_(torch.maximum(quantizer.amax, amax.view(quantizer.amax.shape)))
+    data = encode(x, scale, quantizer.dtype)
+    if out._data is not None:
+        out._data.copy_(data.view(out._data.shape))
+    if out._transpose is not None or quantizer.columnwise_usage:
+        transposed = data.reshape(-1, data.shape[-1]).t().contiguous()
+        if out._transpose is None:
+            out._transpose = transposed
+        else:
+            out._transpose.copy_(transposed.view(out._transpose.shape))
+        out._transpose_invalid = False
+    out._scale_inv.copy_((1 / scale).view(out._scale_inv.shape))
+    out._fp8_dtype = quantizer.dtype
+    return out
+
+
+@operation
+def dequantize(tensor: Any, dtype: Any) -> Tensor:
+    """q/s in `dtype`."""
+    values, inverse = decode(tensor)
+    return (values * inverse).to(torch_dtype(dtype, torch.float32)).reshape(tensor.size())
+
+
+@operation
+def create_empty_quantized_tensor(quantizer: Any, shape: Any, dtype: torch.dtype, device: Any, pin: bool = False) -> Any:
+    """A tensor to quantize into: bytes, their transpose where columns are wanted, 1/scale."""
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
+    from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
+
+    if type(quantizer).__name__ not in ("Float8Quantizer", "Float8CurrentScalingQuantizer"):
+        from megatron_opt.platform.transformer_engine.extension import MODULE
+
+        return getattr(MODULE, type(quantizer).__name__)(shape)
+    shape = tuple(shape)
+    parts = {
+        "data": torch.zeros(shape, dtype=torch.uint8) if quantizer.rowwise_usage else None,
+        "data_transpose": torch.zeros((shape[-1], *shape[:-1]), dtype=torch.uint8) if quantizer.columnwise_usage else None,
+        "fp8_scale_inv": torch.ones(1),
+        "fp8_dtype": quantizer.dtype,
+        "quantizer": quantizer,
+    }
+    if quantizer.internal:
+        return Float8TensorStorage(fake_dtype=dtype, **parts)
+    return Float8Tensor(shape=shape, dtype=dtype, requires_grad=False, device=torch.device("cpu"), **parts)
+
+
+@operation
+def split_quantize(x: Tensor, sizes: Any, quantizers: Any, **options: Any) -> list[Any]:
+    """Rows cut into runs of `sizes`, each by its own quantizer."""
+    return [quantize(part, quantizer) for part, quantizer in zip(x.split(list(sizes)), quantizers, strict=True)]
+
+
+@operation
+def bgrad_quantize(gradient: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
+    """(sum over rows, the gradient in FP8)."""
+    return gradient.reshape(-1, gradient.shape[-1]).sum(0), quantize(gradient, quantizer)
+
+
+@operation
+def fp8_transpose(data: Tensor, dtype: Any, out: Tensor | None = None) -> Tensor:
+    """Bytes of the transposed matrix."""
+    transposed = data.reshape(-1, data.shape[-1]).t().contiguous()
+    if out is None:
+        return transposed
+    out.copy_(transposed.view(out.shape))
+    return out
+
+
+@operation
+def swap_first_dims(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """(a, b, …) → (b, a, …), contiguous."""
+    swapped = x.transpose(0, 1).contiguous()
+    if out is None:
+        return swapped
+    out.copy_(swapped)
+    return out
+
+
+@operation
+def compute_amax(x: Tensor, amax: Tensor) -> None:
+    """amax ← max |x|."""
+    amax.copy_((x.float().abs().max() if x.numel() else torch.zeros(())).view(1))
+
+
+@operation
+def multi_tensor_scale(chunk: int, overflow: Tensor, lists: list[list[Tensor]], scale: float) -> None:
+    """b ← a·scale."""
+    for source, target in zip(*lists, strict=True):
+        target.copy_(source * scale)
+
+
+@operation
+def multi_tensor_compute_scale_and_scale_inv(
+    chunk: int, overflow: Tensor, lists: list[list[Tensor]], largest: float, powers_of_two: bool, epsilon: float
+) -> None:
+    """Scales and their inverses from absolute maxima."""
+    for amax, scale, inverse in zip(*lists, strict=True):
+        scale.copy_(scale_from_amax(amax, largest, powers_of_two, epsilon).view(scale.shape))
+        inverse.copy_((1 / scale).view(inverse.shape))
+
+
+@operation
+def fused_amax_and_scale_update_after_reduction(
+    reduced: Tensor, histories: list[Tensor], scales: list[Tensor], algorithm: str, dtype: Any, margin: float
+) -> None:
+    """Delayed scaling: the step's maxima enter each history (length, n), s = max/2^margin/amax over it, the history rolls."""
+    at = 0
+    for history, scale in zip(histories, scales, strict=True):
+        history[0].copy_(reduced[at : at + history.shape[1]])
+        at += history.shape[1]
+        amax = history.amax(0) if algorithm == "max" else history[0].clone()
+        updated = (FORMATS[int(dtype)][1] / amax / 2**margin).nan_to_num(posinf=_LARGEST)
+        scale.copy_(torch.where(amax.isfinite() & (amax > 0), updated, scale))
+        history.copy_(history.roll(-1, 0))
+        history[0].zero_()
