@@ -297,7 +297,7 @@ def _check(args: Any) -> None:
         ("num_attention_heads", "--num-attention-heads"),
         ("seq_length", "--seq-length"),
     ):
-        if getattr(args, flag) is None:
+        if getattr(args, flag) is None and not (flag == "num_layers" and args.hybrid_layer_pattern):
             raise UserError(
                 f"{needed} is missing; give it, or a whole model by --preset ({', '.join(preset_names())})."
             )
