@@ -8,12 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
+from megatron_opt import presets
 from megatron_opt.errors import UserError
 from megatron_opt.platform import on_cpu
-
-PRESETS = Path(__file__).parent.parent / "presets"
 
 # What a Megatron job needs to be told on CPU; put before the user's flags, so that his win.
 CPU_FLAGS = (
@@ -46,21 +43,6 @@ OUR_FLAGS = (
 )
 
 
-def preset_names() -> list[str]:
-    """Names of the files in `presets/`."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
-
-
-def read_preset(name: str) -> dict[str, Any]:
-    """A preset's flags; `base: OTHER` in a preset takes the other's flags first."""
-    path = PRESETS / f"{name}.yaml"
-    if not path.is_file():
-        raise UserError(f"--preset {name}: there is no such preset; there are {', '.join(preset_names())}.")
-    flags = yaml.safe_load(path.read_text())
-    base = flags.pop("base", None)
-    return (read_preset(base) if base else {}) | flags
-
-
 def _as_argv(flags: dict[str, Any]) -> list[str]:
     argv: list[str] = []
     for key, value in flags.items():
@@ -84,7 +66,7 @@ def expand(argv: Sequence[str]) -> list[str]:
     if "preset" in given:
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--preset")
-        flags = read_preset(parser.parse_known_args(argv)[0].preset or "")
+        flags = presets.read(parser.parse_known_args(argv)[0].preset or "")
     for one, other in (("train-samples", "train-iters"), ("train-iters", "train-samples")):
         if one in given:  # Megatron refuses the two together
             flags = {key: value for key, value in flags.items() if not key.startswith(other)}
@@ -100,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     from megatron_opt.training.optimizer_flags import add_optimizer_arguments
 
     group = parser.add_argument_group("megatron_opt")
-    group.add_argument("--preset", help=f"flags from presets/NAME.yaml: {', '.join(preset_names())}")
+    group.add_argument("--preset", help=f"flags from presets/NAME.yaml: {', '.join(presets.names())}")
     group.add_argument("--print-config", action="store_true", help="print every flag's value and exit")
     group.add_argument("--output-dir", help="folder for results.json and metrics.jsonl")
     group.add_argument(
@@ -299,7 +281,7 @@ def _check(args: Any) -> None:
     ):
         if getattr(args, flag) is None:
             raise UserError(
-                f"{needed} is missing; give it, or a whole model by --preset ({', '.join(preset_names())})."
+                f"{needed} is missing; give it, or a whole model by --preset ({', '.join(presets.names())})."
             )
     if args.lr is None and not args.plan_world_size:
         raise UserError("--lr is missing; give the learning rate, which depends on the optimizer.")
