@@ -11,12 +11,15 @@ class UserError(Exception):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """" Did you mean NAME?", with the known word nearest to `word`; empty where none is near."""
+    """ " Did you mean NAME?", with the known word nearest to `word`; empty where none is near."""
     plain = {name.lower().replace("_", "-"): name for name in known}
     asked = word.lower().replace("_", "-")
     near = difflib.get_close_matches(asked, plain, 1, cutoff=0.7)
     if not near:  # a word with one part forgotten: learning-rate has no neighbour, lr-warmup has lr-warmup-iters
         near = sorted((name for name in plain if name.startswith(f"{asked}-")), key=len)[:1]
+    if not near:  # --learning-rate is --lr
+        initials = "".join(part[0] for part in asked.strip("-").split("-") if part)
+        near = [name for name in plain if len(initials) > 1 and name.strip("-") == initials]
     return f" Did you mean {plain[near[0]]}?" if near else ""
 
 
