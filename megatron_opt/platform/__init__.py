@@ -14,11 +14,12 @@ def on_cpu() -> bool:
 def activate() -> None:
     """Patch this process where there is no GPU, mend Megatron's faults anywhere; to be called before Megatron is imported."""
     if on_cpu():
-        from megatron_opt.platform import cuda_answers, megatron_patches
+        from megatron_opt.platform import cuda_answers, latent_attention, megatron_patches
 
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it under tensor parallelism
         cuda_answers.install()
         megatron_patches.install()
+        latent_attention.install()
     from megatron_opt.platform import megatron_faults
 
     megatron_faults.install()

@@ -31,6 +31,18 @@ def check_layout(args: Any) -> None:
                  "change one, or give --kv-channels")  # fmt: skip
     _divides(args.hidden_size, "--hidden-size", tp, tp_flag)
     _divides(args.ffn_hidden_size, "--ffn-hidden-size", tp, tp_flag)
+    if args.multi_latent_attention and tp > 1:
+        # Megatron sums the gradient of the shared positional key over TP only where sequence parallelism gathers it
+        if args.transformer_impl == "local":
+            raise UserError(
+                f"--multi-latent-attention on local layers loses a part of a gradient under {tp_flag} {tp} (a fault of "
+                "Megatron's); use 1 and pipeline, expert or data parallelism."
+            )
+        if not args.sequence_parallel:
+            raise UserError(
+                f"--multi-latent-attention loses a part of a gradient under {tp_flag} {tp} without --sequence-parallel "
+                "(a fault of Megatron's); give it."
+            )
     if args.group_query_attention:
         groups = args.num_query_groups
         _divides(args.num_attention_heads, "--num-attention-heads", groups, "--num-query-groups")
