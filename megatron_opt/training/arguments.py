@@ -159,12 +159,13 @@ def add_engine_arguments(group: Any) -> None:
 def parse(argv: Sequence[str]) -> Any:
     """Parse and check the expanded command line as Megatron does; bad input is a UserError, on every rank alike."""
     import megatron.training.arguments as megatron_arguments
+    import megatron.training.training as training
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
     from megatron_opt.training.flags import checks, vocabulary
-    from megatron_opt.training.flags.sentences import Flags, told
+    from megatron_opt.training.flags.sentences import Flags, building, told
     from megatron_opt.training.optimizer_flags import check_optimizer_arguments
 
     expanded = expand(argv)
@@ -207,6 +208,7 @@ def parse(argv: Sequence[str]) -> Any:
         _print_plan(args)
         raise SystemExit(0)
     checks.make_folders(args)
+    training.get_model = building(training.get_model, flags)
     return args
 
 

@@ -8,7 +8,7 @@ from megatron_opt import platform
 platform.activate()
 
 import megatron.training.arguments as megatron_arguments  # noqa: E402
-from megatron.training import global_vars  # noqa: E402
+from megatron.training import global_vars, training  # noqa: E402
 
 from megatron_opt.errors import UserError  # noqa: E402
 from megatron_opt.training import arguments  # noqa: E402
@@ -18,7 +18,7 @@ MODEL = (
     "--global-batch-size 2 --train-iters 20 --lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 127 "
     "--eval-iters 0 --eval-interval 100 --attention-dropout 0 --hidden-dropout 0 --mock-data"
 ).split()
-_PARSE = megatron_arguments.parse_args
+_PARSE, _MODEL = megatron_arguments.parse_args, training.get_model
 
 
 def parsed(argv: Sequence[str], ranks: int = 1):
@@ -33,7 +33,7 @@ def parsed(argv: Sequence[str], ranks: int = 1):
         os.environ.pop("WORLD_SIZE")
         if before is not None:
             os.environ["WORLD_SIZE"] = before
-        megatron_arguments.parse_args = _PARSE
+        megatron_arguments.parse_args, training.get_model = _PARSE, _MODEL
         global_vars.unset_global_variables()
 
 

@@ -16,7 +16,8 @@ import megatron.training  # noqa: E402
 from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
 from megatron_opt.optimizers import registry  # noqa: E402
-from megatron_opt.training.flags import table  # noqa: E402
+from megatron_opt.training import arguments  # noqa: E402
+from megatron_opt.training.flags import ranges, table  # noqa: E402
 
 ACTIONS = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))._actions
 REFUSALS = {"refused", "needs a GPU", "needs Transformer Engine", "by optimizer", "of Megatron's optimizers"}
@@ -81,3 +82,26 @@ def test_supported_flags_have_a_reader(read):
         and not _OURS & set(table.names_of(action))
     ]
     assert not unread
+
+
+def test_every_number_on_our_path_has_a_range():
+    """Flags of rules have theirs in the rule's options; refused ones have none."""
+    parser = arguments.add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    without = [
+        table.names_of(action)[0]
+        for action in parser._actions
+        if action.type in (int, float)
+        and not action.dest.startswith("rule_")
+        and not table.kinds_of(action) & {"refused", "by optimizer", "of Megatron's optimizers"}
+        and not set(table.names_of(action)) & (ranges.RANGES.keys() | ranges.NO_RANGE.keys())
+    ]
+    assert not without, f"give a range, or a reason for none, in megatron_opt/training/flags/ranges.py: {without}"
+    known = {name for action in parser._actions for name in table.names_of(action)}
+    assert not (ranges.RANGES.keys() | ranges.NO_RANGE.keys()) - known
+
+
+def test_defaults_are_in_their_ranges():
+    for action in ACTIONS:
+        for name in table.names_of(action):
+            if name in ranges.RANGES and action.default not in (None, []):
+                assert ranges.RANGES[name].holds(action.default), name

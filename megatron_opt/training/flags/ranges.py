@@ -100,6 +100,12 @@ _WORDS: tuple[tuple[Range, str], ...] = (
     (POSITIVE, "loss-scale initial-loss-scale min-loss-scale"),
     (Range(1), "matrix-balance"),
 )  # fmt: skip
+# numbers of the path without a range: why
+NO_RANGE = {
+    "flash-attention-version": "it has choices",
+    "timing-log-level": "it has choices",
+    "empty-unused-memory-level": "it has choices",
+}
 RANGES: dict[str, Range] = {name: limits for limits, words in _WORDS for name in words.split()}
 
 

@@ -210,3 +210,20 @@ def told(what: str, flags: Flags, function: Callable[..., Any], *args: Any, **kw
         return function(*args, **kwargs)
     except _CHECKED as error:
         raise UserError(f"{what}: {sentence(error, flags)}") from error
+
+
+# what building a model raises for its flags; a RuntimeError there may be the network's, which a restart can mend
+_BUILDING = (AssertionError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError)
+
+
+def building(function: Callable[..., Any], flags: Flags) -> Callable[..., Any]:
+    """Megatron's builder of models, what its layers refuse told as by `told`."""
+
+    @functools.wraps(function)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except _BUILDING as error:
+            raise UserError(f"Megatron cannot build this model: {sentence(error, flags)}") from error
+
+    return build
