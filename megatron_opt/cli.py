@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_opt.errors import UserError, did_you_mean, explained
+from megatron_opt.extras import missing_package
 
 COMMANDS = {
     "data": ("megatron_opt.data.cli", "fetch a corpus, train a tokenizer, write .bin/.idx, inspect a dataset"),
@@ -57,12 +58,18 @@ def _run(argv: list[str]) -> int:
         print(f"megatron-opt: no command {argv[0]!r}; {known}", file=sys.stderr)
         return 2
     argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign]  # of every command's parser and its subparsers
-    module = importlib.import_module(COMMANDS[argv[0]][0])
     try:
+        module = importlib.import_module(COMMANDS[argv[0]][0])
         return int(module.main(argv[1:], prog=f"megatron-opt {argv[0]}") or 0)
     except UserError as error:
-        print(f"megatron-opt {argv[0]}: {error}", file=sys.stderr)
-        return 2
+        sentence = error
+    except ModuleNotFoundError as error:
+        missing = missing_package(error)
+        if missing is None:
+            raise
+        sentence = missing
+    print(f"megatron-opt {argv[0]}: {sentence}", file=sys.stderr)
+    return 2
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_opt.errors import UserError
+from megatron_opt.extras import missing_package
 
 # names of Megatron's configurations that differ from the flag's
 _FIELDS = {
@@ -209,7 +210,8 @@ def told(what: str, flags: Flags, function: Callable[..., Any], *args: Any, **kw
     try:
         return function(*args, **kwargs)
     except _CHECKED as error:
-        raise UserError(f"{what}: {sentence(error, flags)}") from error
+        missing = missing_package(error) if isinstance(error, ModuleNotFoundError) else None
+        raise UserError(f"{what}: {missing or sentence(error, flags)}") from error
 
 
 # what building a model raises for its flags; a RuntimeError there may be the network's, which a restart can mend
