@@ -74,7 +74,7 @@ def _run(argv: list[str]) -> int:
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """In place of argparse's error: a sentence with the word that was probably meant, and no usage before it."""
-    print(f"{parser.prog}: {explained(parser, message)} ({parser.prog} --help)", file=sys.stderr)
+    print(f"{parser.prog}: error: {explained(parser, message)} ({parser.prog} --help)", file=sys.stderr)
     raise SystemExit(2)
 
 
