@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_opt.study.fits.ensemble import Ensemble, fit_ensemble
+from megatron_opt.study.fits.forms import FORMS, Form
 from megatron_opt.study.fits.hierarchy import Noise
 from megatron_opt.study.fits.intervals import interval
 from megatron_opt.study.fits.observations import Observations
@@ -110,11 +111,11 @@ def tokens_for(truth: World, loss: float, n: float) -> float:
     return float(np.sqrt(low * high))
 
 
-def one_draw(name: str, seed: int, copies: int = 400) -> list[dict]:
+def one_draw(name: str, seed: int, copies: int = 400, forms: tuple[Form, ...] = FORMS) -> list[dict]:
     """Rows of what was covered by one study."""
     rng = np.random.default_rng([WORLDS.index(name), seed])
     truth = world(name, rng)
-    ensemble = fit_ensemble(sample(truth, rng), Noise(0.002), copies=copies, seed=seed)
+    ensemble = fit_ensemble(sample(truth, rng), Noise(0.002), copies=copies, seed=seed, forms=forms)
     return [row for n, ratio in TARGETS for row in _rows(name, seed, truth, ensemble, n, ratio)]
 
 
