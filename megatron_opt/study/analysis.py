@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,11 @@ from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.fits.ensemble import Ensemble, fit_ensemble
 from megatron_opt.study.fits.gain_law import GainCheck, check_gain_law
 from megatron_opt.study.fits.hierarchy import Noise
-from megatron_opt.study.fits.hyper_laws import HyperLaw, fit_hyper_law
+from megatron_opt.study.fits.hyper_laws import HyperLaw, fit_hyper_laws
 from megatron_opt.study.fits.next_runs import NextRun, next_runs
 from megatron_opt.study.fits.noise import Comparison, NoiseFloor, compare, noise_floor
 from megatron_opt.study.fits.observations import Observations, observations
+from megatron_opt.study.fits.optima import optima
 from megatron_opt.study.fits.scaling import KINDS, Fit, fit_law
 from megatron_opt.study.fits.speedups import Speedup, speedups
 from megatron_opt.study.fits.statement import Statement, state
@@ -149,35 +149,9 @@ def _fit_laws(found: Analysis, resamples: int) -> None:
 
 
 def _fit_hyper_laws(found: Analysis) -> None:
-    best = found.dataset.best()
-    for name in found.data.optimizers:
-        cells = [cell.record for (optimizer, _), cell in best.items() if optimizer == name]
-        for key in LAW_HYPERPARAMETERS:
-            records = [r for r in cells if isinstance(r.hyper.get(key), (int, float)) and r.hyper[key] > 0]
-            values = [float(r.hyper[key]) for r in records]
-            if len(records) < 3 or len(set(values)) < 2:
-                continue
-            ratio = _grid_ratio(found.dataset, name, key)
-            found.hyper_laws.append(
-                fit_hyper_law(
-                    name,
-                    key,
-                    np.array([float(r.parameters) for r in records]),
-                    np.array([float(r.tokens) for r in records]),
-                    np.array(values),
-                    grid_ratio=ratio,
-                )
-            )
-
-
-def _grid_ratio(dataset: Dataset, optimizer: str, key: str) -> float:
-    """The usual factor between neighbouring values that were tried."""
-    tried = sorted(
-        {
-            float(r.hyper[key])
-            for r in dataset.finished
-            if r.optimizer == optimizer and isinstance(r.hyper.get(key), (int, float)) and r.hyper[key] > 0
-        }
-    )
-    steps = [b / a for a, b in pairwise(tried)]
-    return float(np.median(steps)) if steps else 2.0
+    for key in LAW_HYPERPARAMETERS:
+        known = {name: optima(found.dataset, name, key, found.noise.sigma) for name in found.data.optimizers}
+        # Three regimes make a law; one value everywhere leaves nothing to fit.
+        known = {k: v for k, v in known.items() if len(v) >= 3 and len({one.tuned for one in v}) > 1}
+        if known:
+            found.hyper_laws += fit_hyper_laws(key, known)

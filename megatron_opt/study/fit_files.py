@@ -62,6 +62,10 @@ def fits_as_dict(analysis: Analysis) -> dict[str, Any]:
                 "hyperparameter": law.hyperparameter,
                 "theta": law.theta.tolist(),
                 "spread": law.spread,
+                "center": law.center,
+                "widen": law.widen,
+                "backtest_inside": law.tested,
+                "curvature": law.curvature,
             }
             for law in analysis.hyper_laws
         ],

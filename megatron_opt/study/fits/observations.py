@@ -97,4 +97,5 @@ def observations(dataset: Dataset, optimizers: list[str] | None = None) -> Obser
         np.array([float(b.record.tokens) for b in chosen]),
         np.array([b.loss for b in chosen]),
         tuple(b.record.id for b in chosen),
+        tuple(frozenset(b.seeds) for b in chosen),
     )
