@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.linalg import LinAlgError, cho_factor, cho_solve
+from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg.lapack import dpotrf, dpotri
 from scipy.optimize import minimize
 
 from megatron_opt.study.fits.forms import Form
@@ -108,22 +109,26 @@ class Linear:
         self.loss, self.jacobian = problem.values(x)
         self.target = problem.data.loss - self.loss + self.jacobian @ (x - problem.mean)
         self._fixed = self.jacobian @ problem.fixed @ self.jacobian.T + np.diag(extra)
-        self._parts = np.stack([self.jacobian @ m @ self.jacobian.T for m in problem.priors] + problem.noises)
+        parts = [self.jacobian @ m @ self.jacobian.T for m in problem.priors] + problem.noises
+        self._parts = np.stack([part.ravel() for part in parts])
+
+    def _total(self, scale: np.ndarray) -> np.ndarray:
+        """S(φ) for e^(2φ)."""
+        return self._fixed + (scale @ self._parts).reshape(self._fixed.shape)
 
     def negative(self, phi: np.ndarray) -> tuple[float, np.ndarray]:
         """−log p(y | φ) − log p(φ) and its gradient."""
         problem, scale = self.problem, np.exp(2 * phi)
-        total = self._fixed + np.tensordot(scale, self._parts, 1)
-        try:
-            factor = cho_factor(total, lower=True)
-        except LinAlgError:
+        # LAPACK itself: scipy's checks cost more than the work on a few dozen losses.
+        factor, failed = dpotrf(self._total(scale), lower=1, overwrite_a=1)
+        if failed:
             return 1e10, np.zeros_like(phi)
-        inverse = cho_solve(factor, np.eye(len(total)))
+        lower, _ = dpotri(factor, lower=1)
+        inverse = np.tril(lower) + np.tril(lower, -1).T
         alpha = inverse @ self.target
         off = (phi - problem.centers) / problem.widths
-        value = np.log(np.diag(factor[0])).sum() + 0.5 * self.target @ alpha + 0.5 * off @ off
-        weight = inverse - np.outer(alpha, alpha)
-        gradient = scale * np.tensordot(self._parts, weight, 2) + off / problem.widths
+        value = np.log(np.diag(factor)).sum() + 0.5 * self.target @ alpha + 0.5 * off @ off
+        gradient = scale * (self._parts @ (inverse - np.outer(alpha, alpha)).ravel()) + off / problem.widths
         return float(value), gradient
 
     def posterior(self, phi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -136,8 +141,7 @@ class Linear:
 
     def left_out(self, phi: np.ndarray) -> np.ndarray:
         """Each loss minus its prediction from all the others, in standard errors."""
-        total = self._fixed + np.tensordot(np.exp(2 * phi), self._parts, 1)
-        inverse = np.linalg.inv(total)
+        inverse = np.linalg.inv(self._total(np.exp(2 * phi)))
         return inverse @ self.target / np.sqrt(np.diag(inverse))
 
 
