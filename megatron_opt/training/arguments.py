@@ -96,7 +96,8 @@ def expand(argv: Sequence[str]) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """This project's flags, and Megatron's `--optimizer` with our names among its choices."""
-    from megatron_opt.training import checkpoints, faults, stragglers
+    from megatron_opt.checkpointing import saving
+    from megatron_opt.training import faults, stragglers
     from megatron_opt.training.optimizer_flags import add_optimizer_arguments
 
     group = parser.add_argument_group("megatron_opt")
@@ -127,7 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="print the optimizer plan of these flags on so many ranks, which need not be there, and exit",
     )
     add_engine_arguments(group)
-    checkpoints.add_arguments(parser)
+    saving.add_arguments(parser)
     faults.add_arguments(parser)
     stragglers.add_arguments(parser)
     add_optimizer_arguments(parser)

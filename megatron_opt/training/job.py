@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from megatron_opt.training import checkpoints, events, faults, signals
+from megatron_opt.checkpointing import saving
+from megatron_opt.training import events, faults, signals
 from megatron_opt.training.optimizer_flags import MEGATRON_OWN, curvature_kind, group_rules
 
 
@@ -18,21 +19,22 @@ def train(args: Any, look_at_model: Callable[[list[Any]], Any] | None = None) ->
     from megatron.training.utils import print_rank_last
 
     from megatron_opt import platform
-    from megatron_opt.training import batches, curvature, resume
+    from megatron_opt.checkpointing import resuming
+    from megatron_opt.training import batches, curvature
     from megatron_opt.training.monitoring import Diverged, Monitor
 
     monitor = Monitor(args)
     if platform.on_cpu():
         training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
     if args.optimizer not in MEGATRON_OWN:
-        resume.install()
+        resuming.install()
     make = training.get_megatron_optimizer if args.optimizer in MEGATRON_OWN else make_optimizer
     training.get_megatron_optimizer = functools.partial(_watched, monitor, make)
     monitor.install(training)
     _check_data(args)
     events.open_log(args.output_dir or args.save)
     signals.install(args)
-    checkpoints.install(args)
+    saving.install(args)
     faults.install(args)
     events.start(args)
     if args.optimizer not in MEGATRON_OWN and (kind := curvature_kind(group_rules(args))):

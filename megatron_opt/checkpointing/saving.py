@@ -17,12 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_opt.checkpointing import folders, run_state, snapshot
+from megatron_opt.checkpointing.agreement import agree, each_anywhere, first_error, last_rank, rank
+from megatron_opt.checkpointing.background import Writer
+from megatron_opt.checkpointing.under_way import UnderWay
+from megatron_opt.checkpointing.verification import load_newest_sound
 from megatron_opt.errors import UserError
-from megatron_opt.training import events, folders, snapshot
-from megatron_opt.training.agreement import agree, each_anywhere, first_error, rank
-from megatron_opt.training.background import Writer
-from megatron_opt.training.loading import load_newest_sound
-from megatron_opt.training.under_way import UnderWay
+from megatron_opt.files import write_atomic
+from megatron_opt.training import events
 
 _SPARE = 1.02  # of the last checkpoint's size must be free before the next is begun
 
@@ -148,7 +150,8 @@ def _begin(request: Any) -> None:
         request.execute_sync()
         return
     assert _under_way is not None and _saving is not None
-    _under_way.begin(request, Path(_saving), _iteration, flags.keep_last, flags.keep_every)
+    notes = {run_state.FILE: run_state.current()} if last_rank() else {}
+    _under_way.begin(request, notes, Path(_saving), _iteration, flags.keep_last, flags.keep_every)
 
 
 def _save(original: Callable[..., Any], iteration: int, *args: Any, **kwargs: Any) -> None:
@@ -193,7 +196,10 @@ def _save(original: Callable[..., Any], iteration: int, *args: Any, **kwargs: An
         return
     if _error is None:
         try:
-            folders.sum_files(save / folders.ASIDE / folders.name_of(iteration), rank())
+            folder = save / folders.ASIDE / folders.name_of(iteration)
+            if last_rank():
+                write_atomic(folder / run_state.FILE, run_state.current())
+            folders.sum_files(folder, rank())
         except OSError as error:
             _error = str(error)
     _publish(flags, save, iteration)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_opt.checkpointing import folders
 from megatron_opt.distributed.state import FORMAT, contents
 from megatron_opt.errors import UserError
-from megatron_opt.training import folders
 
 # what makes two models the same; a value that a checkpoint does not record is not compared
 _MODEL = (

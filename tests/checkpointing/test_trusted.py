@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron_opt.training.pickles import refused_names
+from megatron_opt.checkpointing.trusted import refused_names
 
 
 class Hostile:
