@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_opt.checkpointing import folders, run_state, snapshot
+from megatron_opt.checkpointing import compared, folders, run_state, snapshot
 from megatron_opt.checkpointing.agreement import agree, each_anywhere, first_error, last_rank, rank
 from megatron_opt.checkpointing.background import Writer
 from megatron_opt.checkpointing.under_way import UnderWay
@@ -62,6 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="load a checkpoint although it has no checksums or its pickles import unknown names, "
         "which lets its author run code",
     )
+    group.add_argument(
+        "--accept-changed",
+        nargs="+",
+        default=[],
+        metavar="FLAG",
+        help="resume although these flags (norm-epsilon, seed …), which change the model or the place in the data, "
+        "differ from the checkpoint's",
+    )
 
 
 def install(args: Any) -> None:
@@ -78,6 +86,7 @@ def install(args: Any) -> None:
         if args.keep_last:
             raise UserError("--save-retain-interval N is Megatron's word for --keep-last 1 --keep-every N; give one.")
         args.keep_last, args.keep_every, args.save_retain_interval = 1, args.save_retain_interval, None
+    compared.check_accepted(args.accept_changed)
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import checkpointing, training

@@ -186,6 +186,7 @@ def parse(argv: Sequence[str]) -> Any:
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
+    from megatron_opt.checkpointing import resuming
     from megatron_opt.training.optimizer_flags import check_optimizer_arguments
 
     expanded = expand(argv)
@@ -201,6 +202,8 @@ def parse(argv: Sequence[str]) -> Any:
     args.given_flags = given_flags(argv)
     if args.plan_world_size:
         args.world_size = args.plan_world_size
+    if args.use_checkpoint_args:
+        resuming.take_flags(args, given_flags(expanded))
     _check(args)
     check_optimizer_arguments(args)
     name, args.optimizer = args.optimizer, "adam"  # Megatron would route other names to its layer-wise wrapper
@@ -300,7 +303,8 @@ def _check(args: Any) -> None:
     ):
         if getattr(args, flag) is None:
             raise UserError(
-                f"{needed} is missing; give it, or a whole model by --preset ({', '.join(preset_names())})."
+                f"{needed} is missing; give it, a whole model by --preset ({', '.join(preset_names())}), or take the "
+                "model of the checkpoint under --load by --use-checkpoint-args."
             )
     if args.lr is None and not args.plan_world_size:
         raise UserError("--lr is missing; give the learning rate, which depends on the optimizer.")

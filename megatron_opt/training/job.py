@@ -26,8 +26,7 @@ def train(args: Any, look_at_model: Callable[[list[Any]], Any] | None = None) ->
     monitor = Monitor(args)
     if platform.on_cpu():
         training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
-    if args.optimizer not in MEGATRON_OWN:
-        resuming.install()
+    resuming.install(ours=args.optimizer not in MEGATRON_OWN)
     make = training.get_megatron_optimizer if args.optimizer in MEGATRON_OWN else make_optimizer
     training.get_megatron_optimizer = functools.partial(_watched, monitor, make)
     monitor.install(training)
@@ -50,8 +49,27 @@ def train(args: Any, look_at_model: Callable[[list[Any]], Any] | None = None) ->
     except Diverged:
         print_rank_last("the loss is not finite: the run ends here, as diverged")
         monitor.finish("diverged")
+    except SystemExit as leaving:  # Megatron's way to end early, on every rank
+        if not leaving.code:
+            if args.rank == 0:
+                events.record("exit", iteration=monitor.iteration, reason=_why_early(args, monitor.iteration))
+            monitor.finish("interrupted")
+        raise
     else:
         monitor.finish("completed")
+
+
+def _why_early(args: Any, iteration: int) -> str:
+    """What has ended Megatron's loop before the last step: a signal, or the flag."""
+    if name := signals.received():
+        return name
+    if not iteration:
+        return "--exit-on-missing-checkpoint"
+    if args.exit_interval and iteration % args.exit_interval == 0:
+        return f"--exit-interval {args.exit_interval}"
+    if iteration in (args.phase_transition_iterations or ()):
+        return f"--phase-transition-iterations {iteration}"
+    return f"--exit-duration-in-mins {args.exit_duration_in_mins}"
 
 
 def _check_data(args: Any) -> None:
