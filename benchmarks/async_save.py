@@ -148,7 +148,7 @@ def measure(mode: str, model: str, saves: int, every: int, home: Path) -> dict[s
     target = folder / "summary.json"
     command = [sys.executable, __file__, "--child", mode, "--every", str(every), "--target", str(target), "--", *flags]
     try:
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=90)
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=150)
     except subprocess.TimeoutExpired:
         return "does not end"
     for old in (folder / "checkpoints").glob("**/*"):
