@@ -145,6 +145,7 @@ def measure(mode: str, model: str, saves: int, every: int, home: Path) -> dict[s
     folder.mkdir()
     flags = job_flags(folder, (saves + 2) * every, interval=every)
     flags += ["--hidden-size", hidden, "--num-layers", layers, "--num-attention-heads", "8", "--optimizer", "adamw"]
+    flags += ["--global-batch-size", "1"]  # little arithmetic, so that the disk and the copies are what is seen
     target = folder / "summary.json"
     command = [sys.executable, __file__, "--child", mode, "--every", str(every), "--target", str(target), "--", *flags]
     try:

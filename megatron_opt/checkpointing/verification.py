@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_opt.checkpointing import folders, run_state
+from megatron_opt.checkpointing import folders, run_state, trusted
 from megatron_opt.checkpointing.agreement import agree, first_error, rank
 from megatron_opt.errors import UserError
 from megatron_opt.training import events
@@ -29,7 +29,8 @@ def load_newest_sound(original: Callable[..., Any], *args: Any, **kwargs: Any) -
     began = time.monotonic()
     flags.ckpt_step = chosen
     try:
-        loaded = original(*args, **kwargs)
+        with trusted.checked_extra_state():
+            loaded = original(*args, **kwargs)
     finally:
         flags.ckpt_step = wanted
     if not flags.finetune:
@@ -92,8 +93,6 @@ def _candidates(load: Path, wanted: int | None) -> list[int]:
 
 def _inspect(load: Path, iteration: int, trust: bool) -> tuple[dict[str, str] | None, str | None]:
     """Rank 0: (digests by file, what forbids this checkpoint)."""
-    from megatron_opt.checkpointing.trusted import refused_names
-
     folder = load / folders.name_of(iteration)
     if not folder.is_dir():
         return None, f"there is no {folder.name}"
@@ -115,7 +114,7 @@ def _inspect(load: Path, iteration: int, trust: bool) -> tuple[dict[str, str] | 
     if trouble := folders.damage(folder, small):
         return None, trouble
     try:
-        refused = refused_names(folder)
+        refused = trusted.refused_names(folder)
     except OSError as error:
         return None, f"{error.filename}: {error.strerror}"
     if refused:
