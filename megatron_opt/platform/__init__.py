@@ -1,5 +1,6 @@
-"""Megatron-Core on CPU with gloo; where there is a GPU, only the layers of `--transformer-impl local` are replaced."""
+"""Megatron-Core on CPU with gloo; where there is a GPU, the layers of `--transformer-impl local` are replaced and faults mended."""
 
+import importlib.util
 import os
 
 import torch
@@ -23,6 +24,10 @@ def activate(transformer_engine: bool = False) -> None:
             te.hide()
     for replacement in replacements():
         replacement.install()
+    from megatron_opt.platform import latent_attention, megatron_faults
+
+    latent_attention.install()
+    megatron_faults.install()
 
 
 def replacements() -> tuple:
@@ -30,3 +35,8 @@ def replacements() -> tuple:
     from megatron_opt.platform import local_layers, megatron_patches
 
     return local_layers.REPLACEMENTS + (megatron_patches.REPLACEMENTS if on_cpu() else ())
+
+
+def can_fp8() -> bool:
+    """Whether Transformer Engine, whose layers alone compute in FP8 and FP4, is installed here."""
+    return importlib.util.find_spec("transformer_engine") is not None

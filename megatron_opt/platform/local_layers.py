@@ -60,6 +60,18 @@ def _attention(
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
+def _construct(
+    self: Any, config: Any, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any
+) -> None:
+    """Multi-latent attention names the widths of keys and values, which the forward reads off its arguments."""
+    if v_channels is not None and config.softmax_type != "vanilla":
+        raise UserError(
+            f"--softmax-type {config.softmax_type} with --multi-latent-attention needs Transformer Engine's attention, "
+            "which needs a GPU; use vanilla."
+        )
+    MLA_ARGUMENTS.original()(self, config, *args, **kwargs)
+
+
 @functools.lru_cache(maxsize=4)
 def _outside(queries: int, keys: int, window: tuple[int, int], device: torch.device) -> Tensor:
     """True where a key is further back than window[0], or ahead; the last query stands at the last key."""
@@ -108,4 +120,5 @@ NORM = Replacement(
     frozenset({"normalization", "sequence_parallel", "persist_layer_norm"}),  # the last names a kernel of Apex
     constructor="__new__",
 )
-REPLACEMENTS = (ATTENTION, NORM)
+MLA_ARGUMENTS = Replacement(ATTENTION.owner, "__init__", _construct)  # over the constructor that ATTENTION checks
+REPLACEMENTS = (ATTENTION, MLA_ARGUMENTS, NORM)
