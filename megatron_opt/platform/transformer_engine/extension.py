@@ -20,7 +20,6 @@ class DType(enum.IntEnum):
     kBFloat16 = 6
     kFloat8E4M3 = 7
     kFloat8E5M2 = 8
-    kFloat8E8M0 = 9
     kFloat4E2M1 = 10
 
 
@@ -32,6 +31,9 @@ def torch_dtype(number: Any, default: torch.dtype) -> torch.dtype:
     if number is None or isinstance(number, torch.dtype):
         return number or default
     return TORCH[int(number)]
+
+
+_NUMBERS: dict[str, int] = {}
 
 
 class _Absent:
@@ -50,6 +52,11 @@ class _Absent:
             f"Transformer Engine's {self._name} needs a GPU; leave out the flag that asks for it, "
             "or train with --transformer-impl local."
         )
+
+    def __int__(self) -> int:  # members of enumerations, tabulated at import
+        return _NUMBERS.setdefault(self._name, len(_NUMBERS))
+
+    __index__ = __int__
 
     def __hash__(self) -> int:
         return hash(self._name)
