@@ -175,7 +175,7 @@ def parse(argv: Sequence[str]) -> Any:
     saved, sys.argv = sys.argv, [sys.argv[0], *expanded]
     try:
         args = told(
-            "a flag cannot be read", {}, parse_args, lambda parser: made.append(add_arguments(parser)) or parser
+            "a flag cannot be read", Flags({}), parse_args, lambda parser: made.append(add_arguments(parser)) or parser
         )
     finally:
         sys.argv = saved
