@@ -12,11 +12,11 @@ from scipy import stats
 
 from megatron_opt.errors import UserError
 from megatron_opt.study.dataset import Dataset, from_store
-from megatron_opt.study.fits.extrapolate import NextRun, extrapolate, next_runs
+from megatron_opt.study.fits.extrapolate import extrapolate
 from megatron_opt.study.fits.hyper_laws import fit_hyper_law
 from megatron_opt.study.fits.noise import DEFAULT_FLOOR, noise_floor
 from megatron_opt.study.fits.observations import Observations, observations
-from megatron_opt.study.fits.scaling import Fit, fit_law
+from megatron_opt.study.fits.scaling import fit_law
 from megatron_opt.study.fits.speedups import Speedup, speedups
 from megatron_opt.study.paper_data import paper_dataset
 from megatron_opt.study.store import Store
@@ -74,7 +74,6 @@ class Evidence:
     source_lr: Hyperparameter | None
     cliff: tuple[float, float, str] | None  # tuned lr, lowest lr that is much worse or diverges, regime
     tuned_batch: float | None
-    next: list[NextRun] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def combined(self) -> Estimate:
@@ -193,17 +192,6 @@ def _laws(found: Evidence, pair: Observations, sigma: float, target: str, n: flo
         )
         estimate = Estimate(speed.value, speed.low, speed.high)
         found.methods.append(Method(f"{kind} scaling law", estimate, draws, shared, note))
-        if kind == "shared":
-            found.next = _cheap(fit, target, n, d)
-
-
-def _cheap(fit: Fit, target: str, n: float, d: float) -> list[NextRun]:
-    """Runs that narrow the gain at (n, d): the most informative, and the best for their FLOPs."""
-    runs = next_runs(fit, target, n, d)
-    best = runs[:1]
-    worth = [run for run in runs if run.shrinkage >= 0.5 * runs[0].shrinkage] if runs else []
-    cheapest = min(worth, key=lambda run: run.flops, default=None)
-    return best + ([cheapest] if cheapest is not None and cheapest is not best[0] else [])
 
 
 def _measured(found: Evidence, n: float, d: float) -> Method | None:
