@@ -138,6 +138,7 @@ _CHOICES = {
     "fp8-format": ("e4m3", "hybrid"),
     "exchange-dtype": ("fp32", "bf16"),
     "matrix-mode": ("auto", "owner", "sharded", "group"),
+    "decay-mode": ("decoupled", "independent", "cautious"),
 }
 _KNOWN = {**dict.fromkeys(NUMBERS, float), **dict.fromkeys(WORDS, str), **dict.fromkeys(SWITCHES, bool)}
 _ALIASES = {"use-rotary-position-embeddings": ("position-embedding-type", "rope")}
