@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_opt.cost_model.command_line import Parser, one_sentence
 from megatron_opt.errors import UserError
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The command line; what it does not know are Megatron's flags of the run."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog, description="Plan a change of optimizer; convert a checkpoint into a warm start.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="plan|checkpoint")
@@ -70,7 +71,8 @@ def main(argv: list[str], prog: str) -> int:
         convert(argv[1:])
         return 0
     args, rest = build_parser(prog).parse_known_args(argv)
-    _plan(args, rest)
+    with one_sentence("migrate plan"):
+        _plan(args, rest)
     return 0
 
 
