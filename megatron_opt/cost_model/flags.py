@@ -5,7 +5,6 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from megatron_opt.errors import UserError
 from megatron_opt.layout import flags as structure
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.groups import GroupRule, default_rules, load_rules
+from megatron_opt.presets import read as preset
 
 Flags = dict[str, Any]
 
@@ -85,17 +85,6 @@ _KNOWN = {
     **structure.FLAGS,
 }
 _ALIASES = {"use-rotary-position-embeddings": ("position-embedding-type", "rope")}
-
-
-def preset(name: str) -> Flags:
-    """Flags of `presets/NAME.yaml`, with those of the preset it is based on."""
-    folder = resources.files("megatron_opt") / "presets"
-    known = sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
-    if name not in known:
-        raise UserError(f"there is no preset {name!r}; there are {', '.join(known)}.")
-    found = yaml.safe_load((folder / f"{name}.yaml").read_text()) or {}
-    base = found.pop("base", None)
-    return (preset(base) if base else {}) | found
 
 
 def parse(words: Sequence[str]) -> tuple[Flags, list[str]]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any
 
-import yaml
-
-from megatron_opt.errors import UserError
+from megatron_opt import presets
 from megatron_opt.layout.flags import structural
 from megatron_opt.layout.spec import ModelSpec
 
@@ -64,12 +61,4 @@ class Model:
 
 def preset_flags(name: str) -> dict[str, Any]:
     """The flags of a preset of this package and of its `base:`, underscores for hyphens; raises UserError."""
-    folder = resources.files("megatron_opt") / "presets"
-    file = folder / f"{name}.yaml"
-    if not file.is_file():
-        names = sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml")) if folder.is_dir() else []
-        raise UserError(f"no preset {name!r}; there are {', '.join(names) or 'none'}")
-    flags = yaml.safe_load(file.read_text(encoding="utf-8"))
-    base = flags.pop("base", None)
-    own = {str(key).replace("-", "_"): value for key, value in flags.items()}
-    return (preset_flags(base) if base else {}) | own
+    return {str(key).replace("-", "_"): value for key, value in presets.read(name).items()}

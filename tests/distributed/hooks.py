@@ -11,9 +11,10 @@ from tests.distributed.cases import Case
 def checkpoint(case: Case, record: recording.Record, argv: list[str], folder: Path) -> list[str]:
     """Options: `save` and `load` name checkpoints of this pool; `stop` ends a run of many steps early."""
     home = folder.parent / "checkpoints"
-    argv = [*argv, "--save-interval", str(case.options.get("interval", case.steps)), "--ckpt-format", "torch_dist"]
+    argv = [*argv, "--ckpt-format", "torch_dist"]
     if "save" in case.options:
         argv += ["--save", str(home / case.options["save"])]
+        argv += ["--save-interval", str(case.options.get("interval", case.steps))]
     if "load" in case.options:
         argv += ["--load", str(home / case.options["load"])]
         _record_loaded(record)
