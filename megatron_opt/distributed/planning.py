@@ -24,7 +24,7 @@ from megatron_opt.errors import UserError
 from megatron_opt.files import write_atomic
 from megatron_opt.layout.kinds import Geometry
 from megatron_opt.layout.matrices import ParamView, split_param
-from megatron_opt.layout.spec import Parameter
+from megatron_opt.layout.parameter import Parameter
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
 from megatron_opt.optimizers.groups import GroupRule, assign

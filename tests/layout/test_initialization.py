@@ -61,11 +61,10 @@ def _start(args: Any, world: int, **sizes: int) -> dict[str, torch.Tensor]:
 )
 def test_layouts_start_from_the_same_weights(name: str) -> None:
     words = MODELS[name]
-    one = _start(arguments(words), 1)
-    worlds = [("--tensor-model-parallel-size 2", {"tp": 2, "etp": 2})]
-    worlds += [("--expert-model-parallel-size 2", {"ep": 2})] if "num-experts" in words else []
-    for flags, sizes in worlds:
-        two = _start(arguments(f"{words} {flags}", 2), 2, **sizes)
+    args = arguments(words)
+    one = _start(args, 1)
+    for sizes in [{"tp": 2, "etp": 2}, *([{"ep": 2}] if "num-experts" in words else [])]:
+        two = _start(args, 2, **sizes)
         assert sorted(two) == sorted(one)
         assert all(torch.equal(two[key], value) for key, value in one.items())
     norms = [value for key, value in one.items() if "norm" in key and key.endswith("weight")]
