@@ -147,9 +147,9 @@ def _sent(
         parts.setdefault(part.matrix, []).append(part)
     for name, mine in parts.items():
         for rect, holders in held[name]:
-            among = set(holders)
+            among, region = set(holders), rect.region
             for part in mine:
-                common = part.bounds.intersect(rect.region)
+                common = part.bounds.intersect(region)
                 if common is None:
                     continue
                 count, own = common.numel * wire, part.rank in among
