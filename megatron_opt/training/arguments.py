@@ -161,11 +161,11 @@ def parse(argv: Sequence[str]) -> Any:
     """Parse and check the expanded command line as Megatron does; bad input is a UserError, on every rank alike."""
     import megatron.training.arguments as megatron_arguments
     import megatron.training.training as training
-    from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
     from megatron_opt.checkpointing import resuming
+    from megatron_opt.distributed.meta_model import model_config
     from megatron_opt.training.flags import checks, vocabulary
     from megatron_opt.training.flags.sentences import Flags, building, told
     from megatron_opt.training.optimizer_flags import check_optimizer_arguments
@@ -208,7 +208,7 @@ def parse(argv: Sequence[str]) -> Any:
     tokenizer += f" --tokenizer-model {args.tokenizer_model}" if args.tokenizer_model else ""
     told(f"setting up {tokenizer} or a log writer failed", flags, set_global_variables, args)
     vocabulary.check(args)
-    told("Megatron refuses this model", flags, gpt_config_from_args, args)
+    told("Megatron refuses this model", flags, model_config, args)
     if args.plan_world_size:
         _print_plan(args)
         raise SystemExit(0)

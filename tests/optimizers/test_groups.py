@@ -50,7 +50,9 @@ def test_muon_groups_are_the_studys():
     assert (scalar.optimizer, scalar.lr_scale, scalar.clip_scope) == ("adamw", 0.3, "global")
     assert scalar.options == {"beta1": 0.8, "beta2": 0.98, "eps": 1e-15}
     assert [of_kind(groups, kind).optimizer for kind in ("output", "router", "norm", "bias")] == ["adamw"] * 4
-    assert [of_kind(groups, kind).decay(0.1) for kind in g.KINDS] == [0.1, 0.0, 0.1, 0.1, 0.0, 0.0]
+    (vectors,) = g.assign([MatrixInfo("mixer.A_log", (8,), "ssm")], g.default_rules("adamw"))
+    assert [of_kind(groups, kind).decay(0.1) for kind in g.KINDS[:-1]] == [0.1, 0.0, 0.1, 0.1, 0.0, 0.0]
+    assert vectors.decay(0.1) == 0.0 and g.KINDS[-1] == "ssm"
 
 
 def test_flags_win_over_the_studys_values():
