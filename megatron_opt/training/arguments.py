@@ -96,7 +96,7 @@ def expand(argv: Sequence[str]) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """This project's flags, and Megatron's `--optimizer` with our names among its choices."""
-    from megatron_opt.training import checkpoints, faults, stragglers
+    from megatron_opt.training import checkpoints, faults, record, stragglers
     from megatron_opt.training.optimizer_flags import add_optimizer_arguments
 
     group = parser.add_argument_group("megatron_opt")
@@ -130,6 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     checkpoints.add_arguments(parser)
     faults.add_arguments(parser)
     stragglers.add_arguments(parser)
+    record.add_arguments(parser)
     add_optimizer_arguments(parser)
     for action in parser._actions:  # a lone percent sign in Megatron's help would end --help in a traceback
         if action.help and action.help is not argparse.SUPPRESS:
@@ -185,6 +186,7 @@ def parse(argv: Sequence[str]) -> Any:
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
+    from megatron_opt.training import foresight
     from megatron_opt.training.optimizer_flags import check_optimizer_arguments
 
     expanded = expand(argv)
@@ -193,13 +195,13 @@ def parse(argv: Sequence[str]) -> Any:
         args = parse_args(add_arguments)
     finally:
         sys.argv = saved
-    args.command_line = list(argv)
+    args.command_line, args.given_flags = list(argv), given_flags(argv)
     if args.print_config:
         print_config(args)
         raise SystemExit(0)
-    args.given_flags = given_flags(argv)
     if args.plan_world_size:
         args.world_size = args.plan_world_size
+    foresight.check(args)
     _check(args)
     check_optimizer_arguments(args)
     name, args.optimizer = args.optimizer, "adam"  # Megatron would route other names to its layer-wise wrapper
@@ -252,12 +254,11 @@ def _quietly(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def print_config(args: Any) -> None:
-    """Every flag and its value, one a line, in alphabetical order, on rank 0."""
+    """The run's record, on rank 0."""
+    from megatron_opt.training import record
+
     if args.rank == 0:
-        values = {key: value for key, value in vars(args).items() if not key.startswith("_")}
-        width = max(map(len, values))
-        for key in sorted(values):
-            print(f"{key:<{width}}  {values[key]}")
+        record.show(args)
 
 
 def _check(args: Any) -> None:

@@ -12,11 +12,11 @@ from megatron_opt import run_files
 _path: Path | None = None
 
 
-def open_log(folder: str | os.PathLike[str] | None) -> None:
-    """Send this process's events to `folder`/events.jsonl; None sends them nowhere."""
+def open_log(folder: str | os.PathLike[str] | None, make: bool = True) -> None:
+    """Send this process's events to `folder`/events.jsonl; None sends them nowhere, as does a folder that is not there."""
     global _path
     _path = Path(folder) / run_files.EVENTS if folder else None
-    if _path:
+    if _path and make:
         _path.parent.mkdir(parents=True, exist_ok=True)
 
 

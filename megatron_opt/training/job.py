@@ -1,21 +1,36 @@
 """The job itself: our model hooks, optimizer and monitoring put into Megatron-LM's pretrain()."""
 
 import functools
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from megatron_opt.training import checkpoints, events, faults, signals
+from megatron_opt.errors import UserError
+from megatron_opt.training import checkpoints, console, events, faults, foresight, record, signals
 from megatron_opt.training.optimizer_flags import MEGATRON_OWN, curvature_kind, group_rules
 
 
 def train(args: Any, look_at_model: Callable[[list[Any]], Any] | None = None) -> None:
-    """Run Megatron-LM's pretrain() on validated flags; `look_at_model` gets the initialized model's chunks first."""
+    """Run Megatron-LM's pretrain() on validated flags; `look_at_model` gets the initialized model's chunks first.
+
+    However it ends, the event log says so.
+    """
+    try:
+        _train(args, look_at_model)
+    except UserError as error:
+        events.record("refused", reason=str(error))
+        raise
+    except Exception as error:
+        events.record("error", reason=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        raise
+
+
+def _train(args: Any, look_at_model: Callable[[list[Any]], Any] | None) -> None:
     import megatron.training.training as training
     from megatron.core.enums import ModelType
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.utils import print_rank_last
 
     from megatron_opt import platform
     from megatron_opt.training import batches, curvature, resume
@@ -35,6 +50,8 @@ def train(args: Any, look_at_model: Callable[[list[Any]], Any] | None = None) ->
     checkpoints.install(args)
     faults.install(args)
     events.start(args)
+    record.write(args)
+    foresight.tell(args)
     if args.optimizer not in MEGATRON_OWN and (kind := curvature_kind(group_rules(args))):
         curvature.install(training, args, kind, monitor.clock)
     config = gpt_config_from_args(args)
@@ -46,10 +63,28 @@ def train(args: Any, look_at_model: Callable[[list[Any]], Any] | None = None) ->
     try:
         training.pretrain(container, batches.build_datasets, ModelType.encoder_or_decoder, batches.forward_step)
     except Diverged:
-        print_rank_last("the loss is not finite: the run ends here, as diverged")
-        monitor.finish("diverged")
+        monitor.finish("diverged", "the loss is not finite")
+    except SystemExit as leaving:  # Megatron's way to end early, on every rank
+        if not leaving.code:
+            monitor.finish("interrupted", **_why_early(args, monitor.iteration))
+        raise
     else:
         monitor.finish("completed")
+
+
+def _why_early(args: Any, iteration: int) -> dict[str, str | None]:
+    """What has ended Megatron's loop before the last step: a signal, or a flag."""
+    code = signals.exit_code(0)
+    if code:
+        name = signal.Signals(code - 128).name
+        return {"reason": None, "signal": name}
+    if args.exit_interval and iteration and iteration % args.exit_interval == 0:
+        return {"reason": f"--exit-interval {args.exit_interval}"}
+    if iteration in (args.phase_transition_iterations or ()):
+        return {"reason": f"--phase-transition-iterations {iteration}"}
+    if args.exit_duration_in_mins:
+        return {"reason": f"--exit-duration-in-mins {args.exit_duration_in_mins}"}
+    return {"reason": "Megatron has left its loop"}
 
 
 def _check_data(args: Any) -> None:
@@ -82,7 +117,6 @@ def make_optimizer(config: Any, model_chunks: Sequence[Any], **ignored: Any) -> 
     """In place of Megatron's `get_megatron_optimizer`: our optimizer by the run's flags."""
     from megatron.core.utils import get_model_config
     from megatron.training import get_args
-    from megatron.training.utils import print_rank_0
 
     from megatron_opt.distributed import planning
     from megatron_opt.distributed.build import build_optimizer
@@ -103,10 +137,12 @@ def make_optimizer(config: Any, model_chunks: Sequence[Any], **ignored: Any) -> 
         decay_mode=args.decay_mode,
         width_ratio=width_ratio(get_model_config(model_chunks[0])),
     )
-    print_rank_0(describe(optimizer.groups, args.weight_decay))
+    if args.rank == 0:
+        console.say(describe(optimizer.groups, args.weight_decay))
     if args.print_optimizer_plan:
         for domain, step in zip(optimizer.domains, optimizer.matrix_steps, strict=True):
             if domain.rank == 0:
                 found = planning.DomainPlan(domain.name, step.placed.plan, planning.sent_in_a_step(domain, step))
-                planning.show([found], args.output_dir)
+                with console.showing():
+                    planning.show([found], args.output_dir)
     return optimizer

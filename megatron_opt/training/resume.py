@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_opt.distributed.state import FORMAT, contents
 from megatron_opt.errors import UserError
-from megatron_opt.training import folders
+from megatron_opt.training import console, folders
 
 # what makes two models the same; a value that a checkpoint does not record is not compared
 _MODEL = (
@@ -61,7 +61,7 @@ def _load(original: Callable[..., Any], model: Any, optimizer: Any, scheduler: A
         if scheduler is not None and not options.finetune:
             scheduler.step(increment=options.consumed_train_samples)
         if options.rank == 0:
-            print(f"{folder}: {foreign}; the model is loaded and the optimizer's state starts anew", flush=True)
+            console.say(f"{folder}: {foreign}; the model is loaded and the optimizer's state starts anew")
     return found
 
 

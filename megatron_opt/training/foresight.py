@@ -1,0 +1,82 @@
+"""What a run would meet late, looked at before it starts: refused in a sentence, or said."""
+
+from typing import Any
+
+from megatron_opt.errors import UserError
+from megatron_opt.training import console, sinks
+
+_NEVER = 10**9  # an evaluation interval beyond every run: at its end alone
+
+
+def check(args: Any) -> None:
+    """Refuse what would end in a traceback later; before Megatron's own validation."""
+    for flag in ("log_interval", "tensorboard_log_interval"):
+        if getattr(args, flag) < 1:
+            raise UserError(
+                f"--{flag.replace('_', '-')} {getattr(args, flag)}: lines are written every N steps; give 1 or more."
+            )
+    if args.eval_interval is not None and args.eval_interval < 1:
+        raise UserError(
+            f"--eval-interval {args.eval_interval}: leave it out to evaluate at the end alone, or give 1 or more."
+        )
+    if args.eval_interval is None:
+        args.eval_interval = _NEVER
+    if args.eval_samples is not None:
+        if args.eval_samples < 1:
+            raise UserError(f"--eval-samples {args.eval_samples}: give 1 or more, or --eval-iters 0 for no evaluation.")
+        if args.full_validation or "eval-iters" in args.given_flags:
+            raise UserError(
+                "--eval-samples, --eval-iters and --full-validation each say how much is evaluated; give one."
+            )
+        args.eval_iters = max(1, args.eval_iters or 0)
+    if args.multiple_validation_sets:
+        raise UserError(
+            "--multiple-validation-sets: a run has one validation set, which its results name; give one by "
+            "--valid-data-path, and evaluate on others by `megatron-opt eval`."
+        )
+    if (args.eval_iters or 0) < 0:
+        raise UserError(f"--eval-iters {args.eval_iters}: give 0 for no evaluation, or more.")
+    args.whole_validation = bool(args.full_validation)
+    if args.whole_validation:  # Megatron's own counts some samples twice; ours reads each once
+        args.full_validation, args.eval_iters = False, max(1, args.eval_iters or 0)
+    if args.eval_iters and not _has_validation(args):
+        raise UserError(
+            "there is no validation data to evaluate on: give --valid-data-path (or a share of --split to it), or train "
+            "without evaluation by --eval-iters 0."
+        )
+    sinks.check(args)
+
+
+def _has_validation(args: Any) -> bool:
+    if args.mock_data or args.data_args_path or args.per_split_data_args_path or args.sft:
+        return True  # what is in files is looked at where they are read
+    if args.train_data_path or args.valid_data_path:
+        return bool(args.valid_data_path)
+    if args.data_path:
+        try:
+            shares = [float(share) for share in (args.split or "969, 30, 1").replace("/", ",").split(",")]
+        except ValueError:
+            return True  # refused where it is read
+        return len(shares) > 1 and shares[1] > 0
+    return True  # no data at all is another sentence
+
+
+def tell(args: Any) -> None:
+    """Rank 0 says what a user may not mean."""
+    if args.rank:
+        return
+    for unit in ("iters", "samples"):
+        decay, total = getattr(args, f"lr_decay_{unit}"), getattr(args, f"train_{unit}")
+        if decay and total and decay < total and args.lr_decay_style != "constant":
+            end = args.min_lr or 0.0
+            rest = "the learning rate is 0" if end == 0 else f"the learning rate stays at {end:g}"
+            console.note(
+                f"--lr-decay-{unit} {decay} is below --train-{unit} {total}: from {unit[:-1]} {decay} on {rest}."
+            )
+    dropout = [
+        f"--{name}-dropout {value:g}" for name in ("attention", "hidden") if (value := getattr(args, f"{name}_dropout"))
+    ]
+    if dropout:
+        console.note(
+            f"{' and '.join(dropout)}: another layout draws other units, so its losses differ; 0 makes layouts agree."
+        )
