@@ -5,8 +5,6 @@ from typing import Any
 from megatron_opt.errors import UserError
 from megatron_opt.training import console, sinks
 
-_NEVER = 10**9  # an evaluation interval beyond every run: at its end alone
-
 
 def check(args: Any) -> None:
     """Refuse what would end in a traceback later; before Megatron's own validation."""
@@ -16,11 +14,7 @@ def check(args: Any) -> None:
                 f"--{flag.replace('_', '-')} {getattr(args, flag)}: lines are written every N steps; give 1 or more."
             )
     if args.eval_interval is not None and args.eval_interval < 1:
-        raise UserError(
-            f"--eval-interval {args.eval_interval}: leave it out to evaluate at the end alone, or give 1 or more."
-        )
-    if args.eval_interval is None:
-        args.eval_interval = _NEVER
+        raise UserError(f"--eval-interval {args.eval_interval}: give 1 or more, --train-iters for the end alone.")
     if args.eval_samples is not None:
         if args.eval_samples < 1:
             raise UserError(f"--eval-samples {args.eval_samples}: give 1 or more, or --eval-iters 0 for no evaluation.")
