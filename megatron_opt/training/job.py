@@ -1,14 +1,14 @@
 """The job itself: our model hooks, optimizer and monitoring put into Megatron-LM's pretrain()."""
 
 import functools
-import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from megatron_opt.checkpointing import saving
 from megatron_opt.errors import UserError
-from megatron_opt.training import checkpoints, console, events, faults, foresight, record, signals
+from megatron_opt.training import console, events, faults, foresight, record, signals
 from megatron_opt.training.optimizer_flags import MEGATRON_OWN, curvature_kind, group_rules
 
 
@@ -33,22 +33,22 @@ def _train(args: Any, look_at_model: Callable[[list[Any]], Any] | None) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_opt import platform
+    from megatron_opt.checkpointing import resuming
     from megatron_opt.distributed.meta_model import model_config
-    from megatron_opt.training import batches, curvature, resume
+    from megatron_opt.training import batches, curvature
     from megatron_opt.training.monitoring import Diverged, Monitor
 
     monitor = Monitor(args)
     if platform.on_cpu():
         training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
-    if args.optimizer not in MEGATRON_OWN:
-        resume.install()
+    resuming.install(ours=args.optimizer not in MEGATRON_OWN)
     make = training.get_megatron_optimizer if args.optimizer in MEGATRON_OWN else make_optimizer
     training.get_megatron_optimizer = functools.partial(_watched, monitor, make)
     monitor.install(training)
     _check_data(args)
     events.open_log(args.output_dir or args.save)
     signals.install(args)
-    checkpoints.install(args)
+    saving.install(args)
     faults.install(args)
     events.start(args)
     record.write(args)
@@ -75,17 +75,15 @@ def _train(args: Any, look_at_model: Callable[[list[Any]], Any] | None) -> None:
 
 def _why_early(args: Any, iteration: int) -> dict[str, str | None]:
     """What has ended Megatron's loop before the last step: a signal, or a flag."""
-    code = signals.exit_code(0)
-    if code:
-        name = signal.Signals(code - 128).name
+    if name := signals.received():
         return {"reason": None, "signal": name}
-    if args.exit_interval and iteration and iteration % args.exit_interval == 0:
+    if not iteration:
+        return {"reason": "--exit-on-missing-checkpoint"}
+    if args.exit_interval and iteration % args.exit_interval == 0:
         return {"reason": f"--exit-interval {args.exit_interval}"}
     if iteration in (args.phase_transition_iterations or ()):
         return {"reason": f"--phase-transition-iterations {iteration}"}
-    if args.exit_duration_in_mins:
-        return {"reason": f"--exit-duration-in-mins {args.exit_duration_in_mins}"}
-    return {"reason": "Megatron has left its loop"}
+    return {"reason": f"--exit-duration-in-mins {args.exit_duration_in_mins}"}
 
 
 def _check_data(args: Any) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_opt import run_files
+from megatron_opt.checkpointing import run_state
 from megatron_opt.files import write_atomic
 from megatron_opt.training import console, events, record, sinks, stragglers
 from megatron_opt.training.clock import Clock
@@ -39,6 +40,8 @@ class Monitor:
         self.optimizer: Any = None
         self.matrices: Sequence[Any] = ()
         self.progress = Progress()
+        self._restored: dict[str, Any] | None = None  # progress as the checkpoint has it
+        run_state.provide("progress", lambda: self.progress.as_row(), self._restore)
         self.losses: dict[str, float] = {}
         self.iteration = 0
         self._started = time.time()
@@ -102,6 +105,9 @@ class Monitor:
         training.print_rank_last = lambda text: printer(self._true_throughput(training, text))
         training.get_forward_backward_func = get_forward_backward_func
 
+    def _restore(self, values: dict[str, Any]) -> None:
+        self._restored = values
+
     def begin(self, iteration: int) -> None:
         """Training goes on from `iteration`: what the run has behind it is read from its log."""
         self.iteration = self._since_iteration = iteration
@@ -113,10 +119,12 @@ class Monitor:
             else:
                 rows = [row for row in run_files.metrics(path) if row["iteration"] <= iteration]
             self.progress = Progress.of_rows(run_files.training(rows))
-            self._wall_before = self.progress.wall
             for split in ("valid", "test"):
                 if found := run_files.evaluations(rows, split):
                     self.losses[split] = found[-1]["loss"]
+        if self._restored is not None:
+            self.progress = Progress.of_rows([{"loss": None, "run": self._restored}])
+        self._wall_before = self.progress.wall
         self._table = console.Table(self.args.train_iters, console.peak_flops(self.args))
         record.write(self.args, getattr(self.optimizer, "groups", None))
         if self.speaks and (writer := sinks.writer()) is not None and writer.wandb is not None:

@@ -30,7 +30,7 @@ def entries(table: dict[str, str]) -> list[Entry]:
     return found
 
 
-_TABLES = {
+_TABLES: dict[str, list[Entry]] = {
     "refused": entries(REFUSED),
     "needs a GPU": entries(NEEDS_GPU),
     "needs Transformer Engine": entries(NEEDS_TE),
