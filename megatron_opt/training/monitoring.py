@@ -122,7 +122,7 @@ class Monitor:
             for split in ("valid", "test"):
                 if found := run_files.evaluations(rows, split):
                     self.losses[split] = found[-1]["loss"]
-        if self._restored is not None:
+        if self._restored is not None and self._restored.get("steps", 0) >= self.progress.steps:
             self.progress = Progress.of_rows([{"loss": None, "run": self._restored}])
         self._wall_before = self.progress.wall
         self._table = console.Table(self.args.train_iters, console.peak_flops(self.args))
