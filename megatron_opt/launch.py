@@ -5,6 +5,7 @@ Exit code: 0 trained, 2 bad input, 128+n saved and left on signal n (143 SIGTERM
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -229,6 +230,9 @@ def _note_deaths(codes: dict[int, int], restart: int) -> None:
     """The run's event log tells which ranks ended how; bad input and saved runs have told it themselves."""
     from megatron_opt.training import events
 
+    ended = -int(signal.SIGTERM)  # by the agent, because of another
+    if any(code != ended for code in codes.values()):
+        codes = {rank: code for rank, code in codes.items() if code != ended}
     how = {
         str(rank): f"was killed by signal {-code}" if code < 0 else f"left with {code}"
         for rank, code in sorted(codes.items())
