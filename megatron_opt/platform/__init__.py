@@ -1,4 +1,4 @@
-"""Megatron-Core on CPU with gloo; with a GPU present this folder only mends faults of Megatron (megatron_faults.py)."""
+"""Megatron-Core on CPU with gloo; where there is a GPU, the layers of `--transformer-impl local` are replaced and faults mended."""
 
 import importlib.util
 import os
@@ -12,17 +12,25 @@ def on_cpu() -> bool:
 
 
 def activate() -> None:
-    """Patch this process where there is no GPU, mend Megatron's faults anywhere; to be called before Megatron is imported."""
+    """Patch this process, once; to be called before Megatron is imported."""
     if on_cpu():
-        from megatron_opt.platform import cuda_answers, latent_attention, megatron_patches
+        from megatron_opt.platform import cuda_answers
 
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it under tensor parallelism
         cuda_answers.install()
-        megatron_patches.install()
-        latent_attention.install()
-    from megatron_opt.platform import megatron_faults
+    for replacement in replacements():
+        replacement.install()
+    from megatron_opt.platform import latent_attention, megatron_faults
 
+    latent_attention.install()
     megatron_faults.install()
+
+
+def replacements() -> tuple:
+    """What is replaced in Megatron on this machine."""
+    from megatron_opt.platform import local_layers, megatron_patches
+
+    return local_layers.REPLACEMENTS + (megatron_patches.REPLACEMENTS if on_cpu() else ())
 
 
 def can_fp8() -> bool:

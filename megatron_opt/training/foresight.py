@@ -33,26 +33,7 @@ def check(args: Any) -> None:
     args.whole_validation = bool(args.full_validation)
     if args.whole_validation:  # Megatron's own counts some samples twice; ours reads each once
         args.full_validation, args.eval_iters = False, max(1, args.eval_iters or 0)
-    if args.eval_iters and not _has_validation(args):
-        raise UserError(
-            "there is no validation data to evaluate on: give --valid-data-path (or a share of --split to it), or train "
-            "without evaluation by --eval-iters 0."
-        )
     sinks.check(args)
-
-
-def _has_validation(args: Any) -> bool:
-    if args.mock_data or args.data_args_path or args.per_split_data_args_path or args.sft:
-        return True  # what is in files is looked at where they are read
-    if args.train_data_path or args.valid_data_path:
-        return bool(args.valid_data_path)
-    if args.data_path:
-        try:
-            shares = [float(share) for share in (args.split or "969, 30, 1").replace("/", ",").split(",")]
-        except ValueError:
-            return True  # refused where it is read
-        return len(shares) > 1 and shares[1] > 0
-    return True  # no data at all is another sentence
 
 
 def tell(args: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from megatron_opt.checkpointing import saving
 from megatron_opt.errors import UserError
-from megatron_opt.training import console, events, faults, foresight, record, signals
+from megatron_opt.training import console, data_flags, events, faults, foresight, record, signals
 from megatron_opt.training.optimizer_flags import MEGATRON_OWN, curvature_kind, group_rules
 
 
@@ -45,7 +45,7 @@ def _train(args: Any, look_at_model: Callable[[list[Any]], Any] | None) -> None:
     make = training.get_megatron_optimizer if args.optimizer in MEGATRON_OWN else make_optimizer
     training.get_megatron_optimizer = functools.partial(_watched, monitor, make)
     monitor.install(training)
-    _check_data(args)
+    data_flags.check(args)
     events.open_log(args.output_dir or args.save)
     signals.install(args)
     saving.install(args)
@@ -84,16 +84,6 @@ def _why_early(args: Any, iteration: int) -> dict[str, str | None]:
     if iteration in (args.phase_transition_iterations or ()):
         return {"reason": f"--phase-transition-iterations {iteration}"}
     return {"reason": f"--exit-duration-in-mins {args.exit_duration_in_mins}"}
-
-
-def _check_data(args: Any) -> None:
-    """Refuse missing, damaged or foreign datasets, and a tokenizer that did not make them, before anything is built."""
-    from megatron_opt.data.check import check_dataset, tokenizer_digest
-    from megatron_opt.training.batches import data_prefixes
-
-    digest = tokenizer_digest(args.tokenizer_model) if args.tokenizer_model else None
-    for prefix in data_prefixes(args):
-        check_dataset(prefix, args.padded_vocab_size, digest)
 
 
 def _initialize(args: Any, chunks: list[Any]) -> list[Any]:

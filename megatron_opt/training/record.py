@@ -166,10 +166,10 @@ def changed(args: Any) -> dict[str, Any]:
 
 def data(args: Any) -> list[dict[str, Any]]:
     """Each dataset's digest: SHA-256 of its .idx, size of its .bin."""
-    from megatron_opt.training.batches import data_prefixes
+    from megatron_opt.training import data_flags
 
     found = []
-    for prefix in data_prefixes(args):
+    for prefix in data_flags.resolve(args).prefixes():
         index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         entry: dict[str, Any] = {"prefix": str(prefix)}
         try:

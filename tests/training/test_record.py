@@ -101,10 +101,6 @@ BAD = [
     ({"eval_samples": 0}, "--eval-samples 0"),
     ({"eval_samples": 8, "full_validation": True}, "give one"),
     ({"multiple_validation_sets": True}, "--multiple-validation-sets"),
-    ({"valid_data_path": None}, "--valid-data-path"),
-    ({"valid_data_path": None, "full_validation": True}, "--valid-data-path"),
-    ({"train_data_path": None, "valid_data_path": None, "data_path": ["a"], "split": "1,0,0"}, "a share of --split"),
-    ({"train_data_path": None, "valid_data_path": None, "data_path": ["a"], "split": "1"}, "a share of --split"),
 ]
 
 
