@@ -8,6 +8,7 @@ from typing import Any
 from megatron_opt.checkpointing import compared, folders, trusted
 from megatron_opt.distributed.state import FORMAT, contents
 from megatron_opt.errors import UserError
+from megatron_opt.training import console
 
 _WITH_MODEL = ("seq_length", "max_position_embeddings", "hidden_dropout", "attention_dropout")
 _SHARDING = "distrib_optim_sharding_type"
@@ -64,7 +65,7 @@ def _load(
         if scheduler is not None and not options.finetune:
             scheduler.step(increment=options.consumed_train_samples)
         if options.rank == 0:
-            print(f"{folder}: {foreign}; the model is loaded and the optimizer's state starts anew", flush=True)
+            console.say(f"{folder}: {foreign}; the model is loaded and the optimizer's state starts anew")
     if folder is not None and scheduler is not None:
         scheduler.step(
             increment=0

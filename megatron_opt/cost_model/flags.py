@@ -2,7 +2,6 @@
 
 import ast
 import difflib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from megatron_opt import run_files
 from megatron_opt.errors import UserError
 from megatron_opt.layout import flags as structure
 from megatron_opt.optimizers import registry
@@ -229,29 +229,24 @@ def _plain(value: Any) -> Any:
 
 
 def from_run(path: str | Path) -> Flags:
-    """Flags of a finished or running job (a folder with results.json, or the file), or of a YAML file of flags."""
+    """Flags of a job, running, killed or finished (its folder or config.json), or of a YAML file of flags."""
     path = Path(path)
-    file = path / "results.json" if path.is_dir() else path
+    if path.is_dir() or path.suffix == ".json":
+        content = run_files.flags(run_files.record(path))
+        content.pop("preset", None)  # its flags are among the run's
+        return normalized(content)
     try:
-        text = file.read_text()
+        content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(
-            f"{file} cannot be read ({error.strerror}); give a run's folder or a YAML file of flags."
+            f"{path} cannot be read ({error.strerror}); give a run's folder or a YAML file of flags."
         ) from error
     except UnicodeError as error:
-        raise UserError(f"{file} is not text; give a run's folder or a YAML file of flags.") from error
-    try:
-        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{file} is not {file.suffix[1:].upper() or 'YAML'}: {' '.join(str(error).split())}."
-        ) from error
+        raise UserError(f"{path} is not text; give a run's folder or a YAML file of flags.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds no flags; write one `name: value` a line.")
-    if file.suffix == ".json":
-        if not isinstance(content.get("config"), dict):
-            raise UserError(f"{file} has no `config`; it is not the results.json of a run.")
-        content = {**content["config"], **({"world-size": content["world_size"]} if "world_size" in content else {})}
+        raise UserError(f"{path} holds no flags; write one `name: value` a line.")
     base = preset(content.pop("preset")) if content.get("preset") else {}
     return normalized(base | content)
 

@@ -23,7 +23,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         epilog="The run is given by --from, by Megatron's flags (--preset llama-7b …), or both; flags win.",
     )
     plan.add_argument(
-        "--from", dest="source", metavar="RUN|FILE", help="a run's folder, its results.json, or a YAML file of flags"
+        "--from", dest="source", metavar="RUN|FILE", help="a run's folder, its config.json, or a YAML file of flags"
     )
     plan.add_argument("--to", required=True, metavar="OPTIMIZER", help="the optimizer to change to")
     plan.add_argument(
@@ -80,9 +80,11 @@ def _raw(path: Path) -> dict[str, Any]:
     """All flags of a run, also those that cost nothing but may be refused."""
     import yaml
 
-    file = path / "results.json" if path.is_dir() else path
-    content = json.loads(file.read_text()) if file.suffix == ".json" else yaml.safe_load(file.read_text())
-    return dict(content.get("config", content))
+    from megatron_opt import run_files
+
+    if path.is_dir() or path.suffix == ".json":
+        return run_files.flags(run_files.record(path))
+    return dict(yaml.safe_load(path.read_text()))
 
 
 def _plan(args: argparse.Namespace, rest: Sequence[str]) -> None:
