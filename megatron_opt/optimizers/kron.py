@@ -17,7 +17,7 @@ from megatron_opt.kernels import preconditioner, products, projection
 from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, State, StateKind, StateSpec
 from megatron_opt.optimizers.blocks import Grid, apart, as_matrix, batched
 from megatron_opt.optimizers.families import SMALL, Planner
-from megatron_opt.optimizers.options import check, choice, decay, option
+from megatron_opt.optimizers.options import OptionError, check, choice, decay, option
 from megatron_opt.optimizers.registry import register
 
 _CHUNK = 16  # small matrices whose noise stays in cache until it is used
@@ -45,6 +45,8 @@ class KronConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if 0 < self.max_update_rms < 1e-6:
+            raise OptionError("max_update_rms", f"is {self.max_update_rms}; it must be 0, or at least 1e-06.")
 
 
 class UpdateSchedule:
