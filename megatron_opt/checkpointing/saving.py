@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_opt import patches
 from megatron_opt.checkpointing import compared, folders, run_state, snapshot
 from megatron_opt.checkpointing.agreement import agree, each_anywhere, first_error, last_rank, rank
 from megatron_opt.checkpointing.background import Writer
@@ -87,26 +88,27 @@ def install(args: Any) -> None:
             raise UserError("--save-retain-interval N is Megatron's word for --keep-last 1 --keep-every N; give one.")
         args.keep_last, args.keep_every, args.save_retain_interval = 1, args.save_retain_interval, None
     compared.check_accepted(args.accept_changed)
-    from megatron.core.dist_checkpointing import serialization
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.training import checkpointing, training
 
-    checkpointing.get_checkpoint_name = _aside(checkpointing.get_checkpoint_name)
-    checkpointing.get_checkpoint_tracker_filename = _nowhere(checkpointing.get_checkpoint_tracker_filename)
-    checkpointing.wandb_utils.on_save_checkpoint_success = _later(checkpointing.wandb_utils.on_save_checkpoint_success)
-    training.save_checkpoint = functools.partial(_save, training.save_checkpoint)
-    training.load_checkpoint = functools.partial(load_newest_sound, training.load_checkpoint)
+    def wrap(target: str, make: Callable[[Any], Any]) -> None:
+        patches.wrap(f"megatron.{target}", "checkpointing/saving.py", make)
+
+    wrap("training.checkpointing.get_checkpoint_name", _aside)
+    wrap("training.checkpointing.get_checkpoint_tracker_filename", _nowhere)
+    wrap("training.wandb_utils.on_save_checkpoint_success", _later)
+    wrap("training.training.save_checkpoint", lambda save: functools.partial(_save, save))
+    wrap("training.training.load_checkpoint", lambda load: functools.partial(load_newest_sound, load))
     if args.async_save:
         global _under_way
         _under_way = UnderWay(Writer(args.async_ckpt_cpu_priority))  # forks: threads and process groups come later
         snapshot.install(_under_way.writer)
-        checkpointing.schedule_async_save = _begin
+        wrap("training.checkpointing.schedule_async_save", lambda _: _begin)
     else:  # Megatron's queue is a process of its own, which outlives a killed rank
-        filesystem_async._results_queue = queue.SimpleQueue()
+        files = "core.dist_checkpointing.strategies.filesystem_async"
+        wrap(f"{files}._results_queue", lambda _: queue.SimpleQueue())
         # rank 0 alone writes these two; were it to raise there, the others would wait for it
-        filesystem_async.FileSystemWriterAsync.finish = _noted(filesystem_async.FileSystemWriterAsync.finish)
-        serialization.save_config = _noted(serialization.save_config)
-    training.maybe_finalize_async_save = functools.partial(_finalize, training.maybe_finalize_async_save)
+        wrap(f"{files}.FileSystemWriterAsync.finish", _noted)
+        wrap("core.dist_checkpointing.serialization.save_config", _noted)
+    wrap("training.training.maybe_finalize_async_save", lambda look: functools.partial(_finalize, look))
 
 
 def _aside(original: Callable[..., str]) -> Callable[..., str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_opt import patches
 from megatron_opt.checkpointing import agreement
 from megatron_opt.checkpointing.background import Writer
 from megatron_opt.distributed.state import live_tensors
@@ -74,16 +75,17 @@ class Request:
 
 def install(writer: Writer) -> None:
     """Put plans that last in the place of Megatron's; before process groups are there."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, TorchDistSaveShardedStrategy
-    from megatron.training import checkpointing, initialize, training
 
-    filesystem_async._results_queue = queue.SimpleQueue()  # not used
-    initialize.init_persistent_async_worker = lambda *args, **kwargs: None
-    TorchDistSaveShardedStrategy.async_save = _planned_once(TorchDistSaveShardedStrategy.async_save)
-    MCoreSavePlanner.resolve_data = _noting(MCoreSavePlanner.resolve_data)
-    checkpointing.generate_state_dict = _shortened(checkpointing.generate_state_dict)
-    training.get_forward_backward_func = _settled(training.get_forward_backward_func, writer)
+    def wrap(target: str, make: Callable[[Any], Any]) -> None:
+        patches.wrap(f"megatron.{target}", "checkpointing/snapshot.py", make)
+
+    strategies = "core.dist_checkpointing.strategies"
+    wrap(f"{strategies}.filesystem_async._results_queue", lambda _: queue.SimpleQueue())  # not used
+    wrap("training.initialize.init_persistent_async_worker", lambda _: lambda *args, **kwargs: None)
+    wrap(f"{strategies}.torch.TorchDistSaveShardedStrategy.async_save", _planned_once)
+    wrap(f"{strategies}.torch.MCoreSavePlanner.resolve_data", _noting)
+    wrap("training.checkpointing.generate_state_dict", _shortened)
+    wrap("training.training.get_forward_backward_func", lambda schedules: _settled(schedules, writer))
 
 
 def repeatable(optimizer: Any) -> bool:
