@@ -25,7 +25,10 @@ plugin.py
   megatron.core.optimizer.get_megatron_optimizer: builds our optimizers in an unmodified Megatron-LM
   megatron.training.training.get_megatron_optimizer: the same, under the name that the loop has imported
   megatron.training.training.initialize_megatron: on CPU: allows no CUDA
+training/flags/vocabulary.py
+  megatron.core.tokenizers.utils.build_tokenizer.vocab_size_with_padding: one padded vocabulary for all TP sizes
 training/arguments.py
+  megatron.training.training.get_model: errors of building the model name their flags
   megatron.training.arguments.parse_args: fault-tolerance hooks parse once more, without our flags and presets
 training/job.py
   megatron.training.training.initialize_megatron: on CPU: allows no CUDA
@@ -84,12 +87,21 @@ platform/megatron_patches.py
   megatron.core.tensor_parallel.random._set_cuda_rng_state: on CPU: the CPU's generator
   megatron.core.tensor_parallel.random._get_cuda_rng_state: on CPU: the CPU's generator
   megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork: on CPU: the CPU's generator
-  megatron.core.transformer.dot_product_attention.DotProductAttention.forward: on CPU: torch's scaled-dot-product attention
-  megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__: on CPU: sequence parallelism with torch's norms
   megatron.core.tensor_parallel.mappings._gather_along_first_dim: on CPU: uneven gathers by gloo
   megatron.core.tensor_parallel.mappings._reduce_scatter_along_first_dim: on CPU: uneven reduce-scatters by gloo
   megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu: on CPU: split sizes as lists
   megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu: the same, under an imported name
+platform/local_layers.py
+  megatron.core.transformer.dot_product_attention.DotProductAttention.forward: torch's scaled-dot-product attention in local layers
+  megatron.core.transformer.dot_product_attention.DotProductAttention.__init__: multi-latent attention's arguments
+  megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__: sequence parallelism with torch's norms in local layers
+platform/latent_attention.py
+  megatron.core.transformer.dot_product_attention.DotProductAttention.__init__: multi-latent attention in local layers
+  megatron.core.transformer.dot_product_attention.DotProductAttention.takes_channels: marks that it is in
+platform/hybrid_stack.py
+  megatron.core.models.hybrid.hybrid_block.TENorm: on CPU: the last norm of a hybrid stack
+platform/megatron_faults.py
+  megatron.core.transformer.moe.router.TopKRouter.attach_and_log_load_balancing_loss: the global loss not divided by DP
 platform/cuda_answers.py
   torch.compile: on CPU: off
   torch.cuda.*: on CPU: torch.cuda answers for the processor

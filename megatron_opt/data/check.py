@@ -42,7 +42,8 @@ def check_dataset(prefix: str | Path, vocab_size: int | None = None, tokenizer_s
         if tokenizer_sha256 is not None and written_by is not None and written_by != tokenizer_sha256:
             raise UserError(
                 f"the dataset {prefix} was written with another tokenizer ({written_by[:12]}… by sha256)"
-                f" than this one ({tokenizer_sha256[:12]}…); use {record.get('tokenizer')} or index again"
+                f" than this one ({tokenizer_sha256[:12]}…);"
+                f" use {' '.join(record.get('megatron_flags') or [str(record.get('tokenizer'))])}, or index again"
             )
         largest = record.get("max_token_id")
     elif vocab_size is not None and bin_path(prefix).stat().st_size <= SCAN_BYTES:

@@ -1,5 +1,6 @@
-"""Megatron-Core on CPU with gloo; with a GPU present this folder does nothing at all."""
+"""Megatron-Core on CPU with gloo; where there is a GPU, the layers of `--transformer-impl local` are replaced and faults mended."""
 
+import importlib.util
 import os
 
 import torch
@@ -11,10 +12,27 @@ def on_cpu() -> bool:
 
 
 def activate() -> None:
-    """Patch this process where there is no GPU, do nothing otherwise; to be called before Megatron is imported."""
+    """Patch this process, once; to be called before Megatron is imported."""
     if on_cpu():
-        from megatron_opt.platform import cuda_answers, megatron_patches
+        from megatron_opt.platform import cuda_answers
 
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it under tensor parallelism
         cuda_answers.install()
-        megatron_patches.install()
+    for replacement in replacements():
+        replacement.install()
+    from megatron_opt.platform import latent_attention, megatron_faults
+
+    latent_attention.install()
+    megatron_faults.install()
+
+
+def replacements() -> tuple:
+    """What is replaced in Megatron on this machine."""
+    from megatron_opt.platform import local_layers, megatron_patches
+
+    return local_layers.REPLACEMENTS + (megatron_patches.REPLACEMENTS if on_cpu() else ())
+
+
+def can_fp8() -> bool:
+    """Whether Transformer Engine, whose layers alone compute in FP8 and FP4, is installed here."""
+    return importlib.util.find_spec("transformer_engine") is not None

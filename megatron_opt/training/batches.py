@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.errors import UserError
-from megatron_opt.training import samples
+from megatron_opt.training import data_flags, samples
 from megatron_opt.training.index_cache import whole_arrays
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
@@ -48,18 +48,21 @@ def build_datasets(num_samples: tuple[int | None, ...], vp_stage: int | None = N
     """Train, validation and test `GPTDataset`s for the data flags; `num_samples` are Megatron's target sizes."""
     from megatron.core import mpu
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
     from megatron.training import get_args, get_tokenizer
-    from megatron.training.utils import get_blend_and_blend_per_split
+
+    from megatron_opt.training.dataset import GPTDataset
 
     args = get_args()
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sources = data_flags.resolve(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
+        blend=sources.joint and sources.joint.for_megatron(),
+        blend_per_split=sources.apart and [blend and blend.for_megatron() for blend in sources.apart],
+        split=sources.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
@@ -68,6 +71,14 @@ def build_datasets(num_samples: tuple[int | None, ...], vp_stage: int | None = N
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        sequences_per_dataset=data_flags.sequences_per_dataset(args),
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
     )
 
     def on_this_rank() -> bool:
@@ -77,7 +88,7 @@ def build_datasets(num_samples: tuple[int | None, ...], vp_stage: int | None = N
     try:
         with whole_arrays():
             datasets = BlendedMegatronDatasetBuilder(kind, list(num_samples), on_this_rank, config).build()
-    except (AssertionError, ValueError, OSError, IndexError) as error:
+    except (AssertionError, ValueError, OSError, IndexError, KeyError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the dataset could not be opened: {text} (is it a Megatron .bin/.idx pair?)") from error
     if getattr(args, "log_samples", False) and datasets[0] is not None:  # a script of Megatron's does not know the flag
@@ -86,18 +97,6 @@ def build_datasets(num_samples: tuple[int | None, ...], vp_stage: int | None = N
 
 
 build_datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it, for its barriers
-
-
-def data_prefixes(args: Any) -> list[str]:
-    """Every dataset prefix that the data flags name, weights left out."""
-    prefixes: list[str] = []
-    for words in (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path):
-        for word in words or []:
-            try:
-                float(word)
-            except ValueError:
-                prefixes.append(word)
-    return list(dict.fromkeys(prefixes))
 
 
 def get_batch(data_iterator: Iterator[Any], vp_stage: int | None) -> tuple[Tensor | None, ...]:

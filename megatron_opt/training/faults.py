@@ -1,6 +1,6 @@
 """What to do about a hang and about a loss that jumps; what torch and Megatron do not do themselves.
 
-Hang: a thread of each rank watches its training loop. When no step has ended for the time limit, it posts where its
+Hang: a thread of each rank watches its start and its training loop. When no step has ended for the time limit, it posts where its
 main thread stands to the job's store, and rank by rank the log tells who waits in which collective and who does not.
 All ranks then leave, so that torchrun restarts them.
 
@@ -85,11 +85,11 @@ def install(args: Any) -> None:
         )
     if args.save:
         args.iterations_to_skip = sorted({*args.iterations_to_skip, *skipped_iterations(Path(args.save))})
-    limit = args.hang_timeout
-    if limit is None:
-        limit = 0.9 * 60 * args.distributed_timeout_minutes
+    longest = 0.9 * 60 * args.distributed_timeout_minutes
+    limit = longest if args.hang_timeout is None else args.hang_timeout
     if limit > 0:
-        hang = HangWatch(limit)
+        hang = HangWatch(limit, max(limit, longest))
+        hang.start()
         patches.wrap(
             "megatron.training.training.checkpoint_and_decide_exit",
             "training/faults.py",
@@ -225,39 +225,50 @@ def skipped_iterations(save: Path) -> list[int]:
 
 
 class HangWatch:
-    """A thread that looks at the main thread's stack when the loop has stood still for `limit` seconds."""
+    """A thread that looks at the main thread's stack when the loop has stood still for `limit` seconds.
 
-    def __init__(self, limit: float) -> None:
+    Before the end of the first step it waits `first_limit` seconds: models, data and checkpoints may take their time.
+    """
+
+    def __init__(self, limit: float, first_limit: float) -> None:
         self.limit = limit
+        self._first_limit = first_limit
+        self._stepped = False
         self.iteration = 0
         self.moved = time.monotonic()
         self._main = threading.main_thread().ident
-        self._thread: threading.Thread | None = None
         self._store: Any = None
 
-    def beat(self, iteration: int) -> None:
-        """The loop has moved; the first call starts the thread, so that start-up may take its time."""
-        self.iteration, self.moved = iteration, time.monotonic()
-        if self._thread is None:
-            import torch
+    def start(self) -> None:
+        """Watch from now on."""
+        threading.Thread(target=self._run, name="hang watch", daemon=True).start()
 
+    def beat(self, iteration: int) -> None:
+        """The loop has moved."""
+        self.iteration, self.moved, self._stepped = iteration, time.monotonic(), True
+        self._connect()
+
+    def _connect(self) -> None:
+        import torch
+
+        if self._store is None and torch.distributed.is_initialized():
             # a client of its own: the shared one may be held by a collective that never returns
             self._store = torch.distributed.distributed_c10d._get_default_store().clone()
             self._store.set_timeout(timedelta(seconds=5))
-            self._thread = threading.Thread(target=self._run, name="hang watch", daemon=True)
-            self._thread.start()
+
+    def _still(self) -> float:
+        """Seconds for which the loop has stood still, 0 below the limit."""
+        still = time.monotonic() - self.moved
+        return still if still > (self.limit if self._stepped else self._first_limit) else 0.0
 
     def _run(self) -> None:
         while True:
             time.sleep(min(1.0, self.limit / 10))
-            still = time.monotonic() - self.moved
-            if still > self.limit:
+            if still := self._still():
                 self._report(still)
 
     def _report(self, still: float) -> None:
-        import torch
-
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         where = position(sys._current_frames()[self._main])  # type: ignore[index]
         mine = {"iteration": self.iteration, **where}
         reports = self._exchange(rank, world, mine)
@@ -265,7 +276,7 @@ class HangWatch:
             verdict = judge(reports, world)
             events.record("hang", seconds=round(still, 1), **verdict)
             print(f"megatron_opt: no step for {still:.0f} s. {describe(verdict)}", file=sys.stderr, flush=True)
-        if self.iteration == mine["iteration"] and time.monotonic() - self.moved > self.limit:
+        if self.iteration == mine["iteration"] and self._still():
             os._exit(HANG_EXIT)
 
     def _exchange(self, rank: int, world: int, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -273,6 +284,9 @@ class HangWatch:
         prefix = f"megatron_opt/hang/{events.restarts()}/"
         reports = {rank: mine}
         try:
+            self._connect()
+            if self._store is None:  # the ranks have not met yet
+                return reports
             self._store.set(f"{prefix}{rank}", json.dumps(mine))
             time.sleep(max(2.0, self.limit / 5))  # the others find out within a tick of each other
             for other in range(world):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_opt.checkpointing import saving
-from megatron_opt.training import events, faults, signals
+from megatron_opt.training import data_flags, events, faults, signals
 from megatron_opt.training.optimizer_flags import MEGATRON_OWN, curvature_kind, group_rules
 
 
@@ -15,11 +15,12 @@ def train(args: Any, look_at_model: Callable[[list[Any]], Any] | None = None) ->
     """Run Megatron-LM's pretrain() on validated flags; `look_at_model` gets the initialized model's chunks first."""
     import megatron.training.training as training
     from megatron.core.enums import ModelType
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.utils import print_rank_last
 
     from megatron_opt import patches, platform
     from megatron_opt.checkpointing import resuming
+    from megatron_opt.distributed.meta_model import model_config
     from megatron_opt.training import batches, curvature
     from megatron_opt.training.monitoring import Diverged, Monitor
 
@@ -38,7 +39,7 @@ def train(args: Any, look_at_model: Callable[[list[Any]], Any] | None = None) ->
         lambda make: functools.partial(_watched, monitor, make if own else make_optimizer),
     )
     monitor.install(training)
-    _check_data(args)
+    data_flags.check(args)
     events.open_log(args.output_dir or args.save)
     signals.install(args)
     saving.install(args)
@@ -46,7 +47,7 @@ def train(args: Any, look_at_model: Callable[[list[Any]], Any] | None = None) ->
     events.start(args)
     if args.optimizer not in MEGATRON_OWN and (kind := curvature_kind(group_rules(args))):
         curvature.install(training, args, kind, monitor.clock)
-    config = gpt_config_from_args(args)
+    config = model_config(args)
     if not args.megatron_init:
         config.pre_wrap_hooks = [*config.pre_wrap_hooks, functools.partial(_initialize, args)]
     if look_at_model is not None:
@@ -78,16 +79,6 @@ def _why_early(args: Any, iteration: int) -> str:
     if iteration in (args.phase_transition_iterations or ()):
         return f"--phase-transition-iterations {iteration}"
     return f"--exit-duration-in-mins {args.exit_duration_in_mins}"
-
-
-def _check_data(args: Any) -> None:
-    """Refuse missing, damaged or foreign datasets, and a tokenizer that did not make them, before anything is built."""
-    from megatron_opt.data.check import check_dataset, tokenizer_digest
-    from megatron_opt.training.batches import data_prefixes
-
-    digest = tokenizer_digest(args.tokenizer_model) if args.tokenizer_model else None
-    for prefix in data_prefixes(args):
-        check_dataset(prefix, args.padded_vocab_size, digest)
 
 
 def _initialize(args: Any, chunks: list[Any]) -> list[Any]:

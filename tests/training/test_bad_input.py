@@ -17,8 +17,8 @@ MODEL = (
 WITHOUT_DATA = {
     "no model": (["--lr", "1e-3"], "--num-layers is missing"),
     "no learning rate": (["--preset", "llama-130m", "--mock-data"], "--lr is missing"),
-    "unknown preset": (["--preset", "nope"], "there is no such preset; there are"),
-    "unknown optimizer": ([*MODEL, "--mock-data", "--optimizer", "adamax"], "invalid choice: 'adamax'"),
+    "unknown preset": (["--preset", "nope"], "there is no preset 'nope'; there are"),
+    "unknown optimizer": ([*MODEL, "--mock-data", "--optimizer", "adamax"], "--optimizer adamax is none of"),
     "unknown flag": ([*MODEL, "--mock-data", "--learning-rate", "1"], "--learning-rate"),
     "flag value": ([*MODEL, "--mock-data", "--train-iters", "many"], "invalid int value: 'many'"),
     "option value": ([*MODEL, "--mock-data", "--optimizer", "muon", "--muon-momentum", "1.5"], "momentum is 1.5"),
@@ -30,7 +30,7 @@ WITHOUT_DATA = {
     "heads": ([*MODEL, "--mock-data", "--num-attention-heads", "5"], "not divisible by --num-attention-heads 5"),
     "fp16": ([*MODEL, "--mock-data", "--optimizer", "muon", "--fp16"], "--fp16 does not work with --optimizer muon"),
     "warm-up": ([*MODEL, "--mock-data", "--lr-warmup-iters", "2"], "--lr-warmup-iters 2 is not below the 2 iters"),
-    "writer of saves": ([*MODEL, "--mock-data", "--async-save", "--async-strategy", "nvrx"], "--async-strategy nvrx"),
+    "writer of saves": ([*MODEL, "--mock-data", "--save", "x", "--async-save", "--async-strategy", "nvrx"], "--async-strategy nvrx"),
     "groups file": ([*MODEL, "--mock-data", "--optimizer", "adamw", "--optimizer-groups", "none.yaml"], "none.yaml"),
 }  # fmt: skip
 

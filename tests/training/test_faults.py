@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 import threading
 import time
@@ -142,3 +143,27 @@ def test_the_clock_around_a_wait_hides_nothing():
     lock.release()
     thread.join()
     assert where["collective"] == "wait" and "finish" in where["at"] and "stragglers" not in where["at"]
+
+
+def test_the_watch_sees_a_start_that_never_ends(tmp_path):
+    """A process that loops before it has met the others, and before any step, is reported and left."""
+    code = """
+import time
+from megatron_opt.training import faults
+faults.HangWatch(0.2, 0.6).start()
+began = time.monotonic()
+while time.monotonic() - began < 60:
+    pass
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == faults.HANG_EXIT
+    assert "no step for 1 s. Held up by rank 0" in done.stderr
+
+
+def test_the_first_step_may_take_longer():
+    watch = faults.HangWatch(5.0, 50.0)
+    watch.moved -= 10
+    assert not watch._still()
+    watch.beat(1)
+    watch.moved -= 10
+    assert watch._still() > 5

@@ -95,7 +95,7 @@ def test_tensorboard(finished):
 
 
 def test_divergence_is_a_result(tmp_path):
-    done = run(tmp_path, "--optimizer", "adamw", "--lr", "1e4", "--clip-grad", "0")
+    done = run(tmp_path, "--optimizer", "adamw", "--lr", "1e4", "--weight-decay", "0", "--clip-grad", "0")
     assert done.returncode == 0, done.stderr[-3000:]
     result, _ = read(tmp_path)
     assert result["status"] == "diverged" and result["diverged"] is True
