@@ -32,7 +32,7 @@ def _train(args: Any, look_at_model: Callable[[list[Any]], Any] | None) -> None:
     from megatron.core.enums import ModelType
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_opt import platform
+    from megatron_opt import patches, platform
     from megatron_opt.checkpointing import resuming
     from megatron_opt.distributed.meta_model import model_config
     from megatron_opt.training import batches, curvature
@@ -40,10 +40,18 @@ def _train(args: Any, look_at_model: Callable[[list[Any]], Any] | None) -> None:
 
     monitor = Monitor(args)
     if platform.on_cpu():
-        training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
-    resuming.install(ours=args.optimizer not in MEGATRON_OWN)
-    make = training.get_megatron_optimizer if args.optimizer in MEGATRON_OWN else make_optimizer
-    training.get_megatron_optimizer = functools.partial(_watched, monitor, make)
+        patches.wrap(
+            "megatron.training.training.initialize_megatron",
+            "training/job.py",
+            lambda initialize: functools.partial(initialize, allow_no_cuda=True),
+        )
+    own = args.optimizer in MEGATRON_OWN
+    resuming.install(ours=not own)
+    patches.wrap(
+        "megatron.training.training.get_megatron_optimizer",
+        "training/job.py",
+        lambda make: functools.partial(_watched, monitor, make if own else make_optimizer),
+    )
     monitor.install(training)
     data_flags.check(args)
     events.open_log(args.output_dir or args.save)
