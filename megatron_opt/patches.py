@@ -27,6 +27,8 @@ plugin.py
   megatron.training.training.initialize_megatron: on CPU: allows no CUDA
 training/flags/vocabulary.py
   megatron.core.tokenizers.utils.build_tokenizer.vocab_size_with_padding: one padded vocabulary for all TP sizes
+training/record.py
+  megatron.training.global_vars._set_wandb_writer: opens the W&B run with the record as its config
 training/arguments.py
   megatron.training.training.get_model: errors of building the model name their flags
   megatron.training.arguments.parse_args: fault-tolerance hooks parse once more, without our flags and presets
@@ -46,7 +48,14 @@ training/monitoring.py
   megatron.training.training.evaluate: evaluation losses, and its time kept out of the steps'
   megatron.training.training.evaluate_and_print_results: which split is being evaluated
   megatron.training.training.print_rank_last: TFLOP/s that are not rounded to zero
+  megatron.training.training.train: the first look at the loop; inside the signals'
   megatron.training.training.get_forward_backward_func: time of forward and backward passes
+training/sinks.py
+  megatron.core.timers.SummaryWriter: the timers' class check knows the one writer
+  megatron.training.training.get_tensorboard_writer: one writer for TensorBoard and W&B
+  megatron.training.training.get_wandb_writer: likewise
+  megatron.training.training.write_args_to_tensorboard: the record is written instead
+  megatron.training.global_vars._GLOBAL_WANDB_WRITER: the run that we opened
 training/signals.py
   megatron.training.training.train: listens to SIGTERM and SIGUSR1 from the first step on
   megatron.training.global_vars._GLOBAL_SIGNAL_HANDLER: a handler of two signals, and an exit code that says so
