@@ -271,14 +271,8 @@ def _enough(args: Any, split: str, blend: Blend, share: tuple[float, float], cut
 
 
 def _wanted(args: Any, split: str) -> int:
-    """Samples that the run will ask of a split, as Megatron counts them."""
-    if split == "train":
-        return args.train_samples or (args.train_iters or 0) * args.global_batch_size
-    if not args.eval_iters or args.full_validation or args.phase_transition_iterations:
-        return 0
-    from megatron.training.training import get_train_valid_test_num_samples
-
-    return get_train_valid_test_num_samples()[SPLITS.index(split)]  # type: ignore[no-any-return]
+    """Samples that the run asks of a split beyond which it is repeated: none of those that every evaluation reads anew."""
+    return (args.train_samples or (args.train_iters or 0) * args.global_batch_size) if split == "train" else 0
 
 
 def _without_effect(args: Any) -> None:
