@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 
 import torch
 
@@ -38,5 +39,7 @@ def replacements() -> tuple:
 
 
 def can_fp8() -> bool:
-    """Whether Transformer Engine, whose layers alone compute in FP8 and FP4, is installed here."""
+    """Whether Transformer Engine, whose layers alone compute in FP8 and FP4, is there; on CPU only where it was asked for."""
+    if on_cpu():
+        return "transformer_engine" in sys.modules
     return importlib.util.find_spec("transformer_engine") is not None

@@ -17,14 +17,12 @@ _CAPABILITY = (9, 0)  # the layers then choose the layouts of Hopper
 def install() -> None:
     """Import Transformer Engine, drop its demands for a GPU, give Megatron's wrapper an attention."""
     torch.cuda.get_device_capability = lambda device=None: _CAPABILITY
-    import transformer_engine.pytorch as te
-    from transformer_engine.pytorch import utils
+    properties = torch.cuda.get_device_properties()
+    properties.major, properties.minor = _CAPABILITY
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule as Base
 
-    utils.get_device_compute_capability = lambda: _CAPABILITY
     Base.__init__ = rewritten(Base.__init__, "not torch.cuda.is_available()", "False")
     Base.prepare_forward = rewritten(Base.prepare_forward, "not inp.is_cuda", "False")
-    assert te is not None
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     TEDotProductAttention.forward = attention
