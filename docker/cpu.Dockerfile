@@ -9,13 +9,12 @@ RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 # torch from its CPU index: PyPI's brings 5 GB of CUDA
 RUN pip install --index-url https://download.pytorch.org/whl/cpu torch==2.14.1 \
- && pip install numpy==2.5.5 scipy==1.18.1 matplotlib==3.11.2 \
-      setuptools==84.2.1 wheel==0.48.0 pybind11==3.1.0 ninja==1.13.2
+ && pip install numpy==2.5.5 setuptools==84.2.1 wheel==0.48.0 pybind11==3.1.0 ninja==1.13.2
 
 WORKDIR /src
 COPY docker/requirements.txt docker/
 RUN pip install -r docker/requirements.txt
-COPY setup.py pyproject.toml MANIFEST.in README.md ./
+COPY setup.py pyproject.toml MANIFEST.in README.md LICENSE ./
 COPY csrc csrc
 COPY megatron_opt megatron_opt
 RUN pip install --no-deps --no-build-isolation .

@@ -18,7 +18,7 @@ RUN python -c "import torch; v = tuple(map(int, torch.__version__.split('.')[:2]
  && PIP_CONSTRAINT=/tmp/keep.txt pip install -r docker/requirements.txt \
  && rm /tmp/keep.txt
 
-COPY setup.py pyproject.toml MANIFEST.in README.md ./
+COPY setup.py pyproject.toml MANIFEST.in README.md LICENSE ./
 COPY csrc csrc
 COPY megatron_opt megatron_opt
 RUN MEGATRON_OPT_CUDA=1 TORCH_CUDA_ARCH_LIST="${CUDA_ARCHITECTURES}" \

@@ -1,12 +1,18 @@
 """`megatron-opt COMMAND …`: one word, one module, imported only when asked for."""
 
+import argparse
 import importlib
 import os
 import select
 import signal
 import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+from typing import NoReturn
 
-from megatron_opt.errors import UserError
+from megatron_opt.errors import UserError, did_you_mean, explained
+from megatron_opt.extras import missing_package
 
 COMMANDS = {
     "data": ("megatron_opt.data.cli", "fetch a corpus, train a tokenizer, write .bin/.idx, inspect a dataset"),
@@ -15,6 +21,7 @@ COMMANDS = {
     "study": ("megatron_opt.study.cli", "plan, tune, run, fit and report a comparison of optimizers"),
     "cost": ("megatron_opt.cost_model.cli", "predict a training step on a cluster; search layouts; calibrate"),
     "migrate": ("megatron_opt.migrate.cli", "plan a change of optimizer; convert a checkpoint into a warm start"),
+    "optimizers": ("megatron_opt.optimizer_list", "list the optimizers, or one's formula, flags and defaults"),
     "mup": ("megatron_opt.training.mup_check", "check that activation sizes do not follow the width under µP"),
     "train": ("megatron_opt.launch", "start a training run on this machine or as one node of several"),
 }
@@ -23,7 +30,7 @@ COMMANDS = {
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
-    return "usage: megatron-opt COMMAND …\n\ncommands:\n" + "\n".join(lines)
+    return "usage: megatron-opt COMMAND … | --version\n\ncommands:\n" + "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,15 +50,41 @@ def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"megatron-opt {version()}")
+        return 0
     if argv[0] not in COMMANDS:
-        print(f"megatron-opt: no command {argv[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        known = f"there are {', '.join(COMMANDS)}.{did_you_mean(argv[0], COMMANDS)}"
+        print(f"megatron-opt: no command {argv[0]!r}; {known}", file=sys.stderr)
         return 2
-    module = importlib.import_module(COMMANDS[argv[0]][0])
+    argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign]  # of every command's parser and its subparsers
     try:
+        module = importlib.import_module(COMMANDS[argv[0]][0])
         return int(module.main(argv[1:], prog=f"megatron-opt {argv[0]}") or 0)
     except UserError as error:
-        print(f"megatron-opt {argv[0]}: {error}", file=sys.stderr)
-        return 2
+        sentence = error
+    except ModuleNotFoundError as error:
+        missing = missing_package(error)
+        if missing is None:
+            raise
+        sentence = missing
+    print(f"megatron-opt {argv[0]}: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """In place of argparse's error: a sentence with the word that was probably meant, and no usage before it."""
+    print(f"{parser.prog}: error: {explained(parser, message)} ({parser.prog} --help)", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def version() -> str:
+    """The installed version, or that of the source tree."""
+    try:
+        return metadata.version("megatron-opt")
+    except metadata.PackageNotFoundError:
+        pyproject = Path(__file__).parent.parent / "pyproject.toml"
+        return str(tomllib.loads(pyproject.read_text())["project"]["version"]) if pyproject.is_file() else "unknown"
 
 
 def _reader_is_gone() -> bool:

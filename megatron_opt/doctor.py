@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opt import doctor_probes as probes
 from megatron_opt.errors import UserError
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
@@ -43,7 +42,7 @@ def compare(check: str, values: Sequence[Any], verdict: str = FAIL) -> Finding:
     if not odd:
         return Finding(check, OK, common)
     others = sorted({str(values[rank]) for rank in odd})
-    return Finding(check, verdict, f"{common}, but {'; '.join(others[:3])}", odd)
+    return Finding(check, verdict, f"{common}, but {'; '.join(others[:3])}; wanted: the same on all ranks", odd)
 
 
 def worst(check: str, values: Sequence[Any], verdict: str = FAIL) -> Finding:
@@ -60,7 +59,8 @@ def limited(check: str, values: Sequence[float | None], least: float, form: str)
     if not known:
         return Finding(check, OK, "unlimited")
     odd = tuple(rank for rank, value in enumerate(values) if value is not None and value < least)
-    return Finding(check, WARN if odd else OK, f"at least {form.format(min(known))}", odd)
+    wanted = f"; wanted: {form.format(least)}" if odd else ""
+    return Finding(check, WARN if odd else OK, f"at least {form.format(min(known))}{wanted}", odd)
 
 
 def speeds(check: str, seconds: Sequence[float], gigabytes: float | None = None) -> Finding:
@@ -68,7 +68,9 @@ def speeds(check: str, seconds: Sequence[float], gigabytes: float | None = None)
     median = statistics.median(seconds)
     odd = tuple(rank for rank, value in enumerate(seconds) if value > _SLOW * median)
     shown = f"{gigabytes / median:.2f} GB/s" if gigabytes else f"{1e3 * median:.1f} ms"
-    return Finding(check, WARN if odd else OK, f"{shown}, slowest {max(seconds) / median:.2f} times the median", odd)
+    wanted = f"; wanted: below {_SLOW:g}" if odd else ""
+    slowest = f"slowest {max(seconds) / median:.2f} times the median{wanted}"
+    return Finding(check, WARN if odd else OK, f"{shown}, {slowest}", odd)
 
 
 def layout_groups(args: argparse.Namespace, world: int) -> dict[str, list[list[int]]]:
@@ -128,9 +130,12 @@ class Examiner:
 
 def examine(args: argparse.Namespace, rank: int, world: int) -> list[Finding]:
     """All checks, in the order in which their failure would explain the next."""
+    from megatron_opt import doctor_probes as probes
+
     doctor = Examiner(rank, world)
     for name, probe in probes.VERSIONS.items():
         doctor.ask(compare, name, probe)
+    doctor.ask(worst, "transformer-engine loads", probes.transformer_engine_complaint)
     doctor.ask(compare, "environment", probes.environment, WARN)
     doctor.ask(limited, "open files", probes.open_files, 65536, "{:,.0f}")
     doctor.ask(limited, "locked memory", probes.locked_memory_gb, 1.0, "{:.1f} GB")
@@ -196,6 +201,7 @@ def main(argv: list[str], prog: str = "megatron-opt doctor") -> int:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     began = time.monotonic()
+    from megatron_opt import doctor_probes as probes
     from megatron_opt import platform
 
     platform.activate()

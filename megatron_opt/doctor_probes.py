@@ -92,6 +92,28 @@ VERSIONS: dict[str, Callable[[], str]] = {
 }
 
 
+def transformer_engine_complaint() -> str | None:
+    """Why an installed Transformer Engine cannot be imported, and what mends it; None where it loads or is not there."""
+    if _installed("transformer-engine") == "not installed" or not torch.cuda.is_available():
+        return None
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # a wheel built for another torch or cuBLAS fails in many ways
+        return te_remedy(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    return None
+
+
+def te_remedy(error: str) -> str:
+    """The sentence for an import of Transformer Engine that failed."""
+    if "cublasLt" in error and "undefined symbol" in error:
+        remedy = "this wheel wants a newer cuBLAS than torch's: pip install --no-deps 'nvidia-cublas>=13.2,<14', or use docker/"
+    elif "undefined symbol" in error or "transformer_engine_torch" in error:
+        remedy = "it was built for another torch: pip install --no-build-isolation 'megatron-opt[gpu]', or use docker/"
+    else:
+        remedy = "reinstall it by pip install --no-build-isolation 'megatron-opt[gpu]', or use docker/"
+    return f"{remedy} ({error[:160]})"
+
+
 def environment() -> str:
     """Variables that must not differ between ranks."""
     kinds = ("NCCL_", "TORCH_NCCL_", "OMP_NUM_", "MEGATRON_OPT_", "CUBLAS_", "NVTE_")

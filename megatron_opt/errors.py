@@ -1,5 +1,43 @@
-"""The one exception that users meet: a sentence that names the cause and the remedy."""
+"""The one exception that users meet: a sentence that names the cause and the remedy; and a guess at what they meant."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable
 
 
 class UserError(Exception):
     """Bad input (flag, data, checkpoint, environment); entry points print it without a traceback and exit 2."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ " Did you mean NAME?", with the known word nearest to `word`; empty where none is near."""
+    plain = {name.lower().replace("_", "-"): name for name in known}
+    asked = word.lower().replace("_", "-")
+    near = difflib.get_close_matches(asked, plain, 1, cutoff=0.7)
+    if not near:  # a word with one part forgotten: learning-rate has no neighbour, lr-warmup has lr-warmup-iters
+        near = sorted((name for name in plain if name.startswith(f"{asked}-")), key=len)[:1]
+    if not near:  # --learning-rate is --lr
+        initials = "".join(part[0] for part in asked.strip("-").split("-") if part)
+        near = [name for name in plain if len(initials) > 1 and name.strip("-") == initials]
+    return f" Did you mean {plain[near[0]]}?" if near else ""
+
+
+def explained(parser: argparse.ArgumentParser, message: str) -> str:
+    """argparse's complaint as a sentence, with the flag or choice that was probably meant in place of all that there are."""
+    if found := re.match(r"argument (.*?): invalid choice: '?(.*?)'? \(choose from (.*)\)$", message, re.S):
+        name, given, choices = found.groups()
+        words = [word.strip("' \"") for word in choices.split(",")]
+        name = name.split("/")[-1]
+        what = f"{name} {given}" if name.startswith("-") else f"{given!r}"
+        return f"{what} is none of {', '.join(words)}.{did_you_mean(given, words)}"
+    if found := re.match(r"unrecognized arguments: (.*)$", message, re.S):
+        flags = [word.split("=")[0] for word in found[1].split() if word.startswith("--")]
+        known = [name for action in parser._actions for name in action.option_strings]
+        guesses = "".join(did_you_mean(flag, known) for flag in flags[:1])
+        return f"{flags[0]} is no flag here.{guesses}" if flags else f"{found[1].split()[0]!r} belongs to no flag."
+    if found := re.match(r"argument (.*?): (invalid (\S+) value: .*|expected .*)$", message, re.S):
+        name, what, kind = found[1].split("/")[-1], found[2], found[3]
+        wants = {"int": "it must be a whole number", "float": "it must be a number"}.get(kind or "")
+        return f"{name}: {what}" + (f"; {wants}." if wants else ".")
+    return message[:1].lower() + message[1:] + ("" if message.endswith((".", "?")) else ".")

@@ -44,9 +44,12 @@ def machine() -> Machine:
 
 def _size(flags: dict[str, str], name: str, default: int = 1) -> int:
     try:
-        return int(flags.get(name, default))
+        value = int(flags.get(name, default))
     except ValueError:
         raise UserError(f"--{name} wants a whole number, not {flags[name]!r}.") from None
+    if name in flags and value < 1:
+        raise UserError(f"--{name} is {value}; it must be at least 1.")
+    return value
 
 
 def effective_flags(argv: Sequence[str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 
 from megatron_opt.errors import UserError
+from megatron_opt.extras import missing_package
 from megatron_opt.training import entry, signals
 
 
@@ -31,6 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         return entry.refused("megatron_opt.pretrain", error)
+    except ModuleNotFoundError as error:
+        missing = missing_package(error)
+        if missing is None:
+            raise
+        return entry.refused("megatron_opt.pretrain", missing)
     except SystemExit as leaving:
         code = signals.exit_code(leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code)))
     if not code:  # also by --exit-interval and its like

@@ -5,36 +5,21 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_opt.errors import UserError
+from megatron_opt.layout import flags as structure
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.groups import GroupRule, default_rules, load_rules
+from megatron_opt.presets import read as preset
 
 Flags = dict[str, Any]
 
 # Flags that change the cost; others are accepted and listed as ignored.
 NUMBERS = [
-    "num-layers",
-    "hidden-size",
-    "ffn-hidden-size",
-    "num-attention-heads",
-    "num-query-groups",
-    "kv-channels",
-    "seq-length",
-    "vocab-size",
-    "padded-vocab-size",
-    "make-vocab-size-divisible-by",
-    "max-position-embeddings",
-    "num-experts",
-    "moe-router-topk",
-    "moe-ffn-hidden-size",
-    "moe-shared-expert-intermediate-size",
-    "moe-layer-freq",
     "micro-batch-size",
     "global-batch-size",
     "tensor-model-parallel-size",
@@ -44,11 +29,6 @@ NUMBERS = [
     "context-parallel-size",
     "expert-model-parallel-size",
     "expert-tensor-parallel-size",
-    "q-lora-rank",
-    "kv-lora-rank",
-    "qk-head-dim",
-    "qk-pos-emb-head-dim",
-    "v-head-dim",
     "recompute-num-layers",
     "exchange-bucket-mb",
     "matrix-balance",
@@ -63,15 +43,12 @@ NUMBERS = [
     "train-samples",
     "lr-warmup-iters",
     "world-size",
-    "moe-first-dense-layers",
     "lr-warmup-samples",
     "lr-warmup-fraction",
     "min-lr",
 ]
 WORDS = [
     "optimizer",
-    "normalization",
-    "position-embedding-type",
     "recompute-granularity",
     "recompute-method",
     "matrix-mode",
@@ -79,18 +56,11 @@ WORDS = [
     "optimizer-groups",
     "preset",
     "fp8-format",
-    "transformer-impl",
     "lr-decay-style",
     "init-style",
     "decay-mode",
 ]
 SWITCHES = [
-    "swiglu",
-    "group-query-attention",
-    "multi-latent-attention",
-    "untie-embeddings-and-output-weights",
-    "disable-bias-linear",
-    "add-qkv-bias",
     "bf16",
     "fp16",
     "sequence-parallel",
@@ -104,23 +74,17 @@ SWITCHES = [
     "no-gradient-accumulation-fusion",
     "moe-grouped-gemm",
     "grad-reduce-in-bf16",
-    "attention-output-gate",
     "no-position-embedding",
     "use-rotary-position-embeddings",
 ]
-_KNOWN = {**dict.fromkeys(NUMBERS, float), **dict.fromkeys(WORDS, str), **dict.fromkeys(SWITCHES, bool)}
+_KNOWN = {
+    **dict.fromkeys(NUMBERS, float),
+    **dict.fromkeys(WORDS, str),
+    **dict.fromkeys(SWITCHES, bool),
+    **structure.REFUSED,  # so that `Model.of` refuses them
+    **structure.FLAGS,
+}
 _ALIASES = {"use-rotary-position-embeddings": ("position-embedding-type", "rope")}
-
-
-def preset(name: str) -> Flags:
-    """Flags of `presets/NAME.yaml`, with those of the preset it is based on."""
-    folder = resources.files("megatron_opt") / "presets"
-    known = sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
-    if name not in known:
-        raise UserError(f"there is no preset {name!r}; there are {', '.join(known)}.")
-    found = yaml.safe_load((folder / f"{name}.yaml").read_text()) or {}
-    base = found.pop("base", None)
-    return (preset(base) if base else {}) | found
 
 
 def parse(words: Sequence[str]) -> tuple[Flags, list[str]]:

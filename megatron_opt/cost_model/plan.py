@@ -4,7 +4,6 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -82,7 +81,14 @@ def plans(
     known: dict[tuple[Any, ...], list[DomainPlan]] = {}
     found = []
     for (first, last), parameters in zip(stages, held, strict=True):
-        key = (last - first, first == 0, last == model.layers, len(model.expert_layers & set(range(first, last))))
+        symbols = tuple(model.symbol(layer) for layer in range(first, last)) if model.pattern else ()
+        key = (
+            last - first,
+            first == 0,
+            last == model.layers,
+            len(model.expert_layers & set(range(first, last))),
+            symbols,
+        )
         if key not in known:
             known[key] = _stage(model, layout, parameters, group_of, rules, f"layers {first} to {last - 1}")
             dense = known[key][0]
@@ -94,25 +100,22 @@ def plans(
 
 def _sent(model: Model, layout: Layout, grouping: Sequence[GroupRule], stage: int) -> dict[str, float]:
     """Bytes that the fullest sender of a stage's dense parameters sends in a step, along the engine's own routes."""
-    wanted = [planning.Parameter(p.name, p.shape, p.cut) for p in model.parameters(0, model.layers, range(0))]
-    g, replicas = model.geometry, layout.data_parallel * layout.cp
-    config = SimpleNamespace(
-        num_attention_heads=g.num_heads, num_query_groups=g.num_groups, kv_channels=g.head_dim,
-        gated_linear_unit=g.gated_mlp, qk_head_dim=g.qk_head_dim, v_head_dim=g.v_head_dim, num_moe_experts=None,
-        kv_lora_rank=g.kv_lora_rank, q_lora_rank=g.q_lora_rank, qk_pos_emb_head_dim=g.rope_dim,
-    )  # fmt: skip
+    replicas = layout.data_parallel * layout.cp
     bucket = max(40_000_000, 1_000_000 * replicas) if layout.overlap_grad_reduce and layout.pp == 1 else None
     sizes = planning.Layout(
-        layout.tp, layout.pp, replicas, etp=layout.tp, distributed=layout.distributed, bucket_size=bucket
+        layout.tp, layout.pp, replicas, layout.ep, layout.etp, distributed=layout.distributed, bucket_size=bucket
     )
+    stages = {
+        index: [[p for p in model.parameters(*edges, copy=True) if p.expert is None or not sizes.experts_apart]]
+        for index, edges in enumerate(layout.stages(model))
+    }
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no compiler is needed here
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Megatron's modules say of packages that it would use on a GPU
-        (found,) = planning.plan_model(
-            wanted, config, sizes, _without_experts(grouping), tied=model.tied, stages=[stage], mode=layout.matrix_mode,
+        found, *_ = planning.plan_model(
+            stages, model.geometry, sizes, _without_experts(grouping), which=[stage], mode=layout.matrix_mode,
             most=layout.matrix_balance,
             bucket_bytes=layout.bucket_bytes, wire=torch.bfloat16 if layout.wire_bytes == 2 else torch.float32,
-            per_head=g.per_head,
         )  # fmt: skip
     totals = found.sent_by_rank()
     fullest = max(totals, key=lambda rank: totals[rank])
@@ -132,8 +135,9 @@ def _stage(
     rules: dict[str, Any],
     name: str,
 ) -> list[DomainPlan]:
-    dense = [p for p in parameters if p.expert is None]
-    experts = [p for p in parameters if p.expert is not None]
+    apart = layout.ep > 1 or layout.etp != layout.tp  # as Megatron decides whether experts have groups of their own
+    dense = [p for p in parameters if p.expert is None or not apart]
+    experts = [p for p in parameters if p.expert is not None and apart]
     found = [_domain(model, layout, dense, group_of, rules, name, layout.dense_ranks, layout.tp)]
     if experts:
         title = f"experts of {name}"

@@ -96,7 +96,7 @@ def predict(flags: Mapping[str, Any], cluster: Cluster, world: int, grouping: An
     `exact` follows the engine's routes for the optimizer's traffic, which takes up to seconds.
     """
     check_world(cluster, world)
-    model = Model.of(flags)
+    model = Model.of(flags).priced()
     layout = Layout.of(flags, world, model)
     rules = grouping if grouping is not None else flag_reader.grouping(flags)
     name, decay = str(flags.get("optimizer", "adamw")), str(flags.get("decay-mode", "decoupled"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from megatron_opt.errors import UserError
+from megatron_opt.extras import require
 
 JSONL = {".jsonl", ".ndjson", ".json"}
 TEXT = {".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc"}
@@ -123,10 +124,7 @@ class _Zstd(io.RawIOBase):
     """Decompressed zstd frames; a truncated frame is an error, which the package's own reader passes over."""
 
     def __init__(self, raw: io.BufferedIOBase):
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError("a .zst file needs the package zstandard: pip install 'megatron-opt[data]'") from None
+        zstandard = require("zstandard")
         self._raw, self._package, self._pending = raw, zstandard, b""
         self._frame: Any = None
         self._rest = b""
@@ -160,11 +158,7 @@ class _Zstd(io.RawIOBase):
 
 
 def _parquet(path: Path, column: str) -> Iterator[Document]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError("a .parquet file needs the package pyarrow: pip install 'megatron-opt[data]'") from None
+    pyarrow, parquet = require("pyarrow"), require("pyarrow.parquet")
     try:
         with parquet.ParquetFile(path) as file:
             if column not in file.schema_arrow.names:

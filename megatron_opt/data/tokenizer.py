@@ -9,15 +9,14 @@
 
 import base64
 import binascii
-import importlib
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from megatron_opt.data.files import read_json, sha256
 from megatron_opt.errors import UserError
+from megatron_opt.extras import require
 
 # Megatron's TikTokenTokenizer: seven named special tokens, fillers up to their number, then the byte pairs.
 TIKTOKEN_SPECIAL = ["<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>"]
@@ -98,7 +97,7 @@ class HuggingFace(Tokenizer):
     USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 
     def __init__(self, path: Path, eod_token: str | None = None):
-        tokenizers = _extra("tokenizers")
+        tokenizers = require("tokenizers")
         self.path = path
         try:
             self._model = tokenizers.Tokenizer.from_file(str(path))
@@ -142,7 +141,7 @@ class TikToken(Tokenizer):
     eod = TIKTOKEN_SPECIAL.index("</s>")
 
     def __init__(self, path: Path, pattern: str = "v2", special_tokens: int = SPECIAL_COUNT):
-        tiktoken = _extra("tiktoken")
+        tiktoken = require("tiktoken")
         self.path, self._pattern, self._special_tokens = path, pattern, special_tokens
         if special_tokens < len(TIKTOKEN_SPECIAL):
             raise UserError(f"--tiktoken-num-special-tokens must be at least {len(TIKTOKEN_SPECIAL)}")
@@ -221,13 +220,6 @@ def _head(path: Path) -> bytes:
     if not head:
         raise UserError(f"the tokenizer {path} is empty")
     return head
-
-
-def _extra(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"this tokenizer needs the package {name}: pip install 'megatron-opt[data]'") from None
 
 
 def _read_tiktoken_json(path: Path) -> list[bytes]:

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from megatron_opt.distributed.domain import Domain, agree, gather_objects, subgroups
 from megatron_opt.distributed.exchange import Exchange
 from megatron_opt.distributed.fragments import make_fragments
-from megatron_opt.distributed.matrices import declare
 from megatron_opt.distributed.ownership import BALANCED
 from megatron_opt.distributed.sharded_optimizer import ShardedOptimizer
+from megatron_opt.layout.matrices import declare
 from megatron_opt.optimizers.base import MatrixInfo
 from megatron_opt.optimizers.groups import GroupRule, assign
 

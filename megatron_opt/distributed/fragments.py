@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opt.distributed.matrices import ParamView
+from megatron_opt.layout.matrices import ParamView
+from megatron_opt.layout.region import Region
 
 
 @dataclass(frozen=True, order=True)
@@ -22,8 +23,13 @@ class Rect:
     offset: int = 0
 
     @property
+    def region(self) -> Region:
+        """Its place in the matrix."""
+        return Region(self.row0, self.row1, self.col0, self.col1)
+
+    @property
     def numel(self) -> int:
-        return (self.row1 - self.row0) * (self.col1 - self.col0)
+        return self.region.numel
 
     def run(self, flat: Tensor) -> Tensor:
         """Its elements of a flat tensor of the fragment."""
@@ -31,7 +37,7 @@ class Rect:
 
     @property
     def place(self) -> tuple[str, int, int, int, int]:
-        return (self.matrix, self.row0, self.row1, self.col0, self.col1)
+        return (self.matrix, *self.region)
 
 
 def rectangles(view: ParamView, start: int, stop: int) -> list[Rect]:

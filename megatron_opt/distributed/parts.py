@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from megatron_opt.layout.region import Region
 from megatron_opt.optimizers.base import Area, MatrixInfo
 
 
@@ -20,19 +21,19 @@ class Part:
     cell: Area | None = None
 
     @property
-    def area(self) -> Area:
+    def area(self) -> Region:
         """The cell's rectangle."""
-        return self.cell or (0, self.shape[0], 0, self.shape[1])
+        return Region(*self.cell) if self.cell else Region(0, self.shape[0], 0, self.shape[1])
 
     @property
-    def bounds(self) -> Area:
+    def bounds(self) -> Region:
         """The part's rectangle."""
         r0, r1, c0, c1 = self.area
-        return (self.start, self.stop, c0, c1) if self.dim == 0 else (r0, r1, self.start, self.stop)
+        return Region(self.start, self.stop, c0, c1) if self.dim == 0 else Region(r0, r1, self.start, self.stop)
 
     @property
     def slab_shape(self) -> tuple[int, int]:
-        return shape_of(self.bounds)
+        return self.bounds.shape
 
     @property
     def key(self) -> tuple[str, int]:
@@ -51,7 +52,7 @@ class Cell:
         return self.parts[0].key
 
     @property
-    def area(self) -> Area:
+    def area(self) -> Region:
         return self.parts[0].area
 
     @property
@@ -67,13 +68,12 @@ class Cell:
 
     def info(self, whole: MatrixInfo) -> MatrixInfo:
         """The matrix as its rule sees this cell of it."""
-        return whole if self.is_whole else with_shape(whole, shape_of(self.area))
+        return whole if self.is_whole else with_shape(whole, self.area.shape)
 
 
 def shape_of(area: Area) -> tuple[int, int]:
     """Rows and columns of a rectangle."""
-    r0, r1, c0, c1 = area
-    return r1 - r0, c1 - c0
+    return Region(*area).shape
 
 
 def shape2d(info: MatrixInfo) -> tuple[int, int]:
@@ -88,7 +88,7 @@ def with_shape(info: MatrixInfo, shape: tuple[int, int]) -> MatrixInfo:
 
 def cells_of(parts: Iterable[Part]) -> list[Cell]:
     """The cells of parts, matrices and cells in the order of their first part."""
-    found: dict[tuple[str, Area], list[Part]] = {}
+    found: dict[tuple[str, Region], list[Part]] = {}
     for part in parts:
         found.setdefault((part.matrix, part.area), []).append(part)
     return [Cell(tuple(sorted(several, key=lambda part: part.start))) for several in found.values()]

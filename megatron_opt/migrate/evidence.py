@@ -12,20 +12,19 @@ from scipy import stats
 
 from megatron_opt.errors import UserError
 from megatron_opt.study.dataset import Dataset, from_store
-from megatron_opt.study.fits.extrapolate import NextRun, extrapolate, next_runs
+from megatron_opt.study.fits.ensemble import Ensemble, fit_ensemble
+from megatron_opt.study.fits.hierarchy import Noise
 from megatron_opt.study.fits.hyper_laws import fit_hyper_law
+from megatron_opt.study.fits.next_runs import NextRun, next_runs
 from megatron_opt.study.fits.noise import DEFAULT_FLOOR, noise_floor
 from megatron_opt.study.fits.observations import Observations, observations
-from megatron_opt.study.fits.scaling import Fit, fit_law
 from megatron_opt.study.fits.speedups import Speedup, speedups
+from megatron_opt.study.fits.statement import predict
 from megatron_opt.study.paper_data import paper_dataset
 from megatron_opt.study.store import Store
 
 TOKENS_PER_PARAMETER = 20.0
 RESAMPLES = 200
-# arXiv 2509.02046: matrix methods gain 1.1x at 1.2B parameters; read as 8x the middle of its 1x to 8x runs.
-PUBLISHED_LARGEST = (1.2e9, 1.1)
-PUBLISHED_MATRIX_METHODS = ("muon", "soap", "kron")
 
 
 @dataclass(frozen=True)
@@ -154,8 +153,9 @@ def gather(study: str | None, source: str, target: str, n: float, d: float) -> E
     )
     if target == source:
         raise UserError(f"the run is trained by {source} already; name another optimizer by --to.")
-    _laws(found, pair, sigma, target, n, d)
-    found.methods += [method for method in (_trend(found, target, n, d), _measured(found, n, d)) if method]
+    _laws(found, data.rebased(source), sigma, target, n, d)
+    measured = _measured(found, n, d)
+    found.methods += [measured] if measured else []
     if not any(method.counted for method in found.methods):
         raise UserError(f"{name} is too small to estimate a speedup of {target}; it needs two sizes and three budgets.")
     if dataset is None:
@@ -175,31 +175,25 @@ def _pair(data: Observations, source: str, target: str) -> Observations:
     return Observations((source, target), index, kept.n, kept.d, kept.loss, kept.runs)
 
 
-def _laws(found: Evidence, pair: Observations, sigma: float, target: str, n: float, d: float) -> None:
-    for kind in ("shared", "separate"):
-        try:
-            fit = fit_law(pair, kind, noise=sigma, resamples=RESAMPLES)
-        except UserError as error:
-            found.notes.append(f"No {kind} law: {error}.")
-            continue
-        (item,) = [one for one in extrapolate(fit, n, d) if one.optimizer == target]
-        speed = item.speedup
-        draws = np.array([float(fit.speedup(target, n, d, theta)) for theta in fit.draws])
-        shared = kind == "shared"
-        note = (
-            "one law for both optimizers, with an efficiency factor for each (arXiv 2602.07712)"
-            if shared
-            else ("a law for each optimizer: ill-conditioned (arXiv 2602.07712), so shown and not counted")
-        )
-        estimate = Estimate(speed.value, speed.low, speed.high)
-        found.methods.append(Method(f"{kind} scaling law", estimate, draws, shared, note))
-        if kind == "shared":
-            found.next = _cheap(fit, target, n, d)
+def _laws(found: Evidence, data: Observations, sigma: float, target: str, n: float, d: float) -> None:
+    """The study's own prediction: the hierarchical law over all its optimizers, the source as baseline."""
+    try:
+        law = fit_ensemble(data, Noise(sigma))
+    except UserError as error:
+        found.notes.append(f"No prediction by the law: {error}.")
+        return
+    speed = predict(law, target, n, d).speedup
+    note = "all forms of the hierarchical law, weighed and widened by backtests: what `study fit` prints"
+    draws = np.minimum(law.speedups(target, n, d), 1e3)
+    found.methods.append(
+        Method("hierarchical scaling law", Estimate(speed.value, speed.low, speed.high), draws, True, note)
+    )
+    found.next = _cheap(law, target, n, d)
 
 
-def _cheap(fit: Fit, target: str, n: float, d: float) -> list[NextRun]:
+def _cheap(law: Ensemble, target: str, n: float, d: float) -> list[NextRun]:
     """Runs that narrow the gain at (n, d): the most informative, and the best for their FLOPs."""
-    runs = next_runs(fit, target, n, d)
+    runs = next_runs(law, target, n, d)
     best = runs[:1]
     worth = [run for run in runs if run.shrinkage >= 0.5 * runs[0].shrinkage] if runs else []
     cheapest = min(worth, key=lambda run: run.flops, default=None)
@@ -221,32 +215,6 @@ def _measured(found: Evidence, n: float, d: float) -> Method | None:
             f"one cell of the study, {cell.n / 1e6:.0f}M parameters and {cell.d / 1e9:.1f}B tokens, with its noise",
         )
     return None
-
-
-def _trend(found: Evidence, target: str, n: float, d: float) -> Method | None:
-    """log speedup = a + b·log N + c·log(D/N), least squares over the measured cells, with Student's t interval."""
-    rows = [(cell.n, cell.d, cell.value) for cell in found.cells if math.isfinite(cell.value) and cell.value > 0]
-    note = "straight line through the measured speedups in log N and log D/N"
-    if found.paper and target in PUBLISHED_MATRIX_METHODS:
-        size, value = PUBLISHED_LARGEST
-        rows += [(size, ratio * TOKENS_PER_PARAMETER * size, value) for ratio in (1.0, 8.0)]
-        note += ", with the published 1.1x at 1.2B parameters"
-    if len(rows) < 5 or len({row[0] for row in rows}) < 2:
-        return None
-    table = np.array(rows)
-    center = np.log(table[:, 0]).mean(), np.log(table[:, 1] / table[:, 0]).mean()
-    ratios = np.log(table[:, 1] / table[:, 0]) - center[1]
-    columns = [np.ones(len(table)), np.log(table[:, 0]) - center[0]] + ([ratios] if np.ptp(ratios) > 0 else [])
-    design, y = np.stack(columns, 1), np.log(table[:, 2])
-    theta, *_ = np.linalg.lstsq(design, y, rcond=None)
-    freedom = len(y) - design.shape[1]
-    spread = math.sqrt(max(float(np.sum((design @ theta - y) ** 2)) / max(1, freedom), 1e-6))
-    point = np.array([1.0, math.log(n) - center[0], math.log(d / n) - center[1]])[: design.shape[1]]
-    mean = float(point @ theta)
-    error = spread * math.sqrt(float(point @ np.linalg.inv(design.T @ design) @ point))
-    draws = np.exp(mean + error * stats.t(freedom).ppf((np.arange(400) + 0.5) / 400))
-    low, high = (math.exp(mean + error * float(stats.t(freedom).ppf(p))) for p in (0.05, 0.95))
-    return Method("trend of measured speedups", Estimate(math.exp(mean), low, high), draws, True, note)
 
 
 def _hyperparameters(found: Evidence, dataset: Dataset, source: str, target: str, n: float, d: float) -> None:

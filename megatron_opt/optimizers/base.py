@@ -60,7 +60,7 @@ class MatrixInfo:
     """A logical matrix as an optimizer may see it.
 
     `name` is global (`decoder.layers.3.self_attention.linear_qkv.weight.q`), `shape` is the whole matrix as
-    (out, in) or (n,), `kind` one of `hidden`, `embedding`, `output`, `router`, `norm`, `bias`, and `role` what the
+    (out, in) or (n,), `kind` one of `hidden`, `embedding`, `output`, `router`, `norm`, `bias`, `ssm` (Mamba's vectors), `role` what a
     layer calls it (`q`, `k`, `v`, `attention_output`, `gate`, `up`, `down`, …); `heads` is the number of equal blocks
     of rows that belong to one head (or KV group for q), 1 where there are none.
     """

@@ -12,8 +12,8 @@ from megatron_opt.errors import UserError
 from megatron_opt.optimizers import mup, registry
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
 
-KINDS = ("hidden", "embedding", "output", "router", "norm", "bias")
-UNDECAYED = ("embedding", "norm", "bias")  # the study decays the output layer, not these
+KINDS = ("hidden", "embedding", "output", "router", "norm", "bias", "ssm")
+UNDECAYED = ("embedding", "norm", "bias", "ssm")  # the study decays the output layer, not these
 DECAY_MODES = ("decoupled", "independent", "cautious")
 
 Options = Mapping[str, Any]
@@ -121,7 +121,7 @@ def default_rules(
         ]
     if optimizer == "adam_mini":
         return [
-            GroupRule("kind=norm,bias", optimizer, options(optimizer), clip=True, optional=True),
+            GroupRule("kind=norm,bias,ssm", optimizer, options(optimizer), clip=True, optional=True),
             GroupRule(".*", optimizer, options(optimizer), clip=False),
         ]
     return [GroupRule(".*", optimizer, options(optimizer))]

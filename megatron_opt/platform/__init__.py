@@ -1,6 +1,10 @@
-"""Megatron-Core on CPU with gloo; where there is a GPU, only the layers of `--transformer-impl local` are replaced."""
+"""Megatron-Core on CPU with gloo; where there is a GPU, only the layers of `--transformer-impl local` are replaced and faults
+of Megatron mended (megatron_faults.py).
+"""
 
+import importlib.util
 import os
+from typing import Any
 
 import torch
 
@@ -11,7 +15,7 @@ def on_cpu() -> bool:
 
 
 def activate() -> None:
-    """Patch this process, once; to be called before Megatron is imported."""
+    """Patch this process; to be called before Megatron is imported."""
     if on_cpu():
         from megatron_opt.platform import cuda_answers
 
@@ -19,10 +23,19 @@ def activate() -> None:
         cuda_answers.install()
     for replacement in replacements():
         replacement.install()
+    from megatron_opt.platform import latent_attention, megatron_faults
+
+    latent_attention.install()
+    megatron_faults.install()
 
 
-def replacements() -> tuple:
+def replacements() -> tuple[Any, ...]:
     """What is replaced in Megatron on this machine."""
     from megatron_opt.platform import local_layers, megatron_patches
 
     return local_layers.REPLACEMENTS + (megatron_patches.REPLACEMENTS if on_cpu() else ())
+
+
+def can_fp8() -> bool:
+    """Whether Transformer Engine, whose layers alone compute in FP8 and FP4, is installed here."""
+    return importlib.util.find_spec("transformer_engine") is not None

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 _FACTORIES = (
@@ -141,6 +142,7 @@ def install() -> None:
         return
     cuda: Any = torch.cuda
     cuda._answers_installed = True
+    _device_constructors()  # kept: `with torch.device("meta")` must know the factories, not our wrappers
     total = psutil.virtual_memory().total
     properties = SimpleNamespace(
         name="CPU", total_memory=total, major=0, minor=0, multi_processor_count=1, gcnArchName=""

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from megatron_opt.errors import UserError
 from megatron_opt.study.dataset import Dataset
-from megatron_opt.study.fits.extrapolate import (
-    Crossing,
-    Extrapolation,
-    NextRun,
-    crossing,
-    extrapolate,
-    next_runs,
-)
-from megatron_opt.study.fits.hyper_laws import HyperLaw, fit_hyper_law
+from megatron_opt.study.fits.ensemble import Ensemble, fit_ensemble
+from megatron_opt.study.fits.gain_law import GainCheck, check_gain_law
+from megatron_opt.study.fits.hierarchy import Noise
+from megatron_opt.study.fits.hyper_laws import HyperLaw, fit_hyper_laws
+from megatron_opt.study.fits.next_runs import NextRun, next_runs
 from megatron_opt.study.fits.noise import Comparison, NoiseFloor, compare, noise_floor
 from megatron_opt.study.fits.observations import Observations, observations
+from megatron_opt.study.fits.optima import optima
 from megatron_opt.study.fits.scaling import KINDS, Fit, fit_law
 from megatron_opt.study.fits.speedups import Speedup, speedups
+from megatron_opt.study.fits.statement import Statement, state
 from megatron_opt.study.fits.validation import Prediction, hold_out_largest, leave_one_out
 from megatron_opt.study.spec import Regime
 
-FAR = 50.0
-"""an extrapolation over more than this factor of size is called what it is"""
 LAW_HYPERPARAMETERS = ("lr", "batch_size", "warmup", "weight_decay")
 
 
@@ -41,12 +36,17 @@ class Analysis:
     target: tuple[float, tuple[float, ...]]
     """N and the Chinchilla ratios to extrapolate to"""
     speedups: list[Speedup] = field(default_factory=list)
+    ensemble: Ensemble | None = None
+    """the hierarchical law in all its forms"""
+    statement: Statement | None = None
+    """what it says at the target: the one prediction that is quoted"""
+    simple: GainCheck | None = None
+    """the law of the paired gain alone, backtested beside it"""
     fits: dict[str, Fit] = field(default_factory=dict)
+    """shared and separate laws: diagnostics, never the headline"""
     left_out: dict[str, np.ndarray] = field(default_factory=dict)
     """kind → leave-one-out errors"""
     held_out: dict[str, Prediction] = field(default_factory=dict)
-    extrapolations: list[Extrapolation] = field(default_factory=list)
-    crossings: list[Crossing] = field(default_factory=list)
     next_runs: dict[str, list[NextRun]] = field(default_factory=dict)
     """optimizer → candidate runs, the most informative first"""
     hyper_laws: list[HyperLaw] = field(default_factory=list)
@@ -77,7 +77,8 @@ def analyse(
             "Differences smaller than that mean nothing."
         )
     found.comparisons = _comparisons(dataset, data.optimizers, noise)
-    found.speedups = speedups(data, noise.sigma, resamples)
+    _fit_ensemble(found)
+    found.speedups = speedups(data, noise.sigma, resamples, ensemble=found.ensemble)
     _fit_laws(found, resamples)
     _fit_hyper_laws(found)
     return found
@@ -103,9 +104,35 @@ def _comparisons(
     ]
 
 
-def _fit_laws(found: Analysis, resamples: int) -> None:
+def _fit_ensemble(found: Analysis) -> None:
     n, ratios = found.target
-    per_parameter = found.dataset.tokens_per_parameter
+    per_parameter, noise = found.dataset.tokens_per_parameter, found.noise
+    # A measured σ is a total over seeds, so that a run's own part may be smaller; an assumed one is a guess.
+    known = Noise(noise.sigma, max(0.25, 1 / np.sqrt(2 * noise.freedom)) if noise.measured else 0.5)
+    try:
+        found.ensemble = fit_ensemble(found.data, known)
+    except UserError as error:
+        found.notes.append(f"No prediction beyond what was run: {error}.")
+        return
+    found.statement = state(found.ensemble, n, ratios, per_parameter)
+    found.simple = check_gain_law(found.ensemble.backtests, found.data)
+    wild = sorted({run for fit, _ in found.ensemble.members for run in _runs(fit.problem.data, fit.wild)})
+    if wild:
+        found.notes.append(
+            f"Weighed down in the law, being over four standard errors from what all others say: {', '.join(wild)}."
+        )
+    d = ratios[0] * per_parameter * n
+    found.next_runs = {
+        name: next_runs(found.ensemble, name, n, d, tokens_per_parameter=per_parameter)
+        for name in found.data.optimizers[1:]
+    }
+
+
+def _runs(data: Observations, mask: np.ndarray) -> list[str]:
+    return [run for run, keep in zip(data.runs, mask) if keep]
+
+
+def _fit_laws(found: Analysis, resamples: int) -> None:
     for kind in KINDS:
         try:
             fit = fit_law(found.data, kind, noise=found.noise.sigma, resamples=resamples)
@@ -119,54 +146,12 @@ def _fit_laws(found: Analysis, resamples: int) -> None:
             found.held_out[kind] = hold_out_largest(found.data, kind, found.noise.sigma, resamples)
         except UserError as error:
             found.notes.append(f"No held-out check of the {kind} law: {error}.")
-        for ratio in ratios:
-            found.extrapolations += extrapolate(fit, n, ratio * per_parameter * n)
-            found.crossings += [crossing(fit, name, ratio, per_parameter) for name in fit.optimizers[1:]]
-    reach = n / found.data.sizes[-1]
-    if found.fits and reach > FAR:
-        found.notes.append(
-            f"The target is {reach:,.0f} times the largest model that was run: what is said there "
-            "follows from the form "
-            "of the law more than from the data."
-        )
-    if "shared" in found.fits:
-        fit = found.fits["shared"]
-        d = ratios[0] * per_parameter * n
-        found.next_runs = {
-            name: next_runs(fit, name, n, d, tokens_per_parameter=per_parameter) for name in fit.optimizers[1:]
-        }
 
 
 def _fit_hyper_laws(found: Analysis) -> None:
-    best = found.dataset.best()
-    for name in found.data.optimizers:
-        cells = [cell.record for (optimizer, _), cell in best.items() if optimizer == name]
-        for key in LAW_HYPERPARAMETERS:
-            records = [r for r in cells if isinstance(r.hyper.get(key), (int, float)) and r.hyper[key] > 0]
-            values = [float(r.hyper[key]) for r in records]
-            if len(records) < 3 or len(set(values)) < 2:
-                continue
-            ratio = _grid_ratio(found.dataset, name, key)
-            found.hyper_laws.append(
-                fit_hyper_law(
-                    name,
-                    key,
-                    np.array([float(r.parameters) for r in records]),
-                    np.array([float(r.tokens) for r in records]),
-                    np.array(values),
-                    grid_ratio=ratio,
-                )
-            )
-
-
-def _grid_ratio(dataset: Dataset, optimizer: str, key: str) -> float:
-    """The usual factor between neighbouring values that were tried."""
-    tried = sorted(
-        {
-            float(r.hyper[key])
-            for r in dataset.finished
-            if r.optimizer == optimizer and isinstance(r.hyper.get(key), (int, float)) and r.hyper[key] > 0
-        }
-    )
-    steps = [b / a for a, b in pairwise(tried)]
-    return float(np.median(steps)) if steps else 2.0
+    for key in LAW_HYPERPARAMETERS:
+        known = {name: optima(found.dataset, name, key, found.noise.sigma) for name in found.data.optimizers}
+        # Three regimes make a law; one value everywhere leaves nothing to fit.
+        known = {k: v for k, v in known.items() if len(v) >= 3 and len({one.tuned for one in v}) > 1}
+        if known:
+            found.hyper_laws += fit_hyper_laws(key, known)

@@ -22,6 +22,8 @@ class Best:
     """final losses of this configuration, one a seed"""
     runs: int
     """finished runs this optimizer had in this regime: its tuning effort"""
+    seeds: tuple[int, ...] = ()
+    """the seed of each loss"""
 
     @property
     def loss(self) -> float:
@@ -79,8 +81,9 @@ class Dataset:
                 continue
             first = min(record.seed for record in good)
             winner = min((r for r in good if r.seed == first), key=lambda r: r.loss or math.inf)
-            same = tuple(r.loss for r in good if r.hyper == winner.hyper and r.loss is not None)
-            found[key] = Best(winner, same, len(records))
+            same = [r for r in good if r.hyper == winner.hyper]
+            losses = tuple(r.loss for r in same if r.loss is not None)
+            found[key] = Best(winner, losses, len(records), tuple(r.seed for r in same))
         return found
 
     def check_tokenizers(self) -> None:

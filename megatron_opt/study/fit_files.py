@@ -15,7 +15,7 @@ from megatron_opt.study.files import write_text
 
 
 def fits_as_dict(analysis: Analysis) -> dict[str, Any]:
-    """Laws, speedups, extrapolations, crossings and suggestions; infinite values are null."""
+    """The prediction, laws, speedups, backtests, crossings and suggestions; infinite values are null."""
     laws = {}
     for kind, fit in analysis.fits.items():
         held = analysis.held_out.get(kind)
@@ -50,9 +50,11 @@ def fits_as_dict(analysis: Analysis) -> dict[str, Any]:
             )
         ],
         "speedups": [asdict(item) for item in analysis.speedups],
+        "prediction": _prediction(analysis),
+        "extrapolations": [asdict(item) for item in analysis.statement.predictions] if analysis.statement else [],
+        "crossings": [asdict(item) for item in analysis.statement.crossings] if analysis.statement else [],
+        "backtests": _backtests(analysis),
         "laws": laws,
-        "extrapolations": [asdict(item) for item in analysis.extrapolations],
-        "crossings": [asdict(item) for item in analysis.crossings],
         "next_runs": {name: [asdict(run) for run in runs[:10]] for name, runs in analysis.next_runs.items()},
         "hyperparameter_laws": [
             {
@@ -60,11 +62,63 @@ def fits_as_dict(analysis: Analysis) -> dict[str, Any]:
                 "hyperparameter": law.hyperparameter,
                 "theta": law.theta.tolist(),
                 "spread": law.spread,
+                "center": law.center,
+                "widen": law.widen,
+                "backtest_inside": law.tested,
+                "curvature": law.curvature,
             }
             for law in analysis.hyper_laws
         ],
         "notes": analysis.notes,
     }
+
+
+def _prediction(analysis: Analysis) -> dict[str, Any] | None:
+    """The statement in words, the weights of the forms, and how intervals were calibrated."""
+    ensemble, statement = analysis.ensemble, analysis.statement
+    if ensemble is None or statement is None:
+        return None
+    return {
+        "words": statement.sentences(),
+        "calibration": asdict(ensemble.calibration),
+        "calibration_words": list(statement.calibration),
+        "forms": [
+            {
+                "form": fit.form.name,
+                "weight": weight,
+                "spreads": fit.spreads,
+                "core": fit.x[: fit.form.core_size].tolist(),
+            }
+            for fit, weight in ensemble.members
+        ],
+    }
+
+
+def _backtests(analysis: Analysis) -> list[dict[str, Any]]:
+    """Each held-out loss and gain beside its prediction and 90% interval."""
+    rows = []
+    for test in analysis.ensemble.backtests if analysis.ensemble else ():
+        (low, high), (gain_low, gain_high) = test.intervals("loss"), test.intervals("gain")
+        for i in range(len(test.data)):
+            others = test.data.index[i] > 0
+            rows.append(
+                {
+                    "sizes_in_fit": test.sizes,
+                    "factor": test.factor,
+                    "optimizer": test.data.optimizers[test.data.index[i]],
+                    "parameters": test.data.n[i],
+                    "tokens": test.data.d[i],
+                    "loss": test.data.loss[i],
+                    "predicted": test.data.loss[i] + test.error[i],
+                    "low": low[i],
+                    "high": high[i],
+                    "gain": test.observed_gain[i] if others else None,
+                    "predicted_gain": test.observed_gain[i] + test.gain_error[i] if others else None,
+                    "gain_low": gain_low[i] if others else None,
+                    "gain_high": gain_high[i] if others else None,
+                }
+            )
+    return rows
 
 
 def write_fits(analysis: Analysis, path: Path) -> None:
@@ -78,7 +132,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.integer):
         return int(value)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value

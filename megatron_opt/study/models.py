@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any
 
-import yaml
-
-from megatron_opt.errors import UserError
+from megatron_opt import presets
+from megatron_opt.layout.flags import structural
+from megatron_opt.layout.spec import ModelSpec
 
 ARCHITECTURE = "llama"
 """preset of a model that gives only its shape: the architecture of the published study"""
@@ -28,31 +28,37 @@ class Model:
     gated: bool = True
     """SwiGLU (three FFN matrices) or a plain FFN (two)"""
     parameters: int | None = None
-    """non-embedding parameters, where the formula does not hold (MoE, grouped queries)"""
+    """N given by hand, for models that the flags do not describe"""
+    shared_flags: dict[str, Any] = field(default_factory=dict)
+    """Megatron flags of all models of the study"""
+
+    @functools.cached_property
+    def spec(self) -> ModelSpec:
+        """The model as its preset, shape and flags describe it; raises UserError for structures that are not known."""
+        flags: dict[str, Any] = dict(preset_flags(self.preset)) if self.preset else {}
+        flags |= self.shape | {"swiglu": self.gated} | self.shared_flags | self.flags
+        return ModelSpec.of(structural({key.replace("_", "-"): value for key, value in flags.items()}))
 
     @property
     def non_embedding_parameters(self) -> int:
-        """layers·(3·h·ffn + 4·h²) for SwiGLU, 2·h·ffn for a plain FFN (arXiv 2509.02046, section 3)."""
-        if self.parameters is not None:
-            return self.parameters
-        layers, hidden = self.shape["num_layers"], self.shape["hidden_size"]
-        return layers * ((3 if self.gated else 2) * hidden * self.shape["ffn_hidden_size"] + 4 * hidden**2)
+        """N: elements of the matrices between embedding and output layer, of all experts where there are some.
+
+        Llama: layers·(3·h·ffn + 4·h²); 2·h·ffn for a plain FFN (arXiv 2509.02046, section 3).
+        """
+        return self.spec.hidden_parameters if self.parameters is None else self.parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """The part of N that a token meets: the router's choice of experts."""
+        return self.spec.active_hidden_parameters if self.parameters is None else self.parameters
 
     def flops_per_token(self, sequence_length: int, vocabulary: int | None) -> float:
-        """Training FLOPs a token: 6·N + 6·h·V (output layer) + 6·layers·h·seq (causal attention)."""
+        """Training FLOPs a token: 6·active N + 6·h·V (output layer) + 6·layers·h·seq (causal attention)."""
         hidden, layers = self.shape["hidden_size"], self.shape["num_layers"]
         output = 6 * hidden * (vocabulary or 0)
-        return 6 * self.non_embedding_parameters + output + 6 * layers * hidden * sequence_length
+        return 6 * self.active_parameters + output + 6 * layers * hidden * sequence_length
 
 
 def preset_flags(name: str) -> dict[str, Any]:
     """The flags of a preset of this package and of its `base:`, underscores for hyphens; raises UserError."""
-    folder = resources.files("megatron_opt") / "presets"
-    file = folder / f"{name}.yaml"
-    if not file.is_file():
-        names = sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml")) if folder.is_dir() else []
-        raise UserError(f"no preset {name!r}; there are {', '.join(names) or 'none'}")
-    flags = yaml.safe_load(file.read_text(encoding="utf-8"))
-    base = flags.pop("base", None)
-    own = {str(key).replace("-", "_"): value for key, value in flags.items()}
-    return (preset_flags(base) if base else {}) | own
+    return {str(key).replace("-", "_"): value for key, value in presets.read(name).items()}

@@ -131,6 +131,18 @@
         "stroke-dasharray": series.dash ? "5 4" : "none", "stroke-linejoin": "round" }, inner);
       place.forEach(([x, y], i) => {
         if (series.crosses) make("path", { d: `M${x - 4},${y - 4}l8,8m0,-8l-8,8`, stroke: series.color, "stroke-width": 2 }, inner);
+        else if (series.beyond && series.beyond[i]) {
+          const id = `${clip}-${shown.indexOf(series)}`;
+          if (!svg.querySelector(`#${id}`)) {
+            const hatch = make("pattern", { id, width: 5, height: 5, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" }, svg);
+            make("rect", { width: 1.6, height: 5, fill: series.color }, hatch);
+          }
+          if (series.low) {
+            const top = Y.position(series.high[i]), bottom = Y.position(series.low[i]);
+            make("rect", { x: x - 5, width: 10, y: top, height: Math.max(0, bottom - top), fill: `url(#${id})`, opacity: 0.55 }, inner);
+          }
+          make("circle", { cx: x, cy: y, r: 3.4, fill: "#fff", stroke: series.color, "stroke-width": 1.6 }, inner);
+        }
         else if (series.points) make("circle", { cx: x, cy: y, r: 3.2, fill: series.color }, inner);
         if (x >= box.left - 1 && x <= box.right + 1) targets.push({ x, y, series, i });
       });
@@ -169,7 +181,7 @@
       const { series, i } = near;
       const range = series.low ? ` (${show(series.low[i])} … ${show(series.high[i])})` : "";
       tip.textContent = `${series.label}: ${plot.x_label} ${show(series.x[i])}, ` +
-        (series.crosses ? "diverged" : `${plot.y_label} ${show(series.y[i])}${range}`) + (series.runs ? `, run ${series.runs[i]}` : "");
+        (series.crosses ? "diverged" : `${plot.y_label} ${show(series.y[i])}${range}`) + (series.beyond && series.beyond[i] ? ", extrapolated" : "") + (series.runs ? `, run ${series.runs[i]}` : "");
       tip.style.left = Math.min(event.clientX + 12, innerWidth - tip.offsetWidth - 8) + "px";
       tip.style.top = Math.min(event.clientY + 12, innerHeight - tip.offsetHeight - 8) + "px";
     });

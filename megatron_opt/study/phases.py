@@ -241,7 +241,6 @@ def _law_value(
             np.array([n for (n, _), _ in cells]),
             np.array([d for (_, d), _ in cells]),
             np.array(numbers),
-            resamples=1,
         )
     except UserError:
         return None

@@ -19,7 +19,8 @@ def read_study(path: str | os.PathLike) -> Study:
     path = Path(path)
     top = Reader(load(path), path, "the study file")
     name = top.text("name", path.stem)
-    models = _models(top)
+    flags = dict(top.take("flags", {}) or {})
+    models = _models(top, flags)
     optimizers = _optimizers(top)
     baseline = top.text("baseline", "adamw" if "adamw" in optimizers else None)
     if baseline not in optimizers:
@@ -60,7 +61,7 @@ def read_study(path: str | os.PathLike) -> Study:
         executor=_executor(top),
         max_hours=max_hours,
         max_runs=max_runs,
-        flags=dict(top.take("flags", {}) or {}),
+        flags=flags,
         target=(target_n, target_ratios),
         eval_points=top.number("eval_points", 10, above=0, whole=True),
         checkpoints=top.number("checkpoints", 4, least=0, whole=True),
@@ -77,7 +78,7 @@ def _empty() -> LocatedDict:
     return empty
 
 
-def _models(top: Reader) -> dict[str, Model]:
+def _models(top: Reader, shared: dict[str, Any]) -> dict[str, Model]:
     reader = top.nested("models", required=True)
     assert reader is not None
     models = {}
@@ -112,7 +113,12 @@ def _models(top: Reader) -> dict[str, Model]:
             flags=dict(entry.take("flags", {}) or {}),
             gated=entry.flag("gated", bool(known.get("swiglu", False))),
             parameters=entry.number("non_embedding_parameters", None, above=0, whole=True),
+            shared_flags=shared,
         )
+        try:
+            _ = models[name].non_embedding_parameters
+        except UserError as error:
+            raise entry.error(f"model `{name}`: {error} Or give `non_embedding_parameters:`", "flags") from None
         entry.finish()
     if not models:
         raise top.error("`models:` is empty; name at least one", "models")

@@ -2,18 +2,13 @@
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
-
+from megatron_opt import presets
 from megatron_opt.errors import UserError
 from megatron_opt.platform import on_cpu
-
-PRESETS = Path(__file__).parent.parent / "presets"
 
 # What a Megatron job needs to be told on CPU; put before the user's flags, so that his win.
 CPU_FLAGS = (
@@ -41,24 +36,10 @@ CPU_FLAGS = (
 OUR_FLAGS = (
     "--no-check-for-nan-in-loss-and-grad",
     "--log-throughput",
+    "--no-one-logger",
     "--lr-wsd-decay-style",
     "linear",
 )
-
-
-def preset_names() -> list[str]:
-    """Names of the files in `presets/`."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
-
-
-def read_preset(name: str) -> dict[str, Any]:
-    """A preset's flags; `base: OTHER` in a preset takes the other's flags first."""
-    path = PRESETS / f"{name}.yaml"
-    if not path.is_file():
-        raise UserError(f"--preset {name}: there is no such preset; there are {', '.join(preset_names())}.")
-    flags = yaml.safe_load(path.read_text())
-    base = flags.pop("base", None)
-    return (read_preset(base) if base else {}) | flags
 
 
 def _as_argv(flags: dict[str, Any]) -> list[str]:
@@ -84,7 +65,7 @@ def expand(argv: Sequence[str]) -> list[str]:
     if "preset" in given:
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--preset")
-        flags = read_preset(parser.parse_known_args(argv)[0].preset or "")
+        flags = presets.read(parser.parse_known_args(argv)[0].preset or "")
     for one, other in (("train-samples", "train-iters"), ("train-iters", "train-samples")):
         if one in given:  # Megatron refuses the two together
             flags = {key: value for key, value in flags.items() if not key.startswith(other)}
@@ -97,10 +78,12 @@ def expand(argv: Sequence[str]) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """This project's flags, and Megatron's `--optimizer` with our names among its choices."""
     from megatron_opt.training import checkpoints, faults, stragglers
+    from megatron_opt.training.flags import helping
     from megatron_opt.training.optimizer_flags import add_optimizer_arguments
 
+    of_megatron = len(parser._action_groups)
     group = parser.add_argument_group("megatron_opt")
-    group.add_argument("--preset", help=f"flags from presets/NAME.yaml: {', '.join(preset_names())}")
+    group.add_argument("--preset", help=f"flags from presets/NAME.yaml: {', '.join(presets.names())}")
     group.add_argument("--print-config", action="store_true", help="print every flag's value and exit")
     group.add_argument("--output-dir", help="folder for results.json and metrics.jsonl")
     group.add_argument(
@@ -131,10 +114,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     faults.add_arguments(parser)
     stragglers.add_arguments(parser)
     add_optimizer_arguments(parser)
-    for action in parser._actions:  # a lone percent sign in Megatron's help would end --help in a traceback
-        if action.help and action.help is not argparse.SUPPRESS:
-            action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
-    parser.error = _refuse  # type: ignore[method-assign]
+    helping.install(
+        parser, [g for g in parser._action_groups[of_megatron:] if not str(g.title).startswith("optimizer ")]
+    )
     return parser
 
 
@@ -174,25 +156,31 @@ def add_engine_arguments(group: Any) -> None:
     )
 
 
-def _refuse(message: str) -> NoReturn:
-    """In place of argparse's error, which prints hundreds of lines of usage first."""
-    raise UserError(f"{message}; --help lists all flags.")
-
-
 def parse(argv: Sequence[str]) -> Any:
     """Parse and check the expanded command line as Megatron does; bad input is a UserError, on every rank alike."""
     import megatron.training.arguments as megatron_arguments
+    import megatron.training.training as training
+    from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
+    from megatron_opt.training.flags import checks, vocabulary
+    from megatron_opt.training.flags.sentences import Flags, building, told
     from megatron_opt.training.optimizer_flags import check_optimizer_arguments
 
     expanded = expand(argv)
+    if "yaml-cfg" in given_flags(argv):
+        raise UserError("--yaml-cfg would replace every flag by Megatron's own reader; write the file as a preset.")
+    made: list[argparse.ArgumentParser] = []
     saved, sys.argv = sys.argv, [sys.argv[0], *expanded]
     try:
-        args = parse_args(add_arguments)
+        args = told(
+            "a flag cannot be read", {}, parse_args, lambda parser: made.append(add_arguments(parser)) or parser
+        )
     finally:
         sys.argv = saved
+    actions = made[0]._actions
+    flags = Flags.of(actions)
     args.command_line = list(argv)
     if args.print_config:
         print_config(args)
@@ -200,24 +188,41 @@ def parse(argv: Sequence[str]) -> Any:
     args.given_flags = given_flags(argv)
     if args.plan_world_size:
         args.world_size = args.plan_world_size
-    _check(args)
+    checks.before(args, actions, given_flags(expanded))
+    if args.use_checkpoint_args:
+        told("--use-checkpoint-args", flags, _load_args, args)
+    checks.model_and_layout(args)
     check_optimizer_arguments(args)
     name, args.optimizer = args.optimizer, "adam"  # Megatron would route other names to its layer-wise wrapper
-    try:
-        _quietly(validate_args, args)
-    except (AssertionError, ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"Megatron refuses these flags: {_sentence(error)}") from error
+    told("Megatron refuses these flags", flags, _quietly, validate_args, args)
     args.optimizer = name
     # Megatron's fault-tolerance hooks parse the command line once more, without our flags and presets
     megatron_arguments.parse_args = lambda *_, **__: args
-    try:
-        set_global_variables(args)
-    except (AssertionError, ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"setting up the tokenizer or a log writer failed: {_sentence(error)}") from error
+    vocabulary.install()
+    tokenizer = f"--tokenizer-type {args.tokenizer_type}"
+    tokenizer += f" --tokenizer-model {args.tokenizer_model}" if args.tokenizer_model else ""
+    told(f"setting up {tokenizer} or a log writer failed", flags, set_global_variables, args)
+    vocabulary.check(args)
+    told("Megatron refuses this model", flags, gpt_config_from_args, args)
     if args.plan_world_size:
         _print_plan(args)
         raise SystemExit(0)
+    checks.make_folders(args)
+    training.get_model = building(training.get_model, flags)
     return args
+
+
+def _load_args(args: Any) -> None:
+    from megatron.training.checkpointing import load_args_from_checkpoint
+
+    from megatron_opt.training.resume import newest
+
+    if args.load is None and args.pretrained_checkpoint is None:
+        raise UserError("--use-checkpoint-args takes the model's flags from a checkpoint; give --load FOLDER too.")
+    if args.load is not None and newest(args) is None:
+        raise UserError(f"--load {args.load} holds no checkpoint to take flags from; name one that does.")
+    load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+    load_args_from_checkpoint(args)
 
 
 def _print_plan(args: Any) -> None:
@@ -227,16 +232,6 @@ def _print_plan(args: Any) -> None:
     if args.optimizer in MEGATRON_OWN:
         raise UserError(f"--plan-world-size plans this project's optimizers; {args.optimizer} is Megatron's.")
     planning.show(planning.from_args(args, args.plan_world_size, group_rules(args)), args.output_dir)
-
-
-def _sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    if text:
-        return text
-    import traceback
-
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{frame.line} ({Path(frame.filename).name}:{frame.lineno})"
 
 
 def _quietly(function: Callable[..., Any], *args: Any) -> Any:
@@ -258,68 +253,3 @@ def print_config(args: Any) -> None:
         width = max(map(len, values))
         for key in sorted(values):
             print(f"{key:<{width}}  {values[key]}")
-
-
-def _check(args: Any) -> None:
-    """Refusals that Megatron would make late, unclearly or not at all."""
-    world, tp, pp = args.world_size, args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    cp, ep = args.context_parallel_size, args.expert_model_parallel_size
-    if on_cpu() and cp > 1:
-        raise UserError(
-            f"--context-parallel-size {cp} needs Transformer Engine's attention, which needs a GPU; use 1 on CPU."
-        )
-    if world % (tp * pp * cp):
-        raise UserError(
-            f"{world} ranks are not divisible by --tensor-model-parallel-size {tp} × "
-            f"--pipeline-model-parallel-size {pp} × --context-parallel-size {cp}; change one of them or the rank count."
-        )
-    if args.num_attention_heads and args.num_attention_heads % tp:
-        raise UserError(
-            f"--num-attention-heads {args.num_attention_heads} is not divisible by --tensor-model-parallel-size {tp}."
-        )
-    if (
-        args.hidden_size
-        and args.num_attention_heads
-        and args.kv_channels is None
-        and args.hidden_size % args.num_attention_heads
-    ):
-        raise UserError(
-            f"--hidden-size {args.hidden_size} is not divisible by --num-attention-heads {args.num_attention_heads}; "
-            "change one, or give --kv-channels."
-        )
-    if args.num_experts and args.num_experts % ep:
-        raise UserError(f"--num-experts {args.num_experts} is not divisible by --expert-model-parallel-size {ep}.")
-    if args.fp16 and args.optimizer not in ("adam", "sgd"):
-        raise UserError(f"--fp16 does not work with --optimizer {args.optimizer}; use --bf16 or fp32.")
-    for flag, needed in (
-        ("num_layers", "--num-layers"),
-        ("hidden_size", "--hidden-size"),
-        ("num_attention_heads", "--num-attention-heads"),
-        ("seq_length", "--seq-length"),
-    ):
-        if getattr(args, flag) is None:
-            raise UserError(
-                f"{needed} is missing; give it, or a whole model by --preset ({', '.join(preset_names())})."
-            )
-    if args.lr is None and not args.plan_world_size:
-        raise UserError("--lr is missing; give the learning rate, which depends on the optimizer.")
-    if "make-vocab-size-divisible-by" not in args.given_flags and args.padded_vocab_size is None:
-        # Megatron pads to this times TP, so that every TP size has another output layer; ours is one for all sizes
-        args.make_vocab_size_divisible_by = max(1, args.make_vocab_size_divisible_by // tp)
-    for unit in ("iters", "samples"):
-        warmup = getattr(args, f"lr_warmup_{unit}")
-        decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
-        if warmup and decay and warmup >= decay:
-            raise UserError(f"--lr-warmup-{unit} {warmup} is not below the {decay} {unit} of the schedule; lower it.")
-    if args.async_save:
-        if args.async_strategy == "nvrx" and "async-strategy" in args.given_flags:
-            raise UserError(
-                "--async-strategy nvrx: background saves have a writer of this project's own; leave it out."
-            )
-        args.async_strategy, args.use_persistent_ckpt_worker = "mcore", True  # else Megatron would save synchronously
-        if world == tp * pp:  # nobody to share the writing with
-            args.ckpt_fully_parallel_save = False
-    if args.save and args.save_interval is None:
-        args.save_interval = args.train_iters or 1000  # Megatron refuses to guess; ours is the end of the run
-    if args.max_position_embeddings is None:
-        args.max_position_embeddings = args.seq_length

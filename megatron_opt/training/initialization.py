@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opt.distributed.matrices import declare, find_layer
+from megatron_opt.layout.kinds import find_kind
+from megatron_opt.layout.matrices import declare
 from megatron_opt.optimizers.base import MatrixInfo
 from megatron_opt.optimizers.mup import init_multiplier
 from megatron_opt.training.width import width_ratio
@@ -62,9 +63,26 @@ def scale_of(info: MatrixInfo, style: str, config: Any) -> float:
     if style == "study":
         return factor / fan_in if info.kind == "embedding" else factor / math.sqrt(fan_in)
     std = float(config.init_method_std) * factor
-    if info.role in ("attention_output", "down"):  # they write to the residual stream
-        return std / math.sqrt(2.0 * config.num_layers)
+    if info.role in ("attention_output", "down", "ssm_output"):  # they write to the residual stream
+        each = 1.0 if getattr(config, "is_hybrid_model", False) else 2.0  # times a layer, as Megatron counts
+        return std / math.sqrt(each * config.num_layers)
     return std
+
+
+def ssm_values(role: str, u: Tensor) -> Tensor:
+    """Mamba 2's vectors from uniform numbers in (0, 1), as Megatron's MambaMixer distributes them.
+
+    A from 1 to 16; steps softplus(dt_bias) from 1e-3 to 1e-1, even in their logarithm; the convolution of 4 taps within
+    ±1/√4; D is 1.
+    """
+    if role == "A_log":
+        return torch.log(1 + 15 * u)
+    if role == "D":
+        return torch.ones_like(u)
+    if role == "dt_bias":
+        dt = torch.exp(u * (math.log(0.1) - math.log(0.001)) + math.log(0.001)).clamp(min=1e-4)
+        return dt + torch.log(-torch.expm1(-dt))
+    return (2 * u - 1) / math.sqrt(4)
 
 
 def _fill(
@@ -84,14 +102,16 @@ def _fill(
 def initialize(chunks: Sequence[Any], config: Any, seed: int, style: str) -> None:
     """Fill all trainable parameters of this rank's model chunks in place.
 
-    Weights: N(0, std²) or its truncated form by `style` ("megatron" or "study"); norms 1; biases 0.
+    Weights: N(0, std²) or its truncated form by `style` ("megatron" or "study"); norms 1; biases 0; Mamba's vectors as
+    Megatron's.
     """
     declaration = declare(chunks, config)
     truncate = _TRUNCATION if style == "study" else None
     for view in declaration.views:
-        layer = find_layer(view.name, view.param.dim())
-        if layer is not None and layer.kind in ("norm", "bias"):
-            one = layer.kind == "norm" and view.name.endswith("weight")
+        kind = find_kind(view.name)
+        assert kind is not None  # `declare` has refused it
+        if kind.kind in ("norm", "bias"):
+            one = kind.kind == "norm" and view.name.endswith("weight")
             one = one and not getattr(config, "layernorm_zero_centered_gamma", False)
             view.param.fill_(1.0 if one else 0.0)
             continue
@@ -99,4 +119,8 @@ def initialize(chunks: Sequence[Any], config: Any, seed: int, style: str) -> Non
         for piece in view.pieces:
             info = declaration.matrices[piece.matrix]
             block = local[piece.local_row : piece.local_row + piece.rows]
+            if kind.kind == "ssm":
+                index = torch.arange(piece.rows, dtype=torch.int64) + piece.row
+                block.copy_(ssm_values(kind.role, uniform(seed, info.name, index))[:, None])
+                continue
             _fill(block, seed, info.name, piece.row, piece.col, info.shape[-1], scale_of(info, style, config), truncate)

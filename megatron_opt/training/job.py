@@ -14,10 +14,11 @@ def train(args: Any, look_at_model: Callable[[list[Any]], Any] | None = None) ->
     """Run Megatron-LM's pretrain() on validated flags; `look_at_model` gets the initialized model's chunks first."""
     import megatron.training.training as training
     from megatron.core.enums import ModelType
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.utils import print_rank_last
 
     from megatron_opt import platform
+    from megatron_opt.distributed.meta_model import model_config
     from megatron_opt.training import batches, curvature, resume
     from megatron_opt.training.monitoring import Diverged, Monitor
 
@@ -37,7 +38,7 @@ def train(args: Any, look_at_model: Callable[[list[Any]], Any] | None = None) ->
     events.start(args)
     if args.optimizer not in MEGATRON_OWN and (kind := curvature_kind(group_rules(args))):
         curvature.install(training, args, kind, monitor.clock)
-    config = gpt_config_from_args(args)
+    config = model_config(args)
     if not args.megatron_init:
         config.pre_wrap_hooks = [*config.pre_wrap_hooks, functools.partial(_initialize, args)]
     if look_at_model is not None:

@@ -12,6 +12,8 @@ from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.groups import GroupRule, default_rules, load_rules
 from megatron_opt.optimizers.mup import hidden_exponent
 from megatron_opt.optimizers.sophia import SophiaConfig
+from megatron_opt.training.flags.refused import WITHOUT_MEANING
+from megatron_opt.training.flags.table import unsupported
 from megatron_opt.training.hutchinson import check_curvature
 from megatron_opt.training.width import check_mup
 
@@ -147,47 +149,19 @@ def check_optimizer_arguments(args: Any) -> None:
     check_balance(args.matrix_balance)
     if "matrix-balance" in args.given_flags and args.matrix_mode != "auto":
         raise UserError(f"--matrix-balance says when --matrix-mode auto cuts; with {args.matrix_mode} leave it out.")
-    for flag, why in _REFUSED.items():
+    for flag, why in WITHOUT_MEANING.items():
         if flag in args.given_flags:
             raise UserError(f"--{flag} has no meaning with --optimizer {args.optimizer}: {why}")
-    for name, (wrong, why) in _UNSUPPORTED.items():
-        if getattr(args, name, None) not in (None, False, *wrong):
-            raise UserError(f"--{name.replace('_', '-')} does not work with --optimizer {args.optimizer}: {why}")
-
-
-_REFUSED = {
-    "muon-tp-mode": "every layout computes the whole matrix; --matrix-mode says how.",
-    "muon-no-split-qkv": "q, k and v are matrices of their own; --optimizer-groups can treat them apart.",
-    "muon-scalar-optimizer": "say it in a file for --optimizer-groups.",
-    "sgd-momentum": "it is for --optimizer sgd.",
-    "decoupled-lr": "--scalar-lr-ratio or lr_scale in a file for --optimizer-groups says it.",
-    "decoupled-min-lr": "every group's learning rate decays by the same factor.",
-}
-# flag: (values that are fine, why others are not)
-_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "use_megatron_fsdp": ((), "Megatron-FSDP shards parameters in a way of its own; use --use-distributed-optimizer."),
-    "use_torch_fsdp2": ((), "FSDP2 shards parameters in a way of its own; use --use-distributed-optimizer."),
-    "num_distributed_optimizer_instances": ((1,), "one instance shards over all data-parallel ranks; leave it at 1."),
-    "optimizer_cpu_offload": ((), "state stays on the parameters' device; remove the flag."),
-    "use_precision_aware_optimizer": ((), "set the state's type by --OPTIMIZER-state-dtype or -momentum-dtype."),
-    "overlap_param_gather_with_optimizer_step": ((), "use --overlap-param-gather."),
-    "fp8_param_gather": ((), "main copies are written back in bf16; remove the flag."),
-    "reuse_grad_buf_for_mxfp8_param_ag": ((), "it needs FP8 parameters; remove the flag."),
-    "ckpt_format": (("torch_dist",), "state is stored by logical matrix, which needs --ckpt-format torch_dist."),
-    "optimizer_cuda_graph": ((), "the step exchanges shards of changing sizes; remove the flag."),
-    "use_layer_wise_distributed_optimizer": ((), "matrices have owners already; use --use-distributed-optimizer."),
-}
+    for flag, why in unsupported({key.replace("_", "-"): value for key, value in vars(args).items()}):
+        raise UserError(f"--{flag} does not work with --optimizer {args.optimizer}: {why}")
 
 
 def refused_flags(flags: Mapping[str, Any], optimizer: str) -> list[str]:
     """Which of a run's flags (name with hyphens → value) a job with this optimizer would refuse, and why."""
     if optimizer in MEGATRON_OWN:
         return []
-    found = [f"--{flag}: {why}" for flag, why in _REFUSED.items() if flags.get(flag) not in (None, False)]
-    for name, (fine, why) in _UNSUPPORTED.items():
-        flag = name.replace("_", "-")
-        if flags.get(flag) not in (None, False, *fine):
-            found.append(f"--{flag}: {why}")
+    found = [f"--{flag}: {why}" for flag, why in WITHOUT_MEANING.items() if flags.get(flag) not in (None, False)]
+    found += [f"--{flag}: {why}" for flag, why in unsupported(flags)]
     if flags.get("fp16"):
         found.append("--fp16: gradients would be scaled; use --bf16 or fp32.")
     return found

@@ -1,7 +1,5 @@
 """The cost model's plan is the engine's: equal packing for every stage, and its traffic that of the exact routes."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from megatron_opt.cost_model.cluster import load
@@ -14,16 +12,8 @@ from megatron_opt.distributed import planning
 
 
 def engine_plans(model: Model, layout: Layout, rules: list) -> list[planning.DomainPlan]:
-    config = SimpleNamespace(
-        num_attention_heads=model.heads,
-        num_query_groups=model.groups,
-        kv_channels=model.head_dim,
-        gated_linear_unit=model.gated,
-        num_moe_experts=model.experts,
-    )
-    parameters = [planning.Parameter(p.name, p.shape, p.cut, p.expert) for p in model.parameters(0, model.layers)]
     sizes = planning.Layout(layout.tp, layout.pp, layout.data_parallel, distributed=layout.distributed)
-    return planning.plan_model(parameters, config, sizes, rules, tied=model.tied)
+    return planning.plan_model(dict(enumerate(model.stages(layout.pp))), model.geometry, sizes, rules)
 
 
 @pytest.mark.parametrize("name", ["muon", "soap"])

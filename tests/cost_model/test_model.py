@@ -44,7 +44,7 @@ def test_hidden_matrices_are_the_studys_n(name: str, hidden: int) -> None:
     shape = model(f"--preset llama-{name}")
     matrices = [info for p in shape.parameters(0, 32) for info in shape.infos(p) if info.kind == "hidden"]
     assert sum(info.shape[0] * info.shape[1] for info in matrices) == hidden
-    assert hidden <= shape.hidden_parameters <= 1.001 * hidden  # norms beside
+    assert shape.hidden_parameters == hidden
 
 
 def test_training_flops_are_six_a_weight_and_attention() -> None:
@@ -168,3 +168,11 @@ def test_layouts_that_cannot_run_say_why(words: str, gpus: int, message: str) ->
     given_flags, _ = parse(f"--preset llama-7b {words}".split())
     with pytest.raises(UserError, match=message):
         Layout.of(given_flags, gpus, Model.of(given_flags))
+
+
+def test_hybrid_layers_have_parameters_and_no_price() -> None:
+    words = "--hybrid-layer-pattern *-*- --hidden-size 64 --num-attention-heads 4 --seq-length 32"
+    shape = model(words)
+    assert shape.layers == 4 and shape.step_flops_per_token > 0
+    with pytest.raises(UserError, match=r"--hybrid-layer-pattern \*-\*-: the cost model knows the parameters"):
+        shape.priced()

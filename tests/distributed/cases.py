@@ -27,6 +27,8 @@ MOE = (
 ).split()
 
 MTP = [*DENSE, "--num-layers", "2", "--mtp-num-layers", "1"]
+SHARED_EXPERTS = [*MOE, "--moe-layer-freq", "2", "--moe-shared-expert-intermediate-size", "64"]
+HYBRID = [*MOE, "--hybrid-layer-pattern", "*-*E"]  # attention, MLP and MoE layers of Megatron's HybridModel
 OUTPUT_GATE = [*DENSE, "--num-layers", "2", "--attention-output-gate"]
 
 MUON = "--optimizer muon --muon-fp32-matmul-prec high".split()

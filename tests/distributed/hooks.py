@@ -11,9 +11,10 @@ from tests.distributed.cases import Case
 def checkpoint(case: Case, record: recording.Record, argv: list[str], folder: Path) -> list[str]:
     """Options: `save` and `load` name checkpoints of this pool; `stop` ends a run of many steps early."""
     home = folder.parent / "checkpoints"
-    argv = [*argv, "--save-interval", str(case.options.get("interval", case.steps)), "--ckpt-format", "torch_dist"]
+    argv = [*argv, "--ckpt-format", "torch_dist"]
     if "save" in case.options:
         argv += ["--save", str(home / case.options["save"])]
+        argv += ["--save-interval", str(case.options.get("interval", case.steps))]
     if "load" in case.options:
         argv += ["--load", str(home / case.options["load"])]
         _record_loaded(record)
@@ -39,26 +40,21 @@ def _record_loaded(record: recording.Record) -> None:
 
 
 def plan(case: Case, record: recording.Record, argv: list[str], folder: Path) -> list[str]:
-    """Record what the plan for these flags says of this rank, beside what the run's own plan, its file and counters say."""
+    """Record what the run's own plan, its file and its counters say of this rank."""
     output = folder / f"plan-{case.name}"
 
     def compare(record: recording.Record) -> None:
-        from megatron.core import parallel_state as ps
-        from megatron.training import get_args
-
         from megatron_opt.distributed import planning
-        from megatron_opt.training.optimizer_flags import group_rules
 
-        args = get_args()
-        found = planning.from_args(args, args.world_size, group_rules(args), [ps.get_pipeline_model_parallel_rank()])
-        planned = {each.name: each for each in found}
         files = {domain.name: domain.name.replace(" ", "_").replace(",", "") for domain in record.optimizer.domains}
         record.extra["domains"] = [
             {
-                "planned": {what: values[domain.rank] for what, values in planned[domain.name].sent.items()},
+                "name": domain.name,
+                "rank": domain.rank,
                 "known": {what: v[domain.rank] for what, v in planning.sent_in_a_step(domain, step).items()},
                 "sent": dict(domain.exchange.traffic.sent),
-                "digests": (planned[domain.name].plan.digest(), step.placed.plan.digest()),
+                "digest": step.placed.plan.digest(),
+                "parts": [(p.matrix, p.rank, *p.bounds) for p in step.placed.plan.parts],
                 "file": json.loads((output / f"optimizer_plan.{files[domain.name]}.json").read_text()),
             }
             for domain, step in zip(record.optimizer.domains, record.optimizer.matrix_steps, strict=True)
@@ -98,7 +94,7 @@ def poison(case: Case, record: recording.Record, argv: list[str], folder: Path) 
 
 def freeze(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
     """Options: parameters whose name contains `frozen` are not trained, or all whose name does not contain `kept`."""
-    from megatron_opt.distributed.matrices import global_names
+    from megatron_opt.layout.matrices import global_names
     from megatron_opt.training import job
 
     initialize = job._initialize

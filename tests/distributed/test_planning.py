@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +17,16 @@ from megatron_opt.distributed.gangs import gather
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.ownership import MODES, Plan, pack
 from megatron_opt.distributed.parts import cells_of
-from megatron_opt.distributed.planning import Layout, gpt_parameters, plan_model
+from megatron_opt.distributed.planning import DomainPlan, Layout, from_args, plan_model
+from megatron_opt.layout.spec import ModelSpec
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
 from megatron_opt.optimizers.groups import default_rules
+from megatron_opt.training.optimizer_flags import group_rules
 from tests.distributed import cases as c
 from tests.distributed.cases import case
 from tests.distributed.pool import Pool, Run
+from tests.layout.megatron import validated
 
 STEPS = 3
 MADE = [
@@ -41,6 +43,10 @@ MADE = [
         ("vpp", c.DENSE, c.VPP2, []),
         ("gpt2", c.GPT2, c.DP2_DIST, []),
         ("moe", c.MOE, c.EP2_DIST, []),
+        ("moe", c.MOE, c.DP2_DIST, []),
+        ("mtp", c.MTP, c.TP2, []),
+        ("shared", c.SHARED_EXPERTS, c.EP2, []),
+        ("hybrid", c.HYBRID, c.PP2, []),
         ("bf16", c.DENSE, c.TP2_DP2_DIST, ["--bf16", "--exchange-dtype", "bf16"]),
     )
 ] + [
@@ -55,43 +61,47 @@ def runs(pool: Pool) -> dict[str, Run]:
     return pool.run(MADE)
 
 
-@pytest.mark.parametrize("name", [each.name for each in MADE])
-def test_bytes_sent_equal_the_plan(runs: dict[str, Run], name: str) -> None:
-    run = runs[name]
+@pytest.mark.parametrize("made", MADE, ids=lambda made: made.name)
+def test_a_run_is_what_was_planned_part_for_part_and_byte_for_byte(runs: dict[str, Run], made: c.Case) -> None:
+    """The plan is made here, from Megatron's own model on `meta`, for ranks that are elsewhere."""
+    run = runs[made.name]
     assert run.losses
+    args = validated(made.argv("data"), made.ranks)
+    planned = {each.name: each for each in from_args(args, made.ranks, group_rules(args))}
+    assert {domain["name"] for rank in run.ranks for domain in rank["domains"]} == set(planned)
     for rank in run.ranks:
         for domain in rank["domains"]:
-            planned, known = domain["digests"]
-            assert planned == known
-            assert domain["planned"] == domain["known"]
-            assert domain["file"]["digest"] == known and len(domain["file"]["load"]) == len(domain["file"]["flops"])
-            for what, count in domain["planned"].items():
+            mine = planned[domain["name"]]
+            assert domain["parts"] == [(p.matrix, p.rank, *p.bounds) for p in mine.plan.parts]
+            assert domain["digest"] == mine.plan.digest() == domain["file"]["digest"]
+            assert len(domain["file"]["load"]) == len(domain["file"]["flops"])
+            counts = {what: values[domain["rank"]] for what, values in mine.sent.items()}
+            assert counts == domain["known"]
+            for what, count in counts.items():
                 assert domain["sent"].get(what, 0) == STEPS * count, (what, rank)
 
 
-def _llama(layers: int, hidden: int, ffn: int, heads: int) -> Any:
-    return SimpleNamespace(
-        num_layers=layers,
-        hidden_size=hidden,
-        ffn_hidden_size=ffn,
-        moe_ffn_hidden_size=None,
-        num_attention_heads=heads,
-        num_query_groups=heads,
-        kv_channels=hidden // heads,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        num_moe_experts=None,
-        multi_latent_attention=False,
-    )
+def _llama(layers: int, hidden: int, ffn: int, heads: int, groups: int = 0) -> ModelSpec:
+    return ModelSpec.of(
+        {
+            "num-layers": layers, "hidden-size": hidden, "ffn-hidden-size": ffn, "num-attention-heads": heads,
+            "group-query-attention": bool(groups), "num-query-groups": groups, "normalization": "RMSNorm",
+            "disable-bias-linear": True, "swiglu": True, "padded-vocab-size": 32000, "position-embedding-type": "rope",
+            "untie-embeddings-and-output-weights": True,
+        }
+    )  # fmt: skip
 
 
 LLAMA_7B, LLAMA_130M = _llama(32, 4096, 11008, 32), _llama(32, 512, 2048, 8)
 
 
-def _plans(config: Any, layout: Layout, rule: str = "muon") -> list[Plan]:
-    parameters = gpt_parameters(config, 32000, tied=False)
-    return [found.plan for found in plan_model(parameters, config, layout, default_rules(rule))]
+def _planned(model: ModelSpec, layout: Layout, rule: str = "muon", **more: Any) -> list[DomainPlan]:
+    stages = dict(enumerate(model.stages(layout.pp, layout.virtual)))
+    return plan_model(stages, model.geometry, layout, default_rules(rule), **more)
+
+
+def _plans(model: ModelSpec, layout: Layout, rule: str = "muon") -> list[Plan]:
+    return [found.plan for found in _planned(model, layout, rule)]
 
 
 @pytest.mark.parametrize("rule", ["muon", "soap"])
@@ -118,7 +128,7 @@ def _plans(config: Any, layout: Layout, rule: str = "muon") -> list[Plan]:
         "7b-tp8pp4dp16",
     ],
 )
-def test_the_most_loaded_rank_is_near_the_mean(config: Any, layout: Layout, rule: str) -> None:
+def test_the_most_loaded_rank_is_near_the_mean(config: ModelSpec, layout: Layout, rule: str) -> None:
     for plan in _plans(config, layout, rule):
         assert plan.imbalance() < 1.05
         assert max(plan.flops) * len(plan.flops) < 1.05 * sum(plan.flops)
@@ -132,7 +142,7 @@ def test_matrices_are_cut_only_where_balance_asks_for_it() -> None:
     assert len(many.owner) < len(many.parts) < len(many.owner) + 512
 
 
-LLAMA_70B = SimpleNamespace(**{**vars(_llama(80, 8192, 28672, 64)), "num_query_groups": 8})
+LLAMA_70B = _llama(80, 8192, 28672, 64, 8)
 LLAMA_70B_HEADS = _llama(
     80, 8192, 28672, 64
 )  # squares with more load, long matrices with more state: gangs alone do not do
@@ -148,14 +158,13 @@ LLAMA_70B_HEADS = _llama(
     ],
     ids=["7b-512", "7b-4096", "70b-1024", "70b-heads-1024"],
 )
-def test_of_what_balances_the_plan_sends_least(config: Any, layout: Layout, most: float) -> None:
+def test_of_what_balances_the_plan_sends_least(config: ModelSpec, layout: Layout, most: float) -> None:
     """Within the goals for load and state, and beside what one line of all ranks sends between slices; more room, less.
 
     Where gangs do not suffice, ranks that share two kinds send as much as in the line.
     """
-    parameters, rules = gpt_parameters(config, 32000, tied=False), default_rules("muon")
     (auto, line, wide, whole) = (
-        plan_model(parameters, config, layout, rules, stages=[0], mode=mode, most=room)[0].plan
+        _planned(config, layout, which=[0], mode=mode, most=room)[0].plan
         for mode, room in (("auto", 1.1), ("group", 1.1), ("auto", 2.0), ("owner", 1.1))
     )
     assert auto.imbalance() < 1.15 and auto.is_balanced()
@@ -167,9 +176,8 @@ def test_of_what_balances_the_plan_sends_least(config: Any, layout: Layout, most
 
 
 def test_bytes_between_slices_are_those_of_the_routes() -> None:
-    parameters = gpt_parameters(LLAMA_7B, 32000, tied=False)
     for rule in ("muon", "soap"):
-        (found,) = plan_model(parameters, LLAMA_7B, Layout(dp=512), default_rules(rule))
+        (found,) = _planned(LLAMA_7B, Layout(dp=512), rule)
         assert found.sent["between slices"] == found.plan.exchanged
 
 

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,10 @@ def test_install_steps_of_the_cpu_image_in_a_clean_environment(tmp_path):
         [str(venv / "bin" / entry[0]), *default], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0 and "native kernels" in done.stdout, done.stdout + done.stderr
+
+
+def test_images_bring_every_dependency_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {re.split(r"[<>=~!\[]", name)[0].lower() for name in project["dependencies"]}
+    brought = {line.split("==")[0].lower() for line in (ROOT / "docker/requirements.txt").read_text().splitlines()}
+    assert wanted - brought == {"torch", "numpy"}  # of the base image

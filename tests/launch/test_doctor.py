@@ -1,5 +1,6 @@
 """The doctor: verdicts, and two real ranks of which one is odd."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -17,7 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_minority_is_odd():
     assert doctor.compare("torch", ["2.14", "2.14"]).verdict == "ok"
     finding = doctor.compare("torch", ["2.14", "2.13", "2.14"])
-    assert (finding.verdict, finding.odd, finding.summary) == ("FAIL", (1,), "2.14, but 2.13")
+    assert (finding.verdict, finding.odd, finding.summary) == (
+        "FAIL",
+        (1,),
+        "2.14, but 2.13; wanted: the same on all ranks",
+    )
     assert doctor.compare("torch", ["a", "b"]).odd == (1,)
 
 
@@ -33,7 +38,7 @@ def test_complaints_limits_and_speeds():
 
 def test_table_names_rank_and_host():
     text = doctor.table([doctor.compare("torch", ["2.14", "2.13"])], ["node1", "node2"])
-    assert text == "torch  FAIL  2.14, but 2.13  <- rank 1 (node2)"
+    assert text == "torch  FAIL  2.14, but 2.13; wanted: the same on all ranks  <- rank 1 (node2)"
 
 
 def layout(tp=1, pp=1, cp=1, ep=1):
@@ -130,3 +135,22 @@ def test_alone_on_this_machine(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warn" in line(done, "free space") and "1 ranks on 1 hosts: fit" in done.stdout
+
+
+def test_what_is_wanted_stands_beside_what_is_warned_of():
+    assert doctor.limited("space", [50.0, 5.0], 10.0, "{:.0f} GB").summary == "at least 5 GB; wanted: 10 GB"
+    assert "wanted: below 2" in doctor.speeds("copy", [1.0, 1.0, 5.0]).summary
+    assert "wanted: the same on all ranks" in doctor.compare("torch", ["a", "b"]).summary
+    assert "wanted" not in doctor.limited("space", [50.0], 10.0, "{:.0f} GB").summary
+
+
+def test_remedies_for_a_transformer_engine_that_does_not_load():
+    probes = importlib.import_module("megatron_opt.doctor_probes")
+    symbol = "OSError: libtransformer_engine.so: undefined symbol: cublasLtGroupedMatrixLayoutInit_internal"
+    assert "nvidia-cublas>=13.2" in probes.te_remedy(symbol)
+    assert "--no-build-isolation" in probes.te_remedy("ModuleNotFoundError: No module named 'transformer_engine_torch'")
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from megatron_opt import doctor; doctor._parser('x').format_help(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

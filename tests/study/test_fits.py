@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_opt.errors import UserError
-from megatron_opt.study.fits.extrapolate import crossing, extrapolate, next_runs
 from megatron_opt.study.fits.hyper_laws import fit_hyper_law
 from megatron_opt.study.fits.intervals import interval
 from megatron_opt.study.fits.law import law, tokens_for
@@ -138,42 +137,6 @@ def test_leave_one_out_errors_have_the_size_of_the_noise():
     fit = fit_law(draw(truth(), SIZES, 2e-3, 3), "shared")
     errors = leave_one_out(fit)
     assert 1e-3 < np.sqrt(np.mean(errors**2)) < 4e-3
-
-
-def test_the_gain_of_an_optimizer_that_only_saves_parameters_crosses_where_it_should():
-    # ρ_N > 1 and ρ_D < 1: the gain in u becomes a loss in v, at u(1 − ρ_N^−a) = v(ρ_D^−b − 1).
-    theta = truth(rho=((1.5, 0.9), (1.0, 1.0)))
-    fit = fit_law(draw(theta, SIZES), "shared", form="additive", resamples=20)
-    found = crossing(fit, "muon", 1.0)
-    sizes = np.geomspace(1e8, 1e13, 4000)
-    log_n, log_d = np.log(sizes / N0), np.log(20 * sizes / D0)
-    gains = law(theta, np.zeros(4000, int), log_n, log_d)[0] - law(theta, np.ones(4000, int), log_n, log_d)[0]
-    crossings = sizes[np.flatnonzero(gains <= 0)] if (gains <= 0).any() else [np.inf]
-    assert found.n == pytest.approx(crossings[0], rel=0.2) or (np.isinf(found.n) and np.isinf(crossings[0]))
-    assert "muon" in found.sentence()
-
-
-def test_shared_speedup_is_the_data_efficiency_when_only_data_are_saved():
-    fit = fit_law(draw(truth(rho=((1.0, 1.4), (1.0, 1.2))), SIZES), "shared", form="additive", resamples=20)
-    rows = {e.optimizer: e for e in extrapolate(fit, 7e9, 1.4e11)}
-    assert rows["muon"].speedup.value == pytest.approx(1.4, abs=0.03)
-    assert rows["adamw"].gain.value == 0.0 and rows["muon"].gain.low <= rows["muon"].gain.value
-
-
-def test_the_suggested_run_narrows_the_interval_more_than_the_last_one():
-    data = draw(truth(), SIZES, 2e-3)
-    fit = fit_law(data, "shared", form="additive")
-    runs = next_runs(fit, "muon", 7e9, 1.4e11)
-    assert runs[0].shrinkage > runs[-1].shrinkage >= 0
-
-    def width(rows):
-        precision = fit.information() + sum(np.outer(row, row) for row in rows) / fit.sigma**2
-        target = fit.gradient("adamw", 7e9, 1.4e11) - fit.gradient("muon", 7e9, 1.4e11)
-        return math.sqrt(target @ np.linalg.inv(precision) @ target)
-
-    for run in (runs[0], runs[5]):
-        row = fit.gradient(run.optimizer, run.n, 20 * run.ratio * run.n)
-        assert 1 - width([row]) / width([np.zeros_like(row)]) == pytest.approx(run.shrinkage, rel=1e-4)
 
 
 @settings(max_examples=25, deadline=None)

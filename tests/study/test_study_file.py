@@ -201,3 +201,45 @@ def test_paths_start_at_the_study_file_and_variables_at_the_current_folder(make_
     study = read_study(make_study(STUDY.replace("[train]", '["$STUDY_DATA/train"]')))
     assert study.data.train == (str(tmp_path.parent / "built" / "train"),)
     assert study.data.valid == (str(tmp_path / "valid"),)
+
+
+MOE = "num_experts: 8, moe_router_topk: 2, moe_ffn_hidden_size: 48, moe_shared_expert_intermediate_size: 16"
+
+
+@pytest.mark.parametrize("place", ["model", "study"])
+def test_experts_count_in_n_and_the_token_budget_and_those_met_in_flops(make_study, place):
+    """Eight experts and a shared one are no dense model, wherever the flags stand."""
+    tiny = "tiny: {num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 2"
+    own = f", flags: {{{MOE}}}" if place == "model" else ""
+    text = STUDY.replace(tiny + "}", tiny + own + "}") + (f"flags: {{{MOE}}}\n" if place == "study" else "")
+    study = read_study(make_study(text))
+    router, attention, one, shared = 8 * 32, 4 * 32**2, 3 * 32 * 48, 3 * 32 * 16
+    model = study.models["tiny"]
+    assert model.non_embedding_parameters == 2 * (attention + router + 8 * one + shared)
+    assert model.active_parameters == 2 * (attention + router + 2 * one + shared)
+    assert study.tokens(Regime("tiny", 1.0)) == 20 * model.non_embedding_parameters
+    assert model.flops_per_token(64, None) == 6 * model.active_parameters + 6 * 2 * 32 * 64
+
+
+def test_n_is_the_cost_models(make_study):
+    from megatron_opt.cost_model.flags import parse
+    from megatron_opt.cost_model.model import Model
+
+    more = {"num_experts": 4, "mtp_num_layers": 1, "attention_output_gate": True, "moe_layer_freq": 2}
+    tiny = "tiny: {num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 2"
+    flags = ", ".join(f"{key}: {str(value).lower()}" for key, value in more.items())
+    study = read_study(make_study(STUDY.replace(tiny + "}", f"{tiny}, flags: {{{flags}}}}}")))
+    words = (
+        "--preset llama --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 2 --seq-length 64"
+    )
+    given, _ = parse([*words.split(), *"--num-experts 4 --mtp-num-layers 1 --attention-output-gate".split(),
+                      "--moe-layer-freq", "2"])  # fmt: skip
+    assert study.models["tiny"].non_embedding_parameters == Model.of(given).hidden_parameters
+
+
+def test_a_structure_that_is_not_known_is_refused_with_its_line(make_study):
+    tiny = "tiny: {num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 2"
+    text = STUDY.replace(tiny + "}", tiny + ", flags: {moe_latent_size: 8}}")
+    with pytest.raises(UserError, match=r"--moe-latent-size .* non_embedding_parameters"):
+        read_study(make_study(text))
+    read_study(make_study(text.replace("moe_latent_size: 8}}", "moe_latent_size: 8}, non_embedding_parameters: 99}")))

@@ -54,8 +54,12 @@ def test_three_phases_predict_the_largest_size_and_verify_it(finished, capsys):
     assert cli.main(["verify", str(finished)], "study") == 0
     shown = capsys.readouterr().out
     assert "predicted without d@1x, d@4x" in shown
-    errors = {kind: float(error) for kind, error in re.findall(r"(shared|separate) law: error ([\d.]+)", shown)}
-    assert set(errors) == {"shared", "separate"} and min(errors.values()) < 0.05
+    errors = {kind: float(error) for kind, error in re.findall(r"(\w+) law: error ([\d.]+)", shown)}
+    assert (
+        set(errors) == {"hierarchical", "shared", "separate"}
+        and errors["hierarchical"] < 0.05
+        and min(errors.values()) < 0.05
+    )
     assert cli.main(["verify", str(finished), "--regimes", "c@4x"], "study") == 0
     with pytest.raises(UserError, match="no runs of z@1x; there are a@1x"):
         cli.main(["verify", str(finished), "--regimes", "z@1x"], "study")
@@ -71,7 +75,7 @@ def test_fit_writes_what_it_prints(finished, capsys):
     assert {item["n"] for item in fits["extrapolations"]} == {2e5}
     best = fits["next_runs"]["muon"][0]
     assert best["shrinkage"] > 0 and f"{best['shrinkage']:.1%}" in shown
-    # Only two budgets a size: speedups come from the shared law, and say so.
-    assert {item["method"] for item in fits["speedups"]} == {"joint"} and "shared law" in shown
+    # Only two budgets a size: speedups come from the hierarchical law, and say so.
+    assert {item["method"] for item in fits["speedups"]} == {"joint"} and "hierarchical law" in shown
     assert cli.main(["status", str(finished), "--runs"], "study") == 0
     assert "completed" in capsys.readouterr().out

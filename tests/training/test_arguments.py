@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_opt import presets
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
 from megatron_opt.training import arguments
@@ -41,20 +42,20 @@ def test_base_presets_are_expanded():
 
 
 def test_unknown_preset_names_the_known_ones():
-    with pytest.raises(UserError, match=r"--preset tiny.*llama-130m"):
+    with pytest.raises(UserError, match=r"no preset 'tiny'.*llama-130m"):
         arguments.expand(["--preset", "tiny"])
 
 
-@pytest.mark.parametrize("name", arguments.preset_names())
+@pytest.mark.parametrize("name", presets.names())
 def test_presets_hold_flags_only(name):
-    flags = yaml.safe_load((arguments.PRESETS / f"{name}.yaml").read_text())
+    flags = yaml.safe_load((presets.FOLDER / f"{name}.yaml").read_text())
     assert all("_" not in key and isinstance(v, (str, int, float, bool, list)) for key, v in flags.items())
 
 
 @pytest.mark.parametrize("size", ["130m", "300m", "520m", "1.2b"])
 def test_study_presets_are_the_papers_models(size):
     model = json.loads(PAPER.read_text())["models"][size]
-    flags = arguments.read_preset(f"llama-{size}")
+    flags = presets.read(f"llama-{size}")
     keys = {"layers": "num-layers", "hidden": "hidden-size", "intermediate": "ffn-hidden-size",
             "heads": "num-attention-heads"}  # fmt: skip
     assert {key: flags[flag] for key, flag in keys.items()} == {key: model[key] for key in keys}
@@ -85,25 +86,37 @@ def test_optimizer_flags_exist_for_every_field():
     assert parser.parse_args(["--muon-nesterov", "false"]).rule_muon_nesterov is False
 
 
-def test_help_is_printed_whole(capsys):
-    """A lone percent sign in a help text of Megatron's would end it in a traceback."""
+def _help(flag, capsys):
     from megatron_opt import platform
 
     platform.activate()
     with pytest.raises(SystemExit) as left:
-        arguments.parse(["--help"])
+        arguments.parse([flag])
     assert left.value.code == 0
-    text = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_help_is_a_page_and_points_to_the_rest(capsys):
+    text = _help("--help", capsys)
+    assert text.count("\n") < 150
+    for word in ("--preset", "--train-data-path", "--matrix-mode", "megatron-opt optimizers", "--help-all"):
+        assert word in text
+    assert "--soap-precondition-frequency" not in text
+
+
+def test_help_all_is_printed_whole(capsys):
+    """A lone percent sign in a help text of Megatron's would end it in a traceback."""
+    text = _help("--help-all", capsys)
     assert "--soap-precondition-frequency" in text and "--use-mup" in text and "--preset" in text
 
 
 def test_every_flag_of_ours_is_documented():
     """Flags of single rules: tests/optimizers/test_docs.py."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser()
     arguments.add_arguments(parser)
     docs = "".join(path.read_text() for path in (Path(__file__).parents[2] / "docs").glob("*.md"))
     of_rules = tuple(f"--{name.replace('_', '-')}-" for name in registry.rules())
     for action in parser._actions:
-        if not action.option_strings[0].startswith(of_rules):
+        if action.dest != "help" and not action.option_strings[0].startswith(of_rules):
             assert any(f"`{flag}" in docs for flag in action.option_strings), action.option_strings
             assert action.help

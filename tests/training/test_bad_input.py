@@ -17,8 +17,8 @@ MODEL = (
 WITHOUT_DATA = {
     "no model": (["--lr", "1e-3"], "--num-layers is missing"),
     "no learning rate": (["--preset", "llama-130m", "--mock-data"], "--lr is missing"),
-    "unknown preset": (["--preset", "nope"], "there is no such preset; there are"),
-    "unknown optimizer": ([*MODEL, "--mock-data", "--optimizer", "adamax"], "invalid choice: 'adamax'"),
+    "unknown preset": (["--preset", "nope"], "there is no preset 'nope'; there are"),
+    "unknown optimizer": ([*MODEL, "--mock-data", "--optimizer", "adamax"], "--optimizer adamax is none of"),
     "unknown flag": ([*MODEL, "--mock-data", "--learning-rate", "1"], "--learning-rate"),
     "flag value": ([*MODEL, "--mock-data", "--train-iters", "many"], "invalid int value: 'many'"),
     "option value": ([*MODEL, "--mock-data", "--optimizer", "muon", "--muon-momentum", "1.5"], "momentum is 1.5"),

@@ -1,11 +1,12 @@
 """Weights depend on seed, name and place alone: slices are slices of the whole, statistics are the distribution's."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_opt.training.initialization import _fill, normal, uniform
+from megatron_opt.training.initialization import _fill, initialize, normal, uniform
 
 
 def whole(rows: int, cols: int, name: str = "a", seed: int = 1) -> torch.Tensor:
@@ -61,3 +62,31 @@ def test_truncation_is_at_three_sigmas_and_keeps_the_rest():
     density = math.exp(-4.5) / math.sqrt(2 * math.pi)
     variance = 1 - 6 * density / math.erf(3 / math.sqrt(2))
     assert abs(float(z.var()) - variance) < 0.006
+
+
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_a_norm_fused_into_a_linear_layer_starts_as_a_norm(monkeypatch, zero_centered):
+    """Filled with zeros like a bias it would silence attention and MLP."""
+    from megatron.core import parallel_state as ps
+
+    for name in ("expert_model_parallel_rank", "tensor_model_parallel_rank"):
+        monkeypatch.setattr(ps, f"get_{name}", lambda: 0)
+    monkeypatch.setattr(ps, "get_tensor_model_parallel_world_size", lambda: 1)
+    config = SimpleNamespace(
+        num_attention_heads=2,
+        num_query_groups=2,
+        kv_channels=4,
+        gated_linear_unit=False,
+        layernorm_zero_centered_gamma=zero_centered,
+    )
+    layer = torch.nn.Module()
+    for path in ("self_attention.linear_qkv", "mlp.linear_fc1"):
+        outer, inner = path.split(".")
+        layer.add_module(outer, torch.nn.Module())
+        linear = torch.nn.Module()
+        for part in ("weight", "bias"):
+            linear.register_parameter(f"layer_norm_{part}", torch.nn.Parameter(torch.full((8,), 7.0)))
+        layer.get_submodule(outer).add_module(inner, linear)
+    initialize([layer], config, 1, "megatron")
+    for name, param in layer.named_parameters():
+        assert bool((param == (1 if name.endswith("weight") and not zero_centered else 0)).all()), name

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from megatron_opt.study.analysis import Analysis, analyse
@@ -46,7 +47,11 @@ def fit_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_analysis(console: Console, analysis: Analysis) -> None:
-    """Speedups, laws and extrapolations as tables, then what could not be settled."""
+    """What can be said at the target, then speedups, backtests and laws as tables, then what could not be settled."""
+    statement = analysis.statement
+    if statement is not None:
+        for sentence in statement.sentences():
+            console.print(sentence, markup=False, highlight=False)
     for section in (
         significance(analysis),
         speedup_section(analysis),
@@ -55,9 +60,12 @@ def print_analysis(console: Console, analysis: Analysis) -> None:
     ):
         for table in section.tables:
             print_table(console, table.header, table.rows, table.caption or section.title)
-    for crossing in analysis.crossings:
-        if crossing.ratio == analysis.target[1][0]:
-            console.print(crossing.sentence(), markup=False, highlight=False)
+    if statement is not None:
+        for crossing in statement.crossings:
+            if crossing.ratio == statement.ratios[0]:
+                console.print(crossing.sentence(statement.baseline), markup=False, highlight=False)
+        for sentence in statement.calibration:
+            console.print(sentence, markup=False, highlight=False)
     for note in analysis.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
 
@@ -91,12 +99,11 @@ def demo_paper(argv: list[str], prog: str) -> int:
     write_fits(analysis, options.output / "fits.json")
     console = make_console()
     print_analysis(console, analysis)
-    held = {kind: prediction.rmse for kind, prediction in analysis.held_out.items()}
-    if held:
-        best = min(held, key=lambda kind: held[kind])
+    if analysis.ensemble is not None and analysis.ensemble.backtests:
+        error = analysis.ensemble.backtests[-1].error
         console.print(
-            f"Largest size predicted from the smaller ones: error {held[best]:.4f} ({best} law), "
-            f"noise of one loss {analysis.noise.sigma:g}."
+            f"Largest size predicted from the smaller ones: error {np.sqrt(np.mean(error**2)):.4f}, noise of one loss "
+            f"{analysis.noise.sigma:g}."
         )
     console.print(f"report: {page}", soft_wrap=True, markup=False)
     return 0

@@ -10,10 +10,12 @@ import numpy as np
 from megatron_opt.errors import UserError
 from megatron_opt.study.dataset import from_store
 from megatron_opt.study.display import make_console, print_table
+from megatron_opt.study.fits.ensemble import fit_ensemble
+from megatron_opt.study.fits.hierarchy import Noise
 from megatron_opt.study.fits.noise import noise_floor
 from megatron_opt.study.fits.observations import Observations, observations
 from megatron_opt.study.fits.scaling import KINDS, fit_law
-from megatron_opt.study.fits.validation import Prediction, predict
+from megatron_opt.study.fits.validation import Prediction, predict, predict_by
 from megatron_opt.study.scheduler import STORE_NAME
 from megatron_opt.study.spec import Regime
 from megatron_opt.study.store import Store
@@ -33,11 +35,11 @@ HEADER = [
 
 
 def verification(data: Observations, held: np.ndarray, noise: float) -> dict[str, Prediction]:
-    """Fit the runs outside `held` (a mask) by each kind of law and predict those inside."""
-    found = {}
+    """Fit the runs outside `held` (a mask) by the hierarchical law, and by shared and separate ones beside it."""
+    known, ahead = data.where(~held), data.where(held)
+    found = {"hierarchical": predict_by(fit_ensemble(known, Noise(noise)), ahead)}
     for kind in KINDS:
-        fit = fit_law(data.where(~held), kind, noise=noise, resamples=200)
-        found[kind] = predict(fit, data.where(held))
+        found[kind] = predict(fit_law(known, kind, noise=noise, resamples=200), ahead)
     return found
 
 

@@ -25,6 +25,22 @@ class Observations:
     loss: np.ndarray
     runs: tuple[str, ...] = ()
     """run behind each loss"""
+    seeds: tuple[frozenset[int], ...] = ()
+    """seeds whose mean each loss is; none: one seed, the same for all"""
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Runs behind each loss."""
+        return np.array([float(len(found)) for found in self.seeds]) if self.seeds else np.ones(len(self))
+
+    def shared_seeds(self) -> np.ndarray:
+        """|S_i ∩ S_j| / (|S_i|·|S_j|): covariance of two means over seeds, of a noise common to a seed."""
+        if not self.seeds:
+            return np.ones((len(self), len(self)))
+        every = sorted(set().union(*self.seeds))
+        member = np.array([[seed in found for seed in every] for found in self.seeds], float)
+        member /= member.sum(1, keepdims=True)
+        return member @ member.T
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -32,12 +48,19 @@ class Observations:
     def where(self, mask: np.ndarray) -> Observations:
         """The observations that a boolean mask keeps; optimizers keep their positions."""
         runs = tuple(run for run, keep in zip(self.runs, mask) if keep)
-        return Observations(self.optimizers, self.index[mask], self.n[mask], self.d[mask], self.loss[mask], runs)
+        seeds = tuple(found for found, keep in zip(self.seeds, mask) if keep)
+        return Observations(self.optimizers, self.index[mask], self.n[mask], self.d[mask], self.loss[mask], runs, seeds)
 
     def of(self, optimizer: str) -> Observations:
         """The observations of one optimizer, alone."""
         kept = self.where(self.index == self.optimizers.index(optimizer))
-        return Observations((optimizer,), np.zeros(len(kept), int), kept.n, kept.d, kept.loss, kept.runs)
+        return Observations((optimizer,), np.zeros(len(kept), int), kept.n, kept.d, kept.loss, kept.runs, kept.seeds)
+
+    def rebased(self, baseline: str) -> Observations:
+        """The same observations with another optimizer first."""
+        names = (baseline, *(name for name in self.optimizers if name != baseline))
+        place = np.array([names.index(name) for name in self.optimizers])
+        return Observations(names, place[self.index], self.n, self.d, self.loss, self.runs, self.seeds)
 
     @property
     def sizes(self) -> np.ndarray:
@@ -74,4 +97,5 @@ def observations(dataset: Dataset, optimizers: list[str] | None = None) -> Obser
         np.array([float(b.record.tokens) for b in chosen]),
         np.array([b.loss for b in chosen]),
         tuple(b.record.id for b in chosen),
+        tuple(frozenset(b.seeds) for b in chosen),
     )

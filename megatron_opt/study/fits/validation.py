@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_opt.errors import UserError
+from megatron_opt.study.fits.ensemble import Ensemble
 from megatron_opt.study.fits.intervals import interval
 from megatron_opt.study.fits.observations import Observations
 from megatron_opt.study.fits.scaling import Fit, fit_law
@@ -40,6 +41,16 @@ def predict(fit: Fit, data: Observations, level: float = 0.9, seed: int = 0) -> 
     draws = draws + fit.sigma * np.random.default_rng(seed).standard_normal(draws.shape)
     low, high = interval(draws, level)
     return Prediction(data, center, low, high)
+
+
+def predict_by(ensemble: Ensemble, data: Observations, seed: int = 0) -> Prediction:
+    """Predict losses of other runs by the hierarchical law, with the noise that it estimates for a run."""
+    copies = np.stack(
+        [ensemble.losses(data.optimizers[k], n, d) for k, n, d in zip(data.index, data.n, data.d)], axis=1
+    )
+    noise = ensemble.noise * np.random.default_rng(seed).standard_normal(copies.shape)
+    low, high = interval(copies + noise)
+    return Prediction(data, np.median(copies, 0), low, high)
 
 
 def hold_out_largest(data: Observations, kind: str, noise: float = 0.0, resamples: int = 200) -> Prediction:

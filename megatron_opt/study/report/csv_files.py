@@ -23,7 +23,7 @@ def _write(path: Path, header: list[str], rows: list[list[Any]]) -> None:
 
 
 def write_plot_csv(plot: Plot, path: Path) -> None:
-    """Columns: series, x, y, low, high, run; y is empty where the run diverged."""
+    """Columns: series, x, y, low, high, run, extrapolated; y is empty where the run diverged."""
     rows = []
     for series in plot.series:
         for i, x in enumerate(series.x):
@@ -35,9 +35,10 @@ def write_plot_csv(plot: Plot, path: Path) -> None:
                     series.low[i] if series.low else "",
                     series.high[i] if series.high else "",
                     series.runs[i] if series.runs else "",
+                    int(series.beyond[i]) if series.beyond else "",
                 ]
             )
-    _write(path, ["series", plot.x_label, plot.y_label, "low", "high", "run"], rows)
+    _write(path, ["series", plot.x_label, plot.y_label, "low", "high", "run", "extrapolated"], rows)
 
 
 def write_summary_csv(dataset: Dataset, path: Path) -> None:

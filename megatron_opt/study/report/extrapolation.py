@@ -1,55 +1,125 @@
-"""What the laws predict where nobody has trained, how well they did on held-out runs, what to run next."""
+"""What can be said where nobody has trained, how well that was foretold on held-out sizes, and what to run next."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from megatron_opt.study.analysis import Analysis
-from megatron_opt.study.fits.extrapolate import Estimate
+from megatron_opt.study.fits.ensemble import Backtest, Ensemble
+from megatron_opt.study.fits.gain_law import GainCheck
 from megatron_opt.study.fits.intervals import interval
 from megatron_opt.study.report.plots import Plot, Section, Series, Table, colors
 from megatron_opt.study.report.scaling import law_table
 
 
+def verdict(analysis: Analysis) -> Section:
+    """The statement in plain words, which the page opens with."""
+    statement = analysis.statement
+    if statement is None:
+        return Section("What can be said")
+    text = [*statement.sentences()]
+    text += [c.sentence(statement.baseline) for c in statement.crossings if c.ratio == statement.ratios[0]]
+    text += [
+        f"A gain is how much lower the final loss is than {statement.baseline}'s; a token speedup of 1.2 means that "
+        f"{statement.baseline} needs 1.2 times the tokens for the same loss. A 90% interval is meant to hold the truth nine "
+        "times in ten."
+    ]
+    return Section("What can be said", text)
+
+
 def prediction_error(analysis: Analysis) -> Section:
-    """Parameters of the laws, their leave-one-out error and their error on the held-out largest size."""
+    """Backtests of the hierarchical law cell by cell, then parameters and errors of the diagnostic laws."""
     section = Section(
         "How good are the laws?",
         warnings=[text for fit in analysis.fits.values() for text in fit.diagnosis()],
     )
     rows = []
+    if analysis.ensemble is not None:
+        section.text += list(analysis.statement.calibration) if analysis.statement else []
+        rows += [_score(test, f"hierarchical, {test.sizes} sizes → next") for test in analysis.ensemble.backtests]
+        if analysis.simple is not None:
+            rows.append(_simple_score(analysis.ensemble.backtests[-1], analysis.simple))
     for kind, fit in analysis.fits.items():
         section.tables.append(law_table(fit))
         errors, held = analysis.left_out[kind], analysis.held_out.get(kind)
         rows.append(
             [
-                kind,
-                fit.form,
-                f"{np.sqrt(np.mean(fit.residuals**2)):.4f}",
-                f"{np.sqrt(np.nanmean(errors**2)):.4f}",
+                f"{kind}, {fit.form} (diagnostic)",
                 "–" if held is None else f"{held.rmse:.4f}",
                 "–" if held is None else f"{held.coverage:.0%}",
+                "–",
+                "–",
+                f"{np.sqrt(np.nanmean(errors**2)):.4f}",
             ]
         )
         if held is not None:
             section.plots.append(_held_out(analysis, kind))
     if rows:
-        section.tables.insert(
-            0,
-            Table(
-                [
-                    "law",
-                    "form",
-                    "residual",
-                    "leave-one-out error",
-                    "error at the held-out largest size",
-                    "in its 90% interval",
-                ],
-                rows,
-                "Root-mean-square errors of the final loss.",
-            ),
+        header = [
+            "law",
+            "error of held-out losses",
+            "in 90% interval",
+            "error of gains",
+            "in 90% interval",
+            "leave-one-out",
+        ]
+        caption = (
+            "Root-mean-square errors on a size predicted from the smaller ones; intervals include the noise of a run."
         )
+        section.tables.insert(0, Table(header, rows, caption))
+    if analysis.ensemble is not None:
+        weights = [[name, f"{weight:.0%}"] for name, weight in analysis.ensemble.weights.items()]
+        caption = "Forms of law and their weights, by the predictive score on the largest size left out."
+        section.tables.insert(1, Table(["form", "weight"], weights, caption))
+        section.tables += [_cells(analysis, test) for test in analysis.ensemble.backtests[-1:]]
     return section
+
+
+def _score(test: Backtest, name: str) -> list[str]:
+    low, high = test.intervals("loss")
+    inside = np.mean((test.data.loss >= low) & (test.data.loss <= high))
+    others = np.isfinite(test.gain_error)
+    gain_low, gain_high = test.intervals("gain")
+    hit = ((test.observed_gain >= gain_low) & (test.observed_gain <= gain_high))[others]
+    return [
+        f"{name} ({test.factor:.2g} times larger)",
+        f"{np.sqrt(np.mean(test.error**2)):.4f}",
+        f"{inside:.0%}",
+        f"{np.sqrt(np.mean(test.gain_error[others] ** 2)):.4f}",
+        f"{hit.sum()} of {len(hit)}",
+        "–",
+    ]
+
+
+def _simple_score(test: Backtest, simple: GainCheck) -> list[str]:
+    gain = test.observed_gain[simple.rows]
+    hit = (gain >= simple.low) & (gain <= simple.high)
+    error = f"{np.sqrt(np.mean((simple.predicted - gain) ** 2)):.4f}"
+    return ["simple law of the gain, c·N^−p·(D/N)^−q", "–", "–", error, f"{hit.sum()} of {len(hit)}", "–"]
+
+
+def _cells(analysis: Analysis, test: Backtest) -> Table:
+    """The last backtest, one row a held-out gain."""
+    low, high = test.intervals("gain")
+    predicted = np.median(test.gain, 0)
+    rows = []
+    for i in np.flatnonzero(np.isfinite(test.gain_error)):
+        gain = test.observed_gain[i]
+        rows.append(
+            [
+                test.data.optimizers[test.data.index[i]],
+                f"{test.data.d[i] / test.data.n[i] / analysis.dataset.tokens_per_parameter:.3g}x",
+                f"{test.data.loss[i]:.4f}",
+                f"{test.data.loss[i] + test.error[i]:.4f}",
+                f"{gain:+.4f}",
+                f"{predicted[i]:+.4f}",
+                f"{low[i]:+.4f} to {high[i]:+.4f}",
+                "yes" if low[i] <= gain <= high[i] else "no",
+                test.data.runs[i] if test.data.runs else "–",
+            ]
+        )
+    header = ["optimizer", "ratio", "loss", "predicted", "gain", "predicted gain", "90% interval", "inside", "run"]
+    return Table(header, rows, f"Backtest: {test.data.n.max():,.0f} parameters predicted from the smaller sizes.")
 
 
 def _held_out(analysis: Analysis, kind: str) -> Plot:
@@ -73,7 +143,7 @@ def _held_out(analysis: Analysis, kind: str) -> Plot:
     series.append(Series("prediction = outcome", ends, ends, "#888888", points=False, dash=True))
     return Plot(
         f"held-out-{kind}",
-        f"Largest size, predicted without it ({kind})",
+        f"Largest size, predicted without it ({kind}, diagnostic)",
         "observed loss",
         "predicted loss",
         series,
@@ -81,139 +151,119 @@ def _held_out(analysis: Analysis, kind: str) -> Plot:
 
 
 def extrapolation(analysis: Analysis) -> Section:
-    """Loss and gain at the target by both laws, crossing points, and the most informative next run."""
-    if not analysis.fits:
+    """Loss, gain, speedup and P(gain > 0) at the target, sizes of zero gain, and the most informative next run."""
+    statement, ensemble = analysis.statement, analysis.ensemble
+    if statement is None or ensemble is None:
         return Section("Extrapolation")
-    n, _ = analysis.target
     section = Section(
-        f"Extrapolation to {n:.3g} parameters",
+        f"Extrapolation to {statement.n:.3g} parameters",
         [
-            "Both kinds of law, side by side: where they disagree, the data do not settle the "
-            "question. Intervals are 90% "
-            "and hold if the form of the law holds."
+            "By the hierarchical law over all forms, widened by backtests. Dashed curves of gain against size are the shared "
+            "and the separate laws: diagnostics, with intervals that simulations show to be wrong far from the data."
         ],
     )
-    section.warnings = [note for note in analysis.notes if note.startswith("The target")]
     per, color = analysis.dataset.tokens_per_parameter, colors(analysis.dataset.optimizers)
-    rows = []
-    for e in analysis.extrapolations:
-        rows.append(
-            [
-                e.kind,
-                f"{e.d / e.n / per:g}x",
-                e.optimizer,
-                _show(e.loss, 3),
-                _show(e.gain, 4),
-                _show(e.speedup, 2),
-            ]
-        )
-    section.tables.append(Table(["law", "ratio", "optimizer", "loss", "gain over baseline", "token speedup"], rows))
-    for kind in analysis.fits:
-        series = []
-        for name in analysis.data.optimizers[1:]:
-            mine = [e for e in analysis.extrapolations if e.kind == kind and e.optimizer == name]
-            series.append(
-                Series(
-                    name,
-                    [e.d / e.n / per for e in mine],
-                    [e.gain.value for e in mine],
-                    color[name],
-                    low=[e.gain.low for e in mine],
-                    high=[e.gain.high for e in mine],
-                )
-            )
-        section.plots.append(
-            Plot(
-                f"gain-{kind}",
-                f"Predicted gain at {n:.3g} parameters ({kind} law)",
-                "Chinchilla ratio",
-                "loss below the baseline",
-                series,
-                x_log=True,
-                horizontal=[(0.0, "no gain")],
-            )
-        )
-        section.plots.append(_gain_over_size(analysis, kind))
+    rows = [
+        [
+            f"{p.d / p.n / per:g}x",
+            p.optimizer,
+            p.loss.text(3),
+            p.gain.text(4),
+            "–" if p.optimizer == statement.baseline else f"{p.chance:.0%}",
+            p.speedup.text(2),
+        ]
+        for p in statement.predictions
+    ]
     section.tables.append(
-        Table(
-            ["law", "optimizer", "ratio", "size of zero gain", "90% interval", "resamples that cross"],
-            [
-                [
-                    c.kind,
-                    c.optimizer,
-                    f"{c.ratio:g}x",
-                    _size(c.n),
-                    f"{_size(c.low)} to {_size(c.high)}",
-                    f"{c.share:.0%}",
-                ]
-                for c in analysis.crossings
-            ],
-            "Where an optimizer's gain over the baseline reaches zero.",
+        Table(["ratio", "optimizer", "loss", "gain over baseline", "P(gain > 0)", "token speedup"], rows)
+    )
+    series = []
+    for name in analysis.data.optimizers[1:]:
+        mine = [p for p in statement.predictions if p.optimizer == name]
+        series.append(
+            Series(
+                name,
+                [p.d / p.n / per for p in mine],
+                [p.gain.value for p in mine],
+                color[name],
+                low=[p.gain.low for p in mine],
+                high=[p.gain.high for p in mine],
+            )
+        )
+    title = f"Predicted gain at {statement.n:.3g} parameters"
+    section.plots.append(
+        Plot(
+            "gain",
+            title,
+            "Chinchilla ratio",
+            "loss below the baseline",
+            series,
+            x_log=True,
+            horizontal=[(0.0, "no gain")],
         )
     )
-    rows = []
-    for name, runs in analysis.next_runs.items():
-        rows += [
+    section.plots.append(_gain_over_size(analysis, ensemble))
+    section.tables.append(
+        Table(
+            ["optimizer", "ratio", "decay p of N^−p", "size of zero gain", "90% interval", "probability below 1e13"],
             [
-                name,
-                run.optimizer,
-                f"{run.n:.3g}",
-                f"{run.ratio:g}x",
-                f"{run.flops:.2g}",
-                f"{run.shrinkage:.1%}",
-            ]
-            for run in runs[:3]
-        ]
+                [
+                    c.optimizer,
+                    f"{c.ratio:g}x",
+                    "–" if np.isnan(c.decay.value) else c.decay.text(2),
+                    _size(c.n),
+                    f"{_size(c.low)} to {_size(c.high)}",
+                    f"{c.ever:.0%}",
+                ]
+                for c in statement.crossings
+            ],
+            "How an optimizer's gain changes between the measured sizes, and where it reaches zero.",
+        )
+    )
+    rows = [
+        [name, run.optimizer, f"{run.n:.3g}", f"{run.ratio:g}x", f"{run.flops:.2g}", f"{run.shrinkage:.1%}"]
+        for name, runs in analysis.next_runs.items()
+        for run in runs[:3]
+    ]
     if rows:
         section.tables.append(
             Table(
                 ["gain of", "train", "parameters", "ratio", "FLOPs", "interval shrinks by"],
                 rows,
-                "The single further run that would narrow the predicted gain most (shared law, first "
-                "ratio of the target).",
+                "The single further run that would narrow the predicted gain most (first ratio of the target).",
             )
         )
     return section
 
 
-def _gain_over_size(analysis: Analysis, kind: str) -> Plot:
-    fit, color = analysis.fits[kind], colors(analysis.dataset.optimizers)
+def _gain_over_size(analysis: Analysis, ensemble: Ensemble) -> Plot:
+    color, data = colors(analysis.dataset.optimizers), analysis.data
     n, ratios = analysis.target
-    grid = np.geomspace(analysis.data.sizes[0], max(n, analysis.data.sizes[-1]) * 2, 30)
+    grid = np.geomspace(data.sizes[0], max(n, data.sizes[-1]) * 2, 30)
     tokens = ratios[0] * analysis.dataset.tokens_per_parameter * grid
-    base, series = fit.optimizers[0], []
-    for name in fit.optimizers[1:]:
-        draws = fit.predict_draws(base, grid, tokens) - fit.predict_draws(name, grid, tokens)
-        low, high = interval(draws)
-        value = fit.predict(base, grid, tokens) - fit.predict(name, grid, tokens)
+    series = []
+    for name in ensemble.optimizers[1:]:
+        gains = ensemble.gains(name, grid, tokens)
+        low, high = interval(gains)
+        middle = np.median(gains, 0)
         series.append(
             Series(
-                name,
-                grid.tolist(),
-                value.tolist(),
-                color[name],
-                points=False,
-                low=low.tolist(),
-                high=high.tolist(),
+                name, grid.tolist(), middle.tolist(), color[name], points=False, low=low.tolist(), high=high.tolist()
             )
         )
+        for fit in analysis.fits.values():
+            value = fit.predict(ensemble.optimizers[0], grid, tokens) - fit.predict(name, grid, tokens)
+            series.append(Series("", grid.tolist(), value.tolist(), color[name], points=False, dash=True))
     return Plot(
-        f"gain-over-size-{kind}",
-        f"Gain against size at {ratios[0]:g}x ({kind} law)",
+        "gain-over-size",
+        f"Gain against size at {ratios[0]:g}x",
         "non-embedding parameters",
         "loss below the baseline",
         series,
         x_log=True,
         horizontal=[(0.0, "no gain")],
-        vertical=[(float(analysis.data.sizes[-1]), "largest run")],
+        vertical=[(float(data.sizes[-1]), "largest run")],
     )
-
-
-def _show(e: Estimate, digits: int) -> str:
-    def one(value: float) -> str:
-        return "∞" if np.isinf(value) else f"{value:.{digits}f}"
-
-    return f"{one(e.value)} ({one(e.low)} to {one(e.high)})"
 
 
 def _size(n: float) -> str:

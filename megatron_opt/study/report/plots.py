@@ -37,6 +37,8 @@ class Series:
     high: list[float] | None = None
     runs: list[str] | None = None
     """id of the run behind each point"""
+    beyond: list[bool] | None = None
+    """points that rest on an extrapolated baseline: hollow, on a hatched interval"""
     crosses: bool = False
     """points are crosses at the top of the plot: runs that diverged"""
 
@@ -70,7 +72,7 @@ class Plot:
                 and (y > 0 or not self.y_log or series.crosses)
             ]
             if len(keep) < len(series.x):
-                for name in ("x", "y", "low", "high", "runs"):
+                for name in ("x", "y", "low", "high", "runs", "beyond"):
                     values = getattr(series, name)
                     setattr(series, name, None if values is None else [values[i] for i in keep])
 

@@ -79,3 +79,24 @@ def _draw(axes, series: Series, marker: str) -> None:
         linewidth=1.5,
         label=series.label or None,
     )
+    for x, y, low, high, beyond in zip(
+        series.x, series.y, series.low or series.y, series.high or series.y, series.beyond or [False] * len(series.x)
+    ):
+        if beyond:
+            place = (
+                {"left": x * 0.97, "width": x * 0.06}
+                if axes.get_xscale() == "log"
+                else {"left": x - 0.02, "width": 0.04}
+            )
+            axes.bar(
+                place["left"],
+                high - low,
+                place["width"],
+                bottom=low,
+                align="edge",
+                fill=False,
+                hatch="//////",
+                edgecolor=series.color,
+                linewidth=0,
+            )
+            axes.plot([x], [y], marker=marker, markersize=5, color=series.color, markerfacecolor="white")

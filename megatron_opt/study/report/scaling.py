@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.fits.intervals import interval
 from megatron_opt.study.fits.scaling import Fit
+from megatron_opt.study.fits.speedups import Speedup
 from megatron_opt.study.report.plots import Plot, Section, Series, Table, colors
 
 
 def final_losses(analysis: Analysis) -> Section:
     """Loss over tokens at each size and over size at each ratio; curves are the shared law."""
     section = Section("Final loss against size and tokens")
-    fit = analysis.fits.get("shared") or analysis.fits.get("separate")
+    fit = analysis.ensemble
     data, color = analysis.data, colors(analysis.dataset.optimizers)
     if fit is not None:
         section.text.append(
-            f"Points are runs, curves the {fit.kind} {fit.form} law; a loss scatters around it by {fit.sigma:.4f}."
+            f"Points are runs, curves the median of the hierarchical law; a loss scatters around it by {fit.noise:.4f}."
         )
     for size in data.sizes:
         cells = data.where(data.n == size)
@@ -29,7 +32,7 @@ def final_losses(analysis: Analysis) -> Section:
             name, mine = data.optimizers[k], cells.where(cells.index == k)
             series.append(_points(name, mine.d, mine.loss, color[name], list(mine.runs)))
             if fit is not None:
-                series.append(_curve(grid, fit.predict(name, size, grid), color[name]))
+                series.append(_curve(grid, np.median(fit.losses(name, size, grid), 0), color[name]))
         section.plots.append(
             Plot(
                 f"loss-against-tokens-{size:.3g}",
@@ -52,7 +55,7 @@ def final_losses(analysis: Analysis) -> Section:
             series.append(_points(name, mine.n, mine.loss, color[name], list(mine.runs)))
             if fit is not None:
                 tokens = grid * ratio * analysis.dataset.tokens_per_parameter
-                series.append(_curve(grid, fit.predict(name, grid, tokens), color[name]))
+                series.append(_curve(grid, np.median(fit.losses(name, grid, tokens), 0), color[name]))
         section.plots.append(
             Plot(
                 f"loss-against-size-{ratio:g}x",
@@ -81,8 +84,9 @@ def speedup_section(analysis: Analysis) -> Section:
         "Token speedup",
         [
             f"Tokens {baseline} needs for the same loss, over the tokens spent; 1 is no gain. A "
-            "speedup in tokens, not in "
-            "seconds. Intervals are 90%."
+            "speedup in tokens, not in seconds. Intervals are 90%. Hollow points on hatched intervals need more tokens of "
+            f"{baseline} than it was ever given at that size: its L(D) is extrapolated there, and the interval spans that "
+            "law's and the hierarchical law's."
         ],
     )
     if not analysis.speedups:
@@ -100,13 +104,14 @@ def speedup_section(analysis: Analysis) -> Section:
             color[name],
             low=[s.low for s in chosen],
             high=[s.high for s in chosen],
+            beyond=[s.beyond for s in chosen],
         )
 
     for size in analysis.data.sizes:
         lines = []
         for name in others:
             chosen = sorted((s for s in analysis.speedups if s.optimizer == name and s.n == size), key=lambda s: s.d)
-            chosen = [s for s in chosen if np.isfinite([s.value, s.low, s.high]).all()]
+            chosen = [_drawable(s) for s in chosen if np.isfinite([s.value, s.low]).all()]
             if chosen:
                 lines.append(series(name, chosen, [s.d / s.n / per for s in chosen]))
         if lines and len(lines[0].x) > 1:
@@ -127,11 +132,11 @@ def speedup_section(analysis: Analysis) -> Section:
         for name in others:
             chosen = sorted(
                 (
-                    s
+                    _drawable(s)
                     for s in analysis.speedups
                     if s.optimizer == name
                     and round(s.d / s.n / per, 1) == ratio
-                    and np.isfinite([s.value, s.low, s.high]).all()
+                    and np.isfinite([s.value, s.low]).all()
                 ),
                 key=lambda s: s.n,
             )
@@ -156,12 +161,17 @@ def speedup_section(analysis: Analysis) -> Section:
             f"{s.d / s.n / per:.3g}x",
             f"{s.value:.3f}",
             f"{s.low:.3f} to {s.high:.3f}",
-            "own L(D)" if s.method == "size" else "shared law",
+            ("own L(D)" if s.method == "size" else "hierarchical law") + (", extrapolated" if s.beyond else ""),
         ]
         for s in analysis.speedups
     ]
     section.tables.append(Table(["optimizer", "model", "ratio", "speedup", "90% interval", "by"], rows))
     return section
+
+
+def _drawable(one: Speedup) -> Speedup:
+    """An upper end at infinity (the baseline may never get there) is drawn at twice the value."""
+    return one if np.isfinite(one.high) else replace(one, high=2 * one.value, beyond=True)
 
 
 def significance(analysis: Analysis) -> Section:

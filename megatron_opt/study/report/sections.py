@@ -9,7 +9,7 @@ from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.report.costs import costs
 from megatron_opt.study.report.curves import loss_curves
 from megatron_opt.study.report.dynamics import dynamics
-from megatron_opt.study.report.extrapolation import extrapolation, prediction_error
+from megatron_opt.study.report.extrapolation import extrapolation, prediction_error, verdict
 from megatron_opt.study.report.pitfalls import pitfalls
 from megatron_opt.study.report.plots import Section, Table
 from megatron_opt.study.report.scaling import final_losses, significance, speedup_section
@@ -18,16 +18,20 @@ from megatron_opt.study.report.sensitivity import lr_sensitivity
 from megatron_opt.study.report.tuning import hyper_laws, transfer
 from megatron_opt.study.summary import HEADER, summary
 
+TEXT_ALONE = ("What can be said", "Notes")
+"""sections that need neither figure nor table"""
+
 
 def build_sections(dataset: Dataset, analysis: Analysis | str) -> list[Section]:
     """Every section that the data can fill; with a reason instead of fits, those that need no fit."""
-    fitted, laws = [], []
+    fitted, laws, lead = [], [], []
     notes = [analysis] if isinstance(analysis, str) else analysis.notes
     if not isinstance(analysis, str):
         fitted = [significance(analysis), speedup_section(analysis), final_losses(analysis)]
         fitted += [prediction_error(analysis), extrapolation(analysis)]
-        laws = [hyper_laws(analysis)]
+        laws, lead = [hyper_laws(analysis)], [verdict(analysis)]
     sections = [
+        *lead,
         _results(dataset),
         _pitfalls(dataset),
         *fitted,
@@ -37,7 +41,7 @@ def build_sections(dataset: Dataset, analysis: Analysis | str) -> list[Section]:
     ]
     sections += [transfer(dataset), loss_curves(dataset), costs(dataset), dynamics(dataset), _effort(dataset)]
     sections.append(Section("Notes", text=notes))
-    return [s for s in sections if s.plots or s.tables or s.warnings or (s.title == "Notes" and s.text)]
+    return [s for s in sections if s.plots or s.tables or s.warnings or (s.text and s.title in TEXT_ALONE)]
 
 
 def _results(dataset: Dataset) -> Section:

@@ -6,21 +6,21 @@ import numpy as np
 
 from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.dataset import Dataset
-from megatron_opt.study.fits.intervals import interval
 from megatron_opt.study.report.plots import Plot, Section, Series, Table, colors
 
 
 def hyper_laws(analysis: Analysis) -> Section:
-    """h(N, D) = α·N^−A·D^−B + β: tuned values, the law along N at each ratio, the prediction for the
+    """h(N, D) = α·N^−A·D^−B: tuned values, the law along N at each ratio, the prediction for the
     target.
     """
     section = Section("Hyperparameter laws")
     if not analysis.hyper_laws:
         return section
     section.text.append(
-        "Tuned values in each regime (points) and the law h = α·N^−A·D^−B + β at the lowest ratio "
-        "(curve, 90% band). A "
-        "grid knows an optimum only to about half a step."
+        "Tuned values in each regime (points) and the law h = α·N^−A·D^−B at the lowest ratio (curve, 90% band of a "
+        "tuned value). Where neighbours on the grid were tried the optimum is that of the parabola through them, "
+        "else it is known to about half a step. Exponents are pooled over optimizers of a family; bands are scaled by a "
+        "backtest on the largest size. The price is the loss at stake if the optimum lies at an end of the interval."
     )
     color, per = colors(analysis.dataset.optimizers), analysis.dataset.tokens_per_parameter
     for key in dict.fromkeys(law.hyperparameter for law in analysis.hyper_laws):
@@ -60,7 +60,7 @@ def hyper_laws(analysis: Analysis) -> Section:
     for law in analysis.hyper_laws:
         d = ratios[0] * per * n
         low, high = law.interval(n, d)
-        copies = np.array(interval(law.draws[:, 1:3]))
+        copies, price = law.exponents(), law.price(n, d)
         rows.append(
             [
                 law.optimizer,
@@ -68,6 +68,8 @@ def hyper_laws(analysis: Analysis) -> Section:
                 *(f"{law.theta[i]:.2f} ({copies[0, i - 1]:.2f} to {copies[1, i - 1]:.2f})" for i in (1, 2)),
                 f"{float(law.predict(n, d)):.3g}",
                 f"{low:.3g} to {high:.3g}",
+                "–" if price is None else f"{price:.4f}",
+                f"{law.tested[0]} of {law.tested[1]}",
             ]
         )
     section.tables.append(
@@ -79,6 +81,8 @@ def hyper_laws(analysis: Analysis) -> Section:
                 "B (tokens)",
                 f"at {n:.2g}, {ratios[0]:g}x",
                 "90% interval",
+                "price of its ends",
+                "backtest: inside before scaling",
             ],
             rows,
         )

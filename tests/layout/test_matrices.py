@@ -10,20 +10,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_opt.distributed.fragments import rectangles
-from megatron_opt.distributed.matrices import (
-    LAYERS,
-    Geometry,
-    ParamView,
-    declare,
-    find_layer,
-    global_names,
-    split_param,
-)
 from megatron_opt.errors import UserError
+from megatron_opt.layout.kinds import KINDS as DECLARED
+from megatron_opt.layout.kinds import Geometry, find_kind
+from megatron_opt.layout.matrices import ParamView, declare, split_param
+from megatron_opt.layout.names import canonical_name, global_names
 
 HEADS, GROUPS, D, H = 8, 2, 3, 12
 GEOMETRY = Geometry(
-    HEADS, GROUPS, D, gated_mlp=True, qk_head_dim=4, v_head_dim=3, kv_lora_rank=10, q_lora_rank=6, rope_dim=2
+    HEADS,
+    GROUPS,
+    D,
+    gated_mlp=True,
+    qk_head_dim=4,
+    v_head_dim=3,
+    kv_lora_rank=10,
+    q_lora_rank=6,
+    rope_dim=2,
+    ssm_inner=16,
+    ssm_state=8,
+    ssm_heads=8,
 )
 
 
@@ -55,6 +61,17 @@ def kv_up_by_hand(whole: Tensor) -> dict[str, Tensor]:
     return {"k": heads[:, :4].reshape(HEADS * 4, -1), "v": heads[:, 4:].reshape(HEADS * 3, -1)}
 
 
+def mamba_parts(whole: Tensor) -> list[Tensor]:
+    """z and x of 16, B and C of 8, a step for each of 8 heads; the convolution is over x, B and C."""
+    return list(whole.split([16, 16, 8, 8, 8] if len(whole) == 56 else [16, 8, 8]))
+
+
+def mamba_by_hand(whole: Tensor) -> dict[str, Tensor]:
+    names = ("z", "x", "B", "C", "dt") if len(whole) == 56 else ("x", "B", "C")
+    found = dict(zip(names, mamba_parts(whole), strict=True))
+    return {k: v.reshape(-1, 1) for k, v in found.items()} if whole.shape[1] == 4 else found
+
+
 L = "decoder.layers.3."
 QKV_ROWS = (HEADS + 2 * GROUPS) * D
 KINDS = {
@@ -84,22 +101,38 @@ KINDS = {
     "mtp.layers.0.eh_proj.weight": (numbered(H, 2 * H), 0, lambda w: {"": w}),
     L + "input_layernorm.weight": (numbered(H, 1), None, lambda w: {"": w}),
     L + "self_attention.linear_proj.bias": (numbered(H, 1), None, lambda w: {"": w}),
+    L + "mlp.linear_fc2.bias": (numbered(H, 1), None, lambda w: {"": w}),
+    L + "mlp.router.bias": (numbered(8, 1), None, lambda w: {"": w}),
+    "mtp.layers.0.enorm.weight": (numbered(H, 1), None, lambda w: {"": w}),
+    L + "self_attention.core_attention.softmax_offset": (numbered(HEADS, 1), 0, lambda w: {"": w}),
+    L + "mixer.in_proj.weight": (numbered(2 * 16 + 2 * 8 + 8, H), "mamba", mamba_by_hand),
+    L + "mixer.conv1d_bias": (numbered(16 + 2 * 8, 1), "mamba", mamba_by_hand),
+    L + "mixer.conv1d_weight": (numbered(16 + 2 * 8, 4), "mamba", mamba_by_hand),
+    L + "mixer.out_proj.weight": (numbered(H, 16), 1, lambda w: {"": w}),
+    L + "mixer.A_log": (numbered(8, 1), 0, lambda w: {"": w}),
+    L + "mixer.D": (numbered(8, 1), 0, lambda w: {"": w}),
+    L + "mixer.dt_bias": (numbered(8, 1), 0, lambda w: {"": w}),
+    L + "mixer.norm.weight": (numbered(16, 1), 0, lambda w: {"": w}),
 }  # fmt: skip
 
 
 def shards_of(whole: Tensor, dim: int | str | None, tp: int) -> list[Tensor]:
     if dim == "glu":
         return glu_shards(whole, tp)
+    if dim == "mamba":
+        return [torch.cat(pieces) for pieces in zip(*(part.chunk(tp) for part in mamba_parts(whole)), strict=True)]
     return [whole] * tp if dim is None else list(whole.chunk(tp, dim))
 
 
 def assembled(name: str, whole: Tensor, dim: int | str | None, tp: int, geometry: Geometry) -> dict[str, Tensor]:
     """Whole logical matrices from the pieces that every rank declares in its shard; -1 where no rank has a value."""
     found: dict[str, Tensor] = {}
-    vector = name.endswith("bias") or "layernorm" in name
+    vector = whole.shape[1] == 1
     for rank, shard in enumerate(shards_of(whole, dim, tp)):
-        side = {"glu": 0}.get(dim, dim) if tp > 1 else None  # type: ignore[call-overload]
+        side = {"glu": 0, "mamba": 0}.get(dim, dim) if tp > 1 else None  # type: ignore[call-overload]
         shape = (shard.shape[0],) if vector else tuple(shard.shape)
+        if "conv1d_weight" in name:
+            shape, shard = (shape[0], 1, shape[1]), shard.reshape(-1, 1)
         infos, pieces, rows, cols = split_param(name, shape, geometry, tp_rank=rank, tp_size=tp, partition_dim=side)
         assert (rows, cols) == tuple(shard.shape)
         assert sum(piece.rows for piece in pieces) == rows
@@ -126,8 +159,8 @@ def test_every_kind_is_what_slicing_by_hand_gives(name: str, tp: int) -> None:
 
 
 def test_the_table_above_has_every_declared_layer() -> None:
-    used = {find_layer(name, 1 if "bias" in name or "norm" in name else 2) for name in KINDS}
-    assert {layer.pattern for layer in LAYERS} == {layer.pattern for layer in used if layer}
+    used = {find_kind(name) for name in KINDS}
+    assert {kind.pattern for kind in DECLARED} == {kind.pattern for kind in used if kind}
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])  # 4 is more than there are query groups
@@ -148,15 +181,37 @@ def test_gated_attention_and_single_heads(tp: int) -> None:
 
 
 def test_a_shape_that_does_not_fit_the_heads_is_refused() -> None:
-    with pytest.raises(ValueError, match="does not fit the model's head counts"):
+    with pytest.raises(UserError, match="does not fit the model's head counts"):
         split_param(
             "x.self_attention.linear_qkv.weight", (QKV_ROWS + 1, H), GEOMETRY, tp_rank=0, tp_size=1, partition_dim=None
         )
 
 
-def test_unknown_matrices_are_refused_and_unknown_vectors_taken() -> None:
-    assert find_layer("decoder.layers.0.mixer.in_proj.weight", 2) is None
-    assert find_layer("decoder.layers.0.mixer.dt", 1).kind == "bias"  # type: ignore[union-attr]
+@pytest.mark.parametrize("module", ["decoder.layers.0.mixer", "decoder.layers.0.self_attention.linear_new", "x"])
+@pytest.mark.parametrize("part", ["weight", "bias", "scale", "layer_norm_gain"])
+def test_nothing_is_guessed(module: str, part: str) -> None:
+    assert find_kind(f"{module}.{part}") is None
+
+
+ATTENTION = ("qkv", "q_up_proj", "kv_up_proj", "q_down_proj", "kv_down_proj", "qkv_down_proj")
+NORMS = [
+    *(f"{L}self_attention.linear_{linear}.layer_norm_{part}" for linear in ATTENTION for part in ("weight", "bias")),
+    *(f"{L}mlp.linear_fc1.layer_norm_{part}" for part in ("weight", "bias")),
+    *(f"{L}{norm}.weight" for norm in ("input_layernorm", "pre_mlp_layernorm", "mixer.norm", "norm")),
+    *(f"{L}self_attention.{norm}.weight" for norm in ("q_layernorm", "k_layernorm", "kv_layernorm")),
+    *(f"mtp.layers.0.{norm}.bias" for norm in ("enorm", "hnorm", "final_layernorm")),
+    "mtp.layers.0.mtp_model_layer.self_attention.linear_qkv.layer_norm_weight",
+    L + "mixer.in_proj.layer_norm_weight",
+    "decoder.final_layernorm.weight",
+    "decoder.final_norm.weight",
+]
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_alone_and_fused_into_linear_layers_are_norms(name: str) -> None:
+    kind = find_kind(canonical_name(name))
+    assert kind is not None
+    assert kind.kind == "norm"
 
 
 class _Layer(torch.nn.Module):
@@ -211,9 +266,13 @@ def test_parameters_without_a_declaration_stop_the_run_by_name(monkeypatch: pyte
     )
     chunk = torch.nn.Module()
     chunk.mixer = torch.nn.Linear(4, 8, bias=False)
-    with pytest.raises(UserError, match=r"mixer\.weight \(8, 4\)\); add their kind to LAYERS .* or freeze them"):
+    with pytest.raises(UserError, match=r"mixer\.weight \(8, 4\)\); add their kind to KINDS .* or freeze them"):
         declare([chunk], config)
     chunk.mixer.weight.requires_grad = False
+    chunk.gain = torch.nn.Parameter(torch.ones(4))  # a vector is no exception
+    with pytest.raises(UserError, match=r"gain \(4,\)\); add their kind"):
+        declare([chunk], config)
+    chunk.gain.requires_grad = False
     assert not declare([chunk], config).matrices
 
 

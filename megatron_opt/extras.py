@@ -1,0 +1,46 @@
+"""Packages that a plain installation may lack, and the sentence for each: one table for every command."""
+
+import importlib
+from importlib.util import find_spec
+from types import ModuleType
+
+from megatron_opt.errors import UserError
+
+# module → what brings it
+_BRINGS = {
+    "tiktoken": "pip install 'megatron-opt[data]'",
+    "tokenizers": "pip install 'megatron-opt[data]'",
+    "transformers": "pip install 'megatron-opt[data]'",
+    "zstandard": "pip install 'megatron-opt[data]'",
+    "wandb": "pip install 'megatron-opt[wandb]'",
+    "transformer_engine": "pip install 'megatron-opt[gpu]'",
+    "transformer_engine_torch": "pip install 'megatron-opt[gpu]'",
+}
+_OURS = ("megatron_opt", "__main__")
+
+
+def require(name: str) -> ModuleType:
+    """Import a package that may be absent; UserError with what brings it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = missing_package(error)
+        if missing is None:
+            raise
+        raise missing from None
+
+
+def missing_package(error: ModuleNotFoundError) -> UserError | None:
+    """The sentence for a package that is not installed; None where the missing module is one of ours (a defect)."""
+    top = (error.name or "").split(".")[0]
+    if not top or top in _OURS or _installed(top):
+        return None
+    remedy = _BRINGS.get(top, "pip install megatron-opt, in the environment that runs this, brings it")
+    return UserError(f"the package {top} is not installed; {remedy}.")
+
+
+def _installed(top: str) -> bool:
+    try:
+        return find_spec(top) is not None
+    except (ImportError, ValueError):
+        return False
