@@ -57,7 +57,7 @@ def _run(argv: list[str]) -> int:
         known = f"there are {', '.join(COMMANDS)}.{did_you_mean(argv[0], COMMANDS)}"
         print(f"megatron-opt: no command {argv[0]!r}; {known}", file=sys.stderr)
         return 2
-    argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign]  # of every command's parser and its subparsers
+    argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign,assignment]  # of every command's parser and its subparsers
     try:
         module = importlib.import_module(COMMANDS[argv[0]][0])
         return int(module.main(argv[1:], prog=f"megatron-opt {argv[0]}") or 0)

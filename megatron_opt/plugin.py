@@ -51,7 +51,7 @@ def _parse(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _validate(original: Callable[..., Any]) -> Callable[..., Any]:
-    from megatron_opt.training import resume
+    from megatron_opt.checkpointing import resuming
     from megatron_opt.training.optimizer_flags import MEGATRON_OWN, check_optimizer_arguments
 
     @functools.wraps(original)
@@ -64,7 +64,7 @@ def _validate(original: Callable[..., Any]) -> Callable[..., Any]:
             found = original(args, *rest, **named)
         finally:
             args.optimizer = name
-        resume.install()
+        resuming.install()
         return found
 
     return validate_args

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_opt.checkpointing import folders
 from megatron_opt.errors import UserError
-from megatron_opt.training import events, folders
+from megatron_opt.training import events
 
 _RECENT = 20  # training lines that speed and time to end are taken from
 _QUIET = 10  # a run that has not written for so many of its steps (and 60 s) is called silent

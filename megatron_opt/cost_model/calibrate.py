@@ -235,6 +235,7 @@ def _file(
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
     lines = [
         "name: this-machine",
+        "measured: true",
         f'title: "{devices} × {name}, measured"',
         f'sources: ["megatron-opt cost calibrate, {time.strftime("%Y-%m-%d")}, torch {torch.__version__}"]',
         f"devices: {devices if cuda else 64 * devices}  # at most; ranks beyond the cores take turns"

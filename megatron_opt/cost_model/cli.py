@@ -96,12 +96,12 @@ def _step(args: argparse.Namespace, rest: Sequence[str]) -> None:
 def _search(args: argparse.Namespace, rest: Sequence[str]) -> None:
     from megatron_opt.cost_model import report
     from megatron_opt.cost_model.cluster import load
-    from megatron_opt.cost_model.search import search, table
+    from megatron_opt.cost_model.search import progress_stream, search, table
 
     if args.top < 1:
         raise UserError(f"--top is {args.top}; it must be at least 1.")
     flags, _ = _flags(args, rest)
-    found = search(flags, load(args.cluster), args.gpus, top=args.top)
+    found = search(flags, load(args.cluster), args.gpus, top=args.top, progress=progress_stream())
     print(table(found, args.top))
     if args.json:
         content = {

@@ -67,6 +67,7 @@ class Cluster:
     collectives: Mapping[str, float] = field(default_factory=dict)  # share of the links' bandwidth by kind; else 1
     overheads: Overheads = field(default_factory=Overheads)
     sources: tuple[str, ...] = ()
+    measured: bool = False  # its rates are those of the machine itself (`cost calibrate`), not of data sheets
 
     def rate(self, kind: str, dtype: str, size: float) -> float:
         """Sustained FLOP/s of a kernel class at a size (smaller side of a product, order of a factorization)."""
@@ -155,13 +156,16 @@ def load(which: str) -> Cluster:
     if which in names():
         text = (resources.files("megatron_opt") / "cost_model" / "clusters" / f"{which}.yaml").read_text()
     elif Path(which).is_file():
-        text = Path(which).read_text()
+        try:
+            text = Path(which).read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"cluster file {which} cannot be read ({error}).") from error
     else:
         raise UserError(f"there is no cluster {which!r}; there are {', '.join(names())}, or give the path of a file.")
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{which} is not YAML: {error}") from error
+        raise UserError(f"{which} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{which} is no cluster file; start from a copy of clusters/h100.yaml.")
     return _Reader(which).cluster(content)
@@ -176,12 +180,18 @@ class _Reader:
     def number(self, section: Mapping[str, Any], key: str, default: float | None = None, zero: bool = False) -> float:
         value = section.get(key, default)
         try:
-            number = float(value)  # type: ignore[arg-type]
+            number = float("nan") if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             raise UserError(f"{self.path}: {key} is {value!r}; it must be a number.") from None
         if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
             raise UserError(f"{self.path}: {key} is {value}; it must be {'at least' if zero else 'greater than'} 0.")
         return number
+
+    def whole(self, section: Mapping[str, Any], key: str) -> int:
+        value = self.number(section, key)
+        if value != int(value):
+            raise UserError(f"{self.path}: {key} is {value}; it must be a whole number.")
+        return int(value)
 
     def section(self, content: Mapping[str, Any], key: str, optional: bool = False) -> Mapping[str, Any]:
         value = content.get(key, {} if optional else None)
@@ -195,6 +205,12 @@ class _Reader:
         points = [(self.number({where: size}, where), self.number(values, size)) for size in values]
         return tuple(sorted(points))
 
+    def sources(self, content: Mapping[str, Any]) -> tuple[str, ...]:
+        value = content.get("sources") or ()
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{self.path}: sources must be a list.")
+        return tuple(str(item) for item in value)
+
     def passes(self, device: Mapping[str, Any], key: str, share: float) -> Curve:
         """A bandwidth: one number, or bytes moved → bytes/s."""
         value = device.get(key)
@@ -204,12 +220,15 @@ class _Reader:
 
     def cluster(self, content: Mapping[str, Any]) -> Cluster:
         known = {"name", "title", "sources", "device", "rates", "node", "network", "efficiency", "overheads", "devices"}
+        known |= {"measured"}
         known |= {"rule_overheads", "collectives"}
         if unknown := sorted(set(content) - known):
             raise UserError(f"{self.path} has no section {unknown[0]!r}; it has {', '.join(sorted(known))}.")
         device, node, network = (self.section(content, key) for key in ("device", "node", "network"))
         rates = {}
         for kind, by_type in self.section(content, "rates").items():
+            if not isinstance(by_type, dict):
+                raise UserError(f"{self.path}: rates.{kind} must map types such as bf16 to sizes and FLOP/s.")
             if kind not in (*CLASSES, LAYER):
                 raise UserError(f"{self.path}: there is no kernel class {kind!r}; there are {', '.join(CLASSES)}.")
             rates[kind] = {dtype: self.curve(values, f"rates.{kind}.{dtype}") for dtype, values in by_type.items()}
@@ -235,12 +254,12 @@ class _Reader:
                 device, "read_bandwidth" if "read_bandwidth" in device else "memory_bandwidth", share("elementwise")
             ),
             rates=rates,
-            gpus_per_node=int(self.number(node, "gpus")),
+            gpus_per_node=self.whole(node, "gpus"),
             node=Link(self.number(node, "bandwidth") * share("node"), self.number(node, "latency", 0.0, zero=True)),
             network=Link(
                 self.number(network, "bandwidth") * share("network"), self.number(network, "latency", 0.0, zero=True)
             ),
-            devices=int(self.number(content, "devices")) if content.get("devices") else None,
+            devices=self.whole(content, "devices") if content.get("devices") is not None else None,
             step_efficiency=share("step"),
             optimizer_efficiency=share("optimizer"),
             overlap=min(1.0, self.number(efficiency, "overlap", 1.0, zero=True)),
@@ -254,5 +273,6 @@ class _Reader:
                 },
                 by_rule={name: self.number(by_rule, name, zero=True) for name in by_rule},
             ),
-            sources=tuple(str(item) for item in content.get("sources") or ()),
+            sources=self.sources(content),
+            measured=content.get("measured") is True,
         )

@@ -46,6 +46,10 @@ NUMBERS = [
     "lr-warmup-samples",
     "lr-warmup-fraction",
     "min-lr",
+    "decoder-first-pipeline-num-layers",
+    "decoder-last-pipeline-num-layers",
+    "moe-router-num-groups",
+    "moe-router-group-topk",
 ]
 WORDS = [
     "optimizer",
@@ -59,6 +63,10 @@ WORDS = [
     "lr-decay-style",
     "init-style",
     "decay-mode",
+    "pipeline-model-parallel-layout",
+    "recompute-modules",
+    "moe-token-dispatcher-type",
+    "moe-flex-dispatcher-backend",
 ]
 SWITCHES = [
     "bf16",
@@ -76,6 +84,10 @@ SWITCHES = [
     "grad-reduce-in-bf16",
     "no-position-embedding",
     "use-rotary-position-embeddings",
+    "account-for-embedding-in-pipeline-split",
+    "account-for-loss-in-pipeline-split",
+    "overlap-moe-expert-parallel-comm",
+    "activation-func-fp8-input-store",
 ]
 _KNOWN = {
     **dict.fromkeys(NUMBERS, float),
@@ -158,6 +170,9 @@ def _value(name: str, values: Sequence[Any]) -> Any:
         if not number >= 0 or number == float("inf"):
             raise UserError(f"--{name} is {value}; it must be a finite number, at least 0.")
         return int(number) if number == int(number) else number
+    if name == "recompute-modules":
+        words = [word for item in values for word in (item if isinstance(item, list) else str(item).split())]
+        return " ".join(words)
     if kind is str:
         return str(value)
     return _plain(value)
@@ -188,7 +203,9 @@ def from_run(path: str | Path) -> Flags:
     try:
         content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file} is not {file.suffix[1:].upper() or 'YAML'}: {error}") from error
+        raise UserError(
+            f"{file} is not {file.suffix[1:].upper() or 'YAML'}: {' '.join(str(error).split())}."
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no flags; write one `name: value` a line.")
     if file.suffix == ".json":

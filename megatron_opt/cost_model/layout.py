@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from megatron_opt.cost_model.model import Model
+from megatron_opt.cost_model.pipeline import REMEDY, parse_layout, split_of
 from megatron_opt.distributed.ownership import BALANCED
 from megatron_opt.errors import UserError
 
@@ -38,6 +39,13 @@ class Layout:
     matrix_balance: float = BALANCED
     wire_bytes: int = 4
     bucket_bytes: float = 64 * 2**20
+    split: tuple[int, ...] = ()  # layers of each virtual stage in the model's order; empty: even
+    modules: tuple[str, ...] = ()  # what selective recomputation recomputes beside the scores of unfused attention
+    dispatcher: str = "alltoall"  # of tokens to experts; `flex` sends a token to each node once
+    node_limit: int = 0  # groups of experts that a token may go to, of `groups`; 0: any
+    expert_groups: int = 0
+    overlap_ep: bool = False
+    fp8_activation: bool = False  # what the MLP's activation reads is kept in fp8
 
     @staticmethod
     def of(flags: Mapping[str, Any], world: int, model: Model) -> "Layout":
@@ -47,6 +55,8 @@ class Layout:
         virtual = number("num-virtual-stages-per-pipeline-rank")
         if per_stage := flags.get("num-layers-per-virtual-pipeline-stage"):
             virtual = max(1, model.layers // pp // int(per_stage))
+        if flags.get("pipeline-model-parallel-layout") and virtual == 1:
+            virtual = max(1, len(parse_layout(str(flags["pipeline-model-parallel-layout"]))) // pp)
         tp = number("tensor-model-parallel-size")
         granularity = flags.get("recompute-granularity") or (
             "selective" if flags.get("recompute-activations") else "none"
@@ -76,6 +86,13 @@ class Layout:
             matrix_balance=float(flags.get("matrix-balance") or BALANCED),
             wire_bytes=2 if flags.get("exchange-dtype") == "bf16" else 4,
             bucket_bytes=float(flags.get("exchange-bucket-mb") or 64) * 2**20,
+            split=split_of(flags, model.layers, pp, virtual),
+            modules=_modules(flags) if granularity == "selective" else (),
+            dispatcher=str(flags.get("moe-token-dispatcher-type") or "alltoall"),
+            node_limit=number("moe-router-group-topk", 0),
+            expert_groups=number("moe-router-num-groups", 0),
+            overlap_ep=bool(flags.get("overlap-moe-expert-parallel-comm")),
+            fp8_activation=bool(flags.get("activation-func-fp8-input-store")),
         )
         if not layout.global_batch:
             layout = Layout(**{**vars(layout), "global_batch": layout.micro_batch * layout.data_parallel})
@@ -134,7 +151,10 @@ class Layout:
 
     def stages(self, model: Model) -> list[tuple[int, int]]:
         """[first, last) layers of each pipeline stage; virtual stages are summed as if they were neighbours."""
-        edges = [model.layers * stage // self.pp for stage in range(self.pp + 1)]
+        if self.split:
+            edges = list(accumulate((sum(self.split[rank :: self.pp]) for rank in range(self.pp)), initial=0))
+        else:
+            edges = [model.layers * stage // self.pp for stage in range(self.pp + 1)]
         return list(pairwise(edges))
 
     def problem(self, model: Model) -> str | None:
@@ -148,10 +168,12 @@ class Layout:
             return f"{model.groups} query groups and TP {self.tp} do not divide one another"
         if model.ffn % self.tp:
             return f"FFN width {model.ffn} is not divisible by TP {self.tp}"
-        if self.pp * self.virtual > model.layers or model.layers % (self.pp * self.virtual):
-            return f"{model.layers} layers are not divisible by PP {self.pp} × {self.virtual} virtual stages"
+        if not self.split and model.layers % (self.pp * self.virtual):
+            return f"{model.layers} layers are not divisible by PP {self.pp} × {self.virtual} virtual stages; {REMEDY}"
+        if self.split and not all(sum(self.split[rank :: self.pp]) for rank in range(self.pp)):
+            return f"a stage of PP {self.pp} has no layer"
         if self.virtual > 1 and self.pp < 2:
-            return "virtual stages need PP of 2 or more"
+            return "virtual stages need a pipeline"
         if self.ep > 1 and not model.experts:
             return f"EP {self.ep} needs a model with experts"
         if model.experts and (model.experts % self.ep or self.dense_ranks % (self.ep * self.etp)):
@@ -165,8 +187,20 @@ class Layout:
             )
         if self.sequence_parallel and model.sequence % self.tp:
             return f"sequence {model.sequence} is not divisible by TP {self.tp}"
+        if self.overlap_ep and (problem := self._overlap_problem()):
+            return problem
         if self.cp > 1 and model.sequence % (2 * self.cp):
             return f"sequence {model.sequence} is not divisible by twice CP {self.cp}"
+        return None
+
+    def _overlap_problem(self) -> str | None:
+        """Why Megatron refuses --overlap-moe-expert-parallel-comm here."""
+        if self.ep == 1:
+            return "--overlap-moe-expert-parallel-comm needs expert parallelism"
+        if self.pp > 1 and self.virtual == 1:
+            return "--overlap-moe-expert-parallel-comm needs virtual stages in a pipeline"
+        if self.recompute == "full" or "moe" in self.modules:
+            return "--overlap-moe-expert-parallel-comm refuses recomputation of the MoE layer"
         return None
 
     def check(self, model: Model) -> None:
@@ -179,3 +213,14 @@ class Layout:
         parts = [("TP", self.tp), ("CP", self.cp), ("PP", self.pp), ("VPP", self.virtual), ("EP", self.ep)]
         words = [f"{word}{size}" for word, size in parts if size > 1]
         return "·".join([*words, f"DP{self.data_parallel}"])
+
+
+MODULES = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts")
+
+
+def _modules(flags: Mapping[str, Any]) -> tuple[str, ...]:
+    """Megatron's --recompute-modules."""
+    found = tuple(str(flags.get("recompute-modules") or "core_attn").split())
+    if unknown := sorted(set(found) - set(MODULES)):
+        raise UserError(f"--recompute-modules has no {unknown[0]!r}; it has {', '.join(MODULES)}.")
+    return found

@@ -1,9 +1,10 @@
 """Memory of the fullest GPU: parameters, gradients, main copies, optimizer state, activations, workspace."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megatron_opt.cost_model.cluster import Cluster
+from megatron_opt.cost_model.layers import held_elements, kinds
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.model import Model
 from megatron_opt.cost_model.plan import DomainPlan
@@ -99,33 +100,69 @@ def _weight_gradient(model: Model, layout: Layout, stage: int) -> float:
     return layout.parameter_bytes * largest
 
 
-def activations(model: Model, layout: Layout, stage: int) -> float:
-    """Bytes kept between forward and backward (arXiv 2205.05198), for the micro-batches that a stage has under way."""
+def layer_activations(model: Model, layout: Layout, expert: bool) -> float:
+    """Bytes of one micro-batch that a layer keeps between forward and backward (arXiv 2205.05198)."""
     width, tokens = float(layout.parameter_bytes), layout.local_tokens(model)
     t, shared, h = layout.tp, layout.sequence_shards, model.hidden
+    if layout.recompute == "full":
+        return width * tokens * h / shared
+    modules = layout.modules if layout.recompute == "selective" else ()
+    product = 1.0 if layout.fp8 else width  # Transformer Engine keeps the inputs of fp8 products in fp8
+    kept = width * (2.0 if "layernorm" in modules else 4.0) * h / shared  # inputs of the norms, their outputs
+    heads = float((model.heads + 2 * model.groups) * model.head_dim)
+    if model.mla:
+        heads = model.heads * (2.0 * (model.qk_dim + model.rope_dim) + model.v_dim)
+    latent = model.q_lora + model.kv_lora + model.rope_dim if model.mla else 0
+    if "mla_up_proj" in modules:
+        kept += width * latent
+    else:
+        kept += width * (heads / t + latent)
+    kept += width * model.heads * (model.v_dim or model.head_dim) / t
+    ffn = (model.expert_ffn * model.topk + model.shared_ffn) if expert else model.ffn
+    if ("moe" if expert else "mlp") not in modules:
+        act = 0.0 if expert and "moe_act" in modules else ffn
+        kept += ((1.0 if layout.fp8_activation else width) * (2.0 if model.gated else 1.0) * ffn + product * act) / t
+        if expert:  # dispatched tokens; what the experts gave, unless their gates were applied before the last product
+            kept += (product + (0.0 if "moe_act" in modules else width)) * model.topk * h / t
+    if not layout.flash:  # unfused: rotated queries and keys beside the others, the activation before its product
+        kept += width * ((model.heads + model.groups) * model.head_dim + (ffn if model.gated else 0.0)) / t
+        if "core_attn" not in modules:
+            kept += width * model.sequence * model.heads / t
+    return tokens * kept
+
+
+def activations(model: Model, layout: Layout, stage: int) -> float:
+    """Bytes kept between forward and backward, for the micro-batches that a stage has under way, and logits."""
     first, last = layout.stages(model)[stage]
-    layers = 0.0
-    for layer in range(first, last):
-        if layout.recompute == "full":
-            layers += width * tokens * h / shared
-            continue
-        expert = layer in model.expert_layers
-        ffn = (model.expert_ffn * model.topk + model.shared_ffn) if expert else model.ffn
-        heads = (
-            (model.heads + 2 * model.groups) * model.head_dim
-            if not model.mla
-            else (model.heads * (2 * (model.qk_dim + model.rope_dim) + model.v_dim))
+    dense, expert = kinds(model, first, last)
+    layers = dense * layer_activations(model, layout, False) if dense else 0.0
+    layers += expert * layer_activations(model, layout, True) if expert else 0.0
+    if layout.recompute == "full":  # one layer at a time is whole again
+        whole = replace(layout, recompute="none")
+        layers_again = (
+            max(layer_activations(model, whole, kind) for count, kind in ((dense, False), (expert, True)) if count)
+            if dense or expert
+            else 0.0
         )
-        kept = 4.0 * h / shared  # inputs of the norms, their outputs
-        kept += (heads + model.heads * (model.v_dim or model.head_dim) + (3.0 if model.gated else 2.0) * ffn) / t
-        if expert:
-            kept += 2.0 * model.topk * h / t  # dispatched and combined tokens
-        if not layout.flash:  # unfused: rotated queries and keys beside the others, the activation before its product
-            kept += ((model.heads + model.groups) * model.head_dim + (ffn if model.gated else 0.0)) / t
-        layers += width * tokens * kept
-        if not layout.flash and layout.recompute == "none":
-            layers += width * tokens * model.sequence * model.heads / t
-    total = layers * layout.under_way(stage)
+    else:
+        layers_again = 0.0
+    total = layers * layout.under_way(stage) + layers_again
     if stage == layout.pp - 1:  # logits; where they are narrower, in fp32 too, and their gradient
-        total += tokens * model.vocabulary / t * (width if width == 4 else width + 8.0)
+        width = float(layout.parameter_bytes)
+        total += layout.local_tokens(model) * model.vocabulary / layout.tp * (width if width == 4 else width + 8.0)
     return total
+
+
+def least(model: Model, layout: Layout, cluster: Cluster) -> float:
+    """Bytes of the fullest GPU without optimizer state, padding and workspace: a lower bound that needs no plan."""
+    found = 0.0
+    for stage, (first, last) in enumerate(layout.stages(model)):
+        dense, experts = held_elements(model, layout.tp, layout.etp, layout.ep, first, last)
+        each = layout.parameter_bytes + (2 if layout.grad_reduce_bf16 else 4)
+        main = 0.0
+        if layout.dtype != "fp32":
+            data = layout.data_parallel * layout.cp, layout.expert_data_parallel
+            cut = data if layout.distributed else (1, 1)
+            main = 4.0 * (dense / cut[0] + experts / cut[1])
+        found = max(found, each * (dense + experts) + main + activations(model, layout, stage))
+    return found + cluster.reserved

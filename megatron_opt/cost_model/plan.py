@@ -92,7 +92,8 @@ def plans(
         if key not in known:
             known[key] = _stage(model, layout, parameters, group_of, rules, f"layers {first} to {last - 1}")
             dense = known[key][0]
-            if exact and dense.infos and 1 < dense.ranks <= ROUTED:
+            # the engine cuts stages evenly: uneven ones keep the estimate
+            if exact and not layout.split and dense.infos and 1 < dense.ranks <= ROUTED:
                 dense.sent = _sent(model, layout, grouping, stages.index((first, last)))
         found.append(known[key])
     return found

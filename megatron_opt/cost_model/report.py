@@ -1,6 +1,10 @@
 """A predicted step as text and as plain data."""
 
+import functools
+from importlib import resources
 from typing import Any
+
+import yaml
 
 from megatron_opt.cost_model.step import Step
 
@@ -29,6 +33,35 @@ def count(value: float) -> str:
         if value >= scale:
             return f"{value / scale:.3g}{unit}"
     return f"{value:.0f}"
+
+
+@functools.cache
+def published_spread() -> dict[str, tuple[float, float]]:
+    """Least and greatest ratio of measured to predicted step times over published runs, dense and with experts."""
+    text = (resources.files("megatron_opt") / "cost_model" / "published_runs.yaml").read_text(encoding="utf-8")
+    return {kind: (low, high) for kind, (low, high) in yaml.safe_load(text)["spread"].items()}
+
+
+def step_range(step: Step) -> tuple[float, float] | None:
+    """Seconds between which published runs like this one lie around the prediction; None on a measured machine."""
+    if step.cluster.measured:
+        return None
+    low, high = published_spread()["moe" if step.model.experts else "dense"]
+    return low * step.seconds, high * step.seconds
+
+
+def caveat(step: Step) -> str:
+    """What the rates behind a prediction are worth."""
+    reach = step_range(step)
+    if reach is None:
+        return f"rates of {step.cluster.name} were measured by `megatron-opt cost calibrate`"
+    kind = "with experts" if step.model.experts else "of dense models"
+    low, high = (value / step.seconds for value in reach)
+    return (
+        f"ESTIMATE: rates of {step.cluster.name} are not measured on your machine. Published runs {kind} took {low:.2f} to "
+        f"{high:.2f} times the predicted step: {seconds(reach[0])} to {seconds(reach[1])} here. "
+        "`megatron-opt cost calibrate` on the machine replaces the rates."
+    )
 
 
 def as_dict(step: Step) -> dict[str, Any]:
@@ -75,6 +108,8 @@ def as_dict(step: Step) -> dict[str, Any]:
         "memory": {**vars(m), "total": m.total, "capacity": step.cluster.memory},
         "optimizer_state": {"fullest_gpu": o.state_bytes},
         "imbalance": o.imbalance,
+        "estimate": not step.cluster.measured,
+        "step_range_of_published_runs": step_range(step),
     }
 
 
@@ -122,6 +157,7 @@ def text(step: Step, ignored: list[str] | None = None) -> str:
         lines.append(f"  {name.replace('_', ' '):<34}{size(value):>12}{value / m.total:>8.1%}")
     verdict = "fits" if m.total <= step.cluster.memory else "DOES NOT FIT"
     lines.append(f"  {'total':<34}{size(m.total):>12}  {verdict} in {size(step.cluster.memory)}")
+    lines += ["", caveat(step)]
     if ignored:
         lines += ["", f"flags that change no cost: {', '.join('--' + name for name in ignored)}"]
     return "\n".join(lines)

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_opt.cost_model import flags as flag_reader
 from megatron_opt.cost_model.cluster import LAYER, Cluster
+from megatron_opt.cost_model.layers import kinds, layer_shape
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.memory import Memory, memory
 from megatron_opt.cost_model.model import Model
@@ -149,8 +150,7 @@ def predict_layout(
 ) -> Step:
     """The step of a model in a layout that is known to fit it; `work` spares working out the optimizer's part again."""
     work = work or optimizer_work(model, layout, cluster, rules, decay_mode)
-    forward_backward = stage_seconds(model, layout, cluster)
-    bubble = forward_backward * (layout.pp - 1) / (layout.microbatches * layout.virtual)
+    forward_backward, bubble = pipeline_seconds(model, layout, cluster)
     return Step(
         model,
         layout,
@@ -163,6 +163,17 @@ def predict_layout(
         memory(model, layout, cluster, work.domains, work.states),
         work.domains,
     )
+
+
+def pipeline_seconds(model: Model, layout: Layout, cluster: Cluster) -> tuple[float, float]:
+    """Seconds of the slowest stage over all micro-batches, and of filling and draining the pipeline.
+
+    The slowest stage sets the pace; the first micro-batch passes through all others once: Σ − max, shared by virtual
+    stages (arXiv 2104.04473, equation 2; with equal stages (PP − 1) / (micro-batches · virtual stages)).
+    """
+    stages = stage_seconds(model, layout, cluster)
+    slowest = max(stages)
+    return slowest * layout.microbatches, (sum(stages) - slowest) / layout.virtual
 
 
 def _merge(parts: list[OptimizerTime], cluster: Cluster) -> OptimizerTime:
@@ -190,40 +201,58 @@ def _merge(parts: list[OptimizerTime], cluster: Cluster) -> OptimizerTime:
     return total
 
 
-def stage_seconds(model: Model, layout: Layout, cluster: Cluster) -> float:
-    """Forward and backward of all micro-batches on the slowest stage, communication aside."""
+def layer_seconds(model: Model, layout: Layout, cluster: Cluster, expert: bool) -> float:
+    """Forward and backward of one micro-batch through one layer of a kind, communication aside."""
+    shape = layer_shape(model, expert)
     tokens, width = layout.local_tokens(model), layout.parameter_bytes
     dtype = "fp8" if layout.fp8 else "bf16" if width == 2 else "fp32"
     inner = layout.sequence_shards
-    slowest = 0.0
+    ffn = model.expert_ffn if expert else model.ffn
+    met = tokens * model.topk * layout.ep / model.experts if expert else tokens  # tokens of one product
+    attention = model.heads * model.head_dim / layout.tp
+    side = min(met, model.hidden, max(attention, ffn / (layout.etp if expert else layout.tp)))
+    rate = cluster.rate(LAYER, dtype, side)
+    forward = tokens * shape.flops / layout.tp / rate
+    attend = tokens * model.attention_flops() / layout.tp / cluster.rate("attention", dtype, model.sequence)
+    seconds = 3.0 * (forward + attend) + cluster.overheads.layer
+    if not layout.flash:  # scores are written and read about eight times
+        seconds += 8.0 * width * tokens * model.sequence * model.heads / layout.tp / cluster.bandwidth
+    heads = (model.heads + model.groups) * model.head_dim
+    through = 3.0 * ffn * (model.topk if expert else 1) / layout.tp
+    passed = 10.0 * model.hidden / inner + 2.0 * heads / layout.tp + through
+    seconds += 3.0 * width * tokens * passed / cluster.bandwidth
+    if layout.recompute == "full":
+        seconds += forward + attend
+    elif layout.recompute == "selective":
+        if "core_attn" in layout.modules:
+            seconds += attend
+        if "mla_up_proj" in layout.modules:
+            seconds += tokens * shape.up_flops / layout.tp / rate
+        if ("moe" if expert else "mlp") in layout.modules:
+            seconds += tokens * shape.mlp_flops / layout.tp / rate
+        again = (4.0 * model.hidden / inner if "layernorm" in layout.modules else 0.0) + (
+            through if expert and "moe_act" in layout.modules else 0.0
+        )
+        seconds += width * tokens * again / cluster.bandwidth
+    return seconds
+
+
+def head_seconds(model: Model, layout: Layout, cluster: Cluster) -> float:
+    """Output layer and loss of one micro-batch."""
+    tokens, width = layout.local_tokens(model), layout.parameter_bytes
+    rate = cluster.rate(LAYER, "bf16" if width == 2 else "fp32", min(tokens, model.hidden))
+    products = 3.0 * tokens * model.output_flops() / layout.tp / rate
+    return products + 24.0 * tokens * model.vocabulary / layout.tp / cluster.bandwidth  # fp32 logits, six passes
+
+
+def stage_seconds(model: Model, layout: Layout, cluster: Cluster) -> list[float]:
+    """Forward and backward of one micro-batch on each pipeline stage, communication aside."""
+    dense = layer_seconds(model, layout, cluster, False) if len(model.expert_layers) < model.layers else 0.0
+    expert = layer_seconds(model, layout, cluster, True) if model.expert_layers else 0.0
+    slow = cluster.crowding(layout.world) / cluster.step_efficiency
+    found = []
     for first, last in layout.stages(model):
-        seconds = 0.0
-        for layer in range(first, last):
-            expert = layer in model.expert_layers
-            ffn = model.expert_ffn if expert else model.ffn
-            met = tokens * model.topk * layout.ep / model.experts if expert else tokens  # tokens of one product
-            attention = model.heads * model.head_dim / layout.tp
-            size = min(met, model.hidden, max(attention, ffn / (layout.etp if expert else layout.tp)))
-            flops = 3.0 * tokens * model.layer_flops(layer) / layout.tp
-            seconds += flops / cluster.rate(LAYER, dtype, size)
-            attended = 3.0 * tokens * model.attention_flops() / layout.tp
-            seconds += attended / cluster.rate("attention", dtype, model.sequence)
-            if not layout.flash:  # scores are written and read about eight times
-                seconds += 8.0 * width * tokens * model.sequence * model.heads / layout.tp / cluster.bandwidth
-            heads = (model.heads + model.groups) * model.head_dim
-            passed = 10.0 * model.hidden / inner + (2.0 * heads + 3.0 * ffn * (model.topk if expert else 1)) / layout.tp
-            seconds += 3.0 * width * tokens * passed / cluster.bandwidth
-            if layout.recompute == "full":
-                seconds += (flops / cluster.rate(LAYER, dtype, size)) / 3.0
-                seconds += attended / 3.0 / cluster.rate("attention", dtype, model.sequence)
-            elif layout.recompute == "selective":
-                seconds += attended / 3.0 / cluster.rate("attention", dtype, model.sequence)
-            seconds += cluster.overheads.layer
-        if last == model.layers:
-            plain = "bf16" if width == 2 else "fp32"
-            seconds += (
-                3.0 * tokens * model.output_flops() / layout.tp / cluster.rate(LAYER, plain, min(tokens, model.hidden))
-            )
-            seconds += 24.0 * tokens * model.vocabulary / layout.tp / cluster.bandwidth  # fp32 logits, six passes
-        slowest = max(slowest, seconds)
-    return slowest * layout.microbatches / cluster.step_efficiency * cluster.crowding(layout.world)
+        plain, routed = kinds(model, first, last)
+        head = head_seconds(model, layout, cluster) if last == model.layers and len(found) == layout.pp - 1 else 0.0
+        found.append((plain * dense + routed * expert + head) * slow)
+    return found

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_opt.cost_model import flags as flag_reader
 from megatron_opt.cost_model.cluster import Cluster
 from megatron_opt.cost_model.flags import preset
+from megatron_opt.cost_model.report import published_spread
 from megatron_opt.cost_model.step import Step, predict
 from megatron_opt.errors import UserError
 from megatron_opt.files import write_atomic
@@ -178,6 +179,12 @@ def write_tables(cluster: Cluster, optimizers: Sequence[str], folder: Path) -> s
     writer.writerows(rows)
     write_atomic(folder / "sweeps.csv", text.getvalue())
     summary = scaling_summary(rows)
+    if not cluster.measured:
+        low, high = published_spread()["dense"]
+        summary += (
+            f"\n\nESTIMATE: rates of {cluster.name} are not measured on your machine; published runs took {low:.2f} to "
+            f"{high:.2f} times the predicted step. `megatron-opt cost calibrate` on the machine replaces the rates."
+        )
     write_atomic(folder / "scaling.txt", summary + "\n")
     for name, data in plots(rows, cluster.title, optimizers).items():
         write_atomic(folder / f"{name}.png", data)
@@ -186,8 +193,12 @@ def write_tables(cluster: Cluster, optimizers: Sequence[str], folder: Path) -> s
 
 def plots(rows: Sequence[Mapping[str, Any]], title: str, optimizers: Sequence[str]) -> dict[str, bytes]:
     """PNG of each sweep: share of a step against batch and width, and against GPUs for every size."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError(
+            "cost tables draws with matplotlib, which is missing; pip install 'megatron_opt[study]'."
+        ) from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

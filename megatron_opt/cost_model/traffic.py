@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from megatron_opt.cost_model.cluster import Cluster
+from megatron_opt.cost_model.layers import held_elements, kinds
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.model import Model
 
@@ -32,14 +33,16 @@ def traffic(model: Model, layout: Layout, cluster: Cluster, forward_backward: fl
     found = Traffic()
     width, tokens = layout.parameter_bytes, layout.local_tokens(model)
     activation = tokens * model.hidden * width
-    layers, count = model.layers / layout.pp, layout.microbatches
+    fullest = max(layout.stages(model), key=lambda stage: stage[1] - stage[0])
+    layers, count = fullest[1] - fullest[0], layout.microbatches
+    again = 1.5 if layout.recompute == "full" else 1.0  # the forward pass's messages are sent once more
     t, crowd = layout.tp, cluster.crowding(layout.world)
     overlap = cluster.overlap
     if t > 1:  # two all-reduces forward, two backward (or as many reduce-scatter and all-gather pairs)
         volume = 2 * (t - 1) / t * activation
         each = cluster.ring(volume, t, kind="all_reduce") * crowd
         hidden = 0.6 * overlap if layout.overlap_tp else 0.0
-        total = 4 * layers * count
+        total = 4 * layers * count * again
         found.add("tensor", each * total, volume * total, each * total * hidden)
     if layout.cp > 1:  # keys and values travel the ring, forward and twice backward
         keys = (
@@ -49,23 +52,45 @@ def traffic(model: Model, layout: Layout, cluster: Cluster, forward_backward: fl
         )
         volume = (layout.cp - 1) * activation * keys / t
         each = cluster.ring(volume, layout.cp, stride=t) * crowd
-        found.add(
-            "context", 3 * each * layers * count, 3 * volume * layers * count, 2.4 * each * layers * count * overlap
-        )
+        total = (3 + 2 * (again - 1)) * layers * count
+        found.add("context", each * total, volume * total, 0.8 * each * total * overlap)
     if layout.pp > 1:
         volume = activation / layout.sequence_shards
         each = cluster.ring(volume, 2, stride=max(1, layout.world // layout.pp))
         trips = 2 * layout.virtual * count
         interleaved = 0.5 * overlap if layout.virtual > 1 else 0.0
         found.add("pipeline", each * trips, volume * trips, each * trips * interleaved)
-    if layout.ep > 1:  # dispatch and combine, forward and backward
-        routed = tokens * model.topk * model.hidden * width / t
-        volume = routed * (layout.ep - 1) / layout.ep
-        each = cluster.transfer(volume, layout.ep, stride=1) * crowd
-        expert_layers = len(model.expert_layers) / layout.pp
-        found.add("expert", 4 * each * expert_layers * count, 4 * volume * expert_layers * count)
+    if layout.ep > 1:
+        again = max(again, 1.5 if "moe" in layout.modules else 1.0)
+        total = 4 * max(kinds(model, *stage)[1] for stage in layout.stages(model)) * count * again
+        each, volume = expert_transfer(model, layout, cluster)
+        hidden = min(0.8 * overlap * each * crowd * total, 0.8 * forward_backward) if layout.overlap_ep else 0.0
+        found.add("expert", each * crowd * total, volume * total, hidden)
     _data(found, model, layout, cluster, forward_backward, crowd)
     return found
+
+
+def expert_transfer(model: Model, layout: Layout, cluster: Cluster) -> tuple[float, float]:
+    """Seconds and bytes of one dispatch (or combine) of a micro-batch's tokens to the ranks of their experts.
+
+    `alltoall` sends a token to every one of its experts. `flex` (DeepEP, arXiv 2412.19437, section 3.2.2) sends it to
+    every node once and spreads it there; a router limited to groups of experts, which lie on nodes, bounds the nodes.
+    Dispatch in fp8 halves nothing here: Megatron sends bf16 unless told otherwise.
+    """
+    token = model.hidden * layout.parameter_bytes
+    tokens = layout.local_tokens(model) / layout.tp
+    routed = tokens * model.topk * token * (layout.ep - 1) / layout.ep
+    inside = min(max(1, cluster.gpus_per_node // layout.etp), layout.ep)
+    nodes = layout.ep / inside
+    if layout.dispatcher != "flex" or nodes <= 1:
+        return cluster.transfer(routed, layout.ep, stride=layout.etp), routed
+    met = nodes * (1 - (1 - 1 / nodes) ** model.topk)  # nodes that a token meets, experts drawn evenly
+    if layout.node_limit and layout.expert_groups:
+        met = min(met, max(1.0, layout.node_limit * nodes / layout.expert_groups), nodes)
+    far = tokens * token * met * (nodes - 1) / nodes
+    near = tokens * model.topk * token * (inside - 1) / inside
+    seconds = max(near / cluster.node.bandwidth, far / cluster.network.bandwidth)
+    return seconds + cluster.network.latency * (1 + nodes / 32), far + near
 
 
 def _data(
@@ -73,9 +98,8 @@ def _data(
 ) -> None:
     """Gradients over data-parallel ranks, and parameters back where the distributed optimizer cuts them."""
     ranks = layout.data_parallel * layout.cp
-    first, last = layout.stages(model)[0]
-    dense = model.stage_parameters(first, last) / layout.tp
-    experts = model.expert_parameters(first, last, model.experts // layout.ep) / layout.etp if model.experts else 0.0
+    held = [held_elements(model, layout.tp, layout.etp, layout.ep, *stage) for stage in layout.stages(model)]
+    dense, experts = max(held, key=sum)
     grad = 2 if layout.grad_reduce_bf16 else 4
     microbatch = forward_backward / layout.microbatches
     for kind, numel, size in (("data", dense, ranks), ("expert data", experts, layout.expert_data_parallel)):

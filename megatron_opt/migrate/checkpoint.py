@@ -118,14 +118,14 @@ class Source:
 def _source(args: Any) -> Source:
     from megatron.core import dist_checkpointing
 
-    from megatron_opt.training import folders, resume
+    from megatron_opt.checkpointing import folders, resuming
 
-    folder = resume.newest(args)
+    folder = resuming.newest(args)
     if folder is None or not (Path(args.load) / folders.TRACKER).is_file():
         raise UserError(
             f"{args.load} holds no checkpoint ({folders.TRACKER} is missing); give the folder of --save of a run."
         )
-    resume.check_files(folder)
+    resuming.check_files(folder)
     common = dist_checkpointing.load_common_state_dict(str(folder))
     keys = dict(dist_checkpointing.load_tensors_metadata(str(folder)))
     source = Source(folder, common, keys)

@@ -1,10 +1,7 @@
-"""Megatron-Core on CPU with gloo; where there is a GPU, only the layers of `--transformer-impl local` are replaced and faults
-of Megatron mended (megatron_faults.py).
-"""
+"""Megatron-Core on CPU with gloo; where there is a GPU, the layers of `--transformer-impl local` are replaced and faults mended."""
 
 import importlib.util
 import os
-from typing import Any
 
 import torch
 
@@ -15,7 +12,7 @@ def on_cpu() -> bool:
 
 
 def activate() -> None:
-    """Patch this process; to be called before Megatron is imported."""
+    """Patch this process, once; to be called before Megatron is imported."""
     if on_cpu():
         from megatron_opt.platform import cuda_answers
 
@@ -29,7 +26,7 @@ def activate() -> None:
     megatron_faults.install()
 
 
-def replacements() -> tuple[Any, ...]:
+def replacements() -> tuple:
     """What is replaced in Megatron on this machine."""
     from megatron_opt.platform import local_layers, megatron_patches
 

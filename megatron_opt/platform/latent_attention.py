@@ -16,7 +16,9 @@ def _with_channels(original: Any) -> Any:
 
 
 def install() -> None:
-    """Let `DotProductAttention` be built by MLA; after `local_layers`, whose forward it needs."""
+    """Let `DotProductAttention` be built by MLA, once; after `local_layers`, whose forward it needs."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-    DotProductAttention.__init__ = _with_channels(DotProductAttention.__init__)
+    if not getattr(DotProductAttention, "takes_channels", False):
+        DotProductAttention.__init__ = _with_channels(DotProductAttention.__init__)
+        DotProductAttention.takes_channels = True

@@ -65,7 +65,7 @@ class Replacement:
 
     def check(self, config: Any) -> None:
         """Raise UserError where a field that only Megatron's own code reads is away from its default."""
-        for name, default in _unread_defaults(self, type(config)):
+        for name, default in _unread_defaults(self, type(config)):  # type: ignore[arg-type]
             value = getattr(config, name)
             if value != default:
                 flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
@@ -79,7 +79,7 @@ _ORIGINALS: dict[Replacement, tuple[Callable[..., Any], ...]] = {}
 
 
 @functools.cache
-def _unread_defaults(replacement: Replacement, config: type) -> list[tuple[str, Any]]:
+def _unread_defaults(replacement: Replacement, config: Any) -> list[tuple[str, Any]]:
     fields = {field.name: field for field in dataclasses.fields(config)}
     found = []
     for name in sorted(replacement.unread()):

@@ -77,7 +77,8 @@ def expand(argv: Sequence[str]) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """This project's flags, and Megatron's `--optimizer` with our names among its choices."""
-    from megatron_opt.training import checkpoints, faults, stragglers
+    from megatron_opt.checkpointing import saving
+    from megatron_opt.training import faults, stragglers
     from megatron_opt.training.flags import helping
     from megatron_opt.training.optimizer_flags import add_optimizer_arguments
 
@@ -110,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="print the optimizer plan of these flags on so many ranks, which need not be there, and exit",
     )
     add_engine_arguments(group)
-    checkpoints.add_arguments(parser)
+    saving.add_arguments(parser)
     faults.add_arguments(parser)
     stragglers.add_arguments(parser)
     add_optimizer_arguments(parser)
@@ -164,6 +165,7 @@ def parse(argv: Sequence[str]) -> Any:
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
+    from megatron_opt.checkpointing import resuming
     from megatron_opt.training.flags import checks, vocabulary
     from megatron_opt.training.flags.sentences import Flags, building, told
     from megatron_opt.training.optimizer_flags import check_optimizer_arguments
@@ -173,10 +175,13 @@ def parse(argv: Sequence[str]) -> Any:
         raise UserError("--yaml-cfg would replace every flag by Megatron's own reader; write the file as a preset.")
     made: list[argparse.ArgumentParser] = []
     saved, sys.argv = sys.argv, [sys.argv[0], *expanded]
+
+    def ours(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        made.append(add_arguments(parser))
+        return parser
+
     try:
-        args = told(
-            "a flag cannot be read", {}, parse_args, lambda parser: made.append(add_arguments(parser)) or parser
-        )
+        args = told("a flag cannot be read", Flags({}), parse_args, ours)
     finally:
         sys.argv = saved
     actions = made[0]._actions
@@ -190,7 +195,7 @@ def parse(argv: Sequence[str]) -> Any:
         args.world_size = args.plan_world_size
     checks.before(args, actions, given_flags(expanded))
     if args.use_checkpoint_args:
-        told("--use-checkpoint-args", flags, _load_args, args)
+        told("--use-checkpoint-args", flags, resuming.take_flags, args, given_flags(expanded))
     checks.model_and_layout(args)
     check_optimizer_arguments(args)
     name, args.optimizer = args.optimizer, "adam"  # Megatron would route other names to its layer-wise wrapper
@@ -210,19 +215,6 @@ def parse(argv: Sequence[str]) -> Any:
     checks.make_folders(args)
     training.get_model = building(training.get_model, flags)
     return args
-
-
-def _load_args(args: Any) -> None:
-    from megatron.training.checkpointing import load_args_from_checkpoint
-
-    from megatron_opt.training.resume import newest
-
-    if args.load is None and args.pretrained_checkpoint is None:
-        raise UserError("--use-checkpoint-args takes the model's flags from a checkpoint; give --load FOLDER too.")
-    if args.load is not None and newest(args) is None:
-        raise UserError(f"--load {args.load} holds no checkpoint to take flags from; name one that does.")
-    load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
-    load_args_from_checkpoint(args)
 
 
 def _print_plan(args: Any) -> None:

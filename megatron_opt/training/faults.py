@@ -24,9 +24,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from megatron_opt.checkpointing import folders
 from megatron_opt.errors import UserError
 from megatron_opt.files import write_atomic
-from megatron_opt.training import events, folders, stragglers
+from megatron_opt.training import events, stragglers
 
 HANG_EXIT = 70
 ROLLBACK_EXIT = 75  # EX_TEMPFAIL: start the same command again

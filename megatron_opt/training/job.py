@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from megatron_opt.training import checkpoints, data_flags, events, faults, signals
+from megatron_opt.checkpointing import saving
+from megatron_opt.training import data_flags, events, faults, signals
 from megatron_opt.training.optimizer_flags import MEGATRON_OWN, curvature_kind, group_rules
 
 
@@ -18,22 +19,22 @@ def train(args: Any, look_at_model: Callable[[list[Any]], Any] | None = None) ->
     from megatron.training.utils import print_rank_last
 
     from megatron_opt import platform
+    from megatron_opt.checkpointing import resuming
     from megatron_opt.distributed.meta_model import model_config
-    from megatron_opt.training import batches, curvature, resume
+    from megatron_opt.training import batches, curvature
     from megatron_opt.training.monitoring import Diverged, Monitor
 
     monitor = Monitor(args)
     if platform.on_cpu():
         training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
-    if args.optimizer not in MEGATRON_OWN:
-        resume.install()
+    resuming.install(ours=args.optimizer not in MEGATRON_OWN)
     make = training.get_megatron_optimizer if args.optimizer in MEGATRON_OWN else make_optimizer
     training.get_megatron_optimizer = functools.partial(_watched, monitor, make)
     monitor.install(training)
     data_flags.check(args)
     events.open_log(args.output_dir or args.save)
     signals.install(args)
-    checkpoints.install(args)
+    saving.install(args)
     faults.install(args)
     events.start(args)
     if args.optimizer not in MEGATRON_OWN and (kind := curvature_kind(group_rules(args))):
@@ -49,8 +50,27 @@ def train(args: Any, look_at_model: Callable[[list[Any]], Any] | None = None) ->
     except Diverged:
         print_rank_last("the loss is not finite: the run ends here, as diverged")
         monitor.finish("diverged")
+    except SystemExit as leaving:  # Megatron's way to end early, on every rank
+        if not leaving.code:
+            if args.rank == 0:
+                events.record("exit", iteration=monitor.iteration, reason=_why_early(args, monitor.iteration))
+            monitor.finish("interrupted")
+        raise
     else:
         monitor.finish("completed")
+
+
+def _why_early(args: Any, iteration: int) -> str:
+    """What has ended Megatron's loop before the last step: a signal, or the flag."""
+    if name := signals.received():
+        return name
+    if not iteration:
+        return "--exit-on-missing-checkpoint"
+    if args.exit_interval and iteration % args.exit_interval == 0:
+        return f"--exit-interval {args.exit_interval}"
+    if iteration in (args.phase_transition_iterations or ()):
+        return f"--phase-transition-iterations {iteration}"
+    return f"--exit-duration-in-mins {args.exit_duration_in_mins}"
 
 
 def _initialize(args: Any, chunks: list[Any]) -> list[Any]:

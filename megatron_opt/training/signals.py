@@ -71,6 +71,11 @@ def exit_code(code: int) -> int:
     return 128 + _handler.agreed if _handler is not None and _handler.agreed and code == 0 else code
 
 
+def received() -> str | None:
+    """Name of the signal that ends the training, or None."""
+    return signal.Signals(_handler.agreed).name if _handler is not None and _handler.agreed else None
+
+
 def die_with_launcher() -> None:
     """Under torchrun, be killed when it is: ranks without an agent would go on beside their replacements."""
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -13,7 +13,8 @@ from typing import Any
 
 import psutil
 
-from megatron_opt.training import events, folders
+from megatron_opt.checkpointing import folders
+from megatron_opt.training import events
 from tests.distributed.pool import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]

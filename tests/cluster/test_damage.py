@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from megatron_opt.training import folders
+from megatron_opt.checkpointing import folders
 from tests.cluster.conftest import LIMIT
 from tests.cluster.harness import compare, losses
 

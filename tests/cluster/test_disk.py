@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opt.training import folders
+from megatron_opt.checkpointing import folders
 from tests.cluster.conftest import ITERATIONS, LIMIT
 from tests.cluster.harness import compare, losses, saving
 

@@ -77,6 +77,13 @@ def test_resume_is_bit_for_bit(runs: dict[str, Run], model: str, layout: Layout)
         assert torch.equal(resumed.weights[name], value), name
 
 
+def test_the_first_step_after_a_resume_decays_as_the_checkpoint_says(pool: Pool, runs: dict[str, Run]) -> None:
+    kept = [*c.ADAMW, "--weight-decay", "0", "--use-checkpoint-opt_param-scheduler"]
+    options = {"load": _saved("adamw", c.VPP2)}
+    resumed = pool.run([case(c.DENSE, kept, c.VPP2, "decay", steps=TOTAL, hook="checkpoint", options=options)])["decay"]
+    assert resumed.losses == runs[f"whole-adamw-{c.VPP2.name}"].losses[STOP:]
+
+
 @pytest.mark.parametrize(("model", "a", "b"), PAIRS, ids=[f"{m}-{a.name}-to-{b.name}" for m, a, b in PAIRS])
 def test_any_layout_loads_any_other(runs: dict[str, Run], model: str, a: Layout, b: Layout) -> None:
     saved, loaded = runs[f"save-{model}-{a.name}"], runs[f"load-{a.name}-{model}-{b.name}"]
@@ -172,6 +179,9 @@ def refused(pool: Pool, runs: dict[str, Run]) -> dict[str, Run]:
         for what, model, optimizer in (
             ("other-optimizer", c.DENSE, c.ADAMW),
             ("other-options", c.DENSE, [*c.MUON, "--split-heads"]),
+            ("other-momentum", c.DENSE, [*c.MUON, "--muon-momentum", "0.5"]),
+            ("other-function", [*c.DENSE, "--norm-epsilon", "0.1", "--rotary-base", "100"], c.MUON),
+            ("other-data", [*c.DENSE, "--seed", "5"], c.MUON),
             ("other-layers", [*c.DENSE, "--num-layers", "2"], c.MUON),
             ("other-width", [*c.DENSE, "--hidden-size", "64"], c.MUON),
             ("other-kind", [*c.GQA], c.MUON),
@@ -186,7 +196,13 @@ def refused(pool: Pool, runs: dict[str, Run]) -> dict[str, Run]:
     [
         *DAMAGES.items(),
         ("other-optimizer", "holds the state of adamw+muon"),
-        ("other-options", "other parameter groups or options"),
+        ("other-options", "its --split-heads is False, this run's is True"),
+        ("other-momentum", "other parameter groups or options"),
+        (
+            "other-function",
+            "its --norm-epsilon is 1e-05, this run's is 0.1; its --rotary-base is 10000, this run's is 100",
+        ),
+        ("other-data", "its --seed is 1234, this run's is 5"),
         ("other-layers", "its --num-layers is 4, this run's is 2"),
         ("other-width", "its --hidden-size is 32, this run's is 64"),
         ("other-kind", "its --num-query-groups is 4, this run's is 2"),

@@ -118,7 +118,7 @@ def main(folder: Path, members: int, data: str) -> None:
     torch.set_num_threads(1)
     platform.activate()
 
-    import megatron_opt.training.checkpoints
+    import megatron_opt.checkpointing.saving
     import megatron_opt.training.job
     import megatron_opt.training.monitoring  # noqa: F401
     from megatron_opt.optimizers import registry

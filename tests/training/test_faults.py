@@ -10,9 +10,10 @@ import time
 import pytest
 import torch
 
-from megatron_opt.training import faults, folders
+from megatron_opt.checkpointing import folders
+from megatron_opt.training import faults
 from megatron_opt.training.stragglers import OwnTime
-from tests.training.test_folders import write
+from tests.checkpointing.test_folders import write
 
 
 def test_spikes_need_history_and_do_not_join_it():

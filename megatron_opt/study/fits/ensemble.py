@@ -88,7 +88,8 @@ class Backtest:
                 error, spread = self.error[rows].mean(), (self.loss @ mean).std()
             else:
                 error, spread = self.gain_error[rows].mean(), (self.gain[:, rows].mean(1)).std()
-                mean = mean - sum(_unit(len(mean), _base_row(self.data, row)) / len(rows) for row in rows)
+                for row in rows:
+                    mean = mean - _unit(len(mean), _base_row(self.data, int(row))) / len(rows)
             found.append(error / np.hypot(spread, np.linalg.norm(mean @ noise)))
         return np.array(found)
 

@@ -67,7 +67,9 @@ def _attributes(node: ast.AST) -> list[str]:
             and item.func.id in ("getattr", "_check_arg_is_not_none")
         ):
             found += [
-                (item.lineno, item.col_offset, arg.value) for arg in item.args[1:2] if isinstance(arg, ast.Constant)
+                (item.lineno, item.col_offset, str(arg.value))
+                for arg in item.args[1:2]
+                if isinstance(arg, ast.Constant)
             ]
     return list(dict.fromkeys(name for _, _, name in sorted(found)))
 

@@ -30,13 +30,15 @@ def entries(table: dict[str, str]) -> list[Entry]:
     return found
 
 
-_TABLES = {
+_TABLES: dict[str, list[Entry]] = {
     "refused": entries(REFUSED),
     "needs a GPU": entries(NEEDS_GPU),
     "needs Transformer Engine": entries(NEEDS_TE),
     "of Megatron's optimizers": entries(OF_MEGATRONS_OPTIMIZERS),
-    "by optimizer": [(name, None, why) for name, (_, why) in BY_OPTIMIZER.items()]
-    + [(name, None, why) for name, why in WITHOUT_MEANING.items()],
+    "by optimizer": [
+        *((name, None, why) for name, (_, why) in BY_OPTIMIZER.items()),
+        *((name, None, why) for name, why in WITHOUT_MEANING.items()),
+    ],
     "supported": entries({"": SUPPORTED}),
     "free": entries({"": FREE}),
 }

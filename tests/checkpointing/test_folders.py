@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_opt.training import folders
+from megatron_opt.checkpointing import folders
 
 
 def write(save, iteration, ranks=2):

@@ -5,24 +5,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_opt.checkpointing import compared, folders, trusted
 from megatron_opt.distributed.state import FORMAT, contents
 from megatron_opt.errors import UserError
-from megatron_opt.training import folders
 
-# what makes two models the same; a value that a checkpoint does not record is not compared
-_MODEL = (
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels num_experts "
-    "moe_ffn_hidden_size moe_shared_expert_intermediate_size position_embedding_type normalization swiglu "
-    "add_bias_linear untie_embeddings_and_output_weights multi_latent_attention attention_output_gate"
-).split()
+_WITH_MODEL = ("seq_length", "max_position_embeddings", "hidden_dropout", "attention_dropout")
 _SHARDING = "distrib_optim_sharding_type"
 
 
-def install() -> None:
-    """Put our look before Megatron's `load_checkpoint`; call before `checkpoints.install`, which chooses the folder."""
+def install(ours: bool = True) -> None:
+    """Put our look before Megatron's `load_checkpoint`; call before `saving.install`, which chooses the folder.
+
+    `ours` says whether the optimizer is this project's.
+    """
     from megatron.training import checkpointing, training
 
-    training.load_checkpoint = functools.partial(_load, training.load_checkpoint)
+    training.load_checkpoint = functools.partial(_load, training.load_checkpoint, ours)
+    if not ours:
+        return
     checkpointing._build_sharded_state_dict_metadata = _for_any_layout(checkpointing._build_sharded_state_dict_metadata)
 
 
@@ -36,14 +36,17 @@ def _for_any_layout(original: Callable[..., dict[str, Any]]) -> Callable[..., di
     return metadata
 
 
-def _load(original: Callable[..., Any], model: Any, optimizer: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+def _load(
+    original: Callable[..., Any], ours: bool, model: Any, optimizer: Any, scheduler: Any, *args: Any, **kwargs: Any
+) -> Any:
     from megatron.training import get_args
 
     options = get_args()
     folder = newest(options)
     foreign = None
-    if folder is not None and optimizer is not None:
-        foreign = _examine(folder, optimizer, options)
+    # Megatron's optimizers may be stored in other formats, and a model alone has nothing to be resumed
+    if folder is not None and optimizer is not None and (ours or (folder / "metadata.json").is_file()):
+        foreign = _examine(folder, ours, optimizer, options)
     if foreign:
         options.no_load_optim = True
     try:
@@ -62,6 +65,10 @@ def _load(original: Callable[..., Any], model: Any, optimizer: Any, scheduler: A
             scheduler.step(increment=options.consumed_train_samples)
         if options.rank == 0:
             print(f"{folder}: {foreign}; the model is loaded and the optimizer's state starts anew", flush=True)
+    if folder is not None and scheduler is not None:
+        scheduler.step(
+            increment=0
+        )  # Megatron's load sets rates and decay before it takes the checkpoint's weight decay
     return found
 
 
@@ -100,7 +107,31 @@ def _existing(folder: Path, named_by: str) -> Path:
     return folder
 
 
-def _examine(folder: Path, optimizer: Any, options: Any) -> str | None:
+def take_flags(args: Any, given: set[str]) -> None:
+    """--use-checkpoint-args: the checkpoint's model and sequence length, but for the flags in `given`; before they are checked.
+
+    Megatron has this in a parsing of its own, which a preset and CPU defaults cannot go through.
+    """
+    from megatron.core import dist_checkpointing
+
+    folder = newest(args)
+    if folder is None:
+        raise UserError("--use-checkpoint-args takes flags from a checkpoint; --load names no folder that has one.")
+    if not args.trust_checkpoint and (refused := trusted.refused_names(folder)):
+        where, names = next(iter(refused.items()))
+        raise UserError(f"the flags of {folder} cannot be taken: {where} would import {', '.join(sorted(names))}.")
+    check_files(folder)
+    saved = dist_checkpointing.load_common_state_dict(str(folder)).get("args")
+    if saved is None:
+        raise UserError(f"the checkpoint {folder} records no flags; give the model's instead of --use-checkpoint-args.")
+    tokenizer = ("tokenizer_type", "tokenizer_model") if args.use_tokenizer_model_from_checkpoint_args else ()
+    for name in (*compared.FUNCTION, *_WITH_MODEL, *tokenizer):
+        expert = name == "moe_ffn_hidden_size" and not getattr(saved, "num_experts", None)
+        if hasattr(saved, name) and hasattr(args, name) and compared.option(name) not in given and not expert:
+            setattr(args, name, getattr(saved, name))
+
+
+def _examine(folder: Path, ours: bool, optimizer: Any, options: Any) -> str | None:
     """Refuse damaged checkpoints and those of other models; a reason where the optimizer's state is not ours, or None."""
     from megatron.core import dist_checkpointing
 
@@ -113,8 +144,8 @@ def _examine(folder: Path, optimizer: Any, options: Any) -> str | None:
         ) from error
     saved = common.get("args")
     if saved is not None:
-        _compare_models(folder, saved, options)
-    if options.no_load_optim or options.finetune:
+        compared.check(folder, saved, options)
+    if not ours or options.no_load_optim or options.finetune:
         return None
     state = common.get("optimizer")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -125,10 +156,10 @@ def _examine(folder: Path, optimizer: Any, options: Any) -> str | None:
         return f"its optimizer state was written by Megatron's {getattr(saved, 'optimizer', None) or 'optimizer'}"
     if state["contents"] != contents(optimizer):
         theirs = "+".join(state["optimizers"])
-        ours = "+".join(sorted({group.optimizer for group in optimizer.groups}))
+        here = "+".join(sorted({group.optimizer for group in optimizer.groups}))
         raise UserError(
             f"the checkpoint {folder} holds the state of {theirs} with other parameter groups or options than this run "
-            f"({ours}); give the same optimizer flags, or --no-load-optim to start its state anew."
+            f"({here}); give the same optimizer flags, or --no-load-optim to start its state anew."
         )
     if bool(getattr(saved, "bf16", False)) != bool(options.bf16):
         kinds = {True: "bf16", False: "fp32"}
@@ -137,24 +168,6 @@ def _examine(folder: Path, optimizer: Any, options: Any) -> str | None:
             "use the same, or --no-load-optim to take the weights alone."
         )
     return None
-
-
-def _compare_models(folder: Path, saved: Any, options: Any) -> None:
-    for name in _MODEL:
-        if not hasattr(saved, name):
-            continue
-        theirs, ours = _model_value(saved, name), _model_value(options, name)
-        if theirs != ours:
-            raise UserError(
-                f"the checkpoint {folder} is of another model: its --{name.replace('_', '-')} is {theirs}, this run's is "
-                f"{ours}; give the same model flags."
-            )
-
-
-def _model_value(args: Any, name: str) -> Any:
-    if name == "num_query_groups" and not getattr(args, "group_query_attention", False):
-        return args.num_attention_heads  # Megatron leaves 1 or the number of heads there
-    return getattr(args, name, None)
 
 
 def check_files(folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.planner_helpers import _create_write_item_for_bytesio, _create_write_item_for_tensor
 
-from megatron_opt.training.background import Publication, Writer, _read_results
+from megatron_opt.checkpointing.background import Publication, Writer, _read_results
 
 SHAPES = [((5, 3), torch.float32), ((1000, 70), torch.float32), ((), torch.float32), ((0, 4), torch.float32),
           ((33,), torch.bfloat16), ((7,), torch.int64)]  # fmt: skip

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opt.training import agreement
-from megatron_opt.training.background import Publication, Writer
-from megatron_opt.training.snapshot import Request
+from megatron_opt.checkpointing import agreement
+from megatron_opt.checkpointing.background import Publication, Writer
+from megatron_opt.checkpointing.snapshot import Request
 
 _GOING_ON, _TROUBLE, _PUBLISHED = range(3)
 _PATIENCE = 0.005  # seconds between two looks of a rank that waits for the end
@@ -41,14 +41,16 @@ class UnderWay:
         self._published: dict[str, Any] | None = None
         self._asked: tuple[Any, Any] | None = None  # the sum that is under way
 
-    def begin(self, request: Request, save: Path, iteration: int, keep_last: int, keep_every: int) -> None:
+    def begin(
+        self, request: Request, notes: dict[str, str], save: Path, iteration: int, keep_last: int, keep_every: int
+    ) -> None:
         """Hand a save over to the writers; not before the last one has ended."""
         import torch
 
         rank, plan = agreement.rank(), request.plan
         self._iteration, self._announcements = iteration, request.announcements
         self._unheard, self._trouble, self._published = True, None, None
-        self.writer.save(request.folder, rank, plan.items, request.strings, request.tensors, request.still)
+        self.writer.save(request.folder, rank, plan.items, request.strings, request.tensors, request.still, notes)
         if rank == 0:
             ranks = torch.distributed.get_world_size()
             self.writer.publish(

@@ -10,6 +10,13 @@ def rank() -> int:
     return int(torch.distributed.get_rank())
 
 
+def last_rank() -> bool:
+    """Whether this is the last rank, which has the loss; no collective."""
+    import torch
+
+    return bool(torch.distributed.get_rank() == torch.distributed.get_world_size() - 1)
+
+
 def agree(value: Any) -> Any:
     """Rank 0's value on every rank."""
     import torch

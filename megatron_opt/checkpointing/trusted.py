@@ -2,10 +2,14 @@
 
 torch reads `.metadata` and the small objects of a torch_dist checkpoint by pickle, which runs whatever the file says.
 Here they are read once with every name replaced by a class that does nothing, and names outside a short list refused.
+A pickle inside one (a tensor's bytes, Transformer Engine's `_extra_state`) is read in the same way.
 """
 
+import contextlib
 import io
+import os
 import pickle
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +25,17 @@ _ALLOWED = {
     "io": {"BytesIO"},
     "pathlib": {"PosixPath", "PurePosixPath", "Path"},
     "signal": {"Signals"},
+    "transformer_engine.common.recipe": {
+        "DelayedScaling",
+        "Float8BlockScaling",
+        "Float8CurrentScaling",
+        "Format",
+        "MMParams",
+        "MXFP8BlockScaling",
+        "NVFP4BlockScaling",
+        "QParams",
+        "_FormatHelper",
+    },
     "types": {"SimpleNamespace"},
     "numpy": {"dtype", "ndarray"},
     "numpy.dtypes": {"UInt32DType"},
@@ -31,7 +46,7 @@ _ALLOWED = {
     "torch._tensor": {"_rebuild_from_type_v2"},
     "torch._utils": {"_rebuild_tensor_v2", "_rebuild_parameter"},
     "torch.serialization": {"_get_layout"},
-    "torch.storage": {"UntypedStorage", "TypedStorage"},
+    "torch.storage": {"UntypedStorage", "TypedStorage", "_load_from_bytes"},  # what the last one gets is read too
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -67,6 +82,11 @@ _ALLOWED = {
 }
 
 
+_EXTRA_STATE = "_extra_state"
+_EXTRA_STATE_SWITCH = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of torch.save's format without zip
+
+
 class _Inert:
     """Takes every way in which a pickle builds an object, and does nothing."""
 
@@ -85,10 +105,19 @@ class _Names(pickle.Unpickler):
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self.names: set[tuple[str, str]] = set()
+        self.saved: list[bytes] = []  # what torch would read as a file of its own
 
     def find_class(self, module: str, name: str) -> Any:
         self.names.add((module, name))
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return self._note_saved
         return _Inert
+
+    def _note_saved(self, data: bytes) -> _Inert:
+        if type(data) is not bytes:
+            raise ValueError("a tensor's bytes are made by code")
+        self.saved.append(data)
+        return _Inert()
 
     def persistent_load(self, key: Any) -> Any:
         return _Inert()
@@ -103,11 +132,49 @@ def _is_torch_type(name: str) -> bool:
 def _refused(stream: Any) -> set[str]:
     reader = _Names(stream)
     reader.load()
-    return {
+    found = {
         f"{module}.{name}"
         for module, name in reader.names
         if name not in _ALLOWED.get(module, ()) and not (module == "torch" and _is_torch_type(name))
     }
+    return found.union(*(_refused_in_saved(data) for data in reader.saved))
+
+
+def _refused_in_saved(data: bytes) -> set[str]:
+    """Of the format without zip that pickled tensors are in: five pickles, then numbers. torch would try tar first."""
+    stream = io.BytesIO(data)
+    if not data.startswith(_TORCH_MAGIC) or tarfile.is_tarfile(io.BytesIO(data)):
+        raise ValueError("no tensor as pickle stores it")
+    return set().union(*(_refused(stream) for _ in range(5)))
+
+
+def _refused_in_extra_state(data: bytes) -> set[str]:
+    """Of what Transformer Engine would unpickle; `data` is harmless itself, and is read as Megatron reads it."""
+    import torch
+
+    with torch.serialization.safe_globals([io.BytesIO]):
+        values = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    found: set[str] = set()
+    for value in values if isinstance(values, list) else [values]:
+        if isinstance(value, torch.Tensor) and value.numel():
+            found |= _refused(io.BytesIO(value.numpy().tobytes()))
+        elif isinstance(value, io.BytesIO):
+            for part in _pickles_of_zip(value.getvalue()):
+                found |= _refused(io.BytesIO(part))
+    return found
+
+
+@contextlib.contextmanager
+def checked_extra_state() -> Iterator[None]:
+    """Let Transformer Engine load the pickles of a checkpoint in which `refused_names` has found nothing."""
+    before = os.environ.get(_EXTRA_STATE_SWITCH)
+    os.environ[_EXTRA_STATE_SWITCH] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_EXTRA_STATE_SWITCH)
+        if before is not None:
+            os.environ[_EXTRA_STATE_SWITCH] = before
 
 
 def _pickles_of_zip(data: bytes) -> Iterator[bytes]:
@@ -137,9 +204,9 @@ def refused_names(folder: Path) -> dict[str, set[str]]:
     """
     found: dict[str, set[str]] = {}
 
-    def look(where: str, stream: Any) -> None:
+    def look(where: str, stream: Any, read: Any = _refused) -> None:
         try:
-            names = _refused(stream)
+            names = read(stream)
         except Exception:  # a damaged or hostile pickle may raise anything
             names = {"unreadable"}
         if names:
@@ -157,6 +224,8 @@ def refused_names(folder: Path) -> dict[str, set[str]]:
                 parts = [data]
             for part in parts:
                 look(name, io.BytesIO(part))
+            if _EXTRA_STATE in name and name not in found:
+                look(name, data, _refused_in_extra_state)
     for path in sorted(folder.rglob("*.pt")):
         try:
             parts = list(_pickles_of_zip(path.read_bytes()))

@@ -17,12 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_opt.checkpointing import compared, folders, run_state, snapshot
+from megatron_opt.checkpointing.agreement import agree, each_anywhere, first_error, last_rank, rank
+from megatron_opt.checkpointing.background import Writer
+from megatron_opt.checkpointing.under_way import UnderWay
+from megatron_opt.checkpointing.verification import load_newest_sound
 from megatron_opt.errors import UserError
-from megatron_opt.training import events, folders, snapshot
-from megatron_opt.training.agreement import agree, each_anywhere, first_error, rank
-from megatron_opt.training.background import Writer
-from megatron_opt.training.loading import load_newest_sound
-from megatron_opt.training.under_way import UnderWay
+from megatron_opt.files import write_atomic
+from megatron_opt.training import events
 
 _SPARE = 1.02  # of the last checkpoint's size must be free before the next is begun
 
@@ -60,6 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="load a checkpoint although it has no checksums or its pickles import unknown names, "
         "which lets its author run code",
     )
+    group.add_argument(
+        "--accept-changed",
+        nargs="+",
+        default=[],
+        metavar="FLAG",
+        help="resume although these flags (norm-epsilon, seed …), which change the model or the place in the data, "
+        "differ from the checkpoint's",
+    )
 
 
 def install(args: Any) -> None:
@@ -76,6 +86,7 @@ def install(args: Any) -> None:
         if args.keep_last:
             raise UserError("--save-retain-interval N is Megatron's word for --keep-last 1 --keep-every N; give one.")
         args.keep_last, args.keep_every, args.save_retain_interval = 1, args.save_retain_interval, None
+    compared.check_accepted(args.accept_changed)
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import checkpointing, training
@@ -148,7 +159,8 @@ def _begin(request: Any) -> None:
         request.execute_sync()
         return
     assert _under_way is not None and _saving is not None
-    _under_way.begin(request, Path(_saving), _iteration, flags.keep_last, flags.keep_every)
+    notes = {run_state.FILE: run_state.current()} if last_rank() else {}
+    _under_way.begin(request, notes, Path(_saving), _iteration, flags.keep_last, flags.keep_every)
 
 
 def _save(original: Callable[..., Any], iteration: int, *args: Any, **kwargs: Any) -> None:
@@ -193,7 +205,10 @@ def _save(original: Callable[..., Any], iteration: int, *args: Any, **kwargs: An
         return
     if _error is None:
         try:
-            folders.sum_files(save / folders.ASIDE / folders.name_of(iteration), rank())
+            folder = save / folders.ASIDE / folders.name_of(iteration)
+            if last_rank():
+                write_atomic(folder / run_state.FILE, run_state.current())
+            folders.sum_files(folder, rank())
         except OSError as error:
             _error = str(error)
     _publish(flags, save, iteration)

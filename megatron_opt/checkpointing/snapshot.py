@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_opt.checkpointing import agreement
+from megatron_opt.checkpointing.background import Writer
 from megatron_opt.distributed.state import live_tensors
-from megatron_opt.training import agreement
-from megatron_opt.training.background import Writer
 
 _CONSTANT_PREFIX = "optimizer."  # state that only the optimizer's step changes
 

@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_opt.checkpointing import folders
 from megatron_opt.files import write_atomic
-from megatron_opt.training import folders, signals
+from megatron_opt.training import signals
 
 _ALIGNED = 64
 _RESULTS = ".results-"  # of a rank: what it has written, and where
@@ -93,11 +94,12 @@ class Writer:
         strings: Sequence[Any],
         tensors: Sequence[Any],
         still: Sequence[bool],
+        notes: dict[str, str] | None = None,
     ) -> None:
         """Hand a save over: tensors that keep `still` until `settle` are copied meanwhile, others (and a GPU's) at once.
 
         `strings` and `tensors` are in the order of the plan's items; the same plan object is sent once. An earlier save
-        is waited for.
+        is waited for. `notes` are small files, by name.
         """
         while self.busy():
             self._receive(block=True)
@@ -110,7 +112,7 @@ class Writer:
         self._writing += 1
         views = [view for view, wait in zip(self._views, later, strict=True) if wait]
         waiting = [tensor for tensor, wait in zip(tensors, later, strict=True) if wait]
-        self._copy = self._thread.submit(self._deliver, views, waiting, ("save", folder, rank, strings))
+        self._copy = self._thread.submit(self._deliver, views, waiting, ("save", folder, rank, strings, notes or {}))
 
     def _lay(self, plan: Items, tensors: Sequence[Any]) -> None:
         offset, slots, values = 0, [], iter(tensors)
@@ -286,11 +288,15 @@ def _serve(connection: socket.socket, nice: int) -> None:
             folders.sweep(rest[0].save)
 
 
-def _write(plan: Items, slots: Any, buffer: Any, folder: Path, rank: int, strings: Sequence[bytes]) -> None:
+def _write(
+    plan: Items, slots: Any, buffer: Any, folder: Path, rank: int, strings: Sequence[bytes], notes: dict[str, str]
+) -> None:
     """Write this rank's files in Megatron's format; then what is in them, for rank 0's writer."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 
+    for name, text in notes.items():
+        write_atomic(folder / name, text)
     values = iter(strings)
     buckets = [
         (

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_opt.checkpointing import folders, run_state, trusted
+from megatron_opt.checkpointing.agreement import agree, first_error, rank
 from megatron_opt.errors import UserError
-from megatron_opt.training import events, folders
-from megatron_opt.training.agreement import agree, first_error, rank
+from megatron_opt.training import events
 
 
 def load_newest_sound(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -28,9 +29,12 @@ def load_newest_sound(original: Callable[..., Any], *args: Any, **kwargs: Any) -
     began = time.monotonic()
     flags.ckpt_step = chosen
     try:
-        loaded = original(*args, **kwargs)
+        with trusted.checked_extra_state():
+            loaded = original(*args, **kwargs)
     finally:
         flags.ckpt_step = wanted
+    if not flags.finetune:
+        run_state.restore(Path(load) / folders.name_of(chosen))
     if rank() == 0:
         events.record(
             "resume",
@@ -89,8 +93,6 @@ def _candidates(load: Path, wanted: int | None) -> list[int]:
 
 def _inspect(load: Path, iteration: int, trust: bool) -> tuple[dict[str, str] | None, str | None]:
     """Rank 0: (digests by file, what forbids this checkpoint)."""
-    from megatron_opt.training.pickles import refused_names
-
     folder = load / folders.name_of(iteration)
     if not folder.is_dir():
         return None, f"there is no {folder.name}"
@@ -112,7 +114,7 @@ def _inspect(load: Path, iteration: int, trust: bool) -> tuple[dict[str, str] | 
     if trouble := folders.damage(folder, small):
         return None, trouble
     try:
-        refused = refused_names(folder)
+        refused = trusted.refused_names(folder)
     except OSError as error:
         return None, f"{error.filename}: {error.strerror}"
     if refused:

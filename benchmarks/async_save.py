@@ -1,0 +1,192 @@
+#!/usr/bin/env python3
+"""Background saves side by side: ours, Megatron's queue and torch's `async_save`, in the same training run of one rank, AdamW.
+
+Of each save but a run's first: `stall`, for which the loop stands still (the save and hearing of its end at later steps);
+`slower`, what the steps until the next save take beyond the median step of the run, where copying and writing compete with
+them; `whole`, seconds until the checkpoint is complete, seen at the end of a step. Medians over saves.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+MODES = {
+    "sync": "this project, synchronous",
+    "ours": "this project, `--async-save`",
+    "megatron": "Megatron, forked at each save",
+    "megatron-worker": "Megatron, persistent worker",
+    "torch": "torch `async_save`, thread",
+    "torch-process": "torch `async_save`, process",
+}
+MODELS = {"10M": ("320", "8"), "100M": ("768", "14")}
+
+
+class Timed:
+    """Times of a run's steps and saves."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.steps: list[float] = []
+        self.saves: list[dict[str, float]] = []
+        self.began = 0.0
+
+    def step(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        found = original(*args, **kwargs)
+        self.steps.append(time.perf_counter() - began)
+        return found
+
+    def save(self, original: Any, iteration: int, *args: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
+        original(iteration, *args, **kwargs)
+        self.saves.append({"iteration": iteration, "stall": time.perf_counter() - self.began})
+
+    def finalize(self, original: Any, done: Any, *args: Any, **kwargs: Any) -> None:
+        began = time.perf_counter()
+        original(*args, **kwargs)
+        if self.saves:
+            last = self.saves[-1]
+            last["stall"] += time.perf_counter() - began
+            if "whole" not in last and done(int(last["iteration"])):
+                last["whole"] = time.perf_counter() - self.began
+
+    def summary(self) -> dict[str, float]:
+        usual = statistics.median(self.steps)
+        kept = self.saves[1:-1]  # the first plans, the last is waited for
+        for save in kept:
+            at = int(save["iteration"])
+            save["slower"] = sum(self.steps[at : at + self.every]) - usual * self.every
+        found = {name: statistics.median(save[name] for save in kept) for name in ("stall", "slower", "whole")}
+        return {**found, "first": self.saves[0]["stall"], "step": usual}
+
+
+def child(mode: str, every: int, target: str, flags: list[str]) -> None:
+    """Train in this process with the saves of `mode`; the summary goes to `target`."""
+    from megatron_opt import platform
+    from megatron_opt.training import entry
+
+    entry.alone()
+    platform.activate()
+    from megatron.training import async_utils, training
+
+    from megatron_opt.checkpointing import folders, saving
+    from megatron_opt.training import arguments, job
+
+    args = arguments.parse([*flags, *([] if mode in ("sync", "torch", "torch-process") else ["--async-save"])])
+    save = Path(args.save)
+
+    def done(iteration: int) -> bool:
+        if mode.startswith("megatron"):
+            return bool(async_utils.is_empty_async_queue())
+        return running[iteration].done() if mode.startswith("torch") else (save / folders.name_of(iteration)).is_dir()
+
+    running: dict[int, Any] = {}
+    if mode.startswith("megatron"):
+        saving.install = lambda args: None  # type: ignore[assignment]
+        args.use_persistent_ckpt_worker, args.ckpt_assume_constant_structure = mode == "megatron-worker", True
+    elif mode.startswith("torch"):
+        saving.install = lambda args: None  # type: ignore[assignment]
+        training.save_checkpoint = _with_torch(running, save, mode)
+    timed, install = Timed(every), saving.install
+
+    def install_and_time(args: Any) -> None:
+        install(args)
+        training.train_step = functools.partial(timed.step, training.train_step)
+        training.save_checkpoint = functools.partial(timed.save, training.save_checkpoint)
+        training.maybe_finalize_async_save = functools.partial(timed.finalize, training.maybe_finalize_async_save, done)
+
+    saving.install = install_and_time  # type: ignore[assignment]
+    try:
+        job.train(args)
+    finally:
+        if timed.saves:
+            Path(target).write_text(json.dumps(timed.summary()))
+    entry.leave(0)
+
+
+def _with_torch(running: dict[int, Any], save: Path, mode: str) -> Any:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save
+
+    from megatron_opt.distributed.state import live_tensors
+
+    kind = AsyncCheckpointerType.PROCESS if mode == "torch-process" else AsyncCheckpointerType.THREAD
+
+    def save_checkpoint(iteration: int, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        for earlier in running.values():
+            earlier.result()
+        state = {
+            name: value for chunk in model for name, value in chunk.state_dict().items() if hasattr(value, "shape")
+        }
+        state |= {f"optimizer.{n}": value for n, value in enumerate(live_tensors(optimizer))}
+        folder = save / f"iter_{iteration:07d}"
+        writer = dcp.FileSystemWriter(folder, single_file_per_rank=True)
+        running[iteration] = async_save(state, storage_writer=writer, async_checkpointer_type=kind)
+
+    return save_checkpoint
+
+
+def measure(mode: str, model: str, saves: int, every: int, home: Path) -> dict[str, float] | str:
+    """The summary of a run of its own, or why there is none."""
+    from tests.cluster.harness import environment, job_flags
+
+    folder, (hidden, layers) = home / mode, MODELS[model]
+    folder.mkdir()
+    flags = job_flags(folder, (saves + 2) * every, interval=every)
+    flags += ["--hidden-size", hidden, "--num-layers", layers, "--num-attention-heads", "8", "--optimizer", "adamw"]
+    flags += ["--global-batch-size", "1"]  # little arithmetic, so that the disk and the copies are what is seen
+    target = folder / "summary.json"
+    command = [sys.executable, __file__, "--child", mode, "--every", str(every), "--target", str(target), "--", *flags]
+    try:
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=150)
+    except subprocess.TimeoutExpired:
+        return "does not end"
+    for old in (folder / "checkpoints").glob("**/*"):
+        if old.is_file():
+            old.unlink()
+    if not target.is_file():
+        lines = [line for line in done.stderr.splitlines() if "Error" in line]
+        return lines[-1][:90] if lines else f"exit code {done.returncode}"
+    found: dict[str, float] = json.loads(target.read_text())
+    return found
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--saves", type=int, default=7)
+    parser.add_argument("--every", type=int, default=10, metavar="STEPS")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--target", help=argparse.SUPPRESS)
+    parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args.child, args.every, args.target, args.flags)
+    print(f"load {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores")
+    print("| parameters | saves | stall, ms | first save, ms | slower steps, ms | complete after, ms | step, ms |")
+    print("|---|---|---|---|---|---|---|")
+    for model in args.models:
+        for mode in args.modes:
+            with tempfile.TemporaryDirectory() as name:
+                found = measure(mode, model, args.saves, args.every, Path(name))
+            columns = ("stall", "first", "slower", "whole", "step")
+            cells = [f"{1e3 * found[name]:.1f}" for name in columns] if isinstance(found, dict) else [found, *"----"]
+            print(f"| {model} | {MODES[mode]} | {' | '.join(cells)} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Published training runs beside their predictions: how far rates from data sheets are to be trusted."""
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+
+import yaml
+
+from megatron_opt.cost_model.cluster import load
+from megatron_opt.cost_model.flags import parse
+from megatron_opt.cost_model.step import predict
+
+ZERO = "--sequence-parallel --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --optimizer adamw"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A published run; `seconds` is its step time, `predicted` ours."""
+
+    name: str
+    cluster: str
+    moe: bool
+    seconds: float
+    predicted: float
+    tflops: float
+    source: str
+    assumed: str
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted step time: above 1 the prediction was optimistic."""
+        return self.seconds / self.predicted
+
+
+def published_runs(clusters: Iterable[str] = ()) -> list[Run]:
+    """Every run of the table (or those on some clusters) with its prediction."""
+    text = (resources.files("megatron_opt") / "cost_model" / "published_runs.yaml").read_text(encoding="utf-8")
+    content, wanted, found = yaml.safe_load(text), set(clusters), []
+    for row in content["runs"]:
+        if wanted and row["cluster"] not in wanted:
+            continue
+        words = f"{content['models'][row['model']]} {row['flags']} {ZERO}".split()
+        step = predict(parse(words)[0], load(row["cluster"]), row["gpus"], exact=False)
+        flops = step.model.step_flops_per_token
+        tokens = row.get("tokens") or row["tflops"] * 1e12 / flops
+        found.append(
+            Run(
+                f"{row['model']}, {row['gpus']} × {row['cluster']}, {step.layout.name()}"
+                + (", fp8" if step.layout.fp8 else ""),
+                row["cluster"],
+                step.model.experts > 0,
+                step.tokens / row["gpus"] / tokens,
+                step.seconds,
+                tokens * flops / 1e12,
+                content["sources"][row["source"]],
+                row.get("assumed", ""),
+            )
+        )
+    return found
+
+
+def spread(runs: Iterable[Run]) -> tuple[float, float, float, int]:
+    """Least, median and greatest ratio of measured to predicted step time, and how many runs."""
+    ratios = [run.ratio for run in runs]
+    return min(ratios), statistics.median(ratios), max(ratios), len(ratios)
+
+
+def table(runs: Iterable[Run]) -> str:
+    """The runs as Markdown."""
+    lines = [
+        "| run | measured s | predicted s | measured / predicted | TFLOP/s a GPU | source |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    lines += [
+        f"| {r.name} | {r.seconds:.2f} | {r.predicted:.2f} | {r.ratio:.2f} | {r.tflops:.0f} | {r.source}"
+        + (f" ({r.assumed})" if r.assumed else "")
+        + " |"
+        for r in runs
+    ]
+    return "\n".join(lines)
