@@ -4,11 +4,11 @@
     python benchmarks/study_coverage.py --table rows.jsonl
 
 A draw is a study of AdamW, Muon and SOAP at 130M, 300M and 520M parameters and 1, 2, 4, 8x tokens: a truth of that world,
-and noise. Truths vary around the law fitted to the published losses (arXiv 2509.02046), exponents and κ by a factor of 1.5 (one
-standard deviation), so that coverage is not that of one lucky law. Worlds: `shared`
-exponents, efficiencies ρ_N and ρ_D; `separate` exponents, κ and irreducible losses;
-`common` the same, with noise common to a cell and to an (optimizer, size) beside a run's own; `outside` a level whose
-exponents drift with scale and gains that level off, which no fitted form can express.
+and noise. Truths vary around the law fitted to the published losses (arXiv 2509.02046), exponents and κ by a factor of 1.5
+(one standard deviation), so that coverage is not that of one lucky law. Worlds: `shared` exponents, efficiencies ρ_N and ρ_D;
+`separate` exponents, κ and irreducible losses; `common` the same, with noise common to a cell and to an (optimizer, size)
+beside a run's own; `outside` a level whose exponents drift with scale and gains that level off each at a share of its own,
+which no fitted form can express.
 """
 
 from __future__ import annotations

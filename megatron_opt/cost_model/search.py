@@ -197,7 +197,7 @@ def _base(flags: Mapping[str, Any], cluster: Cluster) -> tuple[Model, Layout]:
         "micro-batch-size",
     )
     kept = {key: value for key, value in flags.items() if key not in searched}
-    model = Model.of({**kept, "tensor-model-parallel-size": flags.get("tensor-model-parallel-size")})
+    model = Model.of({**kept, "tensor-model-parallel-size": flags.get("tensor-model-parallel-size")}).priced()
     base = Layout.of({**kept, "global-batch-size": 1}, 1, model)
     batch = int(flags["global-batch-size"])
     return model, replace(base, global_batch=batch, overlap_ep=bool(flags.get("overlap-moe-expert-parallel-comm")))

@@ -35,6 +35,11 @@ def _attention(
         )
     softmax = self.scale_mask_softmax
     if self.softmax_offset is not None:
+        if value.shape[-1] != query.shape[-1]:
+            raise UserError(
+                f"--softmax-type {self.config.softmax_type} with --multi-latent-attention needs Transformer Engine's "
+                "attention, which needs a GPU; use vanilla."
+            )
         return ATTENTION.original()(self, query, key, value, attention_mask)  # type: ignore[no-any-return]
     mask, causal = attention_mask, False
     if softmax.window_size is not None:
@@ -58,18 +63,6 @@ def _attention(
             enable_gqa=query.shape[2] != key.shape[2],
         )  # (b, heads, s, dv)
     return out.permute(2, 0, 1, 3).flatten(2)
-
-
-def _construct(
-    self: Any, config: Any, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any
-) -> None:
-    """Multi-latent attention names the widths of keys and values, which the forward reads off its arguments."""
-    if v_channels is not None and config.softmax_type != "vanilla":
-        raise UserError(
-            f"--softmax-type {config.softmax_type} with --multi-latent-attention needs Transformer Engine's attention, "
-            "which needs a GPU; use vanilla."
-        )
-    MLA_ARGUMENTS.original()(self, config, *args, **kwargs)
 
 
 @functools.lru_cache(maxsize=4)
@@ -120,5 +113,4 @@ NORM = Replacement(
     frozenset({"normalization", "sequence_parallel", "persist_layer_norm"}),  # the last names a kernel of Apex
     constructor="__new__",
 )
-MLA_ARGUMENTS = Replacement(ATTENTION.owner, "__init__", _construct)  # over the constructor that ATTENTION checks
-REPLACEMENTS = (ATTENTION, MLA_ARGUMENTS, NORM)
+REPLACEMENTS = (ATTENTION, NORM)

@@ -17,31 +17,6 @@ _JOINT = ("data_path", "data_args_path")
 _PER_SPLIT = ("per_split_data_args_path",)
 _PATHS = tuple(f"{split}_data_path" for split in SPLITS)
 
-# Flags of Megatron's data group that neither our datasets nor Megatron's loop read: their value without effect, and why.
-WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
-    "sft": (False, "there is no reader of chats here; train on indexed text"),
-    "fim_data": (False, "samples are not rearranged to fill in the middle; index a corpus that is"),
-    "dataloader_inter_document_masking": (
-        False,
-        "it needs packed sequences; use --reset-attention-mask with --transformer-impl local",
-    ),
-    "hybrid_context_parallel": (False, "it needs packed sequences; use --context-parallel-size"),
-    "object_storage_cache_path": (None, "datasets are checked on a file system before a job starts; copy them there"),
-    "sample_rate": (1.0, "every sample is read; give fewer steps or another --split"),
-    "mask_prob": (0.15, "it is for BERT"),
-    "short_seq_prob": (0.1, "it is for BERT"),
-    "fim_rate": (0.5, "see --fim-data"),
-    "fim_spm_rate": (0.5, "see --fim-data"),
-    "fim_split_sample": (None, "see --fim-data"),
-    "fim_fragment_rate": (None, "see --fim-data"),
-    "fim_no_prefix": (None, "see --fim-data"),
-    "fim_prefix_token": ("<fim_prefix>", "see --fim-data"),
-    "fim_middle_token": ("<fim_middle>", "see --fim-data"),
-    "fim_suffix_token": ("<fim_suffix>", "see --fim-data"),
-    "fim_pad_token": ("<fim_pad>", "see --fim-data"),
-    "fim_eod_token": ("<|endoftext|>", "see --fim-data"),
-}
-
 
 @dataclass(frozen=True)
 class Blend:
@@ -180,23 +155,6 @@ def _blend(flag: str, words: Sequence[str] | None) -> Blend | None:
     return Blend(flag, tuple(words[1::2]), tuple(weights))
 
 
-def sequences_per_dataset(args: Any) -> dict[str, Any] | None:
-    """The counts that --per-dataset-sequences-path holds, by prefix, as Megatron's tool writes them."""
-    if args.per_dataset_sequences_path is None:
-        return None
-    text = _read(args, "per_dataset_sequences_path")
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    missing = [prefix for prefix in resolve(args).prefixes() if not isinstance(found, dict) or prefix not in found]
-    if missing:
-        raise UserError(
-            f"--per-dataset-sequences-path {args.per_dataset_sequences_path} has no JSON entry for {missing[0]}."
-        )
-    return found  # type: ignore[no-any-return]
-
-
 def _number(word: str) -> float | None:
     try:
         return float(word)
@@ -220,7 +178,6 @@ def check(args: Any) -> None:
 
     _without_effect(args)
     sources = resolve(args)
-    sequences_per_dataset(args)
     digest = tokenizer_digest(args.tokenizer_model) if args.tokenizer_model else None
     for prefix in sources.prefixes():
         check_dataset(prefix, args.padded_vocab_size, digest)
@@ -276,11 +233,10 @@ def _wanted(args: Any, split: str) -> int:
 
 
 def _without_effect(args: Any) -> None:
-    for name, (fine, why) in WITHOUT_EFFECT.items():
-        if getattr(args, name, fine) != fine:
-            raise UserError(f"{_flag(name)} has no effect here: {why}.")
-    if args.multiple_validation_sets and not args.full_validation:
-        raise UserError("--multiple-validation-sets needs --full-validation in Megatron; give both, or neither.")
+    if args.multiple_validation_sets != args.full_validation:
+        raise UserError(
+            "--full-validation and --multiple-validation-sets work only together in Megatron 0.19.2; give both, or neither."
+        )
     if args.reset_position_ids and args.position_embedding_type != "learned_absolute":
         raise UserError(
             f"--reset-position-ids has no effect on --position-embedding-type {args.position_embedding_type}, "

@@ -190,7 +190,7 @@ def test_many_matrices_at_once_are_each_alone(case):
 
 def join_norms(rule, states, info):
     """What the caller does with the states of parts before the first step."""
-    for norm in rule.norms:
+    for norm in rule.keys(StateKind.NORM, info):
         whole = torch.stack([state[norm].double().square() for state in states]).sum(0).sqrt()
         for state in states:
             state[norm].copy_(whole)
@@ -234,14 +234,15 @@ def test_slices_equal_the_whole(case, shape, dtype, pieces):
             float((to_norm(rule, found, slices[0]) - expected).norm()) <= tolerance * float(expected.norm()) + 1e-12
         ), t
     for key, value in whole.items():
-        if key in rule.norms or (key in rule.rows and dim == 1):
+        kind = rule.state_spec(info)[key]
+        if kind is StateKind.NORM or (kind is StateKind.ROWS and dim == 1):
             joined = slices[0][key]
             assert all(torch.equal(joined, state[key]) for state in slices)
         else:
             joined = shared[key] if key in shared else torch.cat([state[key] for state in slices], dim)
         assert joined.shape == value.shape
         difference = float((joined.double() - value.double()).norm())
-        near = 1e-4 if exact or key not in rule.rows else tolerance  # rows are of the iteration's results
+        near = 1e-4 if exact or kind is not StateKind.ROWS else tolerance  # rows are of the iteration's results
         assert difference <= near * float(value.double().norm()) + 1e-12, key
 
 
@@ -282,7 +283,7 @@ def test_cells_equal_the_whole(case, shape, dtype):
                 of, numbers, count = places[key]
                 assert count == len(whole[of])
                 joined[of][numbers] = value
-            elif value.numel() == 1 and key in (*rule.flags, *rule.norms):
+            elif value.numel() == 1 and rule.state_spec(info)[key] in (StateKind.FLAG, StateKind.NORM):
                 joined[key] = value
             else:
                 joined[key].view(rows, columns)[r0:r1, c0:c1] = value.view(r1 - r0, c1 - c0)

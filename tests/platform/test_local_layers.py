@@ -101,14 +101,13 @@ def test_a_window_and_documents_hold_together():
 
 def test_values_of_another_width():
     """As in multi-latent attention."""
-    tp = {"pg_collection": SimpleNamespace(tp=ONE_RANK)}
-    core = DotProductAttention(config(), 1, AttnMaskType.causal, "self", k_channels=WIDTH, v_channels=5, **tp)
+    core = attention(config())
     q, k = torch.randn(2, 7, 1, HEADS, WIDTH, dtype=torch.float64)
     v = torch.randn(7, 1, HEADS, 5, dtype=torch.float64)
     scores = (torch.einsum("sbhd,tbhd->bhst", q, k) / WIDTH**0.5).masked_fill(documents(7, []), -torch.inf)
     torch.testing.assert_close(core(q, k, v, None), torch.einsum("bhst,tbhd->sbhd", scores.softmax(-1), v).flatten(2))
     with pytest.raises(UserError, match="--softmax-type off-by-one with --multi-latent-attention"):
-        DotProductAttention(config(softmax_type="off-by-one"), 1, AttnMaskType.causal, "self", v_channels=5, **tp)
+        attention(config(softmax_type="off-by-one"))(q, k, v, None)
 
 
 @pytest.mark.parametrize("window", [(-1, 0), (-1, -1), (4, 1)])

@@ -17,7 +17,7 @@ platform.activate()
 
 def flags(**given):
     names = (*data_flags._JOINT, *data_flags._PER_SPLIT, *data_flags._PATHS, "split", "tokenizer_model")
-    plain = dict.fromkeys([*names, "per_dataset_sequences_path", "phase_transition_iterations"]) | {
+    plain = dict.fromkeys(names) | {
         "mock_data": False, "padded_vocab_size": 128, "seq_length": 8, "eval_iters": 0, "full_validation": False,
         "multiple_validation_sets": False, "reset_position_ids": False, "reset_attention_mask": False, "skip_train": False,
         "position_embedding_type": "rope", "transformer_impl": "local", "pipeline_model_parallel_size": 1,
@@ -161,7 +161,10 @@ def test_too_little_where_data_is_read_once(make):
     with pytest.raises(UserError, match="8 tokens of short, which are read once and give no whole sample"):
         data_flags.check(flags(train_data_path=["long", "short", "long"]))
     with pytest.raises(UserError, match="read once"):
-        data_flags.check(flags(train_data_path=["long"], valid_data_path=["short"], full_validation=True))
+        both = {"full_validation": True, "multiple_validation_sets": True}
+        data_flags.check(flags(train_data_path=["long"], valid_data_path=["short"], **both))
+    with pytest.raises(UserError, match="work only together"):
+        data_flags.check(flags(train_data_path=["long"], valid_data_path=["long"], full_validation=True))
 
 
 def test_what_is_missing(make):
@@ -196,23 +199,15 @@ def test_every_data_flag_of_megatron_is_read_or_refused():
     from megatron.training import arguments, checkpointing, training
     from megatron.training.datasets import data_samplers
 
-    group = arguments._add_data_args(ArgumentParser(allow_abbrev=False))._actions
+    from megatron_opt.training.flags.table import kinds_of
+
     read = set(data_flags.flags_read())
     for module in (training, checkpointing, data_samplers):
         tree = ast.walk(ast.parse(inspect.getsource(module)))
         read |= {node.attr for node in tree if isinstance(node, ast.Attribute)}
-    refused_by_megatron = {"encoder_seq_length"}  # beside --seq-length, which a job needs
-    assert {action.dest for action in group} - {"help"} - refused_by_megatron <= read | set(data_flags.WITHOUT_EFFECT)
-    for action in group:
-        if action.dest in data_flags.WITHOUT_EFFECT:
-            assert data_flags.WITHOUT_EFFECT[action.dest][0] == action.default
-
-
-@pytest.mark.parametrize("name", data_flags.WITHOUT_EFFECT)
-def test_flags_without_effect_are_refused(name):
-    flag = name.replace("_", "-")
-    with pytest.raises(UserError, match=f"^--{flag} has no effect here"):
-        data_flags.check(flags(mock_data=True, **{name: True if "data" in name or name == "sft" else "other"}))
+    for action in arguments._add_data_args(ArgumentParser(allow_abbrev=False))._actions:
+        if "supported" in kinds_of(action):
+            assert action.dest in read, action.dest
 
 
 def test_the_cached_index_belongs_to_the_content(make, tmp_path):

@@ -83,6 +83,7 @@ _WORDS: tuple[tuple[Range, str], ...] = (
     (RATE, "lr min-lr lr-warmup-init decoupled-lr decoupled-min-lr"),
     (Range(0, 1e4), "weight-decay start-weight-decay end-weight-decay"),
     (NOT_NEGATIVE, "clip-grad"),
+    (FRACTION, "mid-level-dataset-surplus"),
     (BELOW_ONE, "adam-beta1 adam-beta2 sgd-momentum lion-beta1 lion-beta2 muon-momentum lr-warmup-fraction"),
     (Range(0, 1, open=True), "adam-eps norm-epsilon moe-router-bias-update-rate activation-offload-fraction"),
     (PROBABILITY, "hidden-dropout attention-dropout moe-input-jitter-eps moe-router-quantile-balancing-ema"),

@@ -34,7 +34,7 @@ REFUSED = {
         sft sft-tokenizer-prompt-format tokenizer-type=SFTTokenizer fim-data fim-rate fim-spm-rate fim-split-sample
         fim-fragment-rate fim-no-prefix fim-prefix-token fim-middle-token fim-suffix-token fim-pad-token fim-eod-token
         per-dataset-sequences-path dataloader-fast-cache-load dataloader-defer-npy-index-mmap object-storage-cache-path
-        mid-level-dataset-surplus allow-ambiguous-pad-tokens dataloader-inter-document-masking""",
+        dataloader-inter-document-masking""",
     "datasets are built once, for the whole run; start the next phase as a run of its own": """
         phase-transition-iterations dataloader-type=external""",
     "Megatron reads it nowhere": """

@@ -51,7 +51,8 @@ check-weight-hash-across-dp-replicas-interval eval-iters eval-interval start-eva
 eval-micro-batch-size skip-train full-validation multiple-validation-sets validation-set-names
 
 data-path split train-data-path valid-data-path test-data-path data-args-path per-split-data-args-path mock-data
-seq-length reset-position-ids reset-attention-mask eod-mask-loss no-create-attention-mask-in-dataloader dataloader-type
+seq-length reset-position-ids reset-attention-mask eod-mask-loss
+mid-level-dataset-surplus allow-ambiguous-pad-tokens no-create-attention-mask-in-dataloader dataloader-type
 data-cache-path vocab-size padded-vocab-size make-vocab-size-divisible-by vocab-file merge-file tokenizer-type
 tokenizer-model tokenizer-metadata tokenizer-special-tokens tiktoken-pattern tiktoken-num-special-tokens
 tokenizer-sentencepiece-legacy no-tokenizer-sentencepiece-ignore-extra-whitespaces tokenizer-hf-no-use-fast
