@@ -15,7 +15,8 @@ def on_cpu() -> bool:
 def activate(transformer_engine: bool = False) -> None:
     """Patch this process, once; to be called before Megatron is imported. On CPU Transformer Engine is there only when asked for."""
     if on_cpu():
-        from megatron_opt.platform import cuda_answers, transformer_engine as te
+        from megatron_opt.platform import cuda_answers
+        from megatron_opt.platform import transformer_engine as te
 
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it under tensor parallelism
         cuda_answers.install()

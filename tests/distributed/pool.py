@@ -88,9 +88,15 @@ class Run:
 class Pool:
     """Processes that import Megatron once and then make batch after batch of cases."""
 
-    def __init__(self, folder: Path, members: int, packages: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, members: int, packages: Path | None = None, transformer_engine: bool = False
+    ) -> None:
         self.folder, self.members, self.batches, self.starts = folder, members, 0, 0
-        self.path = os.pathsep.join(map(str, [ROOT, *([packages] if packages else [])]))  # what ranks import from
+        here = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+        self.path = os.pathsep.join(
+            map(str, [ROOT, *([packages] if packages else []), *here])
+        )  # what ranks import from
+        self.transformer_engine = transformer_engine
         folder.mkdir(parents=True, exist_ok=True)
         self.data = write_dataset(folder / "text")
         self.process: subprocess.Popen[bytes] | None = None
@@ -101,6 +107,7 @@ class Pool:
         self.starts, self.batches = self.starts + 1, 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": self.path}
         command = [sys.executable, "-m", "tests.distributed.worker", str(self.home), str(self.members), self.data]
+        command += ["transformer_engine"] if self.transformer_engine else []
         with open(self.home / "launcher.log", "w") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

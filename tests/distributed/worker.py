@@ -112,11 +112,11 @@ def serve(folder: Path, me: int, data: str) -> None:
         number += 1
 
 
-def main(folder: Path, members: int, data: str) -> None:
+def main(folder: Path, members: int, data: str, transformer_engine: bool = False) -> None:
     """Import once, then fork: neither a member nor a run costs a second import."""
     die_with_parent()
     torch.set_num_threads(1)
-    platform.activate()
+    platform.activate(transformer_engine)
 
     import megatron_opt.checkpointing.saving
     import megatron_opt.training.job
@@ -138,4 +138,4 @@ def main(folder: Path, members: int, data: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], "transformer_engine" in sys.argv[4:])

@@ -25,7 +25,7 @@ WITHOUT_DATA = {
     "option of another optimizer": (
         [*MODEL, "--mock-data", "--optimizer", "adamw", "--muon-momentum", "0.9"], "no parameter is trained by muon"),
     "blockwise": ([*MODEL, "--mock-data", "--optimizer", "muon", "--muon-tp-mode", "blockwise"], "--muon-tp-mode"),
-    "context parallelism": ([*MODEL, "--mock-data", "--context-parallel-size", "2"], "use 1 on CPU"),
+    "context parallelism": ([*MODEL, "--mock-data", "--context-parallel-size", "2"], "give --transformer-impl"),
     "layout": ([*MODEL, "--mock-data", "--tensor-model-parallel-size", "2"], "1 ranks are not divisible"),
     "heads": ([*MODEL, "--mock-data", "--num-attention-heads", "5"], "not divisible by --num-attention-heads 5"),
     "fp16": ([*MODEL, "--mock-data", "--optimizer", "muon", "--fp16"], "--fp16 does not work with --optimizer muon"),

@@ -26,7 +26,10 @@ def wanted(argv: Sequence[str]) -> bool:
 
 def installed() -> bool:
     """Whether the Python of Transformer Engine is there."""
-    return "transformer_engine" in sys.modules or importlib.machinery.PathFinder.find_spec("transformer_engine") is not None
+    return (
+        "transformer_engine" in sys.modules
+        or importlib.machinery.PathFinder.find_spec("transformer_engine") is not None
+    )
 
 
 def hide() -> None:

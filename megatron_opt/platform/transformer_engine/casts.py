@@ -87,7 +87,9 @@ def dequantize(tensor: Any, dtype: Any) -> Tensor:
 
 
 @operation
-def create_empty_quantized_tensor(quantizer: Any, shape: Any, dtype: torch.dtype, device: Any, pin: bool = False) -> Any:
+def create_empty_quantized_tensor(
+    quantizer: Any, shape: Any, dtype: torch.dtype, device: Any, pin: bool = False
+) -> Any:
     """A tensor to quantize into: bytes, their transpose where columns are wanted, 1/scale."""
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
@@ -99,7 +101,9 @@ def create_empty_quantized_tensor(quantizer: Any, shape: Any, dtype: torch.dtype
     shape = tuple(shape)
     parts = {
         "data": torch.zeros(shape, dtype=torch.uint8) if quantizer.rowwise_usage else None,
-        "data_transpose": torch.zeros((shape[-1], *shape[:-1]), dtype=torch.uint8) if quantizer.columnwise_usage else None,
+        "data_transpose": torch.zeros((shape[-1], *shape[:-1]), dtype=torch.uint8)
+        if quantizer.columnwise_usage
+        else None,
         "fp8_scale_inv": torch.ones(1),
         "fp8_dtype": quantizer.dtype,
         "quantizer": quantizer,

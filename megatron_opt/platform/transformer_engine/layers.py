@@ -31,7 +31,9 @@ def install() -> None:
 def rewritten(function: Callable[..., Any], old: str, new: str) -> Callable[..., Any]:
     """The function compiled again from its source with one expression replaced, which must stand in it once."""
     source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(old) == 1, f"{function.__qualname__} has changed: {old!r} stands {source.count(old)} times in it"
+    assert source.count(old) == 1, (
+        f"{function.__qualname__} has changed: {old!r} stands {source.count(old)} times in it"
+    )
     if "super().__init__" in source:
         source = source.replace("super().__init__", "torch.nn.Module.__init__.__get__(self)")
     names: dict[str, Any] = {}
@@ -86,7 +88,9 @@ def _check(self: Any, attention_bias: Tensor | None, packed_seq_params: Any) -> 
     }
     for what, found in refused.items():
         if found:
-            raise UserError(f"{what}: Transformer Engine's attention on CPU does not know it; leave it out (dropout: 0).")
+            raise UserError(
+                f"{what}: Transformer Engine's attention on CPU does not know it; leave it out (dropout: 0)."
+            )
 
 
 def positions(rank: int, size: int, length: int) -> Tensor:

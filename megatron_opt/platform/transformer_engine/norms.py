@@ -34,7 +34,9 @@ def rmsnorm_fwd(
 
 
 @operation
-def rmsnorm_bwd(dy: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, margin: int, centered: bool) -> tuple[Tensor, Tensor]:
+def rmsnorm_bwd(
+    dy: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, margin: int, centered: bool
+) -> tuple[Tensor, Tensor]:
     """(dx, dweight)."""
     normed = x.float() * inverse[:, None]
     d = dy.float() * _gain(weight, centered)
@@ -53,7 +55,15 @@ def rmsnorm_bwd_add(
 
 @operation
 def layernorm_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Any, quantizer: Any, dtype: Any, margin: int, centered: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out: Any,
+    quantizer: Any,
+    dtype: Any,
+    margin: int,
+    centered: bool,
 ) -> tuple[Any, Tensor, Tensor]:
     """((x − mean)/σ·gain + bias, mean by row, 1/σ by row)."""
     mean = x.float().mean(-1)

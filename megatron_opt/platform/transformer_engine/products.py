@@ -23,7 +23,9 @@ def product(a: Any, transpose_a: bool, b: Any, transpose_b: bool) -> Tensor:
     if left_inverse is None and right_inverse is None:
         return left @ right
     one = torch.ones(())
-    scale = (one if left_inverse is None else left_inverse).double() * (one if right_inverse is None else right_inverse).double()
+    scale = (one if left_inverse is None else left_inverse).double() * (
+        one if right_inverse is None else right_inverse
+    ).double()
     return ((left.double() @ right.double()) * scale).float()
 
 

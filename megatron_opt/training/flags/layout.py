@@ -3,7 +3,6 @@
 from typing import Any
 
 from megatron_opt.errors import UserError
-from megatron_opt.platform import on_cpu
 
 
 def _divides(value: int | None, flag: str, by: int, other: str, remedy: str = "") -> None:
@@ -15,9 +14,9 @@ def check_layout(args: Any) -> None:
     """Refuse rank counts, parallel sizes and shapes that do not divide."""
     world, tp, pp = args.world_size, args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     cp, ep = args.context_parallel_size, args.expert_model_parallel_size
-    if on_cpu() and cp > 1:
+    if cp > 1 and args.transformer_impl != "transformer_engine":
         raise UserError(
-            f"--context-parallel-size {cp} needs Transformer Engine's attention, which needs a GPU; use 1 on CPU."
+            f"--context-parallel-size {cp} needs Transformer Engine's attention; give --transformer-impl transformer_engine."
         )
     if world % (tp * pp * cp):
         raise UserError(

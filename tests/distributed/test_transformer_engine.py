@@ -1,0 +1,76 @@
+"""Transformer Engine's layers on CPU: from the same weights the losses of the local layers, on layouts, in FP8 too."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_opt.platform import transformer_engine
+from tests.distributed import cases as c
+from tests.distributed.cases import Case, Layout, case
+from tests.distributed.pool import Pool, Run
+
+pytestmark = pytest.mark.skipif(
+    not transformer_engine.installed(), reason="transformer-engine is not installed (requirements-te.txt)"
+)
+
+TE = ["--transformer-impl", "transformer_engine"]
+CP2 = Layout.of("cp2", 2, more=("--context-parallel-size=2",))
+FP8 = [*c.DENSE, *TE, "--bf16", "--fp8-format", "hybrid", "--hidden-size", "64"]
+TENSORWISE = [*FP8, "--fp8-recipe", "tensorwise"]
+DELAYED = [*FP8, "--fp8-recipe", "delayed", "--fp8-amax-history-len", "4", "--fp8-amax-compute-algo", "max"]
+MODELS = {"dense": c.DENSE, "gqa": c.GQA, "gpt2": c.GPT2, "moe": c.MOE}
+# name, model, its flags with Transformer Engine, layout
+EXACT = [
+    ("dense-one", "dense", [], c.ONE),
+    ("dense-cp2", "dense", [], CP2),
+    ("gqa-tp2-sp", "gqa", [], c.SP2),
+    ("gpt2-one", "gpt2", [], c.ONE),
+    ("moe-grouped-ep2", "moe", ["--moe-grouped-gemm"], c.EP2),
+]
+
+
+def _case(name: str, flags: list[str], layout: Layout) -> Case:
+    return case(flags, c.MUON, layout, name, steps=6)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
+    local = Pool(tmp_path_factory.mktemp("local"), 2)
+    emulated = Pool(tmp_path_factory.mktemp("emulated"), 2, transformer_engine=True)
+    wanted = [_case(name, [*MODELS[model], *TE, *flags], layout) for name, model, flags, layout in EXACT]
+    wanted += [_case("tensorwise", TENSORWISE, c.ONE), _case("tensorwise-dp2", TENSORWISE, c.DP2_DIST)]
+    wanted += [_case("delayed", DELAYED, c.ONE), _case("tensorwise-tp2", TENSORWISE, c.TP2)]
+    wanted += [_case("bf16", [*c.DENSE, *TE, "--bf16", "--hidden-size", "64"], c.ONE)]
+    try:
+        made = emulated.run(wanted)
+        emulated.close()
+        references = [_case(f"local-{name}", list(model), c.ONE) for name, model in MODELS.items()]
+        references += [_case("local-bf16", [*c.DENSE, "--bf16", "--hidden-size", "64"], c.ONE)]
+        yield made | local.run(references)
+    finally:
+        local.close()
+        emulated.close()
+
+
+@pytest.mark.parametrize("name, model", [(name, model) for name, model, _, _ in EXACT])
+def test_losses_and_norms_are_the_local_layers(runs: dict[str, Run], name: str, model: str) -> None:
+    ours, theirs = runs[name], runs[f"local-{model}"]
+    assert ours.losses == pytest.approx(theirs.losses, rel=4e-6)
+    assert ours.grad_norms == pytest.approx(theirs.grad_norms, rel=1e-4)
+
+
+def test_bf16_is_the_local_layers(runs: dict[str, Run]) -> None:
+    ours, theirs = runs["bf16"].losses, runs["local-bf16"].losses
+    assert ours[:4] == pytest.approx(theirs[:4], rel=1e-4)
+    assert ours == pytest.approx(theirs, rel=5e-4)  # a rounding of bf16 grows from step to step
+
+
+def test_fp8_is_near_bf16_and_another_number(runs: dict[str, Run]) -> None:
+    for name in ("tensorwise", "delayed"):
+        assert runs[name].losses == pytest.approx(runs["bf16"].losses, rel=5e-3)
+        assert runs[name].losses != runs["bf16"].losses
+
+
+def test_tensorwise_fp8_does_not_depend_on_data_parallelism(runs: dict[str, Run]) -> None:
+    assert runs["tensorwise-dp2"].losses == pytest.approx(runs["tensorwise"].losses, rel=1e-6)
+    assert runs["tensorwise-tp2"].losses == pytest.approx(runs["tensorwise"].losses, rel=2e-3)  # scales of shards
