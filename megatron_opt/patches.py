@@ -91,6 +91,9 @@ plugin.py
   megatron.core.optimizer._megatron_opt: marks that the plugin is in
 launch.py
   torch.distributed.launcher.api.LocalElasticAgent: tells restarts from refusals, and ends ranks with their agent
+platform/transformer_engine/layers.py
+  torch.cuda.get_device_capability: on CPU: Transformer Engine asks for Hopper's
+  megatron.core.extensions.transformer_engine.TEDotProductAttention.forward: on CPU: attention by torch, context parallelism by gathering
 platform/megatron_patches.py
   megatron.core.datasets.utils.compile_helpers: on CPU: the wheel's helper is compiled already
   megatron.core.tensor_parallel.random._set_cuda_rng_state: on CPU: the CPU's generator

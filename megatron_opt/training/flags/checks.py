@@ -57,6 +57,7 @@ def model_and_layout(args: Any) -> None:
             "--transformer-impl transformer_engine needs Transformer Engine, which is not installed; install it (extra "
             "`gpu`) or give --transformer-impl local."
         )
+    _check_precision(args)
     layout.check_layout(args)
     tokenizers.check_tokenizer(args)
     _check_saving(args)
@@ -66,6 +67,15 @@ def model_and_layout(args: Any) -> None:
         raise UserError(
             f"--max-position-embeddings {args.max_position_embeddings} is below --seq-length {args.seq_length}; raise it."
         )
+
+
+def _check_precision(args: Any) -> None:
+    if not platform.on_cpu():
+        return
+    if args.fp4:
+        raise UserError("--fp4-format is not emulated on CPU; leave it out there.")
+    if args.fp8 and args.fp8_recipe not in ("delayed", "tensorwise"):
+        raise UserError(f"--fp8-recipe {args.fp8_recipe} is not emulated on CPU; give tensorwise or delayed there.")
 
 
 def _check_length(args: Any) -> None:
