@@ -93,7 +93,7 @@ launch.py
   torch.distributed.launcher.api.LocalElasticAgent: tells restarts from refusals, and ends ranks with their agent
 platform/transformer_engine/layers.py
   torch.cuda.get_device_capability: on CPU: Transformer Engine asks for Hopper's
-  megatron.core.extensions.transformer_engine.TEDotProductAttention.forward: on CPU: attention by torch, context parallelism by gathering
+  megatron.core.extensions.transformer_engine.TEDotProductAttention.forward: on CPU: torch's attention, gathering under CP
 platform/megatron_patches.py
   megatron.core.datasets.utils.compile_helpers: on CPU: the wheel's helper is compiled already
   megatron.core.tensor_parallel.random._set_cuda_rng_state: on CPU: the CPU's generator

@@ -72,17 +72,20 @@ class _Module(ModuleType):
         return _Absent(name)
 
 
-MODULE = _Module("transformer_engine_torch")
-MODULE.DType = DType  # type: ignore[attr-defined]
-MODULE.NVTE_Fused_Attn_Backend = enum.IntEnum(  # type: ignore[attr-defined]
-    "NVTE_Fused_Attn_Backend", {"NVTE_No_Backend": -1, "NVTE_F16_arbitrary_seqlen": 1, "NVTE_FP8": 2}
-)
+def _numbered(name: str, numbers: dict[str, int]) -> Any:
+    return enum.IntEnum(name, numbers)  # type: ignore[misc]
+
+
 _FORWARD = [f"GEMM{i}_{kind}" for i in (1, 2, 3) for kind in ("INPUT", "WEIGHT", "OUTPUT")]
 _BACKWARD = [f"GRAD_{kind}{i}" for i in (1, 2, 3) for kind in ("OUTPUT", "INPUT")]
-MODULE.FP8FwdTensors = enum.IntEnum("FP8FwdTensors", {name: i for i, name in enumerate(_FORWARD)})  # type: ignore[attr-defined]
-MODULE.FP8BwdTensors = enum.IntEnum("FP8BwdTensors", {name: i for i, name in enumerate(_BACKWARD)})  # type: ignore[attr-defined]
-MODULE.get_cublasLt_version = lambda: 130200  # type: ignore[attr-defined]
-MODULE.get_num_cublas_streams = lambda: 1  # type: ignore[attr-defined]
+_BACKENDS = {"NVTE_No_Backend": -1, "NVTE_F16_arbitrary_seqlen": 1, "NVTE_FP8": 2}
+MODULE: Any = _Module("transformer_engine_torch")
+MODULE.DType = DType
+MODULE.NVTE_Fused_Attn_Backend = _numbered("NVTE_Fused_Attn_Backend", _BACKENDS)
+MODULE.FP8FwdTensors = _numbered("FP8FwdTensors", {name: i for i, name in enumerate(_FORWARD)})
+MODULE.FP8BwdTensors = _numbered("FP8BwdTensors", {name: i for i, name in enumerate(_BACKWARD)})
+MODULE.get_cublasLt_version = lambda: 130200
+MODULE.get_num_cublas_streams = lambda: 1
 
 
 def operation(function: Callable[..., Any]) -> Callable[..., Any]:
