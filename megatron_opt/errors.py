@@ -14,9 +14,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ " Did you mean NAME?", with the known word nearest to `word`; empty where none is near."""
     plain = {name.lower().replace("_", "-"): name for name in known}
     asked = word.lower().replace("_", "-")
-    near = difflib.get_close_matches(asked, plain, 1, cutoff=0.7)
-    if not near:  # a word with one part forgotten: learning-rate has no neighbour, lr-warmup has lr-warmup-iters
-        near = sorted((name for name in plain if name.startswith(f"{asked}-")), key=len)[:1]
+    # a word with its last part forgotten: lr-warmup has lr-warmup-iters, though warmup is nearer
+    near = sorted((name for name in plain if name.startswith(f"{asked}-")), key=len)[:1]
+    if not near:
+        near = difflib.get_close_matches(asked, plain, 1, cutoff=0.7)
     if not near:  # --learning-rate is --lr
         initials = "".join(part[0] for part in asked.strip("-").split("-") if part)
         near = [name for name in plain if len(initials) > 1 and name.strip("-") == initials]
@@ -40,4 +41,6 @@ def explained(parser: argparse.ArgumentParser, message: str) -> str:
         name, what, kind = found[1].split("/")[-1], found[2], found[3]
         wants = {"int": "it must be a whole number", "float": "it must be a number"}.get(kind or "")
         return f"{name}: {what}" + (f"; {wants}." if wants else ".")
+    if found := re.match(r"argument (\S+): (.*)$", message, re.S):
+        message = f"{found[1].split('/')[-1]}: {found[2]}"
     return message[:1].lower() + message[1:] + ("" if message.endswith((".", "?")) else ".")

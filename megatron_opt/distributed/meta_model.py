@@ -59,6 +59,8 @@ def build_chunks(args: Any, stage: int, *, tp: int = 1, ep: int = 1, etp: int = 
     sizes = Namespace(**vars(args))
     sizes.tensor_model_parallel_size, sizes.expert_model_parallel_size = tp, ep
     sizes.expert_tensor_parallel_size, sizes.context_parallel_size = etp, 1
+    sizes.tensor_parallel_num_weight_shards, sizes.expert_tensor_parallel_num_weight_shards = tp, etp
+    sizes.gtp_weight_remat_size = sizes.expert_gtp_weight_remat_size = 1
     sizes.sequence_parallel = False
     sizes.use_cpu_initialization, sizes.perform_initialization = True, False
     sizes.init_model_with_meta_device = True

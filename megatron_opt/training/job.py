@@ -36,8 +36,10 @@ def _train(args: Any, look_at_model: Callable[[list[Any]], Any] | None) -> None:
     from megatron_opt.checkpointing import resuming
     from megatron_opt.distributed.meta_model import model_config
     from megatron_opt.training import batches, curvature
+    from megatron_opt.training.flags import checks
     from megatron_opt.training.monitoring import Diverged, Monitor
 
+    checks.trainable(args)
     monitor = Monitor(args)
     if platform.on_cpu():
         patches.wrap(

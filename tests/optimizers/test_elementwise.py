@@ -374,5 +374,5 @@ def test_options_out_of_range_are_refused():
         ("adamw", {"beta1": 1.0}), ("adamw", {"eps": 0.0}), ("lion", {"beta2": -0.1}),
         ("adamw", {"state_dtype": "fp8"}), ("mars", {"clip_scope": "tensor"}), ("nadamw", {"form": "optax"}),
     ):  # fmt: skip
-        with pytest.raises(UserError, match=next(iter(options))):
+        with pytest.raises(UserError, match=f"--{name}-{next(iter(options))}".replace("_", "-")):
             registry.build(name, options)

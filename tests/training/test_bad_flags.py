@@ -92,9 +92,7 @@ CASES = {
     "--apply-wd-to-qk-layernorm": "--optimizer-groups",
     "--data-parallel-random-init": "--data-parallel-random-init is refused",
     "--init-method-xavier-uniform": "--megatron-init",
-    "--mid-level-dataset-surplus 0.1": "--mid-level-dataset-surplus",
     "--perform-rl-step": "reinforcement learning",
-    "--hybrid-layer-pattern M*": "GPT models",
     "--position-embedding-type mrope": "--position-embedding-type mrope is refused",
     "--experimental-attention-variant dsa": "logical matrices",
     "--adlr-autoresume": "--max-restarts",
@@ -116,7 +114,7 @@ CASES = {
     "--freeze-all-layers": "--freeze-all-layers",
     "--async-save": "without --save",
     "--use-checkpoint-args": "--load",
-    "--load /nowhere --use-checkpoint-args": "--load /nowhere holds no checkpoint",
+    "--load /nowhere --use-checkpoint-args": "--use-checkpoint-args takes flags from a checkpoint",
     "--load /nowhere --exit-on-missing-checkpoint": "--load /nowhere is no folder",
     "--save /etc/passwd": "--save /etc/passwd",
     "--save /proc/x": "--save /proc/x cannot be made",
@@ -160,7 +158,7 @@ def test_combination(flags):
 
 MISSING = {
     "--preset llama": "--num-layers is missing",
-    "--preset llama-130m --lr 1e-3": "--micro-batch-size is missing",
+    "--preset llama-130m --lr 1e-3 --train-iters 10000 --tokenizer-type NullTokenizer --vocab-size 127": "--micro-batch-size is missing",
     "--preset demo": "--tokenizer-type is missing",
     "--preset demo --tokenizer-type NullTokenizer": "--vocab-size is missing",
 }

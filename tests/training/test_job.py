@@ -140,3 +140,14 @@ def test_curvatures_cost_is_in_the_log_and_the_results(tmp_path):
         0 < split["curvature"] and split["curvature"] + split["forward_backward"] + split["optimizer"] <= split["total"]
     )
     assert all(line["split"]["curvature"] > 0 for line in lines if line["kind"] == "train")
+
+
+def test_a_hybrid_model_that_needs_a_gpu_is_refused_before_it_is_built():
+    from argparse import Namespace
+
+    from megatron_opt.errors import UserError
+    from megatron_opt.training.flags import checks
+
+    with pytest.raises(UserError, match="--hybrid-layer-pattern M-.*GPU"):
+        checks.trainable(Namespace(hybrid_layer_pattern="M-"))
+    checks.trainable(Namespace(hybrid_layer_pattern="*-"))

@@ -57,7 +57,7 @@ def model_and_layout(args: Any) -> None:
             "--transformer-impl transformer_engine needs Transformer Engine, which is not installed; install it (extra "
             "`gpu`) or give --transformer-impl local."
         )
-    _check_precision(args)
+    _check_on_cpu(args)
     layout.check_layout(args)
     tokenizers.check_tokenizer(args)
     _check_saving(args)
@@ -69,13 +69,22 @@ def model_and_layout(args: Any) -> None:
         )
 
 
-def _check_precision(args: Any) -> None:
+def _check_on_cpu(args: Any) -> None:
     if not platform.on_cpu():
         return
     if args.fp4:
         raise UserError("--fp4-format is not emulated on CPU; leave it out there.")
     if args.fp8 and args.fp8_recipe not in ("delayed", "tensorwise"):
         raise UserError(f"--fp8-recipe {args.fp8_recipe} is not emulated on CPU; give tensorwise or delayed there.")
+
+
+def trainable(args: Any) -> None:
+    """Refuse models that can be planned on CPU but not trained there."""
+    if platform.on_cpu() and "M" in (args.hybrid_layer_pattern or ""):
+        raise UserError(
+            f"--hybrid-layer-pattern {args.hybrid_layer_pattern}: Mamba layers (M) have kernels for GPUs alone; leave them "
+            "out on CPU."
+        )
 
 
 def _check_length(args: Any) -> None:

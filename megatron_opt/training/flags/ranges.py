@@ -53,6 +53,7 @@ _WORDS: tuple[tuple[Range, str], ...] = (
         tensor-parallel-num-weight-shards expert-tensor-parallel-num-weight-shards hierarchical-context-parallel-sizes
         num-layers hidden-size num-attention-heads num-query-groups ffn-hidden-size kv-channels max-position-embeddings
         yarn-original-max-position-embeddings rotary-base rotary-seq-len-interpolation-factor q-lora-rank kv-lora-rank
+        mamba-state-dim mamba-head-dim mamba-num-groups mamba-num-heads eval-samples rollback-steps
         qk-head-dim qk-pos-emb-head-dim v-head-dim mup-base-hidden-size recompute-num-layers mlp-chunks-for-training
         moe-ffn-hidden-size moe-shared-expert-intermediate-size moe-router-topk moe-router-num-groups
         moe-router-group-topk seq-length micro-batch-size global-batch-size eval-global-batch-size
@@ -100,6 +101,7 @@ _WORDS: tuple[tuple[Range, str], ...] = (
     (Range(-1e6, 1e6), "glu-linear-offset moe-router-force-biased"),
     (POSITIVE, "loss-scale initial-loss-scale min-loss-scale"),
     (Range(1), "matrix-balance"),
+    (Range(1, open=True), "loss-spike-factor"),
 )  # fmt: skip
 # numbers of the path without a range: why
 NO_RANGE = {

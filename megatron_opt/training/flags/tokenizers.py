@@ -42,6 +42,15 @@ def check_tokenizer(args: Any) -> None:
     if kind in _FILES and not os.path.isfile(model):
         there = "is a folder" if os.path.isdir(model) else "is not there"
         raise UserError(f"--tokenizer-model {model} {there}; --tokenizer-type {kind} reads a file.")
+    if _PACKAGES.get(kind) == "sentencepiece":
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            SentencePieceProcessor(model_file=model)
+        except (RuntimeError, OSError, TypeError):
+            raise UserError(
+                f"--tokenizer-model {model} is no SentencePiece model; --tokenizer-type {kind} reads one."
+            ) from None
     if kind == "HuggingFaceTokenizer" and os.path.isfile(model):
         raise UserError(
             f"--tokenizer-model {model} is a file; --tokenizer-type HuggingFaceTokenizer reads the folder that it lies in: "
