@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_opt import run_files
 from tests.cluster.harness import LAYOUTS, Run, job_flags
 
 PHASES = (
@@ -36,8 +37,8 @@ def once(folder: Path, ranks: int, model: list[str]) -> dict[str, float]:
         os.kill(victim, signal.SIGKILL)
         run.until(lambda: set(run.ranks()) - old, 60, "new ranks")
         born = time.time()
-        lines = (folder / "metrics.jsonl").read_bytes().count(b"\n")
-        run.until(lambda: (folder / "metrics.jsonl").read_bytes().count(b"\n") > lines, 120, "a new step")
+        log = folder / run_files.METRICS
+        run.until(lambda: any(row["time"] > born for row in run_files.metrics(log)), 120, "a new step")
         stepped = time.time()
     finally:
         run.end()

@@ -1,9 +1,9 @@
-"""What the filling of a rank-deficient eigenbasis does to SOAP's loss: ours, LAPACK's rounding, and random rotations.
+"""What SOAP's floor under √v costs in loss; and what the filling of a rank-deficient eigenbasis does, with the study's rule.
 
 A two-layer byte-level transformer (64 wide, 256 feed-forward) on the sources of Python's standard library; SOAP on all
 parameters, blocks off, so that every rectangle's long side starts rank-deficient.
 
-    python benchmarks/soap_null_space.py [--steps 300] [--seeds 3] [--frequency 10]
+    python benchmarks/soap_null_space.py [--steps 300] [--seeds 3] [--frequency 10] [--fillings]
 """
 
 import argparse
@@ -83,11 +83,11 @@ def batch(text, generator):
     return rows[:, :-1], rows[:, 1:]
 
 
-def train(text, seed, steps, frequency, lr=0.003):
+def train(text, seed, steps, frequency, options, lr=0.003):
     """Mean loss on 20 held-out batches after `steps` steps."""
     torch.manual_seed(seed)
     model, generator = Model(), torch.Generator().manual_seed(seed)
-    rule = registry.build("soap", dict(block_size=0, precondition_frequency=frequency))
+    rule = registry.build("soap", dict(block_size=0, precondition_frequency=frequency, **options))
     params = dict(model.named_parameters())
     infos = [MatrixInfo(name, tuple(p.shape)) for name, p in params.items()]
     states = [rule.init_state(p.data, info) for p, info in zip(params.values(), infos)]
@@ -112,12 +112,16 @@ def main():
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--frequency", type=int, default=10)
+    parser.add_argument("--floors", type=float, nargs="+", default=[0.0, 0.01, 0.1, 0.3])
+    parser.add_argument("--fillings", action="store_true", help="other fillings of null spaces too")
     args = parser.parse_args()
     text = corpus()
-    print(f"{'null space':<12} " + " ".join(f"seed {seed:<5}" for seed in range(args.seeds)) + "  mean")
-    for name, fill in (("ours", ours), ("rounding", rounding), ("rotated", rotated)):
+    print(f"{'':<12} " + " ".join(f"seed {seed:<5}" for seed in range(args.seeds)) + "  mean")
+    rows = [(f"floor {floor:g}", ours, dict(floor=floor)) for floor in args.floors]
+    rows += [("rounding", rounding, dict(floor=0)), ("rotated", rotated, dict(floor=0))] if args.fillings else []
+    for name, fill, options in rows:
         eigenbasis.complete = fill
-        losses = [train(text, seed, args.steps, args.frequency) for seed in range(args.seeds)]
+        losses = [train(text, seed, args.steps, args.frequency, options) for seed in range(args.seeds)]
         print(
             f"{name:<12} " + " ".join(f"{loss:.4f}    " for loss in losses) + f"  {statistics.mean(losses):.4f}",
             flush=True,

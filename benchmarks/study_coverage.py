@@ -4,8 +4,9 @@
     python benchmarks/study_coverage.py --table rows.jsonl
 
 A draw is a study of AdamW, Muon and SOAP at 130M, 300M and 520M parameters and 1, 2, 4, 8x tokens: a truth of that world,
-and noise. Truths vary around the law fitted to the published losses (arXiv 2509.02046), so that coverage is not that of
-one lucky law. Worlds: `shared` exponents, efficiencies ρ_N and ρ_D; `separate` exponents, κ and irreducible losses;
+and noise. Truths vary around the law fitted to the published losses (arXiv 2509.02046), exponents and κ by a factor of 1.5 (one
+standard deviation), so that coverage is not that of one lucky law. Worlds: `shared`
+exponents, efficiencies ρ_N and ρ_D; `separate` exponents, κ and irreducible losses;
 `common` the same, with noise common to a cell and to an (optimizer, size) beside a run's own; `outside` a level whose
 exponents drift with scale and gains that level off, which no fitted form can express.
 """
@@ -48,7 +49,7 @@ class World:
 def world(name: str, rng: np.random.Generator) -> World:
     """A truth of a world."""
     e, a, b, kappa = 1.85, 0.23, 0.25, 0.5
-    a, b, kappa = a * np.exp(0.25 * rng.normal()), b * np.exp(0.25 * rng.normal()), kappa * np.exp(0.3 * rng.normal())
+    a, b, kappa = a * np.exp(0.4 * rng.normal()), b * np.exp(0.4 * rng.normal()), kappa * np.exp(0.4 * rng.normal())
     slope_n, slope_d = 0.163 * np.exp(0.03 * rng.normal()), 0.105 * np.exp(0.03 * rng.normal())
     rho = np.array([[0, 0], [0.05, 0.2], [0.0, 0.18]]) + np.array([[0, 0], [1, 1], [1, 1]]) * rng.normal(
         0, 0.04, (3, 2)
@@ -170,8 +171,8 @@ def main() -> None:
         print(table([json.loads(line) for line in options.table.read_text().splitlines()]))
         return
     rows = []
-    for name in options.world:
-        for seed in range(options.first, options.first + options.draws):
+    for seed in range(options.first, options.first + options.draws):
+        for name in options.world:
             found = one_draw(name, seed)
             rows += found
             if options.jsonl:

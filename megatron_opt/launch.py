@@ -5,6 +5,7 @@ Exit code: 0 trained, 2 bad input, 128+n saved and left on signal n (143 SIGTERM
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -183,9 +184,13 @@ def launch(words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher import api
 
+    restarts = [-1]  # of the ranks that run now
+
     class Agent(LocalElasticAgent):
         def _monitor_workers(self, worker_group) -> RunResult:  # type: ignore[no-untyped-def]
             result = super()._monitor_workers(worker_group)
+            if result.state == WorkerState.FAILED:
+                _note_deaths({rank: failure.exitcode for rank, failure in result.failures.items()}, restarts[0])
             if result.state == WorkerState.FAILED and any(
                 failure.exitcode == BAD_INPUT for failure in result.failures.values()
             ):
@@ -193,6 +198,7 @@ def launch(words: Sequence[str]) -> int:
             return result
 
         def _rendezvous(self, worker_group) -> None:  # type: ignore[no-untyped-def]
+            restarts[0] += 1
             # torch 2.14 keeps one store over restarts, where new ranks read the addresses of their dead predecessors
             handler = worker_group.spec.rdzv_handler
             for name in ("_bootstrap_store_info", "_shared_tcp_store_server"):
@@ -220,6 +226,22 @@ def launch(words: Sequence[str]) -> int:
     return 0
 
 
+def _note_deaths(codes: dict[int, int], restart: int) -> None:
+    """The run's event log tells which ranks ended how; bad input and saved runs have told it themselves."""
+    from megatron_opt.training import events
+
+    ended = -int(signal.SIGTERM)  # by the agent, because of another
+    if any(code != ended for code in codes.values()):
+        codes = {rank: code for rank, code in codes.items() if code != ended}
+    how = {
+        str(rank): f"was killed by signal {-code}" if code < 0 else f"left with {code}"
+        for rank, code in sorted(codes.items())
+        if code not in (BAD_INPUT, *SAVED)
+    }
+    if how:
+        events.record("rank_died", ranks=how, restart=restart)
+
+
 def _note_failure(code: int, own: argparse.Namespace, training: Sequence[str]) -> None:
     """The run's event log tells that nobody will start it again; fewer nodes may go on with --nnodes MIN:MAX."""
     from megatron_opt.training import events
@@ -228,6 +250,13 @@ def _note_failure(code: int, own: argparse.Namespace, training: Sequence[str]) -
     if code not in (0, *SAVED) and ":" not in own.nnodes and folder and os.path.isdir(folder):
         events.open_log(folder)
         events.record("failed", code=code)
+
+
+def _open_log(training: Sequence[str]) -> None:
+    from megatron_opt.training import events
+
+    folder = effective_flags(training).get("output-dir")
+    events.open_log(folder, make=False)  # the ranks make it, once their flags are good
 
 
 def main(argv: list[str], prog: str = "megatron-opt train") -> int:
@@ -242,6 +271,7 @@ def main(argv: list[str], prog: str = "megatron-opt train") -> int:
     if own.dry_run:
         print(f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} torchrun", *words)
         return 0
+    _open_log(training)
     code = launch(words)
     _note_failure(code, own, training)
     return code

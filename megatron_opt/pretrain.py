@@ -20,8 +20,10 @@ def run(argv: Sequence[str]) -> None:
     from megatron_opt.training import arguments
 
     args = arguments.parse(argv)
+    from megatron_opt.training import console
     from megatron_opt.training.job import train
 
+    console.start(args)
     train(args)
 
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_opt import lifecycle, run_files
 from megatron_opt.checkpointing import folders
 from megatron_opt.errors import UserError
-from megatron_opt.training import events
 
 _RECENT = 20  # training lines that speed and time to end are taken from
 _QUIET = 10  # a run that has not written for so many of its steps (and 60 s) is called silent
+_START = 1800.0  # seconds that a start may take before the run is called so
 
 
 @dataclass
@@ -33,36 +34,25 @@ class Status:
     restarts: int = 0
     checkpoint: int | None = None
     checkpoint_age: float | None = None
-    counts: dict[str, int] = field(default_factory=dict)  # skips, rollbacks, hangs, damaged checkpoints, failed saves
+    counts: dict[str, int] = field(default_factory=dict)  # skips, rollbacks, hangs, deaths, damaged checkpoints, …
     last_trouble: str | None = None
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_bytes().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # the last line may be half written
-            continue
-    return rows
-
-
-_TROUBLE = ("skip", "rollback", "hang", "straggler", "damaged", "save_failed")
+_OVER = ("completed", "diverged", "interrupted", "failed", "refused", "left")
+_TROUBLE = ("skip", "rollback", "hang", "straggler", "damaged", "save_failed", "rank_died", "error")
 
 
 def look(folder: Path, now: float | None = None) -> Status:
     """Read a run's folder (--output-dir); checkpoints are looked for where its start event says they go."""
     now = time.time() if now is None else now
-    log = events.read(folder)
-    metrics = _lines(folder / "metrics.jsonl")
+    log = run_files.events(folder)
+    metrics = run_files.metrics(folder / run_files.METRICS)
     if not log and not metrics:
         raise UserError(
-            f"{folder} holds no run: there is neither {events.FILE} nor metrics.jsonl; give its --output-dir."
+            f"{folder} holds no run: there is neither {run_files.EVENTS} nor {run_files.METRICS}; give its --output-dir."
         )
     status = Status(state="starting")
-    starts = [entry for entry in log if entry["event"] in ("start", "restart")]
+    starts = [entry for entry in log if entry["event"] in lifecycle.STARTS]
     if starts:
         status.train_iters, status.world_size = starts[-1].get("train_iters"), starts[-1].get("world_size")
     status.restarts = max(0, len(starts) - 1)
@@ -70,8 +60,7 @@ def look(folder: Path, now: float | None = None) -> Status:
     troubled = [entry for entry in log if entry["event"] in _TROUBLE]
     if troubled:
         last = troubled[-1]
-        reason = last.get("reason") or last.get("loss") or f"ranks {last.get('guilty')}"
-        status.last_trouble = f"{last['event']} at iteration {last.get('iteration')}: {reason}"
+        status.last_trouble = _told(last)
     _progress(status, metrics)
     saves = [entry for entry in log if entry["event"] == "save"]
     if saves:
@@ -81,17 +70,25 @@ def look(folder: Path, now: float | None = None) -> Status:
     save = Path(starts[-1]["save"]) if starts and starts[-1].get("save") else None
     if save is not None and save.is_dir():
         status.checkpoint = next(iter(folders.iterations(save)), None)
-    written = [path.stat().st_mtime for name in (events.FILE, "metrics.jsonl") if (path := folder / name).is_file()]
+    names = (run_files.EVENTS, run_files.METRICS)
+    written = [path.stat().st_mtime for name in names if (path := folder / name).is_file()]
     status.age = now - max(written)
-    status.state = _state(status, folder, log, metrics, max(written))
+    status.state = _state(lifecycle.after(log), folder, metrics, status.age)
     if status.state != "running":
         status.seconds_left = None
     return status
 
 
+def _told(event: dict[str, Any]) -> str:
+    where = f" at iteration {event['iteration']}" if event.get("iteration") is not None else ""
+    if event["event"] == "rank_died":
+        return "; ".join(f"rank {rank} {how}" for rank, how in (event.get("ranks") or {}).items())
+    reason = event.get("reason") or event.get("loss") or f"ranks {event.get('guilty')}"
+    return f"{event['event']}{where}: {reason}"
+
+
 def _progress(status: Status, metrics: list[dict[str, Any]]) -> None:
-    train = [row for row in metrics if row.get("kind") == "train"]
-    evals = [row for row in metrics if row.get("kind") == "eval" and row.get("split", "valid") == "valid"]
+    train, evals = run_files.training(metrics), run_files.evaluations(metrics)
     if train:
         last, recent = train[-1], train[-_RECENT:]
         status.iteration, status.loss = last["iteration"], last.get("loss")
@@ -104,21 +101,28 @@ def _progress(status: Status, metrics: list[dict[str, Any]]) -> None:
         status.valid_loss = evals[-1].get("loss")
 
 
-def _state(
-    status: Status, folder: Path, log: list[dict[str, Any]], metrics: list[dict[str, Any]], written: float
-) -> str:
-    if log and log[-1]["event"] == "failed":
-        return f"failed with exit code {log[-1]['code']}"
-    result = folder / "results.json"
-    if result.is_file() and result.stat().st_mtime >= written - 60:
-        return str(json.loads(result.read_text()).get("status", "completed"))
-    if log and log[-1]["event"] == "signal":
-        return f"left on {log[-1]['signal']}"
-    if not metrics and status.iteration is None:
-        return "starting"
-    steps = [row["step_time"] for row in metrics[-_RECENT:] if row.get("step_time")]
-    patience = max(60.0, _QUIET * statistics.median(steps) if steps else 60.0)
-    return "running" if status.age is not None and status.age <= patience else "silent"
+def _state(life: lifecycle.Life, folder: Path, metrics: list[dict[str, Any]], age: float) -> str:
+    """The log's word; where it has none on an end or on steps, results and metrics written since the last start."""
+    result, file = run_files.results(folder), folder / run_files.RESULTS
+    if result is not None and life.phase not in ("failed", "refused", "ended", "stopped"):
+        found = str(result.get("status", "completed"))
+        if file.stat().st_mtime >= life.since and not (life.phase == "left" and found == "interrupted"):
+            return found
+    if life.phase not in ("unknown", "starting", "running"):
+        return life.text
+    if life.phase == "starting" and not _stepped(folder / run_files.METRICS, metrics, life.since):
+        return "starting" if age <= _START else "silent"
+    times = [row["step_time"] for row in metrics[-_RECENT:] if row.get("step_time")]
+    patience = max(60.0, _QUIET * statistics.median(times) if times else 60.0)
+    return "running" if age <= patience else "silent"
+
+
+def _stepped(path: Path, metrics: list[dict[str, Any]], since: float) -> bool:
+    if not metrics:
+        return False
+    if any("time" in row for row in metrics):
+        return any(row.get("time", 0.0) >= since for row in metrics)
+    return path.stat().st_mtime >= since
 
 
 def _duration(seconds: float | None) -> str:
@@ -171,7 +175,7 @@ def main(argv: list[str], prog: str = "megatron-opt status") -> int:
             text = json.dumps(vars(status)) if args.json else table(status)
             clear = "\033[H\033[2J" if args.watch and sys.stdout.isatty() else ""
             print(clear + text, flush=True)
-            if args.watch is None or status.state.startswith(("completed", "diverged", "interrupted", "failed")):
+            if args.watch is None or status.state.startswith(_OVER):
                 return 0
             time.sleep(args.watch)
     except KeyboardInterrupt:

@@ -113,6 +113,8 @@ def value(args: Any, name: str) -> Any:
     found = getattr(args, name)
     if name == "num_query_groups" and not getattr(args, "group_query_attention", False):
         return getattr(args, "num_attention_heads", None)  # Megatron leaves 1 or the number of heads there
+    if name == "hybrid_layer_pattern" and found:
+        return found.replace("|", "")  # bars are where pipeline stages meet
     if isinstance(found, (list, tuple)):
         return [_plain(one) for one in found]
     return _plain(found)

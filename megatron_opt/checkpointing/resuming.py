@@ -5,9 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_opt import patches
 from megatron_opt.checkpointing import compared, folders, trusted
 from megatron_opt.distributed.state import FORMAT, contents
 from megatron_opt.errors import UserError
+from megatron_opt.training import console
 
 _WITH_MODEL = ("seq_length", "max_position_embeddings", "hidden_dropout", "attention_dropout")
 _SHARDING = "distrib_optim_sharding_type"
@@ -18,12 +20,11 @@ def install(ours: bool = True) -> None:
 
     `ours` says whether the optimizer is this project's.
     """
-    from megatron.training import checkpointing, training
-
-    training.load_checkpoint = functools.partial(_load, training.load_checkpoint, ours)
+    file = "checkpointing/resuming.py"
+    patches.wrap("megatron.training.training.load_checkpoint", file, lambda load: functools.partial(_load, load, ours))
     if not ours:
         return
-    checkpointing._build_sharded_state_dict_metadata = _for_any_layout(checkpointing._build_sharded_state_dict_metadata)
+    patches.wrap("megatron.training.checkpointing._build_sharded_state_dict_metadata", file, _for_any_layout)
 
 
 def _for_any_layout(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -64,7 +65,7 @@ def _load(
         if scheduler is not None and not options.finetune:
             scheduler.step(increment=options.consumed_train_samples)
         if options.rank == 0:
-            print(f"{folder}: {foreign}; the model is loaded and the optimizer's state starts anew", flush=True)
+            console.say(f"{folder}: {foreign}; the model is loaded and the optimizer's state starts anew")
     if folder is not None and scheduler is not None:
         scheduler.step(
             increment=0

@@ -14,21 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_opt import patches
 from megatron_opt.checkpointing import agreement
 from megatron_opt.checkpointing.background import Writer
 from megatron_opt.distributed.state import live_tensors
 
 _CONSTANT_PREFIX = "optimizer."  # state that only the optimizer's step changes
-
-_plan: "Plan | None" = None
-_repeat = False  # whether the save that is being prepared is the last one again, with new values
-_waits: list[float] = []
-_model: list[Any] = []  # the model's parameters and buffers
-_parameters: set[int] = set()  # storages of the parameters, which the optimizer's step alone changes
-_optimizer: Any = None
-_hollow = False  # whether all the model's own objects are empty
-_seen: dict[Any, Any] = {}  # a plan's tensors by index, as Megatron finds them
-_nothing: dict[int, bytes] = {}  # what is saved of n empty objects
 
 
 @dataclass(frozen=True)
@@ -72,76 +63,6 @@ class Request:
         self.announcements.append(function)
 
 
-def install(writer: Writer) -> None:
-    """Put plans that last in the place of Megatron's; before process groups are there."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, TorchDistSaveShardedStrategy
-    from megatron.training import checkpointing, initialize, training
-
-    filesystem_async._results_queue = queue.SimpleQueue()  # not used
-    initialize.init_persistent_async_worker = lambda *args, **kwargs: None
-    TorchDistSaveShardedStrategy.async_save = _planned_once(TorchDistSaveShardedStrategy.async_save)
-    MCoreSavePlanner.resolve_data = _noting(MCoreSavePlanner.resolve_data)
-    checkpointing.generate_state_dict = _shortened(checkpointing.generate_state_dict)
-    training.get_forward_backward_func = _settled(training.get_forward_backward_func, writer)
-
-
-def repeatable(optimizer: Any) -> bool:
-    """Whether the next save may be the last one again: the same tensors at the same places."""
-    return _plan is not None and _plan.live is not None and _addresses(optimizer) == _plan.addresses
-
-
-def prepare(model: Any, optimizer: Any, repeat: bool) -> None:
-    """Before Megatron's part of a save."""
-    from megatron.core.utils import unwrap_model
-
-    global _repeat, _optimizer, _model
-    _repeat, _optimizer = repeat, optimizer
-    if not repeat:
-        chunks = unwrap_model(list(model))  # Megatron's wrapper has something else called buffers
-        _model = [tensor for chunk in chunks for tensor in (*chunk.parameters(), *chunk.buffers())]
-        _parameters.clear()
-        _parameters.update(p.untyped_storage().data_ptr() for chunk in chunks for p in chunk.parameters())
-
-
-def done() -> None:
-    """After it."""
-    global _repeat
-    _repeat = False
-
-
-def waited() -> float:
-    """Seconds that steps have waited for a copy since the last call."""
-    found = sum(_waits)
-    _waits.clear()
-    return found
-
-
-def _settled(original: Callable[..., Any], writer: Writer) -> Callable[..., Any]:
-    """Megatron's schedules, after which the optimizer may change what is being copied."""
-
-    @functools.wraps(original)
-    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-        schedule = original(*args, **kwargs)
-
-        @functools.wraps(schedule)
-        def run(*positional: Any, **named: Any) -> Any:
-            found = schedule(*positional, **named)
-            began = time.monotonic()
-            writer.settle()
-            _waits.append(time.monotonic() - began)
-            return found
-
-        return run
-
-    return get_forward_backward_func
-
-
-def _addresses(optimizer: Any) -> list[int]:
-    """Of everything that the model and the optimizer keep."""
-    return [tensor.data_ptr() for tensor in (*_model, *live_tensors(optimizer))]
-
-
 @dataclass
 class _Rest:
     """An optimizer without its tensors."""
@@ -151,38 +72,6 @@ class _Rest:
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.optimizer.state_dict()
-
-
-def _shortened(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron's `generate_state_dict`: without model and tensors where a save repeats the last one."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
-
-    @functools.wraps(original)
-    def generate(args: Any, model: Any, optimizer: Any, *rest: Any, **named: Any) -> Any:
-        global _hollow
-        if _repeat:
-            return original(args, [], _Rest(optimizer), *rest, **named)
-        found = original(args, model, optimizer, *rest, **named)
-        models = [value for key, value in found.items() if key.startswith("model")]
-        _hollow = all(entry.data is None for entry in nested_values(models) if isinstance(entry, ShardedObject))
-        return found
-
-    return generate
-
-
-# ---- plans
-
-
-def _noting(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def resolve_data(self: Any, item: Any) -> Any:
-        found = original(self, item)
-        if hasattr(found, "data_ptr"):
-            _seen[item.index] = found.detach()
-        return found
-
-    return resolve_data
 
 
 def _is_tensor(entry: Any) -> bool:
@@ -196,107 +85,212 @@ def _structure(flat: dict[str, list[Any]]) -> dict[str, list[Any]]:
     }
 
 
-def _planned_once(original: Callable[..., Any]) -> Callable[..., Any]:
-    """In place of the strategy's `async_save`: the first one plans, later ones fill the same files anew."""
-    from megatron.core.dist_checkpointing.core import CheckpointingConfig
-    from megatron.core.dist_checkpointing.strategies import torch as strategies
+class Snapshots:
+    """What this rank writes at a background save: Megatron's plan of the first one, and where its values are."""
 
-    @functools.wraps(original)
-    def async_save(self: Any, state: Any, folder: Path, async_strategy: str = "mcore") -> Request:
-        global _plan
-        config = CheckpointingConfig(self.backend, self.version)
-        flat, _, _ = strategies._replace_state_dict_keys_with_sharded_keys(state, self.keep_only_main_replica)
-        if _repeat:
-            assert _plan is not None and _plan.live is not None
-            os.makedirs(folder, exist_ok=True)
-            return Request(Path(folder), _plan, _objects(_plan, flat), _plan.live, _plan.still, config)
-        structure = _structure(flat)
-        if _plan is not None and not agreement.anywhere(_plan.sources is None or _plan.structure != structure):
-            os.makedirs(folder, exist_ok=True)
-            tensors, still = _filled(_plan, flat)
-            return Request(Path(folder), _plan, _objects(_plan, flat), tensors, still, config)
-        sources = {
-            (e.data.data_ptr(), e.data.dtype, e.data.numel()): (key, number)
-            for key, entries in flat.items()
-            for number, e in enumerate(entries)
-            if _is_tensor(e)
-        }
-        _seen.clear()
-        planned: list[Any] = []
-        self._get_save_and_finalize_callbacks = lambda *found: planned.extend(found)
-        try:
-            original(self, state, folder, async_strategy)
-        finally:
-            del self._get_save_and_finalize_callbacks
-        writer, (_, metadata, _), _ = planned
-        _plan, tensors = _planned(writer.write_buckets or [], sources, structure, metadata)
-        _seen.clear()
-        return Request(Path(folder), _plan, _objects(_plan, flat), tensors, _plan.still, config)
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+        self.repeats = False  # whether the save that is being prepared is the last one again, with new values
+        self.waits: list[float] = []
+        self.model: list[Any] = []  # the model's parameters and buffers
+        self.parameters: set[int] = set()  # storages of the parameters, which the optimizer's step alone changes
+        self.optimizer: Any = None
+        self.hollow = False  # whether all the model's own objects are empty
+        self.seen: dict[Any, Any] = {}  # a plan's tensors by index, as Megatron finds them
+        self.nothing: dict[int, bytes] = {}  # what is saved of n empty objects
 
-    return async_save
+    def install(self, writer: Writer) -> None:
+        """Put plans that last in the place of Megatron's; before process groups are there."""
 
+        def wrap(target: str, make: Callable[[Any], Any]) -> None:
+            patches.wrap(f"megatron.{target}", "checkpointing/snapshot.py", make)
 
-def _planned(
-    buckets: list[Any], sources: dict[Any, tuple[str, int]], structure: Any, metadata: Any
-) -> tuple[Plan, list[Any]]:
-    """Megatron's plan of a save, with each tensor's origin, and the tensors to be written this time."""
-    import torch
+        strategies = "core.dist_checkpointing.strategies"
+        wrap(f"{strategies}.filesystem_async._results_queue", lambda _: queue.SimpleQueue())  # not used
+        wrap("training.initialize.init_persistent_async_worker", lambda _: lambda *args, **kwargs: None)
+        wrap(f"{strategies}.torch.TorchDistSaveShardedStrategy.async_save", self._planned_once)
+        wrap(f"{strategies}.torch.MCoreSavePlanner.resolve_data", self._noting)
+        wrap("training.checkpointing.generate_state_dict", self._shortened)
+        wrap("training.training.get_forward_backward_func", lambda schedules: self._settled(schedules, writer))
 
-    plan = Plan([], [], structure, metadata, {})
-    tensors, found = [], []
-    for _, name, (objects, values) in buckets:
-        plan.items.append((name, [item for item, _ in objects], [item for item, _ in values]))
-        plan.constants.update({item.index.fqn: data.getvalue() for item, data in objects})
-        tensors += [tensor for _, tensor in values]
-        found += [_seen.get(item.index) for item, _ in values]
-    names = [item.index.fqn for _, _, items in plan.items for item in items]
-    origins = [
-        None if tensor is None or not tensor.data_ptr()
-        else sources.get((tensor.data_ptr(), tensor.dtype, tensor.numel())) for tensor in found
-    ]  # fmt: skip
-    plan.sources = None if None in origins else [
-        _Source(*origin, tuple(tensor.shape))
-        for origin, tensor in zip(origins, found, strict=True) if origin is not None and tensor is not None
-    ]  # fmt: skip
-    if _hollow and hasattr(_optimizer, "element_steps"):
-        kept = {tensor.untyped_storage().data_ptr() for tensor in (*_model, *live_tensors(_optimizer))}
-        plain = all(type(tensor) is torch.Tensor for tensor in found)  # quantized parameters are saved as other values
-        if plain and all(tensor.untyped_storage().data_ptr() in kept for tensor in found if tensor is not None):
-            plan.live, plan.addresses, tensors = found, _addresses(_optimizer), found
-    plan.still = [_keeps_still(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
-    return plan, tensors
+    def repeatable(self, optimizer: Any) -> bool:
+        """Whether the next save may be the last one again: the same tensors at the same places."""
+        return (
+            self.plan is not None and self.plan.live is not None and self._addresses(optimizer) == self.plan.addresses
+        )
 
+    def prepare(self, model: Any, optimizer: Any, repeat: bool) -> None:
+        """Before Megatron's part of a save."""
+        from megatron.core.utils import unwrap_model
 
-def _objects(plan: Plan, flat: dict[str, list[Any]]) -> list[bytes]:
-    """What is not a tensor, as Megatron stores it; most are empty extra states."""
-    import torch
+        self.repeats, self.optimizer = repeat, optimizer
+        if not repeat:
+            chunks = unwrap_model(list(model))  # Megatron's wrapper has something else called buffers
+            self.model = [tensor for chunk in chunks for tensor in (*chunk.parameters(), *chunk.buffers())]
+            self.parameters.clear()
+            self.parameters.update(p.untyped_storage().data_ptr() for chunk in chunks for p in chunk.parameters())
 
-    strings = []
-    for item in (item for _, objects, _ in plan.items for item in objects):
-        entries = flat.get(item.index.fqn)
-        if entries is None:  # of the model, in a save that repeats the last one
-            strings.append(plan.constants[item.index.fqn])
-            continue
-        values = [entry.data for entry in entries]
-        empty = len(values) if all(value is None for value in values) else 0
-        if empty not in _nothing:
-            stream = io.BytesIO()
-            torch.save(values, stream)
-            strings.append(stream.getvalue())
-            if empty:
-                _nothing[empty] = strings[-1]
-        else:
-            strings.append(_nothing[empty])
-    return strings
+    def done(self) -> None:
+        """After it."""
+        self.repeats = False
 
+    def waited(self) -> float:
+        """Seconds that steps have waited for a copy since the last call."""
+        found = sum(self.waits)
+        self.waits.clear()
+        return found
 
-def _filled(plan: Plan, flat: dict[str, list[Any]]) -> tuple[list[Any], list[bool]]:
-    tensors, still = [], []
-    for source in plan.sources or []:
-        tensors.append(flat[source.key][source.number].data.detach().view(source.shape))
-        still.append(_keeps_still(source.key, tensors[-1]))
-    return tensors, still
+    def _settled(self, original: Callable[..., Any], writer: Writer) -> Callable[..., Any]:
+        """Megatron's schedules, after which the optimizer may change what is being copied."""
 
+        @functools.wraps(original)
+        def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
+            schedule = original(*args, **kwargs)
 
-def _keeps_still(name: str, tensor: Any) -> bool:
-    return name.startswith(_CONSTANT_PREFIX) or tensor.untyped_storage().data_ptr() in _parameters
+            @functools.wraps(schedule)
+            def run(*positional: Any, **named: Any) -> Any:
+                found = schedule(*positional, **named)
+                began = time.monotonic()
+                writer.settle()
+                self.waits.append(time.monotonic() - began)
+                return found
+
+            return run
+
+        return get_forward_backward_func
+
+    def _addresses(self, optimizer: Any) -> list[int]:
+        """Of everything that the model and the optimizer keep."""
+        return [tensor.data_ptr() for tensor in (*self.model, *live_tensors(optimizer))]
+
+    def _shortened(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Megatron's `generate_state_dict`: without model and tensors where a save repeats the last one."""
+        from megatron.core.dist_checkpointing.dict_utils import nested_values
+        from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+        @functools.wraps(original)
+        def generate(args: Any, model: Any, optimizer: Any, *rest: Any, **named: Any) -> Any:
+            if self.repeats:
+                return original(args, [], _Rest(optimizer), *rest, **named)
+            found = original(args, model, optimizer, *rest, **named)
+            models = [value for key, value in found.items() if key.startswith("model")]
+            self.hollow = all(entry.data is None for entry in nested_values(models) if isinstance(entry, ShardedObject))
+            return found
+
+        return generate
+
+    def _noting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def resolve_data(planner: Any, item: Any) -> Any:
+            found = original(planner, item)
+            if hasattr(found, "data_ptr"):
+                self.seen[item.index] = found.detach()
+            return found
+
+        return resolve_data
+
+    def _planned_once(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """In place of the strategy's `async_save`: the first one plans, later ones fill the same files anew."""
+        from megatron.core.dist_checkpointing.core import CheckpointingConfig
+        from megatron.core.dist_checkpointing.strategies import torch as strategies
+
+        @functools.wraps(original)
+        def async_save(strategy: Any, state: Any, folder: Path, async_strategy: str = "mcore") -> Request:
+            config = CheckpointingConfig(strategy.backend, strategy.version)
+            flat, _, _ = strategies._replace_state_dict_keys_with_sharded_keys(state, strategy.keep_only_main_replica)
+            if self.repeats:
+                assert self.plan is not None and self.plan.live is not None
+                os.makedirs(folder, exist_ok=True)
+                return Request(
+                    Path(folder), self.plan, self._objects(self.plan, flat), self.plan.live, self.plan.still, config
+                )
+            structure = _structure(flat)
+            if self.plan is not None and not agreement.anywhere(
+                self.plan.sources is None or self.plan.structure != structure
+            ):
+                os.makedirs(folder, exist_ok=True)
+                tensors, still = self._filled(self.plan, flat)
+                return Request(Path(folder), self.plan, self._objects(self.plan, flat), tensors, still, config)
+            sources = {
+                (e.data.data_ptr(), e.data.dtype, e.data.numel()): (key, number)
+                for key, entries in flat.items()
+                for number, e in enumerate(entries)
+                if _is_tensor(e)
+            }
+            self.seen.clear()
+            planned: list[Any] = []
+            strategy._get_save_and_finalize_callbacks = lambda *found: planned.extend(found)
+            try:
+                original(strategy, state, folder, async_strategy)
+            finally:
+                del strategy._get_save_and_finalize_callbacks
+            writer, (_, metadata, _), _ = planned
+            self.plan, tensors = self._planned(writer.write_buckets or [], sources, structure, metadata)
+            self.seen.clear()
+            return Request(Path(folder), self.plan, self._objects(self.plan, flat), tensors, self.plan.still, config)
+
+        return async_save
+
+    def _planned(
+        self, buckets: list[Any], sources: dict[Any, tuple[str, int]], structure: Any, metadata: Any
+    ) -> tuple[Plan, list[Any]]:
+        """Megatron's plan of a save, with each tensor's origin, and the tensors to be written this time."""
+        import torch
+
+        plan = Plan([], [], structure, metadata, {})
+        tensors, found = [], []
+        for _, name, (objects, values) in buckets:
+            plan.items.append((name, [item for item, _ in objects], [item for item, _ in values]))
+            plan.constants.update({item.index.fqn: data.getvalue() for item, data in objects})
+            tensors += [tensor for _, tensor in values]
+            found += [self.seen.get(item.index) for item, _ in values]
+        names = [item.index.fqn for _, _, items in plan.items for item in items]
+        origins = [
+            None if tensor is None or not tensor.data_ptr()
+            else sources.get((tensor.data_ptr(), tensor.dtype, tensor.numel())) for tensor in found
+        ]  # fmt: skip
+        plan.sources = None if None in origins else [
+            _Source(*origin, tuple(tensor.shape))
+            for origin, tensor in zip(origins, found, strict=True) if origin is not None and tensor is not None
+        ]  # fmt: skip
+        if self.hollow and hasattr(self.optimizer, "element_steps"):
+            kept = {tensor.untyped_storage().data_ptr() for tensor in (*self.model, *live_tensors(self.optimizer))}
+            plain = all(
+                type(tensor) is torch.Tensor for tensor in found
+            )  # quantized parameters are saved as other values
+            if plain and all(tensor.untyped_storage().data_ptr() in kept for tensor in found if tensor is not None):
+                plan.live, plan.addresses, tensors = found, self._addresses(self.optimizer), found
+        plan.still = [self._keeps_still(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
+        return plan, tensors
+
+    def _objects(self, plan: Plan, flat: dict[str, list[Any]]) -> list[bytes]:
+        """What is not a tensor, as Megatron stores it; most are empty extra states."""
+        import torch
+
+        strings = []
+        for item in (item for _, objects, _ in plan.items for item in objects):
+            entries = flat.get(item.index.fqn)
+            if entries is None:  # of the model, in a save that repeats the last one
+                strings.append(plan.constants[item.index.fqn])
+                continue
+            values = [entry.data for entry in entries]
+            empty = len(values) if all(value is None for value in values) else 0
+            if empty not in self.nothing:
+                stream = io.BytesIO()
+                torch.save(values, stream)
+                strings.append(stream.getvalue())
+                if empty:
+                    self.nothing[empty] = strings[-1]
+            else:
+                strings.append(self.nothing[empty])
+        return strings
+
+    def _filled(self, plan: Plan, flat: dict[str, list[Any]]) -> tuple[list[Any], list[bool]]:
+        tensors, still = [], []
+        for source in plan.sources or []:
+            tensors.append(flat[source.key][source.number].data.detach().view(source.shape))
+            still.append(self._keeps_still(source.key, tensors[-1]))
+        return tensors, still
+
+    def _keeps_still(self, name: str, tensor: Any) -> bool:
+        return name.startswith(_CONSTANT_PREFIX) or tensor.untyped_storage().data_ptr() in self.parameters

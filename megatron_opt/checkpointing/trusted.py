@@ -155,7 +155,7 @@ def _refused_in_extra_state(data: bytes) -> set[str]:
     with torch.serialization.safe_globals([io.BytesIO]):
         values = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     found: set[str] = set()
-    for value in values if isinstance(values, list) else [values]:
+    for value in values if isinstance(values, (list, tuple)) else [values]:
         if isinstance(value, torch.Tensor) and value.numel():
             found |= _refused(io.BytesIO(value.numpy().tobytes()))
         elif isinstance(value, io.BytesIO):

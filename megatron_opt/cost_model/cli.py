@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_opt.cost_model.command_line import Parser, one_sentence
 from megatron_opt.errors import UserError
 from megatron_opt.files import write_atomic
 
@@ -23,7 +24,7 @@ def _shared(parser: argparse.ArgumentParser, gpus: bool = True) -> None:
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The command line; what it does not know are Megatron's flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Predict seconds, FLOPs, bytes and memory of a training step on a cluster.",
         epilog="Model, layout and optimizer are Megatron's flags (--preset llama-7b --optimizer muon …).",
@@ -64,7 +65,8 @@ def main(argv: list[str], prog: str) -> int:
     }
     if rest and args.command in ("tables", "calibrate"):
         raise UserError(f"{rest[0]} is unknown here; see --help.")
-    runs[args.command](args, rest)
+    with one_sentence(f"cost {args.command}"):
+        runs[args.command](args, rest)
     return 0
 
 

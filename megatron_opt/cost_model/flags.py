@@ -2,7 +2,6 @@
 
 import ast
 import difflib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from megatron_opt import run_files
 from megatron_opt.errors import UserError
 from megatron_opt.layout import flags as structure
 from megatron_opt.optimizers import registry
@@ -89,6 +89,26 @@ SWITCHES = [
     "overlap-moe-expert-parallel-comm",
     "activation-func-fp8-input-store",
 ]
+# Of NUMBERS, those that may be fractions, and those that may be 0; all others are whole and at least 1.
+_REAL = {
+    "matrix-balance", "exchange-bucket-mb", "scalar-lr-ratio", "lr", "weight-decay", "clip-grad", "adam-beta1", "adam-beta2",
+    "adam-eps", "lr-warmup-fraction", "min-lr",
+}  # fmt: skip
+_ZERO = {
+    "num-experts", "moe-shared-expert-intermediate-size", "moe-first-dense-layers", "moe-layer-freq", "q-lora-rank",
+    "recompute-num-layers", "train-iters", "train-samples", "lr-warmup-iters", "lr-warmup-samples",
+    "moe-router-num-groups", "moe-router-group-topk",
+}  # fmt: skip
+_MOST = {"num-layers": 10_000, "num-experts": 10_000, "world-size": 1_000_000}
+_CHOICES = {
+    "normalization": ("LayerNorm", "RMSNorm"),
+    "recompute-granularity": ("full", "selective"),
+    "moe-token-dispatcher-type": ("allgather", "alltoall", "flex"),
+    "fp8-format": ("e4m3", "hybrid"),
+    "exchange-dtype": ("fp32", "bf16"),
+    "matrix-mode": ("auto", "owner", "sharded", "group"),
+    "decay-mode": ("decoupled", "independent", "cautious"),
+}
 _KNOWN = {
     **dict.fromkeys(NUMBERS, float),
     **dict.fromkeys(WORDS, str),
@@ -127,7 +147,7 @@ def normalized(flags: Mapping[str, Any]) -> Flags:
     """Types as the cost model wants them; flags of other matters are left out; underscores become hyphens."""
     found: Flags = {}
     for key, value in flags.items():
-        name = key.replace("_", "-")
+        name = str(key).replace("_", "-")
         if value is None or not _known(name):
             continue
         if name in _ALIASES:
@@ -156,7 +176,10 @@ def _value(name: str, values: Sequence[Any]) -> Any:
     if kind is bool or (not values and kind is None):
         if not values or isinstance(values[0], bool):
             return values[0] if values else True
-        return str(values[0]).lower() not in ("false", "0", "no", "none")
+        word = str(values[0]).lower()
+        if word not in ("true", "1", "yes", "false", "0", "no", "none"):
+            raise UserError(f"--{name} is {values[0]!r}; it is a switch: true or false.")
+        return word in ("true", "1", "yes")
     if not values:
         raise UserError(f"--{name} needs a value.")
     value = values[0]
@@ -169,13 +192,28 @@ def _value(name: str, values: Sequence[Any]) -> Any:
             raise UserError(f"--{name} is {value!r}; it must be a number.") from None
         if not number >= 0 or number == float("inf"):
             raise UserError(f"--{name} is {value}; it must be a finite number, at least 0.")
+        if name not in _REAL:
+            least = 0 if name in _ZERO else 1
+            if isinstance(value, bool) or number != int(number) or number < least:
+                raise UserError(f"--{name} is {value}; it must be a whole number, at least {least}.")
+            if number > _MOST.get(name, 1e15):
+                raise UserError(f"--{name} is {value}; no model has that many.")
+        if name in ("matrix-balance", "exchange-bucket-mb") and number == 0:
+            raise UserError(f"--{name} is {value}; it must be greater than 0.")
         return int(number) if number == int(number) else number
     if name == "recompute-modules":
         words = [word for item in values for word in (item if isinstance(item, list) else str(item).split())]
         return " ".join(words)
     if kind is str:
+        if name in _CHOICES and str(value) not in _CHOICES[name]:
+            raise UserError(f"--{name} is {value!r}; it must be one of {', '.join(_CHOICES[name])}.")
         return str(value)
-    return _plain(value)
+    plain, hit = _plain(value), _rule_option(name)
+    if hit is not None:
+        default = registry.rules()[hit[0]].Config.__dataclass_fields__[hit[1]].default  # type: ignore[attr-defined]
+        if type(default) in (int, float) and (isinstance(plain, bool) or not isinstance(plain, (int, float))):
+            raise UserError(f"--{name} is {value!r}; it must be a number.")
+    return plain
 
 
 def _plain(value: Any) -> Any:
@@ -191,27 +229,24 @@ def _plain(value: Any) -> Any:
 
 
 def from_run(path: str | Path) -> Flags:
-    """Flags of a finished or running job (a folder with results.json, or the file), or of a YAML file of flags."""
+    """Flags of a job, running, killed or finished (its folder or config.json), or of a YAML file of flags."""
     path = Path(path)
-    file = path / "results.json" if path.is_dir() else path
+    if path.is_dir() or path.suffix == ".json":
+        content = run_files.flags(run_files.record(path))
+        content.pop("preset", None)  # its flags are among the run's
+        return normalized(content)
     try:
-        text = file.read_text()
+        content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(
-            f"{file} cannot be read ({error.strerror}); give a run's folder or a YAML file of flags."
+            f"{path} cannot be read ({error.strerror}); give a run's folder or a YAML file of flags."
         ) from error
-    try:
-        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{file} is not {file.suffix[1:].upper() or 'YAML'}: {' '.join(str(error).split())}."
-        ) from error
+    except UnicodeError as error:
+        raise UserError(f"{path} is not text; give a run's folder or a YAML file of flags.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds no flags; write one `name: value` a line.")
-    if file.suffix == ".json":
-        if not isinstance(content.get("config"), dict):
-            raise UserError(f"{file} has no `config`; it is not the results.json of a run.")
-        content = {**content["config"], **({"world-size": content["world_size"]} if "world_size" in content else {})}
+        raise UserError(f"{path} holds no flags; write one `name: value` a line.")
     base = preset(content.pop("preset")) if content.get("preset") else {}
     return normalized(base | content)
 

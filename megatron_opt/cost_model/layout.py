@@ -58,6 +58,8 @@ class Layout:
         if flags.get("pipeline-model-parallel-layout") and virtual == 1:
             virtual = max(1, len(parse_layout(str(flags["pipeline-model-parallel-layout"]))) // pp)
         tp = number("tensor-model-parallel-size")
+        if flags.get("bf16") and flags.get("fp16"):
+            raise UserError("--bf16 and --fp16 do not go together; give one of them.")
         granularity = flags.get("recompute-granularity") or (
             "selective" if flags.get("recompute-activations") else "none"
         )
@@ -164,6 +166,10 @@ class Layout:
             return f"{self.world} ranks are not divisible by TP {self.tp} × PP {self.pp} × CP {self.cp} = {sizes}"
         if model.heads % self.tp:
             return f"{model.heads} attention heads are not divisible by TP {self.tp}"
+        if model.heads % model.groups:
+            return f"{model.heads} attention heads are not divisible by {model.groups} query groups"
+        if model.topk > model.experts:
+            return f"a token cannot go to {model.topk} of {model.experts} experts"
         if model.groups % self.tp and self.tp % model.groups:
             return f"{model.groups} query groups and TP {self.tp} do not divide one another"
         if model.ffn % self.tp:

@@ -9,7 +9,8 @@ from megatron_opt.cost_model.flags import required
 from megatron_opt.errors import UserError
 from megatron_opt.layout.kinds import Geometry
 from megatron_opt.layout.matrices import split_param
-from megatron_opt.layout.spec import ModelSpec, Parameter
+from megatron_opt.layout.parameter import Parameter
+from megatron_opt.layout.spec import ModelSpec
 from megatron_opt.optimizers.base import MatrixInfo
 
 __all__ = ["Model", "Parameter"]

@@ -54,7 +54,7 @@ def caveat(step: Step) -> str:
     """What the rates behind a prediction are worth."""
     reach = step_range(step)
     if reach is None:
-        return f"rates of {step.cluster.name} were measured by `megatron-opt cost calibrate`"
+        return f"rates of {step.cluster.name} were measured by `megatron-opt cost calibrate`."
     kind = "with experts" if step.model.experts else "of dense models"
     low, high = (value / step.seconds for value in reach)
     return (

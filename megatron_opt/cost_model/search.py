@@ -70,7 +70,7 @@ def splits(model: Model, pp: int, virtual: int) -> tuple[tuple[int, ...], ...]:
 def recomputations(model: Model, base: Layout) -> list[tuple[str, tuple[str, ...]]]:
     """None, selective and full; selective drops what is cheap to make again: norms, activations, MLA's up-projections."""
     found: list[tuple[str, tuple[str, ...]]] = [("none", ()), ("full", ())]
-    modules = () if base.flash else ("core_attn",)
+    modules: tuple[str, ...] = () if base.flash else ("core_attn",)
     if model.experts or model.mla:
         modules += ("layernorm",) + (("moe_act",) if model.experts else ()) + (("mla_up_proj",) if model.mla else ())
     if modules:

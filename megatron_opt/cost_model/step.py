@@ -15,6 +15,8 @@ from megatron_opt.cost_model.plan import DomainPlan, plans
 from megatron_opt.cost_model.traffic import Traffic, traffic
 from megatron_opt.errors import UserError
 
+MOST_DEVICES = 1_000_000
+
 
 @dataclass
 class Step:
@@ -109,6 +111,8 @@ def check_world(cluster: Cluster, world: int) -> None:
     """Refuse a number of devices that the cluster does not have."""
     if world < 1:
         raise UserError(f"{world} GPUs is no number of devices; give 1 or more.")
+    if world > MOST_DEVICES:
+        raise UserError(f"{world} GPUs are more than any cluster has; give at most {MOST_DEVICES:,}.")
     if cluster.devices and world > cluster.devices:
         raise UserError(f"the layout wants {world} devices, cluster {cluster.name} has {cluster.devices}; use fewer.")
 
@@ -250,7 +254,7 @@ def stage_seconds(model: Model, layout: Layout, cluster: Cluster) -> list[float]
     dense = layer_seconds(model, layout, cluster, False) if len(model.expert_layers) < model.layers else 0.0
     expert = layer_seconds(model, layout, cluster, True) if model.expert_layers else 0.0
     slow = cluster.crowding(layout.world) / cluster.step_efficiency
-    found = []
+    found: list[Any] = []
     for first, last in layout.stages(model):
         plain, routed = kinds(model, first, last)
         head = head_seconds(model, layout, cluster) if last == model.layers and len(found) == layout.pp - 1 else 0.0

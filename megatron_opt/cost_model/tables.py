@@ -193,12 +193,8 @@ def write_tables(cluster: Cluster, optimizers: Sequence[str], folder: Path) -> s
 
 def plots(rows: Sequence[Mapping[str, Any]], title: str, optimizers: Sequence[str]) -> dict[str, bytes]:
     """PNG of each sweep: share of a step against batch and width, and against GPUs for every size."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError(
-            "cost tables draws with matplotlib, which is missing; pip install 'megatron_opt[study]'."
-        ) from error
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_opt.distributed.domain import Domain, MatrixPlan
 from megatron_opt.distributed.exchange import Item, Trip, wires
 from megatron_opt.distributed.parts import Part, shape2d
-from megatron_opt.optimizers.base import MatrixInfo, State
+from megatron_opt.optimizers.base import MatrixInfo, State, StateKind
 from megatron_opt.optimizers.slices import SliceStep
 
 Key = tuple[str, int]
@@ -90,9 +90,10 @@ class MatrixStep:
 
     def _join_norms(self) -> None:
         """Norms of parts become those of their matrices, at every part."""
-        for norm in sorted({norm for name in self.in_parts for norm in self.rules[name].norms}):
+        norms = {name: self.rules[name].keys(StateKind.NORM, self.infos[name]) for name in self.in_parts}
+        for norm in sorted({norm for several in norms.values() for norm in several}):
             squares = torch.zeros(len(self.domain.order), dtype=torch.float64)
-            mine = [key for key in self.states if key[0] in self.in_parts and norm in self.rules[key[0]].norms]
+            mine = [key for key in self.states if norm in norms.get(key[0], ())]
             for key in mine:
                 squares[self.domain.order[key[0]]] += float(self.states[key][norm]) ** 2
             squares = self.domain.sum_over_ranks(squares)
@@ -174,7 +175,7 @@ class MatrixStep:
     def _begin(self, key: Key, state: State) -> None:
         """A cell begins with its matrix, which has a gradient, also where the cell's own is zero."""
         if not self.cells[key].is_whole:
-            for flag in self.rules[key[0]].flags:
+            for flag in self.rules[key[0]].keys(StateKind.FLAG, self.cell_infos[key]):
                 state[flag].fill_(1.0)
 
     def _compute_sliced(self, cells: Sequence[Key], slabs: dict[Key, Tensor], number: int) -> dict[Key, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from megatron_opt.errors import UserError
 from megatron_opt.layout.kinds import find_kind
 from megatron_opt.layout.names import global_names
-from megatron_opt.layout.spec import Parameter
+from megatron_opt.layout.parameter import Parameter
 from megatron_opt.platform.hybrid_stack import local_stack
 
 

@@ -1,5 +1,6 @@
 """Parts, what one rank computes of a matrix, and cells, the rectangles of a matrix that need nothing of each other."""
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -20,12 +21,12 @@ class Part:
     shape: tuple[int, int]  # of the matrix
     cell: Area | None = None
 
-    @property
+    @functools.cached_property
     def area(self) -> Region:
         """The cell's rectangle."""
         return Region(*self.cell) if self.cell else Region(0, self.shape[0], 0, self.shape[1])
 
-    @property
+    @functools.cached_property
     def bounds(self) -> Region:
         """The part's rectangle."""
         r0, r1, c0, c1 = self.area

@@ -24,7 +24,7 @@ from megatron_opt.errors import UserError
 from megatron_opt.files import write_atomic
 from megatron_opt.layout.kinds import Geometry
 from megatron_opt.layout.matrices import ParamView, split_param
-from megatron_opt.layout.spec import Parameter
+from megatron_opt.layout.parameter import Parameter
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
 from megatron_opt.optimizers.groups import GroupRule, assign
@@ -147,9 +147,9 @@ def _sent(
         parts.setdefault(part.matrix, []).append(part)
     for name, mine in parts.items():
         for rect, holders in held[name]:
-            among = set(holders)
+            among, region = set(holders), rect.region
             for part in mine:
-                common = part.bounds.intersect(rect.region)
+                common = part.bounds.intersect(region)
                 if common is None:
                     continue
                 count, own = common.numel * wire, part.rank in among

@@ -22,6 +22,7 @@ from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.parts import shape2d
 from megatron_opt.errors import UserError
+from megatron_opt.optimizers.base import StateKind
 from megatron_opt.optimizers.groups import Group
 
 FORMAT = "megatron_opt.2"
@@ -79,30 +80,23 @@ def whole_places(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int
     """
     for key_of, state in sorted(step.states.items()):
         (name, index), part, info = key_of, step.mine[key_of], step.infos[key_of[0]]
-        rule, stacks = step.rules[name], _places(step, key_of)
-        common = {*rule.flags, *rule.norms}
-        if rule.split_dim(info) is not None:
-            common |= {*rule.init_shared(info, torch.device("meta"))}
+        stacks, spec = _places(step, key_of), step.rules[name].state_spec(step.cell_infos[key_of])
         r0, r1, c0, c1 = part.bounds
         rows, cols = shape2d(info)
         for key, tensor in sorted(state.items()):
-            if tensor.dim() == 3 and tensor.shape[1] == tensor.shape[2]:
-                yield from _stack(name, key, tensor, stacks, index)
-            elif (
-                key not in {*common, *rule.rows}
-                and tensor.dim() in (1, 2)
-                and tensor.shape[0] == r1 - r0
-                and tensor.numel() == (r1 - r0) * (c1 - c0)
-            ):
-                yield key, name, tensor, (rows, cols), Rect(name, r0, r1, c0, c1), index
-            elif key not in common and tensor.dim() and tensor.shape[0] == tensor.numel() == r1 - r0:
-                yield key, name, tensor, (rows, 1), Rect(name, r0, r1, 0, 1), index
-            else:
-                yield key, name, tensor, None, None, index
+            match spec[key]:
+                case StateKind.BLOCKS:
+                    yield from _stack(name, key, tensor, stacks, index)
+                case StateKind.MATRIX:
+                    yield key, name, tensor, (rows, cols), Rect(name, r0, r1, c0, c1), index
+                case StateKind.ROWS:
+                    yield key, name, tensor, (rows, 1), Rect(name, r0, r1, 0, 1), index
+                case _:
+                    yield key, name, tensor, None, None, index
     for (name, index), state in sorted(step.shared.items()):
-        stacks = _places(step, (name, index))
+        stacks, spec = _places(step, (name, index)), step.rules[name].state_spec(step.cell_infos[name, index])
         for key, tensor in sorted(state.items()):
-            if tensor.dim() == 3 and tensor.shape[1] == tensor.shape[2]:
+            if spec[key] is StateKind.BLOCKS:
                 yield from _stack(name, key, tensor, stacks, index)
             else:
                 yield key, name, tensor, None, None, index

@@ -33,6 +33,7 @@ def stacked(x: Tensor) -> Tensor:
 def _step(
     grads: Tensors, moments: Tensors, seconds: Tensors, lefts: Tensors, rights: Tensors, left_factors: Tensors,
     right_factors: Tensors, beta1: float, beta2: float, eps: float, scale: float, gain: float, decay: float,
+    floor: float = 0.0, squares: Tensors = (),
 ) -> None:  # fmt: skip
     _advance(left_factors, right_factors, grads, gain, decay)
     for i, (grad, moment, second) in enumerate(zip(grads, moments, seconds, strict=True)):
@@ -41,7 +42,11 @@ def _step(
         moment.lerp_(rotated.view_as(moment), 1 - beta1)
         rotated = rotated.view_as(second)
         second.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
-        direction = scale * stacked(moment) / stacked(second).sqrt().add_(eps)
+        root = stacked(second).sqrt()
+        if floor:
+            mean = squares[i] if squares else stacked(second).mean((-2, -1))
+            root = torch.maximum(root, floor * mean.sqrt().to(root.dtype).view(-1, 1, 1))
+        direction = scale * stacked(moment) / root.add_(eps)
         grad.copy_(rotate(direction, left, right, back=True).view_as(grad))
 
 
@@ -112,20 +117,23 @@ def taken(moved: Tensors, whole: Tensors) -> bool:
 def project_adam(
     grads: Tensors, moments: Tensors, seconds: Tensors, lefts: Tensors, rights: Tensors, left_factors: Tensors = (),
     right_factors: Tensors = (), *, beta1: float, beta2: float, eps: float, scale: float, gain: float = 0.0,
-    decay: float = 1.0, plain: bool | None = None,
+    decay: float = 1.0, floor: float = 0.0, squares: Tensors = (), plain: bool | None = None,
 ) -> None:  # fmt: skip
-    """x = Q_Lᵀ g Q_R;  m ← EMA(x);  v ← EMA(x²);  g ← Q_L [scale·m/(√v + ε)] Q_Rᵀ. 4mn(m + n) FLOPs.
+    """x = Q_Lᵀ g Q_R;  m ← EMA(x);  v ← EMA(x²);  g ← Q_L [scale·m/(max(√v, f·√mean(v)) + ε)] Q_Rᵀ. 4mn(m + n) FLOPs.
 
     For each of lists of (m, n), or (B, m, n), all in place; bases are (m, m) and (n, n), or (B, …), and a list of them
-    is empty where the side stays. Where there are factors, `advance_factors` comes first. `plain` is what `taken` says
+    is empty where the side stays. f is `floor`, the mean each block's, or that of `squares` (blocks,) where the list has
+    strips of larger blocks. Where there are factors, `advance_factors` comes first. `plain` is what `taken` says
     of the lists, where it is known. SOAP: arXiv 2409.11321. Raises RuntimeError where shapes do not fit together.
     """
     factors = (left_factors, right_factors)
     arguments = (grads, moments, seconds, lefts, rights, *factors, beta1, beta2, eps, scale, gain, decay)
-    if taken([*grads, *moments, *seconds], [*lefts, *rights, *factors[0], *factors[1]]) if plain is None else plain:
+    if plain is None:
+        plain = taken([*grads, *moments, *seconds], [*lefts, *rights, *factors[0], *factors[1]])
+    if plain and not floor:
         _project_adam(grads[0].device, *arguments)
     else:
-        _step(*arguments)
+        _step(*arguments, floor, squares)
 
 
 def advance_factors(lefts: Tensors, rights: Tensors, grads: Tensors, gain: float, decay: float) -> None:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from megatron_opt.cost_model.tables import unconditioned
-from megatron_opt.migrate.evidence import TOKENS_PER_PARAMETER
+from megatron_opt.migrate.decision import decide
 from megatron_opt.migrate.plan import Plan
 
-SURE, LIKELY = 0.95, 0.75  # probability of saving time from which a change is advised, or tried first
+SURE, LIKELY = 0.95, 0.75  # probability of saving time from which an advice is sure, or likely
 WORTH = 1.02  # wall-clock speedup below which a change is not worth its work
 
 
@@ -43,31 +43,23 @@ def verdict(plan: Plan) -> Verdict:
         return Verdict("stay", "high", f"Do not switch: {name} does not fit on {plan.gpus} GPUs in any layout.")
     layout = "" if plan.fits else f" It needs another layout: {plan.layouts.steps[0].layout.name()}."  # type: ignore[union-attr]
     far = bool(plan.extrapolates) or plan.done > 0
-    if chance >= SURE and speed.value >= WORTH:
-        confidence = "medium" if far else "high"
-        if far:
-            return Verdict(
-                "try",
-                confidence,
-                f"Switch to {name} after a check at small scale: expected {interval}, {chance:.0%} chance of "
-                "saving time, "
-                f"but the evidence stops short of this run.{layout}",
-            )
-        return Verdict(
-            "switch", confidence, f"Switch to {name}: expected {interval}, {chance:.0%} chance of saving time.{layout}"
-        )
-    if chance >= 1 - LIKELY and speed.high >= WORTH:
+    decision = decide(plan)
+    if decision.best is not None:
+        best = decision.best
         return Verdict(
             "try",
             "low" if far else "medium",
-            f"Run the experiment below before deciding on {name}: expected {interval}, {chance:.0%} chance of "
-            f"saving time.{layout}",
+            f"Measure before deciding on {name}: expected {interval}; an experiment of {best.hours:,.0f} GPU-hours raises "
+            f"the expected saving from {max(0.0, decision.expected):,.0f} to {best.saving:,.0f} GPU-hours and changes the "
+            f"decision with a chance of {best.changes:.0%}.{layout}",
         )
-    return Verdict(
-        "stay",
-        "medium" if far else "high",
-        f"Stay with {plan.source}: {name} is expected at {interval}, {chance:.0%} chance of saving time.",
-    )
+    told = f"expected {interval}, {chance:.0%} chance of saving time; no experiment is worth its price"
+    if decision.expected > 0 and speed.value >= WORTH:
+        sure = "high" if chance >= SURE else "medium" if chance >= LIKELY else "low"
+        if far:
+            sure = {"high": "medium"}.get(sure, "low")
+        return Verdict("switch", sure, f"Switch to {name}: {told}.{layout}")
+    return Verdict("stay", "medium" if far or chance > 1 - LIKELY else "high", f"Stay with {plan.source}: {told}.")
 
 
 def risks(plan: Plan) -> list[Risk]:
@@ -179,7 +171,7 @@ def _of_machine(plan: Plan) -> list[Risk]:
                 "ranks share well.",
             )
         )
-    if "estimate" not in " ".join(plan.cluster.sources) and plan.cluster.name != "this-machine":
+    if not plan.cluster.measured:
         found.append(
             Risk(
                 "low",
@@ -187,29 +179,4 @@ def _of_machine(plan: Plan) -> list[Risk]:
                 "the machine replaces them.",
             )
         )
-    return found
-
-
-def experiment(plan: Plan) -> list[str]:
-    """The smallest runs that would narrow the answer, with what they cost on this cluster."""
-    found = []
-    rate = plan.before.flops_per_gpu * 3600
-    for run in plan.evidence.next:
-        hours = run.flops / rate
-        tokens = run.ratio * TOKENS_PER_PARAMETER * run.n
-        both = "" if run.optimizer == plan.source else f" (and {plan.source} beside it, if that cell is not measured)"
-        found.append(
-            f"{run.optimizer} at {run.n / 1e6:.0f}M parameters, {run.ratio:g}x ({tokens / 1e9:.1f}B "
-            f"tokens){both}: about {hours:,.0f} "
-            f"GPU-hours here; narrows the interval of the gain by {run.shrinkage:.0%}"
-        )
-    n = plan.before.model.hidden_parameters
-    pilot = 0.02 * plan.hours / max(1e-9, 1 - plan.done)
-    found.append(
-        f"A pilot of this very recipe: {plan.source} and {plan.target}, two learning rates each around the law's, "
-        "a schedule that ends "
-        f"at 2% of the budget ({0.02 * plan.tokens / 1e9:.2g}B tokens at {n / 1e9:.3g}B parameters): about "
-        f"{4 * pilot:,.0f} GPU-hours; "
-        "compare only ends of schedules"
-    )
     return found

@@ -35,11 +35,12 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], label: str) -> st
         value = min(max(value, low), high)
         return left + (right - left) * math.log(value / low) / math.log(high / low)
 
-    height = 40 + step * len(rows)
-    parts = [_line(x(1), 8, x(1), height - 26, "var(--soft)", ' stroke-dasharray="4 3"')]
+    height = 58 + step * len(rows)
+    parts = [_line(x(1), 8, x(1), height - 44, "var(--soft)", ' stroke-dasharray="4 3"')]
     for tick in (0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 2.0, 2.5, 3.0):
         if low <= tick <= high:
-            parts.append(_text(x(tick), height - 8, f"{tick:g}×", "middle", soft=True))
+            parts.append(_text(x(tick), height - 26, f"{tick:g}×", "middle", soft=True))
+    parts.append(_text((left + right) / 2, height - 6, "speedup, 90% interval (logarithmic)", "middle", soft=True))
     for index, (name, value, lo, hi) in enumerate(rows):
         y = 22 + step * index
         parts.append(_text(left - 12, y + 4, name, "end"))
@@ -95,7 +96,7 @@ def scatter(
     values = [v for p in everything for v in p[1:] if math.isfinite(v)]
     x0, x1 = min(xs) - 0.15, max(xs) + 0.15
     y0, y1 = min(0.9, *values) - 0.03, min(max(1.1, *values) + 0.05, 2.2)
-    left, right, top, bottom = 60.0, WIDTH - 20.0, 12.0, 250.0
+    left, right, top, bottom = 78.0, WIDTH - 20.0, 12.0, 250.0
 
     def place(n: float, value: float) -> tuple[float, float]:
         x = left + (right - left) * (math.log10(n) - x0) / (x1 - x0)
@@ -124,4 +125,10 @@ def scatter(
         x, y = place(n, value)
         parts.append(_line(x, place(n, low)[1], x, place(n, high)[1], fill, ' stroke-width="2"'))
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{fill}"/>')
-    return _svg(bottom + 30, parts, label)
+    middle = (top + bottom) / 2
+    parts.append(_text((left + right) / 2, bottom + 38, "parameters without embeddings", "middle", soft=True))
+    parts.append(
+        f'<text x="16" y="{middle:.0f}" text-anchor="middle" class="soft" transform="rotate(-90 16 {middle:.0f})">'
+        "token speedup</text>"
+    )
+    return _svg(bottom + 48, parts, label)

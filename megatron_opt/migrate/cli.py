@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_opt.cost_model.command_line import Parser, one_sentence
 from megatron_opt.errors import UserError
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The command line; what it does not know are Megatron's flags of the run."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog, description="Plan a change of optimizer; convert a checkpoint into a warm start.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="plan|checkpoint")
@@ -22,7 +23,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         epilog="The run is given by --from, by Megatron's flags (--preset llama-7b …), or both; flags win.",
     )
     plan.add_argument(
-        "--from", dest="source", metavar="RUN|FILE", help="a run's folder, its results.json, or a YAML file of flags"
+        "--from", dest="source", metavar="RUN|FILE", help="a run's folder, its config.json, or a YAML file of flags"
     )
     plan.add_argument("--to", required=True, metavar="OPTIMIZER", help="the optimizer to change to")
     plan.add_argument(
@@ -70,7 +71,8 @@ def main(argv: list[str], prog: str) -> int:
         convert(argv[1:])
         return 0
     args, rest = build_parser(prog).parse_known_args(argv)
-    _plan(args, rest)
+    with one_sentence("migrate plan"):
+        _plan(args, rest)
     return 0
 
 
@@ -78,9 +80,11 @@ def _raw(path: Path) -> dict[str, Any]:
     """All flags of a run, also those that cost nothing but may be refused."""
     import yaml
 
-    file = path / "results.json" if path.is_dir() else path
-    content = json.loads(file.read_text()) if file.suffix == ".json" else yaml.safe_load(file.read_text())
-    return dict(content.get("config", content))
+    from megatron_opt import run_files
+
+    if path.is_dir() or path.suffix == ".json":
+        return run_files.flags(run_files.record(path))
+    return dict(yaml.safe_load(path.read_text()))
 
 
 def _plan(args: argparse.Namespace, rest: Sequence[str]) -> None:

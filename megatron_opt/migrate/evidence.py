@@ -12,10 +12,9 @@ from scipy import stats
 
 from megatron_opt.errors import UserError
 from megatron_opt.study.dataset import Dataset, from_store
-from megatron_opt.study.fits.ensemble import Ensemble, fit_ensemble
+from megatron_opt.study.fits.ensemble import fit_ensemble
 from megatron_opt.study.fits.hierarchy import Noise
 from megatron_opt.study.fits.hyper_laws import fit_hyper_law
-from megatron_opt.study.fits.next_runs import NextRun, next_runs
 from megatron_opt.study.fits.noise import DEFAULT_FLOOR, noise_floor
 from megatron_opt.study.fits.observations import Observations, observations
 from megatron_opt.study.fits.speedups import Speedup, speedups
@@ -73,7 +72,6 @@ class Evidence:
     source_lr: Hyperparameter | None
     cliff: tuple[float, float, str] | None  # tuned lr, lowest lr that is much worse or diverges, regime
     tuned_batch: float | None
-    next: list[NextRun] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def combined(self) -> Estimate:
@@ -188,16 +186,6 @@ def _laws(found: Evidence, data: Observations, sigma: float, target: str, n: flo
     found.methods.append(
         Method("hierarchical scaling law", Estimate(speed.value, speed.low, speed.high), draws, True, note)
     )
-    found.next = _cheap(law, target, n, d)
-
-
-def _cheap(law: Ensemble, target: str, n: float, d: float) -> list[NextRun]:
-    """Runs that narrow the gain at (n, d): the most informative, and the best for their FLOPs."""
-    runs = next_runs(law, target, n, d)
-    best = runs[:1]
-    worth = [run for run in runs if run.shrinkage >= 0.5 * runs[0].shrinkage] if runs else []
-    cheapest = min(worth, key=lambda run: run.flops, default=None)
-    return best + ([cheapest] if cheapest is not None and cheapest is not best[0] else [])
 
 
 def _measured(found: Evidence, n: float, d: float) -> Method | None:

@@ -6,8 +6,9 @@ from typing import Any
 from megatron_opt.cost_model import report as units
 from megatron_opt.cost_model.step import Step
 from megatron_opt.migrate import advice, charts
+from megatron_opt.migrate.decision import decide
 from megatron_opt.migrate.document import Block, Chart, Code, Document, Items, Section, Table
-from megatron_opt.migrate.evidence import Estimate
+from megatron_opt.migrate.evidence import Estimate, Method
 from megatron_opt.migrate.plan import Plan, command
 
 
@@ -22,7 +23,7 @@ def document(plan: Plan) -> Document:
     decided = advice.verdict(plan)
     model = plan.before.model
     kind = {"switch": "good", "try": "wait", "stay": "bad"}[decided.action]
-    hours = plan.saved(plan.speedup.value)
+    hours = decide(plan).expected
     facts = [
         (
             "model",
@@ -37,7 +38,7 @@ def document(plan: Plan) -> Document:
         ("cluster", f"{plan.gpus} × {plan.cluster.name}, {plan.before.layout.name()}"),
         ("wall-clock speedup", _range(plan.speedup)),
         ("chance of saving time", f"{plan.chance:.0%}"),
-        ("GPU-hours " + ("saved" if hours >= 0 else "lost"), f"{abs(hours):,.0f} of {plan.hours:,.0f}"),
+        ("GPU-hours " + ("saved" if hours >= 0 else "lost") + ", expected", f"{abs(hours):,.0f} of {plan.hours:,.0f}"),
         ("confidence", decided.confidence),
     ]
     sections = [
@@ -46,7 +47,7 @@ def document(plan: Plan) -> Document:
         _hyperparameters(plan),
         _refused(plan),
         Section("Risks", [_risks(plan)]),
-        Section("The smallest experiment that would settle it", [Items(advice.experiment(plan))]),
+        _experiments(plan),
         _method(plan),
     ]
     title = f"From {plan.source} to {plan.target}"
@@ -55,14 +56,16 @@ def document(plan: Plan) -> Document:
 
 def _gain(plan: Plan) -> Section:
     rows = []
-    for method in plan.evidence.methods:
+    shown = [m for m in plan.evidence.methods if m.counted and math.isfinite(m.estimate.high)]
+    left_out = [m for m in plan.evidence.methods if m not in shown]
+    for method in shown:
         e = method.estimate
         wall = Estimate(e.value / plan.ratio, e.low / plan.ratio, e.high / plan.ratio)
-        rows.append((method.name, _range(e), _range(wall), "yes" if method.counted else "no", method.note))
+        rows.append((method.name, _range(e), _range(wall), method.note))
     rows.append(
-        ("taken together", _range(plan.token_speedup), _range(plan.speedup), "", "geometric mean; the widest interval")
+        ("taken together", _range(plan.token_speedup), _range(plan.speedup), "geometric mean; the widest interval")
     )
-    lines = [(m.name, m.estimate.value, m.estimate.low, m.estimate.high) for m in plan.evidence.methods]
+    lines = [(m.name, m.estimate.value, m.estimate.low, m.estimate.high) for m in shown]
     s = plan.speedup
     lines.append(("wall-clock, together", s.value, s.low, s.high))
     n = float(plan.before.model.hidden_parameters)
@@ -75,7 +78,8 @@ def _gain(plan: Plan) -> Section:
         f"Wall-clock speedup is token speedup divided by the ratio of step times, {plan.ratio:.3f}: the change "
         "breaks even at a token "
         f"speedup of {plan.ratio:.3f}×.",
-        Table(("estimate", "token speedup (90%)", "wall-clock (90%)", "counted", "how"), rows),
+        Table(("estimate", "token speedup (90%)", "wall-clock (90%)", "how"), rows),
+        *([_footnote(left_out)] if left_out else []),
         Chart(
             charts.intervals(lines, "speedups and their intervals"),
             f"Token speedups by method and the wall-clock speedup: {s.value:.2f}×, 90% interval {s.low:.2f} to "
@@ -99,6 +103,52 @@ def _gain(plan: Plan) -> Section:
             Items([text[0].upper() + text[1:] + "." for text in plan.extrapolates], ["high"] * len(plan.extrapolates)),
         )
     return Section("What it gains", blocks)
+
+
+def _footnote(methods: list[Method]) -> str:
+    """Ways that are not counted, or have no finite answer, outside of the table."""
+    words = [
+        f"{m.name} ({m.note}), "
+        + (
+            f"{m.estimate.value:.2f}×"
+            if math.isfinite(m.estimate.value) and m.estimate.value < 10
+            else "without a usable answer here"
+        )
+        for m in methods
+    ]
+    return "Not counted: " + "; ".join(words) + "."
+
+
+def _experiments(plan: Plan) -> Section:
+    decision = decide(plan)
+    now = "switching" if decision.switch else "staying"
+    blocks: list[Block] = [
+        f"Decided now, {now} is the better choice: switching is expected to {'save' if decision.switch else 'lose'} "
+        f"{abs(decision.expected):,.0f} GPU-hours. "
+        f"Knowing the speedup for certain would be worth {decision.perfect:,.0f} GPU-hours more; no experiment can be worth "
+        "more than that."
+    ]
+    rows = [
+        (
+            item.words,
+            f"{item.hours:,.0f}",
+            f"{max(0.0, decision.expected):,.0f}",
+            f"{item.saving:,.0f}",
+            f"{item.changes:.0%}",
+            f"{item.value:+,.0f}",
+        )
+        for item in decision.experiments[:4]
+    ]
+    head = ("experiment", "price", "saving without it", "saving with it", "changes the decision", "worth less price")
+    if rows:
+        blocks.append(Table(head, rows))
+    if decision.best is not None:
+        blocks.append(f"Do this one first: {decision.best.words}. Compare only ends of schedules.")
+    elif rows:
+        blocks.append("None of these is worth its price: decide without.")
+    else:
+        blocks.append("No experiment has a chance to change the decision: none is offered.")
+    return Section("Is an experiment worth its price", blocks)
 
 
 def _parts(step: Step) -> dict[str, float]:
@@ -255,6 +305,7 @@ def _method(plan: Plan) -> Section:
         "Cost: the optimizer's own FLOPs and bytes by matrix, the engine's ownership plan for this layout, and "
         "the cluster file "
         f"{plan.cluster.name} ({'; '.join(plan.cluster.sources)}).",
+        units.caveat(plan.before),
         "Times carry the cluster file's uncertainty, which the speedup's interval does not include; the "
         "optimizer's share of a step "
         f"is {plan.after.optimizer_share:.1%}, so an error of half in it moves the speedup by "
@@ -266,7 +317,7 @@ def _method(plan: Plan) -> Section:
 
 def as_dict(plan: Plan) -> dict[str, Any]:
     """The numbers behind the report."""
-    decided = advice.verdict(plan)
+    decided, decision = advice.verdict(plan), decide(plan)
     return {
         "from": plan.source,
         "to": plan.target,
@@ -279,7 +330,9 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "wall_clock_speedup": vars(plan.speedup),
         "chance_of_saving_time": plan.chance,
         "gpu_hours": plan.hours,
-        "gpu_hours_saved": plan.saved(plan.speedup.value),
+        "gpu_hours_saved": decision.expected,
+        "value_of_certainty": decision.perfect,
+        "experiments": [vars(item) for item in decision.experiments],
         "flags": plan.flags,
         "refused": plan.refused,
         "extrapolates": plan.extrapolates,

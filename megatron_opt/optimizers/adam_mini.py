@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from megatron_opt.kernels.block_adam import block_adam
-from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, State
+from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, State, StateKind, StateSpec
 from megatron_opt.optimizers.elementwise import adam_coefficients
-from megatron_opt.optimizers.options import check, option
+from megatron_opt.optimizers.options import check, decay, epsilon
 from megatron_opt.optimizers.registry import register
 from megatron_opt.optimizers.slices import SliceStep
 
@@ -19,9 +19,9 @@ from megatron_opt.optimizers.slices import SliceStep
 class AdamMiniConfig:
     """Hyperparameters of Adam-mini; tuned values of the study."""
 
-    beta1: float = option(0.9, "decay of the first moment", low=0, below=1)
-    beta2: float = option(0.98, "decay of the blocks' second moments", low=0, below=1)
-    eps: float = option(1e-10, "added to the square root of the second moment", above=0)
+    beta1: float = decay(0.9, "decay of the first moment")
+    beta2: float = decay(0.98, "decay of the blocks' second moments")
+    eps: float = epsilon(1e-10, "added to the square root of the second moment")
 
     def __post_init__(self) -> None:
         check(self)
@@ -37,6 +37,7 @@ class AdamMini(MatrixOptimizer):
     name: ClassVar[str] = "adam_mini"
     Config: ClassVar[type] = AdamMiniConfig
     vectors: ClassVar[bool] = True
+    clipped_kinds: ClassVar[tuple[str, ...]] = ("norm", "bias", "ssm")  # plain AdamW there
 
     @staticmethod
     def blocks(info: MatrixInfo) -> int:
@@ -50,6 +51,10 @@ class AdamMini(MatrixOptimizer):
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
         return self._init(weight, self.blocks(info))
 
+    def state_spec(self, info: MatrixInfo) -> StateSpec:
+        by_rows = self.blocks(info) == info.shape[0]
+        return {"exp_avg": StateKind.MATRIX, "exp_avg_sq": StateKind.ROWS if by_rows else StateKind.SHARED}
+
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
     ) -> list[Tensor]:
@@ -57,6 +62,9 @@ class AdamMini(MatrixOptimizer):
         coefficients = adam_coefficients(o.beta1, o.beta2, o.eps, step)
         moments, seconds = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
         return block_adam(grads, moments, seconds, coefficients)
+
+    def width_exponent(self) -> float:
+        return -1.0
 
     def cost(self, info: MatrixInfo) -> Cost:
         numel = torch.Size(info.shape).numel()

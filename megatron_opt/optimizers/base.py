@@ -1,7 +1,8 @@
 """What every optimizer is: a rule on whole logical matrices, or one on single elements. No process group in sight."""
 
+import enum
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +15,25 @@ from megatron_opt.optimizers.slices import Leg, SliceStep, shares
 State = dict[str, Tensor]
 Shape = tuple[int, ...]
 Area = tuple[int, int, int, int]  # rows [0, 1) and columns [2, 3) of a matrix
+
+
+class StateKind(enum.Enum):
+    """What a tensor of a matrix's state is, and so where a checkpoint keeps it.
+
+    MATRIX: of the matrix's shape (m, n). ROWS: one element a row, (m,) or (m, 1). BLOCKS: a stack of square blocks
+    (B, k, k). NORM: (1,), a norm of the whole matrix, with every part of it. FLAG: (1,), 1 from the first gradient on.
+    SHARED: any other, alike at every part.
+    """
+
+    MATRIX = enum.auto()
+    ROWS = enum.auto()
+    BLOCKS = enum.auto()
+    SHARED = enum.auto()
+    NORM = enum.auto()
+    FLAG = enum.auto()
+
+
+StateSpec = dict[str, StateKind]
 DECAY_MODES = ("decoupled", "independent", "cautious")
 _OTHER_TABLES = ("position", "tokentype")  # embeddings of something else than words
 
@@ -56,6 +76,15 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Scalars:
+    """Who trains what is no hidden matrix: an optimizer, its factor on the learning rate, and its tuned options."""
+
+    optimizer: str
+    lr_scale: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class MatrixInfo:
     """A logical matrix as an optimizer may see it.
 
@@ -95,9 +124,8 @@ class MatrixOptimizer:
     clip: ClassVar[bool] = False  # whether the study clips this rule's gradients by global norm
     vectors: ClassVar[bool] = False  # whether 1-D parameters are welcome
     projects: ClassVar[bool] = False  # whether steps are rescaled to a fixed norm (Hyperball)
-    flags: ClassVar[tuple[str, ...]] = ()  # state of one element: 1 from the first gradient on
-    norms: ClassVar[tuple[str, ...]] = ()  # state of one element: a norm of the whole matrix, with every part of it
-    rows: ClassVar[tuple[str, ...]] = ()  # state of one element a row
+    scalars: ClassVar[Scalars | None] = None  # None: it takes all parameters
+    clipped_kinds: ClassVar[tuple[str, ...]] = ()  # with `clip` False: kinds that are clipped all the same
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -105,6 +133,14 @@ class MatrixOptimizer:
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
         """State before the first step, from the initial weight (out, in) in fp32."""
         raise NotImplementedError
+
+    def state_spec(self, info: MatrixInfo) -> StateSpec:
+        """What each tensor of the state is, with a slice and shared ones too; of the matrix's shape by default."""
+        return dict.fromkeys(self.init_state(torch.empty(info.shape, device="meta"), info), StateKind.MATRIX)
+
+    def keys(self, kind: StateKind, info: MatrixInfo) -> list[str]:
+        """The state's tensors of a kind."""
+        return [key for key, other in self.state_spec(info).items() if other is kind]
 
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
@@ -115,6 +151,12 @@ class MatrixOptimizer:
     def cost(self, info: MatrixInfo) -> Cost:
         """FLOPs and bytes of one step on one whole matrix."""
         raise NotImplementedError
+
+    def width_exponent(self) -> float:
+        """µP: e in lr ∝ rᵉ for hidden matrices at r times the base width; UserError where it is not known."""
+        raise UserError(
+            f"it is not known how {self.name}'s learning rate follows the width; train without a base width."
+        )
 
     def projection(self, squared_norm: Tensor, state: State) -> Tensor:
         """Factor to the norm that the rule keeps, from the whole matrix's squared one (rules with `projects`, no decay).
@@ -214,6 +256,8 @@ class ElementwiseOptimizer:
     Config: ClassVar[type]
     clip: ClassVar[bool] = True
     projects: ClassVar[bool] = False
+    scalars: ClassVar[Scalars | None] = None
+    clipped_kinds: ClassVar[tuple[str, ...]] = ()
     state_keys: ClassVar[tuple[str, ...]]  # each has the shape of the parameter, fp32 unless the config says otherwise;
     # an 8-bit state has besides it `KEY_absmax`, one fp32 number for each 2048 elements
 
@@ -263,6 +307,10 @@ class ElementwiseOptimizer:
     ) -> None:
         """The step of `update`."""
         raise NotImplementedError
+
+    def width_exponent(self) -> float:
+        """µP: e in lr ∝ rᵉ for hidden matrices; steps of the same size in every element."""
+        return -1.0
 
     def cost(self, numel: int) -> Cost:
         """Bytes of one step on `numel` elements."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_opt.kernels import multi_tensor, quantize
 from megatron_opt.kernels.multi_tensor import Coefficients, Rule, Sum
 from megatron_opt.optimizers.base import Cost, ElementwiseOptimizer, Reducer, State, Step
-from megatron_opt.optimizers.options import check, choice, option
+from megatron_opt.optimizers.options import check, choice, decay, epsilon, option
 from megatron_opt.optimizers.registry import register
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -26,7 +26,7 @@ class ElementwiseConfig:
 
     state_dtype: str = choice("fp32", tuple(STATE_DTYPES), "moments in fp32, bf16 or 8-bit blocks of 2048")
     rounding: str = choice("nearest", ("nearest", "stochastic"), "rounding of bf16 parameters and narrow states")
-    rounding_seed: int = option(0, "seed of stochastic rounding", low=0)
+    rounding_seed: int = option(0, "seed of stochastic rounding", low=0, high=2**63 - 1)
 
     def __post_init__(self) -> None:
         check(self)
@@ -131,9 +131,9 @@ def pairs(scale: Tensor, like: Tensor) -> Tensor:
 class AdamWConfig(ElementwiseConfig):
     """Hyperparameters of AdamW; tuned values of the study."""
 
-    beta1: float = option(0.9, "decay of the first moment", low=0, below=1)
-    beta2: float = option(0.98, "decay of the second moment", low=0, below=1)
-    eps: float = option(1e-10, "added to the square root of the second moment", above=0)
+    beta1: float = decay(0.9, "decay of the first moment")
+    beta2: float = decay(0.98, "decay of the second moment")
+    eps: float = epsilon(1e-10, "added to the square root of the second moment")
 
 
 @register
@@ -155,9 +155,9 @@ class AdamW(FusedRule):
 class NAdamWConfig(AdamWConfig):
     """Hyperparameters of NAdamW; tuned values of the study."""
 
-    beta1: float = option(0.95, "decay of the first moment", low=0, below=1)
+    beta1: float = decay(0.95, "decay of the first moment")
     form: str = choice("study", ("study", "torch"), "optax's Nesterov form, or torch.optim.NAdam's momentum schedule")
-    momentum_decay: float = option(4e-3, "momentum schedule of form=torch", low=0, needs=("form", "torch"))
+    momentum_decay: float = option(4e-3, "momentum schedule of form=torch", low=0, high=1e3, needs=("form", "torch"))
 
 
 @functools.cache
@@ -197,10 +197,10 @@ class NAdamW(AdamW):
 class MarsConfig(AdamWConfig):
     """Hyperparameters of Mars; tuned values of the study."""
 
-    beta1: float = option(0.95, "decay of the first moment", low=0, below=1)
-    eps: float = option(1e-25, "added to the square root of the second moment", above=0)
-    gamma: float = option(0.025, "strength of the variance correction", low=0)
-    max_grad_norm: float = option(1.0, "clip of the corrected gradient; 0 for none", low=0)
+    beta1: float = decay(0.95, "decay of the first moment")
+    eps: float = epsilon(1e-25, "added to the square root of the second moment")
+    gamma: float = option(0.025, "strength of the variance correction", low=0, high=100)
+    max_grad_norm: float = option(1.0, "clip of the corrected gradient; 0 for none", low=0, high=1e9)
     clip_scope: str = choice("global", ("global", "matrix"), "norm over all matrices, or over each (the authors' form)")
 
 
@@ -254,8 +254,8 @@ class Mars(AdamW):
 class CautiousConfig(AdamWConfig):
     """Hyperparameters of Cautious AdamW; tuned values of the study."""
 
-    beta1: float = option(0.98, "decay of the first moment", low=0, below=1)
-    eps: float = option(1e-25, "added to the square root of the second moment, and to the mask's mean", above=0)
+    beta1: float = decay(0.98, "decay of the first moment")
+    eps: float = epsilon(1e-25, "added to the square root of the second moment, and to the mask's mean")
     form: str = choice("study", ("study", "authors"), "divide the mask by mean + eps, or by max(mean, 1e-3)")
 
 
@@ -286,8 +286,8 @@ class Cautious(AdamW):
 class LionConfig(ElementwiseConfig):
     """Hyperparameters of Lion; tuned values of the study."""
 
-    beta1: float = option(0.9, "weight of the momentum in the direction", low=0, below=1)
-    beta2: float = option(0.95, "decay of the momentum (0.98 at the largest sizes)", low=0, below=1)
+    beta1: float = decay(0.9, "weight of the momentum in the direction")
+    beta2: float = decay(0.95, "decay of the momentum (0.98 at the largest sizes)")
 
 
 @register
@@ -309,7 +309,7 @@ class Lion(FusedRule):
 class SignumConfig(ElementwiseConfig):
     """Hyperparameters of Signum; tuned value of the study's Scion, whose scalar parameters it trains."""
 
-    beta1: float = option(0.98, "decay of the momentum", low=0, below=1)
+    beta1: float = decay(0.98, "decay of the momentum")
     nesterov: bool = option(False, "sign of β1·m + (1 − β1)·g in place of m's")
 
 

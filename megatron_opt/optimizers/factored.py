@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_opt.kernels import products
-from megatron_opt.optimizers.base import Area, MatrixInfo, MatrixOptimizer, Shape, State
+from megatron_opt.optimizers.base import Area, MatrixInfo, MatrixOptimizer, Shape, State, StateKind, StateSpec
 from megatron_opt.optimizers.blocks import Grid, apart, as_matrix, batched, put_back
 from megatron_opt.optimizers.families import SMALL, Family, Planner
-from megatron_opt.optimizers.options import check, choice, option
+from megatron_opt.optimizers.options import check, choice, decay, option
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 class FactoredConfig:
     """Factors, blocks and refreshes; tuned values of the study (for SOAP)."""
 
-    shampoo_beta: float = option(0.95, "decay of the factors G·Gᵀ and GᵀG", low=0, below=1)
-    precondition_frequency: int = option(10, "steps between refreshes", low=1)
-    block_size: int = option(512, "matrices are cut into blocks of this side; 0: whole", low=0)
-    max_precond_dim: int = option(10000, "a side this long or longer has no factor, and is not cut", low=1)
+    shampoo_beta: float = decay(0.95, "decay of the factors G·Gᵀ and GᵀG")
+    precondition_frequency: int = option(10, "steps between refreshes", low=1, high=10**12)
+    block_size: int = option(512, "matrices are cut into blocks of this side; 0: whole", low=0, high=10**9)
+    max_precond_dim: int = option(10000, "a side this long or longer has no factor, and is not cut", low=1, high=10**12)
     precondition_vocabulary: bool = option(False, "a factor for the vocabulary's side of embedding and output too")
     one_sided: bool = option(False, "a factor for the shorter side of a matrix only")
     precondition_1d: bool = option(True, "a factor for vectors too")
@@ -65,7 +65,6 @@ class FactoredOptimizer(MatrixOptimizer):
     block_keys: ClassVar[tuple[str, ...]]  # states of the matrix's shape that a block step reads and writes
     clip: ClassVar[bool] = True
     vectors: ClassVar[bool] = True
-    flags: ClassVar[tuple[str, ...]] = ("ready",)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -110,6 +109,12 @@ class FactoredOptimizer(MatrixOptimizer):
         return (step + offset) % self.config.precondition_frequency == 0
 
     # State
+
+    def state_spec(self, info: MatrixInfo) -> StateSpec:
+        regions = range(len(self.grid(info).shapes()))
+        stacks = [f"{kind}_{region}_{side}" for region in regions for side in self.sides(info) for kind in ("gg", "q")]
+        spec: StateSpec = dict.fromkeys(self.block_keys, StateKind.MATRIX)
+        return spec | {"ready": StateKind.FLAG} | dict.fromkeys(stacks, StateKind.BLOCKS)
 
     def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
         return {key: torch.zeros_like(weight) for key in self.block_keys}

@@ -4,17 +4,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import mup, registry
-from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
+from megatron_opt.optimizers.base import DECAY_MODES, MatrixInfo, MatrixOptimizer
+from megatron_opt.optimizers.options import number
 
 KINDS = ("hidden", "embedding", "output", "router", "norm", "bias", "ssm")
 UNDECAYED = ("embedding", "norm", "bias", "ssm")  # the study decays the output layer, not these
-DECAY_MODES = ("decoupled", "independent", "cautious")
+_MOST = 1e6  # no factor on a learning rate and no decay is meant to be larger
 
 Options = Mapping[str, Any]
 
@@ -39,14 +40,33 @@ class GroupRule:
     optional: bool = False
 
     def __post_init__(self) -> None:
-        if not self.lr_scale >= 0:
-            raise UserError(f"group {self.match!r}: lr_scale is {self.lr_scale}; it must be at least 0.")
+        object.__setattr__(self, "lr_scale", self._number("lr_scale"))
+        if not isinstance(self.weight_decay, bool | None):
+            object.__setattr__(self, "weight_decay", self._number("weight_decay", " (or true, false)"))
         if self.decay_mode not in (None, *DECAY_MODES):
-            raise UserError(f"group {self.match!r}: decay_mode {self.decay_mode!r}; use {', '.join(DECAY_MODES)}.")
+            self._refuse("decay_mode", f"one of {', '.join(DECAY_MODES)}")
+        if not isinstance(self.clip, bool | str | None) or self.clip == "":
+            self._refuse("clip", "true, false or a word")
+        if not isinstance(self.optional, bool):
+            self._refuse("optional", "true or false")
+        if not isinstance(self.options, Mapping):
+            self._refuse("options", "a mapping of option to value")
+        if not isinstance(self.match, str):
+            self._refuse("match", "text")
         try:
             re.compile(self.match)
         except re.error as error:
             raise UserError(f"group {self.match!r} is not a regular expression: {error}; mend it.") from error
+
+    def _number(self, key: str, more: str = "") -> float:
+        """A factor of the run's value."""
+        found = number(getattr(self, key))
+        if found is None or not 0 <= found <= _MOST:
+            self._refuse(key, f"a number from 0 to {_MOST:g}{more}")
+        return float(found)
+
+    def _refuse(self, key: str, wanted: str) -> NoReturn:
+        raise UserError(f"group {self.match!r}: {key} is {getattr(self, key)!r}; it must be {wanted}.")
 
     def takes(self, info: MatrixInfo) -> bool:
         """Whether the pattern matches, other groups aside."""
@@ -81,14 +101,6 @@ class Group:
         return sum(info.numel for info in self.infos)
 
 
-# Who takes what the matrix rule does not, with the study's tuned values (most frequent over its 12 regimes).
-_SCALARS: dict[str, tuple[str, float, Options]] = {
-    "muon": ("adamw", 0.3, {"beta1": 0.8, "beta2": 0.98, "eps": 1e-15}),
-    "scion": ("signum", 0.1, {"beta1": 0.98}),
-}
-_HYPERBALL_SCALARS: tuple[str, float, Options] = ("adamw", 1.0, {"beta1": 0.9, "beta2": 0.98, "eps": 1e-10})
-
-
 def default_rules(
     optimizer: str, flags: Mapping[str, Options] | None = None, scalar_lr_scale: float | None = None
 ) -> list[GroupRule]:
@@ -102,29 +114,27 @@ def default_rules(
     def options(name: str, tuned: Options | None = None) -> dict[str, Any]:
         return {**(tuned or {}), **flags.get(name, {})}
 
-    def rest(scalars: tuple[str, float, Options], clip: bool | str, decay: float | None = None) -> GroupRule:
-        name, ratio, tuned = scalars
-        scale = ratio if scalar_lr_scale is None else scalar_lr_scale
-        return GroupRule(".*", name, options(name, tuned), scale, weight_decay=decay, clip=clip, optional=True)
+    cls = registry.known(optimizer)
+    if cls.scalars is None:
+        if scalar_lr_scale is not None:
+            raise UserError(f"{optimizer} takes all parameters: there is no other group for a learning-rate factor.")
+        everything = GroupRule(".*", optimizer, options(optimizer))
+        if not cls.clipped_kinds:
+            return [everything]
+        kinds = f"kind={','.join(cls.clipped_kinds)}"
+        return [replace(everything, match=kinds, clip=True, optional=True), replace(everything, clip=False)]
 
-    if optimizer in _SCALARS:
-        hidden = GroupRule("kind=hidden", optimizer, options(optimizer), clip=False)
-        decay = {"constrained": 1.0, "unconstrained": 0.0}.get(hidden.options.get("form", ""))
-        return [replace(hidden, weight_decay=decay), rest(_SCALARS[optimizer], clip=True, decay=decay)]
-    if scalar_lr_scale is not None and not optimizer.endswith("_h"):
-        raise UserError(f"{optimizer} takes all parameters: there is no other group for a learning-rate factor.")
-    if optimizer.endswith("_h"):
-        return [
-            GroupRule("kind=hidden", optimizer, options(optimizer), weight_decay=False, clip="hidden"),
-            GroupRule("kind=output", "adam_h", options("adam_h"), weight_decay=False, clip="output", optional=True),
-            rest(_HYPERBALL_SCALARS, clip="rest"),
-        ]
-    if optimizer == "adam_mini":
-        return [
-            GroupRule("kind=norm,bias,ssm", optimizer, options(optimizer), clip=True, optional=True),
-            GroupRule(".*", optimizer, options(optimizer), clip=False),
-        ]
-    return [GroupRule(".*", optimizer, options(optimizer))]
+    def rest(clip: bool | str, decay: float | None = None) -> GroupRule:
+        name, tuned = cls.scalars.optimizer, options(cls.scalars.optimizer, cls.scalars.options)
+        scale = cls.scalars.lr_scale if scalar_lr_scale is None else scalar_lr_scale
+        return GroupRule(".*", name, tuned, scale, weight_decay=decay, clip=clip, optional=True)
+
+    hidden = GroupRule("kind=hidden", optimizer, options(optimizer), clip=False)
+    if cls.projects:
+        output = GroupRule("kind=output", "adam_h", options("adam_h"), weight_decay=False, clip="output", optional=True)
+        return [replace(hidden, weight_decay=False, clip="hidden"), output, rest(clip="rest")]
+    decay = {"constrained": 1.0, "unconstrained": 0.0}.get(hidden.options.get("form", ""))
+    return [replace(hidden, weight_decay=decay), rest(clip=True, decay=decay)]
 
 
 def load_rules(path: str | Path, flags: Mapping[str, Options] | None = None) -> list[GroupRule]:
@@ -138,14 +148,24 @@ def load_rules(path: str | Path, flags: Mapping[str, Options] | None = None) -> 
         raise UserError(f"{path} has no list `groups`; write one entry (match, optimizer, …) for each group.")
     known = {item.name for item in fields(GroupRule)}
     rules = []
-    for number, entry in enumerate(entries, 1):
+    for number_of, entry in enumerate(entries, 1):
         if not isinstance(entry, dict) or not {"match", "optimizer"} <= set(entry):
-            raise UserError(f"{path}, group {number}: give at least `match` and `optimizer`.")
+            raise UserError(f"{path}, group {number_of}: give at least `match` and `optimizer`.")
         if unknown := sorted(set(entry) - known):
-            raise UserError(f"{path}, group {number} has no key {unknown[0]!r}; it has {', '.join(sorted(known))}.")
-        given = (flags or {}).get(entry["optimizer"], {})
-        rules.append(GroupRule(**{**entry, "options": {**given, **(entry.get("options") or {})}}))
+            raise UserError(f"{path}, group {number_of} has no key {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+        try:
+            rules.append(_read_rule(entry, flags or {}))
+        except UserError as error:
+            raise UserError(f"{path}, group {number_of}: {error}") from error
     return rules
+
+
+def _read_rule(entry: Mapping[str, Any], flags: Mapping[str, Options]) -> GroupRule:
+    """An entry's rule; its options win over the command line's, and what is wrong with it is refused here."""
+    rule = GroupRule(**{**entry, "options": entry.get("options") or {}})
+    options = registry.read_options(rule.optimizer, {**flags.get(rule.optimizer, {}), **rule.options})
+    registry.build(rule.optimizer, options)
+    return replace(rule, options=options)
 
 
 def assign(
@@ -173,7 +193,7 @@ def assign(
         hits[first] += 1
         rule = rules[first]
         decay = rule.weight_decay if rule.weight_decay is not None else info.kind not in UNDECAYED
-        scale = rule.lr_scale * mup.lr_multiplier(rule.optimizer, built[first].config, info, width_ratio or 1.0)
+        scale = rule.lr_scale * mup.lr_multiplier(built[first], info, width_ratio or 1.0)
         taken.setdefault((first, decay, scale), []).append(info)
     if left:
         raise UserError(

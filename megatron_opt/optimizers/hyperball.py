@@ -13,7 +13,17 @@ from torch import Tensor
 
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import elementwise
-from megatron_opt.optimizers.base import Area, Cost, ElementwiseOptimizer, MatrixInfo, MatrixOptimizer, State
+from megatron_opt.optimizers.base import (
+    Area,
+    Cost,
+    ElementwiseOptimizer,
+    MatrixInfo,
+    MatrixOptimizer,
+    Scalars,
+    State,
+    StateKind,
+    StateSpec,
+)
 from megatron_opt.optimizers.kron import Kron
 from megatron_opt.optimizers.muon import Muon
 from megatron_opt.optimizers.registry import register
@@ -36,6 +46,11 @@ class ElementwiseDirection(MatrixOptimizer):
 
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
         return self.inner.init_state(weight)
+
+    def state_spec(self, info: MatrixInfo) -> StateSpec:
+        whole = dict.fromkeys(self.inner.state_keys, StateKind.MATRIX)
+        scales = [key for key in self.init_state(torch.empty(1, device="meta"), info) if key not in whole]
+        return whole | dict.fromkeys(scales, StateKind.SHARED)
 
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
@@ -71,19 +86,21 @@ class Hyperball(MatrixOptimizer):
     inner_class: ClassVar[type]
     clip: ClassVar[bool] = True
     projects: ClassVar[bool] = True
-    norms: ClassVar[tuple[str, ...]] = ("radius",)
+    scalars: ClassVar[Scalars] = Scalars("adamw", 1.0, {"beta1": 0.9, "beta2": 0.98, "eps": 1e-10})  # the study's
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         inner = self.inner_class(config)
         self.inner = inner if isinstance(inner, MatrixOptimizer) else ElementwiseDirection(inner)
         self.vectors = self.inner.vectors  # type: ignore[misc]
-        self.flags, self.rows = self.inner.flags, self.inner.rows  # type: ignore[misc]
 
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
         state = self.init_part(weight, info)
         self.joined(state, info)
         return state
+
+    def state_spec(self, info: MatrixInfo) -> StateSpec:
+        return self.inner.state_spec(info) | {"radius": StateKind.NORM}
 
     def init_part(self, weight: Tensor, info: MatrixInfo) -> State:
         return self.inner.init_state(weight, info) | self._radius(weight)
@@ -109,6 +126,10 @@ class Hyperball(MatrixOptimizer):
     def projection(self, squared_norm: Tensor, state: State) -> Tensor:
         """R/‖W‖."""
         return state["radius"][0] / squared_norm.sqrt().clamp_min(_FLOOR)
+
+    def width_exponent(self) -> float:
+        """A step relative to the weight's norm."""
+        return 0.0
 
     def cost(self, info: MatrixInfo) -> Cost:
         return self._with_norms(self.inner.cost(info), torch.Size(info.shape).numel())
@@ -147,22 +168,26 @@ class Hyperball(MatrixOptimizer):
         return [self._with_norms(cost, share * numel) for cost, share in zip(costs, shares(edges), strict=True)]
 
 
-def _wrap(name: str, inner: type) -> type:
+_WRAPPED: tuple[type, ...] = (
+    Muon,
+    Scion,
+    Soap,
+    Kron,
+    Shampoo,
+    elementwise.NAdamW,
+    elementwise.Cautious,
+    elementwise.Lion,
+    elementwise.Signum,
+)
+
+
+def _wrap(inner: type, name: str) -> None:
+    """Registers Hyperball of a rule, and names it in this module, where pickle looks for it."""
     body = {"name": name, "Config": inner.Config, "inner_class": inner, "__doc__": Hyperball.__doc__}  # type: ignore[attr-defined]
-    return register(type(f"{inner.__name__}Hyperball", (Hyperball,), body))
+    cls = type(f"{inner.__name__}Hyperball", (Hyperball,), body | {"__module__": __name__})
+    globals()[cls.__name__] = register(cls)
 
 
-_WRAPPED = {
-    "muon_h": Muon,
-    "scion_h": Scion,
-    "soap_h": Soap,
-    "kron_h": Kron,
-    "shampoo_h": Shampoo,
-    "adam_h": elementwise.AdamW,
-    "nadamw_h": elementwise.NAdamW,
-    "cautious_h": elementwise.Cautious,
-    "lion_h": elementwise.Lion,
-    "signum_h": elementwise.Signum,
-}
-for _name, _inner in _WRAPPED.items():
-    _wrap(_name, _inner)
+_wrap(elementwise.AdamW, "adam_h")
+for _inner in _WRAPPED:
+    _wrap(_inner, f"{_inner.name}_h")  # type: ignore[attr-defined]

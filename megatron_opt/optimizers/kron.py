@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_opt.kernels import preconditioner, products, projection
-from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, State
+from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, State, StateKind, StateSpec
 from megatron_opt.optimizers.blocks import Grid, apart, as_matrix, batched
 from megatron_opt.optimizers.families import SMALL, Planner
-from megatron_opt.optimizers.options import check, choice, option
+from megatron_opt.optimizers.options import OptionError, check, choice, decay, option
 from megatron_opt.optimizers.registry import register
 
 _CHUNK = 16  # small matrices whose noise stays in cache until it is used
@@ -28,23 +28,25 @@ _DAMPING = torch.finfo(torch.float32).eps ** 0.5
 class KronConfig:
     """Hyperparameters of Kron; tuned values of the study."""
 
-    beta1: float = option(0.95, "decay of the first moment, which is bias-corrected", low=0, below=1)
+    beta1: float = decay(0.95, "decay of the first moment, which is bias-corrected")
     normalize_grads: bool = option(True, "divide each matrix's gradient by its norm")
-    preconditioner_lr: float = option(0.2, "learning rate of the factors", above=0)
-    preconditioner_init_scale: float = option(1.0, "factors start as this multiple of the identity", above=0)
-    update_probability: float = option(0.1, "final share of steps that update the factors", above=0)
-    update_flat_start: int = option(2000, "steps that all update, before the share decays", low=0)
-    block_size: int = option(256, "matrices are cut into blocks of this side; 0: whole", low=0)
-    max_size_triangular: int = option(25000, "a longer side has a diagonal factor, and is not cut", low=1)
+    preconditioner_lr: float = option(0.2, "learning rate of the factors", above=0, high=0.5)
+    preconditioner_init_scale: float = option(1.0, "factors start as this multiple of the identity", low=1e-6, high=1e6)
+    update_probability: float = option(0.1, "final share of steps that update the factors", low=1e-9, high=1)
+    update_flat_start: int = option(2000, "steps that all update, before the share decays", low=0, high=10**12)
+    block_size: int = option(256, "matrices are cut into blocks of this side; 0: whole", low=0, high=10**9)
+    max_size_triangular: int = option(25000, "a longer side has a diagonal factor, and is not cut", low=1, high=10**12)
     precondition_vocabulary: bool = option(
         False, "a triangular factor for the vocabulary's side of embedding and output too, which is diagonal"
     )
-    max_update_rms: float = option(1.1, "matrices' directions are scaled down to this RMS; 0: not", low=0)
-    balance_every: int = option(100, "updates of the factors between balancing them; 0: never", low=0)
+    max_update_rms: float = option(1.1, "matrices' directions are scaled down to this RMS; 0: not", low=0, high=1e9)
+    balance_every: int = option(100, "updates of the factors between balancing them; 0: never", low=0, high=10**12)
     update_form: str = choice("triangular", ("triangular", "procrustes"), "how factors are updated")
 
     def __post_init__(self) -> None:
         check(self)
+        if 0 < self.max_update_rms < 1e-6:
+            raise OptionError("max_update_rms", f"is {self.max_update_rms}; it must be 0, or at least 1e-06.")
 
 
 class UpdateSchedule:
@@ -54,14 +56,14 @@ class UpdateSchedule:
     """
 
     def __init__(self, final: float, flat_start: int) -> None:
-        self.final, self.flat_start = min(final, 1.0), flat_start
+        self.final, self.flat_start = final, flat_start
         self.waited, self.done = 0, 0
         self.table = [0]  # by step: which update it is, 0 where it is none
 
     def __call__(self, step: int) -> int:
         """The number of this step's update, 0 where the step has none."""
         while len(self.table) <= step:
-            share = max(self.final, min(1.0, exp(-0.001 * (len(self.table) - self.flat_start))))
+            share = max(self.final, exp(min(0.0, -0.001 * (len(self.table) - self.flat_start))))
             self.waited += 1
             due = self.waited >= 1 / share
             if due:
@@ -120,6 +122,15 @@ class Kron(MatrixOptimizer):
                 if self.config.update_form == "procrustes":
                     state[f"bound_{region}_{side}"] = weight.new_ones(count)
         return state
+
+    def state_spec(self, info: MatrixInfo) -> StateSpec:
+        spec = {"exp_avg": StateKind.MATRIX}
+        for region in range(len(self.grid(info).shapes())):
+            for side, flat in enumerate(self.diagonal(info)):
+                spec[f"q_{region}_{side}"] = StateKind.SHARED if flat else StateKind.BLOCKS
+                if self.config.update_form == "procrustes":
+                    spec[f"bound_{region}_{side}"] = StateKind.SHARED
+        return spec
 
     def noise(self, info: MatrixInfo, step: int, like: Tensor) -> Tensor:
         """Gaussian (m, n), a function of the matrix's name and the step."""
@@ -232,6 +243,10 @@ class Kron(MatrixOptimizer):
         result = preconditioner.precondition(moment, factors, not procrustes)
         found.update(zip([(item.matrix, item.region) for item in items], apart(result, moments)))
 
+    def width_exponent(self) -> float:
+        """Whitened: a flat spectrum with elements of about 1, whose norm grows by √r."""
+        return -0.5
+
     def cost(self, info: MatrixInfo) -> Cost:
         apply, refresh, state = 0.0, {"gemm": 0.0, "solve": 0.0}, 0.0
         rows, columns = (*info.shape, 1)[:2]
@@ -252,7 +267,7 @@ class Kron(MatrixOptimizer):
         return Cost(
             flops={"gemm" if large else "small_gemm": apply} if apply else {},
             refresh={key: value for key, value in refresh.items() if value},
-            refresh_every=1 / min(self.config.update_probability, 1.0),
+            refresh_every=1 / self.config.update_probability,
             elementwise_bytes=4.0 * 14 * rows * columns,
             state_bytes=state + 4.0 * rows * columns,
         )

@@ -5,6 +5,7 @@ kellerjordan.github.io/posts/muon, arXiv 2502.16982; row normalization (NorMuon)
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -15,8 +16,8 @@ from megatron_opt.kernels import multi_tensor, quantize
 from megatron_opt.kernels import orthogonalize as ns
 from megatron_opt.kernels.multi_tensor import Coefficients, Rule
 from megatron_opt.optimizers import sliced_orthogonalization as sliced
-from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, Shape, State
-from megatron_opt.optimizers.options import check, choice, option
+from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, Scalars, Shape, State, StateKind, StateSpec
+from megatron_opt.optimizers.options import OptionError, check, choice, decay, epsilon, number, option
 from megatron_opt.optimizers.registry import register
 from megatron_opt.optimizers.slices import Leg, SliceStep, in_proportion, shares
 
@@ -44,9 +45,9 @@ class SpectralConfig:
 
     scale_mode: str = choice("shape_scaling", SCALE_MODES, "factor by the matrix's shape (out, in)")
     extra_scale_factor: float = option(
-        1.0, "further factor on the update; 0.2 with spectral matches AdamW's RMS", above=0
+        1.0, "further factor on the update; 0.2 with spectral matches AdamW's RMS", above=0, high=1e6
     )
-    num_ns_steps: int = option(5, "Newton–Schulz steps", low=1)
+    num_ns_steps: int = option(5, "Newton–Schulz steps", low=1, high=100)
     coefficient_type: str = choice("simple", (*ns.SETS, "custom"), "Newton–Schulz coefficients")
     custom_coefficients: tuple[tuple[float, float, float], ...] = option((), "(a, b, c) per step for `custom`")
     fp32_matmul_prec: str = choice("medium", tuple(ns.ITERATION_DTYPES), "iterate in bf16 (medium) or fp32")
@@ -56,25 +57,38 @@ class SpectralConfig:
     def __post_init__(self) -> None:
         check(self)
         if bool(self.custom_coefficients) != (self.coefficient_type == "custom"):
-            raise UserError(
-                "custom_coefficients goes with coefficient_type=custom, and only with it; give both or none."
+            raise OptionError(
+                "custom_coefficients", "goes with coefficient_type custom, and only with it; give both or none."
             )
-        ns.coefficients(self.coefficient_type, self.num_ns_steps, self.custom_coefficients)
+        if self.custom_coefficients:
+            _check_coefficients(self.custom_coefficients, self.num_ns_steps)
+
+
+def _check_coefficients(custom: Any, steps: int) -> None:
+    """Refuse what are no triples of finite numbers, or would drive a singular value in [0, 1] beyond 100."""
+    triples = [[number(value) for value in row] if isinstance(row, list | tuple) else [] for row in custom]
+    if any(len(row) != 3 or not all(value is not None and isfinite(value) for value in row) for row in triples):
+        raise OptionError(
+            "custom_coefficients", f"are {custom!r}; they must be lists of three finite numbers, a, b, c."
+        )
+    values = torch.linspace(0, 1, 101, dtype=torch.float64)
+    for a, b, c in ns.coefficients("custom", steps, custom):
+        values = values * (a + b * values.square() + c * values.square().square())
+        if not values.abs().max() <= 100:
+            raise OptionError("custom_coefficients", "drive singular values away from 1, beyond 100; mend them.")
 
 
 @dataclass(frozen=True)
 class MuonConfig(SpectralConfig):
     """Hyperparameters of Muon; tuned values of the study."""
 
-    momentum: float = option(0.98, "momentum μ (tuned: 0.95 for the smallest budget, else 0.98)", low=0, below=1)
+    momentum: float = decay(0.98, "momentum μ (tuned: 0.95 for the smallest budget, else 0.98)")
     nesterov: bool = option(True, "orthogonalize μ·buf + g in place of buf")
     momentum_form: str = choice("sum", ("sum", "ema"), "buf ← μ·buf + g, or μ·buf + (1−μ)·g")
-    eps: float = option(1e-5, "added to the norm", above=0)
+    eps: float = option(1e-5, "added to the norm, whose squares fp32 must hold", low=1e-15, high=1.0)
     normuon: bool = option(False, "normalize rows by their running second moment, keeping the norm (NorMuon)")
-    normuon_beta2: float = option(0.95, "decay of NorMuon's second moment", low=0, below=1, needs=("normuon", True))
-    normuon_eps: float = option(
-        1e-10, "added to the square root of NorMuon's second moment", above=0, needs=("normuon", True)
-    )
+    normuon_beta2: float = decay(0.95, "decay of NorMuon's second moment", needs=("normuon", True))
+    normuon_eps: float = epsilon(1e-10, "added to the square root of NorMuon's second moment", needs=("normuon", True))
 
 
 class SpectralOptimizer(MatrixOptimizer):
@@ -87,6 +101,10 @@ class SpectralOptimizer(MatrixOptimizer):
     def weights(self) -> tuple[float, float, float, float]:
         """(a, b, c, d) of buf ← a·buf + b·g and of what is orthogonalized, c·buf + d·g."""
         raise NotImplementedError
+
+    def width_exponent(self) -> float:
+        """An orthogonal matrix keeps its spectral norm."""
+        return -0.5 if self.config.scale_mode == "spectral" else 0.0
 
     def momentum(self, buffer: Tensor, grad: Tensor) -> None:
         """Advance the momentum in place; both have the gradient's dtype."""
@@ -113,6 +131,10 @@ class SpectralOptimizer(MatrixOptimizer):
         if dtype == torch.int8:
             state["momentum_absmax"] = weight.new_zeros(quantize.blocks(weight.numel()), dtype=torch.float32)
         return state
+
+    def state_spec(self, info: MatrixInfo) -> StateSpec:
+        spec = {"momentum_buffer": StateKind.MATRIX}
+        return spec | ({"momentum_absmax": StateKind.SHARED} if self.config.momentum_dtype == "int8" else {})
 
     def _load(self, state: State, dtype: torch.dtype) -> Tensor:
         buffer = state["momentum_buffer"]
@@ -216,7 +238,10 @@ class Muon(SpectralOptimizer):
 
     name: ClassVar[str] = "muon"
     Config: ClassVar[type] = MuonConfig
-    rows: ClassVar[tuple[str, ...]] = ("row_second_moment",)
+    scalars: ClassVar[Scalars] = Scalars("adamw", 0.3, {"beta1": 0.8, "beta2": 0.98, "eps": 1e-15})  # the study's
+
+    def state_spec(self, info: MatrixInfo) -> StateSpec:
+        return super().state_spec(info) | ({"row_second_moment": StateKind.ROWS} if self.config.normuon else {})
 
     def weights(self) -> tuple[float, float, float, float]:
         mu = self.config.momentum

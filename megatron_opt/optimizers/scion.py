@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron_opt.optimizers.base import MatrixInfo
+from megatron_opt.optimizers.base import MatrixInfo, Scalars
 from megatron_opt.optimizers.muon import SpectralConfig, SpectralOptimizer
-from megatron_opt.optimizers.options import choice, option
+from megatron_opt.optimizers.options import choice, decay, option
 from megatron_opt.optimizers.registry import register
 
 FORMS = ("study", "unconstrained", "constrained")
@@ -15,14 +15,14 @@ FORMS = ("study", "unconstrained", "constrained")
 class ScionConfig(SpectralConfig):
     """Hyperparameters of Scion; tuned values of the study."""
 
-    momentum: float = option(0.95, "momentum μ of the moving average", low=0, below=1)
-    eps: float = option(1e-5, "added to the norm", above=0)
+    momentum: float = decay(0.95, "momentum μ of the moving average")
+    eps: float = option(1e-5, "added to the norm, whose squares fp32 must hold", low=1e-15, high=1.0)
     form: str = choice(
         "study",
         FORMS,
         "weight decay: the run's (study), none (unconstrained), or 1, which keeps ‖W‖ ≤ radius (constrained)",
     )
-    radius: float = option(1.0, "factor on the update: the radius of the norm ball", above=0)
+    radius: float = option(1.0, "factor on the update: the radius of the norm ball", above=0, high=1e6)
 
 
 @register
@@ -34,6 +34,7 @@ class Scion(SpectralOptimizer):
 
     name: ClassVar[str] = "scion"
     Config: ClassVar[type] = ScionConfig
+    scalars: ClassVar[Scalars] = Scalars("signum", 0.1, {"beta1": 0.98})  # the study's
 
     def weights(self) -> tuple[float, float, float, float]:
         return self.config.momentum, 1.0 - self.config.momentum, 1.0, 0.0

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from megatron_opt.kernels import preconditioner
-from megatron_opt.optimizers.base import Cost, MatrixInfo, State
+from megatron_opt.optimizers.base import Cost, MatrixInfo, State, StateKind, StateSpec
 from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer, guarded
-from megatron_opt.optimizers.options import choice, option
+from megatron_opt.optimizers.options import choice, decay, epsilon, option
 from megatron_opt.optimizers.registry import register
 
 
@@ -18,15 +18,13 @@ from megatron_opt.optimizers.registry import register
 class ShampooConfig(FactoredConfig):
     """Hyperparameters of Shampoo."""
 
-    beta1: float = option(0.95, "decay of the first moment", low=0, below=1)
+    beta1: float = decay(0.95, "decay of the first moment")
     grafting: str = choice("adam", ("adam", "none"), "take the length of the direction from AdamW's")
-    graft_beta2: float = option(
-        0.98, "decay of the grafted rule's second moment", low=0, below=1, needs=("grafting", "adam")
+    graft_beta2: float = decay(0.98, "decay of the grafted rule's second moment", needs=("grafting", "adam"))
+    graft_eps: float = epsilon(
+        1e-10, "added to the square root of the grafted second moment", needs=("grafting", "adam")
     )
-    graft_eps: float = option(
-        1e-10, "added to the square root of the grafted second moment", above=0, needs=("grafting", "adam")
-    )
-    damping: float = option(1e-4, "added to the factors, relative to their norm", above=0)
+    damping: float = option(1e-4, "added to the factors, relative to their norm", low=1e-12, high=1e3)
     root: str = choice("eigh", ("eigh", "newton"), "inverse roots by eigendecomposition or coupled Newton")
 
 
@@ -43,6 +41,10 @@ class Shampoo(FactoredOptimizer):
         if self.config.grafting == "adam":
             state["graft_sq"] = torch.zeros_like(weight)
         return state
+
+    def state_spec(self, info: MatrixInfo) -> StateSpec:
+        grafted = {"graft_sq": StateKind.MATRIX} if self.config.grafting == "adam" else {}
+        return super().state_spec(info) | grafted
 
     def before_blocks(self, grad: Tensor, state: State) -> None:
         state["exp_avg"].lerp_(grad, 1 - self.config.beta1)
@@ -82,6 +84,10 @@ class Shampoo(FactoredOptimizer):
     def tile(self, info: MatrixInfo) -> tuple[int, int] | None:
         """A block; the whole where its length is AdamW's, a norm of the whole matrix."""
         return super().tile(info) if self.config.grafting == "none" else None
+
+    def width_exponent(self) -> float:
+        """As SOAP's with the length of AdamW's step; without it the step keeps its spectral norm."""
+        return 0.0 if self.config.grafting == "none" else -0.5
 
     def cost(self, info: MatrixInfo) -> Cost:
         gemm, refresh, state = 0.0, 0.0, 4.0

@@ -19,7 +19,7 @@ from megatron_opt.optimizers.bases import both, reorder, turn, turn_in
 from megatron_opt.optimizers.blocks import as_matrix, batched, put_back
 from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer, Held, guarded
 from megatron_opt.optimizers.families import SMALL, Family
-from megatron_opt.optimizers.options import choice, option
+from megatron_opt.optimizers.options import choice, decay, epsilon, option
 from megatron_opt.optimizers.registry import register
 from megatron_opt.optimizers.slices import Leg, SliceStep, shares, to_first
 
@@ -28,14 +28,25 @@ from megatron_opt.optimizers.slices import Leg, SliceStep, shares, to_first
 class SoapConfig(FactoredConfig):
     """Hyperparameters of SOAP; tuned values of the study."""
 
-    beta1: float = option(0.95, "decay of the first moment", low=0, below=1)
-    beta2: float = option(0.99, "decay of the second moment in the eigenbasis", low=0, below=1)
-    eps: float = option(1e-10, "added to the square root of the second moment", above=0)
+    beta1: float = decay(0.95, "decay of the first moment")
+    beta2: float = decay(0.99, "decay of the second moment in the eigenbasis")
+    eps: float = epsilon(1e-10, "added to the square root of the second moment")
+    floor: float = option(
+        0.01,
+        "least √v in the eigenbasis over the block's root mean square: no rounding noise scaled up; 0: the study's rule",
+        low=0,
+        high=1,
+    )
     variant: str = choice("study", ("study", "authors"), "which form of counting and refreshing")
     power_shift: float = option(
-        0.0, "refresh from factors plus this share of their largest eigenvalue: steadier small eigenvectors", low=0
+        0.0,
+        "refresh from factors plus this share of their largest eigenvalue: steadier small eigenvectors",
+        low=0,
+        high=100,
     )
-    adaptive_tol: float = option(0.0, "skip a due refresh while a probe of the basis turns less than this", low=0)
+    adaptive_tol: float = option(
+        0.0, "skip a due refresh while a probe of the basis turns less than this", low=0, high=1
+    )
 
 
 @register
@@ -132,7 +143,9 @@ class Soap(FactoredOptimizer):
     ) -> Sequence[Tensor]:
         """Native kernels work on each block where it lies; directions may replace gradients."""
         grads, moments, seconds = parts
-        if not projection.taken([*grads, *moments, *seconds], [several[0] for several in held.values()]):
+        if self.config.floor or not projection.taken(
+            [*grads, *moments, *seconds], [several[0] for several in held.values()]
+        ):
             return super().family_step(family, parts, held, step, due, infos)
         bases, factors = ({side: held[kind, side] for side in family.kind} for kind in ("q", "gg"))
         gains: dict[str, Any] = {"gain": 1 - self.config.shampoo_beta, "decay": self.config.shampoo_beta}
@@ -208,12 +221,23 @@ class Soap(FactoredOptimizer):
         for side, factor in blocks.factors.items():
             self.advance(factor, blocks.grad, side)
 
-    def _direction(self, g: Tensor, m: Tensor, v: Tensor, bases: dict[int, Tensor], step: int) -> Tensor:
-        """Adam's step in the eigenbasis (…, b, c), turned back; both moments advance in place."""
+    def _direction(
+        self,
+        g: Tensor,
+        m: Tensor,
+        v: Tensor,
+        bases: dict[int, Tensor],
+        step: int,
+        squares: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Adam's step in the eigenbasis (…, b, c), turned back; both moments advance in place.
+
+        `squares` are the mean of v in each block (B,), where g is a strip of the blocks.
+        """
         direction = g.clone()
         stacks = {side: [basis] for side, basis in bases.items()}
         lefts, rights = both(stacks)
-        projection.project_adam([direction], [m], [v], lefts, rights, **self._adam(step))
+        projection.project_adam([direction], [m], [v], lefts, rights, squares=squares, **self._adam(step))
         return direction
 
     def _adam(self, step: int) -> dict[str, Any]:
@@ -221,9 +245,10 @@ class Soap(FactoredOptimizer):
         cfg = self.config
         n = max(step - 1 if self.authors else step, 1)
         scale = (1 - cfg.beta2**n) ** 0.5 / (1 - cfg.beta1**n)
-        return {"beta1": cfg.beta1, "beta2": cfg.beta2, "eps": cfg.eps, "scale": scale}
+        return {"beta1": cfg.beta1, "beta2": cfg.beta2, "eps": cfg.eps, "scale": scale, "floor": cfg.floor}
 
-    # Slices along a side without a factor sum the factor of the other side, and get its basis from slice 0.
+    # Slices along a side without a factor sum the factor of the other side, and the second moments of each block, which
+    # a basis leaves as they are in sum; they get the basis from slice 0.
 
     def split_dim(self, info: MatrixInfo) -> int | None:
         """A side without a factor; of two, the longer."""
@@ -239,13 +264,16 @@ class Soap(FactoredOptimizer):
     def legs(self, info: MatrixInfo, edges: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Leg]:
         """The factor's shares to slice 0, in fp64: the first basis is decomposed from their sum; bases back to all."""
         count, stacks = len(edges) - 1, self._stacks(info)
-        factor = sum(count * size * size for count, size in stacks)
-        up = Leg(True, to_first(factor, count), 1, torch.float64)
+        given = sum(count * size * size for count, size in stacks) + self._blocks(info)
+        up = Leg(True, to_first(given, count), 1, torch.float64)
         return [up, Leg(False, to_first(self._answer_size(info), count), 1, dtype)]
 
+    def _blocks(self, info: MatrixInfo) -> int:
+        return sum(count for count, *_ in self.grid(info).shapes())
+
     def _answer_size(self, info: MatrixInfo) -> int:
-        """Elements that slice 0 sends back: how far the matrix is, old and new bases, the order of columns."""
-        return 1 + sum(count * size * (2 * size + 1) for count, size in self._stacks(info))
+        """Elements that slice 0 sends back: how far the matrix is, mean squares, old and new bases, the order of columns."""
+        return 1 + self._blocks(info) + sum(count * size * (2 * size + 1) for count, size in self._stacks(info))
 
     def slice_update(
         self, grad: Tensor, state: State, shared: State, step: int, info: MatrixInfo, index: int, edges: tuple[int, ...]
@@ -272,20 +300,26 @@ class Soap(FactoredOptimizer):
         return [replace(costs[0], refresh=refresh, state_bytes=costs[0].state_bytes + held), *costs[1:]]
 
     def _share(self, grad: Tensor, state: State, info: MatrixInfo) -> Tensor:
-        side = self.sides(info)
+        side, grad, second = self.sides(info), as_matrix(grad), as_matrix(state["exp_avg_sq"])
+        grid, beta2 = self.grid(info, tuple(grad.shape)), self.config.beta2
+        sums = [
+            beta2 * v.double().sum((-2, -1)) + (1 - beta2) * g.double().square().sum((-2, -1))
+            for g, v in zip(grid.cut(grad), grid.cut(second))
+        ]
         if not side:
-            return grad.new_empty(0, dtype=torch.float64)
-        grad = as_matrix(grad)
+            return torch.cat(sums)
         if not state["exp_avg_sq"].any():  # the first factor is decomposed: its small eigenvalues count
             grad = grad.double()
-        shares = [g @ g.mT if side[0] == 0 else g.mT @ g for g in self.grid(info, tuple(grad.shape)).cut(grad)]
-        return torch.cat([share.flatten() for share in shares]).double()
+        shares = [g @ g.mT if side[0] == 0 else g.mT @ g for g in grid.cut(grad)]
+        return torch.cat([*sums, *(share.flatten() for share in shares)]).double()
 
     def _combine(self, factor: Tensor, shared: State, step: int, info: MatrixInfo) -> Tensor:
         cfg, ready = self.config, shared["ready"]
         first, due = not bool(ready.item()), self.is_due(info, step)
         seeded = first and self._is_seeded(shared, info)
-        pieces = [ready + 2.0 * seeded * bool(factor.any())]
+        sizes = [rows * columns for count, rows, columns in self.grid(info).shapes() for _ in range(count)]
+        squares, factor = factor[: len(sizes)], factor[len(sizes) :]
+        pieces = [ready + 2.0 * seeded * bool(factor.any()), (squares / squares.new_tensor(sizes)).to(ready.dtype)]
         if seeded and not factor.any():
             return ready.new_zeros(self._answer_size(info))
         offset = 0
@@ -322,10 +356,12 @@ class Soap(FactoredOptimizer):
         if not combined[0]:
             return torch.zeros_like(grad)
         moments = [as_matrix(state[key]) for key in self.block_keys]
-        grid, rest, found = self.grid(info, tuple(moments[0].shape)), combined[1:], []
+        grid, found = self.grid(info, tuple(moments[0].shape)), []
+        means, rest = combined[1:].tensor_split([self._blocks(info)])
         seeded = bool(combined[0] > 1)
         stacks = [grid.cut(x) for x in (as_matrix(grad), *moments)]
         for region, (g, m, v) in enumerate(zip(*stacks)):
+            mean, means = means.tensor_split([len(g)])
             old, new = {}, {}
             for side in self.sides(info):
                 count, size = self._stacks(info)[region]
@@ -336,13 +372,17 @@ class Soap(FactoredOptimizer):
                 turn_in(m, v, new)
                 found.append(torch.zeros_like(g))
                 continue
-            found.append(self._direction(g, m, v, old, step))
+            found.append(self._direction(g, m, v, old, step, [mean]))
             if old and self.is_due(info, step):
                 m.copy_(turn(turn(m, old, back=True), new))
                 v.copy_(reorder(v, order.view(count, size).round().long(), side))
         for stack, moment in zip(stacks[1:], moments):
             grid.join(stack, moment)
         return grid.join(found, as_matrix(torch.empty_like(grad))).view(grad.shape)
+
+    def width_exponent(self) -> float:
+        """Whitened: a flat spectrum with elements of about 1, whose norm grows by √r."""
+        return -0.5
 
     def cost(self, info: MatrixInfo) -> Cost:
         sides = self.sides(info)

@@ -11,7 +11,7 @@ from megatron_opt.kernels import multi_tensor
 from megatron_opt.kernels.multi_tensor import Coefficients, Rule
 from megatron_opt.optimizers.base import State
 from megatron_opt.optimizers.elementwise import ElementwiseConfig, FusedRule
-from megatron_opt.optimizers.options import choice, option
+from megatron_opt.optimizers.options import choice, decay, epsilon, option
 from megatron_opt.optimizers.registry import register
 
 
@@ -19,11 +19,11 @@ from megatron_opt.optimizers.registry import register
 class SophiaConfig(ElementwiseConfig):
     """Hyperparameters of Sophia; tuned values of the study."""
 
-    beta1: float = option(0.95, "decay of the momentum", low=0, below=1)
-    beta2: float = option(0.9, "decay of the curvature estimate", low=0, below=1)
-    gamma: float = option(0.0125, "factor on the curvature: larger clips less", above=0)
-    eps: float = option(1e-7, "least value of the divisor", above=0)
-    curvature_every: int = option(10, "steps between curvature estimates", low=1)
+    beta1: float = decay(0.95, "decay of the momentum")
+    beta2: float = decay(0.9, "decay of the curvature estimate")
+    gamma: float = option(0.0125, "factor on the curvature: larger clips less", above=0, high=1e6)
+    eps: float = epsilon(1e-7, "least value of the divisor")
+    curvature_every: int = option(10, "steps between curvature estimates", low=1, high=10**12)
     curvature: str = choice(
         "gnb", ("gnb", "hutchinson"), "estimate: Gauss-Newton-Bartlett on sampled labels, or the Hessian's own diagonal"
     )

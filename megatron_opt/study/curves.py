@@ -11,6 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_opt import run_files
+
 COLUMNS = {
     "kind": pa.string(),
     "iteration": pa.int64(),
@@ -24,6 +26,9 @@ COLUMNS = {
 }
 
 
+_INTERNAL = ("split", "time", "run")  # of evaluations its set; of steps what a resumed run goes on from
+
+
 @dataclass(frozen=True)
 class Curve:
     """Training and evaluation points of one run, by iteration; `extra` holds further logged keys."""
@@ -33,23 +38,9 @@ class Curve:
 
 
 def read_metrics(path: Path) -> Curve:
-    """Read metrics.jsonl; a later line with the same (kind, iteration) wins, a torn last line is skipped."""
-    points: dict[tuple[str, int], dict[str, Any]] = {}
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError:
-        return Curve()
-    for line in lines:
-        try:
-            point = json.loads(line)
-            points[point["kind"], int(point["iteration"])] = point
-        except (ValueError, KeyError, TypeError):
-            continue
-    ordered = [points[key] for key in sorted(points, key=lambda key: key[1])]
-    return Curve(
-        [point for point in ordered if point["kind"] == "train"],
-        [point for point in ordered if point["kind"] == "eval" and point.get("split", "valid") == "valid"],
-    )
+    """Read metrics.jsonl; of a step that was done twice the last counts, a torn line is skipped."""
+    rows = run_files.metrics(path)
+    return Curve(run_files.training(rows), run_files.evaluations(rows))
 
 
 def to_parquet(curve: Curve) -> bytes:
@@ -58,7 +49,7 @@ def to_parquet(curve: Curve) -> bytes:
     for point in curve.train + curve.valid:
         for name in COLUMNS:
             if name == "extra":
-                extra = {key: value for key, value in point.items() if key not in COLUMNS and key != "split"}
+                extra = {key: value for key, value in point.items() if key not in (*COLUMNS, *_INTERNAL)}
                 table[name].append(json.dumps(extra) if extra else None)
             else:
                 table[name].append(point.get(name))

@@ -86,6 +86,7 @@ PAPER_GRIDS: dict[str, dict[str, list]] = {
         "shampoo_beta": [0.9, 0.95, 0.98, 0.99],
         "block_size": [128, 256, 512],
         "precondition_frequency": [1, 5, 10],
+        "floor": [0.0],  # the paper's rule
         **_SHARED,
         "warmup": [500, 1000, 2000],
     },
@@ -166,6 +167,7 @@ PAPER_STARTS: dict[str, dict[str, Any]] = {
         "shampoo_beta": 0.95,
         "block_size": 256,
         "precondition_frequency": 1,
+        "floor": 0.0,
         "weight_decay": 0.1,
         "warmup": 1000,
     },

@@ -61,6 +61,8 @@ def make_run(study: Study, optimizer: str, regime: Regime, hyper: dict[str, Any]
         "optimizer": space.optimizer,
     }
     flags |= extra
+    if "eval-iters" in flags and not {"eval-samples", "full-validation"} & set(flags):  # one set for every batch size
+        flags["eval-samples"] = int(flags.pop("eval-iters")) * int(study.optimizers[study.baseline].start["batch_size"])
     flags |= {flag_of(space.optimizer, key): value for key, value in hyper.items() if key not in SCHEDULE}
     flags["global-batch-size"] = batch
     flags |= schedule_flags(space.optimizer, hyper, iterations)

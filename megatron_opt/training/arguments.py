@@ -78,7 +78,7 @@ def expand(argv: Sequence[str]) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """This project's flags, and Megatron's `--optimizer` with our names among its choices."""
     from megatron_opt.checkpointing import saving
-    from megatron_opt.training import faults, stragglers
+    from megatron_opt.training import faults, record, stragglers
     from megatron_opt.training.flags import helping
     from megatron_opt.training.optimizer_flags import add_optimizer_arguments
 
@@ -114,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     saving.add_arguments(parser)
     faults.add_arguments(parser)
     stragglers.add_arguments(parser)
+    record.add_arguments(parser)
     add_optimizer_arguments(parser)
     helping.install(
         parser, [g for g in parser._action_groups[of_megatron:] if not str(g.title).startswith("optimizer ")]
@@ -161,11 +162,12 @@ def parse(argv: Sequence[str]) -> Any:
     """Parse and check the expanded command line as Megatron does; bad input is a UserError, on every rank alike."""
     import megatron.training.arguments as megatron_arguments
     import megatron.training.training as training
-    from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
     from megatron_opt.checkpointing import resuming
+    from megatron_opt.distributed.meta_model import model_config
+    from megatron_opt.training import foresight
     from megatron_opt.training.flags import checks, vocabulary
     from megatron_opt.training.flags.sentences import Flags, building, told
     from megatron_opt.training.optimizer_flags import check_optimizer_arguments
@@ -186,14 +188,14 @@ def parse(argv: Sequence[str]) -> Any:
         sys.argv = saved
     actions = made[0]._actions
     flags = Flags.of(actions)
-    args.command_line = list(argv)
+    args.command_line, args.given_flags = list(argv), given_flags(argv)
     if args.print_config:
         print_config(args)
         raise SystemExit(0)
-    args.given_flags = given_flags(argv)
     if args.plan_world_size:
         args.world_size = args.plan_world_size
     checks.before(args, actions, given_flags(expanded))
+    foresight.check(args)
     if args.use_checkpoint_args:
         told("--use-checkpoint-args", flags, resuming.take_flags, args, given_flags(expanded))
     checks.model_and_layout(args)
@@ -208,7 +210,7 @@ def parse(argv: Sequence[str]) -> Any:
     tokenizer += f" --tokenizer-model {args.tokenizer_model}" if args.tokenizer_model else ""
     told(f"setting up {tokenizer} or a log writer failed", flags, set_global_variables, args)
     vocabulary.check(args)
-    told("Megatron refuses this model", flags, gpt_config_from_args, args)
+    told("Megatron refuses this model", flags, model_config, args)
     if args.plan_world_size:
         _print_plan(args)
         raise SystemExit(0)
@@ -239,9 +241,8 @@ def _quietly(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def print_config(args: Any) -> None:
-    """Every flag and its value, one a line, in alphabetical order, on rank 0."""
+    """The run's record, on rank 0."""
+    from megatron_opt.training import record
+
     if args.rank == 0:
-        values = {key: value for key, value in vars(args).items() if not key.startswith("_")}
-        width = max(map(len, values))
-        for key in sorted(values):
-            print(f"{key:<{width}}  {values[key]}")
+        record.show(args)

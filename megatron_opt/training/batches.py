@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.errors import UserError
-from megatron_opt.training import data_flags, samples
+from megatron_opt.training import data_flags, samples, validation
 from megatron_opt.training.index_cache import whole_arrays
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
@@ -84,7 +84,10 @@ def build_datasets(num_samples: tuple[int | None, ...], vp_stage: int | None = N
     kind = MockGPTDataset if args.mock_data else GPTDataset
     try:
         with whole_arrays():
-            datasets = BlendedMegatronDatasetBuilder(kind, list(num_samples), on_this_rank, config).build()
+            datasets = validation.build(
+                lambda config, sizes: BlendedMegatronDatasetBuilder(kind, sizes, on_this_rank, config).build(),
+                config, list(num_samples), args,
+            )  # fmt: skip
     except (AssertionError, ValueError, OSError, IndexError, KeyError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the dataset could not be opened: {text} (is it a Megatron .bin/.idx pair?)") from error

@@ -91,11 +91,11 @@ def estimate(
     for head in heads:
         head.compute_language_model_loss = _sampled_loss(head, args.seed, optimizer.step_number)
     try:
-        _pass(args, forward_step, data_iterator, model, optimizer, forward_backward)
+        reports = _pass(args, forward_step, data_iterator, model, optimizer, forward_backward)
     finally:
         for head in heads:
             del head.compute_language_model_loss
-    optimizer.update_curvature(float(args.global_batch_size * args.seq_length), squared=True)
+    optimizer.update_curvature(counted_tokens(reports), squared=True)
 
 
 def estimate_hutchinson(
@@ -124,14 +124,14 @@ def estimate_hutchinson(
 
 def _pass(
     args: Any, forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, forward_backward: Callable[..., Any]
-) -> None:
-    """Forward and backward over the step's batches into emptied gradient buffers."""
+) -> Any:
+    """Forward and backward over the step's batches into emptied gradient buffers; what the loss functions report."""
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    forward_backward(
+    return forward_backward(
         forward_step_func=forward_step,
         data_iterator=data_iterator,
         model=model,
@@ -141,6 +141,18 @@ def _pass(
         decoder_seq_length=args.decoder_seq_length,
         forward_only=False,
     )
+
+
+def counted_tokens(reports: Any) -> float:
+    """n: tokens of the step that the loss counts, masked ones left out, over all microbatches and ranks; a collective."""
+    from megatron.core import parallel_state as ps
+
+    counted = torch.zeros(1, dtype=torch.float64, device=torch.cuda.current_device())
+    for report in reports or []:  # filled on the last pipeline stage
+        counted += report["lm loss"].detach().double().view(-1)[1]
+    if dist.get_world_size() > 1:
+        dist.all_reduce(counted)
+    return counted.item() / ps.get_tensor_model_parallel_world_size()  # whose ranks count the same tokens
 
 
 def _sampled_loss(head: Any, seed: int, step: int) -> Callable[[Tensor, Tensor], Tensor]:

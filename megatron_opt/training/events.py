@@ -7,16 +7,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-FILE = "events.jsonl"
+from megatron_opt import run_files
 
 _path: Path | None = None
 
 
-def open_log(folder: str | os.PathLike[str] | None) -> None:
-    """Send this process's events to `folder`/events.jsonl; None sends them nowhere."""
+def open_log(folder: str | os.PathLike[str] | None, make: bool = True) -> None:
+    """Send this process's events to `folder`/events.jsonl; None sends them nowhere, as does a folder that is not there."""
     global _path
-    _path = Path(folder) / FILE if folder else None
-    if _path:
+    _path = Path(folder) / run_files.EVENTS if folder else None
+    if _path and make:
         _path.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -72,15 +72,4 @@ def restarts() -> int:
     return sum(int(os.environ.get(name) or 0) for name in names)
 
 
-def read(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All whole events of a run, oldest first; a torn last line is left out."""
-    path = Path(folder) / FILE
-    if not path.is_file():
-        return []
-    events = []
-    for line in path.read_bytes().splitlines():
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
-    return events
+read = run_files.events

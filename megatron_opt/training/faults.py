@@ -24,6 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from megatron_opt import patches
 from megatron_opt.checkpointing import folders
 from megatron_opt.errors import UserError
 from megatron_opt.files import write_atomic
@@ -71,23 +72,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def install(args: Any) -> None:
     """Put both watches into Megatron's loop; call once, after its arguments are validated."""
-    from megatron.training import training
-
     if args.on_loss_spike != "ignore":
         if args.loss_spike_factor <= 1:
             raise UserError(f"--loss-spike-factor {args.loss_spike_factor} calls every loss a spike; give more than 1.")
         if args.on_loss_spike == "rollback" and not args.save:
             raise UserError("--on-loss-spike rollback goes back to a checkpoint; give --save and --save-interval.")
-        training.train_step = functools.partial(_guarded_step, training.train_step, LossWatch(args.loss_spike_factor))
+        watch = LossWatch(args.loss_spike_factor)
+        patches.wrap(
+            "megatron.training.training.train_step",
+            "training/faults.py",
+            lambda step: functools.partial(_guarded_step, step, watch),
+        )
     if args.save:
         args.iterations_to_skip = sorted({*args.iterations_to_skip, *skipped_iterations(Path(args.save))})
     longest = 0.9 * 60 * args.distributed_timeout_minutes
     limit = longest if args.hang_timeout is None else args.hang_timeout
     if limit > 0:
-        watch = HangWatch(limit, max(limit, longest))
-        watch.start()
-        training.checkpoint_and_decide_exit = functools.partial(
-            _watched_step_end, training.checkpoint_and_decide_exit, watch
+        hang = HangWatch(limit, max(limit, longest))
+        hang.start()
+        patches.wrap(
+            "megatron.training.training.checkpoint_and_decide_exit",
+            "training/faults.py",
+            lambda decide: functools.partial(_watched_step_end, decide, hang),
         )
 
 

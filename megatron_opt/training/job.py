@@ -7,18 +7,32 @@ from typing import Any
 import torch
 
 from megatron_opt.checkpointing import saving
-from megatron_opt.training import data_flags, events, faults, signals
+from megatron_opt.errors import UserError
+from megatron_opt.training import console, data_flags, events, faults, foresight, record, signals
 from megatron_opt.training.optimizer_flags import MEGATRON_OWN, curvature_kind, group_rules
 
 
 def train(args: Any, look_at_model: Callable[[list[Any]], Any] | None = None) -> None:
-    """Run Megatron-LM's pretrain() on validated flags; `look_at_model` gets the initialized model's chunks first."""
+    """Run Megatron-LM's pretrain() on validated flags; `look_at_model` gets the initialized model's chunks first.
+
+    However it ends, the event log says so.
+    """
+    try:
+        _train(args, look_at_model)
+    except UserError as error:
+        events.record("refused", reason=str(error))
+        raise
+    except Exception as error:
+        events.record("error", reason=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        raise
+
+
+def _train(args: Any, look_at_model: Callable[[list[Any]], Any] | None) -> None:
     import megatron.training.training as training
     from megatron.core.enums import ModelType
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.utils import print_rank_last
 
-    from megatron_opt import platform
+    from megatron_opt import patches, platform
     from megatron_opt.checkpointing import resuming
     from megatron_opt.distributed.meta_model import model_config
     from megatron_opt.training import batches, curvature
@@ -26,10 +40,18 @@ def train(args: Any, look_at_model: Callable[[list[Any]], Any] | None = None) ->
 
     monitor = Monitor(args)
     if platform.on_cpu():
-        training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
-    resuming.install(ours=args.optimizer not in MEGATRON_OWN)
-    make = training.get_megatron_optimizer if args.optimizer in MEGATRON_OWN else make_optimizer
-    training.get_megatron_optimizer = functools.partial(_watched, monitor, make)
+        patches.wrap(
+            "megatron.training.training.initialize_megatron",
+            "training/job.py",
+            lambda initialize: functools.partial(initialize, allow_no_cuda=True),
+        )
+    own = args.optimizer in MEGATRON_OWN
+    resuming.install(ours=not own)
+    patches.wrap(
+        "megatron.training.training.get_megatron_optimizer",
+        "training/job.py",
+        lambda make: functools.partial(_watched, monitor, make if own else make_optimizer),
+    )
     monitor.install(training)
     data_flags.check(args)
     events.open_log(args.output_dir or args.save)
@@ -37,6 +59,8 @@ def train(args: Any, look_at_model: Callable[[list[Any]], Any] | None = None) ->
     saving.install(args)
     faults.install(args)
     events.start(args)
+    record.write(args)
+    foresight.tell(args)
     if args.optimizer not in MEGATRON_OWN and (kind := curvature_kind(group_rules(args))):
         curvature.install(training, args, kind, monitor.clock)
     config = model_config(args)
@@ -48,29 +72,26 @@ def train(args: Any, look_at_model: Callable[[list[Any]], Any] | None = None) ->
     try:
         training.pretrain(container, batches.build_datasets, ModelType.encoder_or_decoder, batches.forward_step)
     except Diverged:
-        print_rank_last("the loss is not finite: the run ends here, as diverged")
-        monitor.finish("diverged")
+        monitor.finish("diverged", "the loss is not finite")
     except SystemExit as leaving:  # Megatron's way to end early, on every rank
         if not leaving.code:
-            if args.rank == 0:
-                events.record("exit", iteration=monitor.iteration, reason=_why_early(args, monitor.iteration))
-            monitor.finish("interrupted")
+            monitor.finish("interrupted", **_why_early(args, monitor.iteration))
         raise
     else:
         monitor.finish("completed")
 
 
-def _why_early(args: Any, iteration: int) -> str:
-    """What has ended Megatron's loop before the last step: a signal, or the flag."""
+def _why_early(args: Any, iteration: int) -> dict[str, str | None]:
+    """What has ended Megatron's loop before the last step: a signal, or a flag."""
     if name := signals.received():
-        return name
+        return {"reason": None, "signal": name}
     if not iteration:
-        return "--exit-on-missing-checkpoint"
+        return {"reason": "--exit-on-missing-checkpoint"}
     if args.exit_interval and iteration % args.exit_interval == 0:
-        return f"--exit-interval {args.exit_interval}"
+        return {"reason": f"--exit-interval {args.exit_interval}"}
     if iteration in (args.phase_transition_iterations or ()):
-        return f"--phase-transition-iterations {iteration}"
-    return f"--exit-duration-in-mins {args.exit_duration_in_mins}"
+        return {"reason": f"--phase-transition-iterations {iteration}"}
+    return {"reason": f"--exit-duration-in-mins {args.exit_duration_in_mins}"}
 
 
 def _initialize(args: Any, chunks: list[Any]) -> list[Any]:
@@ -93,7 +114,6 @@ def make_optimizer(config: Any, model_chunks: Sequence[Any], **ignored: Any) -> 
     """In place of Megatron's `get_megatron_optimizer`: our optimizer by the run's flags."""
     from megatron.core.utils import get_model_config
     from megatron.training import get_args
-    from megatron.training.utils import print_rank_0
 
     from megatron_opt.distributed import planning
     from megatron_opt.distributed.build import build_optimizer
@@ -114,10 +134,12 @@ def make_optimizer(config: Any, model_chunks: Sequence[Any], **ignored: Any) -> 
         decay_mode=args.decay_mode,
         width_ratio=width_ratio(get_model_config(model_chunks[0])),
     )
-    print_rank_0(describe(optimizer.groups, args.weight_decay))
+    if args.rank == 0:
+        console.say(describe(optimizer.groups, args.weight_decay))
     if args.print_optimizer_plan:
         for domain, step in zip(optimizer.domains, optimizer.matrix_steps, strict=True):
             if domain.rank == 0:
                 found = planning.DomainPlan(domain.name, step.placed.plan, planning.sent_in_a_step(domain, step))
-                planning.show([found], args.output_dir)
+                with console.showing():
+                    planning.show([found], args.output_dir)
     return optimizer

@@ -1,14 +1,13 @@
-"""What a run leaves behind: metrics.jsonl while it trains, results.json at its end, more in TensorBoard and the log.
+"""What a run leaves behind: metrics.jsonl while it trains, results.json at its end, every series in TensorBoard and W&B.
 
-Megatron's own log lines stay; this adds true throughput on CPU, the split of a step's time, and norms of weights and
-updates by parameter group.
+It adds to Megatron's loop: rates that are true under a batch schedule and on CPU, the split of a step's time, norms of
+weights and updates by parameter group. All quantities are of the whole run, over restarts.
 """
 
 import json
 import math
 import re
 import resource
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,26 +16,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import megatron_opt
+from megatron_opt import run_files
+from megatron_opt.checkpointing import run_state
 from megatron_opt.files import write_atomic
-from megatron_opt.training import stragglers
+from megatron_opt.training import console, events, record, sinks, stragglers
 from megatron_opt.training.clock import Clock
+from megatron_opt.training.progress import Progress
 
 
 class Diverged(Exception):
     """The loss has not been finite for a whole log interval; the run ends with that as its result."""
-
-
-def git_revision() -> str | None:
-    """Commit of the source tree that this package runs from, or None."""
-    folder = Path(megatron_opt.__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 class Monitor:
@@ -50,16 +39,18 @@ class Monitor:
         self.folder = Path(args.output_dir) if args.output_dir else None
         self.optimizer: Any = None
         self.matrices: Sequence[Any] = ()
-        self.started = time.time()
-        self.first_loss: float | None = None
-        self.grad_norm: float | None = None
-        self.last_train: float | None = None
+        self.progress = Progress()
+        self._restored: dict[str, Any] | None = None  # progress as the checkpoint has it
+        run_state.provide("progress", lambda: self.progress.as_row(), self._restore)
         self.losses: dict[str, float] = {}
-        self.totals: dict[str, float] = {}
-        self.steps_timed = 0
-        self.since = time.perf_counter()
-        self.since_iteration = 0
         self.iteration = 0
+        self._started = time.time()
+        self._wall_before = 0.0
+        self._since = time.perf_counter()
+        self._since_iteration = 0
+        self._since_samples = 0
+        self._evaluated: tuple[str, int, Any] | None = None
+        self._table: console.Table | None = None
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -71,9 +62,10 @@ class Monitor:
     # Megatron's hooks
 
     def install(self, training: Any) -> None:
-        """Wrap Megatron's training_log, evaluate, log printer and forward-backward function."""
+        """Wrap Megatron's train, training_log, evaluate, log printer and forward-backward function."""
         log, evaluate_all, evaluate = training.training_log, training.evaluate_and_print_results, training.evaluate
-        printer, schedule = training.print_rank_last, training.get_forward_backward_func
+        printer, schedule, train = training.print_rank_last, training.get_forward_backward_func, training.train
+        sinks.install(training, self.args)
 
         def training_log(loss_dict: Any, total: Any, lr: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
             flag = log(loss_dict, total, lr, iteration, *args, **kwargs)
@@ -87,11 +79,14 @@ class Monitor:
             return evaluate_all(prefix, *args, **kwargs)
 
         def evaluated(*args: Any, **kwargs: Any) -> Any:
+            if self._evaluated and self._evaluated[:2] == (self._split, self._at):
+                return self._evaluated[2]  # the same weights on the same samples, as at the end of a run
             began, self.clock.running = time.perf_counter(), False
             found = evaluate(*args, **kwargs)
             self.clock.running = True
-            self.since += time.perf_counter() - began  # evaluation is not training time
+            self._since += time.perf_counter() - began  # evaluation is not training time
             losses = found[0] if found else None
+            self._evaluated = (self._split, self._at, found) if found and not found[2] else None
             if losses and "lm loss" in losses:
                 self.on_eval(self._split, self._at, float(losses["lm loss"]))
             return found
@@ -99,12 +94,43 @@ class Monitor:
         def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
             return self.clock.timed("forward_backward", schedule(*args, **kwargs))
 
+        def begun(*args: Any, **kwargs: Any) -> Any:
+            self.begin(self.args.iteration)
+            return train(*args, **kwargs)
+
         if not torch.cuda.is_available() and self.args.straggler_factor:
             self.own_time.install(training)
-        training.training_log, training.evaluate = training_log, evaluated
+        training.training_log, training.evaluate, training.train = training_log, evaluated, begun
         training.evaluate_and_print_results = evaluate_and_print_results
         training.print_rank_last = lambda text: printer(self._true_throughput(training, text))
         training.get_forward_backward_func = get_forward_backward_func
+
+    def _restore(self, values: dict[str, Any]) -> None:
+        self._restored = values
+
+    def begin(self, iteration: int) -> None:
+        """Training goes on from `iteration`: what the run has behind it is read from its log."""
+        self.iteration = self._since_iteration = iteration
+        self._since, self._since_samples = time.perf_counter(), self.args.consumed_train_samples
+        if self.folder:
+            path = self.folder / run_files.METRICS
+            if self.speaks:
+                rows = run_files.forget_after(path, iteration)
+            else:
+                rows = [row for row in run_files.metrics(path) if row["iteration"] <= iteration]
+            self.progress = Progress.of_rows(run_files.training(rows))
+            for split in ("valid", "test"):
+                if found := run_files.evaluations(rows, split):
+                    self.losses[split] = found[-1]["loss"]
+        if self._restored is not None and self._restored.get("steps", 0) >= self.progress.steps:
+            self.progress = Progress.of_rows([{"loss": None, "run": self._restored}])
+        self._wall_before = self.progress.wall
+        self._table = console.Table(self.args.train_iters, console.peak_flops(self.args))
+        record.write(self.args, getattr(self.optimizer, "groups", None))
+        if self.speaks and (writer := sinks.writer()) is not None and writer.wandb is not None:
+            writer.wandb.config.update(
+                {"validation": getattr(self.args, "validation_identity", None)}, allow_val_change=True
+            )
 
     def watch(self, optimizer: Any, chunks: Sequence[Any]) -> None:
         """Time the optimizer and the communication around it; ask it for norms when they will be logged."""
@@ -129,46 +155,50 @@ class Monitor:
 
     def on_step(self, iteration: int, losses: Any, lr: float | None, grad_norm: float | None) -> None:
         """After every step, on every rank; writes at the log interval."""
-        self.iteration, self.grad_norm = iteration, grad_norm
+        args, progress = self.args, self.progress
+        self.iteration = iteration
         loss = float(losses["lm loss"]) if losses and "lm loss" in losses else None
-        if loss is not None:
-            self.first_loss = loss if self.first_loss is None else self.first_loss
-            if math.isfinite(loss):
-                self.last_train = loss
-        if iteration % self.args.log_interval and iteration != self.args.train_iters:
+        progress.take_loss(loss, None if grad_norm is None else float(grad_norm))
+        if iteration % args.log_interval and iteration != args.train_iters:
             return
         now = time.perf_counter()
-        steps = max(iteration - self.since_iteration, 1)
-        seconds = (now - self.since) / steps
-        self.since, self.since_iteration = now, iteration
-        spans = {name: value / steps for name, value in self.clock.take().items()}
-        self.steps_timed += steps
-        for name, value in {"total": seconds, **spans}.items():
-            self.totals[name] = self.totals.get(name, 0.0) + value * steps
-        tokens_per_s = self.args.global_batch_size * self.args.seq_length / seconds
+        steps, elapsed = max(iteration - self._since_iteration, 1), now - self._since
+        samples = args.consumed_train_samples - self._since_samples  # batches may grow within the interval
+        self._since, self._since_iteration, self._since_samples = now, iteration, args.consumed_train_samples
+        sums, seconds = self.clock.take(), elapsed / steps
+        flops, tokens_per_s = self._flops(samples), samples * args.seq_length / elapsed
+        progress.take_time(steps, elapsed, samples * args.seq_length, flops, sums)
+        progress.wall = self._wall_before + time.time() - self._started
+        progress.bad = progress.bad + 1 if loss is not None and not math.isfinite(loss) else 0
+        spans = {name: value / steps for name, value in sums.items()}
         entry = {
             "kind": "train",
             "iteration": iteration,
-            "tokens": self.args.consumed_train_samples * self.args.seq_length,
+            "time": round(time.time(), 3),
+            "tokens": args.consumed_train_samples * args.seq_length,
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm,
             "step_time": seconds,
             "tokens_per_s": tokens_per_s,
             "split": {name: round(value, 6) for name, value in spans.items()},
+            "run": progress.as_row(),
         }
-        if self.speaks and "curvature" in spans:
-            print(f" curvature: {spans['curvature'] * 1e3:.1f} ms a step, {spans['curvature'] / seconds:.1%} of it")
         stats = getattr(self.optimizer, "stats", None)
         if stats:
             entry["groups"] = stats
         self._append(entry)
-        self._tensorboard(iteration, tokens_per_s, seconds, spans, stats)
+        if self.speaks:
+            assert self._table is not None
+            row = (iteration, loss, lr, grad_norm, seconds, tokens_per_s, flops / elapsed)
+            console.say(self._table.row(*row, args.world_size, _peak_memory()))
+            if "curvature" in spans:
+                share = spans["curvature"] / seconds
+                console.say(f" curvature: {spans['curvature'] * 1e3:.1f} ms a step, {share:.1%} of it")
+        self._series(iteration, tokens_per_s, seconds, spans, stats)
         own = self.own_time.take()
         if torch.cuda.is_available():  # the host does not wait where the device does
-            own = steps * (
-                sum(spans.get(n, 0.0) for n in ("forward_backward", "optimizer")) - spans.get("communication", 0.0)
-            )
+            own = sum(sums.get(n, 0.0) for n in ("forward_backward", "optimizer")) - sums.get("communication", 0.0)
         self._compare(iteration, steps, loss is not None and not math.isfinite(loss), own)
 
     def _compare(self, iteration: int, steps: int, bad: bool, own: float) -> None:
@@ -176,7 +206,8 @@ class Monitor:
         from megatron.core import mpu
 
         stage = float(mpu.get_pipeline_model_parallel_rank())
-        mine = torch.tensor([float(bad), own, stage], dtype=torch.float64, device=torch.cuda.current_device())
+        in_a_row = float(self.progress.bad if bad else 0)
+        mine = torch.tensor([in_a_row, own, stage], dtype=torch.float64, device=torch.cuda.current_device())
         rows = [mine]
         if dist.get_world_size() > 1:
             rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -185,27 +216,27 @@ class Monitor:
         slow = self.stragglers.see(steps, owns, stages)
         if self.args.rank in slow:
             stragglers.report(iteration, self.args.rank, slow[self.args.rank])
-        self._bad = (getattr(self, "_bad", 0) + 1) if any(bads) else 0
-        if self._bad > 2:
+        if max(bads) > 2:
             raise Diverged
 
     def on_eval(self, split: str, iteration: int, loss: float) -> None:
         """After an evaluation, on the ranks that have the loss."""
         self.losses[split] = loss
+        if not self.speaks:
+            return
         tokens = self.args.consumed_train_samples * self.args.seq_length
-        self._append({"kind": "eval", "iteration": iteration, "tokens": tokens, "loss": loss, "split": split})
+        row = {"kind": "eval", "iteration": iteration, "time": round(time.time(), 3), "tokens": tokens, "loss": loss}
+        self._append({**row, "split": split})
+        name = {"valid": "validation", "test": "test"}[split]
+        console.say(f"{name + ' at ' + str(iteration):>15}  {loss:>8.4f}  perplexity {math.exp(min(20.0, loss)):.2f}")
 
     def _append(self, entry: dict[str, Any]) -> None:
         if self.folder and self.speaks:
-            with open(self.folder / "metrics.jsonl", "a") as file:
+            with open(self.folder / run_files.METRICS, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
-    def _tensorboard(
-        self, iteration: int, tokens_per_s: float, seconds: float, spans: dict[str, float], stats: Any
-    ) -> None:
-        from megatron.training import get_tensorboard_writer
-
-        writer = get_tensorboard_writer()
+    def _series(self, iteration: int, tokens_per_s: float, seconds: float, spans: dict[str, float], stats: Any) -> None:
+        writer = sinks.writer() if self.speaks else None
         if writer is None:
             return
         writer.add_scalar("tokens-per-second", tokens_per_s, iteration)
@@ -215,106 +246,87 @@ class Monitor:
             for name, value in norms.items():
                 writer.add_scalar(f"{name.replace('_', '-')}/{group}", value, iteration)
 
+    def _flops(self, samples: int) -> float:
+        import megatron.training.training as training
+
+        return float(training.num_floating_point_operations(self.args, samples))
+
     def _true_throughput(self, training: Any, text: str) -> str:
         """Megatron rounds TFLOP/s to one decimal, which is zero on a CPU."""
         match = re.search(r"elapsed time per iteration \(ms\): ([0-9.]+)", text)
         if not match or "TFLOP/s/GPU" not in text or float(match[1]) <= 0:
             return text
-        flops = training.num_floating_point_operations(self.args, self.args.global_batch_size)
+        from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+
+        flops = self._flops(get_current_global_batch_size())
         rate = flops / (float(match[1]) * 1e-3 * 1e12 * self.args.world_size)
         return re.sub(r"(TFLOP/s/GPU\): )[0-9.]+", lambda m: f"{m[1]}{rate:.4g}", text)
 
     # The end
 
-    def finish(self, status: str) -> None:
-        """Write results.json; `status` is completed, diverged or interrupted."""
+    def finish(self, status: str, reason: str | None = None, signal: str | None = None) -> None:
+        """Write results.json and the last event; `status` is completed, diverged or interrupted, `reason` why so early."""
         peak = torch.tensor([float(_peak_memory())], dtype=torch.float64, device=torch.cuda.current_device())
         if dist.get_world_size() > 1:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        if not self.folder or not self.speaks:
+        if not self.speaks:
             return
+        result = self._result(status, reason, int(peak.item()))
+        if self.folder:
+            write_atomic(self.folder / run_files.RESULTS, json.dumps(result, indent=1) + "\n")
+        if (writer := sinks.writer()) is not None:
+            writer.close(result)
+        told = {"signal": signal} if signal else {}
+        events.record("end", status=result["status"], reason=reason, iteration=self.iteration, **told)
+        loss = result["final_valid_loss"] if result["final_valid_loss"] is not None else result["final_train_loss"]
+        shown = (
+            ""
+            if loss is None
+            else f", {'validation' if result['final_valid_loss'] is not None else 'training'} loss {loss:.4f}"
+        )
+        why = f" ({reason or signal})" if reason or signal else ""
+        console.say(
+            f"{result['status']}{why} at step {self.iteration} of {self.args.train_iters}{shown}, "
+            f"{clock_or_dash(result['train_time_s'])} of training{', in ' + str(self.folder) if self.folder else ''}"
+        )
+
+    def _result(self, status: str, reason: str | None, peak: int) -> dict[str, Any]:
+        args, progress = self.args, self.progress
         valid = self.losses.get("valid")
-        final = valid if valid is not None else self.last_train
-        worse = final is not None and self.first_loss is not None and not final < self.first_loss
-        dead = self.grad_norm is not None and not 0 < self.grad_norm < math.inf  # saturated: nothing moves any more
-        if status == "completed" and (worse or dead):
+        if status == "completed" and progress.diverged(valid if valid is not None else progress.last_loss):
             status = "diverged"
-        steps = max(self.steps_timed, 1)
-        mean = {name: value / steps for name, value in self.totals.items()}
-        args = self.args
-        result = {
+        tokens = args.consumed_train_samples * args.seq_length
+        written = self.folder / run_files.CONFIG if self.folder else None
+        known = run_files.record(written) if written is not None and written.is_file() else record.build(args)
+        return {
             "status": status,
+            "reason": reason,
             "diverged": status == "diverged",
-            "optimizer": args.optimizer,
-            "preset": args.preset,
-            "seed": args.seed,
             "params_total": sum(m.numel for m in self.matrices),
             "params_non_embedding": sum(m.numel for m in self.matrices if m.kind not in ("embedding", "output")),
-            "tokens": args.consumed_train_samples * args.seq_length,
+            "tokens": tokens,
             "iterations": self.iteration,
-            "final_train_loss": self.last_train,
+            "final_train_loss": progress.last_loss,
             "final_valid_loss": valid if valid is not None and math.isfinite(valid) else None,
             "final_test_loss": self.losses.get("test"),
-            "wall_time_s": time.time() - self.started,
-            "train_time_s": self.totals.get("total", 0.0),
-            "tokens_per_s": args.global_batch_size * args.seq_length / mean["total"] if mean.get("total") else None,
-            "step_time_s": mean,
-            "peak_memory_bytes": int(peak.item()),
-            "world_size": args.world_size,
-            "layout": {
-                "tp": args.tensor_model_parallel_size,
-                "pp": args.pipeline_model_parallel_size,
-                "dp": args.data_parallel_size,
-                "ep": args.expert_model_parallel_size,
-                "cp": args.context_parallel_size,
-            },
-            "flops_per_s": self._flops_per_s(mean.get("total")),
-            "tokenizer": _tokenizer(args),
+            "wall_time_s": self._wall_before + time.time() - self._started,
+            "train_time_s": progress.train_time(tokens),
+            "tokens_per_s": progress.tokens_per_s,
+            "step_time_s": progress.step_time() if progress.steps else {},
+            "peak_memory_bytes": peak,
+            "flops_per_s": progress.flops_per_s,
+            **known,
             "data": args.data_path or args.train_data_path,
-            "git_revision": git_revision(),
-            "versions": {
-                "megatron_opt": megatron_opt.__version__,
-                "torch": torch.__version__,
-                "megatron_core": _core(),
-            },
-            "argv": args.command_line,
-            "config": {key: _plain(value) for key, value in sorted(vars(args).items()) if not key.startswith("_")},
+            "datasets": known.get("data"),
         }
-        write_atomic(self.folder / "results.json", json.dumps(result, indent=1) + "\n")
 
-    def _flops_per_s(self, seconds: float | None) -> float | None:
-        import megatron.training.training as training
 
-        if not seconds:
-            return None
-        return float(training.num_floating_point_operations(self.args, self.args.global_batch_size)) / seconds
+def clock_or_dash(seconds: float | None) -> str:
+    """A duration for people."""
+    return console.clock(seconds) if seconds else "–"
 
 
 def _peak_memory() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _core() -> str:
-    import megatron.core
-
-    return str(megatron.core.__version__)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (str, int, float, bool)) or value is None:
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value)
-
-
-def _tokenizer(args: Any) -> dict[str, Any]:
-    import hashlib
-
-    model = getattr(args, "tokenizer_model", None)
-    digest = None
-    if model and Path(model).is_file():
-        digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()
-    return {"model": model, "vocab_size": getattr(args, "padded_vocab_size", None), "sha256": digest}

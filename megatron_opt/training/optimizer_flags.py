@@ -10,7 +10,6 @@ from megatron_opt.distributed.ownership import check_balance
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.groups import GroupRule, default_rules, load_rules
-from megatron_opt.optimizers.mup import hidden_exponent
 from megatron_opt.optimizers.sophia import SophiaConfig
 from megatron_opt.training.flags.refused import WITHOUT_MEANING
 from megatron_opt.training.flags.table import unsupported
@@ -43,7 +42,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
         if action.dest == "optimizer":
             action.choices, action.default = [*MEGATRON_OWN, *sorted(rules)], "adamw"
             action.help = "optimizer; adam and sgd are Megatron's own, the others megatron_opt's"
-    divided = [name for name in sorted(rules) if name in ("muon", "scion") or name.endswith("_h")]
+    divided = [name for name, rule in sorted(rules.items()) if rule.scalars is not None]  # type: ignore[attr-defined]
     shared = parser.add_argument_group("optimizers")
     shared.conflict_handler = "resolve"
     shared.add_argument(
@@ -82,9 +81,8 @@ _MEGATRON_WORDS: dict[str, dict[str, str]] = {"--muon-fp32-matmul-prec": {"low":
 
 def _adam_target(optimizer: str) -> str:
     """Whom Megatron's --adam-beta1, -beta2 and -eps speak to: the rule of the scalars where there is one."""
-    if optimizer == "scion":
-        return "signum"
-    return "adamw" if optimizer == "muon" or optimizer.endswith("_h") else optimizer
+    scalars = getattr(registry.rules().get(optimizer), "scalars", None)
+    return scalars.optimizer if scalars else optimizer
 
 
 def given_options(args: Any, given: set[str]) -> dict[str, dict[str, Any]]:
@@ -136,7 +134,7 @@ def check_optimizer_arguments(args: Any) -> None:
     for rule in rules:
         built = registry.build(rule.optimizer, dict(rule.options))
         if getattr(args, "use_mup", False):
-            hidden_exponent(rule.optimizer, built.config)
+            built.width_exponent()
     if kind := curvature_kind(rules):
         check_curvature(args, kind)
     used = {rule.optimizer for rule in rules}

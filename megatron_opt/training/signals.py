@@ -7,9 +7,11 @@ import ctypes
 import functools
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from megatron_opt import patches
 from megatron_opt.training import events
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -51,19 +53,21 @@ def install(args: Any) -> None:
     """Listen to both signals from the first step on where there is a folder to save to; before, they end a rank."""
     if not args.save:
         return
-    from megatron.training import global_vars, training
 
-    train = training.train
+    def listening(train: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(train)
+        def run(*positional: Any, **named: Any) -> Any:
+            global _handler
+            _handler = ExitSignals()
+            patches.wrap(
+                "megatron.training.global_vars._GLOBAL_SIGNAL_HANDLER", "training/signals.py", lambda _: _handler
+            )
+            return train(*positional, **named)
 
-    @functools.wraps(train)
-    def listening(*positional: Any, **named: Any) -> Any:
-        global _handler
-        _handler = ExitSignals()
-        global_vars._GLOBAL_SIGNAL_HANDLER = _handler
-        return train(*positional, **named)
+        return run
 
     args.exit_signal_handler = True
-    training.train = listening
+    patches.wrap("megatron.training.training.train", "training/signals.py", listening)
 
 
 def exit_code(code: int) -> int:

@@ -112,9 +112,7 @@ def _extra_state(recipe, **more):
 
 
 def _saved_as_megatron_does(*values):
-    stream = io.BytesIO()
-    torch.save(list(values), stream)
-    return stream
+    return values  # a list would be taken apart by torch
 
 
 def test_extra_state_of_delayed_scaling_is_harmless(checkpoint, recipe):

@@ -1,6 +1,8 @@
 """Predicted steps: what must grow with what, memory by hand, cluster files, search, command line."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from megatron_opt.cost_model.cluster import Cluster, Link, interpolate, load
 from megatron_opt.cost_model.flags import parse
 from megatron_opt.cost_model.report import as_dict, text
 from megatron_opt.cost_model.search import search
-from megatron_opt.cost_model.step import Step, predict
+from megatron_opt.cost_model.step import Step, predict, stage_seconds
 from megatron_opt.errors import UserError
 
 SEVEN = "--preset llama-7b --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
@@ -42,9 +44,13 @@ def test_staggered_refreshes_even_the_steps_and_keep_the_mean() -> None:
 
 
 def test_bubble_is_stages_less_one_over_microbatches() -> None:
-    s = step(f"{SEVEN} --optimizer adamw --pipeline-model-parallel-size 4")
-    assert s.bubble / s.forward_backward == pytest.approx(3 / s.layout.microbatches)
-    v = step(f"{SEVEN} --optimizer adamw --pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 2")
+    """Where stages are equal; the last one's output layer makes it the slowest, and the others pass by faster."""
+    words = f"{SEVEN} --optimizer adamw --pipeline-model-parallel-size 4"
+    s = step(words)
+    even, last = stage_seconds(s.model, s.layout, s.cluster)[0], stage_seconds(s.model, s.layout, s.cluster)[-1]
+    assert s.bubble / s.forward_backward == pytest.approx(3 * even / last / s.layout.microbatches)
+    assert 0.9 < even / last < 1
+    v = step(f"{words} --num-virtual-stages-per-pipeline-rank 2")
     assert v.bubble == pytest.approx(s.bubble / 2)
 
 
@@ -229,6 +235,19 @@ def test_command_prints_the_breakdown_and_writes_json(tmp_path: Path, capsys: py
         "cost step --cluster h100 --gpus 8 --hidden-size 64",
         "cost step --cluster h100 --gpus 8 --from /nonexistent",
         "cost search --cluster h100 --gpus 8 --preset llama-7b --top 0",
+        "cost step --cluster h100 --gpus eight --preset llama-7b",
+        "cost step --cluster h100 --gpus 100000000000 --preset llama-7b",
+        "cost step --cluster h100 --gpus 8 --preset llama-7b --num-layers 1.5",
+        "cost step --cluster h100 --gpus 8 --preset llama-7b --micro-batch-size 0",
+        "cost step --cluster h100 --gpus 8 --preset llama-7b --bf16 maybe",
+        "cost step --cluster h100 --gpus 8 --preset llama-7b --bf16 --fp16",
+        "cost step --cluster h100 --gpus 8 --preset llama-7b --matrix-mode some",
+        "cost step --cluster h100 --gpus 8 --preset llama-7b --num-query-groups 7 --group-query-attention",
+        "cost step --cluster h100 --gpus 8 --preset llama-7b --num-experts 4 --moe-router-topk 9",
+        "cost step --cluster h100 --gpus 8 --preset llama-7b --optimizer muon --muon-num-ns-steps abc",
+        "cost step --cluster h100 --gpus 8 --preset llama-7b --recompute-granularity selective --recompute-modules x",
+        "cost step --cluster h100 --gpus 8 --preset llama-7b --json /proc/x/y",
+        "cost",
         "cost tables --cluster h100 --output /tmp/x --optimizers sap",
     ],
 )
@@ -236,3 +255,19 @@ def test_bad_input_ends_with_one_sentence_and_code_2(words: str, capsys: pytest.
     assert main(words.split()) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("words", "package"),
+    [
+        ("cost tables --cluster h100 --output OUT --optimizers adamw", "matplotlib"),
+        ("migrate plan --to muon --cluster h100 --gpus 8 --preset llama-130m --chinchilla 1 --output OUT", "scipy"),
+    ],
+)
+def test_missing_extras_are_named(words: str, package: str, tmp_path: Path) -> None:
+    """In a process of its own, where the package cannot be imported."""
+    words = words.replace("OUT", str(tmp_path / "out"))
+    code = f"import sys; sys.modules[{package!r}] = None\nfrom megatron_opt.cli import main\nsys.exit(main({words.split()!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "megatron_opt[study]" in done.stderr and package in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -88,8 +88,9 @@ class Run:
 class Pool:
     """Processes that import Megatron once and then make batch after batch of cases."""
 
-    def __init__(self, folder: Path, members: int) -> None:
+    def __init__(self, folder: Path, members: int, packages: Path | None = None) -> None:
         self.folder, self.members, self.batches, self.starts = folder, members, 0, 0
+        self.path = os.pathsep.join(map(str, [ROOT, *([packages] if packages else [])]))  # what ranks import from
         folder.mkdir(parents=True, exist_ok=True)
         self.data = write_dataset(folder / "text")
         self.process: subprocess.Popen[bytes] | None = None
@@ -98,7 +99,7 @@ class Pool:
         self.home = self.folder / f"start{self.starts}"
         self.home.mkdir()
         self.starts, self.batches = self.starts + 1, 0
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": self.path}
         command = [sys.executable, "-m", "tests.distributed.worker", str(self.home), str(self.members), self.data]
         with open(self.home / "launcher.log", "w") as log:
             self.process = subprocess.Popen(

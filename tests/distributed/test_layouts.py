@@ -63,7 +63,7 @@ MODELS = [
     ("mtp", c.MTP, ("muon",), [c.TP2, c.DP2_DIST]),
     ("gated", c.OUTPUT_GATE, ("muon",), [c.TP2, c.DP2_DIST]),
     ("moe", c.MOE, ALL, MOE_LAYOUTS),
-    ("hybrid", c.HYBRID, ("muon",), [c.TP2, c.PP2, c.EP2]),
+    ("hybrid", c.HYBRID, ("muon",), [c.SP2, c.PP2, c.EP2]),
     ("moe", c.MOE, ("muon/group",), [EP2_ETP2, EP2_DP2_DIST]),
     ("moe", c.MOE, ("soap/default",), [c.EP2, c.DP2_DIST]),
 ]

@@ -17,8 +17,13 @@ OPTIONS = {
         for name in ("muon", "muon_h", "scion", "scion_h")
     },
     "mars": ["--mars-eps", "1e-3"],
-    "sophia": ["--sophia-eps", "1e-4"],
-    "shampoo": "--shampoo-damping 1e-2 --shampoo-factor-precision fp64 --shampoo-precondition-1d false".split(),
+    # what comes once in many steps comes inside the run
+    "sophia": "--sophia-eps 1e-4 --sophia-curvature-every 3".split(),
+    "soap": "--soap-precondition-frequency 3".split(),
+    "soap_h": "--soap-h-precondition-frequency 3".split(),
+    "shampoo_h": "--shampoo-h-precondition-frequency 3".split(),
+    "shampoo": "--shampoo-damping 1e-2 --shampoo-factor-precision fp64 --shampoo-precondition-1d false "
+    "--shampoo-precondition-frequency 3".split(),
 }
 LAYOUTS = [c.TP2, c.DP2_DIST, c.EP2]
 SLOW = [c.PP2, c.TP2_DP2_DIST]

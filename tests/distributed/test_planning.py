@@ -26,7 +26,7 @@ from megatron_opt.training.optimizer_flags import group_rules
 from tests.distributed import cases as c
 from tests.distributed.cases import case
 from tests.distributed.pool import Pool, Run
-from tests.layout.megatron import validated
+from tests.training.refusing import parsed
 
 STEPS = 3
 MADE = [
@@ -66,7 +66,7 @@ def test_a_run_is_what_was_planned_part_for_part_and_byte_for_byte(runs: dict[st
     """The plan is made here, from Megatron's own model on `meta`, for ranks that are elsewhere."""
     run = runs[made.name]
     assert run.losses
-    args = validated(made.argv("data"), made.ranks)
+    args = parsed(made.argv("data"), made.ranks)
     planned = {each.name: each for each in from_args(args, made.ranks, group_rules(args))}
     assert {domain["name"] for rank in run.ranks for domain in rank["domains"]} == set(planned)
     for rank in run.ranks:

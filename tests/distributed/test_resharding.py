@@ -1,5 +1,7 @@
 """Every registered optimizer's weights and state, by value, from one layout to another: four pairs each."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -71,3 +73,13 @@ def _assert_moved(runs: dict[str, Run], name: str, a: Layout, b: Layout) -> None
         found = recording.whole(blocks)
         assert sorted(found) == sorted(wanted), what
         assert all(torch.equal(found[matrix], value) for matrix, value in wanted.items()), what
+
+
+def test_a_hybrid_models_state_moves_by_value(pool: Pool) -> None:
+    """Attention, MLP and experts of Megatron's HybridModel, from tensor-parallel ranks to pipeline stages."""
+    more: dict[str, Any] = {"steps": STEPS + 1, "hook": "checkpoint"}
+    saving = {"save": "moved-hybrid", "interval": STEPS, "stop": STEPS}
+    first = case(c.HYBRID, c.MUON, c.SP2, "save-muon-hybrid", options=saving, **more)
+    then = case(c.HYBRID, c.MUON, c.PP2, "load-muon-hybrid", options={"load": "moved-hybrid"}, **more)
+    runs = pool.run([first]) | pool.run([then])
+    _assert_moved(runs, "muon", Layout("hybrid", 2), Layout("hybrid", 2))

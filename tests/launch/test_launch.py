@@ -168,4 +168,6 @@ def test_a_failed_rank_is_named_and_the_end_of_the_run_noted(run, tmp_path):
     )
     _, log = process.communicate(timeout=120)
     assert process.returncode == 1 and "local rank 1 left with 7" in log
-    assert [(event["event"], event["code"]) for event in events.read(tmp_path)] == [("failed", 1)]
+    died, failed = events.read(tmp_path)
+    assert (died["event"], died["ranks"], died["restart"]) == ("rank_died", {"1": "left with 7"}, 0)
+    assert (failed["event"], failed["code"]) == ("failed", 1)

@@ -14,7 +14,8 @@ from megatron_opt.layout.flags import REFUSED
 from megatron_opt.layout.kinds import Geometry
 from megatron_opt.layout.matrices import Declaration, declare, split_param
 from megatron_opt.layout.names import canonical_name
-from megatron_opt.layout.spec import ModelSpec, Parameter
+from megatron_opt.layout.parameter import Parameter
+from megatron_opt.layout.spec import ModelSpec
 from tests.layout import stand_ins
 from tests.layout.megatron import arguments
 from tests.layout.models import BASE, HYBRID, MODELS, UNTIED
@@ -71,7 +72,7 @@ def declared(args: Any, rank: int, world: int, **sizes: int) -> Declaration:
 
 @pytest.mark.parametrize("name", [name for name in ONE_STAGE if name != "moe-bias"])  # Megatron: not with TP
 def test_two_tensor_parallel_ranks_hold_every_element_of_every_matrix_once(name: str) -> None:
-    args, spec = arguments(f"{MODELS[name]} --tensor-model-parallel-size 2", 2), spec_of(name)
+    args, spec = arguments(MODELS[name]), spec_of(name)
     whole: dict[str, torch.Tensor] = {}
     wanted = {p.name: p for p in spec.parameters(0, spec.layers)}
     for rank in range(2):
@@ -98,7 +99,7 @@ def test_two_tensor_parallel_ranks_hold_every_element_of_every_matrix_once(name:
 
 @pytest.mark.parametrize("name", [name for name in ONE_STAGE if "num-experts" in MODELS[name]])
 def test_two_expert_parallel_ranks_hold_the_experts_between_them(name: str) -> None:
-    args, spec = arguments(f"{MODELS[name]} --expert-model-parallel-size 2", 2), spec_of(name)
+    args, spec = arguments(MODELS[name]), spec_of(name)
     held = [{view.name for view in declared(args, rank, 2, ep=2).views} for rank in range(2)]
     everything = spec.parameters(0, spec.layers)
     assert held[0] | held[1] == {p.name for p in everything}

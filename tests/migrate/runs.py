@@ -13,7 +13,7 @@ FLAGS = (
     "16 --micro-batch-size 2 --global-batch-size 8 --train-iters 16 --lr 3e-3 --lr-decay-style constant "
     "--tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 32 --eval-interval 1000 "
     "--eval-iters 0 --log-interval 1 --hidden-dropout 0 --attention-dropout 0 --position-embedding-type rope "
-    "--swiglu --normalization RMSNorm --disable-bias-linear --mock-data "
+    "--swiglu --normalization RMSNorm --disable-bias-linear --mock-data --megatron-log "
 ).split()
 ADAM = ["--adam-beta1", "0.9", "--adam-beta2", "0.95", "--adam-eps", "1e-8"]
 STOP = 8

@@ -14,6 +14,7 @@ from megatron_opt.cost_model.cluster import load
 from megatron_opt.cost_model.flags import parse
 from megatron_opt.errors import UserError
 from megatron_opt.migrate import advice
+from megatron_opt.migrate.decision import decide, preposterior
 from megatron_opt.migrate.document import Document, Items, Section, Table
 from megatron_opt.migrate.evidence import Estimate, Method, gather, hyperparameter_flags
 from megatron_opt.migrate.plan import Plan, budget, make_plan, refusals
@@ -78,14 +79,50 @@ def with_draws(plan: Plan, values: np.ndarray, **more) -> Plan:
     return replace(plan, evidence=replace(plan.evidence, methods=[method]), **more)
 
 
-def test_verdicts_follow_the_chance_of_saving_time(plan: Plan) -> None:
+def test_verdicts_follow_the_expected_saving(plan: Plan) -> None:
     rng = np.random.default_rng(0)
-    clear, even, worse = (with_draws(plan, rng.normal(m, 0.05, 500)) for m in (1.3, 1.02, 0.8))
+    clear, even, worse = (with_draws(plan, rng.normal(m, 0.05, 500)) for m in (1.3, 1.0, 0.8))
     assert advice.verdict(clear).action == "switch" and advice.verdict(clear).confidence == "high"
-    assert advice.verdict(even).action == "try"
+    assert advice.verdict(even).action == "stay", "a pilot costs 8% of the run and can save less"
     assert advice.verdict(worse).action == "stay"
-    assert advice.verdict(replace(clear, done=0.5)).action == "try"  # nobody has measured a switch half-way
+    assert advice.verdict(replace(clear, done=0.5)).confidence == "medium"  # nobody has measured a switch half-way
     assert advice.verdict(replace(clear, refused=["--fp16: …"])).action == "stay"
+
+
+def test_value_of_information_is_that_of_a_simulation() -> None:
+    """Preposterior analysis against sampling: truth, a noisy sign of it, the better choice by the posterior."""
+    rng = np.random.default_rng(1)
+    mean, sigma, known = 0.03, 0.2, 0.6
+    noise = sigma * np.sqrt((1 - known) / known)
+    truth = rng.normal(mean, sigma, 400_000)
+    seen = truth + rng.normal(0, noise, truth.size)
+    posterior = mean + known * (seen - mean)
+    cost = np.exp(-posterior + sigma**2 * (1 - known) / 2)
+    saving, changes = preposterior(float(np.exp(-mean + sigma**2 / 2)), sigma, known)
+    assert saving == pytest.approx(np.mean(np.where(cost < 1, 1 - np.exp(-truth), 0.0)), abs=1e-3)
+    prior_switches = np.exp(-mean + sigma**2 / 2) < 1
+    assert changes == pytest.approx(np.mean((cost < 1) != prior_switches), abs=3e-3)
+
+
+def test_an_experiment_is_offered_only_where_it_can_pay(plan: Plan) -> None:
+    rng = np.random.default_rng(0)
+    sure = decide(with_draws(plan, rng.normal(1.6, 0.01, 500)))
+    assert sure.experiments == [] and sure.best is None and sure.switch  # nothing could change that
+    far = planned("--preset llama-7b --use-distributed-optimizer --tensor-model-parallel-size 4", ratio=32.0)
+    decision = decide(with_draws(far, np.exp(rng.normal(0.0, 0.5, 500))))
+    best = decision.best
+    assert best is not None and advice.verdict(with_draws(far, np.exp(rng.normal(0.0, 0.5, 500)))).action == "try"
+    for item in decision.experiments:
+        assert item.saving <= max(0.0, decision.expected) + decision.perfect + 1e-6
+        assert item.value == pytest.approx(item.saving - max(0.0, decision.expected) - item.hours)
+        assert far.source in item.words and far.target in item.words, "one optimizer alone settles nothing"
+
+
+def test_infinite_and_uncounted_ways_are_a_footnote() -> None:
+    text = document(planned("--preset llama-7b --use-distributed-optimizer --tensor-model-parallel-size 4")).markdown()
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert not any("∞" in row or "separate" in row for row in rows)
+    assert "Not counted: separate scaling law" in text and "∞" not in text
 
 
 def test_beyond_the_measured_range_is_marked_everywhere() -> None:
@@ -190,6 +227,8 @@ def test_budget_from_the_run() -> None:
         ("--to muon --study /nonexistent --chinchilla 1", "does not exist"),
         ("--to muon --from /nonexistent --chinchilla 1", "cannot be read"),
         ("--to muon", "length is unknown"),
+        ("--to muon --chinchilla one", "invalid float"),
+        ("--to muon --chinchilla nan", "greater than 0"),
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_code_2(

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
-from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
+from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer, StateKind
 from tests.optimizers.slicing import step_together
 
 # name of the case -> (rule, options); whatever a rule can be switched to has a line
@@ -116,6 +116,29 @@ def test_directions_are_finite_of_the_right_kind_and_repeatable(case, shape, dty
         assert first.shape == shape and first.dtype == dtype and first.isfinite().all()
         assert first.is_contiguous() and torch.equal(first, second)
     assert runs[0][-1].any()
+
+
+@table
+@shapes
+def test_state_is_what_its_specification_says(case, shape):
+    rule = build(case)
+    info = accepted(rule, shape)
+    state, spec = rule.init_state(torch.ones(shape), info), rule.state_spec(info)
+    assert set(state) == set(spec)
+    for key, tensor in state.items():
+        match spec[key]:
+            case StateKind.MATRIX:
+                assert tensor.shape == shape
+            case StateKind.ROWS:
+                assert tensor.shape[0] == tensor.numel() == shape[0]
+            case StateKind.BLOCKS:
+                assert tensor.ndim == 3 and tensor.shape[1] == tensor.shape[2]
+            case StateKind.NORM | StateKind.FLAG:
+                assert tensor.shape == (1,)
+    side = rule.split_dim(info)
+    if side is not None:
+        assert set(rule.init_slice(torch.ones(shape), info)) <= set(spec)
+        assert set(rule.init_shared(info, torch.device("cpu"))) <= set(spec)
 
 
 @table
@@ -288,8 +311,13 @@ def test_converges_on_a_quadratic(case):
 
 @table
 @shapes
-def test_cost_counts_what_runs(case, shape):
-    """State bytes are the tensors'; matrix-product FLOPs are the counter's over a refresh period."""
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+def test_cost_counts_what_runs(case, shape, kernels, monkeypatch):
+    """State bytes are the tensors'; matrix-product FLOPs are the counter's over a refresh period.
+
+    Of the reference torch itself counts the products; native operations count as the formulas registered for them.
+    """
+    monkeypatch.setenv("MEGATRON_OPT_KERNELS", kernels)
     rule = build(case)
     info = accepted(rule, shape)
     state = rule.init_state(torch.ones(shape), info)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -58,6 +59,10 @@ def test_the_scalars_group_has_its_tuned_values(rule):
 EVERY = [(name, item) for name, cls in sorted(registry.rules().items()) for item in dataclasses.fields(cls.Config)]
 
 
+def _is_number(item):
+    return isinstance(item.default, int | float) and not isinstance(item.default, bool)
+
+
 @pytest.mark.parametrize("name, item", EVERY, ids=[f"{name}-{item.name}" for name, item in EVERY])
 def test_values_without_a_meaning_are_refused(name, item):
     meta, wrong = item.metadata, []
@@ -65,14 +70,25 @@ def test_values_without_a_meaning_are_refused(name, item):
     if choices := meta.get("choices"):
         assert item.default in choices
         wrong = ["no such word"]
-    elif isinstance(item.default, float) or (isinstance(item.default, int) and not isinstance(item.default, bool)):
-        limits = {key: meta[key] for key in ("low", "above", "below") if meta.get(key) is not None}
-        assert limits, "a number without limits"
-        wrong = [limits["low"] - 1] if "low" in limits else [limits["above"]] if "above" in limits else []
-        wrong += [limits["below"]] if "below" in limits else []
+    elif _is_number(item):
+        low, above, below, high = (meta[key] for key in ("low", "above", "below", "high"))
+        assert (low is None) != (above is None) and (below is None) != (high is None), "a number without limits"
+        step = 1 if isinstance(item.default, int) else 0.0
+        wrong = [above if low is None else low - step if step else math.nextafter(low, -math.inf)]
+        wrong += [below if high is None else high + step if step else math.nextafter(high, math.inf)]
+        wrong += [math.nan, math.inf, -math.inf, True, "many", None, [1], *([1.5] if step else [])]
+    elif isinstance(item.default, bool):
+        wrong = ["maybe", 1, None]
+    flag = f"--{name}-{item.name}".replace("_", "-")
     for value in wrong:
-        with pytest.raises(UserError, match=item.name):
+        with pytest.raises(UserError, match=f"^{flag} (is|are) "):
             registry.build(name, {item.name: value})
+
+
+@pytest.mark.parametrize("text", ["3e-1", "0.3", 0.3])
+def test_yaml_numbers_that_are_text_are_numbers(text):
+    config = registry.build("adamw", {"beta1": text, "rounding_seed": "7"}).config
+    assert config.beta1 == 0.3 and config.rounding_seed == 7
 
 
 @pytest.mark.parametrize("name, item", [each for each in EVERY if each[1].metadata.get("needs")])
@@ -80,7 +96,8 @@ def test_options_that_another_one_leaves_without_effect_are_refused(name, item):
     other, value = item.metadata["needs"]
     words = registry.rules()[name].Config.__dataclass_fields__[other].metadata.get("choices", (True, False))
     without = next(word for word in words if word != value)
-    with pytest.raises(UserError, match=f"{item.name} has no effect without {other}={value}"):
+    flag = f"--{name}-{item.name}".replace("_", "-")
+    with pytest.raises(UserError, match=f"^{flag} has no effect without --{name}-{other}".replace("_", "-")):
         registry.build(name, {item.name: item.default, other: without})
     registry.build(name, {item.name: item.default, other: value})
 

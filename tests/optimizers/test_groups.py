@@ -7,7 +7,7 @@ from megatron_opt.errors import UserError
 from megatron_opt.optimizers import groups as g
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
-from megatron_opt.optimizers.mup import hidden_exponent, init_multiplier
+from megatron_opt.optimizers.mup import init_multiplier
 
 INFOS = [
     MatrixInfo("embedding.word_embeddings.weight", (1000, 32), "embedding"),
@@ -50,7 +50,9 @@ def test_muon_groups_are_the_studys():
     assert (scalar.optimizer, scalar.lr_scale, scalar.clip_scope) == ("adamw", 0.3, "global")
     assert scalar.options == {"beta1": 0.8, "beta2": 0.98, "eps": 1e-15}
     assert [of_kind(groups, kind).optimizer for kind in ("output", "router", "norm", "bias")] == ["adamw"] * 4
-    assert [of_kind(groups, kind).decay(0.1) for kind in g.KINDS] == [0.1, 0.0, 0.1, 0.1, 0.0, 0.0]
+    (vectors,) = g.assign([MatrixInfo("mixer.A_log", (8,), "ssm")], g.default_rules("adamw"))
+    assert [of_kind(groups, kind).decay(0.1) for kind in g.KINDS[:-1]] == [0.1, 0.0, 0.1, 0.1, 0.0, 0.0]
+    assert vectors.decay(0.1) == 0.0 and g.KINDS[-1] == "ssm"
 
 
 def test_flags_win_over_the_studys_values():
@@ -100,6 +102,25 @@ def test_yaml_rules(tmp_path):
         ("groups: [{match: '.*', optimizer: adamw, options: {betta: 1}}]", "no option 'betta'"),
         ("groups: [{match: '.*', optimizer: adamw, decay_mode: x}]", "decay_mode"),
         ("groups: [", "YAML"),
+        (
+            "groups: [{match: '.*', optimizer: adamw, weight_decay: -0.1}]",
+            "groups.yaml, group 1: .*weight_decay is -0.1",
+        ),
+        ("groups: [{match: '.*', optimizer: adamw, weight_decay: .nan}]", "weight_decay is nan"),
+        ("groups: [{match: '.*', optimizer: adamw, weight_decay: many}]", "weight_decay is 'many'"),
+        ("groups: [{match: '.*', optimizer: adamw, lr_scale: -1}]", "groups.yaml, group 1: .*lr_scale is -1"),
+        ("groups: [{match: '.*', optimizer: adamw, lr_scale: .nan}]", "lr_scale is nan"),
+        ("groups: [{match: '.*', optimizer: adamw, lr_scale: .inf}]", "lr_scale is inf"),
+        ("groups: [{match: '.*', optimizer: adamw, lr_scale: true}]", "lr_scale is True"),
+        ("groups: [{match: '.*', optimizer: adamw, lr_scale: half}]", "lr_scale is 'half'"),
+        ("groups: [{match: '.*', optimizer: adamw, clip: 3}]", "clip is 3"),
+        ("groups: [{match: '.*', optimizer: adamw, optional: maybe}]", "optional is 'maybe'"),
+        ("groups: [{match: '.*', optimizer: adamw, options: [1]}]", "options is"),
+        ("groups: [{match: 3, optimizer: adamw}]", "match is 3"),
+        (
+            "groups: [{match: '.*', optimizer: adamw, options: {beta1: 1}}]",
+            "groups.yaml, group 1: --adamw-beta1 is 1.0",
+        ),
     ],
 )
 def test_bad_rules_are_refused_with_a_remedy(tmp_path, text, words):
@@ -107,6 +128,14 @@ def test_bad_rules_are_refused_with_a_remedy(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(UserError, match=words):
         g.assign(INFOS, g.load_rules(path))
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
+    path = tmp_path / "groups.yaml"
+    options = "lr_scale: 3e-1, weight_decay: 1e-1, options: {eps: 1e-8}"
+    path.write_text(f"groups: [{{match: '.*', optimizer: adamw, {options}}}]")
+    (rule,) = g.load_rules(path)
+    assert (rule.lr_scale, rule.weight_decay, rule.options) == (0.3, 0.1, {"eps": 1e-8})
 
 
 def test_describe_counts():
@@ -160,7 +189,7 @@ def test_width_multipliers_keep_a_steps_effect(name):
             else:
                 u = torch.zeros(width, width)
                 rule.update([u], [grad], [state], t, 1.0, 0.0)
-        sizes.append(float(torch.linalg.matrix_norm(u, 2)) * (width / 32) ** hidden_exponent(name, rule.config))
+        sizes.append(float(torch.linalg.matrix_norm(u, 2)) * (width / 32) ** rule.width_exponent())
     assert 0.7 < sizes[1] / sizes[0] < 1.45
 
 

@@ -7,7 +7,7 @@ from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
 
 BETA1, BETA2, SHAMPOO, EPS = 0.9, 0.95, 0.9, 1e-12
-BASE = dict(beta1=BETA1, beta2=BETA2, shampoo_beta=SHAMPOO, eps=EPS)
+BASE = dict(beta1=BETA1, beta2=BETA2, shampoo_beta=SHAMPOO, eps=EPS, floor=0.0)  # the study's rule
 
 
 def gradients(shape, count, seed=0, dtype=torch.float64):
@@ -33,7 +33,7 @@ def qr_refresh(a, q, v, side):
     return torch.linalg.qr(a @ q[:, order])[0], v
 
 
-def transcription(grads, freq, sides=(0, 1), authors=False):
+def transcription(grads, freq, sides=(0, 1), authors=False, floor=0.0):
     """The rule on one block in float64; bases by eigh, then QR, with no care for rank."""
     g = grads[0]
     gg = {0: (1 - SHAMPOO) * g @ g.T, 1: (1 - SHAMPOO) * g.T @ g}
@@ -43,7 +43,8 @@ def transcription(grads, freq, sides=(0, 1), authors=False):
         n = t - 1 if authors else t
         m = BETA1 * m + (1 - BETA1) * g
         v = BETA2 * v + (1 - BETA2) * (q[0].T @ g @ q[1]) ** 2
-        u = q[0] @ ((q[0].T @ m @ q[1]) / (v.sqrt() + EPS)) @ q[1].T
+        root = v.sqrt().clamp_min(floor * v.mean().sqrt())
+        u = q[0] @ ((q[0].T @ m @ q[1]) / (root + EPS)) @ q[1].T
         out.append(u * (1 - BETA2**n) ** 0.5 / (1 - BETA1**n))
         new = {0: SHAMPOO * gg[0] + (1 - SHAMPOO) * g @ g.T, 1: SHAMPOO * gg[1] + (1 - SHAMPOO) * g.T @ g}
         if n % freq == 0:
@@ -59,11 +60,26 @@ def close(ours, theirs, tolerance):
 
 
 @pytest.mark.parametrize("freq", [1, 3, 10])
-@pytest.mark.parametrize("variant", ["study", "authors"])
-def test_square_is_the_papers(freq, variant):
+@pytest.mark.parametrize("variant, floor", [("study", 0.0), ("authors", 0.0), ("study", 0.7), ("authors", 0.7)])
+def test_square_is_the_papers(freq, variant, floor):
     grads = gradients((12, 12), 50)
-    ours, _ = run(grads, dict(precondition_frequency=freq, variant=variant))
-    close(ours, transcription(grads, freq, authors=variant == "authors"), 1e-6)
+    ours, _ = run(grads, dict(precondition_frequency=freq, variant=variant, floor=floor))
+    close(ours, transcription(grads, freq, authors=variant == "authors", floor=floor), 1e-6)
+
+
+def test_the_floor_keeps_noise_in_a_null_space_small():
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(16, 3, generator=generator), torch.randn(3, 16, generator=generator)
+    grads = [left @ torch.randn(3, 3, generator=generator) @ right for _ in range(12)]
+    noises = [1e-7 * torch.randn(16, 16, generator=generator) for _ in grads]
+    outside = torch.eye(16) - left @ torch.linalg.pinv(left)  # what no gradient reaches
+
+    def norms(floor):
+        directions, _ = run([g + e for g, e in zip(grads, noises)], dict(floor=floor, precondition_frequency=5))
+        return [float((outside @ u).norm()) for u in directions[1:]]
+
+    assert max(norms(0.0)) > 0.5  # whole updates, made of noise
+    assert max(norms(registry.build("soap", {}).config.floor)) < 1e-4
 
 
 @pytest.mark.parametrize("shape, side", [((8, 30), 0), ((30, 8), 1)])

@@ -240,6 +240,6 @@ def test_n_is_the_cost_models(make_study):
 def test_a_structure_that_is_not_known_is_refused_with_its_line(make_study):
     tiny = "tiny: {num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 2"
     text = STUDY.replace(tiny + "}", tiny + ", flags: {moe_latent_size: 8}}")
-    with pytest.raises(UserError, match=r"--moe-latent-size .* non_embedding_parameters"):
+    with pytest.raises(UserError, match=r"--moe-latent-size .*non_embedding_parameters"):
         read_study(make_study(text))
     read_study(make_study(text.replace("moe_latent_size: 8}}", "moe_latent_size: 8}, non_embedding_parameters: 99}")))

@@ -30,7 +30,7 @@ WITHOUT_DATA = {
     "heads": ([*MODEL, "--mock-data", "--num-attention-heads", "5"], "not divisible by --num-attention-heads 5"),
     "fp16": ([*MODEL, "--mock-data", "--optimizer", "muon", "--fp16"], "--fp16 does not work with --optimizer muon"),
     "warm-up": ([*MODEL, "--mock-data", "--lr-warmup-iters", "2"], "--lr-warmup-iters 2 is not below the 2 iters"),
-    "writer of saves": ([*MODEL, "--mock-data", "--async-save", "--async-strategy", "nvrx"], "--async-strategy nvrx"),
+    "writer of saves": ([*MODEL, "--mock-data", "--save", "x", "--async-save", "--async-strategy", "nvrx"], "--async-strategy nvrx"),
     "groups file": ([*MODEL, "--mock-data", "--optimizer", "adamw", "--optimizer-groups", "none.yaml"], "none.yaml"),
 }  # fmt: skip
 

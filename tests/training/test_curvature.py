@@ -3,7 +3,7 @@
 import torch
 
 from megatron_opt.training.batches import Replay
-from megatron_opt.training.curvature import sample_labels
+from megatron_opt.training.curvature import counted_tokens, sample_labels
 
 
 def draws(logits, labels, step=1, seed=1):
@@ -49,3 +49,18 @@ def test_replay_hands_out_what_was_kept_by_stage():
     assert [replay.pop(0), replay.pop(1), replay.pop(0)] == ["a", "b", "c"]
     replay.stop()
     assert not replay.recording and not replay.replaying
+
+
+def test_n_is_what_the_loss_counts(monkeypatch):
+    from megatron.core import parallel_state
+
+    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: "cpu")
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
+
+    def all_reduce(tensor):
+        tensor.mul_(4)  # two tensor-parallel copies of two data-parallel ranks
+
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    masked = [{"lm loss": torch.tensor([30.0, 64.0])}, {"lm loss": torch.tensor([2.0, 51.0])}]
+    assert counted_tokens(masked) == 2 * (64 + 51)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from megatron_opt import run_files
 from megatron_opt.training import events
 
 
@@ -28,7 +29,7 @@ def test_round_trip(tmp_path, monkeypatch):
 def test_a_torn_last_line_is_left_out(tmp_path):
     events.open_log(tmp_path)
     events.record("start")
-    with (tmp_path / events.FILE).open("a") as stream:
+    with (tmp_path / run_files.EVENTS).open("a") as stream:
         stream.write('{"event": "sa')
     assert [entry["event"] for entry in events.read(tmp_path)] == ["start"]
 
@@ -50,5 +51,5 @@ def test_lines_of_many_writers_stay_whole(tmp_path):
     )
     writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(4)]
     assert [writer.wait(timeout=60) for writer in writers] == [0] * 4
-    lines = (tmp_path / events.FILE).read_text().splitlines()
+    lines = (tmp_path / run_files.EVENTS).read_text().splitlines()
     assert len(lines) == 800 and all(json.loads(line)["event"] == "step" for line in lines)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from megatron_opt import run_files
 from tests.distributed.pool import write_dataset
 
 FLAGS = [
@@ -31,14 +32,14 @@ def run(folder, *more):
 
 
 def read(folder):
-    lines = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    lines = run_files.lines(folder / "out" / run_files.METRICS)
     return json.loads((folder / "out" / "results.json").read_text()), lines
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    done = run(folder, "--optimizer", "muon", "--tensorboard-dir", str(folder / "tensorboard"))
+    done = run(folder, "--optimizer", "muon", "--megatron-log", "--tensorboard-dir", str(folder / "tensorboard"))
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout
 
@@ -58,6 +59,30 @@ def test_results(finished):
     assert split["forward_backward"] + split["optimizer"] <= split["total"]  # evaluation counts in none of them
     assert result["config"]["hidden_size"] == 32 and "--optimizer" in result["argv"]
     assert result["versions"]["megatron_core"].startswith("0.19.2")
+
+
+def test_the_record_holds_what_trained(finished):
+    folder = finished[0]
+    result, _ = read(folder)
+    record = json.loads((folder / "out" / "config.json").read_text())
+    assert record["groups"] == result["groups"] and record["config"] == result["config"]
+    muon, adamw = record["groups"][0], record["groups"][-1]
+    assert muon["optimizer"] == "muon" and muon["options"]["momentum"] == 0.98 and muon["lr"] == 3e-3
+    assert (adamw["optimizer"], adamw["lr"]) == ("adamw", pytest.approx(9e-4))
+    assert (adamw["options"]["beta2"], adamw["options"]["eps"]) == (0.98, 1e-15)
+    config = record["config"]
+    assert config["rule_adamw_beta2"] == 0.98 and "adam_beta2" not in config
+    assert not [key for key, value in config.items() if key.startswith("rule_") and value is None]
+    assert record["flags"]["optimizer"] == "muon" and "micro-batch-size" in record["flags"]
+    (dataset,) = record["data"]
+    assert len(dataset["idx_sha256"]) == 64 and dataset["bin_bytes"] > 0
+    assert (record["validation"]["samples"], record["validation"]["tokens"]) == (16, 16 * 16)
+    assert {"torch", "megatron_core", "megatron_opt", "python"} <= set(record["versions"])
+
+
+def test_the_log_is_whole(finished):
+    log = (finished[0] / "out" / "logs" / "rank-0.txt").read_text()
+    assert "lm loss" in log and "validation loss at iteration 6" in log
 
 
 def test_metrics(finished):
@@ -95,10 +120,13 @@ def test_tensorboard(finished):
 
 
 def test_divergence_is_a_result(tmp_path):
-    done = run(tmp_path, "--optimizer", "adamw", "--lr", "1e4", "--clip-grad", "0")
+    done = run(tmp_path, "--optimizer", "adamw", "--lr", "1e4", "--weight-decay", "0", "--clip-grad", "0")
     assert done.returncode == 0, done.stderr[-3000:]
     result, _ = read(tmp_path)
     assert result["status"] == "diverged" and result["diverged"] is True
+    lines = done.stdout.splitlines()
+    assert len([line for line in lines if re.match(r" +[246]/6 ", line)]) == 3 and len(lines) < 20, done.stdout
+    assert "lm loss" not in done.stdout and "lm loss" in (tmp_path / "out" / "logs" / "rank-0.txt").read_text()
 
 
 def test_curvatures_cost_is_in_the_log_and_the_results(tmp_path):

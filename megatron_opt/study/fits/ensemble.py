@@ -21,8 +21,9 @@ from megatron_opt.study.fits.observations import Observations
 from megatron_opt.study.fits.posterior import Copies, draw
 
 COPIES = 400
-TRUST = 3.0
+TRUST = 4.0
 """ν: how many backtested values the model's own intervals are worth"""
+LEAST_SCALE = {"loss": 1.0, "gain": 0.9}
 TEMPER = 0.5
 LEAST_WEIGHT = 0.02
 """forms below this weight are left out"""
@@ -248,6 +249,7 @@ def calibrate(backtests: list[Backtest]) -> Calibration:
             worth = min(len(z), 3)
             squares, count = squares + worth * float(np.mean(z**2)) if len(z) else squares, count + worth
         widen[what] = float(np.sqrt((TRUST + squares) / (TRUST + count)))
+    widen = {what: max(value, LEAST_SCALE[what]) for what, value in widen.items()}
     factor = max((test.factor for test in backtests), default=1.0)
     floor: dict[float, float] = {}
     if backtests:

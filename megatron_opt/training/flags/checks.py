@@ -42,9 +42,9 @@ def model_and_layout(args: Any) -> None:
             raise UserError(f"{flag} is missing; give it, or a whole model by --preset ({known}){from_checkpoint}.")
     if args.micro_batch_size is None:
         raise UserError("--micro-batch-size is missing; give the number of sequences in one pass of one rank.")
-    _check_length(args)
     if args.lr is None and not args.plan_world_size:
         raise UserError("--lr is missing; give the learning rate, which depends on the optimizer.")
+    _check_length(args)
     conditions.check_schedule(args)
     if args.fp16 and args.optimizer not in ("adam", "sgd"):
         raise UserError(f"--fp16 does not work with --optimizer {args.optimizer}; use --bf16 or fp32.")

@@ -28,10 +28,14 @@ class _Whole(argparse.Action):
         parser.exit()
 
 
+def _wide(prog: str) -> argparse.HelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=40, width=120)
+
+
 def short_help(parser: argparse.ArgumentParser, ours: Sequence[Any]) -> str:
     """This project's groups of flags (rules' options left out) and the flags of a first run, in about a page."""
     brief = argparse.ArgumentParser(prog=parser.prog, usage="%(prog)s FLAGS", add_help=False, epilog=_POINTERS,
-                                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+                                    formatter_class=_wide)  # fmt: skip
     by_name = {name: action for action in parser._actions for name in action.option_strings}
     for title, words in _FIRST.items():
         group = brief.add_argument_group(title)

@@ -1,0 +1,53 @@
+"""A newcomer's path: a rule in one file of another package trains on TP2×DP2, saves, and goes on in another layout."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import outside
+from tests.distributed import cases as c
+from tests.distributed.cases import Case, Layout, case
+from tests.distributed.compare import assert_same_curve, assert_same_matrices, assert_same_state
+from tests.distributed.pool import Pool, Run
+
+STEPS = 8
+DENSE = [*c.DENSE, "--num-layers", "2"]
+RULE = "--optimizer ademamix --ademamix-beta3 0.99 --ademamix-alpha 2".split()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    packages = Path(tmp_path_factory.mktemp("packages"))
+    made = Pool(Path(tmp_path_factory.mktemp("outside")), 4, outside.install(packages))
+    yield made
+    made.close()
+
+
+def _case(layout: Layout, name: str, **options: str) -> Case:
+    return case(DENSE, RULE, layout, name, steps=STEPS, hook="checkpoint" if options else "", options=options)
+
+
+@pytest.fixture(scope="module")
+def runs(ranks: Pool) -> dict[str, Run]:
+    made = ranks.run([_case(c.ONE, "one"), _case(c.TP2_DP2_DIST, "saved", save="outside")])
+    half = case(DENSE, RULE, c.PP2, "loaded", steps=STEPS + 4, hook="checkpoint", options={"load": "outside"})
+    whole = case(DENSE, RULE, c.ONE, "whole", steps=STEPS + 4)
+    return made | ranks.run([half, whole])
+
+
+@pytest.mark.slow
+def test_it_repeats_one_process(runs: dict[str, Run]) -> None:
+    assert_same_curve(runs["saved"], runs["one"], steps=STEPS)
+    assert_same_state(runs["saved"], runs["one"])
+    assert set(runs["one"].state) == {"exp_avg", "exp_avg_slow", "exp_avg_sq"}
+
+
+@pytest.mark.slow
+def test_its_state_is_loaded_by_another_layout(runs: dict[str, Run]) -> None:
+    assert_same_matrices(runs["loaded"].weights, runs["whole"].weights, 1e-4, "weights")
+    assert runs["loaded"].losses == pytest.approx(runs["whole"].losses[STEPS:], rel=1e-5)
+
+
+def test_it_is_one_file_of_less_than_100_lines() -> None:
+    assert len(Path(outside.__file__).with_name("ademamix.py").read_text().splitlines()) < 100
