@@ -186,10 +186,10 @@ def check(args: Any) -> None:
     shares = sources.shares()
     if shares[0] is None and not args.skip_train:
         raise UserError("there is no training data: give --train-data-path, or --split a share for it above 0.")
-    if shares[1] is None and (args.eval_iters or args.full_validation):
-        if args.full_validation or "eval-iters" in args.given_flags:
-            asked = "--full-validation" if args.full_validation else f"--eval-iters {args.eval_iters}"
-            raise UserError(f"{asked}: there is no validation data; give --valid-data-path, or leave it out.")
+    if shares[1] is None and args.eval_iters:
+        asked = [name for name in ("full-validation", "eval-samples", "eval-iters") if name in args.given_flags]
+        if asked:
+            raise UserError(f"--{asked[0]}: there is no validation data; give --valid-data-path, or leave it out.")
         args.eval_iters = 0
     for split, share in zip(SPLITS, shares, strict=True):
         if share is not None:
@@ -202,7 +202,7 @@ def _enough(args: Any, split: str, blend: Blend, share: tuple[float, float], cut
 
     samples, once = (
         0,
-        (blend.weights is None and len(blend.prefixes) > 1) or (split == "valid" and args.full_validation),
+        (blend.weights is None and len(blend.prefixes) > 1) or (split == "valid" and args.whole_validation),
     )
     for prefix in blend.prefixes:
         lengths = read_index(prefix).lengths
@@ -233,10 +233,6 @@ def _wanted(args: Any, split: str) -> int:
 
 
 def _without_effect(args: Any) -> None:
-    if args.multiple_validation_sets != args.full_validation:
-        raise UserError(
-            "--full-validation and --multiple-validation-sets work only together in Megatron 0.19.2; give both, or neither."
-        )
     if args.reset_position_ids and args.position_embedding_type != "learned_absolute":
         raise UserError(
             f"--reset-position-ids has no effect on --position-embedding-type {args.position_embedding_type}, "

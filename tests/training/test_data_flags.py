@@ -18,8 +18,8 @@ platform.activate()
 def flags(**given):
     names = (*data_flags._JOINT, *data_flags._PER_SPLIT, *data_flags._PATHS, "split", "tokenizer_model")
     plain = dict.fromkeys(names) | {
-        "mock_data": False, "padded_vocab_size": 128, "seq_length": 8, "eval_iters": 0, "full_validation": False,
-        "multiple_validation_sets": False, "reset_position_ids": False, "reset_attention_mask": False, "skip_train": False,
+        "mock_data": False, "padded_vocab_size": 128, "seq_length": 8, "eval_iters": 0, "whole_validation": False,
+        "reset_position_ids": False, "reset_attention_mask": False, "skip_train": False,
         "position_embedding_type": "rope", "transformer_impl": "local", "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None, "train_samples": 4, "train_iters": None, "global_batch_size": 2,
         "given_flags": set(), "create_attention_mask_in_dataloader": False,
@@ -161,10 +161,7 @@ def test_too_little_where_data_is_read_once(make):
     with pytest.raises(UserError, match="8 tokens of short, which are read once and give no whole sample"):
         data_flags.check(flags(train_data_path=["long", "short", "long"]))
     with pytest.raises(UserError, match="read once"):
-        both = {"full_validation": True, "multiple_validation_sets": True}
-        data_flags.check(flags(train_data_path=["long"], valid_data_path=["short"], **both))
-    with pytest.raises(UserError, match="work only together"):
-        data_flags.check(flags(train_data_path=["long"], valid_data_path=["long"], full_validation=True))
+        data_flags.check(flags(train_data_path=["long"], valid_data_path=["short"], whole_validation=True))
 
 
 def test_what_is_missing(make):
@@ -174,7 +171,7 @@ def test_what_is_missing(make):
     quiet = flags(train_data_path=["a"], eval_iters=10)
     data_flags.check(quiet)
     assert quiet.eval_iters == 0
-    with pytest.raises(UserError, match="--eval-iters 10: there is no validation data"):
+    with pytest.raises(UserError, match="--eval-iters: there is no validation data"):
         data_flags.check(flags(train_data_path=["a"], eval_iters=10, given_flags={"eval-iters"}))
 
 
