@@ -156,9 +156,10 @@ def test_combination(flags):
     assert said[-1] in ".?" and "\n" not in said and ".py:" not in said and "argument(s)" not in said
 
 
+_IDS = "--tokenizer-type NullTokenizer --vocab-size 127"
 MISSING = {
     "--preset llama": "--num-layers is missing",
-    "--preset llama-130m --lr 1e-3 --train-iters 10000 --tokenizer-type NullTokenizer --vocab-size 127": "--micro-batch-size is missing",
+    f"--preset llama-130m --lr 1e-3 --train-iters 10000 {_IDS}": "--micro-batch-size is missing",
     "--preset demo": "--tokenizer-type is missing",
     "--preset demo --tokenizer-type NullTokenizer": "--vocab-size is missing",
 }

@@ -148,6 +148,6 @@ def test_a_hybrid_model_that_needs_a_gpu_is_refused_before_it_is_built():
     from megatron_opt.errors import UserError
     from megatron_opt.training.flags import checks
 
-    with pytest.raises(UserError, match="--hybrid-layer-pattern M-.*GPU"):
+    with pytest.raises(UserError, match=r"--hybrid-layer-pattern M-.*GPU"):
         checks.trainable(Namespace(hybrid_layer_pattern="M-"))
     checks.trainable(Namespace(hybrid_layer_pattern="*-"))
