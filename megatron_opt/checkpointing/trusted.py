@@ -67,6 +67,8 @@ _ALLOWED = {
         "WriteItemType",
     },
     "megatron.core.enums": {"ModelType"},
+    "megatron.core.safe_globals": {"safe_load_from_bytes"},  # torch's, in Megatron's pickles
+    "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
     "megatron.core.optimizer": {"OptimizerConfig"},
     "megatron.core.optimizer.optimizer_config": {"OptimizerConfig"},
     "megatron.core.rerun_state_machine": {"RerunDiagnostic", "RerunMode", "RerunState"},
@@ -83,6 +85,7 @@ _ALLOWED = {
 }
 
 
+_LOADERS = {("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes")}
 _EXTRA_STATE = "_extra_state"
 _EXTRA_STATE_SWITCH = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 _TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of torch.save's format without zip
@@ -110,7 +113,7 @@ class _Names(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         self.names.add((module, name))
-        if name in ("_load_from_bytes", "safe_load_from_bytes"):
+        if (module, name) in _LOADERS:
             return self._note_saved
         return _Inert
 

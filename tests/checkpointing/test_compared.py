@@ -28,7 +28,7 @@ def flags() -> set[str]:
     theirs = (
         group for group in parser._action_groups if not str(group.title).startswith(("megatron_opt", "optimizer"))
     )
-    return {action.dest for group in theirs for action in group._group_actions} - {"help"}
+    return {action.dest for group in theirs for action in group._group_actions} - {"help", "help_all"}
 
 
 def test_every_flag_of_megatrons_parser_has_one_class(flags: set[str]) -> None:

@@ -92,15 +92,24 @@ def test_a_cut_pickle_is_unreadable(checkpoint, cut):
 KEY = "decoder.layers.0.self_attention.linear_qkv._extra_state/shard_0_1"
 
 
-@pytest.fixture
-def recipe(monkeypatch):
-    """What Transformer Engine's delayed scaling keeps, without Transformer Engine."""
-    module = types.ModuleType("transformer_engine.common.recipe")
-    for name in ("transformer_engine", "transformer_engine.common"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    module.DelayedScaling = type("DelayedScaling", (), {"__module__": module.__name__})
-    made = module.DelayedScaling()
+@pytest.fixture(
+    params=[
+        "transformer_engine.common.recipe.DelayedScaling",
+        "megatron.core.extensions.transformer_engine.TEDelayedScaling",
+    ]
+)
+def recipe(monkeypatch, request):
+    """What delayed scaling keeps, with Transformer Engine's recipe or Megatron's, without Transformer Engine."""
+    path, _, name = request.param.rpartition(".")
+    module = types.ModuleType(path)
+    parents = path.split(".")
+    for depth in range(1, len(parents)):
+        parent = ".".join(parents[:depth])
+        if parent not in sys.modules:
+            monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    monkeypatch.setitem(sys.modules, path, module)
+    setattr(module, name, type(name, (), {"__module__": path}))
+    made = getattr(module, name)()
     made.margin, made.amax_history_len = 0, 16
     return made
 
