@@ -47,7 +47,6 @@ _ALLOWED = {
     "torch._utils": {"_rebuild_tensor_v2", "_rebuild_parameter"},
     "torch.serialization": {"_get_layout"},
     "torch.storage": {"UntypedStorage", "TypedStorage", "_load_from_bytes"},  # what the last one gets is read too
-    "megatron.core.safe_globals": {"safe_load_from_bytes"},  # in its place once Megatron is imported
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
