@@ -25,7 +25,8 @@ $(VENV)/.python: tools/find_python.sh
 $(VENV)/.packages: $(VENV)/.python requirements.txt requirements-te.txt
 	@echo "installing pinned packages (a few minutes at most)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-te.txt && touch $@
+	@$(PY) -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(VENV)/transformer-engine \
+	  -r requirements-te.txt && touch $@
 
 $(VENV)/.extension: $(VENV)/.packages setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 	@echo "building the extension"

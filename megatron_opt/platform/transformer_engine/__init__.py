@@ -45,14 +45,14 @@ def install() -> None:
     if not installed():
         raise UserError(
             "--transformer-impl transformer_engine needs the package transformer-engine, on CPU its Python alone: "
-            f"pip install --no-deps -r requirements-te.txt (transformer-engine {VERSION}); or train with --transformer-impl local."
+            f"pip install --no-deps --target te -r requirements-te.txt and PYTHONPATH=te (transformer-engine {VERSION}); or train with --transformer-impl local."
         )
     from importlib.metadata import version
 
     if version("transformer-engine") != VERSION:
         raise UserError(
             f"transformer-engine is {version('transformer-engine')}, on CPU {VERSION} is emulated: "
-            "pip install --no-deps -r requirements-te.txt."
+            "pip install --no-deps --target te -r requirements-te.txt, then PYTHONPATH=te."
         )
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its library is not loaded
     from megatron_opt.platform.transformer_engine import casts, norms, products  # noqa: F401  they register themselves
