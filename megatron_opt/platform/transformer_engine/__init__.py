@@ -45,7 +45,8 @@ def install() -> None:
     if not installed():
         raise UserError(
             "--transformer-impl transformer_engine needs the package transformer-engine, on CPU its Python alone: "
-            f"pip install --no-deps --target te -r requirements-te.txt and PYTHONPATH=te (transformer-engine {VERSION}); or train with --transformer-impl local."
+            "pip install --no-deps --target te -r requirements-te.txt and PYTHONPATH=te "
+            f"(transformer-engine {VERSION}); or train with --transformer-impl local."
         )
     from importlib.metadata import version
 
