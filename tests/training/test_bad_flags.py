@@ -159,7 +159,9 @@ def test_combination(flags):
 _IDS = "--tokenizer-type NullTokenizer --vocab-size 127"
 MISSING = {
     "--preset llama": "--num-layers is missing",
-    f"--preset llama-130m --lr 1e-3 --train-iters 10000 {_IDS}": "--micro-batch-size is missing",
+    f"--preset llama --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --train-iters 10 {_IDS}": (
+        "--micro-batch-size is missing"
+    ),
     "--preset demo": "--tokenizer-type is missing",
     "--preset demo --tokenizer-type NullTokenizer": "--vocab-size is missing",
 }
