@@ -23,7 +23,7 @@ from tests.distributed import recording
 from tests.distributed.cases import Case
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 600.0  # seconds for one batch; nothing may hang longer
+TIMEOUT = 1200.0  # seconds for one batch; nothing may hang longer
 
 
 def write_dataset(prefix: Path, documents: int = 800) -> str:
