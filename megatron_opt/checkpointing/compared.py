@@ -149,7 +149,7 @@ def option(name: str) -> str:
 
 def check_accepted(names: Sequence[str]) -> None:
     """Refuse words after --accept-changed that name no flag which is compared."""
-    known = {*COMPARED, *map(option, COMPARED)}
+    known = {*COMPARED, *map(option, COMPARED)} if names else set()
     for name in names:
         if name not in known:
             raise UserError(
