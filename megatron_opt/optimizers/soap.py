@@ -32,7 +32,7 @@ class SoapConfig(FactoredConfig):
     beta2: float = decay(0.99, "decay of the second moment in the eigenbasis")
     eps: float = epsilon(1e-10, "added to the square root of the second moment")
     floor: float = option(
-        0.01,
+        0.0,
         "least √v in the eigenbasis over the block's root mean square: no rounding noise scaled up; 0: the study's rule",
         low=0,
         high=1,
