@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opt.platform.transformer_engine.extension import operation, torch_dtype
+from megatron_opt.platform.transformer_engine.extension import MODULE, operation, torch_dtype
 
 FORMATS = {7: (torch.float8_e4m3fn, 448.0), 8: (torch.float8_e5m2, 57344.0)}  # by DType
 _LARGEST = torch.finfo(torch.float32).max
@@ -43,15 +43,18 @@ def _is_current(quantizer: Any) -> bool:
     return type(quantizer).__name__ == "Float8CurrentScalingQuantizer"
 
 
+def _refuse_other_formats(quantizer: Any) -> None:
+    kind = type(quantizer).__name__
+    if kind not in ("Float8Quantizer", "Float8CurrentScalingQuantizer"):
+        getattr(MODULE, kind)()  # raises: it is not answered for
+
+
 @operation
 def quantize(x: Tensor, quantizer: Any, out: Any = None, noop: Tensor | None = None) -> Any:
     """x in the quantizer's format, into `out` where it is given; unchanged where `noop` holds another number than 0."""
     if noop is not None and float(noop) != 0:
         return out
-    if type(quantizer).__name__ not in ("Float8Quantizer", "Float8CurrentScalingQuantizer"):
-        from megatron_opt.platform.transformer_engine.extension import MODULE
-
-        return getattr(MODULE, type(quantizer).__name__)(x)
+    _refuse_other_formats(quantizer)
     if out is None:
         out = quantizer.make_empty(x.shape, dtype=x.dtype, device=x.device)
     amax = x.detach().float().abs().max() if x.numel() else torch.zeros(())
@@ -94,10 +97,7 @@ def create_empty_quantized_tensor(
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
-    if type(quantizer).__name__ not in ("Float8Quantizer", "Float8CurrentScalingQuantizer"):
-        from megatron_opt.platform.transformer_engine.extension import MODULE
-
-        return getattr(MODULE, type(quantizer).__name__)(shape)
+    _refuse_other_formats(quantizer)
     shape = tuple(shape)
     parts = {
         "data": torch.zeros(shape, dtype=torch.uint8) if quantizer.rowwise_usage else None,
