@@ -143,9 +143,7 @@ class Soap(FactoredOptimizer):
     ) -> Sequence[Tensor]:
         """Native kernels work on each block where it lies; directions may replace gradients."""
         grads, moments, seconds = parts
-        if not projection.taken(
-            [*grads, *moments, *seconds], [several[0] for several in held.values()]
-        ):
+        if not projection.taken([*grads, *moments, *seconds], [several[0] for several in held.values()]):
             return super().family_step(family, parts, held, step, due, infos)
         bases, factors = ({side: held[kind, side] for side in family.kind} for kind in ("q", "gg"))
         gains: dict[str, Any] = {"gain": 1 - self.config.shampoo_beta, "decay": self.config.shampoo_beta}
