@@ -1,6 +1,7 @@
 """Calibration writes a cluster file that can be read back; tables are whole."""
 
 import csv
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,10 @@ def test_ranks_beyond_the_cores_take_turns(quick: None, tmp_path: Path, monkeypa
     file = tmp_path / "machine.yaml"
     file.write_text(calibrate.calibrate(2))
     found = cluster.load(str(file))
-    cores = found.shared_cores
-    if cores > 1:
-        assert found.crowding(cores) == pytest.approx(1 / 0.8) and found.crowding(4 * cores) == pytest.approx(4 / 0.8)
-        assert found.crowding(cores, memory=True) == pytest.approx(2) and found.crowding(1, memory=True) == 1
+    assert found.shared_cores >= 1
+    found = dataclasses.replace(found, shared_cores=2)  # the tests' machines may have one
+    assert found.crowding(2) == pytest.approx(1 / 0.8) and found.crowding(8) == pytest.approx(4 / 0.8)
+    assert found.crowding(2, memory=True) == pytest.approx(2) and found.crowding(1, memory=True) == 1
     assert cluster.load("h100").crowding(10000) == 1
 
 

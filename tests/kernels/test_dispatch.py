@@ -43,6 +43,14 @@ def run(program, **environment):
     )
 
 
+def test_the_extension_is_built_from_these_sources():
+    """What would make native tests skip, or test the reference with itself."""
+    if dispatch.mode() == "reference":
+        pytest.skip("MEGATRON_OPT_KERNELS=reference")
+    module, defect = dispatch._load()
+    assert module is not None, f"the extension {defect}; {dispatch._BUILD}"
+
+
 def test_reference_never_loads_the_extension():
     result = run(STEP, MEGATRON_OPT_KERNELS="reference")
     assert (result.stdout.strip(), result.stderr) == ("[0.25, 0.25, 0.25] False", "")
