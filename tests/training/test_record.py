@@ -88,7 +88,7 @@ def test_the_identity_tells_sets_apart():
 
 GOOD = {
     "log_interval": 1, "tensorboard_log_interval": 1, "eval_interval": 10, "eval_iters": 2, "eval_samples": None,
-    "full_validation": False, "multiple_validation_sets": False, "given_flags": set(), "mock_data": False,
+    "full_validation": False, "given_flags": set(), "mock_data": False,
     "data_args_path": None, "per_split_data_args_path": None, "sft": False, "train_data_path": ["a"],
     "valid_data_path": ["b"], "data_path": None, "split": None, "wandb_project": "", "wandb_exp_name": "",
     "wandb_save_dir": "", "output_dir": None, "save": None,
@@ -100,7 +100,6 @@ BAD = [
     ({"eval_iters": -1}, "--eval-iters -1"),
     ({"eval_samples": 0}, "--eval-samples 0"),
     ({"eval_samples": 8, "full_validation": True}, "give one"),
-    ({"multiple_validation_sets": True}, "--multiple-validation-sets"),
 ]
 
 
