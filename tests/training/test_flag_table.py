@@ -94,7 +94,8 @@ _DEFINED = {"transformer/transformer_config.py", "model_parallel_config.py"}
 _SET_BY = {
     "disable_parameter_transpose_cache": (), "fp8_dot_product_attention": (), "fp8_multi_head_attention": (),
     "tp_comm_overlap_disable_fc1": (),
-    "tp_comm_overlap_disable_qkv": (), "tp_comm_atomic_ag": (), "tp_comm_atomic_rs": (), "tp_only_amax_red": (), "fp8_param": ("fp8-param-gather",),
+    "tp_comm_overlap_disable_qkv": (), "tp_comm_atomic_ag": (), "tp_comm_atomic_rs": (),
+    "tp_only_amax_red": (), "fp8_param": ("fp8-param-gather",),
     "fp4_param": ("fp4-param-gather",), "tp_comm_split_ag": ("no-tp-comm-split-ag",),
 }  # fmt: skip
 
