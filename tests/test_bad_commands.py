@@ -40,6 +40,9 @@ WORDS = {
     "data index --input a.jsonl --tokenizer t --output-prefix p --workers 0": "--workers",
     "data index --input a.jsonl --tokenizer t --output-prefix p --tiktoken-num-special-tokens -1": "--tiktoken-num",
     "data corpus --name nope --output o": "--name nope",
+    "data index --input a.jsonl --tokenizer t --output-prefix folder/": "--output-prefix 'folder/'",
+    "data index --input a.jsonl --tokenizer t --output-prefix=": "--output-prefix ''",
+    "data tokenizer --input a.jsonl --output o --eod x": "--eod x",
     "status": "DIR", "status a b": "'b'", "cost": "step|search", "cost stepp": "Did you mean step?", "nope": "'nope'",
     "Train": "Did you mean train?", "COST": "Did you mean cost?", "--vresion": "'--vresion'", "data": "command", "mup": "command",
     "migrate": "plan|checkpoint", "migrate plan": "--to",
@@ -85,7 +88,7 @@ def test_a_file_that_cannot_be_used_is_one_sentence_in_every_command(tmp_path, m
     ("3", {"high": 2}), ("1e3", {"whole": True}),
 ])  # fmt: skip
 def test_numbers_that_are_refused(text, limits):
-    with pytest.raises(Exception, match="is no (whole|finite) number"):
+    with pytest.raises(Exception, match=r"is no (whole|finite) number"):
         number(**limits)(text)
 
 
@@ -129,7 +132,8 @@ def _environment(monkeypatch, given):
 
 
 @pytest.mark.parametrize("line", [
-    '{"event": "start", "time": "x"}', '{"event": 3, "time": 1}', '{"event": "save", "time": 1, "iteration": "x"}', '{"event": "start"}',
+    '{"event": "start", "time": "x"}', '{"event": 3, "time": 1}', '{"event": "save", "time": 1, "iteration": "x"}',
+    '{"event": "start"}',
     '{"event": "end", "time": 1, "restart": []}', '{"event": "end", "time": NaN}', "[1]", "3", "{", "\xff",
 ])  # fmt: skip
 def test_lines_of_a_log_that_are_no_events_are_left_out(line, tmp_path: Path):

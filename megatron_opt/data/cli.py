@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_opt.errors import number
+from megatron_opt.errors import UserError, number
 
 if TYPE_CHECKING:
     from megatron_opt.data.tokenizer import Tokenizer
@@ -105,6 +105,8 @@ def _tokenizer(args: argparse.Namespace) -> int:
         from megatron_opt.data.adopt_tokenizer import adopt_tokenizer
 
         return _show(adopt_tokenizer(args.source, args.output, args.eod, args.force, **_tiktoken_options(args)))
+    if args.eod is not None:
+        raise UserError(f"--eod {args.eod} has no effect on a tokenizer that is trained; leave it out.")
     from megatron_opt.data.train_tokenizer import train_tokenizer
 
     return _show(train_tokenizer(args.input, args.vocab_size, args.output, args.json_key, force=args.force))
@@ -132,6 +134,9 @@ def _add_index(commands: argparse._SubParsersAction) -> None:
 
 def _index(args: argparse.Namespace) -> int:
     from megatron_opt.data.index import Options, build_index
+
+    if not args.output_prefix.rpartition("/")[2].strip():
+        raise UserError(f"--output-prefix {args.output_prefix!r} ends without a name; give FOLDER/NAME.")
 
     options = Options(
         args.tokenizer,
