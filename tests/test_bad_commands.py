@@ -147,3 +147,31 @@ def test_a_line_of_metrics_with_words_for_numbers_is_left_out(tmp_path):
     lines = [row, {**row, "iteration": 2, "step_time": "fast"}, {**row, "iteration": 3, "tokens_per_s": [1]}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert run_files.metrics(tmp_path / "metrics.jsonl") == [row]
+
+
+def test_a_key_that_is_given_twice_is_refused_in_every_file(tmp_path):
+    from megatron_opt.cost_model import cluster, flags
+    from megatron_opt.optimizers.groups import load_rules
+
+    file = tmp_path / "twice.yaml"
+    for text, read in (
+        ("lr: 1e-3\nlr: 1e-2\n", flags.from_run),
+        ("name: a\nname: b\n", lambda path: cluster.load(str(path))),
+        ("groups:\n- {match: x, optimizer: adamw, match: y}\n", lambda path: load_rules(str(path), {})),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"twice\.yaml.*is given twice"):
+            read(file)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe\x00", b"- 1", b"7", b"groups: [", b"groups: {}", b"groups: 3", b"groups:\n- 1"]
+)
+def test_a_groups_file_that_is_none_is_one_sentence(content, tmp_path):
+    from megatron_opt.optimizers.groups import load_rules
+
+    file = tmp_path / "gruppen ü.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"gruppen ü\.yaml") as error:
+        load_rules(str(file), {})
+    assert "\n" not in str(error.value)

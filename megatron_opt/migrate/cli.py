@@ -79,13 +79,11 @@ def main(argv: list[str], prog: str) -> int:
 
 def _raw(path: Path) -> dict[str, Any]:
     """All flags of a run, also those that cost nothing but may be refused."""
-    import yaml
-
-    from megatron_opt import run_files
+    from megatron_opt import run_files, yaml_files
 
     if path.is_dir() or path.suffix == ".json":
         return run_files.flags(run_files.record(path))
-    return dict(yaml.safe_load(path.read_text()))
+    return dict(yaml_files.load(path.read_text()))
 
 
 def _plan(args: argparse.Namespace, rest: Sequence[str]) -> None:
