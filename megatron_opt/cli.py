@@ -1,6 +1,7 @@
 """`megatron-opt COMMAND …`: one word, one module, imported only when asked for."""
 
 import argparse
+import errno
 import importlib
 import os
 import select
@@ -9,9 +10,8 @@ import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
 
-from megatron_opt.errors import UserError, did_you_mean, explained
+from megatron_opt.errors import Parser, UserError, did_you_mean
 from megatron_opt.extras import missing_package
 
 COMMANDS = {
@@ -57,7 +57,7 @@ def _run(argv: list[str]) -> int:
         known = f"there are {', '.join(COMMANDS)}.{did_you_mean(argv[0], COMMANDS)}"
         print(f"megatron-opt: no command {argv[0]!r}; {known}", file=sys.stderr)
         return 2
-    argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign,assignment]  # of every command's parser and its subparsers
+    argparse.ArgumentParser.error = Parser.error  # type: ignore[method-assign,assignment]  # of every command's parser and its subparsers
     try:
         module = importlib.import_module(COMMANDS[argv[0]][0])
         return int(module.main(argv[1:], prog=f"megatron-opt {argv[0]}") or 0)
@@ -68,14 +68,24 @@ def _run(argv: list[str]) -> int:
         if missing is None:
             raise
         sentence = missing
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        unusable = _unusable(error)
+        if unusable is None:
+            raise
+        sentence = unusable
     print(f"megatron-opt {argv[0]}: {sentence}", file=sys.stderr)
     return 2
 
 
-def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """In place of argparse's error: a sentence with the word that was probably meant, and no usage before it."""
-    print(f"{parser.prog}: error: {explained(parser, message)} ({parser.prog} --help)", file=sys.stderr)
-    raise SystemExit(2)
+def _unusable(error: OSError) -> UserError | None:
+    """A file or folder that cannot be read or written, as a sentence; None for what has nothing to do with either."""
+    if error.filename is not None:
+        return UserError(f"{error.filename}: {error.strerror}; name another file.")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return UserError(f"the output cannot be written: {error.strerror}; make room or name another folder.")
+    return None
 
 
 def version() -> str:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opt.errors import UserError
+from megatron_opt.errors import UserError, number
+from megatron_opt.training import entry
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 _SLOW = 2.0  # times the median: a rank this much slower is named
@@ -181,14 +182,20 @@ def table(findings: Sequence[Finding], hosts: Sequence[str]) -> str:
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description="Check every rank of a job before it is started.")
     for name in ("tensor-model", "pipeline-model", "context", "expert-model"):
-        parser.add_argument(f"--{name}-parallel-size", type=int, default=1, help="as in the run to come")
+        parser.add_argument(
+            f"--{name}-parallel-size", type=number(1, whole=True), default=1, help="as in the run to come"
+        )
     parser.add_argument("--shared-dir", type=Path, help="folder for checkpoints, that every rank must see")
-    parser.add_argument("--free-gb", type=float, default=10.0, help="space wanted there (default 10)")
+    parser.add_argument("--free-gb", type=number(0), default=10.0, help="space wanted there (default 10)")
     parser.add_argument(
         "--data-path", nargs="*", default=[], metavar="PREFIX", help="datasets that every rank must read"
     )
-    parser.add_argument("--megabytes", type=int, default=16, help="size of a timed collective (default 16)")
-    parser.add_argument("--timeout", type=int, default=120, help="seconds for any one collective (default 120)")
+    parser.add_argument(
+        "--megabytes", type=number(1, 2**20, whole=True), default=16, help="size of a timed collective (default 16)"
+    )
+    parser.add_argument(
+        "--timeout", type=number(1, 1e6, whole=True), default=120, help="seconds for any one collective (default 120)"
+    )
     return parser
 
 
@@ -199,7 +206,7 @@ def main(argv: list[str], prog: str = "megatron-opt doctor") -> int:
     alone = "RANK" not in os.environ
     if alone:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world = entry.check_launcher()
     began = time.monotonic()
     from megatron_opt import doctor_probes as probes
     from megatron_opt import platform

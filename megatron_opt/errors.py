@@ -2,8 +2,10 @@
 
 import argparse
 import difflib
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -44,3 +46,31 @@ def explained(parser: argparse.ArgumentParser, message: str) -> str:
     if found := re.match(r"argument (\S+): (.*)$", message, re.S):
         message = f"{found[1].split('/')[-1]}: {found[2]}"
     return message[:1].lower() + message[1:] + ("" if message.endswith((".", "?")) else ".")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose complaints are UserErrors; the command line gives its `error` to every parser."""
+
+    def error(self, message: str) -> NoReturn:
+        """One sentence in place of the usage."""
+        raise UserError(f"{explained(self, message)} See {self.prog} --help.")
+
+
+def number(
+    low: float = -math.inf, high: float = math.inf, *, above: bool = False, whole: bool = False
+) -> Callable[[str], float]:
+    """An argparse type: finite numbers from `low` (or only above it) to `high`; argparse names the flag."""
+    kind = "whole number" if whole else "finite number"
+    least = f" {'above' if above else 'of at least'} {low:g}" if low > -math.inf else ""
+    most = f"{' and' if least else ''} at most {high:g}" if high < math.inf else ""
+
+    def read(text: str) -> float:
+        try:
+            value = int(text) if whole else float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not (value > low if above else value >= low) or value > high:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind}{least}{most}")
+        return value
+
+    return read

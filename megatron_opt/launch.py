@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_opt.errors import UserError
+from megatron_opt.errors import UserError, number
 
 TARGET = "megatron_opt.pretrain"
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -101,7 +101,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
     parser.add_argument(
         "--nproc-per-node",
-        type=int,
+        type=number(1, 1e5, whole=True),
         default=told("NPROC_PER_NODE"),
         help="ranks on this node (default: from GPUs or cores)",
     )
@@ -118,13 +118,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--local-addr", help="this node's address, where its name does not resolve")
     parser.add_argument(
         "--max-restarts",
-        type=int,
+        type=number(0, 1e6, whole=True),
         default=told("MAX_RESTARTS"),
         help=f"times a dead rank is answered by a restart (default {RESTARTS} with --save, else 0)",
     )
     parser.add_argument(
         "--shutdown-timeout",
-        type=int,
+        type=number(0, 1e6, whole=True),
         default=SHUTDOWN_SECONDS,
         help=f"seconds that ranks get to save after a signal (default {SHUTDOWN_SECONDS})",
     )
@@ -139,8 +139,6 @@ def torchrun_arguments(own: argparse.Namespace, training: Sequence[str], host: M
     ranks = own.nproc_per_node
     if ranks is None:
         ranks = rank_count(host, flags) if own.nnodes == "1" else (host.gpus or 1)
-    if ranks < 1:
-        raise UserError(f"--nproc-per-node {ranks} starts nothing; give at least 1.")
     restarts = own.max_restarts
     if restarts is None:
         restarts = RESTARTS if "save" in flags else 0

@@ -109,7 +109,6 @@ platform/local_layers.py
   megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__: sequence parallelism with torch's norms in local layers
 platform/latent_attention.py
   megatron.core.transformer.dot_product_attention.DotProductAttention.__init__: multi-latent attention in local layers
-  megatron.core.transformer.dot_product_attention.DotProductAttention.takes_channels: marks that it is in
 platform/hybrid_stack.py
   megatron.core.models.hybrid.hybrid_block.TENorm: on CPU: the last norm of a hybrid stack
 platform/megatron_faults.py

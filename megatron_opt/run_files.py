@@ -4,6 +4,7 @@ config.json (what was run, written at start), metrics.jsonl and events.jsonl (as
 """
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,17 @@ def lines(path: Path) -> list[Row]:
 
 
 def events(folder: Path | str) -> list[Row]:
-    """Events of a run, oldest first."""
-    return [row for row in lines(Path(folder) / EVENTS) if isinstance(row.get("event"), str)]
+    """Events of a run, oldest first; a line that is no event (without a name or a time) is left out."""
+    numbers = ("time", "iteration", "restart")
+    return [
+        row
+        for row in lines(Path(folder) / EVENTS)
+        if isinstance(row.get("event"), str) and "time" in row and all(_number(row.get(name, 0)) for name in numbers)
+    ]
+
+
+def _number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value))
 
 
 def _key(row: Row) -> tuple[str, str, int]:
@@ -50,6 +60,8 @@ def metrics(path: Path | str) -> list[Row]:
         try:
             key = _key(row)
         except (KeyError, TypeError, ValueError):
+            continue
+        if not all(_number(row.get(name)) for name in ("time", "tokens_per_s", "step_time")):
             continue
         kept.pop(key, None)
         kept[key] = row

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_opt import lifecycle, run_files
 from megatron_opt.checkpointing import folders
-from megatron_opt.errors import UserError
+from megatron_opt.errors import UserError, number
 
 _RECENT = 20  # training lines that speed and time to end are taken from
 _QUIET = 10  # a run that has not written for so many of its steps (and 60 s) is called silent
@@ -165,10 +165,10 @@ def main(argv: list[str], prog: str = "megatron-opt status") -> int:
     parser = argparse.ArgumentParser(prog=prog, description="What a run is doing, from its --output-dir.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="the run's --output-dir")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
-    parser.add_argument("--watch", type=float, metavar="SECONDS", help="repeat until the run ends or Ctrl-C")
+    parser.add_argument(
+        "--watch", type=number(0, 1e6, above=True), metavar="SECONDS", help="repeat until the run ends or Ctrl-C"
+    )
     args = parser.parse_args(argv)
-    if args.watch is not None and args.watch <= 0:
-        raise UserError(f"--watch {args.watch:g} is no pause; give seconds above 0.")
     try:
         while True:
             status = look(args.folder)

@@ -83,13 +83,9 @@ def _digest(target: str) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()[:16] if text else None
 
 
-# but for two names of our own, which mark that a patch is in
+# but for a name of our own, which marks that a patch is in
 MEGATRONS = sorted(
-    {p.target for p in patches.PATCHES if p.target.startswith("megatron.")}
-    - {
-        "megatron.core.optimizer._megatron_opt",
-        "megatron.core.transformer.dot_product_attention.DotProductAttention.takes_channels",
-    }
+    {p.target for p in patches.PATCHES if p.target.startswith("megatron.")} - {"megatron.core.optimizer._megatron_opt"}
 )
 
 

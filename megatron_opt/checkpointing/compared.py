@@ -6,8 +6,7 @@ changes only the layout, or neither the function nor the place in the data; a te
 
 import argparse
 import enum
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,25 +125,21 @@ def _plain(found: Any) -> Any:
     return Path(found).name if isinstance(found, str) and "/" in found else found
 
 
-@functools.cache
-def _options() -> dict[str, str]:
-    from megatron.training.arguments import add_megatron_arguments
+_options: dict[str, str] = {}
 
-    from megatron_opt.training.arguments import add_arguments
 
-    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    found: dict[str, str] = {}
-    for action in parser._actions:
+def know(actions: Iterable[argparse.Action]) -> None:
+    """Learn from the job's parser which flag sets which value."""
+    for action in actions:
         long = [name.removeprefix("--") for name in action.option_strings if name.startswith("--")]
         exact = [name for name in long if name.replace("-", "_") == action.dest]
-        if long and (exact or action.dest not in found):
-            found[action.dest] = (exact or long)[0]
-    return found
+        if long and (exact or action.dest not in _options):
+            _options[action.dest] = (exact or long)[0]
 
 
 def option(name: str) -> str:
     """The flag, without dashes, that sets Megatron's value `name`."""
-    return _options().get(name, name.replace("_", "-"))
+    return _options.get(name, name.replace("_", "-"))
 
 
 def check_accepted(names: Sequence[str]) -> None:

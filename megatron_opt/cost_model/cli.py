@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_opt.cost_model.command_line import Parser, one_sentence
-from megatron_opt.errors import UserError
+from megatron_opt.errors import Parser, UserError, number
 from megatron_opt.files import write_atomic
 
 
@@ -17,7 +16,7 @@ def _shared(parser: argparse.ArgumentParser, gpus: bool = True) -> None:
         "--cluster", required=True, metavar="NAME|FILE", help="a100, h100, h200, b200, gb300, or a cluster file"
     )
     if gpus:
-        parser.add_argument("--gpus", type=int, required=True, help="number of devices")
+        parser.add_argument("--gpus", type=number(1, 1e7, whole=True), required=True, help="number of devices")
     parser.add_argument("--from", dest="source", metavar="RUN|FILE", help="flags of a run's folder or of a YAML file")
     parser.add_argument("--json", metavar="FILE", help="write the numbers as JSON too")
 
@@ -36,7 +35,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     step.add_argument("--plan", action="store_true", help="print the optimizer's ownership plan")
     search = commands.add_parser("search", help="layouts that fit, ranked, and why others do not", allow_abbrev=False)
     _shared(search)
-    search.add_argument("--top", type=int, default=10, help="layouts to show")
+    search.add_argument("--top", type=number(1, whole=True), default=10, help="layouts to show")
     tables = commands.add_parser(
         "tables", help="overhead of each optimizer across scales, with plots", allow_abbrev=False
     )
@@ -48,7 +47,10 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     calibrate.add_argument("--output", required=True, metavar="FILE", help="cluster file to write")
     calibrate.add_argument(
-        "--ranks", type=int, default=0, help="ranks to measure traffic between (default: cores, 0 for none)"
+        "--ranks",
+        type=number(0, 1e4, whole=True),
+        default=0,
+        help="ranks to measure traffic between (default: cores, 0 for none)",
     )
     return parser
 
@@ -65,8 +67,7 @@ def main(argv: list[str], prog: str) -> int:
     }
     if rest and args.command in ("tables", "calibrate"):
         raise UserError(f"{rest[0]} is unknown here; see --help.")
-    with one_sentence(f"cost {args.command}"):
-        runs[args.command](args, rest)
+    runs[args.command](args, rest)
     return 0
 
 
@@ -100,8 +101,6 @@ def _search(args: argparse.Namespace, rest: Sequence[str]) -> None:
     from megatron_opt.cost_model.cluster import load
     from megatron_opt.cost_model.search import progress_stream, search, table
 
-    if args.top < 1:
-        raise UserError(f"--top is {args.top}; it must be at least 1.")
     flags, _ = _flags(args, rest)
     found = search(flags, load(args.cluster), args.gpus, top=args.top, progress=progress_stream())
     print(table(found, args.top))

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from megatron_opt import yaml_files
 from megatron_opt.errors import UserError
 
 CLASSES = ("gemm", "small_gemm", "qr", "eigh", "solve", "attention")
@@ -163,7 +164,7 @@ def load(which: str) -> Cluster:
     else:
         raise UserError(f"there is no cluster {which!r}; there are {', '.join(names())}, or give the path of a file.")
     try:
-        content = yaml.safe_load(text)
+        content = yaml_files.load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{which} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megatron_opt import run_files
+from megatron_opt import run_files, yaml_files
 from megatron_opt.errors import UserError
 from megatron_opt.layout import flags as structure
 from megatron_opt.optimizers import registry
@@ -236,7 +236,7 @@ def from_run(path: str | Path) -> Flags:
         content.pop("preset", None)  # its flags are among the run's
         return normalized(content)
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml_files.load(path.read_text())
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); give a run's folder or a YAML file of flags."

@@ -44,6 +44,8 @@ def adopt_tokenizer(
             model = load_tokenizer(trial, **tiktoken_options)
     else:
         model = load_tokenizer(source, eod_token=eod_token, **tiktoken_options)
+    if eod_token is not None and not isinstance(model, HuggingFace):
+        raise UserError(f"--eod {eod_token}: {source} says itself what ends a document ({model.kind}); leave --eod out")
     _check(model, source, output)
     with atomic(output) as stream:
         stream.write(data)

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_opt.errors import UserError, number
+
 if TYPE_CHECKING:
     from megatron_opt.data.tokenizer import Tokenizer
 
@@ -33,7 +35,7 @@ def _tiktoken(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tiktoken-pattern", choices=("v1", "v2"), default="v2", help="as of Megatron (default v2)")
     parser.add_argument(
         "--tiktoken-num-special-tokens",
-        type=int,
+        type=number(0, whole=True),
         default=1000,
         metavar="N",
         help="as of Megatron (default 1000)",
@@ -44,11 +46,7 @@ def _tiktoken_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"pattern": args.tiktoken_pattern, "special_tokens": args.tiktoken_num_special_tokens}
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+_count = number(1, whole=True)
 
 
 def _add_corpus(commands: argparse._SubParsersAction) -> None:
@@ -61,7 +59,9 @@ def _add_corpus(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--json-key", default="text", help="key or column that holds the text (default text)")
     parser.add_argument("--split", default="969,30,1", help="weights of train, valid, test (default 969,30,1)")
-    parser.add_argument("--seed", type=int, default=1234, help="which documents go where (default 1234)")
+    parser.add_argument(
+        "--seed", type=number(0, whole=True), default=1234, help="which documents go where (default 1234)"
+    )
     _force(parser)
     parser.set_defaults(run=_corpus)
 
@@ -105,6 +105,8 @@ def _tokenizer(args: argparse.Namespace) -> int:
         from megatron_opt.data.adopt_tokenizer import adopt_tokenizer
 
         return _show(adopt_tokenizer(args.source, args.output, args.eod, args.force, **_tiktoken_options(args)))
+    if args.eod is not None:
+        raise UserError(f"--eod {args.eod} has no effect on a tokenizer that is trained; leave it out.")
     from megatron_opt.data.train_tokenizer import train_tokenizer
 
     return _show(train_tokenizer(args.input, args.vocab_size, args.output, args.json_key, force=args.force))
@@ -132,6 +134,9 @@ def _add_index(commands: argparse._SubParsersAction) -> None:
 
 def _index(args: argparse.Namespace) -> int:
     from megatron_opt.data.index import Options, build_index
+
+    if not args.output_prefix.rpartition("/")[2].strip():
+        raise UserError(f"--output-prefix {args.output_prefix!r} ends without a name; give FOLDER/NAME.")
 
     options = Options(
         args.tokenizer,

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_opt.cost_model.command_line import Parser, one_sentence
-from megatron_opt.errors import UserError
+from megatron_opt.errors import Parser, UserError, number
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -29,16 +28,19 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     plan.add_argument(
         "--cluster", required=True, metavar="NAME|FILE", help="a100, h100, h200, b200, gb300, or a cluster file"
     )
-    plan.add_argument("--gpus", type=int, help="number of devices (default: the run's)")
+    plan.add_argument("--gpus", type=number(1, 1e7, whole=True), help="number of devices (default: the run's)")
     plan.add_argument(
         "--study", metavar="DIR|FILE", help="your study: its folder or its fits as JSON (default: the published one)"
     )
-    plan.add_argument("--tokens", type=float, help="budget in tokens (default: from the run's flags)")
+    plan.add_argument("--tokens", type=number(0, above=True), help="budget in tokens (default: from the run's flags)")
     plan.add_argument(
-        "--chinchilla", type=float, metavar="RATIO", help="budget as a multiple of 20 tokens per parameter"
+        "--chinchilla",
+        type=number(0, above=True),
+        metavar="RATIO",
+        help="budget as a multiple of 20 tokens per parameter",
     )
     plan.add_argument(
-        "--done", type=float, default=0.0, metavar="SHARE", help="share of the budget that is spent already"
+        "--done", type=number(0, 1), default=0.0, metavar="SHARE", help="share of the budget that is spent already"
     )
     plan.add_argument(
         "--output", default="migration", metavar="DIR", help="folder for plan.md, plan.html and plan.json"
@@ -71,20 +73,17 @@ def main(argv: list[str], prog: str) -> int:
         convert(argv[1:])
         return 0
     args, rest = build_parser(prog).parse_known_args(argv)
-    with one_sentence("migrate plan"):
-        _plan(args, rest)
+    _plan(args, rest)
     return 0
 
 
 def _raw(path: Path) -> dict[str, Any]:
     """All flags of a run, also those that cost nothing but may be refused."""
-    import yaml
-
-    from megatron_opt import run_files
+    from megatron_opt import run_files, yaml_files
 
     if path.is_dir() or path.suffix == ".json":
         return run_files.flags(run_files.record(path))
-    return dict(yaml.safe_load(path.read_text()))
+    return dict(yaml_files.load(path.read_text()))
 
 
 def _plan(args: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from megatron_opt import yaml_files
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import mup, registry
 from megatron_opt.optimizers.base import DECAY_MODES, MatrixInfo, MatrixOptimizer
@@ -140,9 +141,9 @@ def default_rules(
 def load_rules(path: str | Path, flags: Mapping[str, Options] | None = None) -> list[GroupRule]:
     """Rules from a YAML file with a list `groups`; `flags` are the command line's options, which rules override."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {error}.") from error
+        content = yaml_files.load(Path(path).read_text())
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from error
     entries = content.get("groups") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path} has no list `groups`; write one entry (match, optimizer, …) for each group.")

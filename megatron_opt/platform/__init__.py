@@ -26,17 +26,17 @@ def activate(transformer_engine: bool = False) -> None:
             te.hide()
     for replacement in replacements():
         replacement.install()
-    from megatron_opt.platform import latent_attention, megatron_faults
+    from megatron_opt.platform import megatron_faults
 
-    latent_attention.install()
     megatron_faults.install()
 
 
 def replacements() -> tuple:
     """What is replaced in Megatron on this machine."""
-    from megatron_opt.platform import local_layers, megatron_patches
+    from megatron_opt.platform import latent_attention, local_layers, megatron_patches
 
-    return local_layers.REPLACEMENTS + (megatron_patches.REPLACEMENTS if on_cpu() else ())
+    everywhere = (*local_layers.REPLACEMENTS, latent_attention.CHANNELS)  # the last after the forward that it needs
+    return everywhere + (megatron_patches.REPLACEMENTS if on_cpu() else ())
 
 
 def can_fp8() -> bool:

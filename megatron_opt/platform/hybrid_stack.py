@@ -5,6 +5,7 @@ local modules that its GPT has; norms that Transformer Engine fuses into linear 
 fused names in model checkpoints.
 """
 
+from functools import partial
 from typing import Any
 
 
@@ -42,52 +43,25 @@ def local_stack(config: Any) -> Any:
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=local.core_attention(), linear_proj=row),
     )
+
+    def layer(module: Any, parts: Any, before: str, name: str, inner: Any, bda: str, fused: str | None) -> Any:
+        """norm, inner module, bias-dropout-add; `fused`: the linear layer whose name the norm's weights have in checkpoints."""
+        named = {f"{before}.": f"{name}.{fused}.layer_norm_"} if fused else {}
+        given = {before: norm, name: inner, bda: get_bias_dropout_add, "sharded_state_dict_keys_map": named}
+        return ModuleSpec(module=module, submodules=parts(**given))
+
+    mlp = partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
+    mtp = MultiTokenPredictionBlockSubmodules(layer_specs=[get_mtp_layer_spec_for_backend(None, local)])
+    plain = TransformerLayerSubmodules
     layers = {
-        "mamba_layer": ModuleSpec(
-            module=MambaLayer,
-            submodules=MambaLayerSubmodules(
-                norm=norm,
-                mixer=mixer,
-                mamba_bda=get_bias_dropout_add,
-                sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
-            ),
+        "mamba_layer": layer(MambaLayer, MambaLayerSubmodules, "norm", "mixer", mixer, "mamba_bda", "in_proj"),
+        "attention_layer": layer(
+            TransformerLayer, plain, "input_layernorm", "self_attention", attention, "self_attn_bda", "linear_qkv"
         ),
-        "attention_layer": ModuleSpec(
-            module=TransformerLayer,
-            submodules=TransformerLayerSubmodules(
-                input_layernorm=norm,
-                self_attention=attention,
-                self_attn_bda=get_bias_dropout_add,
-                sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
-            ),
-        ),
-        "mlp_layer": ModuleSpec(
-            module=MLPLayer,
-            submodules=TransformerLayerSubmodules(
-                pre_mlp_layernorm=norm,
-                mlp=_mlp(MLP, MLPSubmodules(linear_fc1=column, linear_fc2=row)),
-                mlp_bda=get_bias_dropout_add,
-                sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
-            ),
-        ),
-        "mtp_block_spec": ModuleSpec(
-            module=MultiTokenPredictionBlock,
-            submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[get_mtp_layer_spec_for_backend(None, local)]),
-        ),
+        "mlp_layer": layer(MLPLayer, plain, "pre_mlp_layernorm", "mlp", mlp, "mlp_bda", "linear_fc1"),
+        "mtp_block_spec": ModuleSpec(module=MultiTokenPredictionBlock, submodules=mtp),
     }
     if config.num_moe_experts:
-        layers["moe_layer"] = ModuleSpec(
-            module=MoETransformerLayer,
-            submodules=TransformerLayerSubmodules(
-                pre_mlp_layernorm=norm,
-                mlp=get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts),
-                mlp_bda=get_bias_dropout_add,
-            ),
-        )
+        experts = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts)
+        layers["moe_layer"] = layer(MoETransformerLayer, plain, "pre_mlp_layernorm", "mlp", experts, "mlp_bda", None)
     return ModuleSpec(module=hybrid_block.HybridStack, submodules=hybrid_block.HybridStackSubmodules(**layers))
-
-
-def _mlp(module: Any, submodules: Any) -> Any:
-    from functools import partial
-
-    return partial(module.as_mlp_submodule, submodules=submodules)

@@ -29,9 +29,8 @@ class Replacement:
     owner: str
     name: str
     function: Callable[..., Any]
-    honours: frozenset[str] = (
-        frozenset()
-    )  # fields of TransformerConfig that it reads, or that leave the result as it is
+    honours: frozenset[str] | None = frozenset()
+    """fields of TransformerConfig that it reads, or that leave the result as it is; None: it ends in Megatron's own function"""
     constructor: str | None = None
 
     def place(self) -> Any:
@@ -61,7 +60,7 @@ class Replacement:
 
     def unread(self) -> frozenset[str]:
         """Those of them that the replacement does not honour."""
-        return self.read() - self.honours
+        return frozenset() if self.honours is None else self.read() - self.honours
 
     def check(self, config: Any) -> None:
         """Raise UserError where a field that only Megatron's own code reads is away from its default."""

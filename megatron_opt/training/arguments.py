@@ -77,7 +77,7 @@ def expand(argv: Sequence[str]) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """This project's flags, and Megatron's `--optimizer` with our names among its choices."""
-    from megatron_opt.checkpointing import saving
+    from megatron_opt.checkpointing import compared, saving
     from megatron_opt.training import faults, record, stragglers
     from megatron_opt.training.flags import helping
     from megatron_opt.training.optimizer_flags import add_optimizer_arguments
@@ -119,6 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     helping.install(
         parser, [g for g in parser._action_groups[of_megatron:] if not str(g.title).startswith("optimizer ")]
     )
+    compared.know(parser._actions)
     return parser
 
 

@@ -61,7 +61,6 @@ def build_datasets(num_samples: tuple[int | None, ...], vp_stage: int | None = N
         blend=sources.joint and sources.joint.for_megatron(),
         blend_per_split=sources.apart and [blend and blend.for_megatron() for blend in sources.apart],
         split=sources.split,
-        multiple_validation_sets=args.multiple_validation_sets,
         full_validation=args.full_validation,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,

@@ -5,18 +5,45 @@ import os
 import sys
 from typing import NoReturn
 
+from megatron_opt.errors import UserError
+
 
 def alone() -> None:
     """Addresses for torch.distributed where there is one process, which needs no launcher."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if check_launcher()[1] == 1:
         os.environ.setdefault("MASTER_ADDR", "localhost")
         os.environ.setdefault("MASTER_PORT", "0")
+
+
+def check_launcher() -> tuple[int, int]:
+    """(rank, ranks) that a launcher's variables give this process; raises UserError where they cannot be meant."""
+    ranks = _whole("WORLD_SIZE", 1, 2**31, "1")
+    rank = _whole("RANK", 0, ranks - 1, "0")
+    _whole("LOCAL_RANK", 0, ranks - 1, "0")
+    _whole("MASTER_PORT", 0 if ranks == 1 else 1, 65535, "1")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if ranks > 1 and not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {ranks} and {missing[0]} is not set; start the ranks by torchrun or Slurm's srun."
+        )
+    return rank, ranks
+
+
+def _whole(name: str, low: int, high: int, default: str) -> int:
+    text = os.environ.get(name, default)
+    value = int(text) if text.strip().removeprefix("-").isdecimal() else None
+    if value is None or not low <= value <= high:
+        raise UserError(
+            f"the environment variable {name} is {text!r}; it must be a whole number from {low} to {high}: unset it, or "
+            "start the ranks by torchrun."
+        )
+    return value
 
 
 def refused(program: str, error: Exception) -> int:
     """Print why this rank stops, with its number where there are several; returns the exit code of bad input."""
     rank = os.environ.get("RANK", "0")
-    where = f" [rank {rank}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    where = f" [rank {rank}]" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     print(f"{program}{where}: {error}", file=sys.stderr, flush=True)
     return 2
 

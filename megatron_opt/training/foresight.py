@@ -23,11 +23,6 @@ def check(args: Any) -> None:
                 "--eval-samples, --eval-iters and --full-validation each say how much is evaluated; give one."
             )
         args.eval_iters = max(1, args.eval_iters or 0)
-    if args.multiple_validation_sets:
-        raise UserError(
-            "--multiple-validation-sets: a run has one validation set, which its results name; give one by "
-            "--valid-data-path, and evaluate on others by `megatron-opt eval`."
-        )
     if (args.eval_iters or 0) < 0:
         raise UserError(f"--eval-iters {args.eval_iters}: give 0 for no evaluation, or more.")
     args.whole_validation = bool(args.full_validation)

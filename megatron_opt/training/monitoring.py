@@ -68,6 +68,8 @@ class Monitor:
         sinks.install(training, self.args)
 
         def training_log(loss_dict: Any, total: Any, lr: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
+            if iteration % self.args.log_interval == 0:  # else Megatron adds a process's first step to its next line
+                kwargs["is_first_iteration"] = False
             flag = log(loss_dict, total, lr, iteration, *args, **kwargs)
             grad_norm = args[3] if len(args) > 3 else kwargs.get("grad_norm")
             self.on_step(iteration, loss_dict, lr, grad_norm)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_opt.errors import UserError
+from megatron_opt.errors import UserError, number
 from megatron_opt.files import write_atomic
 
 PARAMETRIZATIONS = ("standard", "mup")
@@ -135,11 +135,15 @@ def main(argv: list[str], prog: str) -> int:
         "check", help="mean activation sizes over width, with and without µP: a table, JSON and PNG",
         epilog="after `--`: flags of megatron_opt.pretrain, such as --optimizer soap --lr 0.01 and data",
     )  # fmt: skip
-    command.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
-    command.add_argument("--base-width", type=int, help="width of the base model (default: the smallest)")
-    command.add_argument("--head-dim", type=int, default=16, help="one head size for all widths")
-    command.add_argument("--ffn-ratio", type=float, default=3.0, help="width of the MLP over the model's")
-    command.add_argument("--steps", type=int, default=5, help="steps before the last measurement")
+    command.add_argument("--widths", type=number(1, whole=True), nargs="+", default=[64, 128, 256, 512])
+    command.add_argument(
+        "--base-width", type=number(1, whole=True), help="width of the base model (default: the smallest)"
+    )
+    command.add_argument("--head-dim", type=number(1, whole=True), default=16, help="one head size for all widths")
+    command.add_argument(
+        "--ffn-ratio", type=number(0, 1e3, above=True), default=3.0, help="width of the MLP over the model's"
+    )
+    command.add_argument("--steps", type=number(1, whole=True), default=5, help="steps before the last measurement")
     command.add_argument("--output-dir", type=Path, default=Path("mup-check"))
     cut = argv.index("--") if "--" in argv else len(argv)
     options, flags = parser.parse_args(argv[:cut]), argv[cut + 1 :]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_opt.errors import UserError
+from megatron_opt.training import console
 
 _SEED = 1234
 _HASHED = 4096  # samples that the digest covers at most
@@ -77,6 +78,7 @@ def build(make: Any, config: Any, sizes: list[int | None], args: Any) -> list[An
     _, valid, test = make(eval_config, [0, *amounts])
     told = _identify(valid, test, wanted, batch, args)
     args.validation_identity = told["valid"]
+    _say(told["valid"], batch, args, "others" if weighted[0] else "more or fewer of them")
     args.eval_iters = -(-told["valid"]["samples"] // batch)
     args.consumed_valid_samples = 0  # each evaluation starts at the start, after a restart too
     length, rounds = args.eval_iters * batch, 1
@@ -88,6 +90,17 @@ def build(make: Any, config: Any, sizes: list[int | None], args: Any) -> list[An
         count = told[name]["samples"] if told[name] else 0
         fixed.append(Fixed(dataset, min(count, length), length, times) if dataset is not None and count else None)
     return fixed
+
+
+def _say(valid: dict[str, Any], batch: int, args: Any, unlike: str) -> None:
+    """Which sample an evaluation reads, where its size was left to the batch."""
+    if args.rank or valid["whole"] or getattr(args, "eval_samples", None) is not None:
+        return
+    console.note(
+        f"every evaluation reads the first {valid['samples']} of {valid['of_samples']} validation samples, --eval-iters "
+        f"{args.eval_iters} times the batch of {batch}: runs with another batch read {unlike}, unless they "
+        f"share --eval-samples {valid['samples']}."
+    )
 
 
 def _wanted(args: Any, batch: int) -> int | None:

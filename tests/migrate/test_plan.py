@@ -220,15 +220,15 @@ def test_budget_from_the_run() -> None:
     [
         ("--to sap", "no results of sap"),
         ("--to adamw", "trained by adamw already"),
-        ("--to muon --tokens -1", "greater than 0"),
+        ("--to muon --tokens -1", "--tokens: '-1' is no finite number above 0"),
         ("--to muon --tokens 1e9 --chinchilla 1", "not both"),
         ("--to muon --chinchilla 1e9", "no training run"),
         ("--to muon --done 1.5", "--done"),
         ("--to muon --study /nonexistent --chinchilla 1", "does not exist"),
         ("--to muon --from /nonexistent --chinchilla 1", "cannot be read"),
         ("--to muon", "length is unknown"),
-        ("--to muon --chinchilla one", "invalid float"),
-        ("--to muon --chinchilla nan", "greater than 0"),
+        ("--to muon --chinchilla one", "--chinchilla: 'one' is no finite number"),
+        ("--to muon --chinchilla nan", "--chinchilla: 'nan' is no finite number"),
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_code_2(

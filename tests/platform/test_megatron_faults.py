@@ -30,9 +30,12 @@ def test_the_parts_of_a_global_aux_loss_are_summed(name, factor):
     assert logged == [6.0] and part.grad == 2.0 * factor
 
 
-def test_local_attention_is_built_by_mla_with_its_scale_only():
+def test_local_attention_is_built_by_mla_with_its_scale_only(monkeypatch):
     built = []
-    build = latent_attention._with_channels(lambda self, *args, **kwargs: built.append(kwargs))
+    monkeypatch.setattr(
+        type(latent_attention.CHANNELS), "original", lambda _: lambda self, *args, **kwargs: built.append(kwargs)
+    )
+    build = latent_attention.CHANNELS.function
     build(object(), softmax_scale=0.3, k_channels=12, v_channels=8)
     build(object(), softmax_scale=None)
     assert built == [{"softmax_scale": 0.3}, {"softmax_scale": None}]

@@ -1,6 +1,7 @@
 """Every flag of Megatron's parser is read on our path, changes no number, or is refused; a new one fails here by name."""
 
 import argparse
+import dataclasses
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,8 +14,10 @@ platform.activate()
 
 import megatron.core  # noqa: E402
 import megatron.training  # noqa: E402
+from megatron.core.transformer import MLATransformerConfig  # noqa: E402
 from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
+from megatron_opt.errors import UserError  # noqa: E402
 from megatron_opt.optimizers import registry  # noqa: E402
 from megatron_opt.training import arguments  # noqa: E402
 from megatron_opt.training.flags import ranges, table  # noqa: E402
@@ -82,6 +85,63 @@ def test_supported_flags_have_a_reader(read):
         and not _OURS & set(table.names_of(action))
     ]
     assert not unread
+
+
+_OFF_PATH = re.compile(r"^(inference|export|post_training|tokenizers|models/(bert|T5|vision|multimodal|mimo|audio))/")
+_ENGINE = re.compile(r"^extensions/|^fp[48]_utils\.py$")  # what only Transformer Engine's layers come to
+_DEFINED = {"transformer/transformer_config.py", "model_parallel_config.py"}
+# fields that no flag is named like: the flags that set them; none where Megatron's command line cannot
+_SET_BY = {
+    "disable_parameter_transpose_cache": (), "fp8_dot_product_attention": (), "fp8_multi_head_attention": (),
+    "tp_comm_overlap_disable_fc1": (),
+    "tp_comm_overlap_disable_qkv": (), "tp_comm_atomic_ag": (), "tp_comm_atomic_rs": (),
+    "tp_only_amax_red": (), "fp8_param": ("fp8-param-gather",),
+    "fp4_param": ("fp4-param-gather",), "tp_comm_split_ag": ("no-tp-comm-split-ag",),
+}  # fmt: skip
+
+
+def _fields_of_the_engine():
+    """Fields of the configuration that, on our path, Transformer Engine's layers alone read."""
+    root = Path(next(iter(megatron.core.__path__)))
+    names = {field.name for field in dataclasses.fields(MLATransformerConfig)}
+    places = {name: set() for name in names}
+    for file in root.rglob("*.py"):
+        relative = str(file.relative_to(root))
+        if relative in _DEFINED or _OFF_PATH.search(relative):
+            continue
+        for name in names.intersection(re.findall(r"(?:\.|[\"'])([A-Za-z_]\w*)", file.read_text(errors="ignore"))):
+            places[name].add(relative)
+    return sorted(name for name, files in places.items() if files and all(map(_ENGINE.search, files)))
+
+
+def test_what_only_transformer_engines_layers_read_is_refused_on_local_ones():
+    """By the flag's name; a field that a new Megatron reads there fails here."""
+    fields = _fields_of_the_engine()
+    assert {"fp8_interval", "fused_residual_rmsnorm", "tp_comm_overlap_ag", "fp8_wgrad", "tp_comm_overlap"} <= set(
+        fields
+    )
+    loose = []
+    for name in fields:
+        flags = [a for a in ACTIONS if a.dest == name or set(table.names_of(a)) & set(_SET_BY.get(name, ()))]
+        if not flags and name not in _SET_BY:
+            loose.append(f"{name}: no flag of that name; say in _SET_BY what sets it")
+        for action in flags:
+            if not table.kinds_of(action) & {"needs Transformer Engine", "refused", "by optimizer"}:
+                loose.append(f"--{table.names_of(action)[0]} ({name}) must stand in NEEDS_TE")
+    assert not loose
+
+
+@pytest.mark.parametrize("flags", ["--fp8-interval 2", "--fused-residual-rmsnorm", "--tp-comm-overlap",
+                                   "--no-tp-comm-overlap-ag", "--cp-comm-type a2a", "--flash-attention-version 3"])  # fmt: skip
+def test_a_local_layer_with_a_flag_of_the_engines_is_refused(flags):
+    words = flags.split()
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    given = {word.removeprefix("--") for word in words if word.startswith("--")}
+    args = parser.parse_args([*words, "--transformer-impl", "local"])
+    with pytest.raises(UserError, match=f"^{words[0]}.* has no effect on local layers"):
+        table.check_flags(args, parser._actions, given, cpu=False, engine=True, ours=True)
+    args.transformer_impl = "transformer_engine"
+    table.check_flags(args, parser._actions, given, cpu=False, engine=True, ours=True)
 
 
 def test_every_number_on_our_path_has_a_range():

@@ -50,6 +50,24 @@ def test_rates_under_growing_batches_are_tokens_over_time():
     assert progress.step_time() == pytest.approx({"total": 0.5, "optimizer": 0.1})
 
 
+@pytest.mark.parametrize(("interval", "iteration", "first"), [(1, 8, False), (4, 8, False), (4, 9, True)])
+def test_a_processs_first_line_is_of_its_own_steps(monkeypatch, interval, iteration, first):
+    """Megatron keeps a process's first step for its next line; where that line is one of its own, two steps were averaged."""
+    from megatron_opt.training import monitoring
+
+    asked = []
+    loop = SimpleNamespace(
+        training_log=lambda *args, is_first_iteration=False, **_: asked.append(is_first_iteration),
+        evaluate_and_print_results=None, evaluate=None, print_rank_last=None, get_forward_backward_func=None, train=None,
+    )  # fmt: skip
+    monkeypatch.setattr(sinks, "install", lambda *_: None)
+    monkeypatch.setattr(monitoring.Monitor, "on_step", lambda *_: None)
+    flags = {"log_interval": interval, "output_dir": None, "straggler_factor": 0, "straggler_window": 1}
+    monitoring.Monitor(SimpleNamespace(**flags)).install(loop)
+    loop.training_log({}, {}, 1e-3, iteration, 1.0, True, 0, 1.0, is_first_iteration=True)
+    assert asked == [first]
+
+
 class Text:
     """A dataset of `n` samples, sample i of tokens i."""
 
@@ -88,7 +106,7 @@ def test_the_identity_tells_sets_apart():
 
 GOOD = {
     "log_interval": 1, "tensorboard_log_interval": 1, "eval_interval": 10, "eval_iters": 2, "eval_samples": None,
-    "full_validation": False, "multiple_validation_sets": False, "given_flags": set(), "mock_data": False,
+    "full_validation": False, "given_flags": set(), "mock_data": False,
     "data_args_path": None, "per_split_data_args_path": None, "sft": False, "train_data_path": ["a"],
     "valid_data_path": ["b"], "data_path": None, "split": None, "wandb_project": "", "wandb_exp_name": "",
     "wandb_save_dir": "", "output_dir": None, "save": None,
@@ -100,7 +118,6 @@ BAD = [
     ({"eval_iters": -1}, "--eval-iters -1"),
     ({"eval_samples": 0}, "--eval-samples 0"),
     ({"eval_samples": 8, "full_validation": True}, "give one"),
-    ({"multiple_validation_sets": True}, "--multiple-validation-sets"),
 ]
 
 

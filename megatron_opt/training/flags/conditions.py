@@ -41,7 +41,6 @@ NEEDS: tuple[tuple[str, str, Condition], ...] = (
      "--load", lambda a: a.load is not None or a.pretrained_checkpoint is not None),
     ("save-interval save-retain-interval non-persistent-save-interval async-save no-save-optim no-save-rng", "--save",
      lambda a: a.save is not None),
-    ("validation-set-names", "--multiple-validation-sets", lambda a: a.multiple_validation_sets),
     ("decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers num-layers-per-virtual-pipeline-stage "
      "num-virtual-stages-per-pipeline-rank", "--pipeline-model-parallel-size above 1",
      lambda a: a.pipeline_model_parallel_size > 1),

@@ -35,6 +35,8 @@ REFUSED = {
         fim-fragment-rate fim-no-prefix fim-prefix-token fim-middle-token fim-suffix-token fim-pad-token fim-eod-token
         per-dataset-sequences-path dataloader-fast-cache-load dataloader-defer-npy-index-mmap object-storage-cache-path
         dataloader-inter-document-masking""",
+    "a run has one validation set, which its results name; give one by --valid-data-path": """
+        multiple-validation-sets validation-set-names""",
     "datasets are built once, for the whole run; start the next phase as a run of its own": """
         phase-transition-iterations dataloader-type=external""",
     "Megatron reads it nowhere": """
@@ -114,6 +116,9 @@ NEEDS_TE = {
         fp8-format fp8-recipe fp8-margin fp8-interval fp8-amax-history-len fp8-amax-compute-algo no-fp8-wgrad
         fp8-output-proj first-last-layers-bf16 num-layers-at-start-in-bf16 num-layers-at-end-in-bf16 fp4-format fp4-recipe
         te-precision-config-file keep-fp8-transpose-cache moe-router-padding-for-quantization""",
+    "it overlaps communication inside Transformer Engine's layers, or chooses among their attention kernels": """
+        tp-comm-overlap tp-comm-overlap-* no-tp-comm-* cp-comm-type attention-backend
+        flash-attention-version batch-invariant-mode""",
     "its kernels are Transformer Engine's": """
         use-transformer-engine-op-fuser fused-residual-rmsnorm use-te-activation-func
         use-fused-weighted-squared-relu

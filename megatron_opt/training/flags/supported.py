@@ -48,7 +48,7 @@ no-check-for-nan-in-loss-and-grad check-for-large-grads seed
 micro-batch-size global-batch-size step-batch-size-schedule train-iters train-samples exit-interval
 exit-duration-in-mins exit-signal-handler exit-signal iterations-to-skip result-rejected-tracker-filename
 check-weight-hash-across-dp-replicas-interval eval-iters eval-interval start-eval-at-iter eval-global-batch-size
-eval-micro-batch-size skip-train full-validation multiple-validation-sets validation-set-names
+eval-micro-batch-size skip-train full-validation
 
 data-path split train-data-path valid-data-path test-data-path data-args-path per-split-data-args-path mock-data
 seq-length reset-position-ids reset-attention-mask eod-mask-loss

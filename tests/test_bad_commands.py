@@ -1,0 +1,177 @@
+"""Numbers, words and files that no command can mean: exit code 2 and one sentence that names the flag or the file."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_opt import run_files
+from megatron_opt.cli import main
+from megatron_opt.errors import UserError, number
+from megatron_opt.training import entry
+
+_COST = "cost step --cluster h100 --preset llama-130m"
+_PLAN = "migrate plan --cluster h100 --preset llama-130m --to muon"
+# command line -> what the sentence must hold
+WORDS = {
+    **{f"{_COST} --gpus {text}": "--gpus" for text in ("0", "-8", "1.5", "nan", "many", "100000000000")},
+    **{f"cost search --cluster h100 --gpus 8 --top {text}": "--top" for text in ("0", "-1", "nan")},
+    **{f"cost calibrate --output c.yaml --ranks {text}": "--ranks" for text in ("-1", "x")},
+    **{f"{_PLAN} --gpus 8 --tokens {text}": "--tokens" for text in ("nan", "-1", "0", "inf")},
+    **{f"{_PLAN} --gpus 8 --chinchilla {text}": "--chinchilla" for text in ("nan", "-1", "0", "one")},
+    **{f"{_PLAN} --gpus 8 --done {text}": "--done" for text in ("nan", "-0.1", "2", "inf")},
+    **{f"{_PLAN} --gpus {text}": "--gpus" for text in ("0", "-1", "nan")},
+    **{f"status . --watch {text}": "--watch" for text in ("0", "-1", "nan", "inf", "x")},
+    **{f"doctor --timeout {text}": "--timeout" for text in ("0", "-1", "nan")},
+    **{f"doctor --megabytes {text}": "--megabytes" for text in ("0", "-1", "x")},
+    **{f"doctor --free-gb {text}": "--free-gb" for text in ("nan", "-1", "inf")},
+    "doctor --tensor-model-parallel-size 0": "--tensor-model-parallel-size",
+    **{f"train --dry-run --nproc-per-node {text}": "--nproc-per-node" for text in ("0", "-1", "x", "nan")},
+    **{f"train --dry-run --max-restarts {text}": "--max-restarts" for text in ("-1", "x")},
+    "train --dry-run --shutdown-timeout -1": "--shutdown-timeout",
+    **{f"mup check --widths {text}": "--widths" for text in ("0", "nan", "-64")},
+    "mup check --steps 0": "--steps",
+    "mup check --head-dim 0": "--head-dim",
+    **{f"mup check --ffn-ratio {text}": "--ffn-ratio" for text in ("nan", "0", "inf")},
+    "data corpus --input a.jsonl --output o --seed -1": "--seed",
+    "data corpus --input a.jsonl --output o --seed nan": "--seed",
+    "data tokenizer --input a.jsonl --output o --vocab-size 0": "--vocab-size",
+    "data index --input a.jsonl --tokenizer t --output-prefix p --workers 0": "--workers",
+    "data index --input a.jsonl --tokenizer t --output-prefix p --tiktoken-num-special-tokens -1": "--tiktoken-num",
+    "data corpus --name nope --output o": "--name nope",
+    "data index --input a.jsonl --tokenizer t --output-prefix folder/": "--output-prefix 'folder/'",
+    "data index --input a.jsonl --tokenizer t --output-prefix=": "--output-prefix ''",
+    "data tokenizer --input a.jsonl --output o --eod x": "--eod x",
+    "status": "DIR", "status a b": "'b'", "cost": "step|search", "cost stepp": "Did you mean step?", "nope": "'nope'",
+    "Train": "Did you mean train?", "COST": "Did you mean cost?", "--vresion": "'--vresion'", "data": "command", "mup": "command",
+    "migrate": "plan|checkpoint", "migrate plan": "--to",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_words_that_cannot_be_meant(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(words.split())
+    except SystemExit as ended:
+        code = ended.code
+    said = capsys.readouterr().err
+    assert code == 2 and said.count("\n") == 1 and WORDS[words] in said, said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_used_is_one_sentence_in_every_command(tmp_path, monkeypatch, capsys):
+    """Whatever a command does with it: of all OSErrors, what has a file or a full disk to blame."""
+    import megatron_opt.status as status
+
+    for error, part in (
+        (PermissionError(13, "Permission denied", "secret.yaml"), "secret.yaml: Permission denied"),
+        (NotADirectoryError(20, "Not a directory", "file/x"), "file/x: Not a directory"),
+        (OSError(28, "No space left on device"), "No space left on device; make room"),
+    ):
+
+        def fails(*_, _error=error):
+            raise _error
+
+        monkeypatch.setattr(status, "look", fails)
+        assert main(["status", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert part in said and said.count("\n") == 1
+    monkeypatch.setattr(status, "look", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output"):
+        main(["status", str(tmp_path)])
+
+
+@pytest.mark.parametrize(("text", "limits"), [
+    ("nan", {}), ("inf", {}), ("-inf", {}), ("", {}), ("1e999", {}), ("2.5", {"whole": True}), ("0", {"low": 0, "above": True}),
+    ("3", {"high": 2}), ("1e3", {"whole": True}),
+])  # fmt: skip
+def test_numbers_that_are_refused(text, limits):
+    with pytest.raises(Exception, match=r"is no (whole|finite) number"):
+        number(**limits)(text)
+
+
+def test_numbers_that_are_taken():
+    assert number(0)("0") == 0 and number(0, 1)("1") == 1 and number(whole=True)("-3") == -3
+
+
+ENVIRONMENTS = {
+    "WORLD_SIZE=two": "WORLD_SIZE is 'two'", "WORLD_SIZE=": "WORLD_SIZE is ''", "WORLD_SIZE=0": "WORLD_SIZE is '0'",
+    "WORLD_SIZE=-1": "WORLD_SIZE is '-1'", "WORLD_SIZE=1.5": "WORLD_SIZE is '1.5'", "RANK=x": "RANK is 'x'",
+    "RANK=1": "RANK is '1'", "WORLD_SIZE=2 RANK=2": "RANK is '2'", "RANK=-1": "RANK is '-1'", "LOCAL_RANK=x": "LOCAL_RANK",
+    "LOCAL_RANK=3": "LOCAL_RANK is '3'", "MASTER_PORT=http": "MASTER_PORT is 'http'", "MASTER_PORT=70000": "70000",
+    "WORLD_SIZE=2 RANK=0 MASTER_ADDR=a MASTER_PORT=0": "MASTER_PORT is '0'", "WORLD_SIZE=2": "RANK is not set",
+    "WORLD_SIZE=2 RANK=1": "MASTER_ADDR is not set", "WORLD_SIZE=2 RANK=1 MASTER_ADDR=a": "MASTER_PORT is not set",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", ENVIRONMENTS)
+def test_variables_of_a_launcher_that_cannot_be_meant(given, monkeypatch, capsys):
+    _environment(monkeypatch, given)
+    with pytest.raises(UserError, match="torchrun") as error:
+        entry.alone()
+    assert ENVIRONMENTS[given] in str(error.value)
+    assert entry.refused("job", error.value) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_variables_of_a_launcher_that_are_taken(monkeypatch):
+    _environment(monkeypatch, "WORLD_SIZE=4 RANK=3 LOCAL_RANK=1 MASTER_ADDR=h MASTER_PORT=29500")
+    assert entry.check_launcher() == (3, 4)
+    _environment(monkeypatch, "")
+    entry.alone()
+    assert os.environ["MASTER_PORT"] == "0" and entry.check_launcher() == (0, 1)
+
+
+def _environment(monkeypatch, given):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what a case sets is undone
+        monkeypatch.delenv(name)
+    for word in given.split():
+        monkeypatch.setenv(*word.split("=", 1))
+
+
+@pytest.mark.parametrize("line", [
+    '{"event": "start", "time": "x"}', '{"event": 3, "time": 1}', '{"event": "save", "time": 1, "iteration": "x"}',
+    '{"event": "start"}',
+    '{"event": "end", "time": 1, "restart": []}', '{"event": "end", "time": NaN}', "[1]", "3", "{", "\xff",
+])  # fmt: skip
+def test_lines_of_a_log_that_are_no_events_are_left_out(line, tmp_path: Path):
+    good = '{"event": "start", "time": 1, "iteration": null}'
+    (tmp_path / "events.jsonl").write_text(f"{line}\n{good}\n", encoding="latin-1")
+    assert run_files.events(tmp_path) == [json.loads(good)]
+
+
+def test_a_line_of_metrics_with_words_for_numbers_is_left_out(tmp_path):
+    row = {"kind": "train", "iteration": 1, "loss": 2.0, "step_time": 0.5}
+    lines = [row, {**row, "iteration": 2, "step_time": "fast"}, {**row, "iteration": 3, "tokens_per_s": [1]}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert run_files.metrics(tmp_path / "metrics.jsonl") == [row]
+
+
+def test_a_key_that_is_given_twice_is_refused_in_every_file(tmp_path):
+    from megatron_opt.cost_model import cluster, flags
+    from megatron_opt.optimizers.groups import load_rules
+
+    file = tmp_path / "twice.yaml"
+    for text, read in (
+        ("lr: 1e-3\nlr: 1e-2\n", flags.from_run),
+        ("name: a\nname: b\n", lambda path: cluster.load(str(path))),
+        ("groups:\n- {match: x, optimizer: adamw, match: y}\n", lambda path: load_rules(str(path), {})),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"twice\.yaml.*is given twice"):
+            read(file)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe\x00", b"- 1", b"7", b"groups: [", b"groups: {}", b"groups: 3", b"groups:\n- 1"]
+)
+def test_a_groups_file_that_is_none_is_one_sentence(content, tmp_path):
+    from megatron_opt.optimizers.groups import load_rules
+
+    file = tmp_path / "gruppen ü.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"gruppen ü\.yaml") as error:
+        load_rules(str(file), {})
+    assert "\n" not in str(error.value)
