@@ -10,7 +10,7 @@ from megatron_opt.cost_model.cluster import Cluster, load
 from megatron_opt.cost_model.flags import parse
 from megatron_opt.cost_model.report import step_range
 from megatron_opt.cost_model.step import Step, predict
-from megatron_opt.cost_model.tables import CASES, flags_of
+from megatron_opt.cost_model.tables import CASES, Case, flags_of
 from megatron_opt.errors import UserError
 from megatron_opt.study.runs import Run, argument_list
 from megatron_opt.study.spec import Study
@@ -70,14 +70,13 @@ class Prices:
         """GPU-hours of a Llama of n parameters over d tokens: the nearest usual size on 64 GPUs, in proportion to n."""
         return self._token(optimizer, n) * d / 3600
 
-    @functools.lru_cache(maxsize=512)  # noqa: B019  (one object a command)
     def _token(self, optimizer: str, n: float) -> float:
         """GPU-seconds of a token."""
-        steps = [(case, self._usual(case.name, optimizer)) for case in CASES]
-        near = min((step for _, step in steps), key=lambda step: abs(math.log(step.model.hidden_parameters / n)))
-        return near.layout.world / near.tokens_per_second * n / near.model.hidden_parameters
+        near = min(CASES, key=lambda case: abs(math.log(_llama_size(case) / n)))
+        step = self._usual(near.name, optimizer)
+        return step.layout.world / step.tokens_per_second * n / _llama_size(near)
 
-    @functools.lru_cache(maxsize=512)  # noqa: B019
+    @functools.lru_cache(maxsize=512)  # noqa: B019  (one object a command)
     def _usual(self, case: str, optimizer: str) -> Step:
         shape = next(one for one in CASES if one.name == case)
         gpus = max(GPUS, shape.tp * shape.pp)
@@ -88,9 +87,13 @@ class Prices:
             return predict(flags_of(shape, "adamw"), self.cluster, gpus, exact=False)
 
 
-def words(hours: float, prices: Prices, most: float | None = None) -> str:
-    """GPU-hours and dollars, or the range of both."""
-    ends = [hours] if most is None or most == hours else [hours, most]
-    shown = " to ".join(f"{end:,.0f}" if end >= 10 else f"{end:.2g}" for end in ends)
-    money = " to ".join(f"{end * prices.price:,.0f}" for end in ends)
-    return f"{shown} GPU-hours, ${money}"
+def _llama_size(case: Case) -> float:
+    """Parameters between the embeddings: layers·(3·h·ffn + 4·h²)."""
+    layers, hidden, ffn = (case.shape[key] for key in ("num-layers", "hidden-size", "ffn-hidden-size"))
+    return float(layers * (3 * hidden * ffn + 4 * hidden**2))
+
+
+def words(low: float, high: float, form: str) -> str:
+    """A range, or one number where both ends look alike."""
+    ends = list(dict.fromkeys(form.format(value) for value in (low, high)))
+    return " to ".join(ends)
