@@ -278,7 +278,7 @@ def _check_phase(top: Reader, kind: str, regimes: tuple[Regime, ...] | None, pha
     where = f"{top.path}:{line}:"
     if kind not in PHASES:
         raise UserError(f"{where} no phase {kind!r}; there are {', '.join(PHASES)}")
-    if kind in before and kind != "predict":  # those that are registered beside those that are not
+    if kind in before and kind not in ("predict", "seeds"):  # what waits for a prediction comes after what does not
         raise UserError(f"{where} phase {kind!r} is listed twice; give it all its regimes at once")
     if kind in ("restricted", "predict") and regimes is None:
         raise UserError(f"{where} phase {kind!r} needs `regimes:`, such as [large@1x]")
