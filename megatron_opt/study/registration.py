@@ -49,9 +49,20 @@ class Target:
     d: float
 
 
-def targets_of(store: Store, wanted: Sequence[str] | None) -> list[Target]:
-    """Regimes by name, or those that the study file asks predictions for; raises UserError for unknown models."""
+def targets_of(store: Store, wanted: Sequence[str] | None, more: Sequence[str] = ()) -> list[Target]:
+    """Regimes by name, or those that the study file asks predictions for; raises UserError for unknown models.
+
+    `more`: NAME=PARAMETERS of models that the store does not know, such as the next size after an import.
+    """
     sizes: dict[str, int] = store.meta("models", {})
+    for text in more:
+        name, _, size = text.partition("=")
+        try:
+            sizes[name] = round(float(size))
+        except ValueError:
+            sizes[name] = 0
+        if sizes[name] <= 0:
+            raise UserError(f"--models {text}: write NAME=PARAMETERS, such as 7b=6.48e9")
     sizes |= {record.regime.model: record.parameters for record in store.runs()}
     names = wanted if wanted is not None else store.meta("to_register", [])
     if not names:

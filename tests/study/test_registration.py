@@ -65,19 +65,17 @@ def rows(models, ratios=(1, 2, 4), changed=0.0) -> str:
 
 @pytest.fixture
 def known(tmp_path):
-    """A study of three sizes, whose fourth is known by name alone."""
+    """A study of three sizes, imported; the fourth is not run."""
     (tmp_path / "small.csv").write_text(rows(("s", "m", "l")))
     output = tmp_path / "out"
     assert cli.main(["import", str(output), str(tmp_path / "small.csv")], "study") == 0
-    with Store(output / "study.sqlite") as store:
-        store.set_meta("models", {"xl": int(SIZES["xl"])})
     return output
 
 
 def test_a_prediction_is_written_once_before_the_runs_and_scored_after(known, tmp_path, capsys):
     with pytest.raises(UserError, match="no regimes to predict"):
         cli.main(["predict", str(known)], "study")
-    words = ["predict", str(known), "--regimes", "xl@1x", "xl@4x"]
+    words = ["predict", str(known), "--regimes", "xl@1x", "xl@4x", "--models", "xl=3e7"]
     assert cli.main(words, "study") == 0
     file = known / "prediction.json"
     content, text = json.loads(file.read_text()), file.read_text()
@@ -87,6 +85,10 @@ def test_a_prediction_is_written_once_before_the_runs_and_scored_after(known, tm
     assert len(content["data"]["runs"]) == 18 and content["written"].startswith("20")
     with pytest.raises(UserError, match="is there already; a registered prediction is not replaced"):
         cli.main(words, "study")
+    with pytest.raises(UserError, match="--models xl: write NAME=PARAMETERS"):
+        cli.main(
+            ["predict", str(known), "--regimes", "xl@1x", "--models", "xl", "--to", str(tmp_path / "e.json")], "study"
+        )
     with pytest.raises(UserError, match="xxl@1x names no model"):
         cli.main(["predict", str(known), "--regimes", "xxl@1x", "--to", str(tmp_path / "e.json")], "study")
 
@@ -116,7 +118,7 @@ def test_a_prediction_is_written_once_before_the_runs_and_scored_after(known, tm
 
 def test_a_gain_that_is_gone_is_seen_to_be_gone(known):
     """The outcome of a registered study in which Muon ends far above AdamW: outside, and the hypothesis of no gain wins."""
-    assert cli.main(["predict", str(known), "--regimes", "xl@1x"], "study") == 0
+    assert cli.main(["predict", str(known), "--regimes", "xl@1x", "--models", "xl=3e7"], "study") == 0
     content = json.loads((known / "prediction.json").read_text())
     row = content["predictions"][1]
     centre = {key: np.median(one["quantiles"]) for key, one in row["outcome_gain"].items()}

@@ -29,13 +29,16 @@ def main(argv: list[str], prog: str) -> int:
         metavar="MODEL@RATIO",
         help="regimes to predict (default: those of phases with `registered: true`)",
     )
+    parser.add_argument(
+        "--models", nargs="+", metavar="NAME=N", default=[], help="non-embedding parameters of further models"
+    )
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="fit these and the baseline only")
     parser.add_argument("--to", type=Path, help="file to write (default: OUTPUT/prediction.json)")
     options = parser.parse_args(argv)
     path = options.to or options.output / "prediction.json"
     console = make_console()
     with Store(options.output / STORE_NAME) as store:
-        dataset, targets = from_store(store), targets_of(store, options.regimes)
+        dataset, targets = from_store(store), targets_of(store, options.regimes, options.models)
         refuse_late(dataset.records, targets)
         if path.exists():
             raise UserError(
