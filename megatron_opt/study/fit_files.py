@@ -71,7 +71,8 @@ def fits_as_dict(analysis: Analysis) -> dict[str, Any]:
 
 def _observations(data: Observations) -> list[dict[str, Any]]:
     """The table that was fitted; with its seeds, so that a reader of the file fits the same law."""
-    seeds = [sorted(found) for found in data.seeds] or [None] * len(data)
+    seeds: list[list[int] | None] = [sorted(found) for found in data.seeds]
+    seeds = seeds or [None] * len(data)
     return [
         {"optimizer": data.optimizers[k], "parameters": n, "tokens": d, "loss": loss, "run": run, "seeds": mine}
         for k, n, d, loss, run, mine in zip(data.index, data.n, data.d, data.loss, data.runs, seeds)

@@ -97,7 +97,7 @@ def read_mapping(path: Path) -> Mapping:
         history.finish()
     values = table("values")
     found = Mapping(
-        format=top.choice("format", FORMATS, None) if "format" in top.mapping else None,
+        format=top.choice("format", FORMATS, "csv") if "format" in top.mapping else None,
         columns=columns,
         hyper={key: str(value) for key, value in table("hyper").items()},
         constants=table("constants"),
