@@ -33,6 +33,11 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     step = commands.add_parser("step", help="one layout's step, broken down", allow_abbrev=False)
     _shared(step)
     step.add_argument("--plan", action="store_true", help="print the optimizer's ownership plan")
+    step.add_argument(
+        "--against", metavar="OPTIMIZER", help="the speedup over another optimizer, by a study's prediction"
+    )
+    step.add_argument("--study", metavar="DIR|JSON", help="the study of --against (default: the published one)")
+    step.add_argument("--chinchilla", type=float, default=1.0, help="token budget of --against (default: 1x)")
     search = commands.add_parser("search", help="layouts that fit, ranked, and why others do not", allow_abbrev=False)
     _shared(search)
     search.add_argument("--top", type=number(1, whole=True), default=10, help="layouts to show")
@@ -92,8 +97,17 @@ def _step(args: argparse.Namespace, rest: Sequence[str]) -> None:
         for domain in {id(d): d for stage in step.plans for d in stage}.values():
             print(plan_table(domain.plan, title=f"optimizer plan, {domain.name}"))
     print(report.text(step, ignored))
+    content = report.as_dict(step)
+    if args.against:
+        from megatron_opt.cost_model import speedup
+
+        found = speedup.speedup(flags, step, load(args.cluster), args.against, args.study, args.chinchilla)
+        print(f"\n{found.text()}")
+        content["speedup"] = speedup.as_dict(found)
+    elif args.study:
+        raise UserError("--study is given without --against; name the optimizer to compare with.")
     if args.json:
-        write_atomic(Path(args.json), json.dumps(report.as_dict(step), indent=1) + "\n")
+        write_atomic(Path(args.json), json.dumps(content, indent=1) + "\n")
 
 
 def _search(args: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 from megatron_opt.errors import UserError
 from megatron_opt.study import curves
 from megatron_opt.study.files import replace_with, write_text
+from megatron_opt.study.imports.mapping import Mapping
+from megatron_opt.study.imports.values import final_loss
 from megatron_opt.study.store import Store
 
 TEXT = ("id", "optimizer", "model", "hyper", "config", "arguments", "status", "results", "reason", "phases")
@@ -71,10 +73,40 @@ def export_curves(store: Store, path: Path) -> int:
     return len(tables)
 
 
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """Rows of a store from a .csv or .parquet file; raises UserError."""
+    return [_row(row, path, number) for number, row in enumerate(_read(path), start=2)]
+
+
+def read_foreign(path: Path, kind: str, mapping: Mapping) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of a store from another program's file or folder, and notes on what was left out; raises UserError."""
+    from megatron_opt.study.imports import megatron, tables
+    from megatron_opt.study.imports.mapping import rows_of
+
+    if not path.exists():
+        raise UserError(f"{path} does not exist; name a file or folder")
+    left: list[str] = []
+    if kind == "tensorboard":
+        tag = mapping.columns.get("loss", "loss")
+        found, left = megatron.read_tensorboard(path, megatron.TAG if tag == "loss" else tag)
+    elif kind == "megatron-log":
+        found, left = megatron.read_logs(path)
+    elif kind == "json":
+        found = tables.read_json(path, mapping.records)
+    else:
+        found = {"csv": tables.read_csv, "parquet": tables.read_parquet, "wandb-history": tables.read_history}[kind](
+            path
+        )
+    rows, notes = rows_of(found, mapping)
+    return [
+        _row(row | {"hyper": json.dumps(row["hyper"]), "config": json.dumps(row["config"])}, path, k)
+        for k, row in enumerate(rows, start=1)
+    ], left + notes
+
+
 def import_runs(store: Store, path: Path, curve_path: Path | None = None) -> int:
     """Add the runs of a .csv or .parquet file; all of them or, with a UserError, none."""
-    rows = [_row(row, path, number) for number, row in enumerate(_read(path), start=2)]
-    return store.import_runs(rows, {} if curve_path is None else _read_curves(curve_path))
+    return store.import_runs(read_runs(path), read_curves(curve_path))
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -89,7 +121,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
     raise UserError(f"cannot tell the format of {path}; end its name in .csv or .parquet")
 
 
-def _read_curves(path: Path) -> dict[str, bytes]:
+def read_curves(path: Path | None) -> dict[str, bytes]:
+    """Curves by run from a file of `export_curves`; none without a file."""
+    if path is None:
+        return {}
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
@@ -118,6 +153,13 @@ def _row(raw: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
         phases = json.loads(row["phases"] or "[]")
     except ValueError as error:
         raise UserError(f"{path}, row {number}: {error}; correct the value") from None
+    where = f"{path}, row {number}, column 'loss'"
+    loss = final_loss(row["loss"], where)
+    if row["status"] == "completed" and loss is None:
+        raise UserError(
+            f"{where}: a completed run has the loss {raw['loss']!r}; give a finite one, or the status diverged"
+        )
+    row["loss"] = loss
     if not row["optimizer"] or not row["model"] or row["ratio"] is None or row["parameters"] <= 0:
         raise UserError(f"{path}, row {number}: optimizer, model, ratio and parameters must be given")
     row |= {
@@ -131,7 +173,9 @@ def _row(raw: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
         "created": row["created"] or time.time(),
     }
     if not row["id"]:
-        text = json.dumps([row[name] for name in ("optimizer", "model", "ratio", "seed", "tokens")] + [hyper])
+        known = [row[name] for name in ("optimizer", "model", "ratio", "seed", "tokens")] + [hyper]
+        run = json.loads(row["config"]).get("run")
+        text = json.dumps(known if run is None else [*known, run])
         row["id"] = hashlib.sha256(text.encode()).hexdigest()[:16]
     # A run that was under way elsewhere is not under way here.
     row["status"] = "planned" if row["status"] == "running" else row["status"]
