@@ -184,7 +184,7 @@ def _factor_bytes(domain: DomainPlan) -> dict[int, float]:
         if len(cell.parts) == 1:
             continue
         name = cell.key[0]
-        for leg in domain.rules[name].legs(cell.info(domain.infos[name]), cell.edges):
+        for collective in domain.rules[name].partition(cell.info(domain.infos[name])).collectives(cell.edges):
             for index, part in enumerate(cell.parts):
-                sent[part.rank] = sent.get(part.rank, 0.0) + leg.sent(index) * leg.dtype.itemsize
+                sent[part.rank] = sent.get(part.rank, 0.0) + collective.sent_bytes(index)
     return sent

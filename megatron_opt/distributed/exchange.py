@@ -5,8 +5,7 @@ in which each pair of ranks sends one flat message; what a rank needs from itsel
 """
 
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.parts import Part
-from megatron_opt.optimizers.slices import Leg
 
 
 @dataclass(frozen=True)
@@ -135,12 +133,9 @@ def _item(rect: Rect, fragment: int, part: Part, met: tuple[int, int, int, int])
     )
 
 
-def wires(legs: Iterable[Sequence[Leg]]) -> list[torch.dtype]:
-    """The dtype of each round of exchanges between the slices of several matrices: the widest that takes part."""
-    return [
-        functools.reduce(torch.promote_types, (leg.dtype for leg in turn if leg is not None))
-        for turn in itertools.zip_longest(*legs)
-    ]
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A tensor's elements as they lie, to travel with others of other types."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 @dataclass

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain, MatrixPlan
-from megatron_opt.distributed.exchange import Item, Trip, wires
+from megatron_opt.distributed.exchange import Item, Trip, as_bytes
 from megatron_opt.distributed.parts import Part, shape2d
-from megatron_opt.optimizers.base import MatrixInfo, State, StateKind
-from megatron_opt.optimizers.slices import SliceStep
+from megatron_opt.optimizers.base import MatrixInfo, State, StateKind, norm_of
+from megatron_opt.optimizers.partition import ShardStep
 
 Key = tuple[str, int]
 
@@ -35,9 +35,10 @@ class MatrixStep:
         self.in_parts = {key[0] for key, cell in self.cells.items() if len(cell.parts) > 1 or not cell.is_whole}
         self.scaled_later = {name for name in self.in_parts if self.rules[name].projects}
         self.sliced = {cell.key: cell for cell in self.placed.cells if len(cell.parts) > 1}
-        self.legs = {
-            key: self.rules[key[0]].legs(self.cell_infos[key], cell.edges) for key, cell in self.sliced.items()
+        self.partitions = {
+            key: self.rules[key[0]].partition(self.cell_infos[key]) for key in self.cells if key[0] in self.in_parts
         }
+        self.collectives = {key: self.partitions[key].collectives(cell.edges) for key, cell in self.sliced.items()}
 
     def _lying(self) -> dict[Key, Item]:
         """This rank's parts that one local rectangle holds whole."""
@@ -80,12 +81,15 @@ class MatrixStep:
             rule, info, cell = self.rules[key[0]], self.cell_infos[key], self.cells[key]
             if key[0] not in self.in_parts:
                 self.states[key] = rule.init_state(slab.view(info.shape).clone(), info)
-            elif cell.key not in self.sliced:
-                self.states[key] = rule.init_part(slab.view(info.shape).clone(), info)
+                continue
+            partition = self.partitions[key]
+            if cell.key not in self.sliced:
+                self.states[key] = partition.optimizer.init_state(slab.view(info.shape).clone(), info)
             else:
-                self.states[key] = rule.init_slice(slab, info)
+                self.states[key] = partition.init_shard(slab)
                 if key == cell.key:
-                    self.shared[key] = rule.init_shared(info, self.domain.device)
+                    self.shared[key] = partition.init_shared(self.domain.device)
+            self.states[key] |= {norm: norm_of(slab) for norm in rule.keys(StateKind.NORM, info)}
         self._join_norms()
 
     def _join_norms(self) -> None:
@@ -101,7 +105,7 @@ class MatrixStep:
                 self.states[key][norm].fill_(float(squares[self.domain.order[key[0]]].sqrt()))
         for name, index in self.states:
             if name in self.in_parts:
-                self.rules[name].joined(self.states[name, index], self.infos[name])
+                self.rules[name].check_state(self.states[name, index], self.infos[name])
 
     def step(self, grads: Sequence[Tensor], scale: dict[str, float], skip: set[str], number: int) -> None:
         """Replace the gradients in `grads` by directions u; `scale` are clip factors, `skip` matrices left alone.
@@ -156,7 +160,7 @@ class MatrixStep:
             if scale.get(name, 1.0) != 1.0:
                 slab.mul_(scale[name])
             if self.cells[key].key not in self.sliced:
-                rule = self.rules[name].of_part() if name in self.in_parts else self.rules[name]
+                rule = self.partitions[key].optimizer if name in self.in_parts else self.rules[name]
                 rules[id(rule)] = rule
                 batches.setdefault(id(rule), []).append(key)
         for which, keys in batches.items():
@@ -181,7 +185,7 @@ class MatrixStep:
     def _compute_sliced(self, cells: Sequence[Key], slabs: dict[Key, Tensor], number: int) -> dict[Key, Tensor]:
         """Slices on several ranks step together: one all-to-all over the domain for each of their exchanges."""
         exchange, size, me = self.domain.exchange, self.domain.size, self.domain.rank
-        running: dict[Key, SliceStep] = {}
+        running: dict[Key, ShardStep] = {}
         waiting: dict[Key, Tensor] = {}
         done: dict[Key, Tensor] = {}
         mine: dict[Key, tuple[int, Part]] = {}  # by cell: this rank's slice and its number
@@ -197,39 +201,28 @@ class MatrixStep:
             for index, part in enumerate(cell.parts):
                 if part.rank == me:
                     mine[key] = index, part
-                    running[key] = (
-                        self.rules[key[0]]
-                        .of_part()
-                        .slice_update(
-                            slabs[part.key],
-                            self.states[part.key],
-                            shared,
-                            number,
-                            self.cell_infos[key],
-                            index,
-                            cell.edges,
-                        )
-                    )
+                    grad, state = slabs[part.key], self.states[part.key]
+                    running[key] = self.partitions[key].step(grad, state, shared, number, index, cell.edges)
                     resume(key, None)
-        legs = {key: self.legs[key] for key in cells}
-        for turn, wire in enumerate(wires(legs.values())):
+        for turn in range(max(len(self.collectives[key]) for key in cells)):
             outgoing: list[list[Tensor]] = [[] for _ in range(size)]
             incoming: list[list[Tensor]] = [[] for _ in range(size)]
             arrived: dict[Key, list[Tensor]] = {}
             for key, (index, _) in mine.items():
-                if turn >= len(legs[key]):
+                if turn >= len(self.collectives[key]):
                     continue
-                leg, tensor = legs[key][turn], waiting.pop(key)
+                collective, tensor = self.collectives[key][turn], waiting.pop(key)
+                assert tensor.dtype == collective.dtype, (key, turn)
                 pieces = arrived[key] = []
                 for other, part in enumerate(self.sliced[key].parts):
-                    outgoing[part.rank].append(leg.outgoing(tensor, other))
-                    pieces.append(tensor.new_empty(leg.arriving(index, other)))
-                    incoming[part.rank].append(pieces[-1])
+                    outgoing[part.rank].append(as_bytes(collective.outgoing(tensor, other)))
+                    pieces.append(tensor.new_empty(collective.arriving(index, other)))
+                    incoming[part.rank].append(as_bytes(pieces[-1]))
             places = [[(lambda t=t: t) for t in items] for items in incoming]
             counts = [[t.numel() for t in items] for items in incoming]
-            exchange.start(outgoing, places, counts, "between slices", wire).finish()
+            exchange.start(outgoing, places, counts, "between slices", torch.uint8).finish()
             for key, pieces in arrived.items():
-                resume(key, legs[key][turn].joined(pieces))
+                resume(key, self.collectives[key][turn].joined(pieces))
         for key in cells:
             if key in self.shared:
                 self._begin(key, self.shared[key])

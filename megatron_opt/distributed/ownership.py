@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megatron_opt.distributed.gangs import gather
 from megatron_opt.distributed.jobs import Job, Run, even, load_of
-from megatron_opt.distributed.parts import Part, cells_of, shape_of
+from megatron_opt.distributed.parts import Part, cells_of
 from megatron_opt.distributed.pouring import pour
 from megatron_opt.errors import UserError
 
@@ -105,9 +105,9 @@ def _plan(jobs: Sequence[Job], ranks: int, placed: dict[str, list[Run]]) -> Plan
         made = job.parts(placed[job.matrix])
         for cell in cells_of(part for part, _ in made) if len(made) > 1 else ():
             if len(cell.parts) > 1:
-                legs = job.legs(shape_of(cell.area), cell.edges)
-                for index, part in enumerate(cell.parts):
-                    sent[part.rank] += sum(leg.sent(index) * leg.dtype.itemsize for leg in legs)
+                for collective in job.collectives(cell.area.shape, cell.edges):
+                    for index, part in enumerate(cell.parts):
+                        sent[part.rank] += collective.sent_bytes(index)
         owner[job.matrix] = made[0][0].rank
         for part, cost in made:
             parts.append(part)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from megatron_opt.distributed.exchange import wires
 from megatron_opt.distributed.fragments import Rect, rectangles
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.meta_model import model_config, stage_parameters
@@ -160,12 +159,11 @@ def _sent(
     for cell in cells_of(plan.parts):
         cells.setdefault(cell.key[0], []).append(cell)
     for bucket in buckets:
-        cut = [cell for name in bucket for cell in cells[name] if len(cell.parts) > 1]
-        legs = [rules[cell.key[0]].legs(cell.info(infos[cell.key[0]]), cell.edges) for cell in cut]
-        for turn, dtype in enumerate(wires(legs)):
-            for cell, several in zip(cut, legs, strict=True):
-                for index, part in enumerate(cell.parts) if turn < len(several) else ():
-                    sent["between slices"][part.rank] += several[turn].sent(index) * dtype.itemsize
+        for cell in (cell for name in bucket for cell in cells[name] if len(cell.parts) > 1):
+            partition = rules[cell.key[0]].partition(cell.info(infos[cell.key[0]]))
+            for collective in partition.collectives(cell.edges):
+                for index, part in enumerate(cell.parts):
+                    sent["between slices"][part.rank] += collective.sent_bytes(index)
     return sent
 
 

@@ -110,7 +110,8 @@ Places = dict[
 def _places(step: MatrixStep, key: tuple[str, int]) -> Places:
     """Where the stacks of a part's cell lie in the matrix's; nothing where the cell is the matrix."""
     cell = step.cells[key]
-    return {} if cell.is_whole else step.rules[key[0]].stack_places(step.infos[key[0]], cell.area)
+    partition = None if cell.is_whole else step.rules[key[0]].partition(step.infos[key[0]])
+    return partition.block_positions((cell.area.row0, cell.area.col0), cell.area.shape) if partition else {}
 
 
 def _stack(

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from megatron_opt.errors import UserError
-from megatron_opt.optimizers.slices import Leg, SliceStep, shares
+from megatron_opt.optimizers.partition import Partition
 
 State = dict[str, Tensor]
 Shape = tuple[int, ...]
-Area = tuple[int, int, int, int]  # rows [0, 1) and columns [2, 3) of a matrix
 
 
 class StateKind(enum.Enum):
@@ -43,6 +42,11 @@ def shrinkage(lr: float, weight_decay: float, mode: str) -> float:
     if mode not in DECAY_MODES:
         raise UserError(f"there is no decay mode {mode!r}; there are {', '.join(DECAY_MODES)}.")
     return weight_decay if mode == "independent" else lr * weight_decay
+
+
+def norm_of(weight: Tensor) -> Tensor:
+    """Frobenius norm of a weight, (1,) in its dtype, summed in fp64."""
+    return torch.linalg.vector_norm(weight.double()).to(weight.dtype).view(1)
 
 
 @dataclass(frozen=True)
@@ -165,61 +169,12 @@ class MatrixOptimizer:
         """
         raise NotImplementedError
 
-    # A rule whose matrices are grids of tiles that need nothing of each other says how large tiles are: on a cell, any
-    # rectangle of whole tiles, it is then the same rule, with the cell's shape in `info`.
-    # A rule that can work on slices of a tile (of the matrix, where it says none) along one side says which side may be
-    # cut, what the slices exchange, and how one slice steps; `update` on the whole equals all slices' steps together.
-    # The whole's state is the union of the slices' (cut along the same side, in proportion) and the shared one, and the
-    # matrix's that of its cells; stacks of blocks go where `stack_places` says. Neither sees a matrix without a gradient.
+    def check_state(self, state: State, info: MatrixInfo) -> None:
+        """Refuse a state, its NORMs filled in, that the rule cannot begin with."""
 
-    def of_part(self) -> "MatrixOptimizer":
-        """The rule that computes parts of a matrix: with `projects` the caller scales the direction to the whole's norm."""
-        return self
-
-    def init_part(self, weight: Tensor, info: MatrixInfo) -> State:
-        """State of a cell; `norms` are the cell's own until `joined`."""
-        return self.init_state(weight, info)
-
-    def joined(self, state: State, info: MatrixInfo) -> None:
-        """Called with a part's state once its `norms` are the whole matrix's; refuses what the rule cannot begin with."""
-
-    def tile(self, info: MatrixInfo) -> tuple[int, int] | None:
-        """(rows, columns) of tiles, a vector being one column; None where the matrix is one."""
+    def partition(self, info: MatrixInfo) -> Partition | None:
+        """How ranks may share the matrix, or a rectangle of its tiles whose shape is in `info`; None where it stays whole."""
         return None
-
-    def split_dim(self, info: MatrixInfo) -> int | None:
-        """The side (0 or 1) that may be cut into slices, or None where the rule needs the whole."""
-        return None
-
-    def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
-        """State that travels with one slice of the weight."""
-        raise NotImplementedError
-
-    def init_shared(self, info: MatrixInfo, device: torch.device, dtype: torch.dtype = torch.float32) -> State:
-        """State that exists once per matrix (factors, bases), with slice 0; empty by default."""
-        return {}
-
-    def legs(self, info: MatrixInfo, edges: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Leg]:
-        """What slices [edges[i], edges[i+1]) of the cut side exchange in a step with gradients of `dtype`, in order."""
-        return []
-
-    def slice_update(
-        self, grad: Tensor, state: State, shared: State, step: int, info: MatrixInfo, index: int, edges: tuple[int, ...]
-    ) -> SliceStep:
-        """Slice `index`'s direction: yields what it gives to each of `legs`, is sent what it gets, returns the direction.
-
-        `shared` is empty but for slice 0.
-        """
-        raise NotImplementedError
-
-    def stack_places(self, info: MatrixInfo, area: Area) -> dict[str, tuple[str, list[int], int]]:
-        """Of each stack of blocks in a cell's state: its key in the matrix's state, its blocks' numbers there, of how many."""
-        return {}
-
-    def slice_costs(self, info: MatrixInfo, edges: tuple[int, ...]) -> list[Cost]:
-        """What each slice costs; in proportion by default."""
-        whole = self.cost(info)
-        return [whole.scaled(share) for share in shares(edges)]
 
 
 @dataclass

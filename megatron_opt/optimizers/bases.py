@@ -33,3 +33,10 @@ def reorder(v: Tensor, order: Tensor, side: int) -> Tensor:
     """The second moment (B, b, c) follows the basis's columns (B, K)."""
     index = order.unsqueeze(-1) if side == 0 else order.unsqueeze(-2)
     return v.gather(side + 1, index.expand_as(v))
+
+
+def follow(m: Tensor, v: Tensor, old: dict[int, Tensor], new: dict[int, Tensor], orders: Mapping[int, Tensor]) -> None:
+    """Adam's moments (B, b, c) from old bases to new ones, in place; `orders` (B, K) are of the old bases' columns."""
+    m.copy_(turn(turn(m, old, back=True), new))
+    for side, order in orders.items():
+        v.copy_(reorder(v, order, side))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from megatron_opt.distributed.exchange import Holdings, Route, find_routes
 from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.parts import Part
+from megatron_opt.layout.region import Region
 
 
 @st.composite
@@ -31,7 +32,7 @@ def situations(draw: st.DrawFn) -> tuple[list[Holdings], list[Part], dict[str, t
         for top, bottom in ((0, middle), (middle, rows)):  # two cells, each cut along a side of its own
             if top == bottom:
                 continue
-            cell = None if bottom - top == rows else (top, bottom, 0, cols)
+            cell = None if bottom - top == rows else Region(top, bottom, 0, cols)
             dim = draw(st.integers(0, 1))
             first, last = ((top, bottom), (0, cols))[dim]
             edges = sorted({first, last, *draw(st.lists(st.integers(first, last), max_size=3))})

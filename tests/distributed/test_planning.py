@@ -227,7 +227,7 @@ def test_every_row_and_column_is_placed_once(shapes: list[tuple[int, int, bool]]
             edges = [0, *[part.stop for part in parts]]
             assert [part.start for part in parts] == edges[:-1] and sorted(set(edges)) == edges
             assert edges[-1] == job.shape[parts[0].dim]
-            assert len(parts) == 1 or (mode != "owner" and job.split_dim is not None)
+            assert len(parts) == 1 or (mode != "owner" and job.shard_dim is not None)
             assert plan.owner[job.matrix] == parts[0].rank
         assert sum(plan.flops) == pytest.approx(sum(job.cost.mean_flops() for job in jobs))
         assert sum(plan.load) >= sum(job.load for job in jobs) * (1 - 1e-9)
