@@ -4,7 +4,8 @@ The dense parameters of one pipeline stage make one domain (its tensor-, context
 of one expert-parallel rank in that stage another (its expert-tensor and expert-data-parallel ranks).
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,24 @@ from megatron_opt.distributed.exchange import Exchange, Holdings, Route, find_ro
 from megatron_opt.distributed.fragments import Fragment
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.ownership import BALANCED, Plan, make_buckets, pack
-from megatron_opt.distributed.parts import Cell, Part, cells_of
+from megatron_opt.distributed.parts import Cell, Part, cells_of, shape2d
 from megatron_opt.errors import UserError
 from megatron_opt.kernels import multi_tensor
 from megatron_opt.kernels.multi_tensor import Coefficients, Sum
+from megatron_opt.layout.region import Region, cover_matrix
 from megatron_opt.optimizers.base import MatrixInfo
+
+
+def check_cover(what: str, regions: Iterable[tuple[str, Region]], infos: Mapping[str, MatrixInfo]) -> None:
+    """Refuse regions by matrix that do not cover each exactly once."""
+    found: dict[str, list[Region]] = {}
+    for name, region in regions:
+        found.setdefault(name, []).append(region)
+    for name, several in found.items():
+        if not cover_matrix(several, shape2d(infos[name])):
+            raise RuntimeError(
+                f"the {what} do not cover {name} {infos[name].shape} exactly once: {sorted(several)[:8]}"
+            )
 
 
 @dataclass
@@ -39,14 +53,12 @@ class Domain:
     def __post_init__(self) -> None:
         self.order = {name: index for index, name in enumerate(sorted(self.infos))}
         self.counted = torch.ones(len(self.order), dtype=torch.float64)
-        holders: dict[tuple[Any, ...], int] = {}
-        for held in self.holdings:
-            for _, rect in held:
-                holders[rect.place] = holders.get(rect.place, 0) + 1
-        self.weight = {place: 1.0 / count for place, count in holders.items()}
+        holders = Counter(rect.key for held in self.holdings for _, rect in held)
+        check_cover("shards of its ranks", holders, self.infos)
+        self.weight = {key: 1.0 / count for key, count in holders.items()}
         rects = [rect for fragment in self.fragments for rect in fragment.rects]
         self._numbers = torch.tensor([self.order[rect.matrix] for rect in rects], dtype=torch.long)
-        self._weights = torch.tensor([self.weight[rect.place] for rect in rects], dtype=torch.float64)
+        self._weights = torch.tensor([self.weight[rect.key] for rect in rects], dtype=torch.float64)
         for fragment in self.fragments:
             if not fragment.view.counts:
                 for rect in fragment.rects:
@@ -97,6 +109,7 @@ class MatrixPlan:
     ) -> "MatrixPlan":
         """Plan and routes; equal on every rank of the domain."""
         plan = pack(jobs, domain.size, mode, most)
+        check_cover("parts of its plan", ((part.matrix, part.bounds) for part in plan.parts), domain.infos)
         wire = torch.empty(0, dtype=domain.exchange.wire).element_size()
         buckets = make_buckets(plan.parts, domain.size, bucket_bytes, wire)
         routes = find_routes(domain.holdings, plan.parts, domain.rank, buckets)

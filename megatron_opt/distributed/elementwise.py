@@ -52,7 +52,7 @@ class ElementwiseStep:
             for rect in fragment.rects:
                 group = self.group_of[rect.matrix]
                 if isinstance(self.rules[group], ElementwiseOptimizer):
-                    piece = Slice(index, rect, self.domain.weight[rect.place], self._first(rect))
+                    piece = Slice(index, rect, self.domain.weight[rect.key], self._first(rect))
                     piece.state = self.rules[group].init_state(rect.run(fragment.main))
                     self.slices.setdefault(group, []).append(piece)
         dtypes = [fragment.view.param.dtype for fragment in self.domain.fragments]
@@ -113,7 +113,7 @@ class ElementwiseStep:
     def _first(self, rect: Rect) -> int:
         """Number of a run's first element: its matrix's begin at a hash of the name, so that replicas round alike."""
         columns = (*self.domain.infos[rect.matrix].shape, 1)[1]
-        return zlib.crc32(rect.matrix.encode()) * 2**30 + rect.row0 * columns + rect.col0
+        return zlib.crc32(rect.matrix.encode()) * 2**30 + rect.region.row0 * columns + rect.region.col0
 
     def update_curvature(self, grads: list[Tensor], scale: float, squared: bool) -> None:
         """Gradients, squared or not, times `scale` into the curvature of the rules that keep one."""

@@ -15,34 +15,33 @@ from torch import Tensor
 
 from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.parts import Part
+from megatron_opt.layout.region import Region
 
 
 @dataclass(frozen=True)
 class Item:
-    """One rectangle on its way: rows and columns relative to the held rectangle and to the part's slab."""
+    """One region on its way between a fragment and a part."""
 
     fragment: int  # index on the holder
     offset: int  # of the held rectangle in the fragment
     held: tuple[int, int]  # its shape
-    inside: tuple[int, int, int, int]  # what of it travels
+    inside: Region  # what of it travels, counted from its corner
     part: tuple[str, int]
-    slab: tuple[int, int, int, int]  # where it lies in the slab
+    slab: Region  # where it lies in the part
 
     @property
     def numel(self) -> int:
-        r0, r1, c0, c1 = self.inside
-        return (r1 - r0) * (c1 - c0)
+        return self.inside.numel
 
     def of_fragment(self, flat: Tensor) -> Tensor:
         rows, cols = self.held
         r0, r1, c0, c1 = self.inside
         if c1 - c0 == cols:  # whole rows: contiguous
             return flat[self.offset + r0 * cols : self.offset + r1 * cols].view(r1 - r0, cols)
-        return flat[self.offset : self.offset + rows * cols].view(rows, cols)[r0:r1, c0:c1]
+        return self.inside.of(flat[self.offset : self.offset + rows * cols].view(rows, cols))
 
     def of_slab(self, slab: Tensor) -> Tensor:
-        r0, r1, c0, c1 = self.slab
-        return slab[r0:r1, c0:c1]
+        return self.slab.of(slab)
 
 
 def _update_of(item: Item, updates: Sequence[Tensor]) -> Tensor:
@@ -67,13 +66,6 @@ class Route:
 Holdings = list[tuple[int, Rect]]
 
 
-def _meet(rect: Rect, part: Part) -> tuple[int, int, int, int] | None:
-    r0, r1, c0, c1 = part.bounds
-    row0, row1 = max(rect.row0, r0), min(rect.row1, r1)
-    col0, col1 = max(rect.col0, c0), min(rect.col1, c1)
-    return (row0, row1, col0, col1) if row0 < row1 and col0 < col1 else None
-
-
 def _empty(size: int) -> list[list[Item]]:
     return [[] for _ in range(size)]
 
@@ -87,18 +79,17 @@ def find_routes(
     for part in parts:
         by_matrix.setdefault(part.matrix, []).append(part)
     where = {name: index for index, bucket in enumerate(buckets) for name in bucket}
-    held: dict[str, dict[tuple[Any, ...], list[tuple[int, int, Rect]]]] = {}
+    held: dict[str, dict[Region, list[tuple[int, int, Rect]]]] = {}
     for holder, rects in enumerate(holdings):
         for fragment, rect in rects:
             if rect.matrix in where:
-                held.setdefault(rect.matrix, {}).setdefault(rect.place, []).append((holder, fragment, rect))
+                held.setdefault(rect.matrix, {}).setdefault(rect.region, []).append((holder, fragment, rect))
     routes = [Route(_empty(size), _empty(size), _empty(size), _empty(size)) for _ in buckets]
     for name in sorted(held):
         route = routes[where[name]]
-        for place in sorted(held[name]):
-            holders = held[name][place]
+        for region, holders in sorted(held[name].items()):
             for part in by_matrix[name]:
-                met = _meet(holders[0][2], part)
+                met = region.intersect(part.bounds)
                 if met is None:
                     continue
                 own = [entry for entry in holders if entry[0] == part.rank]
@@ -120,17 +111,9 @@ def find_routes(
     return routes
 
 
-def _item(rect: Rect, fragment: int, part: Part, met: tuple[int, int, int, int]) -> Item:
-    row0, row1, col0, col1 = met
-    r0, _, c0, _ = part.bounds
-    return Item(
-        fragment=fragment,
-        offset=rect.offset,
-        held=(rect.row1 - rect.row0, rect.col1 - rect.col0),
-        inside=(row0 - rect.row0, row1 - rect.row0, col0 - rect.col0, col1 - rect.col0),
-        part=part.key,
-        slab=(row0 - r0, row1 - r0, col0 - c0, col1 - c0),
-    )
+def _item(rect: Rect, fragment: int, part: Part, met: Region) -> Item:
+    inside, slab = met.relative_to(rect.region), met.relative_to(part.bounds)
+    return Item(fragment, rect.offset, rect.region.shape, inside, part.key, slab)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from megatron_opt.files import write_atomic
 from megatron_opt.layout.kinds import Geometry
 from megatron_opt.layout.matrices import ParamView, split_param
 from megatron_opt.layout.parameter import Parameter
+from megatron_opt.layout.region import Region
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
 from megatron_opt.optimizers.groups import GroupRule, assign
@@ -96,7 +97,7 @@ def _holdings(
     is_expert = expert is not None
     tp = layout.etp if is_expert else layout.tp
     replicas = layout.dp * layout.tp // (layout.ep * layout.etp) if is_expert else layout.dp
-    found: dict[str, dict[tuple[Any, ...], tuple[Rect, list[int]]]] = {}
+    found: dict[str, dict[Region, tuple[Rect, list[int]]]] = {}
     infos: dict[str, MatrixInfo] = {}
 
     def domain_of(p: Parameter) -> int | None:
@@ -123,7 +124,7 @@ def _holdings(
                         groups.setdefault((index, interval), []).append(replica * tp + rank)
             for (index, (start, stop)), holders in groups.items():
                 for rect in rectangles(views[index], start, stop):
-                    entry = found.setdefault(rect.matrix, {}).setdefault(rect.place, (rect, []))
+                    entry = found.setdefault(rect.matrix, {}).setdefault(rect.region, (rect, []))
                     entry[1].extend(holders)
     held = {name: [(rect, sorted(ranks)) for rect, ranks in places.values()] for name, places in found.items()}
     return held, infos, tp * replicas
@@ -169,11 +170,11 @@ def _sent(
 
 def sent_in_a_step(domain: Any, step: Any) -> dict[str, list[float]]:
     """The same of a run's domain and its matrix step."""
-    held: dict[str, dict[tuple[Any, ...], tuple[Rect, list[int]]]] = {}
+    held: dict[str, dict[Region, tuple[Rect, list[int]]]] = {}
     for rank, rects in enumerate(domain.holdings):
         for _, rect in rects:
             if rect.matrix in step.infos:
-                held.setdefault(rect.matrix, {}).setdefault(rect.place, (rect, []))[1].append(rank)
+                held.setdefault(rect.matrix, {}).setdefault(rect.region, (rect, []))[1].append(rank)
     width = torch.empty(0, dtype=domain.exchange.wire).element_size()
     places = {name: list(each.values()) for name, each in held.items()}
     return _sent(places, step.placed.plan, step.rules, step.infos, step.placed.buckets, width)

@@ -9,6 +9,7 @@ import torch
 from megatron_opt.distributed.domain import Domain
 from megatron_opt.distributed.elementwise import ElementwiseStep
 from megatron_opt.distributed.fragments import Rect
+from megatron_opt.layout.region import Region
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
 
@@ -30,7 +31,7 @@ def _train(domains: list[tuple[str, ...]], rule: Any, grouped: bool) -> dict[str
                 view=SimpleNamespace(counts=True, param=weights[n]),
                 main=weights[n].view(-1),
                 image=lambda: None,
-                rects=[Rect(n, 0, SHAPES[n][0], 0, SHAPES[n][1])],
+                rects=[Rect(n, Region(0, SHAPES[n][0], 0, SHAPES[n][1]))],
             )
             for n in names
         ]

@@ -27,7 +27,7 @@ def situations(draw: st.DrawFn) -> tuple[list[Holdings], list[Part], dict[str, t
             for c0, c1 in zip(col_cuts[:-1], col_cuts[1:], strict=True):
                 for holder in draw(st.sets(st.integers(0, ranks - 1), min_size=1, max_size=2)):
                     index = len(holdings[holder])
-                    holdings[holder].append((index, Rect(name, r0, r1, c0, c1)))
+                    holdings[holder].append((index, Rect(name, Region(r0, r1, c0, c1))))
         middle, index = draw(st.integers(0, rows)), 0
         for top, bottom in ((0, middle), (middle, rows)):  # two cells, each cut along a side of its own
             if top == bottom:
@@ -43,7 +43,7 @@ def situations(draw: st.DrawFn) -> tuple[list[Holdings], list[Part], dict[str, t
 
 
 def block_of(whole: torch.Tensor, rect: Rect) -> torch.Tensor:
-    return whole[rect.row0 : rect.row1, rect.col0 : rect.col1]
+    return rect.region.of(whole)
 
 
 @settings(deadline=None)

@@ -18,6 +18,7 @@ from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.parts import shape2d
 from megatron_opt.distributed.planning import sent_in_a_step
+from megatron_opt.layout.region import Region
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
 
@@ -94,7 +95,7 @@ class Ranks:
         for rank in range(size):
             rows = [_rows(info.shape[0], rank, size) for info in self.infos.values()]
             self.holdings.append(
-                [(i, Rect(key, rows[i].start, rows[i].stop, 0, shape2d(info)[1]))
+                [(i, Rect(key, Region(rows[i].start, rows[i].stop, 0, shape2d(info)[1])))
                  for i, (key, info) in enumerate(self.infos.items())]
             )  # fmt: skip
         self.steps: list[Any] = self.run(self._make)
@@ -294,8 +295,7 @@ def _within(whole: Tensor, piece: state.Piece) -> Tensor:
     """Where a piece lies in its whole."""
     if piece.rect is None:
         return whole
-    _, r0, r1, c0, c1 = piece.rect.place
-    return whole[r0:r1, c0:c1]
+    return piece.rect.region.of(whole)
 
 
 def _again(patch: pytest.MonkeyPatch, ranks: Ranks) -> Ranks:

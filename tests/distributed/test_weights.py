@@ -12,6 +12,7 @@ from megatron_opt.distributed.domain import Domain
 from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.weights import WeightStep
+from megatron_opt.layout.region import Region
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
 
@@ -25,7 +26,10 @@ class Held:
     def __init__(self, mode: str, rule: str = "muon", dtype: torch.dtype = torch.float32) -> None:
         draw = torch.Generator().manual_seed(2)
         self.infos = {name: MatrixInfo(name, shape) for name, shape in SHAPES.items()}
-        rects = [[Rect("gate", 0, 5, 0, 7, 0), Rect("up", 0, 5, 0, 7, 35)], [Rect("down", 0, 6, 0, 40, 0)]]
+        rects = [
+            [Rect("gate", Region(0, 5, 0, 7)), Rect("up", Region(0, 5, 0, 7), 35)],
+            [Rect("down", Region(0, 6, 0, 40))],
+        ]
         mains = [torch.randn(70, generator=draw), torch.randn(240, generator=draw)]
         self.images = [main.to(dtype) for main in mains]
         fragments: Any = [
