@@ -83,11 +83,11 @@ def _workspace(layout: Layout, domain: DomainPlan) -> float:
         rows, columns = part.slab_shape
         owned[part.rank] = owned.get(part.rank, 0.0) + rows * columns
         copies = max(copies, next((n for kind, n in _COPIES if isinstance(domain.rules[part.matrix], kind)), 1.0))
-    bucket = max(layout.bucket_bytes / layout.wire_bytes, max(info.numel for info in domain.infos.values()))
+    bucket = max(layout.engine.bucket_bytes / layout.communication_bytes, max(info.numel for info in domain.infos.values()))
     worked_on = min(max(owned.values()), bucket)
     travelling = 0.0
     if domain.ranks > 1:  # slabs in fp32, and the messages that come and go
-        travelling = worked_on * (4.0 + 2.0 * layout.wire_bytes)
+        travelling = worked_on * (4.0 + 2.0 * layout.communication_bytes)
     return 4.0 * copies * worked_on + travelling
 
 

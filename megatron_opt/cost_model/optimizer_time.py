@@ -171,7 +171,7 @@ def _estimated(domain: DomainPlan, layout: Layout, owned: float) -> dict[str, fl
     else:  # every data-parallel rank holds its tensor-parallel shard: an owner has one, every holder gets a copy back
         to_owners = total / ranks * (tp - 1) / tp
         to_shards = owned * (ranks / tp - 1 / tp)
-    width = layout.wire_bytes
+    width = layout.communication_bytes
     sent = {"gradients to owners": to_owners * width, "updates to shards": to_shards * width}
     factors = _factor_bytes(domain)
     return sent | ({"between slices": max(factors.values())} if factors else {})

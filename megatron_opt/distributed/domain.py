@@ -16,8 +16,9 @@ from torch import Tensor
 from megatron_opt.distributed.exchange import Exchange, Holdings, Route, find_routes
 from megatron_opt.distributed.fragments import Fragment
 from megatron_opt.distributed.jobs import Job
-from megatron_opt.distributed.ownership import BALANCED, Plan, make_buckets, pack
+from megatron_opt.distributed.ownership import Plan, make_buckets, pack
 from megatron_opt.distributed.parts import Cell, Part, cells_of, shape2d
+from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 from megatron_opt.kernels import multi_tensor
 from megatron_opt.kernels.multi_tensor import Coefficients, Sum
@@ -104,14 +105,11 @@ class MatrixPlan:
     routes: list[Route]
 
     @staticmethod
-    def make(
-        domain: Domain, jobs: Sequence[Job], mode: str, bucket_bytes: float, most: float = BALANCED
-    ) -> "MatrixPlan":
+    def make(domain: Domain, jobs: Sequence[Job], options: EngineOptions) -> "MatrixPlan":
         """Plan and routes; equal on every rank of the domain."""
-        plan = pack(jobs, domain.size, mode, most)
+        plan = pack(jobs, domain.size, options.matrix_mode, options.matrix_balance)
         check_cover("parts of its plan", ((part.matrix, part.bounds) for part in plan.parts), domain.infos)
-        wire = torch.empty(0, dtype=domain.exchange.wire).element_size()
-        buckets = make_buckets(plan.parts, domain.size, bucket_bytes, wire)
+        buckets = make_buckets(plan.parts, domain.size, options.bucket_bytes, domain.exchange.dtype.itemsize)
         routes = find_routes(domain.holdings, plan.parts, domain.rank, buckets)
         return MatrixPlan(plan, {part.key: part for part in plan.parts}, cells_of(plan.parts), buckets, routes)
 

@@ -155,8 +155,8 @@ class Trip:
 class Exchange:
     """All-to-all trips over one process group (None where the group is this rank alone)."""
 
-    def __init__(self, group: Any, rank: int, size: int, wire: torch.dtype = torch.float32) -> None:
-        self.group, self.rank, self.size, self.wire = group, rank, size, wire
+    def __init__(self, group: Any, rank: int, size: int, dtype: torch.dtype = torch.float32) -> None:
+        self.group, self.rank, self.size, self.dtype = group, rank, size, dtype
         self.traffic = Traffic()
 
     def start(
@@ -165,7 +165,7 @@ class Exchange:
         incoming: Sequence[Sequence[Callable[[], Tensor]]],
         counts: Sequence[Sequence[int]],
         what: str,
-        wire: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Trip:
         """Send tensors `outgoing[d]` to rank d and put what comes from rank s into `incoming[s]`, sizes `counts[s]`."""
         for tensor, place in zip(outgoing[self.rank], incoming[self.rank], strict=True):
@@ -174,14 +174,14 @@ class Exchange:
                 target.copy_(tensor)
         if self.size == 1:
             return Trip(None, None, [])
-        wire = wire or self.wire
+        dtype = dtype or self.dtype
         others = [r for r in range(self.size) if r != self.rank]
-        send = [t.reshape(-1).to(wire) for r in others for t in outgoing[r]]
+        send = [t.reshape(-1).to(dtype) for r in others for t in outgoing[r]]
         in_splits = [sum(t.numel() for t in outgoing[r]) if r != self.rank else 0 for r in range(self.size)]
         out_splits = [sum(counts[r]) if r != self.rank else 0 for r in range(self.size)]
         device = send[0].device if send else torch.device(torch.cuda.current_device())  # an index on CUDA
-        message = torch.cat(send) if send else torch.empty(0, dtype=wire, device=device)
-        received = torch.empty(sum(out_splits), dtype=wire, device=device)
+        message = torch.cat(send) if send else torch.empty(0, dtype=dtype, device=device)
+        received = torch.empty(sum(out_splits), dtype=dtype, device=device)
         self.traffic.add(what, message.numel() * message.element_size())
         work = dist.all_to_all_single(received, message, out_splits, in_splits, group=self.group, async_op=True)
         places = [(place, count) for r in others for place, count in zip(incoming[r], counts[r], strict=True)]
@@ -193,7 +193,6 @@ class Exchange:
         grads: Sequence[Tensor],
         slabs: dict[tuple[str, int], Tensor],
         what: str = "gradients to owners",
-        wire: torch.dtype | None = None,
     ) -> Trip:
         """Shards of gradients to the parts that need them."""
         return self.start(
@@ -201,7 +200,6 @@ class Exchange:
             [[lambda item=item: item.of_slab(slabs[item.part]) for item in items] for items in route.gather_in],  # type: ignore[misc]
             [[item.numel for item in items] for items in route.gather_in],
             what,
-            wire,
         )
 
     def scatter(
@@ -210,7 +208,6 @@ class Exchange:
         slabs: dict[tuple[str, int], Tensor],
         updates: Sequence[Tensor],
         what: str = "updates to shards",
-        wire: torch.dtype | None = None,
     ) -> Trip:
         """Updates of parts back to every rank that holds a shard of them."""
         return self.start(
@@ -218,5 +215,4 @@ class Exchange:
             [[functools.partial(_update_of, item, updates) for item in items] for items in route.scatter_in],
             [[item.numel for item in items] for items in route.scatter_in],
             what,
-            wire,
         )

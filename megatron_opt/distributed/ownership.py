@@ -17,7 +17,6 @@ from megatron_opt.distributed.parts import Part, cells_of
 from megatron_opt.distributed.pouring import pour
 from megatron_opt.errors import UserError
 
-MODES = ("auto", "owner", "group", "sharded")
 BALANCED = 1.1  # most loaded rank over the mean, and most state over the mean, that `auto` is content with
 _LATE = 1.15  # load over the mean that is not exceeded for more even state
 _WORTH = 1e9  # FLOPs by which the most loaded rank is late, from which a cut pays for its exchanges

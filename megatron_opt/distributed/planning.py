@@ -17,8 +17,9 @@ import torch
 from megatron_opt.distributed.fragments import Rect, rectangles
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.meta_model import model_config, stage_parameters
-from megatron_opt.distributed.ownership import BALANCED, Plan, make_buckets, pack, plan_table
+from megatron_opt.distributed.ownership import Plan, make_buckets, pack, plan_table
 from megatron_opt.distributed.parts import Cell, Part, cells_of
+from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 from megatron_opt.files import write_atomic
 from megatron_opt.layout.kinds import Geometry
@@ -136,7 +137,7 @@ def _sent(
     rules: dict[str, Any],
     infos: dict[str, MatrixInfo],
     buckets: Sequence[Sequence[str]],
-    wire: int,
+    width: int,
 ) -> dict[str, list[float]]:
     """Bytes that each rank sends in a step, as the run's counters name them."""
     ranks = len(plan.load)
@@ -152,7 +153,7 @@ def _sent(
                 common = part.bounds.intersect(region)
                 if common is None:
                     continue
-                count, own = common.numel * wire, part.rank in among
+                count, own = common.numel * width, part.rank in among
                 if not own:
                     sent["gradients to owners"][holders[part.rank % len(holders)]] += count
                 sent["updates to shards"][part.rank] += count * (len(holders) - own)
@@ -175,9 +176,8 @@ def sent_in_a_step(domain: Any, step: Any) -> dict[str, list[float]]:
         for _, rect in rects:
             if rect.matrix in step.infos:
                 held.setdefault(rect.matrix, {}).setdefault(rect.region, (rect, []))[1].append(rank)
-    width = torch.empty(0, dtype=domain.exchange.wire).element_size()
     places = {name: list(each.values()) for name, each in held.items()}
-    return _sent(places, step.placed.plan, step.rules, step.infos, step.placed.buckets, width)
+    return _sent(places, step.placed.plan, step.rules, step.infos, step.placed.buckets, domain.exchange.dtype.itemsize)
 
 
 def plan_model(
@@ -185,18 +185,14 @@ def plan_model(
     geometry: Geometry,
     layout: Layout,
     rules: Sequence[GroupRule],
-    *,
+    options: EngineOptions | None = None,
     which: Sequence[int] | None = None,
-    mode: str = "auto",
-    most: float = BALANCED,
-    bucket_bytes: float = 64 * 2**20,
-    wire: torch.dtype = torch.float32,
 ) -> list[DomainPlan]:
     """Plans of the domains of the stages in `which` (all by default), in the order in which a run makes them.
 
     `stages` has the chunks of every pipeline stage, each a list of whole parameters in Megatron's order.
     """
-    whole: dict[str, MatrixInfo] = {}
+    options, whole = options or EngineOptions(), dict[str, MatrixInfo]()
     for p in (p for chunks in stages.values() for chunk in chunks for p in chunk):
         made, *_ = split_param(p.name, p.shape, geometry, tp_rank=0, tp_size=1, partition_dim=None)
         whole.update({info.name: info for info in made})
@@ -206,16 +202,15 @@ def plan_model(
     groups = assign([whole[name] for name in sorted(whole)], rules)
     built = [registry.build(group.optimizer, dict(group.options)) for group in groups]
     rule_of = {info.name: rule for group, rule in zip(groups, built, strict=True) for info in group.infos}
-    width = torch.empty(0, dtype=wire).element_size()
-    found = []
+    width, found = options.communication_dtype.itemsize, []
     for stage in sorted(stages) if which is None else which:
         domains: list[int | None] = [None, *(range(layout.ep) if experts else [])]
         for expert in domains:
             held, infos, ranks = _holdings(stages[stage], layout, geometry, expert, experts)
             taken = {name: infos[name] for name in sorted(infos) if isinstance(rule_of[name], MatrixOptimizer)}
             jobs = [Job.of(info, rule_of[name]) for name, info in taken.items()]
-            plan = pack(jobs, ranks, mode, most)
-            buckets = make_buckets(plan.parts, ranks, bucket_bytes, width)
+            plan = pack(jobs, ranks, options.matrix_mode, options.matrix_balance)
+            buckets = make_buckets(plan.parts, ranks, options.bucket_bytes, width)
             name = f"stage {stage}" if expert is None else f"experts of stage {stage}, expert rank {expert}"
             found.append(DomainPlan(name, plan, _sent(held, plan, rule_of, taken, buckets, width)))
     return found
@@ -225,6 +220,7 @@ def from_args(
     args: Any, world: int, rules: Sequence[GroupRule], which: Sequence[int] | None = None
 ) -> list[DomainPlan]:
     """Plans for Megatron flags as `world` ranks would make them, from Megatron's own model on the `meta` device."""
+    options = EngineOptions.of(vars(args))
     tp, pp, ep = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.expert_model_parallel_size
     if world % (tp * pp):
         raise UserError(f"{world} ranks are not divisible by tensor parallelism {tp} × pipeline parallelism {pp}.")
@@ -241,14 +237,11 @@ def from_args(
     )
     return plan_model(
         {stage: stage_parameters(args, stage) for stage in range(pp)},
-        Geometry.of(model_config(args).transformer, args.split_heads),
+        Geometry.of(model_config(args).transformer, options.split_heads),
         layout,
         rules,
-        which=which,
-        mode=args.matrix_mode,
-        most=args.matrix_balance,
-        bucket_bytes=args.exchange_bucket_mb * 2**20,
-        wire={"fp32": torch.float32, "bf16": torch.bfloat16}[args.exchange_dtype],
+        options,
+        which,
     )
 
 

@@ -14,9 +14,9 @@ from megatron_opt.distributed.elementwise import ElementwiseStep
 from megatron_opt.distributed.health import Health
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.matrix_step import MatrixStep
-from megatron_opt.distributed.ownership import BALANCED
 from megatron_opt.distributed.state import common_state, load_state, sharded_state
 from megatron_opt.distributed.weights import WeightStep
+from megatron_opt.engine_options import EngineOptions
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixOptimizer
 from megatron_opt.optimizers.groups import Group
@@ -39,18 +39,15 @@ class ShardedOptimizer(MegatronOptimizer):
         chunks: Sequence[Any],
         domains: Sequence[Domain],
         groups: Sequence[Group],
-        *,
-        mode: str = "auto",
-        most: float = BALANCED,
-        bucket_bytes: float = 64 * 2**20,
-        on_bad_matrix: str = "skip",
+        options: EngineOptions | None = None,
     ) -> None:
         super().__init__(_Groups(), config)
+        options = options or EngineOptions()
         self.model_chunks, self.domains, self.groups = list(chunks), list(domains), list(groups)
         self.distributed = bool(chunks[0].ddp_config.use_distributed_optimizer)
         self.overlap_param_gather = bool(chunks[0].ddp_config.overlap_param_gather)
         self.step_number = 0
-        self.health = Health(on_bad_matrix)
+        self.health = Health(options.on_bad_matrix)
         self.stats: dict[str, dict[str, float]] | None = None  # filled by a step when `want_stats` is set
         self.want_stats = False
         self.has_states = False  # on every rank
@@ -68,7 +65,7 @@ class ShardedOptimizer(MegatronOptimizer):
             infos = {name: domain.infos[name] for name in matrix_names}
             rules = {name: self.rules[group_of[name]] for name in matrix_names}
             jobs = [Job.of(info, rules[name]) for name, info in infos.items()]
-            placed = MatrixPlan.make(domain, jobs, mode, bucket_bytes, most)
+            placed = MatrixPlan.make(domain, jobs, options)
             self.matrix_steps.append(MatrixStep(domain, placed, rules, infos))
             self.weight_steps.append(WeightStep(domain, self.matrix_steps[-1], self.groups, self.rules, group_of))
             self.element_steps.append(ElementwiseStep(domain, self.groups, self.rules, group_of))

@@ -18,6 +18,7 @@ from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.parts import shape2d
 from megatron_opt.distributed.planning import sent_in_a_step
+from megatron_opt.engine_options import EngineOptions
 from megatron_opt.layout.region import Region
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
@@ -110,7 +111,9 @@ class Ranks:
         trips = Exchange(self.mailbox, rank, self.size)
         domain = Domain("threads", self.mailbox, rank, self.size, fragments, self.holdings, self.infos, trips)
         jobs = [Job.of(info, rule) for info in self.infos.values()]
-        placed = MatrixPlan.make(domain, jobs, self.mode, self.bucket_bytes)
+        placed = MatrixPlan.make(
+            domain, jobs, EngineOptions(matrix_mode=self.mode, exchange_bucket_mb=self.bucket_bytes / 2**20)
+        )
         return MatrixStep(domain, placed, dict.fromkeys(self.infos, rule), self.infos)
 
     def run(self, function: Callable[[int], Any]) -> list[Any]:

@@ -18,6 +18,7 @@ from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.ownership import MODES, Plan, pack
 from megatron_opt.distributed.parts import cells_of
 from megatron_opt.distributed.planning import DomainPlan, Layout, from_args, plan_model
+from megatron_opt.engine_options import EngineOptions
 from megatron_opt.layout.spec import ModelSpec
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
@@ -164,7 +165,7 @@ def test_of_what_balances_the_plan_sends_least(config: ModelSpec, layout: Layout
     Where gangs do not suffice, ranks that share two kinds send as much as in the line.
     """
     (auto, line, wide, whole) = (
-        _planned(config, layout, which=[0], mode=mode, most=room)[0].plan
+        _planned(config, layout, which=[0], options=EngineOptions(matrix_mode=mode, matrix_balance=room))[0].plan
         for mode, room in (("auto", 1.1), ("group", 1.1), ("auto", 2.0), ("owner", 1.1))
     )
     assert auto.imbalance() < 1.15 and auto.is_balanced()
