@@ -109,7 +109,7 @@ def gather(jobs: Sequence[Job], ranks: int, most: float) -> dict[str, list[Run]]
 
 def _likeness(job: Job) -> tuple[Any, ...]:
     """Equal for jobs that weigh the same and are cut alike; the largest first."""
-    side = -1 if job.shard_dim is None else job.split_dim
+    side = -1 if job.shard_dim is None else job.shard_dim
     return -job.load, -job.cost.state_bytes, job.shape, job.tile, side
 
 
