@@ -34,7 +34,7 @@ class SoapConfig(FactoredConfig):
     beta2: float = decay(0.99, "decay of the second moment in the eigenbasis")
     eps: float = epsilon(1e-10, "added to the square root of the second moment")
     floor: float = option(
-        0.0,
+        0.01,
         "least √v in the eigenbasis over the block's root mean square: no rounding noise scaled up; 0: the study's rule",
         low=0,
         high=1,
@@ -162,9 +162,9 @@ class Soap(FactoredOptimizer):
     # A step
 
     def works_in_place(self, blocks: Blocks) -> bool:
-        """Native kernels do; a floor has none."""
+        """Native kernels do."""
         held = [several[0] for tensors in (blocks.factors, blocks.derived) for several in tensors.values()]
-        return not self.config.floor and projection.taken([*blocks.grads, *itertools.chain(*blocks.states)], held)
+        return projection.taken([*blocks.grads, *itertools.chain(*blocks.states)], held)
 
     def block_step(self, blocks: Blocks) -> list[Tensor]:
         late = blocks.due and not self.authors  # the refresh sees the factors from before this step
