@@ -64,7 +64,10 @@ class Fragment:
     state: dict[str, Tensor] = field(default_factory=dict)
 
     def grad(self) -> Tensor | None:
-        """The reduced gradient of the interval in fp32, or None where the parameter got none."""
+        """The reduced gradient of the interval in fp32, or None where the parameter got none.
+
+        Of fp32 buffers it is Megatron's own memory, which a step may overwrite.
+        """
         grad = getattr(self.view.param, "main_grad", None)
         if grad is None:
             grad = self.view.param.grad

@@ -107,13 +107,15 @@ class MatrixStep:
             if name in self.in_parts:
                 self.rules[name].check_state(self.states[name, index], self.infos[name])
 
-    def step(self, grads: Sequence[Tensor], scale: dict[str, float], skip: set[str], number: int) -> None:
-        """Replace the gradients in `grads` by directions u; `scale` are clip factors, `skip` matrices left alone.
+    def step(self, grads: Sequence[Tensor], scale: dict[str, float], skip: set[str], number: int) -> Sequence[Tensor]:
+        """Directions u by fragment, in the memory of the gradients, which are gone; those of other matrices stay.
 
-        While one bucket is computed, the next one's gradients and the last one's directions travel.
+        `scale` are clip factors; matrices in `skip` are left alone. While one bucket is computed, the next one's gradients
+        and the last one's directions travel.
         """
         exchange, placed = self.domain.exchange, self.placed
-        under_way: list[Trip] = []
+        directions = grads  # one memory: a bucket's gradients have been read before its directions are written
+        returning: list[Trip] = []
         pending: tuple[Trip, dict[Key, Tensor]] | None = None
         for index in range(len(placed.buckets) + 1):
             coming = None
@@ -124,12 +126,13 @@ class MatrixStep:
                 trip, slabs = pending
                 trip.finish()
                 done = self._compute(placed.buckets[index - 1], slabs, scale, skip, number)
-                under_way.append(exchange.scatter(placed.routes[index - 1], done, grads))
+                returning.append(exchange.scatter(placed.routes[index - 1], done, directions))
             pending = coming
-        for trip in under_way:
+        for trip in returning:
             trip.finish()
         if self.scaled_later:
-            self.rescale(grads, self.scaled_later - skip)
+            self.rescale(directions, self.scaled_later - skip)
+        return directions
 
     def rescale(self, flats: Sequence[Tensor], names: set[str]) -> None:
         """Scale matrices in per-fragment tensors (weights, directions) to the norm that their rule keeps (Hyperball)."""

@@ -15,9 +15,12 @@ from megatron_opt.distributed.gangs import gather
 from megatron_opt.distributed.jobs import Job, Run, even, load_of
 from megatron_opt.distributed.parts import Part, cells_of
 from megatron_opt.distributed.pouring import pour
+from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 
-BALANCED = 1.1  # most loaded rank over the mean, and most state over the mean, that `auto` is content with
+BALANCED = (
+    EngineOptions.matrix_balance
+)  # most loaded rank over the mean, and most state over the mean, that `auto` is content with
 _LATE = 1.15  # load over the mean that is not exceeded for more even state
 _WORTH = 1e9  # FLOPs by which the most loaded rank is late, from which a cut pays for its exchanges
 _WORTH_BYTES = 2.0**20  # the same of state

@@ -188,14 +188,16 @@ class ShardedOptimizer(MegatronOptimizer):
     def _step_matrices(
         self, grads: list[list[Tensor]], squares: list[list[float]], factors: list[float], bad: list[set[str]]
     ) -> None:
+        """Matrix rules of all domains; their gradients' memory (Megatron's own, for fp32) then holds directions."""
         for domain, matrix, weight, flats, found, skip in zip(
             self.domains, self.matrix_steps, self.weight_steps, grads, squares, bad, strict=True
         ):
             if not matrix.infos:
                 continue
             skip = skip | {name for name in matrix.infos if found[domain.order[name]] == 0.0}
-            matrix.step(flats, {name: factors[self.group_of[name]] for name in matrix.infos}, skip, self.step_number)
-            weight.step(flats, skip, self.param_groups)
+            scale = {name: factors[self.group_of[name]] for name in matrix.infos}
+            directions = matrix.step(flats, scale, skip, self.step_number)
+            weight.step(directions, skip, self.param_groups)
 
     def _step_elements(self, grads: list[list[Tensor]], factors: list[float], bad: list[set[str]]) -> None:
         """Element-wise rules of all domains; what a rule sums over all that it trains is summed first."""

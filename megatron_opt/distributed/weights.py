@@ -41,8 +41,8 @@ class WeightStep:
             if not self.rules[group].projects and all(dtypes[index] == torch.bfloat16 for index, _ in held)
         }
 
-    def step(self, updates: Sequence[Tensor], skip: set[str], param_groups: Sequence[dict[str, Any]]) -> None:
-        """W ← W − lr·u − decay where `updates` are flat directions by fragment; then the projection of rules that have one."""
+    def step(self, directions: Sequence[Tensor], skip: set[str], param_groups: Sequence[dict[str, Any]]) -> None:
+        """W ← W − lr·u − decay of flat directions by fragment; then the projection of rules that have one."""
         mains = [fragment.main for fragment in self.domain.fragments]
         for index, held in self.held.items():
             group, mode = param_groups[index], self.groups[index].decay_mode
@@ -51,7 +51,7 @@ class WeightStep:
             multi_tensor.update(
                 Rule.APPLY,
                 [rect.run(mains[at]) for at, rect in taken],
-                [rect.run(updates[at]) for at, rect in taken],
+                [rect.run(directions[at]) for at, rect in taken],
                 (),
                 Coefficients(lr=lr, shrink=shrinkage(lr, group["weight_decay"], mode)),
                 copies=[rect.run(self._image(at)) for at, rect in taken] if index in self.imaged else (),

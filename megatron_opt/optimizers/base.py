@@ -149,7 +149,10 @@ class MatrixOptimizer:
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
     ) -> list[Tensor]:
-        """Directions for many matrices; `step` counts from 1; states change in place, gradients may be overwritten."""
+        """Directions for many matrices; `step` counts from 1; states change in place.
+
+        A direction may lie in its gradient's memory: callers keep no gradient.
+        """
         raise NotImplementedError
 
     def cost(self, info: MatrixInfo) -> Cost:

@@ -149,8 +149,8 @@ class Ranks:
 
         def one(rank: int) -> list[Tensor]:
             flats = self.shares(grads, rank)
-            self.steps[rank].step(flats, scale, skip, number)
-            return flats
+            directions: list[Tensor] = self.steps[rank].step(flats, scale, skip, number)
+            return directions
 
         flats = self.run(one)
         return {
