@@ -100,7 +100,7 @@ def domain_time(domain: DomainPlan, layout: Layout, cluster: Cluster) -> Optimiz
         if key not in timed:
             timed[key] = matrix_seconds(rule, info, cost, cluster)
         ordinary, extra = timed[key]
-        rows, columns = part.slab_shape
+        rows, columns = part.buffer_shape
         share = rows * columns / (part.shape[0] * part.shape[1])
         for kind, value in ordinary.items():
             seconds[part.rank][kind] = seconds[part.rank].get(kind, 0.0) + value * (1.0 if kind == "host" else share)
@@ -174,7 +174,7 @@ def _estimated(domain: DomainPlan, layout: Layout, owned: float) -> dict[str, fl
     width = layout.communication_bytes
     sent = {"gradients to owners": to_owners * width, "updates to shards": to_shards * width}
     factors = _factor_bytes(domain)
-    return sent | ({"between slices": max(factors.values())} if factors else {})
+    return sent | ({"between shards": max(factors.values())} if factors else {})
 
 
 def _factor_bytes(domain: DomainPlan) -> dict[int, float]:

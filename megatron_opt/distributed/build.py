@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_opt.distributed.domain import Domain, agree, gather_objects, subgroups
+from megatron_opt.distributed.domain import Domain, agree, gather_objects, process_group
 from megatron_opt.distributed.exchange import Exchange
 from megatron_opt.distributed.fragments import make_fragments
 from megatron_opt.distributed.sharded_optimizer import ShardedOptimizer
@@ -28,7 +28,7 @@ def build_domains(chunks: Sequence[Any], distributed: bool, options: EngineOptio
         if is_expert and not config.num_moe_experts:
             continue
         views = [view for view in found.views if view.is_expert == is_expert]
-        group, rank, size, _ = subgroups((pp, ep) if is_expert else (pp,))
+        group, rank, size, _ = process_group((pp, ep) if is_expert else (pp,))
         fragments = make_fragments(views, list(chunks), distributed)
         mine = [(index, rect) for index, fragment in enumerate(fragments) for rect in fragment.rects]
         holdings = gather_objects(mine, group, size)

@@ -123,7 +123,7 @@ def gather_objects(value: Any, group: Any, size: int) -> list[Any]:
     return found
 
 
-def subgroups(key: Any) -> tuple[Any, int, int, list[Any]]:
+def process_group(key: Any) -> tuple[Any, int, int, list[Any]]:
     """Process group of the ranks with this rank's key, this rank's place in it, its size, and all keys by rank."""
     world = dist.get_world_size()
     keys = gather_objects(key, None, world)

@@ -27,7 +27,7 @@ class Item:
     held: tuple[int, int]  # its shape
     inside: Region  # what of it travels, counted from its corner
     part: tuple[str, int]
-    slab: Region  # where it lies in the part
+    buffer: Region  # where it lies in the part
 
     @property
     def numel(self) -> int:
@@ -40,8 +40,8 @@ class Item:
             return flat[self.offset + r0 * cols : self.offset + r1 * cols].view(r1 - r0, cols)
         return self.inside.of(flat[self.offset : self.offset + rows * cols].view(rows, cols))
 
-    def of_slab(self, slab: Tensor) -> Tensor:
-        return self.slab.of(slab)
+    def of_buffer(self, buffer: Tensor) -> Tensor:
+        return self.buffer.of(buffer)
 
 
 def _update_of(item: Item, updates: Sequence[Tensor]) -> Tensor:
@@ -112,8 +112,8 @@ def find_routes(
 
 
 def _item(rect: Rect, fragment: int, part: Part, met: Region) -> Item:
-    inside, slab = met.relative_to(rect.region), met.relative_to(part.bounds)
-    return Item(fragment, rect.offset, rect.region.shape, inside, part.key, slab)
+    inside, buffer = met.relative_to(rect.region), met.relative_to(part.bounds)
+    return Item(fragment, rect.offset, rect.region.shape, inside, part.key, buffer)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -191,13 +191,13 @@ class Exchange:
         self,
         route: Route,
         grads: Sequence[Tensor],
-        slabs: dict[tuple[str, int], Tensor],
+        buffers: dict[tuple[str, int], Tensor],
         what: str = "gradients to owners",
     ) -> Trip:
         """Shards of gradients to the parts that need them."""
         return self.start(
             [[item.of_fragment(grads[item.fragment]) for item in items] for items in route.gather_out],
-            [[lambda item=item: item.of_slab(slabs[item.part]) for item in items] for items in route.gather_in],  # type: ignore[misc]
+            [[lambda item=item: item.of_buffer(buffers[item.part]) for item in items] for items in route.gather_in],  # type: ignore[misc]
             [[item.numel for item in items] for items in route.gather_in],
             what,
         )
@@ -205,13 +205,13 @@ class Exchange:
     def scatter(
         self,
         route: Route,
-        slabs: dict[tuple[str, int], Tensor],
+        buffers: dict[tuple[str, int], Tensor],
         updates: Sequence[Tensor],
         what: str = "updates to shards",
     ) -> Trip:
         """Updates of parts back to every rank that holds a shard of them."""
         return self.start(
-            [[item.of_slab(slabs[item.part]) for item in items] for items in route.scatter_out],
+            [[item.of_buffer(buffers[item.part]) for item in items] for items in route.scatter_out],
             [[functools.partial(_update_of, item, updates) for item in items] for items in route.scatter_in],
             [[item.numel for item in items] for items in route.scatter_in],
             what,

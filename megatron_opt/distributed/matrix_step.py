@@ -31,7 +31,7 @@ class MatrixStep:
         self.mine = {key: part for key, part in self.placed.parts.items() if part.rank == self.domain.rank}
         self.cells = {part.key: cell for cell in self.placed.cells for part in cell.parts}
         self.cell_infos = {key: cell.info(self.infos[key[0]]) for key, cell in self.cells.items()}
-        self.lying = self._lying()
+        self.local_whole = self._local_whole()
         self.in_parts = {key[0] for key, cell in self.cells.items() if len(cell.parts) > 1 or not cell.is_whole}
         self.scaled_later = {name for name in self.in_parts if self.rules[name].projects}
         self.sliced = {cell.key: cell for cell in self.placed.cells if len(cell.parts) > 1}
@@ -40,7 +40,7 @@ class MatrixStep:
         }
         self.collectives = {key: self.partitions[key].collectives(cell.edges) for key, cell in self.sliced.items()}
 
-    def _lying(self) -> dict[Key, Item]:
+    def _local_whole(self) -> dict[Key, Item]:
         """This rank's parts that one local rectangle holds whole."""
         found = {}
         for route in self.placed.routes:
@@ -53,43 +53,43 @@ class MatrixStep:
                     found[key] = item
         return found
 
-    def _slabs(self, names: Sequence[str], flats: Sequence[Tensor]) -> dict[Key, Tensor]:
+    def _buffers(self, names: Sequence[str], flats: Sequence[Tensor]) -> dict[Key, Tensor]:
         """Room for this rank's parts of a bucket; where a part already lies whole in one local rectangle, that itself."""
-        slabs, wanted = {}, set(names)
+        buffers, wanted = {}, set(names)
         for key, part in self.mine.items():
             if part.matrix in wanted:
-                item = self.lying.get(key)
-                slabs[key] = (
-                    torch.empty(part.slab_shape, dtype=torch.float32, device=self.domain.device)
+                item = self.local_whole.get(key)
+                buffers[key] = (
+                    torch.empty(part.buffer_shape, dtype=torch.float32, device=self.domain.device)
                     if item is None
                     else item.of_fragment(flats[item.fragment])
                 )
-        return slabs
+        return buffers
 
     def gather(self, flats: Sequence[Tensor]) -> dict[Key, Tensor]:
         """This rank's parts of per-fragment flat tensors (weights, say), bucket after bucket."""
         found: dict[Key, Tensor] = {}
         for names, route in zip(self.placed.buckets, self.placed.routes, strict=True):
-            slabs = self._slabs(names, flats)
-            self.domain.exchange.gather(route, flats, slabs, "weights to owners").finish()
-            found.update(slabs)
+            buffers = self._buffers(names, flats)
+            self.domain.exchange.gather(route, flats, buffers, "weights to owners").finish()
+            found.update(buffers)
         return found
 
     def init_states(self, weights: Sequence[Tensor]) -> None:
         """State before the first step, from the current weights."""
-        for key, slab in self.gather(weights).items():
+        for key, buffer in self.gather(weights).items():
             rule, info, cell = self.rules[key[0]], self.cell_infos[key], self.cells[key]
             if key[0] not in self.in_parts:
-                self.states[key] = rule.init_state(slab.view(info.shape).clone(), info)
+                self.states[key] = rule.init_state(buffer.view(info.shape).clone(), info)
                 continue
             partition = self.partitions[key]
             if cell.key not in self.sliced:
-                self.states[key] = partition.optimizer.init_state(slab.view(info.shape).clone(), info)
+                self.states[key] = partition.optimizer.init_state(buffer.view(info.shape).clone(), info)
             else:
-                self.states[key] = partition.init_shard(slab)
+                self.states[key] = partition.init_shard(buffer)
                 if key == cell.key:
                     self.shared[key] = partition.init_shared(self.domain.device)
-            self.states[key] |= {norm: norm_of(slab) for norm in rule.keys(StateKind.NORM, info)}
+            self.states[key] |= {norm: norm_of(buffer) for norm in rule.keys(StateKind.NORM, info)}
         self._join_norms()
 
     def _join_norms(self) -> None:
@@ -120,12 +120,12 @@ class MatrixStep:
         for index in range(len(placed.buckets) + 1):
             coming = None
             if index < len(placed.buckets):
-                slabs = self._slabs(placed.buckets[index], grads)
-                coming = exchange.gather(placed.routes[index], grads, slabs), slabs
+                buffers = self._buffers(placed.buckets[index], grads)
+                coming = exchange.gather(placed.routes[index], grads, buffers), buffers
             if pending is not None:
-                trip, slabs = pending
+                trip, buffers = pending
                 trip.finish()
-                done = self._compute(placed.buckets[index - 1], slabs, scale, skip, number)
+                done = self._compute(placed.buckets[index - 1], buffers, scale, skip, number)
                 returning.append(exchange.scatter(placed.routes[index - 1], done, directions))
             pending = coming
         for trip in returning:
@@ -149,26 +149,26 @@ class MatrixStep:
                     rect.run(flat).mul_(found[self.domain.order[rect.matrix]])
 
     def _compute(
-        self, names: Sequence[str], slabs: dict[Key, Tensor], scale: dict[str, float], skip: set[str], number: int
+        self, names: Sequence[str], buffers: dict[Key, Tensor], scale: dict[str, float], skip: set[str], number: int
     ) -> dict[Key, Tensor]:
         """Directions of this rank's parts of one bucket."""
         done: dict[Key, Tensor] = {}
         batches: dict[int, list[Key]] = {}
         rules: dict[int, Any] = {}
-        for key, slab in slabs.items():
+        for key, buffer in buffers.items():
             name = key[0]
             if name in skip:
-                done[key] = slab.zero_()
+                done[key] = buffer.zero_()
                 continue
             if scale.get(name, 1.0) != 1.0:
-                slab.mul_(scale[name])
+                buffer.mul_(scale[name])
             if self.cells[key].key not in self.sliced:
                 rule = self.partitions[key].optimizer if name in self.in_parts else self.rules[name]
                 rules[id(rule)] = rule
                 batches.setdefault(id(rule), []).append(key)
         for which, keys in batches.items():
             infos = [self.cell_infos[key] for key in keys]
-            grads = [slabs[key].view(info.shape) for key, info in zip(keys, infos, strict=True)]
+            grads = [buffers[key].view(info.shape) for key, info in zip(keys, infos, strict=True)]
             updates = rules[which].update(grads, [self.states[key] for key in keys], number, infos)
             for key, info, update in zip(keys, infos, updates, strict=True):
                 done[key] = update.view(shape2d(info))
@@ -176,7 +176,7 @@ class MatrixStep:
         wanted = set(names) - skip
         cut = [key for key in self.sliced if key[0] in wanted]
         if cut:
-            done.update(self._compute_sliced(cut, slabs, number))
+            done.update(self._compute_sliced(cut, buffers, number))
         return done
 
     def _begin(self, key: Key, state: State) -> None:
@@ -185,7 +185,7 @@ class MatrixStep:
             for flag in self.rules[key[0]].keys(StateKind.FLAG, self.cell_infos[key]):
                 state[flag].fill_(1.0)
 
-    def _compute_sliced(self, cells: Sequence[Key], slabs: dict[Key, Tensor], number: int) -> dict[Key, Tensor]:
+    def _compute_sliced(self, cells: Sequence[Key], buffers: dict[Key, Tensor], number: int) -> dict[Key, Tensor]:
         """Slices on several ranks step together: one all-to-all over the domain for each of their exchanges."""
         exchange, size, me = self.domain.exchange, self.domain.size, self.domain.rank
         running: dict[Key, ShardStep] = {}
@@ -204,7 +204,7 @@ class MatrixStep:
             for index, part in enumerate(cell.parts):
                 if part.rank == me:
                     mine[key] = index, part
-                    grad, state = slabs[part.key], self.states[part.key]
+                    grad, state = buffers[part.key], self.states[part.key]
                     running[key] = self.partitions[key].step(grad, state, shared, number, index, cell.edges)
                     resume(key, None)
         for turn in range(max(len(self.collectives[key]) for key in cells)):
@@ -223,7 +223,7 @@ class MatrixStep:
                     incoming[part.rank].append(as_bytes(pieces[-1]))
             places = [[(lambda t=t: t) for t in items] for items in incoming]
             counts = [[t.numel() for t in items] for items in incoming]
-            exchange.start(outgoing, places, counts, "between slices", torch.uint8).finish()
+            exchange.start(outgoing, places, counts, "between shards", torch.uint8).finish()
             for key, pieces in arrived.items():
                 resume(key, self.collectives[key][turn].joined(pieces))
         for key in cells:
@@ -233,5 +233,5 @@ class MatrixStep:
 
 
 def _numel(part: Part) -> int:
-    rows, cols = part.slab_shape
+    rows, cols = part.buffer_shape
     return rows * cols

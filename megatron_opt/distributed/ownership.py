@@ -1,7 +1,7 @@
 """Who computes which matrix: deterministic packing over the ranks of a stage, equal everywhere.
 
 Whole matrices go by longest processing time first. Where that leaves a rank late, or with far more state than the mean,
-matrices whose rule allows it are cut: see `pouring` and `gangs`. Of what balances, what sends least is taken.
+matrices whose rule allows it are cut: see `wraparound` and `subgroups`. Of what balances, what sends least is taken.
 """
 
 import hashlib
@@ -11,10 +11,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_opt.distributed.gangs import gather
 from megatron_opt.distributed.jobs import Job, Run, even, load_of
 from megatron_opt.distributed.parts import Part, cells_of
-from megatron_opt.distributed.pouring import pour
+from megatron_opt.distributed.subgroups import pack_subgroups
+from megatron_opt.distributed.wraparound import pack_wraparound
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 
@@ -26,7 +26,7 @@ _WORTH = 1e9  # FLOPs by which the most loaded rank is late, from which a cut pa
 _WORTH_BYTES = 2.0**20  # the same of state
 _SENT = 5e3  # FLOPs (a GPU's, bf16) in half the time that a byte takes to another node
 _MEMORY = 0.3  # share of time that twice the state on the fullest rank is worth
-_ROOM = (1.0, 0.8, 0.6, 0.4, 0.2)  # shares of what `auto` allows above the mean, to which gangs are filled
+_ROOM = (1.0, 0.8, 0.6, 0.4, 0.2)  # shares of what `auto` allows above the mean, to which subgroups are filled
 
 
 @dataclass
@@ -88,15 +88,15 @@ def _whole(jobs: Sequence[Job], ranks: int, both: bool = False) -> dict[str, lis
     return found
 
 
-def _poured(jobs: Sequence[Job], ranks: int, both: bool) -> dict[str, list[Run]]:
-    """What may be cut, poured around whole matrices."""
+def _wrapped(jobs: Sequence[Job], ranks: int, both: bool) -> dict[str, list[Run]]:
+    """What may be cut, packed around whole matrices."""
     placed = _whole([job for job in jobs if job.places == 1], ranks)
     loads, states = [0.0] * ranks, [0.0] * ranks
     for job in jobs:
         for rank, _, _ in placed.get(job.matrix, []):
             loads[rank] += job.load
             states[rank] += job.cost.state_bytes
-    return placed | pour([job for job in jobs if job.places > 1], loads, states, both)
+    return placed | pack_wraparound([job for job in jobs if job.places > 1], loads, states, both)
 
 
 def _plan(jobs: Sequence[Job], ranks: int, placed: dict[str, list[Run]]) -> Plan:
@@ -147,12 +147,12 @@ def pack(jobs: Sequence[Job], ranks: int, mode: str = "auto", most: float = BALA
         return _plan(order, ranks, _whole(order, ranks))
     if mode == "auto" and (add(_whole(order, ranks)) or add(_whole(order, ranks, both=True))):
         return plans[-1]
-    if add(_poured(order, ranks, both=False)) and mode == "group":
+    if add(_wrapped(order, ranks, both=False)) and mode == "group":
         return plans[-1]
-    add(_poured(order, ranks, both=True))
+    add(_wrapped(order, ranks, both=True))
     if mode == "auto" and jobs:
         for share in _ROOM:
-            add(gather(order, ranks, 1.0 + share * (most - 1.0)))
+            add(pack_subgroups(order, ranks, 1.0 + share * (most - 1.0)))
     if balanced := [plan for plan in plans if plan.is_balanced(most)]:
         return min(balanced, key=Plan.price)
     return min(plans, key=lambda plan: (max(plan.imbalance(), _LATE), plan.state_imbalance()))
@@ -167,7 +167,7 @@ def make_buckets(parts: Sequence[Part], ranks: int, bucket_bytes: float, element
     for rank in sorted(by_rank):
         filled, level = 0.0, 0
         for part in by_rank[rank]:
-            rows, cols = part.slab_shape
+            rows, cols = part.buffer_shape
             size = rows * cols * element_bytes
             if filled and filled + size > bucket_bytes:
                 filled, level = 0.0, level + 1
@@ -200,7 +200,7 @@ def plan_table(plan: Plan, sent: Mapping[int, float] | None = None, title: str =
         f"{sum(sent.values()) / 2**20 if sent else 0:>10.2f} {plan.imbalance():>9.3f} (most loaded / mean)"
     )
     lines.append(
-        f"most state / mean {plan.state_imbalance():.3f}; most sent between slices of a matrix "
+        f"most state / mean {plan.state_imbalance():.3f}; most sent between shards of a matrix "
         f"{max(plan.exchanged) / 2**20:.2f} MiB, {len(plan.parts) - len(plan.owner)} cuts"
     )
     return "\n".join(lines)

@@ -33,7 +33,7 @@ class Part:
         return Region(self.start, self.stop, c0, c1) if self.dim == 0 else Region(r0, r1, self.start, self.stop)
 
     @property
-    def slab_shape(self) -> tuple[int, int]:
+    def buffer_shape(self) -> tuple[int, int]:
         return self.bounds.shape
 
     @property

@@ -141,7 +141,7 @@ def _sent(
 ) -> dict[str, list[float]]:
     """Bytes that each rank sends in a step, as the run's counters name them."""
     ranks = len(plan.load)
-    kinds = ("gradients to owners", "updates to shards", "between slices")
+    kinds = ("gradients to owners", "updates to shards", "between shards")
     sent = {kind: [0.0] * ranks for kind in kinds}
     parts: dict[str, list[Part]] = {}
     for part in plan.parts:
@@ -165,7 +165,7 @@ def _sent(
             partition = rules[cell.key[0]].partition(cell.info(infos[cell.key[0]]))
             for collective in partition.collectives(cell.edges):
                 for index, part in enumerate(cell.parts):
-                    sent["between slices"][part.rank] += collective.sent_bytes(index)
+                    sent["between shards"][part.rank] += collective.sent_bytes(index)
     return sent
 
 

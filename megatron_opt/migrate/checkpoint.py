@@ -269,7 +269,7 @@ def _read(old: Any, index: int, m: list[Tensor], v: list[Tensor], tokens: float)
     for key, state in matrices.states.items():
         info = matrices.infos[key[0]]
         mean, square = warm_start.moments_of_matrix(matrices.rules[key[0]], info, state, tokens)
-        shape = matrices.mine[key].slab_shape
+        shape = matrices.mine[key].buffer_shape
         means[key], squares[key] = mean.reshape(shape).contiguous(), square.reshape(shape).contiguous()
     for flats, slabs, what in ((m, means, "first moments"), (v, squares, "second moments")):
         for names, route in zip(matrices.placed.buckets, matrices.placed.routes, strict=True):

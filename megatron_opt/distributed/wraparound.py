@@ -1,4 +1,4 @@
-"""Jobs poured into ranks that are filled one after another to the mean, and cut only where a rank is full (McNaughton 1959).
+"""Jobs packed into ranks that are filled one after another to the mean, and cut only where a rank is full (McNaughton 1959).
 
 Balancing load alone, jobs are taken in their order. To balance bytes of state too, they are lined up by bytes per load, and
 a rank takes from the heavy end until filling it from the light end gives it the mean of both.
@@ -14,7 +14,7 @@ FINE = 64  # slices are multiples of about this part of a rank's load or state
 
 
 class _Cursor:
-    """How far a job is poured."""
+    """How far a job is packed."""
 
     def __init__(self, job: Job, level: float, state_level: float, fine: int) -> None:
         self.job, self.at, self.runs = job, 0, list[Run]()
@@ -79,7 +79,7 @@ def level_of(held: Sequence[float], more: float) -> float:
     return ordered[0]
 
 
-def pour(
+def pack_wraparound(
     jobs: Sequence[Job], loads: Sequence[float], states: Sequence[float], both: bool, fine: int = FINE
 ) -> dict[str, list[Run]]:
     """Runs by job; `loads` and `states` are what ranks have already, `both` says whether state is to be balanced too."""
