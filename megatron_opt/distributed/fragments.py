@@ -75,15 +75,15 @@ class Fragment:
             return None
         return grad.view(-1)[self.start : self.stop].float()
 
-    def image(self) -> Tensor | None:
+    def model_copy(self) -> Tensor | None:
         """The interval of the model's own parameter, in its type, where that is not the main copy."""
         param = self.view.param
         return None if param.dtype == torch.float32 else param.data.view(-1)[self.start : self.stop]
 
     def publish(self) -> None:
         """Write the main copy back to the model's parameter where the two are distinct."""
-        if (image := self.image()) is not None:
-            image.copy_(self.main)
+        if (copy := self.model_copy()) is not None:
+            copy.copy_(self.main)
 
 
 def _interval(param: Tensor, buffers: Iterable[Any]) -> tuple[int, int]:

@@ -69,7 +69,9 @@ class ShardedOptimizer(MegatronOptimizer):
             self.matrix_steps.append(MatrixStep(domain, placed, rules, infos))
             self.weight_steps.append(WeightStep(domain, self.matrix_steps[-1], self.groups, self.rules, group_of))
             self.element_steps.append(ElementwiseStep(domain, self.groups, self.rules, group_of))
-        self.imaged = set[int]().union(*(w.imaged for w in self.weight_steps), *(e.imaged for e in self.element_steps))
+        self.writes_model = set[int]().union(
+            *(w.writes_model for w in self.weight_steps), *(e.writes_model for e in self.element_steps)
+        )
         self.groups_of = [  # index of each matrix's group, by domain
             torch.tensor([group_of[name] for name in domain.order], dtype=torch.long) for domain in self.domains
         ]
@@ -183,7 +185,7 @@ class ShardedOptimizer(MegatronOptimizer):
 
     def publishes(self, fragment: Any) -> bool:
         """Whether the steps themselves write all of a fragment to the model."""
-        return all(self.group_of[rect.matrix] in self.imaged for rect in fragment.rects)
+        return all(self.group_of[rect.matrix] in self.writes_model for rect in fragment.rects)
 
     def _step_matrices(
         self, grads: list[list[Tensor]], squares: list[list[float]], factors: list[float], bad: list[set[str]]
@@ -203,7 +205,7 @@ class ShardedOptimizer(MegatronOptimizer):
         """Element-wise rules of all domains; what a rule sums over all that it trains is summed first."""
         sums: dict[str, Tensor] = {}
         for element, flats, skip in zip(self.element_steps, grads, bad, strict=True):
-            element.add_summands(sums, flats, factors, skip, self.step_number)
+            element.add_global_sum_terms(sums, flats, factors, skip, self.step_number)
         if sums:
             total = self._sum_over_world(torch.stack([sums[name] for name in sorted(sums)]))
             sums = dict(zip(sorted(sums), total.unbind(), strict=True))

@@ -185,13 +185,13 @@ class Reducer:
     """Sums that a flat shard cannot see by itself; the default is for whole tensors on one process.
 
     `per_matrix` takes one value a piece and returns, for each piece, the sum over all pieces of its logical matrix on
-    all ranks; `total` is the sum of the rule's `summands` over all that it trains, None where this call has all of it;
+    all ranks; `global_sum` is the sum of the rule's `global_sum_terms` over all that it trains, None where this call has all of it;
     `numel` is the size of the whole logical matrix of each piece.
     """
 
     numel: Sequence[int]
     per_matrix: Callable[[Tensor], Tensor] = lambda values: values
-    total: Tensor | None = None
+    global_sum: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Step:
     grad_scale: float
     cautious_decay: bool
     copies: Sequence[Tensor]
-    firsts: Sequence[int]
+    element_offsets: Sequence[int]
 
 
 class ElementwiseOptimizer:
@@ -226,7 +226,7 @@ class ElementwiseOptimizer:
         """Zeros for every state key."""
         return {key: torch.zeros_like(param, dtype=torch.float32) for key in self.state_keys}
 
-    def summands(
+    def global_sum_terms(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, grad_scale: float = 1.0
     ) -> Tensor | None:
         """What a step needs the sum of over all that the rule trains, one value a piece; None where nothing."""
@@ -245,18 +245,24 @@ class ElementwiseOptimizer:
         grad_scale: float = 1.0,
         decay_mode: str = "decoupled",
         copies: Sequence[Tensor] = (),
-        firsts: Sequence[int] = (),
+        element_offsets: Sequence[int] = (),
     ) -> None:
         """One step on many contiguous pieces, each inside one logical matrix; p ← p − lr·(u + wd·p).
 
         `step` counts from 1. Gradients are multiplied by `grad_scale` (clipping, loss scale) on the way.
         `decay_mode` is `decoupled` (lr·wd·p), `independent` (wd·p) or `cautious` (lr·wd·p where u·p ≥ 0).
-        `copies` are bf16 images of the parameters, written in the same pass. `firsts` numbers each piece's
+        `copies` are the model's bf16 weights, written in the same pass. `element_offsets` numbers each piece's
         first element in the whole model, so that stochastic rounding does not depend on how it is cut.
         Raises UserError for another decay mode.
         """
         how = Step(
-            step, lr, shrinkage(lr, weight_decay, decay_mode), grad_scale, decay_mode == "cautious", copies, firsts
+            step,
+            lr,
+            shrinkage(lr, weight_decay, decay_mode),
+            grad_scale,
+            decay_mode == "cautious",
+            copies,
+            element_offsets,
         )
         self.apply(params, grads, states, how, reducer or Reducer([p.numel() for p in params]))
 

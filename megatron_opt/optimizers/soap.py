@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_opt.kernels import eigenbasis, projection
 from megatron_opt.optimizers.base import Cost, MatrixInfo, State
-from megatron_opt.optimizers.bases import both, follow, turn_in
+from megatron_opt.optimizers.bases import both, follow, rotate_moments
 from megatron_opt.optimizers.blocks import as_matrix
 from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer, guarded
 from megatron_opt.optimizers.families import SMALL
@@ -104,7 +104,7 @@ class Soap(FactoredOptimizer):
                 self.advance(factor, stack, side)
 
             if self.begin_bases(factors, bases, first, advance, [info.name] * len(stack)):
-                turn_in(m, v, bases)
+                rotate_moments(m, v, bases)
         for parts, moment in zip(stacks[1:], moments):
             grid.join(parts, moment)
         state["ready"].fill_(float(grad.any()))

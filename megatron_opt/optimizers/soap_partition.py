@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_opt.kernels import eigenbasis
 from megatron_opt.optimizers.base import Cost, State
-from megatron_opt.optimizers.bases import follow, turn_in
+from megatron_opt.optimizers.bases import follow, rotate_moments
 from megatron_opt.optimizers.blocks import as_matrix
 from megatron_opt.optimizers.factored import FactoredPartition, guarded
 from megatron_opt.optimizers.message import Message
@@ -177,7 +177,7 @@ class SoapPartition(FactoredPartition):
                 if old and soap.is_due(self.info, step):
                     follow(m, v, old, new, {side: columns.long() for side, columns in order.items()})
             elif answer[f"seeded_{number}"]:
-                turn_in(m, v, new)
+                rotate_moments(m, v, new)
         for stack, moment in zip(stacks[1:], moments):
             grid.join(stack, moment)
         return grid.join(directions, as_matrix(torch.empty_like(grad))).view(grad.shape)

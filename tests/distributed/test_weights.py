@@ -35,7 +35,7 @@ class Held:
         fragments: Any = [
             SimpleNamespace(
                 view=SimpleNamespace(counts=True, param=image), main=main, rects=held,
-                image=lambda image=image: image if image.dtype != torch.float32 else None,
+                model_copy=lambda image=image: image if image.dtype != torch.float32 else None,
             )
             for main, image, held in zip(mains, self.images, rects, strict=True)
         ]  # fmt: skip
@@ -75,7 +75,7 @@ def test_bf16_parameters_are_written_in_the_same_pass() -> None:
     held = Held("decoupled", dtype=torch.bfloat16)
     held.step.step(held.updates, set(), [{"lr": LR, "lr_scale": 1.0, "weight_decay": DECAY}])
     for fragment, image in zip(held.domain.fragments, held.images, strict=True):
-        assert held.step.imaged == {0} and torch.equal(image, fragment.main.bfloat16())
+        assert held.step.writes_model == {0} and torch.equal(image, fragment.main.bfloat16())
 
 
 def test_projected_weights_keep_their_norm_and_are_published_apart() -> None:
@@ -83,7 +83,7 @@ def test_projected_weights_keep_their_norm_and_are_published_apart() -> None:
     before = held.weights()
     held.step.step(held.updates, {"up"}, [{"lr": LR, "lr_scale": 1.0, "weight_decay": 0.0}])
     after = held.weights()
-    assert torch.equal(after["up"], before["up"]) and not held.step.imaged
+    assert torch.equal(after["up"], before["up"]) and not held.step.writes_model
     for name in ("gate", "down"):
         assert not torch.equal(after[name], before[name])
         torch.testing.assert_close(after[name].norm(), before[name].norm())
