@@ -116,8 +116,8 @@ def domain_time(domain: DomainPlan, layout: Layout, cluster: Cluster) -> Optimiz
     found.element_wise = work.pop("element-wise", 0.0) + element
     over = cluster.overheads
     cut_over = domain.data if layout.distributed else 1
-    slices = sum(over.by_rule.get(entry.rule.name, 0.0) * entry.pieces / cut_over for entry in domain.elements)
-    found.host = work.pop("host", 0.0) + slices + over.fragment * domain.fragments + over.bucket * domain.buckets
+    shards = sum(over.by_rule.get(entry.rule.name, 0.0) * entry.pieces / cut_over for entry in domain.elements)
+    found.host = work.pop("host", 0.0) + shards + over.fragment * domain.fragments + over.bucket * domain.buckets
     found.by_class, found.refresh = work, refresh[slowest]
     _exchange(found, domain, layout, cluster, max(owned))
     slow = cluster.crowding(layout.world) / cluster.optimizer_efficiency
@@ -162,7 +162,7 @@ def _exchange(found: OptimizerTime, domain: DomainPlan, layout: Layout, cluster:
 
 
 def _estimated(domain: DomainPlan, layout: Layout, owned: float) -> dict[str, float]:
-    """Bytes as if nothing that a slice needs lay on its rank already."""
+    """Bytes as if nothing that a shard needs lay on its rank already."""
     ranks, total, tp = domain.ranks, domain.matrix_numel, domain.tp
     away = (ranks - 1) / ranks
     if layout.distributed:  # each element is held once
@@ -178,7 +178,7 @@ def _estimated(domain: DomainPlan, layout: Layout, owned: float) -> dict[str, fl
 
 
 def _factor_bytes(domain: DomainPlan) -> dict[int, float]:
-    """Bytes that each rank sends to the other slices of what is cut."""
+    """Bytes that each rank sends to the other shards of what is cut."""
     sent: dict[int, float] = {}
     for cell in cells_of(domain.plan.parts):
         if len(cell.parts) == 1:

@@ -1,6 +1,6 @@
 """Jobs: matrices to place, and where they may be cut.
 
-A matrix is a grid of tiles that need nothing of each other; a tile may be cut into slices whose ranks exchange while they
+A matrix is a grid of tiles that need nothing of each other; a tile may be cut into shards whose ranks exchange while they
 step. Places in a job count the tiles row by row, and within each tile the rows or columns of the side that may be cut.
 """
 
@@ -114,17 +114,17 @@ class Job:
         """Parts for runs in ascending order that cover all places, and their costs."""
         depth, side = self.depth, self.shard_dim or 0
         cells: list[tuple[Region, list[Run]]] = []  # rows or columns of a cell by rank, counted from its first
-        sliced: dict[int, list[Run]] = {}
+        sharded: dict[int, list[Run]] = {}
         for rank, start, stop in runs:
             (first, low), (last, high) = divmod(start, depth), divmod(stop, depth)
             if low and first < last:
-                sliced.setdefault(first, []).append((rank, low, depth))
+                sharded.setdefault(first, []).append((rank, low, depth))
                 first, low = first + 1, 0
             if high and first <= last:
-                sliced.setdefault(last, []).append((rank, low if first == last else 0, high))
+                sharded.setdefault(last, []).append((rank, low if first == last else 0, high))
             for area in self._rectangles(first, last):
                 cells.append((area, [(rank, 0, area.shape[side])]))
-        cells += [(self.area(tile, tile), pieces) for tile, pieces in sliced.items()]
+        cells += [(self.area(tile, tile), pieces) for tile, pieces in sharded.items()]
         made: list[tuple[Part, Cost]] = []
         for area, pieces in sorted(cells, key=lambda cell: (cell[0][0], cell[0][2])):
             shape, first = area.shape, area[2 * side]

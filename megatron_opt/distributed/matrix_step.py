@@ -1,4 +1,4 @@
-"""One step of the matrix rules over a domain: shards to owners, the rule on whole matrices or slices, updates back."""
+"""One step of the matrix rules over a domain: shards to owners, the rule on whole matrices or shards, updates back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,11 +34,11 @@ class MatrixStep:
         self.local_whole = self._local_whole()
         self.in_parts = {key[0] for key, cell in self.cells.items() if len(cell.parts) > 1 or not cell.is_whole}
         self.scaled_later = {name for name in self.in_parts if self.rules[name].projects}
-        self.sliced = {cell.key: cell for cell in self.placed.cells if len(cell.parts) > 1}
+        self.sharded = {cell.key: cell for cell in self.placed.cells if len(cell.parts) > 1}
         self.partitions = {
             key: self.rules[key[0]].partition(self.cell_infos[key]) for key in self.cells if key[0] in self.in_parts
         }
-        self.collectives = {key: self.partitions[key].collectives(cell.edges) for key, cell in self.sliced.items()}
+        self.collectives = {key: self.partitions[key].collectives(cell.edges) for key, cell in self.sharded.items()}
 
     def _local_whole(self) -> dict[Key, Item]:
         """This rank's parts that one local rectangle holds whole."""
@@ -83,7 +83,7 @@ class MatrixStep:
                 self.states[key] = rule.init_state(buffer.view(info.shape).clone(), info)
                 continue
             partition = self.partitions[key]
-            if cell.key not in self.sliced:
+            if cell.key not in self.sharded:
                 self.states[key] = partition.optimizer.init_state(buffer.view(info.shape).clone(), info)
             else:
                 self.states[key] = partition.init_shard(buffer)
@@ -162,7 +162,7 @@ class MatrixStep:
                 continue
             if scale.get(name, 1.0) != 1.0:
                 buffer.mul_(scale[name])
-            if self.cells[key].key not in self.sliced:
+            if self.cells[key].key not in self.sharded:
                 rule = self.partitions[key].optimizer if name in self.in_parts else self.rules[name]
                 rules[id(rule)] = rule
                 batches.setdefault(id(rule), []).append(key)
@@ -174,9 +174,9 @@ class MatrixStep:
                 done[key] = update.view(shape2d(info))
                 self._begin(key, self.states[key])
         wanted = set(names) - skip
-        cut = [key for key in self.sliced if key[0] in wanted]
+        cut = [key for key in self.sharded if key[0] in wanted]
         if cut:
-            done.update(self._compute_sliced(cut, buffers, number))
+            done.update(self._compute_sharded(cut, buffers, number))
         return done
 
     def _begin(self, key: Key, state: State) -> None:
@@ -185,13 +185,13 @@ class MatrixStep:
             for flag in self.rules[key[0]].keys(StateKind.FLAG, self.cell_infos[key]):
                 state[flag].fill_(1.0)
 
-    def _compute_sliced(self, cells: Sequence[Key], buffers: dict[Key, Tensor], number: int) -> dict[Key, Tensor]:
-        """Slices on several ranks step together: one all-to-all over the domain for each of their exchanges."""
+    def _compute_sharded(self, cells: Sequence[Key], buffers: dict[Key, Tensor], number: int) -> dict[Key, Tensor]:
+        """Shards on several ranks step together: one all-to-all over the domain for each of their exchanges."""
         exchange, size, me = self.domain.exchange, self.domain.size, self.domain.rank
         running: dict[Key, ShardStep] = {}
         waiting: dict[Key, Tensor] = {}
         done: dict[Key, Tensor] = {}
-        mine: dict[Key, tuple[int, Part]] = {}  # by cell: this rank's slice and its number
+        mine: dict[Key, tuple[int, Part]] = {}  # by cell: this rank's shard and its number
 
         def resume(key: Key, value: Tensor | None) -> None:
             try:
@@ -200,7 +200,7 @@ class MatrixStep:
                 done[mine[key][1].key] = stopped.value
 
         for key in cells:
-            cell, shared = self.sliced[key], self.shared.get(key, {})
+            cell, shared = self.sharded[key], self.shared.get(key, {})
             for index, part in enumerate(cell.parts):
                 if part.rank == me:
                     mine[key] = index, part
@@ -217,7 +217,7 @@ class MatrixStep:
                 collective, tensor = self.collectives[key][turn], waiting.pop(key)
                 assert tensor.dtype == collective.dtype, (key, turn)
                 pieces = arrived[key] = []
-                for other, part in enumerate(self.sliced[key].parts):
+                for other, part in enumerate(self.sharded[key].parts):
                     outgoing[part.rank].append(as_bytes(collective.outgoing(tensor, other)))
                     pieces.append(tensor.new_empty(collective.arriving(index, other)))
                     incoming[part.rank].append(as_bytes(pieces[-1]))

@@ -38,7 +38,7 @@ class Plan:
     load: list[float]
     flops: list[float]
     state_bytes: list[float]
-    exchanged: list[float]  # bytes sent in a step to other slices of the same matrices
+    exchanged: list[float]  # bytes sent in a step to other shards of the same matrices
 
     def imbalance(self) -> float:
         """Largest load over mean load."""
@@ -49,7 +49,7 @@ class Plan:
         return _over_mean(self.state_bytes)
 
     def price(self) -> float:
-        """Load of the rank that is ready last, its bytes to other slices and as many as a rank sends on average counted.
+        """Load of the rank that is ready last, its bytes to other shards and as many as a rank sends on average counted.
 
         Uneven state makes a plan dearer.
         """
@@ -126,7 +126,7 @@ def check_balance(most: float) -> None:
 
 
 def pack(jobs: Sequence[Job], ranks: int, mode: str = "auto", most: float = BALANCED) -> Plan:
-    """Place every matrix: whole on one rank, or in cells and slices on several where its rule allows it.
+    """Place every matrix: whole on one rank, or in cells and shards on several where its rule allows it.
 
     `owner` cuts nothing, `sharded` cuts over all ranks, `group` fills every rank to the mean. `auto` is `owner` where
     no rank then has more load or state than `most` times the mean; else, among ways to cut that keep to this, what is

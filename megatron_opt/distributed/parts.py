@@ -43,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Cell:
-    """A rectangle of a matrix that is computed apart from the rest of it, in one part or in slices on several ranks."""
+    """A rectangle of a matrix that is computed apart from the rest of it, in one part or in shards on several ranks."""
 
     parts: tuple[Part, ...]
 

@@ -246,7 +246,7 @@ def from_args(
 
 
 def show(plans: Sequence[DomainPlan], folder: str | None = None) -> None:
-    """Print tables, and leave `optimizer_plan.DOMAIN.json` with owner and slices of every matrix in a folder."""
+    """Print tables, and leave `optimizer_plan.DOMAIN.json` with owner and shards of every matrix in a folder."""
     for found in plans:
         sent = found.sent_by_rank()
         print(plan_table(found.plan, sent, title=f"optimizer plan, {found.name}"), flush=True)

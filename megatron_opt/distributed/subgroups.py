@@ -18,7 +18,7 @@ from megatron_opt.distributed.wraparound import pack_wraparound
 
 _MATRICES = 16  # that a subgroup shares at most
 _SMALL = 0.25  # of a rank's share: matrices below it are placed last, whole, where there is room
-_FINE = 512  # slices are multiples of about this part of a rank's load; one subgroup is packed for all like it
+_FINE = 512  # shards are multiples of about this part of a rank's load; one subgroup is packed for all like it
 
 
 @dataclass(frozen=True)

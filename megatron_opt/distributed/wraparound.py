@@ -10,7 +10,7 @@ from itertools import accumulate
 
 from megatron_opt.distributed.jobs import Job, Run
 
-FINE = 64  # slices are multiples of about this part of a rank's load or state
+FINE = 64  # shards are multiples of about this part of a rank's load or state
 
 
 class _Cursor:
@@ -23,7 +23,7 @@ class _Cursor:
         total = sum(w.load * self.depth + w.first_load for w in self.weights)
         state = sum(w.state * self.depth + w.first_state for w in self.weights)
         self.ratio = state / total
-        grain = 1 << max(0, self.depth.bit_length() - 10)  # slices of whole tiles of memory
+        grain = 1 << max(0, self.depth.bit_length() - 10)  # shards of whole tiles of memory
         self.step = max(1, int(self.places / fine * min(level / total, state_level / (state or 1.0))) // grain) * grain
         self._look()
 

@@ -206,7 +206,7 @@ def test_every_mode_repeats_the_whole(
             assert float((found[key] - wanted).norm()) <= tolerance * float(wanted.norm()) + 1e-12, (key, number)
     for rank, step in enumerate(ranks.steps):
         skipped = (
-            {"between shards"} if "e" in {name for name, _ in step.sliced} else set()
+            {"between shards"} if "e" in {name for name, _ in step.sharded} else set()
         )  # step 2 has nothing of "e" to exchange
         for what, counts in sent_in_a_step(step.domain, step).items():
             if what not in skipped:
