@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_opt.distributed.jobs import Job
-from megatron_opt.distributed.ownership import MODES, Plan, pack
+from megatron_opt.distributed.ownership import Plan, pack
 from megatron_opt.distributed.parts import cells_of
 from megatron_opt.distributed.planning import DomainPlan, Layout, from_args, plan_model
 from megatron_opt.distributed.subgroups import pack_subgroups
-from megatron_opt.engine_options import EngineOptions
+from megatron_opt.engine_options import MODES, EngineOptions
 from megatron_opt.layout.spec import ModelSpec
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
