@@ -114,12 +114,13 @@ def make_optimizer(kind: str, model: Any) -> Any:
     common: dict[str, Any] = {"lr": LR, "weight_decay": 0.1, "clip_grad": 0.0}
     if kind in OURS:
         from megatron_opt.distributed.build import build_optimizer
+        from megatron_opt.engine_options import EngineOptions
         from megatron_opt.optimizers.groups import default_rules
 
         mode, distributed = OURS[kind]
         options = {"muon": {"momentum": 0.95, "fp32_matmul_prec": "high"}}
         config = OptimizerConfig(optimizer="adam", use_distributed_optimizer=distributed, **common)
-        return build_optimizer(config, [model], default_rules("muon", options), mode=mode)
+        return build_optimizer(config, [model], default_rules("muon", options), EngineOptions(matrix_mode=mode))
     layer_wise = kind.endswith("layer-wise")
     config = OptimizerConfig(
         optimizer="muon",

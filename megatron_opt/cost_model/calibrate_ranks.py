@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_opt.errors import UserError
 from megatron_opt.kernels import products
+from megatron_opt.layout.region import Region
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
 from megatron_opt.optimizers.groups import Group
@@ -201,7 +202,7 @@ def _engine_seconds(rule: str, count: int) -> float:
         param = torch.nn.Parameter(torch.ones(info.shape))
         param.main_grad = torch.ones(info.shape)  # type: ignore[attr-defined]
         view: Any = SimpleNamespace(param=param, counts=True)
-        fragments.append(Fragment(view, 0, 64, param.detach().view(-1), [Rect(info.name, 0, 8, 0, 8)]))
+        fragments.append(Fragment(view, 0, 64, param.detach().view(-1), [Rect(info.name, Region(0, 8, 0, 8))]))
     holdings = [[(index, fragment.rects[0]) for index, fragment in enumerate(fragments)]]
     domain = Domain("", None, 0, 1, fragments, holdings, {info.name: info for info in infos}, Exchange(None, 0, 1))
     ddp = SimpleNamespace(use_distributed_optimizer=False, overlap_param_gather=False)

@@ -1,13 +1,13 @@
 """How a model is laid over ranks, and which ranks share what."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
 from megatron_opt.cost_model.model import Model
 from megatron_opt.cost_model.pipeline import REMEDY, parse_layout, split_of
-from megatron_opt.distributed.ownership import BALANCED
+from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 
 
@@ -35,10 +35,7 @@ class Layout:
     flash: bool = True
     fused_accumulation: bool = True  # backward adds to the gradient buffer itself
     fp8: bool = False
-    matrix_mode: str = "auto"
-    matrix_balance: float = BALANCED
-    wire_bytes: int = 4
-    bucket_bytes: float = 64 * 2**20
+    engine: EngineOptions = field(default_factory=EngineOptions)
     split: tuple[int, ...] = ()  # layers of each virtual stage in the model's order; empty: even
     modules: tuple[str, ...] = ()  # what selective recomputation recomputes beside the scores of unfused attention
     dispatcher: str = "alltoall"  # of tokens to experts; `flex` sends a token to each node once
@@ -46,6 +43,11 @@ class Layout:
     expert_groups: int = 0
     overlap_ep: bool = False
     fp8_activation: bool = False  # what the MLP's activation reads is kept in fp8
+
+    @property
+    def communication_bytes(self) -> int:
+        """Bytes of an element that travels to or from its owner."""
+        return int(self.engine.communication_dtype.itemsize)
 
     @staticmethod
     def of(flags: Mapping[str, Any], world: int, model: Model) -> "Layout":
@@ -84,10 +86,7 @@ class Layout:
             flash=flags.get("transformer-impl") != "local",
             fused_accumulation=not flags.get("no-gradient-accumulation-fusion"),
             fp8=bool(flags.get("fp8-format")),
-            matrix_mode=str(flags.get("matrix-mode", "auto")),
-            matrix_balance=float(flags.get("matrix-balance") or BALANCED),
-            wire_bytes=2 if flags.get("exchange-dtype") == "bf16" else 4,
-            bucket_bytes=float(flags.get("exchange-bucket-mb") or 64) * 2**20,
+            engine=EngineOptions.of({key.replace("-", "_"): value for key, value in flags.items()}),
             split=split_of(flags, model.layers, pp, virtual),
             modules=_modules(flags) if granularity == "selective" else (),
             dispatcher=str(flags.get("moe-token-dispatcher-type") or "alltoall"),

@@ -74,20 +74,22 @@ _COPIES = ((SpectralOptimizer, 2.0), (FactoredOptimizer, 4.0), (Kron, 4.0))
 
 
 def _workspace(layout: Layout, domain: DomainPlan) -> float:
-    """Bytes that the optimizer's step takes for a while, by the rank that owns most: slabs, messages, a rule's copies."""
+    """Bytes that the optimizer's step takes for a while, by the rank that owns most: buffers, messages, a rule's copies."""
     if not domain.infos:
         return 0.0
     owned: dict[int, float] = {}
     copies = 0.0
     for part in domain.plan.parts:
-        rows, columns = part.slab_shape
+        rows, columns = part.buffer_shape
         owned[part.rank] = owned.get(part.rank, 0.0) + rows * columns
         copies = max(copies, next((n for kind, n in _COPIES if isinstance(domain.rules[part.matrix], kind)), 1.0))
-    bucket = max(layout.bucket_bytes / layout.wire_bytes, max(info.numel for info in domain.infos.values()))
+    bucket = max(
+        layout.engine.bucket_bytes / layout.communication_bytes, max(info.numel for info in domain.infos.values())
+    )
     worked_on = min(max(owned.values()), bucket)
     travelling = 0.0
-    if domain.ranks > 1:  # slabs in fp32, and the messages that come and go
-        travelling = worked_on * (4.0 + 2.0 * layout.wire_bytes)
+    if domain.ranks > 1:  # buffers in fp32, and the messages that come and go
+        travelling = worked_on * (4.0 + 2.0 * layout.communication_bytes)
     return 4.0 * copies * worked_on + travelling
 
 

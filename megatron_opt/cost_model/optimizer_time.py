@@ -100,7 +100,7 @@ def domain_time(domain: DomainPlan, layout: Layout, cluster: Cluster) -> Optimiz
         if key not in timed:
             timed[key] = matrix_seconds(rule, info, cost, cluster)
         ordinary, extra = timed[key]
-        rows, columns = part.slab_shape
+        rows, columns = part.buffer_shape
         share = rows * columns / (part.shape[0] * part.shape[1])
         for kind, value in ordinary.items():
             seconds[part.rank][kind] = seconds[part.rank].get(kind, 0.0) + value * (1.0 if kind == "host" else share)
@@ -116,8 +116,8 @@ def domain_time(domain: DomainPlan, layout: Layout, cluster: Cluster) -> Optimiz
     found.element_wise = work.pop("element-wise", 0.0) + element
     over = cluster.overheads
     cut_over = domain.data if layout.distributed else 1
-    slices = sum(over.by_rule.get(entry.rule.name, 0.0) * entry.pieces / cut_over for entry in domain.elements)
-    found.host = work.pop("host", 0.0) + slices + over.fragment * domain.fragments + over.bucket * domain.buckets
+    shards = sum(over.by_rule.get(entry.rule.name, 0.0) * entry.pieces / cut_over for entry in domain.elements)
+    found.host = work.pop("host", 0.0) + shards + over.fragment * domain.fragments + over.bucket * domain.buckets
     found.by_class, found.refresh = work, refresh[slowest]
     _exchange(found, domain, layout, cluster, max(owned))
     slow = cluster.crowding(layout.world) / cluster.optimizer_efficiency
@@ -162,7 +162,7 @@ def _exchange(found: OptimizerTime, domain: DomainPlan, layout: Layout, cluster:
 
 
 def _estimated(domain: DomainPlan, layout: Layout, owned: float) -> dict[str, float]:
-    """Bytes as if nothing that a slice needs lay on its rank already."""
+    """Bytes as if nothing that a shard needs lay on its rank already."""
     ranks, total, tp = domain.ranks, domain.matrix_numel, domain.tp
     away = (ranks - 1) / ranks
     if layout.distributed:  # each element is held once
@@ -171,20 +171,20 @@ def _estimated(domain: DomainPlan, layout: Layout, owned: float) -> dict[str, fl
     else:  # every data-parallel rank holds its tensor-parallel shard: an owner has one, every holder gets a copy back
         to_owners = total / ranks * (tp - 1) / tp
         to_shards = owned * (ranks / tp - 1 / tp)
-    width = layout.wire_bytes
+    width = layout.communication_bytes
     sent = {"gradients to owners": to_owners * width, "updates to shards": to_shards * width}
     factors = _factor_bytes(domain)
-    return sent | ({"between slices": max(factors.values())} if factors else {})
+    return sent | ({"between shards": max(factors.values())} if factors else {})
 
 
 def _factor_bytes(domain: DomainPlan) -> dict[int, float]:
-    """Bytes that each rank sends to the other slices of what is cut."""
+    """Bytes that each rank sends to the other shards of what is cut."""
     sent: dict[int, float] = {}
     for cell in cells_of(domain.plan.parts):
         if len(cell.parts) == 1:
             continue
         name = cell.key[0]
-        for leg in domain.rules[name].legs(cell.info(domain.infos[name]), cell.edges):
+        for collective in domain.rules[name].partition(cell.info(domain.infos[name])).collectives(cell.edges):
             for index, part in enumerate(cell.parts):
-                sent[part.rank] = sent.get(part.rank, 0.0) + leg.sent(index) * leg.dtype.itemsize
+                sent[part.rank] = sent.get(part.rank, 0.0) + collective.sent_bytes(index)
     return sent

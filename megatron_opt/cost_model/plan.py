@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.model import Model, Parameter
 from megatron_opt.distributed import planning
@@ -114,9 +112,7 @@ def _sent(model: Model, layout: Layout, grouping: Sequence[GroupRule], stage: in
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Megatron's modules say of packages that it would use on a GPU
         found, *_ = planning.plan_model(
-            stages, model.geometry, sizes, _without_experts(grouping), which=[stage], mode=layout.matrix_mode,
-            most=layout.matrix_balance,
-            bucket_bytes=layout.bucket_bytes, wire=torch.bfloat16 if layout.wire_bytes == 2 else torch.float32,
+            stages, model.geometry, sizes, _without_experts(grouping), layout.engine, [stage]
         )  # fmt: skip
     totals = found.sent_by_rank()
     fullest = max(totals, key=lambda rank: totals[rank])
@@ -177,8 +173,8 @@ def _domain(
                 entry.copied += info.numel
     costs = {key: _cost(matrix_rules[key], info) for key, info in infos.items()}
     jobs = [Job.of(info, matrix_rules[key], costs[key]) for key, info in infos.items()]
-    plan = pack(jobs, ranks, layout.matrix_mode, layout.matrix_balance)
-    buckets = len(make_buckets(plan.parts, ranks, layout.bucket_bytes, layout.wire_bytes))
+    plan = pack(jobs, ranks, layout.engine.matrix_mode, layout.engine.matrix_balance)
+    buckets = len(make_buckets(plan.parts, ranks, layout.engine.bucket_bytes, layout.communication_bytes))
     data = max(1, ranks // tp)
     return DomainPlan(
         name,

@@ -3,33 +3,32 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from megatron_opt.distributed.domain import Domain, agree, gather_objects, subgroups
+from megatron_opt.distributed.domain import Domain, agree, gather_objects, process_group
 from megatron_opt.distributed.exchange import Exchange
 from megatron_opt.distributed.fragments import make_fragments
-from megatron_opt.distributed.ownership import BALANCED
 from megatron_opt.distributed.sharded_optimizer import ShardedOptimizer
+from megatron_opt.engine_options import EngineOptions
 from megatron_opt.layout.matrices import declare
 from megatron_opt.optimizers.base import MatrixInfo
 from megatron_opt.optimizers.groups import GroupRule, assign
 
 
-def build_domains(chunks: Sequence[Any], distributed: bool, per_head: bool, wire: torch.dtype) -> list[Domain]:
+def build_domains(chunks: Sequence[Any], distributed: bool, options: EngineOptions) -> list[Domain]:
     """This rank's domain of dense parameters and, where the model has experts, that of its experts."""
     from megatron.core import parallel_state as ps
     from megatron.core.utils import get_model_config, unwrap_model
 
     config = get_model_config(chunks[0])
-    found = declare(unwrap_model(list(chunks)), config, per_head=per_head)
+    found = declare(unwrap_model(list(chunks)), config, per_head=options.split_heads)
     domains = []
     pp, ep = ps.get_pipeline_model_parallel_rank(), ps.get_expert_model_parallel_rank()
     for is_expert in (False, True):
         if is_expert and not config.num_moe_experts:
             continue
         views = [view for view in found.views if view.is_expert == is_expert]
-        group, rank, size, _ = subgroups((pp, ep) if is_expert else (pp,))
+        group, rank, size, _ = process_group((pp, ep) if is_expert else (pp,))
         fragments = make_fragments(views, list(chunks), distributed)
         mine = [(index, rect) for index, fragment in enumerate(fragments) for rect in fragment.rects]
         holdings = gather_objects(mine, group, size)
@@ -38,7 +37,8 @@ def build_domains(chunks: Sequence[Any], distributed: bool, per_head: bool, wire
         for part in gather_objects({name: found.matrices[name] for name in names}, group, size):
             infos.update(part)
         name = f"experts of stage {pp}, expert rank {ep}" if is_expert else f"stage {pp}"
-        domains.append(Domain(name, group, rank, size, fragments, holdings, infos, Exchange(group, rank, size, wire)))
+        trips = Exchange(group, rank, size, options.communication_dtype)
+        domains.append(Domain(name, group, rank, size, fragments, holdings, infos, trips))
     return domains
 
 
@@ -66,23 +66,15 @@ def build_optimizer(
     config: Any,
     chunks: Sequence[Any],
     rules: Sequence[GroupRule],
-    *,
-    mode: str = "auto",
-    most: float = BALANCED,
-    bucket_bytes: float = 64 * 2**20,
-    wire: torch.dtype = torch.float32,
-    per_head: bool = False,
-    on_bad_matrix: str = "skip",
-    decay_mode: str = "decoupled",
+    options: EngineOptions | None = None,
     width_ratio: float | None = None,
 ) -> ShardedOptimizer:
     """The optimizer for Megatron's (wrapped) model chunks with the given grouping."""
+    options = options or EngineOptions()
     distributed = bool(chunks[0].ddp_config.use_distributed_optimizer)
-    domains = build_domains(chunks, distributed, per_head, wire)
-    groups = assign(all_matrices(domains), rules, decay_mode, width_ratio)
-    optimizer = ShardedOptimizer(
-        config, chunks, domains, groups, mode=mode, most=most, bucket_bytes=bucket_bytes, on_bad_matrix=on_bad_matrix
-    )
+    domains = build_domains(chunks, distributed, options)
+    groups = assign(all_matrices(domains), rules, options.decay_mode, width_ratio)
+    optimizer = ShardedOptimizer(config, chunks, domains, groups, options)
     for domain, step in zip(domains, optimizer.matrix_steps, strict=True):
         agree(f"optimizer plan of {domain.name}", step.placed.plan.digest(), domain.group, domain.size)
     return optimizer

@@ -4,7 +4,8 @@ The dense parameters of one pipeline stage make one domain (its tensor-, context
 of one expert-parallel rank in that stage another (its expert-tensor and expert-data-parallel ranks).
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,26 @@ from torch import Tensor
 from megatron_opt.distributed.exchange import Exchange, Holdings, Route, find_routes
 from megatron_opt.distributed.fragments import Fragment
 from megatron_opt.distributed.jobs import Job
-from megatron_opt.distributed.ownership import BALANCED, Plan, make_buckets, pack
-from megatron_opt.distributed.parts import Cell, Part, cells_of
+from megatron_opt.distributed.ownership import Plan, make_buckets, pack
+from megatron_opt.distributed.parts import Cell, Part, cells_of, shape2d
+from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 from megatron_opt.kernels import multi_tensor
 from megatron_opt.kernels.multi_tensor import Coefficients, Sum
+from megatron_opt.layout.region import Region, cover_matrix
 from megatron_opt.optimizers.base import MatrixInfo
+
+
+def check_cover(what: str, regions: Iterable[tuple[str, Region]], infos: Mapping[str, MatrixInfo]) -> None:
+    """Refuse regions by matrix that do not cover each exactly once."""
+    found: dict[str, list[Region]] = {}
+    for name, region in regions:
+        found.setdefault(name, []).append(region)
+    for name, several in found.items():
+        if not cover_matrix(several, shape2d(infos[name])):
+            raise RuntimeError(
+                f"the {what} do not cover {name} {infos[name].shape} exactly once: {sorted(several)[:8]}"
+            )
 
 
 @dataclass
@@ -39,14 +54,12 @@ class Domain:
     def __post_init__(self) -> None:
         self.order = {name: index for index, name in enumerate(sorted(self.infos))}
         self.counted = torch.ones(len(self.order), dtype=torch.float64)
-        holders: dict[tuple[Any, ...], int] = {}
-        for held in self.holdings:
-            for _, rect in held:
-                holders[rect.place] = holders.get(rect.place, 0) + 1
-        self.weight = {place: 1.0 / count for place, count in holders.items()}
+        holders = Counter(rect.key for held in self.holdings for _, rect in held)
+        check_cover("shards of its ranks", holders, self.infos)
+        self.weight = {key: 1.0 / count for key, count in holders.items()}
         rects = [rect for fragment in self.fragments for rect in fragment.rects]
         self._numbers = torch.tensor([self.order[rect.matrix] for rect in rects], dtype=torch.long)
-        self._weights = torch.tensor([self.weight[rect.place] for rect in rects], dtype=torch.float64)
+        self._weights = torch.tensor([self.weight[rect.key] for rect in rects], dtype=torch.float64)
         for fragment in self.fragments:
             if not fragment.view.counts:
                 for rect in fragment.rects:
@@ -92,13 +105,11 @@ class MatrixPlan:
     routes: list[Route]
 
     @staticmethod
-    def make(
-        domain: Domain, jobs: Sequence[Job], mode: str, bucket_bytes: float, most: float = BALANCED
-    ) -> "MatrixPlan":
+    def make(domain: Domain, jobs: Sequence[Job], options: EngineOptions) -> "MatrixPlan":
         """Plan and routes; equal on every rank of the domain."""
-        plan = pack(jobs, domain.size, mode, most)
-        wire = torch.empty(0, dtype=domain.exchange.wire).element_size()
-        buckets = make_buckets(plan.parts, domain.size, bucket_bytes, wire)
+        plan = pack(jobs, domain.size, options.matrix_mode, options.matrix_balance)
+        check_cover("parts of its plan", ((part.matrix, part.bounds) for part in plan.parts), domain.infos)
+        buckets = make_buckets(plan.parts, domain.size, options.bucket_bytes, domain.exchange.dtype.itemsize)
         routes = find_routes(domain.holdings, plan.parts, domain.rank, buckets)
         return MatrixPlan(plan, {part.key: part for part in plan.parts}, cells_of(plan.parts), buckets, routes)
 
@@ -112,7 +123,7 @@ def gather_objects(value: Any, group: Any, size: int) -> list[Any]:
     return found
 
 
-def subgroups(key: Any) -> tuple[Any, int, int, list[Any]]:
+def process_group(key: Any) -> tuple[Any, int, int, list[Any]]:
     """Process group of the ranks with this rank's key, this rank's place in it, its size, and all keys by rank."""
     world = dist.get_world_size()
     keys = gather_objects(key, None, world)

@@ -20,13 +20,13 @@ def learning_rate(group: dict[str, Any]) -> float:
 
 
 @dataclass(eq=False)
-class Slice:
+class FlatRun:
     """A contiguous run of a fragment that lies in one logical matrix."""
 
     fragment: int
     rect: Rect
     share: float  # one over the number of ranks that hold this run
-    first: int  # number of its first element, the same on every rank that holds it
+    element_offset: int  # number of its first element, the same on every rank that holds it
     state: State = field(default_factory=dict)
 
     @property
@@ -47,33 +47,33 @@ class ElementwiseStep:
     group_of: dict[str, int]
 
     def __post_init__(self) -> None:
-        self.slices: dict[int, list[Slice]] = {}
+        self.slices: dict[int, list[FlatRun]] = {}
         for index, fragment in enumerate(self.domain.fragments):
             for rect in fragment.rects:
                 group = self.group_of[rect.matrix]
                 if isinstance(self.rules[group], ElementwiseOptimizer):
-                    piece = Slice(index, rect, self.domain.weight[rect.place], self._first(rect))
+                    piece = FlatRun(index, rect, self.domain.weight[rect.key], self._element_offset(rect))
                     piece.state = self.rules[group].init_state(rect.run(fragment.main))
                     self.slices.setdefault(group, []).append(piece)
         dtypes = [fragment.view.param.dtype for fragment in self.domain.fragments]
-        self.imaged = {  # groups whose kernel writes the model's bf16 parameters beside the main copies
+        self.writes_model = {  # groups whose kernel writes the model's bf16 parameters beside the main copies
             group
             for group, pieces in self.slices.items()
             if all(dtypes[piece.fragment] == torch.bfloat16 for piece in pieces)
         }
 
-    def _rules(self, skip: set[str]) -> Iterator[tuple[int, Any, list[Slice]]]:
+    def _rules(self, skip: set[str]) -> Iterator[tuple[int, Any, list[FlatRun]]]:
         """Element-wise rules by group, and the slices that they step; every rank of the domain gets every group."""
         for index, rule in enumerate(self.rules):
             if isinstance(rule, ElementwiseOptimizer):
                 yield index, rule, [piece for piece in self.slices.get(index, []) if piece.matrix not in skip]
 
-    def add_summands(
+    def add_global_sum_terms(
         self, sums: dict[str, Tensor], grads: list[Tensor], factors: list[float], skip: set[str], number: int
     ) -> None:
         """Add this rank's share of what rules sum over all that they train, by the rule's name."""
         for index, rule, pieces in self._rules(skip):
-            values = rule.summands(
+            values = rule.global_sum_terms(
                 [piece.of(grads) for piece in pieces], [piece.state for piece in pieces], number, factors[index]
             )
             if values is None:
@@ -91,9 +91,11 @@ class ElementwiseStep:
         param_groups: list[dict[str, Any]],
         sums: dict[str, Tensor],
     ) -> None:
-        """p ← p − lr·(u + wd·p) on every slice; `sums` are what `add_summands` adds, over all ranks."""
+        """p ← p − lr·(u + wd·p) on every slice; `sums` are what `add_global_sum_terms` adds, over all ranks."""
         mains = [fragment.main for fragment in self.domain.fragments]
-        images = [fragment.main if (image := fragment.image()) is None else image for fragment in self.domain.fragments]
+        model_copies = [
+            fragment.main if (copy := fragment.model_copy()) is None else copy for fragment in self.domain.fragments
+        ]
         for index, rule, pieces in self._rules(skip):
             group = param_groups[index]
             rule.update(
@@ -106,14 +108,14 @@ class ElementwiseStep:
                 reducer=self._reducer(pieces, sums.get(rule.name)),
                 grad_scale=factors[index],
                 decay_mode=self.groups[index].decay_mode,
-                copies=[piece.of(images) for piece in pieces] if index in self.imaged else (),
-                firsts=[piece.first for piece in pieces],
+                copies=[piece.of(model_copies) for piece in pieces] if index in self.writes_model else (),
+                element_offsets=[piece.element_offset for piece in pieces],
             )
 
-    def _first(self, rect: Rect) -> int:
+    def _element_offset(self, rect: Rect) -> int:
         """Number of a run's first element: its matrix's begin at a hash of the name, so that replicas round alike."""
         columns = (*self.domain.infos[rect.matrix].shape, 1)[1]
-        return zlib.crc32(rect.matrix.encode()) * 2**30 + rect.row0 * columns + rect.col0
+        return zlib.crc32(rect.matrix.encode()) * 2**30 + rect.region.row0 * columns + rect.region.col0
 
     def update_curvature(self, grads: list[Tensor], scale: float, squared: bool) -> None:
         """Gradients, squared or not, times `scale` into the curvature of the rules that keep one."""
@@ -124,7 +126,7 @@ class ElementwiseStep:
                     [piece.state for piece in pieces], [piece.of(grads) for piece in pieces], scale, squared
                 )
 
-    def _reducer(self, pieces: list[Slice], total: Tensor | None) -> Reducer:
+    def _reducer(self, pieces: list[FlatRun], total: Tensor | None) -> Reducer:
         domain = self.domain
 
         def per_matrix(values: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ in which each pair of ranks sends one flat message; what a rank needs from itsel
 """
 
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,35 +15,33 @@ from torch import Tensor
 
 from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.parts import Part
-from megatron_opt.optimizers.slices import Leg
+from megatron_opt.layout.region import Region
 
 
 @dataclass(frozen=True)
 class Item:
-    """One rectangle on its way: rows and columns relative to the held rectangle and to the part's slab."""
+    """One region on its way between a fragment and a part."""
 
     fragment: int  # index on the holder
     offset: int  # of the held rectangle in the fragment
     held: tuple[int, int]  # its shape
-    inside: tuple[int, int, int, int]  # what of it travels
+    inside: Region  # what of it travels, counted from its corner
     part: tuple[str, int]
-    slab: tuple[int, int, int, int]  # where it lies in the slab
+    buffer: Region  # where it lies in the part
 
     @property
     def numel(self) -> int:
-        r0, r1, c0, c1 = self.inside
-        return (r1 - r0) * (c1 - c0)
+        return self.inside.numel
 
     def of_fragment(self, flat: Tensor) -> Tensor:
         rows, cols = self.held
         r0, r1, c0, c1 = self.inside
         if c1 - c0 == cols:  # whole rows: contiguous
             return flat[self.offset + r0 * cols : self.offset + r1 * cols].view(r1 - r0, cols)
-        return flat[self.offset : self.offset + rows * cols].view(rows, cols)[r0:r1, c0:c1]
+        return self.inside.of(flat[self.offset : self.offset + rows * cols].view(rows, cols))
 
-    def of_slab(self, slab: Tensor) -> Tensor:
-        r0, r1, c0, c1 = self.slab
-        return slab[r0:r1, c0:c1]
+    def of_buffer(self, buffer: Tensor) -> Tensor:
+        return self.buffer.of(buffer)
 
 
 def _update_of(item: Item, updates: Sequence[Tensor]) -> Tensor:
@@ -69,13 +66,6 @@ class Route:
 Holdings = list[tuple[int, Rect]]
 
 
-def _meet(rect: Rect, part: Part) -> tuple[int, int, int, int] | None:
-    r0, r1, c0, c1 = part.bounds
-    row0, row1 = max(rect.row0, r0), min(rect.row1, r1)
-    col0, col1 = max(rect.col0, c0), min(rect.col1, c1)
-    return (row0, row1, col0, col1) if row0 < row1 and col0 < col1 else None
-
-
 def _empty(size: int) -> list[list[Item]]:
     return [[] for _ in range(size)]
 
@@ -89,18 +79,17 @@ def find_routes(
     for part in parts:
         by_matrix.setdefault(part.matrix, []).append(part)
     where = {name: index for index, bucket in enumerate(buckets) for name in bucket}
-    held: dict[str, dict[tuple[Any, ...], list[tuple[int, int, Rect]]]] = {}
+    held: dict[str, dict[Region, list[tuple[int, int, Rect]]]] = {}
     for holder, rects in enumerate(holdings):
         for fragment, rect in rects:
             if rect.matrix in where:
-                held.setdefault(rect.matrix, {}).setdefault(rect.place, []).append((holder, fragment, rect))
+                held.setdefault(rect.matrix, {}).setdefault(rect.region, []).append((holder, fragment, rect))
     routes = [Route(_empty(size), _empty(size), _empty(size), _empty(size)) for _ in buckets]
     for name in sorted(held):
         route = routes[where[name]]
-        for place in sorted(held[name]):
-            holders = held[name][place]
+        for region, holders in sorted(held[name].items()):
             for part in by_matrix[name]:
-                met = _meet(holders[0][2], part)
+                met = region.intersect(part.bounds)
                 if met is None:
                     continue
                 own = [entry for entry in holders if entry[0] == part.rank]
@@ -122,25 +111,14 @@ def find_routes(
     return routes
 
 
-def _item(rect: Rect, fragment: int, part: Part, met: tuple[int, int, int, int]) -> Item:
-    row0, row1, col0, col1 = met
-    r0, _, c0, _ = part.bounds
-    return Item(
-        fragment=fragment,
-        offset=rect.offset,
-        held=(rect.row1 - rect.row0, rect.col1 - rect.col0),
-        inside=(row0 - rect.row0, row1 - rect.row0, col0 - rect.col0, col1 - rect.col0),
-        part=part.key,
-        slab=(row0 - r0, row1 - r0, col0 - c0, col1 - c0),
-    )
+def _item(rect: Rect, fragment: int, part: Part, met: Region) -> Item:
+    inside, buffer = met.relative_to(rect.region), met.relative_to(part.bounds)
+    return Item(fragment, rect.offset, rect.region.shape, inside, part.key, buffer)
 
 
-def wires(legs: Iterable[Sequence[Leg]]) -> list[torch.dtype]:
-    """The dtype of each round of exchanges between the slices of several matrices: the widest that takes part."""
-    return [
-        functools.reduce(torch.promote_types, (leg.dtype for leg in turn if leg is not None))
-        for turn in itertools.zip_longest(*legs)
-    ]
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A tensor's elements as they lie, to travel with others of other types."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 @dataclass
@@ -177,8 +155,8 @@ class Trip:
 class Exchange:
     """All-to-all trips over one process group (None where the group is this rank alone)."""
 
-    def __init__(self, group: Any, rank: int, size: int, wire: torch.dtype = torch.float32) -> None:
-        self.group, self.rank, self.size, self.wire = group, rank, size, wire
+    def __init__(self, group: Any, rank: int, size: int, dtype: torch.dtype = torch.float32) -> None:
+        self.group, self.rank, self.size, self.dtype = group, rank, size, dtype
         self.traffic = Traffic()
 
     def start(
@@ -187,7 +165,7 @@ class Exchange:
         incoming: Sequence[Sequence[Callable[[], Tensor]]],
         counts: Sequence[Sequence[int]],
         what: str,
-        wire: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Trip:
         """Send tensors `outgoing[d]` to rank d and put what comes from rank s into `incoming[s]`, sizes `counts[s]`."""
         for tensor, place in zip(outgoing[self.rank], incoming[self.rank], strict=True):
@@ -196,14 +174,14 @@ class Exchange:
                 target.copy_(tensor)
         if self.size == 1:
             return Trip(None, None, [])
-        wire = wire or self.wire
+        dtype = dtype or self.dtype
         others = [r for r in range(self.size) if r != self.rank]
-        send = [t.reshape(-1).to(wire) for r in others for t in outgoing[r]]
+        send = [t.reshape(-1).to(dtype) for r in others for t in outgoing[r]]
         in_splits = [sum(t.numel() for t in outgoing[r]) if r != self.rank else 0 for r in range(self.size)]
         out_splits = [sum(counts[r]) if r != self.rank else 0 for r in range(self.size)]
         device = send[0].device if send else torch.device(torch.cuda.current_device())  # an index on CUDA
-        message = torch.cat(send) if send else torch.empty(0, dtype=wire, device=device)
-        received = torch.empty(sum(out_splits), dtype=wire, device=device)
+        message = torch.cat(send) if send else torch.empty(0, dtype=dtype, device=device)
+        received = torch.empty(sum(out_splits), dtype=dtype, device=device)
         self.traffic.add(what, message.numel() * message.element_size())
         work = dist.all_to_all_single(received, message, out_splits, in_splits, group=self.group, async_op=True)
         places = [(place, count) for r in others for place, count in zip(incoming[r], counts[r], strict=True)]
@@ -213,32 +191,28 @@ class Exchange:
         self,
         route: Route,
         grads: Sequence[Tensor],
-        slabs: dict[tuple[str, int], Tensor],
+        buffers: dict[tuple[str, int], Tensor],
         what: str = "gradients to owners",
-        wire: torch.dtype | None = None,
     ) -> Trip:
         """Shards of gradients to the parts that need them."""
         return self.start(
             [[item.of_fragment(grads[item.fragment]) for item in items] for items in route.gather_out],
-            [[lambda item=item: item.of_slab(slabs[item.part]) for item in items] for items in route.gather_in],  # type: ignore[misc]
+            [[lambda item=item: item.of_buffer(buffers[item.part]) for item in items] for items in route.gather_in],  # type: ignore[misc]
             [[item.numel for item in items] for items in route.gather_in],
             what,
-            wire,
         )
 
     def scatter(
         self,
         route: Route,
-        slabs: dict[tuple[str, int], Tensor],
+        buffers: dict[tuple[str, int], Tensor],
         updates: Sequence[Tensor],
         what: str = "updates to shards",
-        wire: torch.dtype | None = None,
     ) -> Trip:
         """Updates of parts back to every rank that holds a shard of them."""
         return self.start(
-            [[item.of_slab(slabs[item.part]) for item in items] for items in route.scatter_out],
+            [[item.of_buffer(buffers[item.part]) for item in items] for items in route.scatter_out],
             [[functools.partial(_update_of, item, updates) for item in items] for items in route.scatter_in],
             [[item.numel for item in items] for items in route.scatter_in],
             what,
-            wire,
         )

@@ -13,19 +13,11 @@ from megatron_opt.layout.region import Region
 
 @dataclass(frozen=True, order=True)
 class Rect:
-    """Rows [row0, row1) and columns [col0, col1) of a matrix, contiguous in a fragment from `offset`."""
+    """A region of a matrix, contiguous in a fragment from `offset`."""
 
     matrix: str
-    row0: int
-    row1: int
-    col0: int
-    col1: int
+    region: Region
     offset: int = 0
-
-    @property
-    def region(self) -> Region:
-        """Its place in the matrix."""
-        return Region(self.row0, self.row1, self.col0, self.col1)
 
     @property
     def numel(self) -> int:
@@ -36,8 +28,9 @@ class Rect:
         return flat[self.offset : self.offset + self.numel]
 
     @property
-    def place(self) -> tuple[str, int, int, int, int]:
-        return (self.matrix, *self.region)
+    def key(self) -> tuple[str, Region]:
+        """Equal for what is the same of the model, wherever it lies."""
+        return self.matrix, self.region
 
 
 def rectangles(view: ParamView, start: int, stop: int) -> list[Rect]:
@@ -52,9 +45,9 @@ def rectangles(view: ParamView, start: int, stop: int) -> list[Rect]:
                 rows, width = 1, min(c - col, high - low)
             else:
                 rows, width = (high - low) // c, c
-            first = piece.row + row - piece.local_row
-            left = piece.col + col
-            found.append(Rect(piece.matrix, first, first + rows, left, left + width, low - start))
+            first, left = piece.row + row - piece.local_row, piece.col + col
+            region = Region(first, first + rows, left, left + width)
+            found.append(Rect(piece.matrix, region, low - start))
             low += rows * width
     return found
 
@@ -71,7 +64,10 @@ class Fragment:
     state: dict[str, Tensor] = field(default_factory=dict)
 
     def grad(self) -> Tensor | None:
-        """The reduced gradient of the interval in fp32, or None where the parameter got none."""
+        """The reduced gradient of the interval in fp32, or None where the parameter got none.
+
+        Of fp32 buffers it is Megatron's own memory, which a step may overwrite.
+        """
         grad = getattr(self.view.param, "main_grad", None)
         if grad is None:
             grad = self.view.param.grad
@@ -79,15 +75,15 @@ class Fragment:
             return None
         return grad.view(-1)[self.start : self.stop].float()
 
-    def image(self) -> Tensor | None:
+    def model_copy(self) -> Tensor | None:
         """The interval of the model's own parameter, in its type, where that is not the main copy."""
         param = self.view.param
         return None if param.dtype == torch.float32 else param.data.view(-1)[self.start : self.stop]
 
     def publish(self) -> None:
         """Write the main copy back to the model's parameter where the two are distinct."""
-        if (image := self.image()) is not None:
-            image.copy_(self.main)
+        if (copy := self.model_copy()) is not None:
+            copy.copy_(self.main)
 
 
 def _interval(param: Tensor, buffers: Iterable[Any]) -> tuple[int, int]:

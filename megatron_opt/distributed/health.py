@@ -15,11 +15,11 @@ class Health:
     policy: str = "skip"
     skipped: dict[str, int] = field(default_factory=dict)
 
-    def report(self, bad: set[str], step: int, speaks: bool) -> None:
+    def report(self, bad: set[str], step: int, is_logging_rank: bool) -> None:
         """Count matrices with a non-finite gradient; every rank of the domain calls this with the same set."""
         for name in sorted(bad):
             self.skipped[name] = self.skipped.get(name, 0) + 1
-            if speaks:
+            if is_logging_rank:
                 logger.warning(
                     "step %d: gradient of %s is not finite, skipped (%d so far)", step, name, self.skipped[name]
                 )

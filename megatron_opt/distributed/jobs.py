@@ -1,17 +1,17 @@
 """Jobs: matrices to place, and where they may be cut.
 
-A matrix is a grid of tiles that need nothing of each other; a tile may be cut into slices whose ranks exchange while they
+A matrix is a grid of tiles that need nothing of each other; a tile may be cut into shards whose ranks exchange while they
 step. Places in a job count the tiles row by row, and within each tile the rows or columns of the side that may be cut.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
-from megatron_opt.distributed.parts import Part, shape2d, shape_of, with_shape
-from megatron_opt.optimizers.base import Area, Cost, MatrixInfo
-from megatron_opt.optimizers.slices import Leg
+from megatron_opt.distributed.parts import Part, shape2d, with_shape
+from megatron_opt.layout.region import Region
+from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer
+from megatron_opt.optimizers.partition import Collective, Partition
 
 Run = tuple[int, int, int]  # rank, and the first and last place of what it gets
 
@@ -38,23 +38,34 @@ class Job:
     matrix: str
     shape: tuple[int, int]
     tile: tuple[int, int]
-    split_dim: int | None
+    shard_dim: int | None
     cost: Cost
     cell_cost: Callable[[tuple[int, int]], Cost]  # of a rectangle of whole tiles
-    slice_costs: Callable[[tuple[int, int], tuple[int, ...]], list[Cost]]  # of a tile
-    legs: Callable[[tuple[int, int], tuple[int, ...]], Sequence[Leg]]  # what its slices exchange
+    shard_costs: Callable[[tuple[int, int], tuple[int, ...]], list[Cost]]  # of a tile
+    collectives: Callable[[tuple[int, int], tuple[int, ...]], Sequence[Collective]]  # of a tile's shards
     weights: dict[tuple[int, int], Weight] = field(default_factory=dict, compare=False)
 
     @staticmethod
-    def of(info: MatrixInfo, rule: Any, cost: Cost | None = None) -> "Job":
+    def of(info: MatrixInfo, rule: MatrixOptimizer, cost: Cost | None = None) -> "Job":
         """The job of a matrix under its rule."""
         shape = shape2d(info)
+
+        def partition(cell: tuple[int, int]) -> Partition:
+            found = rule.partition(with_shape(info, cell))
+            assert found is not None
+            return found
+
+        whole = rule.partition(info)
         return Job(
-            info.name, shape, rule.tile(info) or shape, rule.split_dim(info), cost or rule.cost(info),
+            info.name,
+            shape,
+            (whole and whole.tile) or shape,
+            whole and whole.shard_dim,
+            cost or rule.cost(info),
             lambda cell: rule.cost(with_shape(info, cell)),
-            lambda cell, edges: rule.slice_costs(with_shape(info, cell), edges),
-            lambda cell, edges: rule.legs(with_shape(info, cell), edges),
-        )  # fmt: skip
+            lambda cell, edges: partition(cell).costs(edges),
+            lambda cell, edges: partition(cell).collectives(edges),
+        )
 
     @property
     def load(self) -> float:
@@ -69,7 +80,7 @@ class Job:
     @property
     def depth(self) -> int:
         """Places in a tile."""
-        return 1 if self.split_dim is None else self.shape[self.split_dim]
+        return 1 if self.shard_dim is None else self.shape[self.shard_dim]
 
     @property
     def places(self) -> int:
@@ -77,23 +88,23 @@ class Job:
         rows, columns = self.grid
         return rows * columns * self.depth
 
-    def area(self, first: int, last: int) -> Area:
+    def area(self, first: int, last: int) -> Region:
         """The rectangle from one tile to another."""
         columns = self.grid[1]
         (row, column), (last_row, last_column) = divmod(first, columns), divmod(last, columns)
-        return (
+        return Region(
             row * self.tile[0], min(self.shape[0], (last_row + 1) * self.tile[0]),
             column * self.tile[1], min(self.shape[1], (last_column + 1) * self.tile[1]),
         )  # fmt: skip
 
     def weigh(self, tile: int) -> Weight:
         """What a tile weighs."""
-        shape = shape_of(self.area(tile, tile))
+        shape = self.area(tile, tile).shape
         if shape not in self.weights:
             cost, depth = self.cell_cost(shape), self.depth
             weight = Weight(load_of(cost), cost.state_bytes)
             if depth > 1:
-                rest = self.slice_costs(shape, (0, depth - depth // 2, depth))[1]
+                rest = self.shard_costs(shape, (0, depth - depth // 2, depth))[1]
                 load, state = load_of(rest) / (depth // 2), rest.state_bytes / (depth // 2)
                 weight = Weight(load, state, load_of(cost) - load * depth, cost.state_bytes - state * depth)
             self.weights[shape] = weight
@@ -101,25 +112,25 @@ class Job:
 
     def parts(self, runs: Sequence[Run]) -> list[tuple[Part, Cost]]:
         """Parts for runs in ascending order that cover all places, and their costs."""
-        depth, side = self.depth, self.split_dim or 0
-        cells: list[tuple[Area, list[Run]]] = []  # rows or columns of a cell by rank, counted from its first
-        sliced: dict[int, list[Run]] = {}
+        depth, side = self.depth, self.shard_dim or 0
+        cells: list[tuple[Region, list[Run]]] = []  # rows or columns of a cell by rank, counted from its first
+        sharded: dict[int, list[Run]] = {}
         for rank, start, stop in runs:
             (first, low), (last, high) = divmod(start, depth), divmod(stop, depth)
             if low and first < last:
-                sliced.setdefault(first, []).append((rank, low, depth))
+                sharded.setdefault(first, []).append((rank, low, depth))
                 first, low = first + 1, 0
             if high and first <= last:
-                sliced.setdefault(last, []).append((rank, low if first == last else 0, high))
+                sharded.setdefault(last, []).append((rank, low if first == last else 0, high))
             for area in self._rectangles(first, last):
-                cells.append((area, [(rank, 0, shape_of(area)[side])]))
-        cells += [(self.area(tile, tile), pieces) for tile, pieces in sliced.items()]
+                cells.append((area, [(rank, 0, area.shape[side])]))
+        cells += [(self.area(tile, tile), pieces) for tile, pieces in sharded.items()]
         made: list[tuple[Part, Cost]] = []
         for area, pieces in sorted(cells, key=lambda cell: (cell[0][0], cell[0][2])):
-            shape, first = shape_of(area), area[2 * side]
+            shape, first = area.shape, area[2 * side]
             cell = None if shape == self.shape else area
             if len(pieces) > 1:
-                costs = self.slice_costs(shape, (0, *[high for _, _, high in pieces]))
+                costs = self.shard_costs(shape, (0, *[high for _, _, high in pieces]))
             else:
                 costs = [self.cell_cost(shape) if cell else self.cost]
             for (rank, low, high), cost in zip(pieces, costs, strict=True):
@@ -128,7 +139,7 @@ class Job:
                 )
         return made
 
-    def _rectangles(self, first: int, stop: int) -> list[Area]:
+    def _rectangles(self, first: int, stop: int) -> list[Region]:
         """Tiles [first, stop), row by row, as few rectangles."""
         columns, found = self.grid[1], []
         while first < stop:

@@ -1,4 +1,4 @@
-"""One step of the matrix rules over a domain: shards to owners, the rule on whole matrices or slices, updates back."""
+"""One step of the matrix rules over a domain: shards to owners, the rule on whole matrices or shards, updates back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain, MatrixPlan
-from megatron_opt.distributed.exchange import Item, Trip, wires
+from megatron_opt.distributed.exchange import Item, Trip, as_bytes
 from megatron_opt.distributed.parts import Part, shape2d
-from megatron_opt.optimizers.base import MatrixInfo, State, StateKind
-from megatron_opt.optimizers.slices import SliceStep
+from megatron_opt.optimizers.base import MatrixInfo, State, StateKind, norm_of
+from megatron_opt.optimizers.partition import ShardStep
 
 Key = tuple[str, int]
 
@@ -31,15 +31,16 @@ class MatrixStep:
         self.mine = {key: part for key, part in self.placed.parts.items() if part.rank == self.domain.rank}
         self.cells = {part.key: cell for cell in self.placed.cells for part in cell.parts}
         self.cell_infos = {key: cell.info(self.infos[key[0]]) for key, cell in self.cells.items()}
-        self.lying = self._lying()
+        self.local_whole = self._local_whole()
         self.in_parts = {key[0] for key, cell in self.cells.items() if len(cell.parts) > 1 or not cell.is_whole}
         self.scaled_later = {name for name in self.in_parts if self.rules[name].projects}
-        self.sliced = {cell.key: cell for cell in self.placed.cells if len(cell.parts) > 1}
-        self.legs = {
-            key: self.rules[key[0]].legs(self.cell_infos[key], cell.edges) for key, cell in self.sliced.items()
+        self.sharded = {cell.key: cell for cell in self.placed.cells if len(cell.parts) > 1}
+        self.partitions = {
+            key: self.rules[key[0]].partition(self.cell_infos[key]) for key in self.cells if key[0] in self.in_parts
         }
+        self.collectives = {key: self.partitions[key].collectives(cell.edges) for key, cell in self.sharded.items()}
 
-    def _lying(self) -> dict[Key, Item]:
+    def _local_whole(self) -> dict[Key, Item]:
         """This rank's parts that one local rectangle holds whole."""
         found = {}
         for route in self.placed.routes:
@@ -52,40 +53,43 @@ class MatrixStep:
                     found[key] = item
         return found
 
-    def _slabs(self, names: Sequence[str], flats: Sequence[Tensor]) -> dict[Key, Tensor]:
+    def _buffers(self, names: Sequence[str], flats: Sequence[Tensor]) -> dict[Key, Tensor]:
         """Room for this rank's parts of a bucket; where a part already lies whole in one local rectangle, that itself."""
-        slabs, wanted = {}, set(names)
+        buffers, wanted = {}, set(names)
         for key, part in self.mine.items():
             if part.matrix in wanted:
-                item = self.lying.get(key)
-                slabs[key] = (
-                    torch.empty(part.slab_shape, dtype=torch.float32, device=self.domain.device)
+                item = self.local_whole.get(key)
+                buffers[key] = (
+                    torch.empty(part.buffer_shape, dtype=torch.float32, device=self.domain.device)
                     if item is None
                     else item.of_fragment(flats[item.fragment])
                 )
-        return slabs
+        return buffers
 
     def gather(self, flats: Sequence[Tensor]) -> dict[Key, Tensor]:
         """This rank's parts of per-fragment flat tensors (weights, say), bucket after bucket."""
         found: dict[Key, Tensor] = {}
         for names, route in zip(self.placed.buckets, self.placed.routes, strict=True):
-            slabs = self._slabs(names, flats)
-            self.domain.exchange.gather(route, flats, slabs, "weights to owners").finish()
-            found.update(slabs)
+            buffers = self._buffers(names, flats)
+            self.domain.exchange.gather(route, flats, buffers, "weights to owners").finish()
+            found.update(buffers)
         return found
 
     def init_states(self, weights: Sequence[Tensor]) -> None:
         """State before the first step, from the current weights."""
-        for key, slab in self.gather(weights).items():
+        for key, buffer in self.gather(weights).items():
             rule, info, cell = self.rules[key[0]], self.cell_infos[key], self.cells[key]
             if key[0] not in self.in_parts:
-                self.states[key] = rule.init_state(slab.view(info.shape).clone(), info)
-            elif cell.key not in self.sliced:
-                self.states[key] = rule.init_part(slab.view(info.shape).clone(), info)
+                self.states[key] = rule.init_state(buffer.view(info.shape).clone(), info)
+                continue
+            partition = self.partitions[key]
+            if cell.key not in self.sharded:
+                self.states[key] = partition.optimizer.init_state(buffer.view(info.shape).clone(), info)
             else:
-                self.states[key] = rule.init_slice(slab, info)
+                self.states[key] = partition.init_shard(buffer)
                 if key == cell.key:
-                    self.shared[key] = rule.init_shared(info, self.domain.device)
+                    self.shared[key] = partition.init_shared(self.domain.device)
+            self.states[key] |= {norm: norm_of(buffer) for norm in rule.keys(StateKind.NORM, info)}
         self._join_norms()
 
     def _join_norms(self) -> None:
@@ -101,31 +105,34 @@ class MatrixStep:
                 self.states[key][norm].fill_(float(squares[self.domain.order[key[0]]].sqrt()))
         for name, index in self.states:
             if name in self.in_parts:
-                self.rules[name].joined(self.states[name, index], self.infos[name])
+                self.rules[name].check_state(self.states[name, index], self.infos[name])
 
-    def step(self, grads: Sequence[Tensor], scale: dict[str, float], skip: set[str], number: int) -> None:
-        """Replace the gradients in `grads` by directions u; `scale` are clip factors, `skip` matrices left alone.
+    def step(self, grads: Sequence[Tensor], scale: dict[str, float], skip: set[str], number: int) -> Sequence[Tensor]:
+        """Directions u by fragment, in the memory of the gradients, which are gone; those of other matrices stay.
 
-        While one bucket is computed, the next one's gradients and the last one's directions travel.
+        `scale` are clip factors; matrices in `skip` are left alone. While one bucket is computed, the next one's gradients
+        and the last one's directions travel.
         """
         exchange, placed = self.domain.exchange, self.placed
-        under_way: list[Trip] = []
+        directions = grads  # one memory: a bucket's gradients have been read before its directions are written
+        returning: list[Trip] = []
         pending: tuple[Trip, dict[Key, Tensor]] | None = None
         for index in range(len(placed.buckets) + 1):
             coming = None
             if index < len(placed.buckets):
-                slabs = self._slabs(placed.buckets[index], grads)
-                coming = exchange.gather(placed.routes[index], grads, slabs), slabs
+                buffers = self._buffers(placed.buckets[index], grads)
+                coming = exchange.gather(placed.routes[index], grads, buffers), buffers
             if pending is not None:
-                trip, slabs = pending
+                trip, buffers = pending
                 trip.finish()
-                done = self._compute(placed.buckets[index - 1], slabs, scale, skip, number)
-                under_way.append(exchange.scatter(placed.routes[index - 1], done, grads))
+                done = self._compute(placed.buckets[index - 1], buffers, scale, skip, number)
+                returning.append(exchange.scatter(placed.routes[index - 1], done, directions))
             pending = coming
-        for trip in under_way:
+        for trip in returning:
             trip.finish()
         if self.scaled_later:
-            self.rescale(grads, self.scaled_later - skip)
+            self.rescale(directions, self.scaled_later - skip)
+        return directions
 
     def rescale(self, flats: Sequence[Tensor], names: set[str]) -> None:
         """Scale matrices in per-fragment tensors (weights, directions) to the norm that their rule keeps (Hyperball)."""
@@ -142,34 +149,34 @@ class MatrixStep:
                     rect.run(flat).mul_(found[self.domain.order[rect.matrix]])
 
     def _compute(
-        self, names: Sequence[str], slabs: dict[Key, Tensor], scale: dict[str, float], skip: set[str], number: int
+        self, names: Sequence[str], buffers: dict[Key, Tensor], scale: dict[str, float], skip: set[str], number: int
     ) -> dict[Key, Tensor]:
         """Directions of this rank's parts of one bucket."""
         done: dict[Key, Tensor] = {}
         batches: dict[int, list[Key]] = {}
         rules: dict[int, Any] = {}
-        for key, slab in slabs.items():
+        for key, buffer in buffers.items():
             name = key[0]
             if name in skip:
-                done[key] = slab.zero_()
+                done[key] = buffer.zero_()
                 continue
             if scale.get(name, 1.0) != 1.0:
-                slab.mul_(scale[name])
-            if self.cells[key].key not in self.sliced:
-                rule = self.rules[name].of_part() if name in self.in_parts else self.rules[name]
+                buffer.mul_(scale[name])
+            if self.cells[key].key not in self.sharded:
+                rule = self.partitions[key].optimizer if name in self.in_parts else self.rules[name]
                 rules[id(rule)] = rule
                 batches.setdefault(id(rule), []).append(key)
         for which, keys in batches.items():
             infos = [self.cell_infos[key] for key in keys]
-            grads = [slabs[key].view(info.shape) for key, info in zip(keys, infos, strict=True)]
+            grads = [buffers[key].view(info.shape) for key, info in zip(keys, infos, strict=True)]
             updates = rules[which].update(grads, [self.states[key] for key in keys], number, infos)
             for key, info, update in zip(keys, infos, updates, strict=True):
                 done[key] = update.view(shape2d(info))
                 self._begin(key, self.states[key])
         wanted = set(names) - skip
-        cut = [key for key in self.sliced if key[0] in wanted]
+        cut = [key for key in self.sharded if key[0] in wanted]
         if cut:
-            done.update(self._compute_sliced(cut, slabs, number))
+            done.update(self._compute_sharded(cut, buffers, number))
         return done
 
     def _begin(self, key: Key, state: State) -> None:
@@ -178,13 +185,13 @@ class MatrixStep:
             for flag in self.rules[key[0]].keys(StateKind.FLAG, self.cell_infos[key]):
                 state[flag].fill_(1.0)
 
-    def _compute_sliced(self, cells: Sequence[Key], slabs: dict[Key, Tensor], number: int) -> dict[Key, Tensor]:
-        """Slices on several ranks step together: one all-to-all over the domain for each of their exchanges."""
+    def _compute_sharded(self, cells: Sequence[Key], buffers: dict[Key, Tensor], number: int) -> dict[Key, Tensor]:
+        """Shards on several ranks step together: one all-to-all over the domain for each of their exchanges."""
         exchange, size, me = self.domain.exchange, self.domain.size, self.domain.rank
-        running: dict[Key, SliceStep] = {}
+        running: dict[Key, ShardStep] = {}
         waiting: dict[Key, Tensor] = {}
         done: dict[Key, Tensor] = {}
-        mine: dict[Key, tuple[int, Part]] = {}  # by cell: this rank's slice and its number
+        mine: dict[Key, tuple[int, Part]] = {}  # by cell: this rank's shard and its number
 
         def resume(key: Key, value: Tensor | None) -> None:
             try:
@@ -193,43 +200,32 @@ class MatrixStep:
                 done[mine[key][1].key] = stopped.value
 
         for key in cells:
-            cell, shared = self.sliced[key], self.shared.get(key, {})
+            cell, shared = self.sharded[key], self.shared.get(key, {})
             for index, part in enumerate(cell.parts):
                 if part.rank == me:
                     mine[key] = index, part
-                    running[key] = (
-                        self.rules[key[0]]
-                        .of_part()
-                        .slice_update(
-                            slabs[part.key],
-                            self.states[part.key],
-                            shared,
-                            number,
-                            self.cell_infos[key],
-                            index,
-                            cell.edges,
-                        )
-                    )
+                    grad, state = buffers[part.key], self.states[part.key]
+                    running[key] = self.partitions[key].step(grad, state, shared, number, index, cell.edges)
                     resume(key, None)
-        legs = {key: self.legs[key] for key in cells}
-        for turn, wire in enumerate(wires(legs.values())):
+        for turn in range(max(len(self.collectives[key]) for key in cells)):
             outgoing: list[list[Tensor]] = [[] for _ in range(size)]
             incoming: list[list[Tensor]] = [[] for _ in range(size)]
             arrived: dict[Key, list[Tensor]] = {}
             for key, (index, _) in mine.items():
-                if turn >= len(legs[key]):
+                if turn >= len(self.collectives[key]):
                     continue
-                leg, tensor = legs[key][turn], waiting.pop(key)
+                collective, tensor = self.collectives[key][turn], waiting.pop(key)
+                assert tensor.dtype == collective.dtype, (key, turn)
                 pieces = arrived[key] = []
-                for other, part in enumerate(self.sliced[key].parts):
-                    outgoing[part.rank].append(leg.outgoing(tensor, other))
-                    pieces.append(tensor.new_empty(leg.arriving(index, other)))
-                    incoming[part.rank].append(pieces[-1])
+                for other, part in enumerate(self.sharded[key].parts):
+                    outgoing[part.rank].append(as_bytes(collective.outgoing(tensor, other)))
+                    pieces.append(tensor.new_empty(collective.arriving(index, other)))
+                    incoming[part.rank].append(as_bytes(pieces[-1]))
             places = [[(lambda t=t: t) for t in items] for items in incoming]
             counts = [[t.numel() for t in items] for items in incoming]
-            exchange.start(outgoing, places, counts, "between slices", wire).finish()
+            exchange.start(outgoing, places, counts, "between shards", torch.uint8).finish()
             for key, pieces in arrived.items():
-                resume(key, legs[key][turn].joined(pieces))
+                resume(key, self.collectives[key][turn].joined(pieces))
         for key in cells:
             if key in self.shared:
                 self._begin(key, self.shared[key])
@@ -237,5 +233,5 @@ class MatrixStep:
 
 
 def _numel(part: Part) -> int:
-    rows, cols = part.slab_shape
+    rows, cols = part.buffer_shape
     return rows * cols

@@ -1,7 +1,7 @@
 """Who computes which matrix: deterministic packing over the ranks of a stage, equal everywhere.
 
 Whole matrices go by longest processing time first. Where that leaves a rank late, or with far more state than the mean,
-matrices whose rule allows it are cut: see `pouring` and `gangs`. Of what balances, what sends least is taken.
+matrices whose rule allows it are cut: see `wraparound` and `subgroups`. Of what balances, what sends least is taken.
 """
 
 import hashlib
@@ -11,20 +11,22 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_opt.distributed.gangs import gather
 from megatron_opt.distributed.jobs import Job, Run, even, load_of
-from megatron_opt.distributed.parts import Part, cells_of, shape_of
-from megatron_opt.distributed.pouring import pour
+from megatron_opt.distributed.parts import Part, cells_of
+from megatron_opt.distributed.subgroups import pack_subgroups
+from megatron_opt.distributed.wraparound import pack_wraparound
+from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 
-MODES = ("auto", "owner", "group", "sharded")
-BALANCED = 1.1  # most loaded rank over the mean, and most state over the mean, that `auto` is content with
+BALANCED = (
+    EngineOptions.matrix_balance
+)  # most loaded rank over the mean, and most state over the mean, that `auto` is content with
 _LATE = 1.15  # load over the mean that is not exceeded for more even state
 _WORTH = 1e9  # FLOPs by which the most loaded rank is late, from which a cut pays for its exchanges
 _WORTH_BYTES = 2.0**20  # the same of state
 _SENT = 5e3  # FLOPs (a GPU's, bf16) in half the time that a byte takes to another node
 _MEMORY = 0.3  # share of time that twice the state on the fullest rank is worth
-_ROOM = (1.0, 0.8, 0.6, 0.4, 0.2)  # shares of what `auto` allows above the mean, to which gangs are filled
+_ROOM = (1.0, 0.8, 0.6, 0.4, 0.2)  # shares of what `auto` allows above the mean, to which subgroups are filled
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Plan:
     load: list[float]
     flops: list[float]
     state_bytes: list[float]
-    exchanged: list[float]  # bytes sent in a step to other slices of the same matrices
+    exchanged: list[float]  # bytes sent in a step to other shards of the same matrices
 
     def imbalance(self) -> float:
         """Largest load over mean load."""
@@ -47,7 +49,7 @@ class Plan:
         return _over_mean(self.state_bytes)
 
     def price(self) -> float:
-        """Load of the rank that is ready last, its bytes to other slices and as many as a rank sends on average counted.
+        """Load of the rank that is ready last, its bytes to other shards and as many as a rank sends on average counted.
 
         Uneven state makes a plan dearer.
         """
@@ -86,15 +88,15 @@ def _whole(jobs: Sequence[Job], ranks: int, both: bool = False) -> dict[str, lis
     return found
 
 
-def _poured(jobs: Sequence[Job], ranks: int, both: bool) -> dict[str, list[Run]]:
-    """What may be cut, poured around whole matrices."""
+def _wrapped(jobs: Sequence[Job], ranks: int, both: bool) -> dict[str, list[Run]]:
+    """What may be cut, packed around whole matrices."""
     placed = _whole([job for job in jobs if job.places == 1], ranks)
     loads, states = [0.0] * ranks, [0.0] * ranks
     for job in jobs:
         for rank, _, _ in placed.get(job.matrix, []):
             loads[rank] += job.load
             states[rank] += job.cost.state_bytes
-    return placed | pour([job for job in jobs if job.places > 1], loads, states, both)
+    return placed | pack_wraparound([job for job in jobs if job.places > 1], loads, states, both)
 
 
 def _plan(jobs: Sequence[Job], ranks: int, placed: dict[str, list[Run]]) -> Plan:
@@ -105,9 +107,9 @@ def _plan(jobs: Sequence[Job], ranks: int, placed: dict[str, list[Run]]) -> Plan
         made = job.parts(placed[job.matrix])
         for cell in cells_of(part for part, _ in made) if len(made) > 1 else ():
             if len(cell.parts) > 1:
-                legs = job.legs(shape_of(cell.area), cell.edges)
-                for index, part in enumerate(cell.parts):
-                    sent[part.rank] += sum(leg.sent(index) * leg.dtype.itemsize for leg in legs)
+                for collective in job.collectives(cell.area.shape, cell.edges):
+                    for index, part in enumerate(cell.parts):
+                        sent[part.rank] += collective.sent_bytes(index)
         owner[job.matrix] = made[0][0].rank
         for part, cost in made:
             parts.append(part)
@@ -124,7 +126,7 @@ def check_balance(most: float) -> None:
 
 
 def pack(jobs: Sequence[Job], ranks: int, mode: str = "auto", most: float = BALANCED) -> Plan:
-    """Place every matrix: whole on one rank, or in cells and slices on several where its rule allows it.
+    """Place every matrix: whole on one rank, or in cells and shards on several where its rule allows it.
 
     `owner` cuts nothing, `sharded` cuts over all ranks, `group` fills every rank to the mean. `auto` is `owner` where
     no rank then has more load or state than `most` times the mean; else, among ways to cut that keep to this, what is
@@ -145,12 +147,12 @@ def pack(jobs: Sequence[Job], ranks: int, mode: str = "auto", most: float = BALA
         return _plan(order, ranks, _whole(order, ranks))
     if mode == "auto" and (add(_whole(order, ranks)) or add(_whole(order, ranks, both=True))):
         return plans[-1]
-    if add(_poured(order, ranks, both=False)) and mode == "group":
+    if add(_wrapped(order, ranks, both=False)) and mode == "group":
         return plans[-1]
-    add(_poured(order, ranks, both=True))
+    add(_wrapped(order, ranks, both=True))
     if mode == "auto" and jobs:
         for share in _ROOM:
-            add(gather(order, ranks, 1.0 + share * (most - 1.0)))
+            add(pack_subgroups(order, ranks, 1.0 + share * (most - 1.0)))
     if balanced := [plan for plan in plans if plan.is_balanced(most)]:
         return min(balanced, key=Plan.price)
     return min(plans, key=lambda plan: (max(plan.imbalance(), _LATE), plan.state_imbalance()))
@@ -165,7 +167,7 @@ def make_buckets(parts: Sequence[Part], ranks: int, bucket_bytes: float, element
     for rank in sorted(by_rank):
         filled, level = 0.0, 0
         for part in by_rank[rank]:
-            rows, cols = part.slab_shape
+            rows, cols = part.buffer_shape
             size = rows * cols * element_bytes
             if filled and filled + size > bucket_bytes:
                 filled, level = 0.0, level + 1
@@ -198,7 +200,7 @@ def plan_table(plan: Plan, sent: Mapping[int, float] | None = None, title: str =
         f"{sum(sent.values()) / 2**20 if sent else 0:>10.2f} {plan.imbalance():>9.3f} (most loaded / mean)"
     )
     lines.append(
-        f"most state / mean {plan.state_imbalance():.3f}; most sent between slices of a matrix "
+        f"most state / mean {plan.state_imbalance():.3f}; most sent between shards of a matrix "
         f"{max(plan.exchanged) / 2**20:.2f} MiB, {len(plan.parts) - len(plan.owner)} cuts"
     )
     return "\n".join(lines)

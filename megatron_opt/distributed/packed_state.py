@@ -1,4 +1,4 @@
-"""8-bit state in checkpoints: the values that the codes of one slice stand for, and the codes again."""
+"""8-bit state in checkpoints: the values that the codes of one shard stand for, and the codes again."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ _SCALE = "_absmax"
 
 @dataclass
 class Codes:
-    """Codes of one slice and the absolute maxima of their blocks."""
+    """Codes of one shard and the absolute maxima of their blocks."""
 
     codes: Tensor
     absmax: Tensor

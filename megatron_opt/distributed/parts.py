@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from megatron_opt.layout.region import Region
-from megatron_opt.optimizers.base import Area, MatrixInfo
+from megatron_opt.optimizers.base import MatrixInfo
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Part:
     start: int
     stop: int
     shape: tuple[int, int]  # of the matrix
-    cell: Area | None = None
+    cell: Region | None = None
 
     @functools.cached_property
     def area(self) -> Region:
         """The cell's rectangle."""
-        return Region(*self.cell) if self.cell else Region(0, self.shape[0], 0, self.shape[1])
+        return self.cell or Region(0, self.shape[0], 0, self.shape[1])
 
     @functools.cached_property
     def bounds(self) -> Region:
@@ -33,7 +33,7 @@ class Part:
         return Region(self.start, self.stop, c0, c1) if self.dim == 0 else Region(r0, r1, self.start, self.stop)
 
     @property
-    def slab_shape(self) -> tuple[int, int]:
+    def buffer_shape(self) -> tuple[int, int]:
         return self.bounds.shape
 
     @property
@@ -43,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Cell:
-    """A rectangle of a matrix that is computed apart from the rest of it, in one part or in slices on several ranks."""
+    """A rectangle of a matrix that is computed apart from the rest of it, in one part or in shards on several ranks."""
 
     parts: tuple[Part, ...]
 
@@ -70,11 +70,6 @@ class Cell:
     def info(self, whole: MatrixInfo) -> MatrixInfo:
         """The matrix as its rule sees this cell of it."""
         return whole if self.is_whole else with_shape(whole, self.area.shape)
-
-
-def shape_of(area: Area) -> tuple[int, int]:
-    """Rows and columns of a rectangle."""
-    return Region(*area).shape
 
 
 def shape2d(info: MatrixInfo) -> tuple[int, int]:

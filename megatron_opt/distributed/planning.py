@@ -14,17 +14,18 @@ from typing import Any
 
 import torch
 
-from megatron_opt.distributed.exchange import wires
 from megatron_opt.distributed.fragments import Rect, rectangles
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.meta_model import model_config, stage_parameters
-from megatron_opt.distributed.ownership import BALANCED, Plan, make_buckets, pack, plan_table
+from megatron_opt.distributed.ownership import Plan, make_buckets, pack, plan_table
 from megatron_opt.distributed.parts import Cell, Part, cells_of
+from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 from megatron_opt.files import write_atomic
 from megatron_opt.layout.kinds import Geometry
 from megatron_opt.layout.matrices import ParamView, split_param
 from megatron_opt.layout.parameter import Parameter
+from megatron_opt.layout.region import Region
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
 from megatron_opt.optimizers.groups import GroupRule, assign
@@ -97,7 +98,7 @@ def _holdings(
     is_expert = expert is not None
     tp = layout.etp if is_expert else layout.tp
     replicas = layout.dp * layout.tp // (layout.ep * layout.etp) if is_expert else layout.dp
-    found: dict[str, dict[tuple[Any, ...], tuple[Rect, list[int]]]] = {}
+    found: dict[str, dict[Region, tuple[Rect, list[int]]]] = {}
     infos: dict[str, MatrixInfo] = {}
 
     def domain_of(p: Parameter) -> int | None:
@@ -124,7 +125,7 @@ def _holdings(
                         groups.setdefault((index, interval), []).append(replica * tp + rank)
             for (index, (start, stop)), holders in groups.items():
                 for rect in rectangles(views[index], start, stop):
-                    entry = found.setdefault(rect.matrix, {}).setdefault(rect.place, (rect, []))
+                    entry = found.setdefault(rect.matrix, {}).setdefault(rect.region, (rect, []))
                     entry[1].extend(holders)
     held = {name: [(rect, sorted(ranks)) for rect, ranks in places.values()] for name, places in found.items()}
     return held, infos, tp * replicas
@@ -136,11 +137,11 @@ def _sent(
     rules: dict[str, Any],
     infos: dict[str, MatrixInfo],
     buckets: Sequence[Sequence[str]],
-    wire: int,
+    width: int,
 ) -> dict[str, list[float]]:
     """Bytes that each rank sends in a step, as the run's counters name them."""
     ranks = len(plan.load)
-    kinds = ("gradients to owners", "updates to shards", "between slices")
+    kinds = ("gradients to owners", "updates to shards", "between shards")
     sent = {kind: [0.0] * ranks for kind in kinds}
     parts: dict[str, list[Part]] = {}
     for part in plan.parts:
@@ -152,7 +153,7 @@ def _sent(
                 common = part.bounds.intersect(region)
                 if common is None:
                     continue
-                count, own = common.numel * wire, part.rank in among
+                count, own = common.numel * width, part.rank in among
                 if not own:
                     sent["gradients to owners"][holders[part.rank % len(holders)]] += count
                 sent["updates to shards"][part.rank] += count * (len(holders) - own)
@@ -160,25 +161,23 @@ def _sent(
     for cell in cells_of(plan.parts):
         cells.setdefault(cell.key[0], []).append(cell)
     for bucket in buckets:
-        cut = [cell for name in bucket for cell in cells[name] if len(cell.parts) > 1]
-        legs = [rules[cell.key[0]].legs(cell.info(infos[cell.key[0]]), cell.edges) for cell in cut]
-        for turn, dtype in enumerate(wires(legs)):
-            for cell, several in zip(cut, legs, strict=True):
-                for index, part in enumerate(cell.parts) if turn < len(several) else ():
-                    sent["between slices"][part.rank] += several[turn].sent(index) * dtype.itemsize
+        for cell in (cell for name in bucket for cell in cells[name] if len(cell.parts) > 1):
+            partition = rules[cell.key[0]].partition(cell.info(infos[cell.key[0]]))
+            for collective in partition.collectives(cell.edges):
+                for index, part in enumerate(cell.parts):
+                    sent["between shards"][part.rank] += collective.sent_bytes(index)
     return sent
 
 
 def sent_in_a_step(domain: Any, step: Any) -> dict[str, list[float]]:
     """The same of a run's domain and its matrix step."""
-    held: dict[str, dict[tuple[Any, ...], tuple[Rect, list[int]]]] = {}
+    held: dict[str, dict[Region, tuple[Rect, list[int]]]] = {}
     for rank, rects in enumerate(domain.holdings):
         for _, rect in rects:
             if rect.matrix in step.infos:
-                held.setdefault(rect.matrix, {}).setdefault(rect.place, (rect, []))[1].append(rank)
-    width = torch.empty(0, dtype=domain.exchange.wire).element_size()
+                held.setdefault(rect.matrix, {}).setdefault(rect.region, (rect, []))[1].append(rank)
     places = {name: list(each.values()) for name, each in held.items()}
-    return _sent(places, step.placed.plan, step.rules, step.infos, step.placed.buckets, width)
+    return _sent(places, step.placed.plan, step.rules, step.infos, step.placed.buckets, domain.exchange.dtype.itemsize)
 
 
 def plan_model(
@@ -186,18 +185,14 @@ def plan_model(
     geometry: Geometry,
     layout: Layout,
     rules: Sequence[GroupRule],
-    *,
+    options: EngineOptions | None = None,
     which: Sequence[int] | None = None,
-    mode: str = "auto",
-    most: float = BALANCED,
-    bucket_bytes: float = 64 * 2**20,
-    wire: torch.dtype = torch.float32,
 ) -> list[DomainPlan]:
     """Plans of the domains of the stages in `which` (all by default), in the order in which a run makes them.
 
     `stages` has the chunks of every pipeline stage, each a list of whole parameters in Megatron's order.
     """
-    whole: dict[str, MatrixInfo] = {}
+    options, whole = options or EngineOptions(), dict[str, MatrixInfo]()
     for p in (p for chunks in stages.values() for chunk in chunks for p in chunk):
         made, *_ = split_param(p.name, p.shape, geometry, tp_rank=0, tp_size=1, partition_dim=None)
         whole.update({info.name: info for info in made})
@@ -207,16 +202,15 @@ def plan_model(
     groups = assign([whole[name] for name in sorted(whole)], rules)
     built = [registry.build(group.optimizer, dict(group.options)) for group in groups]
     rule_of = {info.name: rule for group, rule in zip(groups, built, strict=True) for info in group.infos}
-    width = torch.empty(0, dtype=wire).element_size()
-    found = []
+    width, found = options.communication_dtype.itemsize, []
     for stage in sorted(stages) if which is None else which:
         domains: list[int | None] = [None, *(range(layout.ep) if experts else [])]
         for expert in domains:
             held, infos, ranks = _holdings(stages[stage], layout, geometry, expert, experts)
             taken = {name: infos[name] for name in sorted(infos) if isinstance(rule_of[name], MatrixOptimizer)}
             jobs = [Job.of(info, rule_of[name]) for name, info in taken.items()]
-            plan = pack(jobs, ranks, mode, most)
-            buckets = make_buckets(plan.parts, ranks, bucket_bytes, width)
+            plan = pack(jobs, ranks, options.matrix_mode, options.matrix_balance)
+            buckets = make_buckets(plan.parts, ranks, options.bucket_bytes, width)
             name = f"stage {stage}" if expert is None else f"experts of stage {stage}, expert rank {expert}"
             found.append(DomainPlan(name, plan, _sent(held, plan, rule_of, taken, buckets, width)))
     return found
@@ -226,6 +220,7 @@ def from_args(
     args: Any, world: int, rules: Sequence[GroupRule], which: Sequence[int] | None = None
 ) -> list[DomainPlan]:
     """Plans for Megatron flags as `world` ranks would make them, from Megatron's own model on the `meta` device."""
+    options = EngineOptions.of(vars(args))
     tp, pp, ep = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.expert_model_parallel_size
     if world % (tp * pp):
         raise UserError(f"{world} ranks are not divisible by tensor parallelism {tp} × pipeline parallelism {pp}.")
@@ -242,19 +237,16 @@ def from_args(
     )
     return plan_model(
         {stage: stage_parameters(args, stage) for stage in range(pp)},
-        Geometry.of(model_config(args).transformer, args.split_heads),
+        Geometry.of(model_config(args).transformer, options.split_heads),
         layout,
         rules,
-        which=which,
-        mode=args.matrix_mode,
-        most=args.matrix_balance,
-        bucket_bytes=args.exchange_bucket_mb * 2**20,
-        wire={"fp32": torch.float32, "bf16": torch.bfloat16}[args.exchange_dtype],
+        options,
+        which,
     )
 
 
 def show(plans: Sequence[DomainPlan], folder: str | None = None) -> None:
-    """Print tables, and leave `optimizer_plan.DOMAIN.json` with owner and slices of every matrix in a folder."""
+    """Print tables, and leave `optimizer_plan.DOMAIN.json` with owner and shards of every matrix in a folder."""
     for found in plans:
         sent = found.sent_by_rank()
         print(plan_table(found.plan, sent, title=f"optimizer plan, {found.name}"), flush=True)

@@ -14,9 +14,9 @@ from megatron_opt.distributed.elementwise import ElementwiseStep
 from megatron_opt.distributed.health import Health
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.matrix_step import MatrixStep
-from megatron_opt.distributed.ownership import BALANCED
 from megatron_opt.distributed.state import common_state, load_state, sharded_state
 from megatron_opt.distributed.weights import WeightStep
+from megatron_opt.engine_options import EngineOptions
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixOptimizer
 from megatron_opt.optimizers.groups import Group
@@ -39,18 +39,15 @@ class ShardedOptimizer(MegatronOptimizer):
         chunks: Sequence[Any],
         domains: Sequence[Domain],
         groups: Sequence[Group],
-        *,
-        mode: str = "auto",
-        most: float = BALANCED,
-        bucket_bytes: float = 64 * 2**20,
-        on_bad_matrix: str = "skip",
+        options: EngineOptions | None = None,
     ) -> None:
         super().__init__(_Groups(), config)
+        options = options or EngineOptions()
         self.model_chunks, self.domains, self.groups = list(chunks), list(domains), list(groups)
         self.distributed = bool(chunks[0].ddp_config.use_distributed_optimizer)
         self.overlap_param_gather = bool(chunks[0].ddp_config.overlap_param_gather)
         self.step_number = 0
-        self.health = Health(on_bad_matrix)
+        self.health = Health(options.on_bad_matrix)
         self.stats: dict[str, dict[str, float]] | None = None  # filled by a step when `want_stats` is set
         self.want_stats = False
         self.has_states = False  # on every rank
@@ -68,11 +65,13 @@ class ShardedOptimizer(MegatronOptimizer):
             infos = {name: domain.infos[name] for name in matrix_names}
             rules = {name: self.rules[group_of[name]] for name in matrix_names}
             jobs = [Job.of(info, rules[name]) for name, info in infos.items()]
-            placed = MatrixPlan.make(domain, jobs, mode, bucket_bytes, most)
+            placed = MatrixPlan.make(domain, jobs, options)
             self.matrix_steps.append(MatrixStep(domain, placed, rules, infos))
             self.weight_steps.append(WeightStep(domain, self.matrix_steps[-1], self.groups, self.rules, group_of))
             self.element_steps.append(ElementwiseStep(domain, self.groups, self.rules, group_of))
-        self.imaged = set[int]().union(*(w.imaged for w in self.weight_steps), *(e.imaged for e in self.element_steps))
+        self.writes_model = set[int]().union(
+            *(w.writes_model for w in self.weight_steps), *(e.writes_model for e in self.element_steps)
+        )
         self.groups_of = [  # index of each matrix's group, by domain
             torch.tensor([group_of[name] for name in domain.order], dtype=torch.long) for domain in self.domains
         ]
@@ -186,25 +185,27 @@ class ShardedOptimizer(MegatronOptimizer):
 
     def publishes(self, fragment: Any) -> bool:
         """Whether the steps themselves write all of a fragment to the model."""
-        return all(self.group_of[rect.matrix] in self.imaged for rect in fragment.rects)
+        return all(self.group_of[rect.matrix] in self.writes_model for rect in fragment.rects)
 
     def _step_matrices(
         self, grads: list[list[Tensor]], squares: list[list[float]], factors: list[float], bad: list[set[str]]
     ) -> None:
+        """Matrix rules of all domains; their gradients' memory (Megatron's own, for fp32) then holds directions."""
         for domain, matrix, weight, flats, found, skip in zip(
             self.domains, self.matrix_steps, self.weight_steps, grads, squares, bad, strict=True
         ):
             if not matrix.infos:
                 continue
             skip = skip | {name for name in matrix.infos if found[domain.order[name]] == 0.0}
-            matrix.step(flats, {name: factors[self.group_of[name]] for name in matrix.infos}, skip, self.step_number)
-            weight.step(flats, skip, self.param_groups)
+            scale = {name: factors[self.group_of[name]] for name in matrix.infos}
+            directions = matrix.step(flats, scale, skip, self.step_number)
+            weight.step(directions, skip, self.param_groups)
 
     def _step_elements(self, grads: list[list[Tensor]], factors: list[float], bad: list[set[str]]) -> None:
         """Element-wise rules of all domains; what a rule sums over all that it trains is summed first."""
         sums: dict[str, Tensor] = {}
         for element, flats, skip in zip(self.element_steps, grads, bad, strict=True):
-            element.add_summands(sums, flats, factors, skip, self.step_number)
+            element.add_global_sum_terms(sums, flats, factors, skip, self.step_number)
         if sums:
             total = self._sum_over_world(torch.stack([sums[name] for name in sorted(sums)]))
             sums = dict(zip(sorted(sums), total.unbind(), strict=True))

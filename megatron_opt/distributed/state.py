@@ -22,6 +22,7 @@ from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.parts import shape2d
 from megatron_opt.errors import UserError
+from megatron_opt.layout.region import Region
 from megatron_opt.optimizers.base import StateKind
 from megatron_opt.optimizers.groups import Group
 
@@ -61,14 +62,14 @@ class Piece:
     @property
     def name(self) -> str:
         """Its name on this rank."""
-        place = self.replica if self.rect is None else f"{self.rect.row0}.{self.rect.col0}"
+        place = self.replica if self.rect is None else f"{self.rect.region.row0}.{self.rect.region.col0}"
         return f"{self.key}.{self.matrix}.{place}"
 
 
 def _placed(
     key: str, rect: Rect, flat: Tensor, shape: tuple[int, int], codes: packed_state.Codes | None = None
 ) -> Piece:
-    tensor = flat.detach().view(rect.row1 - rect.row0, rect.col1 - rect.col0)
+    tensor = flat.detach().view(rect.region.shape)
     return Piece(key, rect.matrix, tensor, rect, shape, codes)
 
 
@@ -81,16 +82,15 @@ def whole_places(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int
     for key_of, state in sorted(step.states.items()):
         (name, index), part, info = key_of, step.mine[key_of], step.infos[key_of[0]]
         stacks, spec = _places(step, key_of), step.rules[name].state_spec(step.cell_infos[key_of])
-        r0, r1, c0, c1 = part.bounds
-        rows, cols = shape2d(info)
+        region, (rows, cols) = part.bounds, shape2d(info)
         for key, tensor in sorted(state.items()):
             match spec[key]:
                 case StateKind.BLOCKS:
                     yield from _stack(name, key, tensor, stacks, index)
                 case StateKind.MATRIX:
-                    yield key, name, tensor, (rows, cols), Rect(name, r0, r1, c0, c1), index
+                    yield key, name, tensor, (rows, cols), Rect(name, region), index
                 case StateKind.ROWS:
-                    yield key, name, tensor, (rows, 1), Rect(name, r0, r1, 0, 1), index
+                    yield key, name, tensor, (rows, 1), Rect(name, Region(region.row0, region.row1, 0, 1)), index
                 case _:
                     yield key, name, tensor, None, None, index
     for (name, index), state in sorted(step.shared.items()):
@@ -110,7 +110,8 @@ Places = dict[
 def _places(step: MatrixStep, key: tuple[str, int]) -> Places:
     """Where the stacks of a part's cell lie in the matrix's; nothing where the cell is the matrix."""
     cell = step.cells[key]
-    return {} if cell.is_whole else step.rules[key[0]].stack_places(step.infos[key[0]], cell.area)
+    partition = None if cell.is_whole else step.rules[key[0]].partition(step.infos[key[0]])
+    return partition.block_positions((cell.area.row0, cell.area.col0), cell.area.shape) if partition else {}
 
 
 def _stack(
@@ -122,7 +123,7 @@ def _stack(
     for at in range(1, len(numbers) + 1):
         if at == len(numbers) or numbers[at] != numbers[at - 1] + 1:
             first = numbers[start]
-            rect = Rect(name, first * size, (first + at - start) * size, 0, size)
+            rect = Rect(name, Region(first * size, (first + at - start) * size, 0, size))
             yield of, name, tensor[start:at], (count * size, size), rect, index
             start = at
 
@@ -148,7 +149,7 @@ def collect(optimizer: Keeper, index: int) -> list[Piece]:
             found.append(Piece(key, name, tensor.detach(), replica=number))
         else:
             found.append(_placed(key, place, tensor, whole))
-    places = [None if piece.rect is None else (piece.key, *piece.rect.place) for piece in found]
+    places = [None if piece.rect is None else (piece.key, *piece.rect.key) for piece in found]
     holders: dict[Any, int] = {}
     for rank, theirs in enumerate(gather_objects(places, domain.group, domain.size)):
         for number, held in enumerate(theirs):
@@ -221,7 +222,7 @@ def _sharded(piece: Piece, domain: Domain) -> Any:
         piece.tensor.dtype,
         tuple(piece.tensor.shape),
         piece.shape,
-        (piece.rect.row0, piece.rect.col0),
+        (piece.rect.region.row0, piece.rect.region.col0),
         axis_fragmentations=None,  # no regular grid
         replica_id=piece.replica,
         allow_shape_mismatch=domain.infos[piece.matrix].kind in _PADDED,

@@ -35,14 +35,14 @@ class WeightStep:
                     self.held.setdefault(self.group_of[rect.matrix], []).append((index, rect))
         self.projected = {name for name, rule in self.matrix.rules.items() if rule.projects}
         dtypes = [fragment.view.param.dtype for fragment in self.domain.fragments]
-        self.imaged = {  # groups whose pass writes the model's bf16 parameters beside the main copies
+        self.writes_model = {  # groups whose pass writes the model's bf16 parameters beside the main copies
             group
             for group, held in self.held.items()
             if not self.rules[group].projects and all(dtypes[index] == torch.bfloat16 for index, _ in held)
         }
 
-    def step(self, updates: Sequence[Tensor], skip: set[str], param_groups: Sequence[dict[str, Any]]) -> None:
-        """W ← W − lr·u − decay where `updates` are flat directions by fragment; then the projection of rules that have one."""
+    def step(self, directions: Sequence[Tensor], skip: set[str], param_groups: Sequence[dict[str, Any]]) -> None:
+        """W ← W − lr·u − decay of flat directions by fragment; then the projection of rules that have one."""
         mains = [fragment.main for fragment in self.domain.fragments]
         for index, held in self.held.items():
             group, mode = param_groups[index], self.groups[index].decay_mode
@@ -51,16 +51,16 @@ class WeightStep:
             multi_tensor.update(
                 Rule.APPLY,
                 [rect.run(mains[at]) for at, rect in taken],
-                [rect.run(updates[at]) for at, rect in taken],
+                [rect.run(directions[at]) for at, rect in taken],
                 (),
                 Coefficients(lr=lr, shrink=shrinkage(lr, group["weight_decay"], mode)),
-                copies=[rect.run(self._image(at)) for at, rect in taken] if index in self.imaged else (),
+                copies=[rect.run(self._model_copy(at)) for at, rect in taken] if index in self.writes_model else (),
                 cautious_decay=mode == "cautious",
             )
         if self.projected:
             self.matrix.rescale(mains, self.projected - skip)
 
-    def _image(self, index: int) -> Tensor:
-        image = self.domain.fragments[index].image()
-        assert image is not None  # the parameter is bf16
-        return image
+    def _model_copy(self, index: int) -> Tensor:
+        copy = self.domain.fragments[index].model_copy()
+        assert copy is not None  # the parameter is bf16
+        return copy

@@ -1,6 +1,7 @@
 """A rectangle of a matrix."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 
 class Region(NamedTuple):
@@ -30,6 +31,23 @@ class Region(NamedTuple):
     def relative_to(self, outer: "Region") -> "Region":
         """The same rectangle, counted from another's first row and column."""
         return Region(self.row0 - outer.row0, self.row1 - outer.row0, self.col0 - outer.col0, self.col1 - outer.col0)
+
+    def of(self, matrix: Any) -> Any:
+        """This part of a tensor of the matrix."""
+        return matrix[self.row0 : self.row1, self.col0 : self.col1]
+
+
+def cover_matrix(regions: Iterable[Region], shape: tuple[int, int]) -> bool:
+    """Whether regions cover a matrix (rows, columns) exactly once."""
+    ordered, active, row = sorted(regions, reverse=True), list[Region](), 0
+    while row < shape[0]:
+        active = [region for region in active if region.row1 > row]
+        while ordered and ordered[-1].row0 == row:
+            active.append(ordered.pop())
+        if not cover_once([(region.col0, region.col1) for region in active], shape[1]):
+            return False
+        row = min([region.row1 for region in active] + [region.row0 for region in ordered[-1:]])
+    return not ordered and row == shape[0]
 
 
 def cover_once(spans: list[tuple[int, int]], length: int) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 from megatron_opt.migrate import warm_start
 from megatron_opt.optimizers.base import MatrixOptimizer
@@ -230,9 +231,7 @@ def _from_ours(args: Any, source: Source, model: list[Any], optimizer: Any) -> l
         optimizer.config,
         model,
         group_rules(saved),
-        mode="owner",
-        per_head=saved.split_heads,
-        decay_mode=saved.decay_mode,
+        EngineOptions(matrix_mode="owner", split_heads=saved.split_heads, decay_mode=saved.decay_mode),
     )
     if contents(old) != source.common["optimizer"]["contents"]:
         raise UserError(
@@ -270,7 +269,7 @@ def _read(old: Any, index: int, m: list[Tensor], v: list[Tensor], tokens: float)
     for key, state in matrices.states.items():
         info = matrices.infos[key[0]]
         mean, square = warm_start.moments_of_matrix(matrices.rules[key[0]], info, state, tokens)
-        shape = matrices.mine[key].slab_shape
+        shape = matrices.mine[key].buffer_shape
         means[key], squares[key] = mean.reshape(shape).contiguous(), square.reshape(shape).contiguous()
     for flats, slabs, what in ((m, means, "first moments"), (v, squares, "second moments")):
         for names, route in zip(matrices.placed.buckets, matrices.placed.routes, strict=True):

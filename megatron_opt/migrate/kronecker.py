@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.optimizers.base import MatrixInfo, State
-from megatron_opt.optimizers.bases import turn, turn_squares
+from megatron_opt.optimizers.bases import rotate, rotate_squares
 from megatron_opt.optimizers.blocks import as_matrix
 from megatron_opt.optimizers.kron import Kron
 from megatron_opt.optimizers.shampoo import Shampoo
@@ -55,8 +55,8 @@ def soap_moments(rule: Soap, info: MatrixInfo, state: State) -> tuple[Tensor, Te
     regions = range(len(turned[0]))
     bases = [{side: state[f"q_{region}_{side}"].float() for side in rule.sides(info)} for region in regions]
     first, second = (torch.empty_like(state[key], dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq"))
-    grid.join([turn(m, q, back=True) for m, q in zip(turned[0], bases, strict=True)], as_matrix(first))
-    grid.join([turn_squares(v, q, back=True) for v, q in zip(turned[1], bases, strict=True)], as_matrix(second))
+    grid.join([rotate(m, q, back=True) for m, q in zip(turned[0], bases, strict=True)], as_matrix(first))
+    grid.join([rotate_squares(v, q, back=True) for v, q in zip(turned[1], bases, strict=True)], as_matrix(second))
     return first, second
 
 

@@ -11,8 +11,8 @@ from megatron_opt.kernels.block_adam import block_adam
 from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, State, StateKind, StateSpec
 from megatron_opt.optimizers.elementwise import adam_coefficients
 from megatron_opt.optimizers.options import check, decay, epsilon
+from megatron_opt.optimizers.partition import Partition
 from megatron_opt.optimizers.registry import register
-from megatron_opt.optimizers.slices import SliceStep
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,17 @@ class AdamMini(MatrixOptimizer):
         """Blocks of equally many rows."""
         return info.heads if info.role in ("q", "k") and len(info.shape) == 2 else info.shape[0]
 
-    def _init(self, weight: Tensor, blocks: int) -> State:
+    def by_rows(self, info: MatrixInfo) -> bool:
+        """Whether each row is a block."""
+        return self.blocks(info) == info.shape[0]
+
+    def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
+        blocks = len(weight) if self.by_rows(info) else self.blocks(info)
         second = weight.new_zeros(blocks, *[1] * (weight.ndim - 1))
         return {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": second}
 
-    def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
-        return self._init(weight, self.blocks(info))
-
     def state_spec(self, info: MatrixInfo) -> StateSpec:
-        by_rows = self.blocks(info) == info.shape[0]
-        return {"exp_avg": StateKind.MATRIX, "exp_avg_sq": StateKind.ROWS if by_rows else StateKind.SHARED}
+        return {"exp_avg": StateKind.MATRIX, "exp_avg_sq": StateKind.ROWS if self.by_rows(info) else StateKind.SHARED}
 
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
@@ -70,16 +71,6 @@ class AdamMini(MatrixOptimizer):
         numel = torch.Size(info.shape).numel()
         return Cost(elementwise_bytes=4.0 * 4 * numel, state_bytes=4.0 * (numel + self.blocks(info)))
 
-    # Slices of whole rows need nothing of each other
-
-    def split_dim(self, info: MatrixInfo) -> int | None:
-        return 0 if self.blocks(info) == info.shape[0] else None
-
-    def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
-        return self._init(weight, weight.shape[0])
-
-    def slice_update(
-        self, grad: Tensor, state: State, shared: State, step: int, info: MatrixInfo, index: int, edges: tuple[int, ...]
-    ) -> SliceStep:
-        return self.update([grad], [state], step, [info])[0]
-        yield  # a step without exchanges
+    def partition(self, info: MatrixInfo) -> Partition | None:
+        """Shards of whole rows need nothing of each other."""
+        return Partition(self, info, shard_dim=0) if self.by_rows(info) else None

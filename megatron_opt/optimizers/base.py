@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from megatron_opt.errors import UserError
-from megatron_opt.optimizers.slices import Leg, SliceStep, shares
+from megatron_opt.optimizers.partition import Partition
 
 State = dict[str, Tensor]
 Shape = tuple[int, ...]
-Area = tuple[int, int, int, int]  # rows [0, 1) and columns [2, 3) of a matrix
 
 
 class StateKind(enum.Enum):
@@ -43,6 +42,11 @@ def shrinkage(lr: float, weight_decay: float, mode: str) -> float:
     if mode not in DECAY_MODES:
         raise UserError(f"there is no decay mode {mode!r}; there are {', '.join(DECAY_MODES)}.")
     return weight_decay if mode == "independent" else lr * weight_decay
+
+
+def norm_of(weight: Tensor) -> Tensor:
+    """Frobenius norm of a weight, (1,) in its dtype, summed in fp64."""
+    return torch.linalg.vector_norm(weight.double()).to(weight.dtype).view(1)
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,10 @@ class MatrixOptimizer:
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
     ) -> list[Tensor]:
-        """Directions for many matrices; `step` counts from 1; states change in place, gradients may be overwritten."""
+        """Directions for many matrices; `step` counts from 1; states change in place.
+
+        A direction may lie in its gradient's memory: callers keep no gradient.
+        """
         raise NotImplementedError
 
     def cost(self, info: MatrixInfo) -> Cost:
@@ -165,61 +172,12 @@ class MatrixOptimizer:
         """
         raise NotImplementedError
 
-    # A rule whose matrices are grids of tiles that need nothing of each other says how large tiles are: on a cell, any
-    # rectangle of whole tiles, it is then the same rule, with the cell's shape in `info`.
-    # A rule that can work on slices of a tile (of the matrix, where it says none) along one side says which side may be
-    # cut, what the slices exchange, and how one slice steps; `update` on the whole equals all slices' steps together.
-    # The whole's state is the union of the slices' (cut along the same side, in proportion) and the shared one, and the
-    # matrix's that of its cells; stacks of blocks go where `stack_places` says. Neither sees a matrix without a gradient.
+    def check_state(self, state: State, info: MatrixInfo) -> None:
+        """Refuse a state, its NORMs filled in, that the rule cannot begin with."""
 
-    def of_part(self) -> "MatrixOptimizer":
-        """The rule that computes parts of a matrix: with `projects` the caller scales the direction to the whole's norm."""
-        return self
-
-    def init_part(self, weight: Tensor, info: MatrixInfo) -> State:
-        """State of a cell; `norms` are the cell's own until `joined`."""
-        return self.init_state(weight, info)
-
-    def joined(self, state: State, info: MatrixInfo) -> None:
-        """Called with a part's state once its `norms` are the whole matrix's; refuses what the rule cannot begin with."""
-
-    def tile(self, info: MatrixInfo) -> tuple[int, int] | None:
-        """(rows, columns) of tiles, a vector being one column; None where the matrix is one."""
+    def partition(self, info: MatrixInfo) -> Partition | None:
+        """How ranks may share the matrix, or a rectangle of its tiles whose shape is in `info`; None where it stays whole."""
         return None
-
-    def split_dim(self, info: MatrixInfo) -> int | None:
-        """The side (0 or 1) that may be cut into slices, or None where the rule needs the whole."""
-        return None
-
-    def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
-        """State that travels with one slice of the weight."""
-        raise NotImplementedError
-
-    def init_shared(self, info: MatrixInfo, device: torch.device, dtype: torch.dtype = torch.float32) -> State:
-        """State that exists once per matrix (factors, bases), with slice 0; empty by default."""
-        return {}
-
-    def legs(self, info: MatrixInfo, edges: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Leg]:
-        """What slices [edges[i], edges[i+1]) of the cut side exchange in a step with gradients of `dtype`, in order."""
-        return []
-
-    def slice_update(
-        self, grad: Tensor, state: State, shared: State, step: int, info: MatrixInfo, index: int, edges: tuple[int, ...]
-    ) -> SliceStep:
-        """Slice `index`'s direction: yields what it gives to each of `legs`, is sent what it gets, returns the direction.
-
-        `shared` is empty but for slice 0.
-        """
-        raise NotImplementedError
-
-    def stack_places(self, info: MatrixInfo, area: Area) -> dict[str, tuple[str, list[int], int]]:
-        """Of each stack of blocks in a cell's state: its key in the matrix's state, its blocks' numbers there, of how many."""
-        return {}
-
-    def slice_costs(self, info: MatrixInfo, edges: tuple[int, ...]) -> list[Cost]:
-        """What each slice costs; in proportion by default."""
-        whole = self.cost(info)
-        return [whole.scaled(share) for share in shares(edges)]
 
 
 @dataclass
@@ -227,13 +185,13 @@ class Reducer:
     """Sums that a flat shard cannot see by itself; the default is for whole tensors on one process.
 
     `per_matrix` takes one value a piece and returns, for each piece, the sum over all pieces of its logical matrix on
-    all ranks; `total` is the sum of the rule's `summands` over all that it trains, None where this call has all of it;
+    all ranks; `global_sum` is the sum of the rule's `global_sum_terms` over all that it trains, None where this call has all of it;
     `numel` is the size of the whole logical matrix of each piece.
     """
 
     numel: Sequence[int]
     per_matrix: Callable[[Tensor], Tensor] = lambda values: values
-    total: Tensor | None = None
+    global_sum: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -246,7 +204,7 @@ class Step:
     grad_scale: float
     cautious_decay: bool
     copies: Sequence[Tensor]
-    firsts: Sequence[int]
+    element_offsets: Sequence[int]
 
 
 class ElementwiseOptimizer:
@@ -268,7 +226,7 @@ class ElementwiseOptimizer:
         """Zeros for every state key."""
         return {key: torch.zeros_like(param, dtype=torch.float32) for key in self.state_keys}
 
-    def summands(
+    def global_sum_terms(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, grad_scale: float = 1.0
     ) -> Tensor | None:
         """What a step needs the sum of over all that the rule trains, one value a piece; None where nothing."""
@@ -287,18 +245,24 @@ class ElementwiseOptimizer:
         grad_scale: float = 1.0,
         decay_mode: str = "decoupled",
         copies: Sequence[Tensor] = (),
-        firsts: Sequence[int] = (),
+        element_offsets: Sequence[int] = (),
     ) -> None:
         """One step on many contiguous pieces, each inside one logical matrix; p ← p − lr·(u + wd·p).
 
         `step` counts from 1. Gradients are multiplied by `grad_scale` (clipping, loss scale) on the way.
         `decay_mode` is `decoupled` (lr·wd·p), `independent` (wd·p) or `cautious` (lr·wd·p where u·p ≥ 0).
-        `copies` are bf16 images of the parameters, written in the same pass. `firsts` numbers each piece's
+        `copies` are the model's bf16 weights, written in the same pass. `element_offsets` numbers each piece's
         first element in the whole model, so that stochastic rounding does not depend on how it is cut.
         Raises UserError for another decay mode.
         """
         how = Step(
-            step, lr, shrinkage(lr, weight_decay, decay_mode), grad_scale, decay_mode == "cautious", copies, firsts
+            step,
+            lr,
+            shrinkage(lr, weight_decay, decay_mode),
+            grad_scale,
+            decay_mode == "cautious",
+            copies,
+            element_offsets,
         )
         self.apply(params, grads, states, how, reducer or Reducer([p.numel() for p in params]))
 

@@ -87,7 +87,7 @@ class FusedRule(ElementwiseOptimizer):
             stochastic=self.config.rounding == "stochastic",
             seed=self.config.rounding_seed,
             step=how.number,
-            firsts=how.firsts,
+            firsts=how.element_offsets,
         )
 
     def _absmax(self, states: Sequence[State], key: str) -> list[Tensor]:
@@ -227,7 +227,7 @@ class Mars(AdamW):
         """‖c‖² of each piece."""
         return multi_tensor.sums(Sum.MARS_NORM, grads, c, states=[state["prev_grad"] for state in states])[:, 0]
 
-    def summands(
+    def global_sum_terms(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, grad_scale: float = 1.0
     ) -> Tensor | None:
         if self.config.max_grad_norm == 0 or self.config.clip_scope != "global":
@@ -241,7 +241,7 @@ class Mars(AdamW):
         if limit == 0:
             return None
         if self.config.clip_scope == "global":
-            total = self._squares(grads, states, c).sum() if reducer.total is None else reducer.total
+            total = self._squares(grads, states, c).sum() if reducer.global_sum is None else reducer.global_sum
             norms = (total.sqrt() + 1e-6).expand(len(grads))
         else:
             norms = reducer.per_matrix(self._squares(grads, states, c)).sqrt()

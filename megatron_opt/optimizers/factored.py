@@ -4,17 +4,18 @@ import logging
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from megatron_opt.kernels import products
-from megatron_opt.optimizers.base import Area, MatrixInfo, MatrixOptimizer, Shape, State, StateKind, StateSpec
+from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer, Shape, State, StateKind, StateSpec
 from megatron_opt.optimizers.blocks import Grid, apart, as_matrix, batched, put_back
 from megatron_opt.optimizers.families import SMALL, Family, Planner
 from megatron_opt.optimizers.options import check, choice, decay, option
+from megatron_opt.optimizers.partition import Partition
 
 log = logging.getLogger(__name__)
 
@@ -39,24 +40,56 @@ class FactoredConfig:
         check(self)
 
 
-Held = dict[tuple[str, int], list[Tensor]]  # by kind (`gg`, `q`) and side
+BySide = dict[int, list[Tensor]]
 
 
 @dataclass
 class Blocks:
-    """Equal blocks of one or many matrices as one stack."""
+    """Equal blocks that step together, as lists with an entry (b, c) or (B, b, c) for each matrix, or one for all."""
 
-    grad: Tensor  # (B, b, c)
-    states: list[Tensor]  # (B, b, c) each: the rule's `block_keys`
-    factors: dict[int, Tensor]  # by side (B, k, k)
-    derived: dict[int, Tensor]  # by side (B, k, k)
+    grads: list[Tensor]
+    states: list[list[Tensor]]  # the rule's `block_keys`
+    factors: BySide  # by side (k, k) or (B, k, k)
+    derived: BySide  # likewise
     step: int
     due: bool
     names: list[str]  # of each block's matrix
+    in_place: bool = False  # whether kernels work on the lists where they lie
 
-    def other(self, side: int) -> int:
-        """The block's extent along the other side."""
-        return self.grad.shape[2 - side]
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of a block."""
+        return self.grads[0].shape[-2], self.grads[0].shape[-1]
+
+    def stacked(self) -> "Blocks":
+        """All as one stack (B, b, c), a view where it is of one matrix."""
+
+        def by_side(tensors: BySide) -> BySide:
+            return {side: [batched(several)] for side, several in tensors.items()}
+
+        states = [[batched(several)] for several in self.states]
+        derived = by_side(self.derived)
+        return replace(self, grads=[batched(self.grads)], states=states, factors=by_side(self.factors), derived=derived)
+
+    def put_back(self, stack: "Blocks", factors: bool = True) -> None:
+        """What became of the stack of these blocks: states, what is derived and, unless told otherwise, factors."""
+        pairs = [*zip(stack.states, self.states), *((stack.derived[side], self.derived[side]) for side in self.derived)]
+        pairs += [(stack.factors[side], self.factors[side]) for side in self.factors if factors]
+        for (whole,), several in pairs:
+            put_back(whole, several)
+
+    def select(self, numbers: Sequence[int]) -> "Blocks":
+        """Some blocks, each an entry of its own."""
+
+        def chosen(several: list[Tensor]) -> list[Tensor]:
+            blocks = [block for x in several for block in (x if x.ndim == 3 else (x,))]
+            return [blocks[number] for number in numbers]
+
+        factors, derived = (
+            {side: chosen(x) for side, x in tensors.items()} for tensors in (self.factors, self.derived)
+        )
+        states, names = [chosen(x) for x in self.states], [self.names[number] for number in numbers]
+        return Blocks(chosen(self.grads), states, factors, derived, self.step, self.due, names)
 
 
 class FactoredOptimizer(MatrixOptimizer):
@@ -75,8 +108,12 @@ class FactoredOptimizer(MatrixOptimizer):
         """Before a matrix's first step; False where that step moves nothing."""
         return True
 
-    def block_step(self, blocks: Blocks) -> Tensor:
-        """Directions (B, b, c); states, factors and what is derived from them change in place."""
+    def works_in_place(self, blocks: Blocks) -> bool:
+        """Whether `block_step` takes blocks where they lie, rather than one stack of all."""
+        return False
+
+    def block_step(self, blocks: Blocks) -> list[Tensor]:
+        """Directions, which may replace gradients; states, factors and what is derived from them change in place."""
         raise NotImplementedError
 
     # Which sides, which blocks, when
@@ -116,42 +153,31 @@ class FactoredOptimizer(MatrixOptimizer):
         spec: StateSpec = dict.fromkeys(self.block_keys, StateKind.MATRIX)
         return spec | {"ready": StateKind.FLAG} | dict.fromkeys(stacks, StateKind.BLOCKS)
 
-    def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
-        return {key: torch.zeros_like(weight) for key in self.block_keys}
-
-    def init_shared(self, info: MatrixInfo, device: torch.device, dtype: torch.dtype = torch.float32) -> State:
-        return self.init_factors(self.grid(info), info, device, dtype)
-
-    def init_factors(self, grid: Grid, info: MatrixInfo, device: torch.device, dtype: torch.dtype) -> State:
-        """Factors of the blocks of a grid, what is derived from them, and whether they have begun."""
+    def init_factors(self, info: MatrixInfo, device: torch.device, dtype: torch.dtype) -> State:
+        """Factors of all blocks, what is derived from them, and whether they have begun."""
         state = {"ready": torch.zeros(1, dtype=dtype, device=device)}
         wide = torch.float64 if self.config.factor_precision == "fp64" else dtype
-        for region, (count, *block) in enumerate(grid.shapes()):
+        for region, (count, *block) in enumerate(self.grid(info).shapes()):
             for side in self.sides(info):
                 shape = (count, block[side], block[side])
                 state[f"gg_{region}_{side}"] = torch.zeros(shape, dtype=wide, device=device)
                 state[f"q_{region}_{side}"] = torch.zeros(shape, dtype=dtype, device=device)
         return state
 
+    def init_moments(self, weight: Tensor) -> State:
+        """States of the weight's shape."""
+        return {key: torch.zeros_like(weight) for key in self.block_keys}
+
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
-        return self.init_slice(weight, info) | self.init_shared(info, weight.device, weight.dtype)
+        return self.init_moments(weight) | self.init_factors(info, weight.device, weight.dtype)
 
-    # Blocks step alone
-
-    def tile(self, info: MatrixInfo) -> tuple[int, int] | None:
-        """A block: the whole of a side without a factor."""
+    def tile(self, info: MatrixInfo) -> tuple[int, int]:
+        """A block, which steps alone: the whole of a side without a factor."""
         (_, rows, columns), *_ = self.grid(info).shapes()
         return rows, columns
 
-    def stack_places(self, info: MatrixInfo, area: Area) -> dict[str, tuple[str, list[int], int]]:
-        places, whole, (r0, r1, c0, c1) = {}, self.grid(info), area
-        for region, starts in enumerate(self.grid(info, (r1 - r0, c1 - c0)).starts()):
-            found = [whole.find(r0 + row, c0 + column) for row, column in starts]
-            of, numbers = found[0][0], [number for _, number in found]
-            for side in self.sides(info):
-                for kind in ("gg", "q"):
-                    places[f"{kind}_{region}_{side}"] = f"{kind}_{of}_{side}", numbers, whole.shapes()[of][0]
-        return places
+    def partition(self, info: MatrixInfo) -> Partition | None:
+        return FactoredPartition(self, info, self.tile(info))
 
     # One step on whole matrices
 
@@ -224,30 +250,20 @@ class FactoredOptimizer(MatrixOptimizer):
             parts += [[as_matrix(states[i][key]) for i, _ in members] for key in self.block_keys]
         else:
             parts = [[cuts[i][which][region] for i, region in members] for which in range(1 + len(self.block_keys))]
-        held: Held = {}
-        for kind in ("gg", "q"):
+        regions = range(1 + max(region for _, region in members))
+        held: dict[str, BySide] = {"gg": {}, "q": {}}
+        for kind, by_side in held.items():
             for side in family.kind:
-                keys = [f"{kind}_{region}_{side}" for region in range(1 + max(region for _, region in members))]
-                held[kind, side] = [states[i][keys[region]] for i, region in members]
-        return self.family_step(family.part(members), parts, held, step, due, infos)
-
-    def family_step(
-        self, family: Family, parts: list[list[Tensor]], held: Held, step: int, due: bool, infos: Sequence[MatrixInfo]
-    ) -> Sequence[Tensor]:
-        """Directions of equal blocks; by one `block_step` of them all, stacked, and the results back to each.
-
-        `parts` are gradients and `block_keys`, (b, c) or (B, b, c) for each member; `held` what it has by side.
-        """
-        grad, *stacks = map(batched, parts)
-        tensors = {key: batched(several) for key, several in held.items()}
-        factors, derived = ({side: tensors[kind, side] for side in family.kind} for kind in ("gg", "q"))
-        names = family.names(parts[0], infos)
-        direction = self.block_step(Blocks(grad, stacks, factors, derived, step, due, names))
-        for key, several in held.items():
-            put_back(tensors[key], several)
-        for several, stack in zip(parts[1:], stacks):
-            put_back(stack, several)
-        return apart(direction, parts[0])
+                keys = [f"{kind}_{region}_{side}" for region in regions]
+                by_side[side] = [states[i][keys[region]] for i, region in members]
+        names = family.part(members).names(parts[0], infos)
+        blocks = Blocks(parts[0], parts[1:], held["gg"], held["q"], step, due, names)
+        if self.works_in_place(blocks):
+            return self.block_step(replace(blocks, in_place=True))
+        stack = blocks.stacked()
+        (directions,) = self.block_step(stack)
+        blocks.put_back(stack)
+        return apart(directions, parts[0])
 
     def advance(self, factor: Tensor, grad: Tensor, side: int) -> None:
         """GG ← β·GG + (1−β)·g gᵀ (side 0) or gᵀg (side 1), in place."""
@@ -259,6 +275,22 @@ class FactoredOptimizer(MatrixOptimizer):
         """Count and log a decomposition that failed in fp64 too."""
         self.failures[name] += 1
         log.warning("%s: decomposition failed (%d so far); the old one is kept", name, self.failures[name])
+
+
+class FactoredPartition(Partition):
+    """Blocks step alone, and their stacks are parts of the matrix's."""
+
+    optimizer: FactoredOptimizer
+
+    def block_positions(self, corner: tuple[int, int], shape: tuple[int, int]) -> dict[str, tuple[str, list[int], int]]:
+        positions, whole, (row0, column0) = {}, self.optimizer.grid(self.info), corner
+        for region, starts in enumerate(self.optimizer.grid(self.info, shape).starts()):
+            found = [whole.find(row0 + row, column0 + column) for row, column in starts]
+            of, numbers = found[0][0], [number for _, number in found]
+            for side in self.optimizer.sides(self.info):
+                for kind in ("gg", "q"):
+                    positions[f"{kind}_{region}_{side}"] = f"{kind}_{of}_{side}", numbers, whole.shapes()[of][0]
+        return positions
 
 
 def guarded(compute: Callable[..., Any], arguments: tuple[Tensor, ...], *rest: Any) -> list[Any]:

@@ -14,7 +14,6 @@ from torch import Tensor
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import elementwise
 from megatron_opt.optimizers.base import (
-    Area,
     Cost,
     ElementwiseOptimizer,
     MatrixInfo,
@@ -23,13 +22,14 @@ from megatron_opt.optimizers.base import (
     State,
     StateKind,
     StateSpec,
+    norm_of,
 )
 from megatron_opt.optimizers.kron import Kron
 from megatron_opt.optimizers.muon import Muon
+from megatron_opt.optimizers.partition import Partition
 from megatron_opt.optimizers.registry import register
 from megatron_opt.optimizers.scion import Scion
 from megatron_opt.optimizers.shampoo import Shampoo
-from megatron_opt.optimizers.slices import Leg, SliceStep, shares
 from megatron_opt.optimizers.soap import Soap
 
 _FLOOR = 1e-10
@@ -62,22 +62,11 @@ class ElementwiseDirection(MatrixOptimizer):
     def cost(self, info: MatrixInfo) -> Cost:
         return self.inner.cost(torch.Size(info.shape).numel())
 
-    # Slices of the longer side, which need nothing of each other
-
-    def split_dim(self, info: MatrixInfo) -> int | None:
-        """Whole where the rule sums over the matrix, or rounds to blocks or by place."""
+    def partition(self, info: MatrixInfo) -> Partition | None:
+        """Shards of the longer side need nothing of each other, unless the rule sums over the matrix or rounds by place."""
         if isinstance(self.inner, elementwise.Cautious) or self.config.state_dtype != "fp32":
             return None
-        return int(len(info.shape) == 2 and info.shape[1] > info.shape[0])
-
-    def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
-        return self.inner.init_state(weight)
-
-    def slice_update(
-        self, grad: Tensor, state: State, shared: State, step: int, info: MatrixInfo, index: int, edges: tuple[int, ...]
-    ) -> SliceStep:
-        yield from ()
-        return self.update([grad.contiguous()], [state], step, [info])[0]
+        return Partition(self, info, shard_dim=int(len(info.shape) == 2 and info.shape[1] > info.shape[0]))
 
 
 class Hyperball(MatrixOptimizer):
@@ -95,20 +84,14 @@ class Hyperball(MatrixOptimizer):
         self.vectors = self.inner.vectors  # type: ignore[misc]
 
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
-        state = self.init_part(weight, info)
-        self.joined(state, info)
+        state = self.inner.init_state(weight, info) | {"radius": norm_of(weight)}
+        self.check_state(state, info)
         return state
 
     def state_spec(self, info: MatrixInfo) -> StateSpec:
         return self.inner.state_spec(info) | {"radius": StateKind.NORM}
 
-    def init_part(self, weight: Tensor, info: MatrixInfo) -> State:
-        return self.inner.init_state(weight, info) | self._radius(weight)
-
-    def _radius(self, weight: Tensor) -> State:
-        return {"radius": torch.linalg.vector_norm(weight.double()).to(weight.dtype).view(1)}
-
-    def joined(self, state: State, info: MatrixInfo) -> None:
+    def check_state(self, state: State, info: MatrixInfo) -> None:
         if not state["radius"] > 0:
             raise UserError(
                 f"{info.name} starts at zero, and {self.name} would keep it there; give it another initialization "
@@ -139,33 +122,10 @@ class Hyperball(MatrixOptimizer):
         moved = cost.elementwise_bytes + 4.0 * 6 * numel
         return replace(cost, elementwise_bytes=moved, state_bytes=cost.state_bytes + 4.0)
 
-    # Parts are the inner rule's
-
-    def of_part(self) -> MatrixOptimizer:
-        return self.inner
-
-    def tile(self, info: MatrixInfo) -> tuple[int, int] | None:
-        return self.inner.tile(info)
-
-    def split_dim(self, info: MatrixInfo) -> int | None:
-        return self.inner.split_dim(info)
-
-    def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
-        return self.inner.init_slice(weight, info) | self._radius(weight)
-
-    def init_shared(self, info: MatrixInfo, device: torch.device, dtype: torch.dtype = torch.float32) -> State:
-        return self.inner.init_shared(info, device, dtype)
-
-    def legs(self, info: MatrixInfo, edges: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Leg]:
-        return self.inner.legs(info, edges, dtype)
-
-    def stack_places(self, info: MatrixInfo, area: Area) -> dict[str, tuple[str, list[int], int]]:
-        return self.inner.stack_places(info, area)
-
-    def slice_costs(self, info: MatrixInfo, edges: tuple[int, ...]) -> list[Cost]:
-        numel = torch.Size(info.shape).numel()
-        costs = self.inner.slice_costs(info, edges)
-        return [self._with_norms(cost, share * numel) for cost, share in zip(costs, shares(edges), strict=True)]
+    def partition(self, info: MatrixInfo) -> Partition | None:
+        """The inner rule's."""
+        inner = self.inner.partition(info)
+        return inner and replace(inner, surcharge=self._with_norms)
 
 
 _WRAPPED: tuple[type, ...] = (

@@ -15,11 +15,11 @@ from megatron_opt.errors import UserError
 from megatron_opt.kernels import multi_tensor, quantize
 from megatron_opt.kernels import orthogonalize as ns
 from megatron_opt.kernels.multi_tensor import Coefficients, Rule
-from megatron_opt.optimizers import sliced_orthogonalization as sliced
+from megatron_opt.optimizers import sharded_orthogonalization as sharded
 from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, Scalars, Shape, State, StateKind, StateSpec
 from megatron_opt.optimizers.options import OptionError, check, choice, decay, epsilon, number, option
+from megatron_opt.optimizers.partition import Collective, Partition, ShardStep, all_reduce, in_proportion, shares
 from megatron_opt.optimizers.registry import register
-from megatron_opt.optimizers.slices import Leg, SliceStep, in_proportion, shares
 
 SCALE_MODES = ("shape_scaling", "spectral", "unit_rms_norm", "none")
 MOMENTUM_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}  # None: the weight's own
@@ -195,41 +195,80 @@ class SpectralOptimizer(MatrixOptimizer):
             state_bytes=width * k * K + scales,
         )
 
-    # Slices along the longer side: see sliced_orthogonalization.py
+    @property
+    def shards(self) -> type["SpectralPartition"]:
+        """How a matrix is computed in shards."""
+        return SpectralPartition
 
-    def split_dim(self, info: MatrixInfo) -> int | None:
-        """The longer side: the Gram matrix is then the small one. 8-bit blocks run over rows: whole matrices only."""
+    def partition(self, info: MatrixInfo) -> Partition | None:
+        """Shards of the longer side: the Gram matrix is then the small one. 8-bit blocks run over rows: whole only."""
         if self.config.momentum_dtype == "int8":
             return None
-        return 0 if info.shape[0] > info.shape[1] else 1
+        return self.shards(self, info, shard_dim=0 if info.shape[0] > info.shape[1] else 1)
 
-    def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
-        return SpectralOptimizer.init_state(self, weight, info)
 
-    def legs(self, info: MatrixInfo, edges: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Leg]:
-        k, K = sorted(info.shape)
-        work = ns.ITERATION_DTYPES[self.config.fp32_matmul_prec] or dtype
-        squares = Leg(False, tuple(range(len(edges))), 1, torch.float64)
-        return [squares, *sliced.legs(k, K, in_proportion(k, edges), work, self.table)]
+class SpectralPartition(Partition):
+    """Shards of a matrix whose momentum is orthogonalized: see sharded_orthogonalization.py."""
 
-    def slice_update(
-        self, grad: Tensor, state: State, shared: State, step: int, info: MatrixInfo, index: int, edges: tuple[int, ...]
-    ) -> SliceStep:
-        (u,) = self.advance_all([grad], [state])
-        k, K = sorted(info.shape)
+    optimizer: SpectralOptimizer
+
+    def collectives(self, edges: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Collective]:
+        k, K = sorted(self.info.shape)
+        work = ns.ITERATION_DTYPES[self.optimizer.config.fp32_matmul_prec] or dtype
+        squares = all_reduce(len(edges) - 1, 1, torch.float64)
+        return [squares, *sharded.collectives(k, K, in_proportion(k, edges), work, self.optimizer.table)]
+
+    def step(
+        self, grad: Tensor, state: State, shared: State, step: int, index: int, edges: tuple[int, ...]
+    ) -> ShardStep:
+        optimizer, cfg, wide = self.optimizer, self.optimizer.config, self.shard_dim == 1
+        (u,) = optimizer.advance_all([grad], [state])
+        k, K = sorted(self.info.shape)
         squares = yield u.double().square().sum().view(1, 1)
         norm = squares.sum().sqrt().to(u.dtype)
-        x = u if self.split_dim(info) == 1 else u.mT
-        x = (x * ns.scale_to_unit(norm, self.eps, self.config.norm_form)).contiguous()
-        x = x.to(ns.ITERATION_DTYPES[self.config.fp32_matmul_prec] or x.dtype)
-        y = yield from sliced.iterate(x, K, in_proportion(k, edges), index, self.table)
+        x = u if wide else u.mT
+        x = (x * ns.scale_to_unit(norm, optimizer.eps, cfg.norm_form)).contiguous()
+        x = x.to(ns.ITERATION_DTYPES[cfg.fp32_matmul_prec] or x.dtype)
+        y = yield from sharded.iterate(x, K, in_proportion(k, edges), index, optimizer.table)
         y = y.to(grad.dtype)
-        return (yield from self.rescale_slice(y if self.split_dim(info) == 1 else y.mT, state, info))
+        y = yield from self.rescale(y if wide else y.mT, state)
+        return y * optimizer.factor(self.info)
 
-    def rescale_slice(self, x: Tensor, state: State, info: MatrixInfo) -> SliceStep:
-        """What follows the orthogonalization of a slice."""
+    def rescale(self, x: Tensor, state: State) -> ShardStep:
+        """What follows the orthogonalization of a shard, but for the factor."""
         yield from ()
-        return x * self.factor(info)
+        return x
+
+
+class NorMuonPartition(SpectralPartition):
+    """Shards of columns sum rows' squares and then know all rows; shards of rows sum two squared norms."""
+
+    def collectives(self, edges: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Collective]:
+        sums = self.info.shape[0] if self.shard_dim == 1 else 2
+        return [*super().collectives(edges, dtype), all_reduce(len(edges) - 1, sums, torch.float64)]
+
+    def rescale(self, x: Tensor, state: State) -> ShardStep:
+        cfg, squares = self.optimizer.config, x.double().square().sum(dim=1)
+        if self.shard_dim == 1:
+            squares = (yield squares.view(1, -1)).sum(dim=0)
+        moment = state["row_second_moment"]
+        moment.lerp_((squares / self.info.shape[1]).to(moment.dtype).view(-1, 1), 1 - cfg.normuon_beta2)
+        scale = 1.0 / (moment.sqrt() + cfg.normuon_eps)
+        norms = torch.stack([squares.sum(), (squares * scale.flatten().double().square()).sum()])
+        if self.shard_dim == 0:
+            norms = (yield norms.view(1, -1)).sum(dim=0)
+        before, after = norms.sqrt()
+        return x * scale * (before / after.clamp_min(torch.finfo(x.dtype).tiny)).to(x.dtype)
+
+    def shard_costs(self, edges: tuple[int, ...]) -> list[Cost]:
+        costs = super().shard_costs(edges)
+        if self.shard_dim == 0:
+            return costs
+        moments = 4.0 * self.info.shape[0]  # with every shard
+        return [
+            replace(cost, state_bytes=cost.state_bytes + (1 - share) * moments)
+            for cost, share in zip(costs, shares(edges), strict=True)
+        ]
 
 
 @register
@@ -249,11 +288,12 @@ class Muon(SpectralOptimizer):
         return (mu, gain, mu, gain) if self.config.nesterov else (mu, gain, 1.0, 0.0)
 
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
-        state = super().init_state(weight, info)
-        return state | self._row_moments(weight)
+        rows = {"row_second_moment": weight.new_zeros(len(weight), 1)} if self.config.normuon else {}
+        return super().init_state(weight, info) | rows
 
-    def _row_moments(self, weight: Tensor) -> State:
-        return {"row_second_moment": weight.new_zeros(len(weight), 1)} if self.config.normuon else {}
+    @property
+    def shards(self) -> type[SpectralPartition]:
+        return NorMuonPartition if self.config.normuon else SpectralPartition
 
     def rescale(self, x: Tensor, state: State, info: MatrixInfo) -> Tensor:
         if self.config.normuon:
@@ -263,42 +303,6 @@ class Muon(SpectralOptimizer):
             # row norms change, the matrix's norm does not
             x = rows * (x.norm() / rows.norm().clamp_min(torch.finfo(x.dtype).tiny))
         return super().rescale(x, state, info)
-
-    # NorMuon's slices: of columns, that sum rows' squares and then know all rows; of rows, that sum two squared norms
-
-    def init_slice(self, weight: Tensor, info: MatrixInfo) -> State:
-        return super().init_slice(weight, info) | self._row_moments(weight)
-
-    def legs(self, info: MatrixInfo, edges: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Leg]:
-        found, sums = super().legs(info, edges, dtype), info.shape[0] if self.split_dim(info) == 1 else 2
-        if self.config.normuon:
-            found.append(Leg(False, tuple(range(len(edges))), sums, torch.float64))
-        return found
-
-    def rescale_slice(self, x: Tensor, state: State, info: MatrixInfo) -> SliceStep:
-        if self.config.normuon:
-            squares = x.double().square().sum(dim=1)
-            if self.split_dim(info) == 1:
-                squares = (yield squares.view(1, -1)).sum(dim=0)
-            moment = state["row_second_moment"]
-            moment.lerp_((squares / info.shape[1]).to(moment.dtype).view(-1, 1), 1 - self.config.normuon_beta2)
-            scale = 1.0 / (moment.sqrt() + self.config.normuon_eps)
-            norms = torch.stack([squares.sum(), (squares * scale.flatten().double().square()).sum()])
-            if self.split_dim(info) == 0:
-                norms = (yield norms.view(1, -1)).sum(dim=0)
-            before, after = norms.sqrt()
-            x = x * scale * (before / after.clamp_min(torch.finfo(x.dtype).tiny)).to(x.dtype)
-        return (yield from super().rescale_slice(x, state, info))
-
-    def slice_costs(self, info: MatrixInfo, edges: tuple[int, ...]) -> list[Cost]:
-        costs = super().slice_costs(info, edges)
-        if not self.config.normuon or self.split_dim(info) == 0:
-            return costs
-        moments = 4.0 * info.shape[0]  # with every slice
-        return [
-            replace(cost, state_bytes=cost.state_bytes + (1 - share) * moments)
-            for cost, share in zip(costs, shares(edges), strict=True)
-        ]
 
     def cost(self, info: MatrixInfo) -> Cost:
         cost = super().cost(info)

@@ -11,6 +11,7 @@ from megatron_opt.kernels import preconditioner
 from megatron_opt.optimizers.base import Cost, MatrixInfo, State, StateKind, StateSpec
 from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer, guarded
 from megatron_opt.optimizers.options import choice, decay, epsilon, option
+from megatron_opt.optimizers.partition import Partition
 from megatron_opt.optimizers.registry import register
 
 
@@ -49,13 +50,14 @@ class Shampoo(FactoredOptimizer):
     def before_blocks(self, grad: Tensor, state: State) -> None:
         state["exp_avg"].lerp_(grad, 1 - self.config.beta1)
 
-    def block_step(self, blocks: Blocks) -> Tensor:
+    def block_step(self, blocks: Blocks) -> list[Tensor]:
         cfg, order = self.config, 2 * len(blocks.factors)
         roots = {"eigh": preconditioner.inverse_root_eigh, "newton": preconditioner.inverse_root_newton}
-        direction = blocks.states[0] / (1 - cfg.beta1**blocks.step)
-        for side, factor in blocks.factors.items():
-            self.advance(factor, blocks.grad, side)
-            root = blocks.derived[side]
+        ((moment,),) = blocks.states
+        direction = moment / (1 - cfg.beta1**blocks.step)
+        for side, (factor,) in blocks.factors.items():
+            self.advance(factor, blocks.grads[0], side)
+            root = blocks.derived[side][0]
             if blocks.due:
                 mean = factor / (1 - cfg.shampoo_beta**blocks.step)
                 for block, found in enumerate(guarded(roots[cfg.root], (mean,), order, cfg.damping)):
@@ -64,7 +66,7 @@ class Shampoo(FactoredOptimizer):
                     else:
                         root[block] = found
             direction = root @ direction if side == 0 else direction @ root
-        return direction
+        return [direction]
 
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
@@ -81,9 +83,9 @@ class Shampoo(FactoredOptimizer):
                 u.mul_(torch.where(norm > 0, length / norm, torch.zeros_like(norm)))
         return directions
 
-    def tile(self, info: MatrixInfo) -> tuple[int, int] | None:
-        """A block; the whole where its length is AdamW's, a norm of the whole matrix."""
-        return super().tile(info) if self.config.grafting == "none" else None
+    def partition(self, info: MatrixInfo) -> Partition | None:
+        """Blocks; none where the direction's length is AdamW's, a norm of the whole matrix."""
+        return super().partition(info) if self.config.grafting == "none" else None
 
     def width_exponent(self) -> float:
         """As SOAP's with the length of AdamW's step; without it the step keeps its spectral norm."""

@@ -6,8 +6,9 @@ count step 1, refreshes when (t − 1) % frequency = 0, and uses the new factors
 null space of its basis is filled by `eigenbasis.complete`, a function of the gradients alone.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from megatron_opt.kernels import eigenbasis, projection
 from megatron_opt.optimizers.base import Cost, MatrixInfo, State
-from megatron_opt.optimizers.bases import both, reorder, turn, turn_in
-from megatron_opt.optimizers.blocks import as_matrix, batched, put_back
-from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer, Held, guarded
-from megatron_opt.optimizers.families import SMALL, Family
+from megatron_opt.optimizers.bases import both, follow, rotate_moments
+from megatron_opt.optimizers.blocks import as_matrix
+from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer, guarded
+from megatron_opt.optimizers.families import SMALL
 from megatron_opt.optimizers.options import choice, decay, epsilon, option
+from megatron_opt.optimizers.partition import Partition
 from megatron_opt.optimizers.registry import register
-from megatron_opt.optimizers.slices import Leg, SliceStep, shares, to_first
+from megatron_opt.optimizers.soap_partition import SoapPartition
 
 
 @dataclass(frozen=True)
@@ -72,37 +74,75 @@ class Soap(FactoredOptimizer):
     def is_due(self, info: MatrixInfo, step: int) -> bool:
         return super().is_due(info, step - 1 if self.authors else step)
 
+    def partition(self, info: MatrixInfo) -> Partition | None:
+        return SoapPartition(self, info, self.tile(info), self.shard_dim(info))
+
+    def shard_dim(self, info: MatrixInfo) -> int | None:
+        """A side without a factor; of two, the longer."""
+        sides = self.sides(info)
+        if len(info.shape) == 1:
+            return None if sides else 0
+        return {0: int(info.shape[1] > info.shape[0]), 1: 1 - sum(sides)}.get(len(sides))
+
+    # Beginning
+
     def begin(self, grad: Tensor, state: State, info: MatrixInfo) -> bool:
         """Factors of the first gradient and their bases; nothing moves. A warm start's moments are turned into them."""
         sides, grid = self.sides(info), self.grid(info)
-        if not grad.any() and self._is_seeded(state, info):
+        if not grad.any() and self.is_seeded(state, info):
             return False
         moments = [as_matrix(state[key]) for key in self.block_keys]
         stacks = [grid.cut(x) for x in (grad, *moments)]
         for region, (stack, m, v) in enumerate(zip(*stacks)):
-            factors = {side: state[f"gg_{region}_{side}"] for side in sides}
-            seeded = any(bool(factor.any()) for factor in factors.values())
-            found = guarded(eigenbasis.first_bases, (stack,), sides) if sides and not seeded else []
-            for which, (side, factor) in enumerate(factors.items()):
+            factors, bases = self.factors_of(state, sides, region)
+
+            def first(stack: Tensor = stack) -> dict[int, list[Any]]:
+                found = guarded(eigenbasis.first_bases, (stack,), sides)
+                return {side: [each and each[which] for each in found] for which, side in enumerate(sides)}
+
+            def advance(factor: Tensor, side: int, stack: Tensor = stack) -> None:
                 self.advance(factor, stack, side)
-                bases = [result and result[which] for result in found] or self._bases_of(factor, m.dtype)
-                self._keep(state[f"q_{region}_{side}"], bases, [info.name] * len(stack))
-            if seeded:
-                turn_in(m, v, {side: state[f"q_{region}_{side}"] for side in sides})
+
+            if self.begin_bases(factors, bases, first, advance, [info.name] * len(stack)):
+                rotate_moments(m, v, bases)
         for parts, moment in zip(stacks[1:], moments):
             grid.join(parts, moment)
         state["ready"].fill_(float(grad.any()))
         return False
 
-    def _is_seeded(self, factors: State, info: MatrixInfo) -> bool:
+    @staticmethod
+    def factors_of(state: State, sides: Iterable[int], region: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Factors and bases of a region's blocks by side."""
+        gg, q = ({side: state[f"{kind}_{region}_{side}"] for side in sides} for kind in ("gg", "q"))
+        return gg, q
+
+    def is_seeded(self, state: State, info: MatrixInfo) -> bool:
         """Whether factors that have seen no gradient are a warm start's."""
         regions = range(len(self.grid(info).shapes()))
-        return any(bool(factors[f"gg_{region}_{side}"].any()) for region in regions for side in self.sides(info))
+        return any(bool(state[f"gg_{region}_{side}"].any()) for region in regions for side in self.sides(info))
 
-    def _bases_of(self, factor: Tensor, dtype: torch.dtype) -> list[Any]:
-        """First bases of a warm start: its factors have full rank."""
-        size = factor.shape[-1]
-        return guarded(lambda a: eigenbasis.first_basis_of_factor(a, size, dtype), (factor.double(),))
+    def begin_bases(
+        self,
+        factors: dict[int, Tensor],
+        bases: dict[int, Tensor],
+        first: Callable[[], Mapping[int, list[Any]]],
+        advance: Callable[[Tensor, int], None],
+        names: Sequence[str],
+    ) -> bool:
+        """First bases (B, K, K) of a stack of blocks, and whether they are a warm start's.
+
+        `advance` takes the first gradient into the factor of a side; `first` finds bases of that gradient alone. A warm
+        start's factors have full rank: its bases are theirs.
+        """
+        seeded = any(bool(factor.any()) for factor in factors.values())
+        found = first() if factors and not seeded else {}
+        for side, factor in factors.items():
+            size, dtype = factor.shape[-1], bases[side].dtype
+            advance(factor, side)
+            if seeded:
+                found = {side: guarded(eigenbasis.first_basis_of_factor, (factor.double(),), size, dtype)}
+            self._keep(bases[side], found[side], names)
+        return seeded
 
     def _keep(self, basis: Tensor, found: Sequence[Any], names: Sequence[str]) -> Tensor:
         """New bases into `basis` (B, K, K) where they were found; the order of columns (B, K)."""
@@ -119,8 +159,94 @@ class Soap(FactoredOptimizer):
                 basis[block] = result
         return order
 
-    def _refresh(self, factor: Tensor, basis: Tensor, rank: int, step: int, names: Sequence[str]) -> Tensor:
-        """Refresh bases (B, K, K) in place from their factors; the order of the old columns (B, K)."""
+    # A step
+
+    def works_in_place(self, blocks: Blocks) -> bool:
+        """Native kernels do."""
+        held = [several[0] for tensors in (blocks.factors, blocks.derived) for several in tensors.values()]
+        return projection.taken([*blocks.grads, *itertools.chain(*blocks.states)], held)
+
+    def block_step(self, blocks: Blocks) -> list[Tensor]:
+        late = blocks.due and not self.authors  # the refresh sees the factors from before this step
+        fused = blocks.in_place and not late  # the kernel advances factors too
+        directions = blocks.grads if fused else [grad.clone() for grad in blocks.grads]
+        known = {"plain": True} if blocks.in_place else {}
+        self.direction(directions, blocks.states, blocks.derived, blocks.step, blocks.factors if fused else {}, **known)
+        if not (fused or late):
+            self.advance_factors(blocks)
+        if blocks.due:
+            self.refresh(blocks)
+        if late:
+            self.advance_factors(blocks)
+        return directions
+
+    def direction(
+        self,
+        grads: Sequence[Tensor],
+        moments: Sequence[Sequence[Tensor]],
+        bases: Mapping[int, Sequence[Tensor]],
+        step: int,
+        factors: Mapping[int, Sequence[Tensor]] | None = None,
+        **more: Any,
+    ) -> None:
+        """Adam's step in the eigenbasis of blocks (…, b, c), turned back, in place of gradients; moments and factors advance.
+
+        `squares` are the mean of v in each block (B,), where gradients are strips of the blocks.
+        """
+        cfg = self.config
+        n = max(step - 1 if self.authors else step, 1)
+        scale = (1 - cfg.beta2**n) ** 0.5 / (1 - cfg.beta1**n)  # bias corrections
+        projection.project_adam(
+            grads, *moments, *both(bases), *both(factors or {}), beta1=cfg.beta1, beta2=cfg.beta2, eps=cfg.eps,
+            scale=scale, floor=cfg.floor, gain=1 - cfg.shampoo_beta, decay=cfg.shampoo_beta, **more,
+        )  # fmt: skip
+
+    def advance_factors(self, blocks: Blocks) -> None:
+        """This step's gradients into all factors."""
+        if blocks.in_place:
+            gains = {"gain": 1 - self.config.shampoo_beta, "decay": self.config.shampoo_beta}
+            return projection.advance_factors(*both(blocks.factors), blocks.grads, **gains)
+        for side, (factor,) in blocks.factors.items():
+            self.advance(factor, blocks.grads[0], side)
+
+    # Refreshing
+
+    def refresh(self, blocks: Blocks) -> None:
+        """New bases from the factors; moments follow. Small blocks with full factors where they lie, others stacked."""
+        full = all(self.seen(blocks.step) * blocks.shape[1 - side] >= blocks.shape[side] for side in blocks.factors)
+        if blocks.in_place and full and self.config.adaptive_tol == 0 and max(blocks.shape) <= SMALL:
+            found = eigenbasis.refresh_bases(*blocks.states, blocks.derived, blocks.factors, self.config.power_shift)
+            left = (~found).nonzero().flatten().tolist()
+            if not left:
+                return
+            blocks = blocks.select(left)
+        stack = blocks.stacked()
+        factors, bases = ({side: x for side, (x,) in held.items()} for held in (stack.factors, stack.derived))
+        new, orders = self.new_bases(factors, bases, stack.shape, stack.step, stack.names)
+        (moment,), (second,) = stack.states
+        follow(moment, second, bases, new, orders)
+        for side, basis in bases.items():
+            basis.copy_(new[side])
+        blocks.put_back(stack, factors=False)
+
+    def new_bases(
+        self,
+        factors: Mapping[int, Tensor],
+        bases: Mapping[int, Tensor],
+        shape: tuple[int, int],
+        step: int,
+        names: Sequence[str],
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """By side of blocks of this shape: bases (B, K, K) refreshed from their factors, the order of the old columns (B, K)."""
+        found = {
+            side: self._new_basis(factor, bases[side], self.seen(step) * shape[1 - side], step, names)
+            for side, factor in factors.items()
+        }
+        return {side: basis for side, (basis, _) in found.items()}, {side: order for side, (_, order) in found.items()}
+
+    def _new_basis(
+        self, factor: Tensor, basis: Tensor, rank: int, step: int, names: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
         size = basis.shape[-1]
         wide, chosen = basis.to(factor.dtype), torch.arange(len(basis))
         if self.config.adaptive_tol > 0:
@@ -128,255 +254,15 @@ class Soap(FactoredOptimizer):
             columns = (torch.arange(count, device=basis.device) * size // count + step) % size
             turned = eigenbasis.rotation(factor, wide, columns)
             chosen = (turned > self.config.adaptive_tol).nonzero().flatten().cpu()
-        order = torch.arange(size, device=basis.device).repeat(len(basis), 1)
+        new, order = basis.clone(), torch.arange(size, device=basis.device).repeat(len(basis), 1)
         if not len(chosen):
-            return order
+            return new, order
         everything = len(chosen) == len(basis)
         picked = (factor, wide) if everything else (factor[chosen], wide[chosen])
         found = guarded(eigenbasis.power_step, picked, min(rank, size), self.config.power_shift)
         for block, result in zip(chosen.tolist(), found):
-            order[block] = self._keep(basis[block : block + 1], [result], names[block : block + 1])[0]
-        return order
-
-    def family_step(
-        self, family: Family, parts: list[list[Tensor]], held: Held, step: int, due: bool, infos: Sequence[MatrixInfo]
-    ) -> Sequence[Tensor]:
-        """Native kernels work on each block where it lies; directions may replace gradients."""
-        grads, moments, seconds = parts
-        if not projection.taken([*grads, *moments, *seconds], [several[0] for several in held.values()]):
-            return super().family_step(family, parts, held, step, due, infos)
-        bases, factors = ({side: held[kind, side] for side in family.kind} for kind in ("q", "gg"))
-        gains: dict[str, Any] = {"gain": 1 - self.config.shampoo_beta, "decay": self.config.shampoo_beta}
-        late = due and not self.authors  # the refresh sees the factors from before this step
-        directions = [grad.clone() for grad in grads] if late else grads
-        lefts, rights = both(bases)
-        left_factors, right_factors = both({} if late else factors)
-        projection.project_adam(
-            directions, moments, seconds, lefts, rights, left_factors, right_factors,
-            **self._adam(step), **gains, plain=True,
-        )  # fmt: skip
-        if due:
-            self._refresh_family(family, moments, seconds, bases, factors, step, family.names(grads, infos))
-        if late:
-            projection.advance_factors(*both(factors), grads, **gains)
-        return directions
-
-    def _refresh_family(
-        self,
-        family: Family,
-        moments: Sequence[Tensor],
-        seconds: Sequence[Tensor],
-        bases: Mapping[int, Sequence[Tensor]],
-        factors: Mapping[int, Sequence[Tensor]],
-        step: int,
-        names: Sequence[str],
-    ) -> None:
-        """Small blocks with full factors where they lie, others and those that this leaves stacked."""
-        lists = [moments, seconds, *bases.values(), *factors.values()]
-        full = all(self.seen(step) * family.shape[1 - side] >= family.shape[side] for side in family.kind)
-        if full and self.config.adaptive_tol == 0 and max(family.shape) <= SMALL:
-            found = eigenbasis.refresh_bases(moments, seconds, bases, factors, self.config.power_shift)
-            left = (~found).nonzero().flatten().tolist()
-            if not left:
-                return
-            blocks = [[block for x in several for block in (x if x.ndim == 3 else (x,))] for several in lists]
-            lists, names = [[several[i] for i in left] for several in blocks], [names[i] for i in left]
-        moment, second, *rest = stacks = [batched(several) for several in lists]
-        turned = dict(zip(family.kind, rest)), dict(zip(family.kind, rest[len(family.kind) :]))
-        self._refresh_stack(moment, second, *turned, step, names)
-        for stack, several in zip(stacks[: 2 + len(family.kind)], lists):
-            put_back(stack, several)
-
-    def block_step(self, blocks: Blocks) -> Tensor:
-        moment, second = blocks.states
-        direction = self._direction(blocks.grad, moment, second, blocks.derived, blocks.step)
-        if self.authors:
-            self._advance_all(blocks)
-        if blocks.due:
-            self._refresh_stack(moment, second, blocks.derived, blocks.factors, blocks.step, blocks.names)
-        if not self.authors:
-            self._advance_all(blocks)
-        return direction
-
-    def _refresh_stack(
-        self,
-        moment: Tensor,
-        second: Tensor,
-        bases: dict[int, Tensor],
-        factors: dict[int, Tensor],
-        step: int,
-        names: Sequence[str],
-    ) -> None:
-        """New bases of a stack of blocks; its moments (B, b, c) follow them."""
-        whole = turn(moment, bases, back=True)
-        for side, basis in bases.items():
-            rank = self.seen(step) * moment.shape[2 - side]
-            order = self._refresh(factors[side], basis, rank, step, names)
-            second.copy_(reorder(second, order, side))
-        moment.copy_(turn(whole, bases))
-
-    def _advance_all(self, blocks: Blocks) -> None:
-        for side, factor in blocks.factors.items():
-            self.advance(factor, blocks.grad, side)
-
-    def _direction(
-        self,
-        g: Tensor,
-        m: Tensor,
-        v: Tensor,
-        bases: dict[int, Tensor],
-        step: int,
-        squares: Sequence[Tensor] = (),
-    ) -> Tensor:
-        """Adam's step in the eigenbasis (…, b, c), turned back; both moments advance in place.
-
-        `squares` are the mean of v in each block (B,), where g is a strip of the blocks.
-        """
-        direction = g.clone()
-        stacks = {side: [basis] for side, basis in bases.items()}
-        lefts, rights = both(stacks)
-        projection.project_adam([direction], [m], [v], lefts, rights, squares=squares, **self._adam(step))
-        return direction
-
-    def _adam(self, step: int) -> dict[str, Any]:
-        """Coefficients of Adam's step; bias corrections are in the scale."""
-        cfg = self.config
-        n = max(step - 1 if self.authors else step, 1)
-        scale = (1 - cfg.beta2**n) ** 0.5 / (1 - cfg.beta1**n)
-        return {"beta1": cfg.beta1, "beta2": cfg.beta2, "eps": cfg.eps, "scale": scale, "floor": cfg.floor}
-
-    # Slices along a side without a factor sum the factor of the other side, and the second moments of each block, which
-    # a basis leaves as they are in sum; they get the basis from slice 0.
-
-    def split_dim(self, info: MatrixInfo) -> int | None:
-        """A side without a factor; of two, the longer."""
-        sides = self.sides(info)
-        if len(info.shape) == 1:
-            return None if sides else 0
-        return {0: int(info.shape[1] > info.shape[0]), 1: 1 - sum(sides)}.get(len(sides))
-
-    def _stacks(self, info: MatrixInfo) -> list[tuple[int, int]]:
-        """(count, size) of the blocks of the factor's side, by region; nothing where no side has one."""
-        return [(count, block[side]) for side in self.sides(info) for count, *block in self.grid(info).shapes()]
-
-    def legs(self, info: MatrixInfo, edges: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Leg]:
-        """The factor's shares to slice 0, in fp64: the first basis is decomposed from their sum; bases back to all."""
-        count, stacks = len(edges) - 1, self._stacks(info)
-        given = sum(count * size * size for count, size in stacks) + self._blocks(info)
-        up = Leg(True, to_first(given, count), 1, torch.float64)
-        return [up, Leg(False, to_first(self._answer_size(info), count), 1, dtype)]
-
-    def _blocks(self, info: MatrixInfo) -> int:
-        return sum(count for count, *_ in self.grid(info).shapes())
-
-    def _answer_size(self, info: MatrixInfo) -> int:
-        """Elements that slice 0 sends back: how far the matrix is, mean squares, old and new bases, the order of columns."""
-        return 1 + self._blocks(info) + sum(count * size * (2 * size + 1) for count, size in self._stacks(info))
-
-    def slice_update(
-        self, grad: Tensor, state: State, shared: State, step: int, info: MatrixInfo, index: int, edges: tuple[int, ...]
-    ) -> SliceStep:
-        factor = yield self._share(grad, state, info).view(-1, 1)
-        mine = grad.new_empty(0) if index else self._combine(factor.flatten(), shared, step, info)
-        combined = yield mine.view(-1, 1)
-        return self._finish(grad, combined.flatten(), state, step, info)
-
-    def slice_costs(self, info: MatrixInfo, edges: tuple[int, ...]) -> list[Cost]:
-        """Refreshing bases, factors and bases themselves are slice 0's alone."""
-        whole, alone, held = self.cost(info), {"gemm": 0.0, "qr": 0.0}, 4.0
-        for count, size in self._stacks(info):
-            alone["gemm"] += count * 2.0 * size**3
-            alone["qr"] += count * 8.0 / 3.0 * size**3
-            held += count * size * size * (12.0 if self.config.factor_precision == "fp64" else 8.0)
-        spread = replace(
-            whole,
-            refresh={kind: value - alone[kind] for kind, value in whole.refresh.items()},
-            state_bytes=whole.state_bytes - held,
-        )
-        costs = [spread.scaled(share) for share in shares(edges)]
-        refresh = {kind: value + alone[kind] for kind, value in costs[0].refresh.items()}
-        return [replace(costs[0], refresh=refresh, state_bytes=costs[0].state_bytes + held), *costs[1:]]
-
-    def _share(self, grad: Tensor, state: State, info: MatrixInfo) -> Tensor:
-        side, grad, second = self.sides(info), as_matrix(grad), as_matrix(state["exp_avg_sq"])
-        grid, beta2 = self.grid(info, tuple(grad.shape)), self.config.beta2
-        sums = [
-            beta2 * v.double().sum((-2, -1)) + (1 - beta2) * g.double().square().sum((-2, -1))
-            for g, v in zip(grid.cut(grad), grid.cut(second))
-        ]
-        if not side:
-            return torch.cat(sums)
-        if not state["exp_avg_sq"].any():  # the first factor is decomposed: its small eigenvalues count
-            grad = grad.double()
-        shares = [g @ g.mT if side[0] == 0 else g.mT @ g for g in grid.cut(grad)]
-        return torch.cat([*sums, *(share.flatten() for share in shares)]).double()
-
-    def _combine(self, factor: Tensor, shared: State, step: int, info: MatrixInfo) -> Tensor:
-        cfg, ready = self.config, shared["ready"]
-        first, due = not bool(ready.item()), self.is_due(info, step)
-        seeded = first and self._is_seeded(shared, info)
-        sizes = [rows * columns for count, rows, columns in self.grid(info).shapes() for _ in range(count)]
-        squares, factor = factor[: len(sizes)], factor[len(sizes) :]
-        pieces = [ready + 2.0 * seeded * bool(factor.any()), (squares / squares.new_tensor(sizes)).to(ready.dtype)]
-        if seeded and not factor.any():
-            return ready.new_zeros(self._answer_size(info))
-        offset = 0
-        for side in self.sides(info):
-            others = info.shape[1 - side]
-            for region, (count, size) in enumerate(self._stacks(info)):
-                share = factor[offset : offset + count * size * size].view(count, size, size)
-                offset += count * size * size
-                gg, q = shared[f"gg_{region}_{side}"], shared[f"q_{region}_{side}"]
-                pieces.append(q.flatten().clone())
-                rank = min(size, self.seen(step) * others)
-                order = torch.arange(size, device=q.device).repeat(count, 1)
-                if seeded:
-                    gg.mul_(cfg.shampoo_beta).add_(share.to(gg.dtype), alpha=1 - cfg.shampoo_beta)
-                    self._keep(q, self._bases_of(gg, q.dtype), [info.name] * count)
-                elif first:
-                    found = guarded(
-                        lambda a, r, dtype=q.dtype: eigenbasis.first_basis_of_factor(a, r, dtype),
-                        (share,),
-                        rank or size,
-                    )
-                    self._keep(q, found, [info.name] * count)
-                elif due and not self.authors:
-                    order = self._refresh(gg, q, rank, step, [info.name] * count)
-                if not seeded:
-                    gg.mul_(cfg.shampoo_beta).add_(share.to(gg.dtype), alpha=1 - cfg.shampoo_beta)
-                if not first and due and self.authors:
-                    order = self._refresh(gg, q, rank, step, [info.name] * count)
-                pieces += [q.flatten(), order.flatten().to(q.dtype)]
-        ready.fill_(float(not first or not factor.numel() or factor.any()))
-        return torch.cat(pieces)
-
-    def _finish(self, grad: Tensor, combined: Tensor, state: State, step: int, info: MatrixInfo) -> Tensor:
-        if not combined[0]:
-            return torch.zeros_like(grad)
-        moments = [as_matrix(state[key]) for key in self.block_keys]
-        grid, found = self.grid(info, tuple(moments[0].shape)), []
-        means, rest = combined[1:].tensor_split([self._blocks(info)])
-        seeded = bool(combined[0] > 1)
-        stacks = [grid.cut(x) for x in (as_matrix(grad), *moments)]
-        for region, (g, m, v) in enumerate(zip(*stacks)):
-            mean, means = means.tensor_split([len(g)])
-            old, new = {}, {}
-            for side in self.sides(info):
-                count, size = self._stacks(info)[region]
-                square = count * size * size
-                before, after, order, rest = rest.tensor_split([square, 2 * square, 2 * square + count * size])
-                old[side], new[side] = (q.view(count, size, size).to(g.dtype) for q in (before, after))
-            if seeded:
-                turn_in(m, v, new)
-                found.append(torch.zeros_like(g))
-                continue
-            found.append(self._direction(g, m, v, old, step, [mean]))
-            if old and self.is_due(info, step):
-                m.copy_(turn(turn(m, old, back=True), new))
-                v.copy_(reorder(v, order.view(count, size).round().long(), side))
-        for stack, moment in zip(stacks[1:], moments):
-            grid.join(stack, moment)
-        return grid.join(found, as_matrix(torch.empty_like(grad))).view(grad.shape)
+            order[block] = self._keep(new[block : block + 1], [result], names[block : block + 1])[0]
+        return new, order
 
     def width_exponent(self) -> float:
         """Whitened: a flat spectrum with elements of about 1, whose norm grows by √r."""

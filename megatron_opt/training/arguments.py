@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_opt import presets
+from megatron_opt import engine_options, presets
 from megatron_opt.errors import UserError
 from megatron_opt.platform import on_cpu
 
@@ -127,36 +127,7 @@ def add_engine_arguments(group: Any) -> None:
     """Flags of the optimizer's distribution."""
     group.add_argument("--print-optimizer-plan", action="store_true", help="print who owns which matrix")
     group.add_argument("--optimizer-groups", metavar="FILE", help="YAML: pattern -> optimizer and options")
-    group.add_argument(
-        "--on-bad-matrix",
-        choices=["skip", "abort"],
-        default="skip",
-        help="a matrix whose gradient is not finite: leave it as it is for this step and count it, or stop",
-    )
-    group.add_argument(
-        "--matrix-mode",
-        choices=["auto", "owner", "group", "sharded"],
-        default="auto",
-        help="compute matrices whole on one rank, cut where a rank is full, or in slices on all; auto picks by balance",
-    )
-    group.add_argument(
-        "--matrix-balance",
-        type=float,
-        default=1.1,
-        help="load and state of the fullest rank over the mean that --matrix-mode auto is content with: more cuts less",
-    )
-    group.add_argument(
-        "--exchange-dtype",
-        choices=["fp32", "bf16"],
-        default="fp32",
-        help="type of gradients and updates on the wire between shards and owners",
-    )
-    group.add_argument(
-        "--exchange-bucket-mb",
-        type=float,
-        default=64.0,
-        help="matrices travel in buckets of this many megabytes a rank; the next one while this is computed",
-    )
+    engine_options.add_arguments(group)
 
 
 def parse(argv: Sequence[str]) -> Any:

@@ -4,9 +4,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from megatron_opt.checkpointing import saving
+from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 from megatron_opt.training import console, data_flags, events, faults, foresight, record, signals
 from megatron_opt.training.optimizer_flags import MEGATRON_OWN, curvature_kind, group_rules
@@ -127,13 +126,7 @@ def make_optimizer(config: Any, model_chunks: Sequence[Any], **ignored: Any) -> 
         config,
         model_chunks,
         group_rules(args),
-        mode=args.matrix_mode,
-        most=args.matrix_balance,
-        bucket_bytes=args.exchange_bucket_mb * 2**20,
-        wire={"fp32": torch.float32, "bf16": torch.bfloat16}[args.exchange_dtype],
-        per_head=args.split_heads,
-        on_bad_matrix=args.on_bad_matrix,
-        decay_mode=args.decay_mode,
+        EngineOptions.of(vars(args)),
         width_ratio=width_ratio(get_model_config(model_chunks[0])),
     )
     if args.rank == 0:

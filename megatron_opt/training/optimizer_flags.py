@@ -52,13 +52,6 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="learning rate of the parameters that a matrix optimizer leaves to an element-wise one, over --lr",
     )
-    shared.add_argument(
-        "--decay-mode",
-        choices=["decoupled", "independent", "cautious"],
-        default="decoupled",
-        help="weight decay: times lr, not times lr, or only where the update shrinks the weight",
-    )
-    shared.add_argument("--split-heads", action="store_true", help="one logical matrix a head for q, k and v")
     for name, rule in sorted(rules.items()):
         group = parser.add_argument_group(f"optimizer {name}", (rule.__doc__ or "").split("\n")[0])
         group.conflict_handler = "resolve"

@@ -9,7 +9,7 @@ from megatron_opt.cost_model.model import Model
 from megatron_opt.cost_model.plan import plans
 from megatron_opt.cost_model.step import Step, predict
 from megatron_opt.optimizers import registry
-from megatron_opt.optimizers.base import MatrixInfo
+from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
 
 LLAMA = (
     "--swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
@@ -85,7 +85,7 @@ def step(model: str, more: str, machine: str, gpus: int) -> Step:
 
 def state_per_parameter(optimizer: str, rows: int, columns: int, **options: object) -> float:
     rule = registry.build(optimizer, options)
-    if hasattr(rule, "split_dim"):
+    if isinstance(rule, MatrixOptimizer):
         return rule.cost(MatrixInfo("w", (rows, columns))).state_bytes / (rows * columns)
     return rule.cost(1).state_bytes
 

@@ -225,7 +225,7 @@ def images(case: Case, record: recording.Record, argv: list[str], folder: Path) 
 
     def compare(record: recording.Record) -> None:
         found = [
-            (record.optimizer.publishes(fragment), bool((fragment.image() == fragment.main.bfloat16()).all()))
+            (record.optimizer.publishes(fragment), bool((fragment.model_copy() == fragment.main.bfloat16()).all()))
             for fragment in record.optimizer.fragments()
         ]
         record.extra["images"] = found

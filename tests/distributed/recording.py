@@ -58,14 +58,7 @@ class Record:
 def weights(optimizer: Any) -> list[Block]:
     """This rank's rectangles of the fp32 weights."""
     return [
-        (
-            r.matrix,
-            r.row0,
-            r.row1,
-            r.col0,
-            r.col1,
-            fragment.main[r.offset : r.offset + r.numel].detach().clone().view(r.row1 - r.row0, r.col1 - r.col0),
-        )
+        (r.matrix, *r.region, r.run(fragment.main).detach().clone().view(r.region.shape))
         for domain in optimizer.domains
         for fragment in domain.fragments
         for r in fragment.rects
@@ -81,17 +74,17 @@ def states(optimizer: Any) -> dict[str, list[Block]]:
                 r = piece.rect
                 for key, tensor in piece.state.items():
                     if tensor.numel() != r.numel:  # one number for each 2048 codes
-                        _add(found, key, f"{r.matrix} {r.row0} {r.col0}", tensor.detach().clone())
+                        _add(found, key, f"{r.matrix} {r.region.row0} {r.region.col0}", tensor.detach().clone())
                         continue
-                    block = tensor.detach().clone().view(r.row1 - r.row0, r.col1 - r.col0)
-                    found.setdefault(key, []).append((r.matrix, r.row0, r.row1, r.col0, r.col1, block))
+                    block = tensor.detach().clone().view(r.region.shape)
+                    found.setdefault(key, []).append((r.matrix, *r.region, block))
     for step in optimizer.matrix_steps:
         for key, name, tensor, shape, rect, _ in whole_places(step):
             if rect is None or shape is None:
                 _add(found, key, name, tensor.detach().clone())
                 continue
-            block = tensor.detach().clone().reshape(rect.row1 - rect.row0, rect.col1 - rect.col0)
-            found.setdefault(key, []).append((name, rect.row0, rect.row1, rect.col0, rect.col1, block))
+            block = tensor.detach().clone().reshape(rect.region.shape)
+            found.setdefault(key, []).append((name, *rect.region, block))
     return found
 
 

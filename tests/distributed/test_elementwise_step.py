@@ -9,6 +9,7 @@ import torch
 from megatron_opt.distributed.domain import Domain
 from megatron_opt.distributed.elementwise import ElementwiseStep
 from megatron_opt.distributed.fragments import Rect
+from megatron_opt.layout.region import Region
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
 
@@ -29,8 +30,8 @@ def _train(domains: list[tuple[str, ...]], rule: Any, grouped: bool) -> dict[str
             SimpleNamespace(
                 view=SimpleNamespace(counts=True, param=weights[n]),
                 main=weights[n].view(-1),
-                image=lambda: None,
-                rects=[Rect(n, 0, SHAPES[n][0], 0, SHAPES[n][1])],
+                model_copy=lambda: None,
+                rects=[Rect(n, Region(0, SHAPES[n][0], 0, SHAPES[n][1]))],
             )
             for n in names
         ]
@@ -43,7 +44,7 @@ def _train(domains: list[tuple[str, ...]], rule: Any, grouped: bool) -> dict[str
         flats = [[grads[name].view(-1) for name in names] for names in domains]
         sums: dict[str, torch.Tensor] = {}
         for step, mine in zip(steps, flats, strict=True):
-            step.add_summands(sums, mine, [1.0, 1.0], set(), number)
+            step.add_global_sum_terms(sums, mine, [1.0, 1.0], set(), number)
         for step, mine in zip(steps, flats, strict=True):
             step.step(mine, [1.0, 1.0], set(), number, param_groups, sums)
     return weights

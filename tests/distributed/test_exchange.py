@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from megatron_opt.distributed.exchange import Holdings, Route, find_routes
 from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.parts import Part
+from megatron_opt.layout.region import Region
 
 
 @st.composite
@@ -26,12 +27,12 @@ def situations(draw: st.DrawFn) -> tuple[list[Holdings], list[Part], dict[str, t
             for c0, c1 in zip(col_cuts[:-1], col_cuts[1:], strict=True):
                 for holder in draw(st.sets(st.integers(0, ranks - 1), min_size=1, max_size=2)):
                     index = len(holdings[holder])
-                    holdings[holder].append((index, Rect(name, r0, r1, c0, c1)))
+                    holdings[holder].append((index, Rect(name, Region(r0, r1, c0, c1))))
         middle, index = draw(st.integers(0, rows)), 0
         for top, bottom in ((0, middle), (middle, rows)):  # two cells, each cut along a side of its own
             if top == bottom:
                 continue
-            cell = None if bottom - top == rows else (top, bottom, 0, cols)
+            cell = None if bottom - top == rows else Region(top, bottom, 0, cols)
             dim = draw(st.integers(0, 1))
             first, last = ((top, bottom), (0, cols))[dim]
             edges = sorted({first, last, *draw(st.lists(st.integers(first, last), max_size=3))})
@@ -42,7 +43,7 @@ def situations(draw: st.DrawFn) -> tuple[list[Holdings], list[Part], dict[str, t
 
 
 def block_of(whole: torch.Tensor, rect: Rect) -> torch.Tensor:
-    return whole[rect.row0 : rect.row1, rect.col0 : rect.col1]
+    return rect.region.of(whole)
 
 
 @settings(deadline=None)
@@ -57,7 +58,7 @@ def test_parts_get_all_and_every_holder_gets_it_back(
     routes = [find_routes(holdings, parts, rank, buckets) for rank in range(ranks)]
     whole = {name: torch.arange(r * c).view(r, c) + 1000 * i for i, (name, (r, c)) in enumerate(sorted(shapes.items()))}
     flats = [[block_of(whole[rect.matrix], rect).clone().reshape(-1) for _, rect in held] for held in holdings]
-    slabs = {part.key: torch.full(part.slab_shape, -1) for part in parts}
+    buffers = {part.key: torch.full(part.buffer_shape, -1) for part in parts}
     of_part = {part.key: part for part in parts}
     for bucket in range(len(buckets)):
         here: list[Route] = [routes[rank][bucket] for rank in range(ranks)]
@@ -66,11 +67,11 @@ def test_parts_get_all_and_every_holder_gets_it_back(
                 sent, taken = here[source].gather_out[target], here[target].gather_in[source]
                 assert [item.numel for item in sent] == [item.numel for item in taken]
                 for out, arrived in zip(sent, taken, strict=True):
-                    arrived.of_slab(slabs[arrived.part]).copy_(out.of_fragment(flats[source][out.fragment]))
-    for key, slab in slabs.items():
+                    arrived.of_buffer(buffers[arrived.part]).copy_(out.of_fragment(flats[source][out.fragment]))
+    for key, buffer in buffers.items():
         r0, r1, c0, c1 = of_part[key].bounds
-        assert torch.equal(slab, whole[key[0]][r0:r1, c0:c1])
-        slab.neg_()
+        assert torch.equal(buffer, whole[key[0]][r0:r1, c0:c1])
+        buffer.neg_()
     for bucket in range(len(buckets)):
         for source in range(ranks):
             for target in range(ranks):
@@ -78,7 +79,7 @@ def test_parts_get_all_and_every_holder_gets_it_back(
                 taken = routes[target][bucket].scatter_in[source]
                 assert [item.numel for item in sent] == [item.numel for item in taken]
                 for out, arrived in zip(sent, taken, strict=True):
-                    arrived.of_fragment(flats[target][arrived.fragment]).copy_(out.of_slab(slabs[out.part]))
+                    arrived.of_fragment(flats[target][arrived.fragment]).copy_(out.of_buffer(buffers[out.part]))
     for held, mine in zip(holdings, flats, strict=True):
         for (_, rect), flat in zip(held, mine, strict=True):
             assert torch.equal(flat, -block_of(whole[rect.matrix], rect).reshape(-1))

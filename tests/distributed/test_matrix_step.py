@@ -18,6 +18,8 @@ from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.parts import shape2d
 from megatron_opt.distributed.planning import sent_in_a_step
+from megatron_opt.engine_options import EngineOptions
+from megatron_opt.layout.region import Region
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
 
@@ -94,7 +96,7 @@ class Ranks:
         for rank in range(size):
             rows = [_rows(info.shape[0], rank, size) for info in self.infos.values()]
             self.holdings.append(
-                [(i, Rect(key, rows[i].start, rows[i].stop, 0, shape2d(info)[1]))
+                [(i, Rect(key, Region(rows[i].start, rows[i].stop, 0, shape2d(info)[1])))
                  for i, (key, info) in enumerate(self.infos.items())]
             )  # fmt: skip
         self.steps: list[Any] = self.run(self._make)
@@ -109,7 +111,9 @@ class Ranks:
         trips = Exchange(self.mailbox, rank, self.size)
         domain = Domain("threads", self.mailbox, rank, self.size, fragments, self.holdings, self.infos, trips)
         jobs = [Job.of(info, rule) for info in self.infos.values()]
-        placed = MatrixPlan.make(domain, jobs, self.mode, self.bucket_bytes)
+        placed = MatrixPlan.make(
+            domain, jobs, EngineOptions(matrix_mode=self.mode, exchange_bucket_mb=self.bucket_bytes / 2**20)
+        )
         return MatrixStep(domain, placed, dict.fromkeys(self.infos, rule), self.infos)
 
     def run(self, function: Callable[[int], Any]) -> list[Any]:
@@ -145,8 +149,8 @@ class Ranks:
 
         def one(rank: int) -> list[Tensor]:
             flats = self.shares(grads, rank)
-            self.steps[rank].step(flats, scale, skip, number)
-            return flats
+            directions: list[Tensor] = self.steps[rank].step(flats, scale, skip, number)
+            return directions
 
         flats = self.run(one)
         return {
@@ -202,7 +206,7 @@ def test_every_mode_repeats_the_whole(
             assert float((found[key] - wanted).norm()) <= tolerance * float(wanted.norm()) + 1e-12, (key, number)
     for rank, step in enumerate(ranks.steps):
         skipped = (
-            {"between slices"} if "e" in {name for name, _ in step.sliced} else set()
+            {"between shards"} if "e" in {name for name, _ in step.sharded} else set()
         )  # step 2 has nothing of "e" to exchange
         for what, counts in sent_in_a_step(step.domain, step).items():
             if what not in skipped:
@@ -294,8 +298,7 @@ def _within(whole: Tensor, piece: state.Piece) -> Tensor:
     """Where a piece lies in its whole."""
     if piece.rect is None:
         return whole
-    _, r0, r1, c0, c1 = piece.rect.place
-    return whole[r0:r1, c0:c1]
+    return piece.rect.region.of(whole)
 
 
 def _again(patch: pytest.MonkeyPatch, ranks: Ranks) -> Ranks:

@@ -13,11 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_opt.distributed.gangs import gather
 from megatron_opt.distributed.jobs import Job
-from megatron_opt.distributed.ownership import MODES, Plan, pack
+from megatron_opt.distributed.ownership import Plan, pack
 from megatron_opt.distributed.parts import cells_of
 from megatron_opt.distributed.planning import DomainPlan, Layout, from_args, plan_model
+from megatron_opt.distributed.subgroups import pack_subgroups
+from megatron_opt.engine_options import MODES, EngineOptions
 from megatron_opt.layout.spec import ModelSpec
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
@@ -145,7 +146,7 @@ def test_matrices_are_cut_only_where_balance_asks_for_it() -> None:
 LLAMA_70B = _llama(80, 8192, 28672, 64, 8)
 LLAMA_70B_HEADS = _llama(
     80, 8192, 28672, 64
-)  # squares with more load, long matrices with more state: gangs alone do not do
+)  # squares with more load, long matrices with more state: subgroups alone do not do
 
 
 @pytest.mark.parametrize(
@@ -159,12 +160,12 @@ LLAMA_70B_HEADS = _llama(
     ids=["7b-512", "7b-4096", "70b-1024", "70b-heads-1024"],
 )
 def test_of_what_balances_the_plan_sends_least(config: ModelSpec, layout: Layout, most: float) -> None:
-    """Within the goals for load and state, and beside what one line of all ranks sends between slices; more room, less.
+    """Within the goals for load and state, and beside what one line of all ranks sends between shards; more room, less.
 
-    Where gangs do not suffice, ranks that share two kinds send as much as in the line.
+    Where subgroups do not suffice, ranks that share two kinds send as much as in the line.
     """
     (auto, line, wide, whole) = (
-        _planned(config, layout, which=[0], mode=mode, most=room)[0].plan
+        _planned(config, layout, which=[0], options=EngineOptions(matrix_mode=mode, matrix_balance=room))[0].plan
         for mode, room in (("auto", 1.1), ("group", 1.1), ("auto", 2.0), ("owner", 1.1))
     )
     assert auto.imbalance() < 1.15 and auto.is_balanced()
@@ -178,14 +179,14 @@ def test_of_what_balances_the_plan_sends_least(config: ModelSpec, layout: Layout
 def test_bytes_between_slices_are_those_of_the_routes() -> None:
     for rule in ("muon", "soap"):
         (found,) = _planned(LLAMA_7B, Layout(dp=512), rule)
-        assert found.sent["between slices"] == found.plan.exchanged
+        assert found.sent["between shards"] == found.plan.exchanged
 
 
 def test_soap_is_cut_between_blocks() -> None:
     """A side with a factor between its blocks; slices are of one block, along the side without a factor."""
     (plan,) = _plans(LLAMA_7B, Layout(tp=8, dp=64, distributed=True), "soap")
     square = [part for part in plan.parts if part.shape == (4096, 4096) and part.cell]
-    assert len({part.slab_shape for part in square}) > 3
+    assert len({part.buffer_shape for part in square}) > 3
     assert all(side % 512 == 0 for part in square for side in part.bounds)
     sliced = [cell for cell in cells_of(plan.parts) if len(cell.parts) > 1]
     assert sliced and all(min(cell.area[1] - cell.area[0], cell.area[3] - cell.area[2]) == 512 for cell in sliced)
@@ -227,7 +228,7 @@ def test_every_row_and_column_is_placed_once(shapes: list[tuple[int, int, bool]]
             edges = [0, *[part.stop for part in parts]]
             assert [part.start for part in parts] == edges[:-1] and sorted(set(edges)) == edges
             assert edges[-1] == job.shape[parts[0].dim]
-            assert len(parts) == 1 or (mode != "owner" and job.split_dim is not None)
+            assert len(parts) == 1 or (mode != "owner" and job.shard_dim is not None)
             assert plan.owner[job.matrix] == parts[0].rank
         assert sum(plan.flops) == pytest.approx(sum(job.cost.mean_flops() for job in jobs))
         assert sum(plan.load) >= sum(job.load for job in jobs) * (1 - 1e-9)
@@ -238,7 +239,7 @@ def test_every_row_and_column_is_placed_once(shapes: list[tuple[int, int, bool]]
     st.integers(1, 60),
     st.sampled_from([1.0, 1.1, 1.5, 3.0]),
 )
-def test_gangs_place_everything_once(kinds: list[tuple[int, int, int, int]], ranks: int, most: float) -> None:
+def test_subgroups_place_everything_once(kinds: list[tuple[int, int, int, int]], ranks: int, most: float) -> None:
     """Slices, cells and matrices that cannot be cut; several of each kind."""
     options: list[tuple[str, dict[str, Any]]] = [
         ("muon", {}),
@@ -251,7 +252,7 @@ def test_gangs_place_everything_once(kinds: list[tuple[int, int, int, int]], ran
         for kind, (rows, columns, which, count) in enumerate(kinds)
         for i in range(count)
     ]
-    placed = gather(jobs, ranks, most)
+    placed = pack_subgroups(jobs, ranks, most)
     assert sorted(placed) == sorted(job.matrix for job in jobs)
     for job in jobs:
         runs = placed[job.matrix]
@@ -261,11 +262,11 @@ def test_gangs_place_everything_once(kinds: list[tuple[int, int, int, int]], ran
 
 
 @given(st.integers(1, 30), st.integers(1, 60))
-def test_gangs_of_one_kind_are_even(count: int, ranks: int) -> None:
+def test_subgroups_of_one_kind_are_even(count: int, ranks: int) -> None:
     """Where each rank can have a tenth more than its share, none has more; cuts are fewer than in one line."""
     rule = registry.build("muon", {})
     jobs = [Job.of(MatrixInfo(f"m{i}", (2048, 2048)), rule) for i in range(count)]
-    placed = gather(jobs, ranks, 1.1)
+    placed = pack_subgroups(jobs, ranks, 1.1)
     shares = [0.0] * ranks
     for runs in placed.values():
         for rank, start, stop in runs:

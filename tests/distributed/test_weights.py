@@ -12,6 +12,7 @@ from megatron_opt.distributed.domain import Domain
 from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.weights import WeightStep
+from megatron_opt.layout.region import Region
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
 
@@ -25,13 +26,16 @@ class Held:
     def __init__(self, mode: str, rule: str = "muon", dtype: torch.dtype = torch.float32) -> None:
         draw = torch.Generator().manual_seed(2)
         self.infos = {name: MatrixInfo(name, shape) for name, shape in SHAPES.items()}
-        rects = [[Rect("gate", 0, 5, 0, 7, 0), Rect("up", 0, 5, 0, 7, 35)], [Rect("down", 0, 6, 0, 40, 0)]]
+        rects = [
+            [Rect("gate", Region(0, 5, 0, 7)), Rect("up", Region(0, 5, 0, 7), 35)],
+            [Rect("down", Region(0, 6, 0, 40))],
+        ]
         mains = [torch.randn(70, generator=draw), torch.randn(240, generator=draw)]
         self.images = [main.to(dtype) for main in mains]
         fragments: Any = [
             SimpleNamespace(
                 view=SimpleNamespace(counts=True, param=image), main=main, rects=held,
-                image=lambda image=image: image if image.dtype != torch.float32 else None,
+                model_copy=lambda image=image: image if image.dtype != torch.float32 else None,
             )
             for main, image, held in zip(mains, self.images, rects, strict=True)
         ]  # fmt: skip
@@ -71,7 +75,7 @@ def test_bf16_parameters_are_written_in_the_same_pass() -> None:
     held = Held("decoupled", dtype=torch.bfloat16)
     held.step.step(held.updates, set(), [{"lr": LR, "lr_scale": 1.0, "weight_decay": DECAY}])
     for fragment, image in zip(held.domain.fragments, held.images, strict=True):
-        assert held.step.imaged == {0} and torch.equal(image, fragment.main.bfloat16())
+        assert held.step.writes_model == {0} and torch.equal(image, fragment.main.bfloat16())
 
 
 def test_projected_weights_keep_their_norm_and_are_published_apart() -> None:
@@ -79,7 +83,7 @@ def test_projected_weights_keep_their_norm_and_are_published_apart() -> None:
     before = held.weights()
     held.step.step(held.updates, {"up"}, [{"lr": LR, "lr_scale": 1.0, "weight_decay": 0.0}])
     after = held.weights()
-    assert torch.equal(after["up"], before["up"]) and not held.step.imaged
+    assert torch.equal(after["up"], before["up"]) and not held.step.writes_model
     for name in ("gate", "down"):
         assert not torch.equal(after[name], before[name])
         torch.testing.assert_close(after[name].norm(), before[name].norm())

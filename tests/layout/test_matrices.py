@@ -300,7 +300,7 @@ def test_rectangles_of_any_interval_hold_the_interval(tp: int, rank: int, cuts: 
         held = flat[start:stop]
         seen = torch.zeros(stop - start, dtype=torch.int)
         for rect in rectangles(view, start, stop):
-            block = matrices[rect.matrix][rect.row0 : rect.row1, rect.col0 : rect.col1]
+            block = rect.region.of(matrices[rect.matrix])
             assert torch.equal(held[rect.offset : rect.offset + rect.numel].view(block.shape), block)
             seen[rect.offset : rect.offset + rect.numel] += 1
         assert bool((seen == 1).all())

@@ -109,20 +109,21 @@ def test_a_warm_soap_waits_for_a_gradient() -> None:
 def test_a_warm_soap_in_slices_is_the_whole() -> None:
     m, v = (x.double() for x in moments(9))
     rule = registry.build("soap", {"block_size": 0, "max_precond_dim": min(INFO.shape)})
-    dim = rule.split_dim(INFO)
-    assert dim is not None
+    partition = rule.partition(INFO)
+    assert partition is not None and partition.shard_dim is not None
+    dim = partition.shard_dim
     edges = (0, INFO.shape[dim] // 3, INFO.shape[dim])
     sizes = [edges[1], edges[2] - edges[1]]
     whole = rule.init_state(torch.zeros(INFO.shape, dtype=torch.float64), INFO)
     warm_start.fill_matrix(rule, INFO, whole, m, v)
-    shared = {key: whole[key].clone() for key in rule.init_shared(INFO, m.device, m.dtype)}
+    shared = {key: whole[key].clone() for key in partition.init_shared(m.device, m.dtype)}
     parts = {key: whole[key].split(sizes, dim) for key in set(whole) - set(shared)}
     slices = [{key: cut[index].clone() for key, cut in parts.items()} for index in range(2)]
     gradients = [torch.zeros_like(m), *moments(10)[:1], *moments(11)[:1], *moments(12)[:1]]
     for step, gradient in enumerate((g.double() for g in gradients), 1001):
         (expected,) = rule.update([gradient.clone()], [whole], step, [INFO])
         given = [part.clone() for part in gradient.split(sizes, dim)]
-        found = torch.cat(step_together(rule, given, slices, shared, step, INFO, edges), dim)
+        found = torch.cat(step_together(partition, given, slices, shared, step, edges), dim)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
     assert float(expected.norm()) > 0
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
-from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer, StateKind
+from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer, StateKind, norm_of
 from tests.optimizers.slicing import step_together
 
 # name of the case -> (rule, options); whatever a rule can be switched to has a line
@@ -135,10 +135,10 @@ def test_state_is_what_its_specification_says(case, shape):
                 assert tensor.ndim == 3 and tensor.shape[1] == tensor.shape[2]
             case StateKind.NORM | StateKind.FLAG:
                 assert tensor.shape == (1,)
-    side = rule.split_dim(info)
-    if side is not None:
-        assert set(rule.init_slice(torch.ones(shape), info)) <= set(spec)
-        assert set(rule.init_shared(info, torch.device("cpu"))) <= set(spec)
+    partition = rule.partition(info)
+    if partition and partition.shard_dim is not None:
+        assert set(partition.init_shard(torch.ones(shape))) <= set(spec)
+        assert set(partition.init_shared(torch.device("cpu"))) <= set(spec)
 
 
 @table
@@ -188,13 +188,15 @@ def test_many_matrices_at_once_are_each_alone(case):
             assert float((one - all_at_once[index]).norm()) <= tolerance * float(one.norm()) + 1e-12
 
 
-def join_norms(rule, states, info):
+def join_norms(rule, states, weights, info):
     """What the caller does with the states of parts before the first step."""
     for norm in rule.keys(StateKind.NORM, info):
+        for state, weight in zip(states, weights):
+            state[norm] = norm_of(weight)
         whole = torch.stack([state[norm].double().square() for state in states]).sum(0).sqrt()
         for state in states:
             state[norm].copy_(whole)
-            rule.joined(state, info)
+            rule.check_state(state, info)
 
 
 def to_norm(rule, direction, state):
@@ -213,23 +215,24 @@ def to_norm(rule, direction, state):
 def test_slices_equal_the_whole(case, shape, dtype, pieces):
     rule = build(case)
     info = accepted(rule, shape)
-    dim = rule.split_dim(info)
+    partition = rule.partition(info)
+    dim = partition and partition.shard_dim
     if dim is None or shape[dim] < pieces:
         pytest.skip("this rule needs this matrix whole")
     edges = tuple(shape[dim] * i // pieces for i in range(pieces + 1))
     cut = functools.partial(torch.split, split_size_or_sections=[b - a for a, b in itertools.pairwise(edges)], dim=dim)
     weight = gradients(shape, 1, dtype, seed=3)[0]
     whole = rule.init_state(weight.clone(), info)
-    slices = [rule.init_slice(part.clone(), info) for part in cut(weight)]
-    join_norms(rule, slices, info)
-    shared = rule.init_shared(info, weight.device, dtype)
+    slices = [partition.init_shard(part.clone()) for part in cut(weight)]
+    join_norms(rule, slices, cut(weight), info)
+    shared = partition.init_shared(weight.device, dtype)
     assert set(whole) == {key for held in slices for key in held} | set(shared)
     exact = getattr(rule.config, "fp32_matmul_prec", "high") == "high"
     tolerance = (1e-9 if dtype == torch.float64 else 1e-4) if exact else 0.05
     for t, g in enumerate(gradients(shape, 6, dtype), 1):
         (expected,) = rule.update([g.clone()], [whole], t, [info])
         parts = [part.clone() for part in cut(g)]
-        found = torch.cat(step_together(rule.of_part(), parts, slices, shared, t, info, edges), dim)
+        found = torch.cat(step_together(partition, parts, slices, shared, t, edges), dim)
         assert (
             float((to_norm(rule, found, slices[0]) - expected).norm()) <= tolerance * float(expected.norm()) + 1e-12
         ), t
@@ -254,22 +257,24 @@ def test_cells_equal_the_whole(case, shape, dtype):
     rule = build(case)
     info = accepted(rule, shape)
     rows, columns = (*shape, 1)[:2]
-    height, width = rule.tile(info) or (rows, columns)
+    partition = rule.partition(info)
+    height, width = (partition and partition.tile) or (rows, columns)
     if (height, width) == (rows, columns):
         pytest.skip("this rule needs this matrix whole")
     areas = [(0, rows, 0, width)] if width < columns else []
     areas += [(top, min(rows, top + height), width % columns, columns) for top in range(0, rows, height)]
     whole = rule.init_state(torch.ones(shape, dtype=dtype), info)
     infos = [replace(info, shape=(r1 - r0, c1 - c0)[: len(shape)]) for r0, r1, c0, c1 in areas]
-    cells = [rule.init_part(torch.ones(each.shape, dtype=dtype), each) for each in infos]
-    join_norms(rule, cells, info)
+    weights = [torch.ones(each.shape, dtype=dtype) for each in infos]
+    cells = [partition.optimizer.init_state(weight, each) for weight, each in zip(weights, infos)]
+    join_norms(rule, cells, weights, info)
     for t, g in enumerate(gradients(shape, 6, dtype), 1):
         (expected,) = rule.update([g.clone()], [whole], t, [info])
         given = [
             g.view(rows, columns)[r0:r1, c0:c1].reshape(each.shape) for (r0, r1, c0, c1), each in zip(areas, infos)
         ]
         found = torch.full_like(g, torch.nan).view(rows, columns)
-        for (r0, r1, c0, c1), u in zip(areas, rule.of_part().update(given, cells, t, infos)):
+        for (r0, r1, c0, c1), u in zip(areas, partition.optimizer.update(given, cells, t, infos)):
             found[r0:r1, c0:c1] = u.view(r1 - r0, c1 - c0)
         assert (
             float((to_norm(rule, found, cells[0]).view(shape) - expected).norm())
@@ -277,7 +282,7 @@ def test_cells_equal_the_whole(case, shape, dtype):
         ), t
     joined = {key: torch.full_like(value, torch.nan) for key, value in whole.items()}
     for (r0, r1, c0, c1), held in zip(areas, cells):
-        places = rule.stack_places(info, (r0, r1, c0, c1))
+        places = partition.block_positions((r0, c0), (r1 - r0, c1 - c0))
         for key, value in held.items():
             if value.dim() == 3:
                 of, numbers, count = places[key]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
-from megatron_opt.optimizers import sliced_orthogonalization as sliced
+from megatron_opt.optimizers import sharded_orthogonalization as sharded
 from megatron_opt.optimizers.base import MatrixInfo
 from megatron_opt.optimizers.muon import SCALE_MODES, shape_scale
 
@@ -180,6 +180,6 @@ def test_half_of_a_symmetric_matrix_is_all_of_it(size, cuts, seed):
     draw = torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
     matrix = draw + draw.T
     edges = [0, *sorted(min(cut, size) for cut in cuts), size]
-    folded = [sliced.fold(matrix[start:stop], start) for start, stop in pairwise(edges)]
-    assert torch.equal(sliced.unfold(torch.cat(folded)), matrix)
+    folded = [sharded.fold(matrix[start:stop], start) for start, stop in pairwise(edges)]
+    assert torch.equal(sharded.unfold(torch.cat(folded)), matrix)
     assert sum(part.numel() for part in folded) == size * (size // 2 + 1)

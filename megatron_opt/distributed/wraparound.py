@@ -1,4 +1,4 @@
-"""Jobs poured into ranks that are filled one after another to the mean, and cut only where a rank is full (McNaughton 1959).
+"""Jobs packed into ranks that are filled one after another to the mean, and cut only where a rank is full (McNaughton 1959).
 
 Balancing load alone, jobs are taken in their order. To balance bytes of state too, they are lined up by bytes per load, and
 a rank takes from the heavy end until filling it from the light end gives it the mean of both.
@@ -10,11 +10,11 @@ from itertools import accumulate
 
 from megatron_opt.distributed.jobs import Job, Run
 
-FINE = 64  # slices are multiples of about this part of a rank's load or state
+FINE = 64  # shards are multiples of about this part of a rank's load or state
 
 
 class _Cursor:
-    """How far a job is poured."""
+    """How far a job is packed."""
 
     def __init__(self, job: Job, level: float, state_level: float, fine: int) -> None:
         self.job, self.at, self.runs = job, 0, list[Run]()
@@ -23,7 +23,7 @@ class _Cursor:
         total = sum(w.load * self.depth + w.first_load for w in self.weights)
         state = sum(w.state * self.depth + w.first_state for w in self.weights)
         self.ratio = state / total
-        grain = 1 << max(0, self.depth.bit_length() - 10)  # slices of whole tiles of memory
+        grain = 1 << max(0, self.depth.bit_length() - 10)  # shards of whole tiles of memory
         self.step = max(1, int(self.places / fine * min(level / total, state_level / (state or 1.0))) // grain) * grain
         self._look()
 
@@ -79,7 +79,7 @@ def level_of(held: Sequence[float], more: float) -> float:
     return ordered[0]
 
 
-def pour(
+def pack_wraparound(
     jobs: Sequence[Job], loads: Sequence[float], states: Sequence[float], both: bool, fine: int = FINE
 ) -> dict[str, list[Run]]:
     """Runs by job; `loads` and `states` are what ranks have already, `both` says whether state is to be balanced too."""

@@ -1,6 +1,6 @@
-"""Newton–Schulz on slices of one matrix: the products of one process, each computed once by one of the slices.
+"""Newton–Schulz on shards of one matrix: the products of one process, each computed once by one of the shards.
 
-Slice j has columns X_j of wide X (k, K). X·Xᵀ is summed over the slices; of every (k, k) product a slice computes the
+Shard j has columns X_j of wide X (k, K). X·Xᵀ is summed over the shards; of every (k, k) product a shard computes the
 block of rows that is its own, in proportion to its columns. All of them are symmetric, polynomials of one matrix: half of
 each row travels. The iteration is the one of `kernels.orthogonalize`.
 """
@@ -11,23 +11,23 @@ from torch import Tensor
 from megatron_opt.kernels import orthogonalize as ns
 from megatron_opt.kernels import products
 from megatron_opt.kernels.orthogonalize import Coefficients
-from megatron_opt.optimizers.slices import Leg, SliceStep
+from megatron_opt.optimizers.partition import Collective, ShardStep, all_gather, reduce_scatter
 
 
-def legs(k: int, K: int, rows: tuple[int, ...], dtype: torch.dtype, table: Coefficients) -> list[Leg]:
+def collectives(k: int, K: int, rows: tuple[int, ...], dtype: torch.dtype, table: Coefficients) -> list[Collective]:
     """Exchanges of `iterate` in order."""
     if not ns.uses_gram_form(k, K, dtype, table):
-        step = [Leg(True, rows, _half(k), dtype), Leg(False, rows, _half(k), dtype), Leg(False, rows, _half(k), dtype)]
-        return step * len(table)
+        gathered = all_gather(rows, _half(k), dtype)
+        return [reduce_scatter(rows, _half(k), dtype), gathered, gathered] * len(table)
     found = []
     for length in ns.segments(len(table), dtype):
-        whole = Leg(False, rows, _half(k), _wide(dtype))
-        found += [Leg(True, rows, _half(k), _wide(dtype)), *[whole] * (2 * length + (length > 2))]
+        gathered = all_gather(rows, _half(k), _wide(dtype))
+        found += [reduce_scatter(rows, _half(k), _wide(dtype)), *[gathered] * (2 * length + (length > 2))]
     return found
 
 
-def iterate(x: Tensor, K: int, rows: tuple[int, ...], index: int, table: Coefficients) -> SliceStep:
-    """Slice `index` (k, K_j) of the result for normalized X, in the dtype of X."""
+def iterate(x: Tensor, K: int, rows: tuple[int, ...], index: int, table: Coefficients) -> ShardStep:
+    """Shard `index` (k, K_j) of the result for normalized X, in the dtype of X."""
     start, stop = rows[index], rows[index + 1]
     if not ns.uses_gram_form(len(x), K, x.dtype, table):
         for a, b, c in table:

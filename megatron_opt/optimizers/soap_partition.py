@@ -1,0 +1,200 @@
+"""SOAP on shards of a side without a factor: they sum the factor of the other side, and get its bases from shard 0.
+
+The second moments of each block, which a basis leaves as they are in sum, are summed too, for the floor.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_opt.kernels import eigenbasis
+from megatron_opt.optimizers.base import Cost, State
+from megatron_opt.optimizers.bases import follow, rotate_moments
+from megatron_opt.optimizers.blocks import as_matrix
+from megatron_opt.optimizers.factored import FactoredPartition, guarded
+from megatron_opt.optimizers.message import Message
+from megatron_opt.optimizers.partition import Collective, ShardStep, all_gather, reduce_scatter, shares, to_first
+
+if TYPE_CHECKING:
+    from megatron_opt.optimizers.soap import Soap
+
+
+class SoapPartition(FactoredPartition):
+    """Two exchanges: every shard's share of factors to shard 0, bases back to all."""
+
+    optimizer: "Soap"
+
+    @property
+    def side(self) -> int | None:
+        """The one side with a factor, None where there is none."""
+        return next(iter(self.optimizer.sides(self.info)), None)
+
+    def _regions(self) -> list[tuple[int, int, int]]:
+        """(count, rows, columns) of the blocks of each region."""
+        return self.optimizer.grid(self.info).shapes()
+
+    def _factors(self, region: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Shape of a region's stack of factors."""
+        count, *block = region
+        assert self.side is not None
+        return count, block[self.side], block[self.side]
+
+    def sums(self) -> Message:
+        """To shard 0, in fp64: the first basis is decomposed from their sum."""
+        fields: dict[str, Any] = {}
+        for number, region in enumerate(self._regions()):
+            fields[f"squares_{number}"] = (region[0],), torch.float64
+            if self.side is not None:
+                fields[f"factors_{number}"] = self._factors(region), torch.float64
+        return Message(fields)
+
+    def answer(self, dtype: torch.dtype) -> Message:
+        """To all: whether the matrix has begun, is just seeded by a warm start, mean squares, and what bases become.
+
+        `old` are the bases in which this step is made, `new` those after it, `order` that of the old columns in them.
+        """
+        fields: dict[str, Any] = {"begun": ((1,), torch.bool)}
+        for number, region in enumerate(self._regions()):
+            fields[f"mean_{number}"] = (region[0],), dtype
+            fields[f"seeded_{number}"] = (1,), torch.bool
+            if self.side is not None:
+                shape = self._factors(region)
+                fields |= {f"old_{number}": (shape, dtype), f"new_{number}": (shape, dtype)}
+                fields[f"order_{number}"] = shape[:2], torch.int32
+        return Message(fields)
+
+    def init_shard(self, weight: Tensor) -> State:
+        return self.optimizer.init_moments(weight)
+
+    def init_shared(self, device: torch.device, dtype: torch.dtype = torch.float32) -> State:
+        return self.optimizer.init_factors(self.info, device, dtype)
+
+    def collectives(self, edges: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Collective]:
+        count, sums, answer = len(edges) - 1, self.sums(), self.answer(dtype)
+        up = reduce_scatter(to_first(len(sums), count), 1, sums.dtype)
+        return [up, all_gather(to_first(len(answer), count), 1, answer.dtype)]
+
+    def step(
+        self, grad: Tensor, state: State, shared: State, step: int, index: int, edges: tuple[int, ...]
+    ) -> ShardStep:
+        sums, answer = self.sums(), self.answer(grad.dtype)
+        total = yield sums.pack(**self._shares(grad, state))
+        mine = grad.new_empty(0, 1, dtype=answer.dtype)
+        if index == 0:
+            mine = answer.pack(**self._advance_shared(sums.unpack(total), shared, step))
+        found = answer.unpack((yield mine))
+        return self._advance_shard(grad, found, state, step)
+
+    def _shares(self, grad: Tensor, state: State) -> dict[str, Tensor]:
+        """This shard's part of what is summed."""
+        found, side, beta2 = {}, self.side, self.optimizer.config.beta2
+        grad, second = as_matrix(grad), as_matrix(state["exp_avg_sq"])
+        grid = self.optimizer.grid(self.info, tuple(grad.shape))
+        # the first factor is decomposed: its small eigenvalues count
+        exact = side is not None and not second.any()
+        for number, (g, v) in enumerate(zip(grid.cut(grad), grid.cut(second))):
+            squares = g.double().square().sum((-2, -1))
+            found[f"squares_{number}"] = beta2 * v.double().sum((-2, -1)) + (1 - beta2) * squares
+            if side is not None:
+                g = g.double() if exact else g
+                found[f"factors_{number}"] = (g @ g.mT if side == 0 else g.mT @ g).double()
+        return found
+
+    def _advance_shared(self, sums: dict[str, Tensor], shared: State, step: int) -> dict[str, Tensor]:
+        """Factors and bases of shard 0; the answer to all."""
+        soap, ready, side = self.optimizer, shared["ready"], self.side
+        first, due = not bool(ready.item()), soap.is_due(self.info, step)
+        factors = [value for name, value in sums.items() if name.startswith("factors")]
+        moved = any(bool(value.any()) for value in factors)
+        if first and not moved and soap.is_seeded(shared, self.info):
+            shapes = self.answer(ready.dtype).fields
+            return {name: ready.new_zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        found = {"begun": ready.bool()}
+        for number, (count, rows, columns) in enumerate(self._regions()):
+            squares = sums[f"squares_{number}"]
+            found[f"mean_{number}"] = (squares / squares.new_tensor(rows * columns)).to(ready.dtype)
+            seeded = False
+            if side is not None:
+                gg, q = soap.factors_of(shared, [side], number)
+                share, names = sums[f"factors_{number}"], [self.info.name] * count
+                found[f"old_{number}"] = q[side].clone()
+                order = torch.arange(q[side].shape[-1], device=q[side].device).repeat(count, 1)
+                if first:
+                    seeded = self._begin(gg, q, share, step, (rows, columns), names)
+                else:
+                    if soap.authors:
+                        self._advance(gg[side], share)
+                    if due:
+                        new, orders = soap.new_bases(gg, q, (rows, columns), step, names)
+                        q[side].copy_(new[side])
+                        order = orders[side]
+                    if not soap.authors:
+                        self._advance(gg[side], share)
+                found |= {f"new_{number}": q[side], f"order_{number}": order.int()}
+            found[f"seeded_{number}"] = torch.tensor([seeded], device=ready.device)
+        ready.fill_(float(not first or side is None or moved))
+        return found
+
+    def _begin(
+        self,
+        factors: dict[int, Tensor],
+        bases: dict[int, Tensor],
+        share: Tensor,
+        step: int,
+        shape: tuple[int, int],
+        names: list[str],
+    ) -> bool:
+        ((side, basis),) = bases.items()
+        size = basis.shape[-1]
+        rank = min(size, self.optimizer.seen(step) * shape[1 - side]) or size
+
+        def first() -> dict[int, list[Any]]:
+            return {side: guarded(eigenbasis.first_basis_of_factor, (share,), rank, basis.dtype)}
+
+        return self.optimizer.begin_bases(factors, bases, first, lambda factor, _: self._advance(factor, share), names)
+
+    def _advance(self, factor: Tensor, share: Tensor) -> None:
+        """GG ← β·GG + (1−β)·share, in place."""
+        beta = self.optimizer.config.shampoo_beta
+        factor.mul_(beta).add_(share.to(factor.dtype), alpha=1 - beta)
+
+    def _advance_shard(self, grad: Tensor, answer: dict[str, Tensor], state: State, step: int) -> Tensor:
+        """The shard's direction."""
+        soap, side, begun = self.optimizer, self.side, bool(answer["begun"])
+        moments = [as_matrix(state[key]) for key in soap.block_keys]
+        grid, directions = soap.grid(self.info, tuple(moments[0].shape)), []
+        stacks = [grid.cut(x) for x in (as_matrix(grad), *moments)]
+        for number, (g, m, v) in enumerate(zip(*stacks)):
+            old, new, order = (
+                {} if side is None else {side: answer[f"{what}_{number}"]} for what in ("old", "new", "order")
+            )
+            directions.append(g.clone() if begun else torch.zeros_like(g))
+            if begun:
+                bases = {side: [basis] for side, basis in old.items()}
+                soap.direction([directions[-1]], [[m], [v]], bases, step, squares=[answer[f"mean_{number}"]])
+                if old and soap.is_due(self.info, step):
+                    follow(m, v, old, new, {side: columns.long() for side, columns in order.items()})
+            elif answer[f"seeded_{number}"]:
+                rotate_moments(m, v, new)
+        for stack, moment in zip(stacks[1:], moments):
+            grid.join(stack, moment)
+        return grid.join(directions, as_matrix(torch.empty_like(grad))).view(grad.shape)
+
+    def shard_costs(self, edges: tuple[int, ...]) -> list[Cost]:
+        """Refreshing bases, factors and bases themselves are shard 0's alone."""
+        whole, alone, held = self.optimizer.cost(self.info), {"gemm": 0.0, "qr": 0.0}, 4.0
+        for region in self._regions() if self.side is not None else ():
+            count, size, _ = self._factors(region)
+            alone["gemm"] += count * 2.0 * size**3
+            alone["qr"] += count * 8.0 / 3.0 * size**3
+            held += count * size * size * (12.0 if self.optimizer.config.factor_precision == "fp64" else 8.0)
+        spread = replace(
+            whole,
+            refresh={kind: value - alone[kind] for kind, value in whole.refresh.items()},
+            state_bytes=whole.state_bytes - held,
+        )
+        costs = [spread.scaled(share) for share in shares(edges)]
+        refresh = {kind: value + alone[kind] for kind, value in costs[0].refresh.items()}
+        return [replace(costs[0], refresh=refresh, state_bytes=costs[0].state_bytes + held), *costs[1:]]
