@@ -80,8 +80,9 @@ class ElementwiseStep:
             if values is None:
                 continue
             counted = [float(self.domain.counted[self.domain.order[piece.matrix]]) for piece in pieces]
-            shares = on_device([piece.share for piece in pieces], self.domain.device, torch.float64)
-            shared = values.to(shares) * shares * on_device(counted, shares.device, torch.float64)
+            device = values.device if pieces else self.domain.device
+            shares = on_device([piece.share for piece in pieces], device, torch.float64)
+            shared = on_device(values, device, torch.float64) * shares * on_device(counted, device, torch.float64)
             summands = torch.cat([sums.get(rule.name, shared.new_zeros(())).view(1), shared])  # one after another
             sums[rule.name] = sum_by_index(summands, torch.zeros_like(summands, dtype=torch.long), 1)[0]
 
@@ -131,9 +132,10 @@ class ElementwiseStep:
         domain = self.domain
 
         def per_matrix(values: Tensor) -> Tensor:
-            shares = on_device([piece.share for piece in pieces], domain.device, torch.float64)
-            numbers = on_device([domain.order[piece.matrix] for piece in pieces], domain.device, torch.long)
-            total = sum_by_index(values.to(shares) * shares, numbers, len(domain.order))
+            device = values.device if pieces else domain.device
+            shares = on_device([piece.share for piece in pieces], device, torch.float64)
+            numbers = on_device([domain.order[piece.matrix] for piece in pieces], device, torch.long)
+            total = sum_by_index(on_device(values, device, torch.float64) * shares, numbers, len(domain.order))
             return domain.sum_over_ranks(total)[numbers].to(values) if pieces else values
 
         return Reducer([domain.infos[piece.matrix].numel for piece in pieces], per_matrix, total)

@@ -27,6 +27,7 @@ from megatron_opt.layout.matrices import ParamView, split_param
 from megatron_opt.layout.spec import ModelSpec
 from megatron_opt.optimizers.base import MatrixInfo
 from megatron_opt.optimizers.groups import GroupRule, assign
+from megatron_opt.optimizers.sliced_orthogonalization import _shares
 from megatron_opt.platform.pretended_gpu import GPU, Count, pretended_gpu
 
 
@@ -159,9 +160,12 @@ def rehearsal(
             stack.enter_context(mock.patch.object(module, "dist", silence))
         for module in (dispatch, symmetric):
             stack.enter_context(mock.patch.object(module, "native_available", lambda device="cpu": native))
+        stack.enter_context(mock.patch.object(symmetric, "_library", lambda: None))  # Triton asks for a driver
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)))
         fragments = _fragments(*mine)
         domain = Domain("rehearsal", None, rank, size, fragments, holdings, infos, Exchange(None, rank, size))
         domain.counted.fill_(1.0)  # one stage: every matrix counts once
         optimizer = ShardedOptimizer(config, [chunk], [domain], groups, mode=mode, bucket_bytes=bucket_bytes)
+        _shares.cache_clear()  # no tensor of another rehearsal, nor one of this in a run
+        stack.callback(_shares.cache_clear)
         yield Rehearsal(optimizer, [fragment.main for fragment in fragments], count)

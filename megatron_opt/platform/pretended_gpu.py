@@ -42,7 +42,7 @@ _READS = {
 }  # fmt: skip
 _FREE = {
     "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided",
-    "aten::resize_", "aten::is_same_size", "prim::device",
+    "aten::resize_", "aten::is_same_size", "aten::_unsafe_view",
 }  # fmt: skip
 
 
@@ -196,7 +196,9 @@ class _Mode(TorchDispatchMode):
         if not any(x.numel() for x in (*given, *made)):
             return
         number = 1
-        if name.startswith("aten::_foreach"):
+        if name == "aten::_foreach_copy_" and any(a.stride() != b.stride() for a, b in zip(*args[:2])):
+            number = len(args[0])  # torch takes them one by one
+        elif name.startswith("aten::_foreach"):
             number = math.ceil(len(args[0]) / _TENSORS_A_LAUNCH)
         elif name == "aten::cat":
             number = math.ceil(len(args[0]) / _CONCATENATED)
