@@ -161,7 +161,6 @@ def rehearsal(
         for module in (dispatch, symmetric):
             stack.enter_context(mock.patch.object(module, "native_available", lambda device="cpu": native))
         stack.enter_context(mock.patch.object(symmetric, "_library", lambda: None))  # Triton asks for a driver
-        stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)))
         fragments = _fragments(*mine)
         domain = Domain("rehearsal", None, rank, size, fragments, holdings, infos, Exchange(None, rank, size))
         domain.counted.fill_(1.0)  # one stage: every matrix counts once

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 GPU = torch.device("cuda", 0)
+_CAPABILITY = (9, 0)
 _FACTORIES = (
     "arange",
     "as_tensor",
@@ -249,6 +250,7 @@ def pretended_gpu(meta: bool = False) -> Iterator[Count]:
     kept = [(torch, name, getattr(torch, name)) for name in _FACTORIES]
     kept += [(tensor, name, getattr(tensor, name)) for name in ("to", "cuda")]
     kept += [(torch.cuda, "current_device", torch.cuda.current_device), (torch, "Generator", torch.Generator)]
+    kept += [(torch.cuda, "get_device_capability", torch.cuda.get_device_capability)]
     to = _unwrapped(tensor.to)
 
     def made(name: str, factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -300,6 +302,7 @@ def pretended_gpu(meta: bool = False) -> Iterator[Count]:
             setattr(torch, name, made(name, _unwrapped(function)))
         tensor.to, tensor.cuda = moved, lambda self, *args, **kwargs: self.to(GPU)
         torch.cuda.current_device = lambda: GPU  # type: ignore[assignment,return-value]
+        torch.cuda.get_device_capability = lambda device=None: _CAPABILITY
         torch.Generator = _Generator  # type: ignore[misc]
         with mode:
             yield count

@@ -5,8 +5,11 @@ import torch
 
 from megatron_opt.distributed.planning import Layout
 from megatron_opt.distributed.rehearsal import rehearsal
+from megatron_opt.kernels import multi_tensor, symmetric
+from megatron_opt.kernels.multi_tensor import Coefficients, Rule
 from megatron_opt.layout.spec import ModelSpec
 from megatron_opt.optimizers import registry
+from megatron_opt.optimizers.base import MatrixInfo
 from megatron_opt.optimizers.groups import GroupRule, default_rules
 from megatron_opt.platform.pretended_gpu import GPU, cpu, gpu, pretended_gpu
 
@@ -90,3 +93,28 @@ def test_a_read_of_the_first_version_is_seen() -> None:
         norms = made.optimizer._norms
         made.optimizer._norms = lambda grads: (float(grads[0][0].sum()), norms(grads))[1]  # type: ignore[method-assign]
         assert made.step()[0].waits.total() == NORMS + 1
+
+
+@pytest.mark.parametrize("rule", ["muon", "scion", "muon_h", "scion_h"])
+def test_a_step_without_exchanges_can_be_captured(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph takes no wait and nothing from the host's memory; what these rules compute depends on no number of the step."""
+    monkeypatch.setattr(symmetric, "_library", lambda: None)  # Triton asks for a driver
+    made, info = registry.build(rule, {}), MatrixInfo("w", (24, 40))
+    with pretended_gpu() as count:
+        weight = torch.randn(info.shape, device=GPU)
+        numbers = torch.ones(12, device=GPU)
+        state = made.init_state(weight, info)
+        count.waits.clear()
+        count.launches.clear()
+        found = []
+        for number in (1, 7):
+            kept = {key: cpu(value).clone() for key, value in state.items()}
+            grad = gpu(torch.ones(info.shape).triu())
+            moved = made.update([grad], [state], number, [info])
+            multi_tensor.update(Rule.APPLY, [weight], moved, (), Coefficients(), device_coefficients=numbers)
+            found.append(cpu(moved[0]).clone())
+            for key, value in kept.items():
+                cpu(state[key]).copy_(value)
+        assert torch.equal(*found)
+    # the reference of the fused update, which runs here, reads the coefficients that the kernel is given a pointer to
+    assert count.waits == {"copy to the host": 2} and not count.launches["copy to the GPU"]
