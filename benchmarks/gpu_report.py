@@ -141,7 +141,7 @@ def correctness(report: Report) -> Any:
 
 def steps(report: Report) -> Any:
     """Optimizer steps beside peers."""
-    cases = ["small"] if report.args.smoke else ["130m", "300m", "1b"]
+    cases = ["tiny"] if report.args.smoke else ["130m", "300m", "1b"]
     rules = ["adamw", "muon"] if report.args.smoke else ["adamw", "lion", "mars", "cautious", "muon", "soap", "kron"]
     found: dict[str, Any] = {"rows": [], "unreached": []}
     for case in cases:

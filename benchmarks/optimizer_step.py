@@ -42,6 +42,7 @@ CASES = {
 }
 for _name, _hidden, _ffn, _layers in (("130m", 512, 2048, 32), ("300m", 768, 3072, 32), ("1b", 2048, 5504, 24)):
     CASES[_name] = ([(_hidden, _hidden)] * 4 + [(_ffn, _hidden)] * 2 + [(_hidden, _ffn)]) * _layers
+CASES["tiny"] = [(32, 32), (48, 32)]
 DEVICE = torch.device("cpu")  # set by --device
 LR, WD = 1e-3, 0.1
 FAMILIES = {

@@ -62,15 +62,15 @@ class Rehearsal:
     count: Count
 
     def step(self) -> tuple[Count, float]:
-        """One step's count and the seconds that the host took for it, this counting included; gradients are fresh."""
+        """One step's count and the seconds of the processor that it took, this counting included; gradients are fresh."""
         for fragment in self.optimizer.fragments():
             fragment.view.param.main_grad.normal_()
         for name in ("waits", "launches"):
             getattr(self.count, name).clear()
         self.count.bytes = 0.0
-        began = time.perf_counter()
+        began = time.process_time()
         self.optimizer.step()
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         found = Count(+self.count.waits, +self.count.launches, self.count.bytes)
         return found, seconds
 

@@ -300,10 +300,14 @@ def pretended_gpu(meta: bool = False) -> Iterator[Count]:
     try:
         for _, name, function in kept[: len(_FACTORIES)]:
             setattr(torch, name, made(name, _unwrapped(function)))
-        tensor.to, tensor.cuda = moved, lambda self, *args, **kwargs: self.to(GPU)
-        torch.cuda.current_device = lambda: GPU  # type: ignore[assignment,return-value]
-        torch.cuda.get_device_capability = lambda device=None: _CAPABILITY
-        torch.Generator = _Generator  # type: ignore[misc]
+        for where, name, answer in (
+            (tensor, "to", moved),
+            (tensor, "cuda", lambda self, *args, **kwargs: self.to(GPU)),
+            (torch.cuda, "current_device", lambda: GPU),
+            (torch.cuda, "get_device_capability", lambda device=None: _CAPABILITY),
+            (torch, "Generator", _Generator),
+        ):
+            setattr(where, name, answer)
         with mode:
             yield count
     finally:

@@ -99,11 +99,18 @@ def test_tensorwise_fp8_does_not_depend_on_data_parallelism(runs: dict[str, Run]
     assert runs["tensorwise-tp2"].losses == pytest.approx(runs["tensorwise"].losses, rel=2e-3)  # scales of shards
 
 
-@pytest.mark.parametrize("name", ["local-to-te", "te-to-local"])
-def test_checkpoints_go_from_layers_to_layers(runs: dict[str, Run], name: str) -> None:
-    """Weights and Muon's state of one kind of layers go on in the other as if nothing had happened."""
-    assert runs[name].losses == pytest.approx(runs["local-dense"].losses[STOP:], rel=4e-6)
-    assert runs[name].grad_norms == pytest.approx(runs["local-dense"].grad_norms[STOP:], rel=1e-4)
+def test_a_checkpoint_of_transformer_engines_layers_goes_on_in_local_ones(runs: dict[str, Run]) -> None:
+    """Weights and Muon's state, as if nothing had happened."""
+    found, whole = runs["te-to-local"], runs["local-dense"]
+    assert found.losses == pytest.approx(whole.losses[STOP:], rel=4e-6)
+    assert found.grad_norms == pytest.approx(whole.grad_norms[STOP:], rel=1e-4)
+
+
+def test_a_checkpoint_of_local_layers_is_refused_by_transformer_engines(runs: dict[str, Run]) -> None:
+    """It has none of their `_extra_state`: said in a sentence on every rank, never begun anew."""
+    found = runs["local-to-te"]
+    assert not any("losses" in rank and rank["losses"] for rank in found.ranks)
+    assert all(said and "_extra_state" in said for said in found.user_errors)
 
 
 def test_delayed_scaling_resumes_as_if_uninterrupted(runs: dict[str, Run]) -> None:
