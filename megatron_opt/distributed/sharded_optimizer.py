@@ -244,7 +244,7 @@ class ShardedOptimizer(MegatronOptimizer):
         squares = [domain.squared_norms(flats) for domain, flats in zip(self.domains, grads, strict=True)]
         totals = []
         for found, (counted, groups, scope_of) in zip(squares, self._tables(scopes), strict=True):
-            finite = torch.where(torch.isfinite(found), found, 0.0) * counted
+            finite = torch.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0) * counted
             by_group = sum_by_index(finite, groups, len(self.groups))
             by_scope = sum_by_index(by_group, scope_of, len(scopes) + 1)[:-1]  # the last: groups that are not clipped
             totals.append(torch.cat([finite.sum().view(1), by_scope]))
@@ -272,7 +272,7 @@ class ShardedOptimizer(MegatronOptimizer):
     def _sum_over_domains(self, sums: Sequence[Tensor]) -> Tensor:
         """Over the whole model, of what each domain has summed over its ranks."""
         if all(domain.size == dist.get_world_size() for domain in self.domains):
-            return torch.stack(list(sums)).sum(0)
+            return torch.stack(list(sums)).sum(0) if len(sums) > 1 else sums[0]
         shares = [value / domain.size for value, domain in zip(sums, self.domains, strict=True)]
         return self._sum_over_world(torch.stack(shares).sum(0))
 

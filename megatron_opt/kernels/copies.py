@@ -14,7 +14,7 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         if to.data_ptr() != of.data_ptr() or to.dtype != of.dtype
     ]
     # one pair of other strides, such as a range of columns, would take all of a call's pairs off the fast way
-    plain = [(to, of) for to, of in pairs if to.is_contiguous() and of.is_contiguous()]
+    plain = [(to.view(-1), of.view(-1)) for to, of in pairs if to.is_contiguous() and of.is_contiguous()]
     if plain:
         torch._foreach_copy_(*map(list, zip(*plain)))
     for to, of in pairs:

@@ -242,15 +242,16 @@ class Kron(MatrixOptimizer):
             on_gpu = isinstance(each[0], Tensor)
             damping = torch.stack(each) if on_gpu else moment.new_tensor(each)
             damped = moment + damping.view(-1, 1, 1) * noise
-            before = {key: tensor.clone() for key, tensor in tensors.items()} if on_gpu else {}
+            teaches = damping > 0
             if procrustes:
                 bounds = {side: tensors["bound", side] for side in range(len(flat))}
+                before = {key: tensor.clone() for key, tensor in tensors.items()} if on_gpu else {}
                 preconditioner.procrustes_update(factors, bounds, damped, lr)
+                for key, old in before.items():
+                    taught = teaches.view(-1, *[1] * (old.ndim - 1))
+                    tensors[key].copy_(torch.where(taught, tensors[key], old))
             else:
-                preconditioner.triangular_update(factors, damped, noise, lr)
-            for key, old in before.items():
-                teaches = (damping > 0).view(-1, *[1] * (old.ndim - 1))
-                tensors[key].copy_(torch.where(teaches, tensors[key], old))
+                preconditioner.triangular_update(factors, damped, noise, lr * teaches if on_gpu else lr)
             for key, parts in held.items():
                 if len(parts) > 1:
                     torch._foreach_copy_(parts, list(tensors[key].split([len(part) for part in parts])))
