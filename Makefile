@@ -53,8 +53,15 @@ demo-short:
 	@$(MAKE) --no-print-directory demo DEMO_TOKENS_PER_PARAMETER=0.3 DEMO_OUTPUT=$(BUILD)/demo-short
 	@$(PY) tools/check_demo.py $(BUILD)/demo-short
 
+# Tests of ranks have all cores; before them the others run in two processes, a file in one.
 test: $(VENV)/.extension
+ifeq ($(TESTS),tests)
+	@failed=0; export OMP_NUM_THREADS=1; \
+	$(PY) -m pytest tests -m "not slow" -n 2 --dist loadfile --ignore tests/distributed --durations 15 || failed=1; \
+	$(PY) -m pytest tests/distributed -m "not slow" --durations 15 || failed=1; exit $$failed
+else
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(TESTS) -m "not slow"
+endif
 
 test-all: $(VENV)/.extension
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(TESTS)

@@ -60,7 +60,8 @@ void check_lengths(size_t count, std::initializer_list<Tensors> all, std::initia
 
 // Factors, then Adam in the basis; moments and factors advance in place, directions replace gradients.
 void project_adam(Tensors grads, Tensors moments, Tensors seconds, Tensors lefts, Tensors rights, Tensors left_factors,
-                  Tensors right_factors, double beta1, double beta2, double eps, double scale, double gain, double decay) {
+                  Tensors right_factors, double beta1, double beta2, double eps, double scale, double gain, double decay,
+                  double floor) {
   check_lengths(grads.size(), {moments, seconds}, {lefts, rights, left_factors, right_factors});
   std::vector<Projection> blocks;
   for (size_t i = 0; i < grads.size(); ++i) {
@@ -75,7 +76,7 @@ void project_adam(Tensors grads, Tensors moments, Tensors seconds, Tensors lefts
     }
   }
   const RotatedAdam settings{static_cast<float>(1.0 - beta1), static_cast<float>(beta2), static_cast<float>(1.0 - beta2),
-                             static_cast<float>(eps), static_cast<float>(scale)};
+                             static_cast<float>(eps), static_cast<float>(scale), static_cast<float>(floor)};
   project_adam_cpu(settings, {static_cast<float>(gain), static_cast<float>(decay)}, blocks, at::get_num_threads());
 }
 

@@ -51,6 +51,15 @@ float* rotate(float* x, float* other, int64_t rows, int64_t cols, const float* l
   return x;
 }
 
+// floor·√mean(v) of a block whose second moments are about to advance; rows are added up in their order.
+float least_root(const RotatedAdam& settings, const float* x, const Projection& b, int threads) {
+  std::vector<double> sums(static_cast<size_t>(b.rows));
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t row = 0; row < b.rows; ++row) sums[row] = sum_of_seconds(settings, x + row * b.cols, b.v + row * b.ldv, b.cols);
+  const double sum = std::accumulate(sums.begin(), sums.end(), 0.0);
+  return settings.floor * static_cast<float>(std::sqrt(sum / static_cast<double>(b.rows * b.cols)));
+}
+
 void project(const RotatedAdam& settings, const FactorStep& factor_step, const Projection& b, const Projection* next, int threads,
              Buffers& at) {
   const int64_t rows = b.rows, cols = b.cols, count = rows * cols, left = rows * rows, right = cols * cols;
@@ -80,12 +89,13 @@ void project(const RotatedAdam& settings, const FactorStep& factor_step, const P
     scaled_copy(b.g, b.ldg, false, 1.0f, x, cols, rows, cols);
   }
   other = x == at.first.data() ? at.second.data() : at.first.data();
+  const float least = settings.floor > 0.0f ? least_root(settings, x, b, threads) : 0.0f;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t row = 0; row < rows; ++row) {
     if (next != nullptr) {
       for (int64_t j = 0; j < cols; j += 16) __builtin_prefetch(next->v + row * next->ldv + j, 0, 2);
     }
-    rotated_adam(settings, x + row * cols, b.m + row * b.ldm, b.v + row * b.ldv, cols);
+    rotated_adam(settings, least, x + row * cols, b.m + row * b.ldm, b.v + row * b.ldv, cols);
   }
   // Out of it; the last product writes where g lay.
   x = rotate(x, other, rows, cols, b.left, nullptr, true, threads, at, wanted);

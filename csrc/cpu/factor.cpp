@@ -122,12 +122,20 @@ bool cholesky(float* g, int64_t ld, int64_t k, float* scratch) {
   return true;
 }
 
-void rotated_adam(const RotatedAdam& c, float* x, float* m, float* v, int64_t count) {
+double sum_of_seconds(const RotatedAdam& c, const float* x, const float* v, int64_t count) {
+  double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(c.beta2 * v[i] + c.gain2 * (x[i] * x[i]));
+  return sum;
+}
+
+void rotated_adam(const RotatedAdam& c, float least, float* x, float* m, float* v, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     m[i] += c.gain1 * (x[i] - m[i]);
     v[i] = c.beta2 * v[i] + c.gain2 * (x[i] * x[i]);
-    x[i] = c.scale * m[i] / (sqrtf(v[i]) + c.eps);
+    const float root = sqrtf(v[i]);
+    x[i] = c.scale * m[i] / ((root < least ? least : root) + c.eps);
   }
 }
 
@@ -141,7 +149,8 @@ namespace megatron_opt {
 
 void solve_panels(const Solve&, int64_t, int64_t, float*) {}
 bool cholesky(float*, int64_t, int64_t, float*) { return false; }
-void rotated_adam(const RotatedAdam&, float*, float*, float*, int64_t) {}
+double sum_of_seconds(const RotatedAdam&, const float*, const float*, int64_t) { return 0.0; }
+void rotated_adam(const RotatedAdam&, float, float*, float*, float*, int64_t) {}
 
 }  // namespace megatron_opt
 

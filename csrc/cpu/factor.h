@@ -21,10 +21,12 @@ void solve_panels(const Solve& s, int64_t first, int64_t last, float* scratch);
 // positive: g is then of no use.
 bool cholesky(float* g, int64_t ld, int64_t k, float* scratch);
 
-// Adam on a rotated gradient: both moments advance, u replaces x.
+// Adam on a rotated gradient: both moments advance, u = scale·m/(max(√v, least) + ε) replaces x.
 struct RotatedAdam {
-  float gain1, beta2, gain2, eps, scale;
+  float gain1, beta2, gain2, eps, scale, floor;  // least √v in a block over √mean(v)
 };
-void rotated_adam(const RotatedAdam& c, float* x, float* m, float* v, int64_t count);
+void rotated_adam(const RotatedAdam& c, float least, float* x, float* m, float* v, int64_t count);
+// Sum of the second moments that rotated_adam is about to leave.
+double sum_of_seconds(const RotatedAdam& c, const float* x, const float* v, int64_t count);
 
 }  // namespace megatron_opt

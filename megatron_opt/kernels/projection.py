@@ -32,8 +32,8 @@ def stacked(x: Tensor) -> Tensor:
 
 def _step(
     grads: Tensors, moments: Tensors, seconds: Tensors, lefts: Tensors, rights: Tensors, left_factors: Tensors,
-    right_factors: Tensors, beta1: float, beta2: float, eps: float, scale: float, gain: float, decay: float,
-    floor: float = 0.0, squares: Tensors = (),
+    right_factors: Tensors, beta1: float, beta2: float, eps: float, scale: float, gain: float, decay: float, floor: float,
+    squares: Tensors = (),
 ) -> None:  # fmt: skip
     _advance(left_factors, right_factors, grads, gain, decay)
     for i, (grad, moment, second) in enumerate(zip(grads, moments, seconds, strict=True)):
@@ -54,7 +54,7 @@ _project_adam = Operation(
     "project_adam",
     "(Tensor(a!)[] grads, Tensor(b!)[] moments, Tensor(c!)[] seconds, Tensor[] lefts, Tensor[] rights, "
     "Tensor(d!)[] left_factors, Tensor(e!)[] right_factors, float beta1, float beta2, float eps, float scale, "
-    "float gain, float decay) -> ()",
+    "float gain, float decay, float floor) -> ()",
     _step,
     lambda *arguments: None,
 )
@@ -127,13 +127,13 @@ def project_adam(
     of the lists, where it is known. SOAP: arXiv 2409.11321. Raises RuntimeError where shapes do not fit together.
     """
     factors = (left_factors, right_factors)
-    arguments = (grads, moments, seconds, lefts, rights, *factors, beta1, beta2, eps, scale, gain, decay)
+    arguments = (grads, moments, seconds, lefts, rights, *factors, beta1, beta2, eps, scale, gain, decay, floor)
     if plain is None:
         plain = taken([*grads, *moments, *seconds], [*lefts, *rights, *factors[0], *factors[1]])
-    if plain and not floor:
+    if plain and not (floor and squares):
         _project_adam(grads[0].device, *arguments)
     else:
-        _step(*arguments, floor, squares)
+        _step(*arguments, squares)
 
 
 def advance_factors(lefts: Tensors, rights: Tensors, grads: Tensors, gain: float, decay: float) -> None:

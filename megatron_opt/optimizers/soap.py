@@ -32,7 +32,7 @@ class SoapConfig(FactoredConfig):
     beta2: float = decay(0.99, "decay of the second moment in the eigenbasis")
     eps: float = epsilon(1e-10, "added to the square root of the second moment")
     floor: float = option(
-        0.0,
+        0.01,
         "least √v in the eigenbasis over the block's root mean square: no rounding noise scaled up; 0: the study's rule",
         low=0,
         high=1,
@@ -143,9 +143,7 @@ class Soap(FactoredOptimizer):
     ) -> Sequence[Tensor]:
         """Native kernels work on each block where it lies; directions may replace gradients."""
         grads, moments, seconds = parts
-        if self.config.floor or not projection.taken(
-            [*grads, *moments, *seconds], [several[0] for several in held.values()]
-        ):
+        if not projection.taken([*grads, *moments, *seconds], [several[0] for several in held.values()]):
             return super().family_step(family, parts, held, step, due, infos)
         bases, factors = ({side: held[kind, side] for side in family.kind} for kind in ("q", "gg"))
         gains: dict[str, Any] = {"gain": 1 - self.config.shampoo_beta, "decay": self.config.shampoo_beta}

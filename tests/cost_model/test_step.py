@@ -1,8 +1,6 @@
 """Predicted steps: what must grow with what, memory by hand, cluster files, search, command line."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -255,19 +253,3 @@ def test_bad_input_ends_with_one_sentence_and_code_2(words: str, capsys: pytest.
     assert main(words.split()) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "Traceback" not in error
-
-
-@pytest.mark.parametrize(
-    ("words", "package"),
-    [
-        ("cost tables --cluster h100 --output OUT --optimizers adamw", "matplotlib"),
-        ("migrate plan --to muon --cluster h100 --gpus 8 --preset llama-130m --chinchilla 1 --output OUT", "scipy"),
-    ],
-)
-def test_missing_extras_are_named(words: str, package: str, tmp_path: Path) -> None:
-    """In a process of its own, where the package cannot be imported."""
-    words = words.replace("OUT", str(tmp_path / "out"))
-    code = f"import sys; sys.modules[{package!r}] = None\nfrom megatron_opt.cli import main\nsys.exit(main({words.split()!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "megatron_opt[study]" in done.stderr and package in done.stderr
-    assert done.stderr.count("\n") == 1

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from megatron_opt.data.indexed import bin_path, idx_path, write_index
-from tests.distributed import recording
+from tests.distributed import recording, transport
 from tests.distributed.cases import Case
 
 ROOT = Path(__file__).parents[2]
@@ -144,6 +144,7 @@ class Pool:
             time.sleep(0.05)
         if waiting:
             self.close()
+        transport.leave(here)
         return {case.name: self._collect(case, here) for case in cases}
 
     def _collect(self, case: Case, here: Path) -> Run:

@@ -110,14 +110,21 @@ def _cases(table: Sequence[tuple[str, Sequence[str], Sequence[str], Sequence[Lay
 CASES, SLOW = _cases(MODELS), _cases(SLOWER)
 
 
-@pytest.fixture(scope="module")
-def runs(pool: Pool) -> dict[str, Run]:
-    return pool.run(CASES)
+def _wanted(cases: Sequence[Case], request: pytest.FixtureRequest) -> list[Case]:
+    """The cases that the chosen tests compare, and their references."""
+    ids = [item.callspec.id for item in request.session.items if getattr(item, "callspec", None)]
+    wanted = {name for i in ids for name in (i, "-".join([*i.split("-")[:2], "one"]), f"dense-{i}-one")}
+    return [each for each in cases if each.name in wanted]
 
 
 @pytest.fixture(scope="module")
-def slow_runs(big_pool: Pool) -> dict[str, Run]:
-    return big_pool.run(SLOW, timeout=3000)
+def runs(pool: Pool, request: pytest.FixtureRequest) -> dict[str, Run]:
+    return pool.run(_wanted(CASES, request))
+
+
+@pytest.fixture(scope="module")
+def slow_runs(big_pool: Pool, request: pytest.FixtureRequest) -> dict[str, Run]:
+    return big_pool.run(_wanted(SLOW, request), timeout=3000)
 
 
 @pytest.mark.parametrize("name", [each.name for each in CASES if each.layout.name != "one"])

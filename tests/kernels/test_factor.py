@@ -148,11 +148,11 @@ def test_bases_stay_orthonormal_over_a_thousand_steps(size):
     assert float(off.norm() / aligned.norm()) < 0.2
 
 
-def step_of(dtype, arguments, sides):
+def step_of(dtype, arguments, sides, floor=0.0):
     grad, m, v, left, right = (x.to(dtype) for x in arguments)
     u, m, v = grad.clone(), m.clone(), v.clone()
     bases = ([left] if 0 in sides else [], [right] if 1 in sides else [])
-    projection.project_adam([u], [m], [v], *bases, beta1=0.9, beta2=0.95, eps=1e-8, scale=0.7)
+    projection.project_adam([u], [m], [v], *bases, beta1=0.9, beta2=0.95, eps=1e-8, scale=0.7, floor=floor)
     return u, m, v
 
 
@@ -170,11 +170,18 @@ def problem(batch, rows, columns, scale=1.0):
 
 @native
 @settings(max_examples=60, deadline=None)
-@given(rows=SIDES, columns=SIDES, batch=st.sampled_from([1, 3]), sides=st.sampled_from([(), (0,), (1,), (0, 1)]))
-def test_the_step_in_the_basis_is_float64s(rows, columns, batch, sides):
+@given(
+    rows=SIDES,
+    columns=SIDES,
+    batch=st.sampled_from([1, 3]),
+    sides=st.sampled_from([(), (0,), (1,), (0, 1)]),
+    floor=st.sampled_from([0.0, 0.01, 0.9]),
+)
+def test_the_step_in_the_basis_is_float64s(rows, columns, batch, sides, floor):
     arguments = problem(batch, rows, columns)
     arguments[2] = arguments[2] + 0.1  # away from 0/0, where rounding decides
-    for ours, exact in zip(step_of(torch.float32, arguments, sides), step_of(torch.float64, arguments, sides)):
+    both = (step_of(dtype, arguments, sides, floor) for dtype in (torch.float32, torch.float64))
+    for ours, exact in zip(*both):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=2e-5)
 
 
@@ -184,7 +191,7 @@ def test_the_step_bears_huge_and_tiny_gradients(scale):
     """v = 0 for tiny ones (their squares vanish), as in the reference."""
     arguments = problem(2, 33, 20, scale)
     ours, lists = step_of(torch.float32, arguments, (0, 1)), [[x.clone()] for x in arguments]
-    projection._step(*lists, [], [], 0.9, 0.95, 1e-8, 0.7, 0.0, 1.0)
+    projection._step(*lists, [], [], 0.9, 0.95, 1e-8, 0.7, 0.0, 1.0, 0.0)
     exact = lists[0][0]
     torch.testing.assert_close(ours[0], exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
 
@@ -202,7 +209,7 @@ def test_the_step_works_in_the_rows_of_a_wider_matrix():
     expected = step_of(torch.float32, arguments, (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(parts, expected))
     assert not any(x[..., :5].any() or x[..., 25:].any() for x in wide)
-    settings = ([], [], 0.9, 0.9, 1.0, 1.0, 0.0, 1.0)
+    settings = ([], [], 0.9, 0.9, 1.0, 1.0, 0.0, 1.0, 0.0)
     torch.ops.megatron_opt.project_adam(*[[torch.zeros(0, 4, 5)]] * 3, [], [], *settings)
     torch.ops.megatron_opt.project_adam([], [], [], [], [], *settings)
     lists = [[x] for x in arguments]
@@ -259,14 +266,14 @@ def test_factors_of_lists_are_float64s(sides):
 
 
 @native
-@pytest.mark.parametrize("sides", [(0, 1), (0,), (1,)])
-def test_steps_of_lists_advance_factors_first(sides):
+@pytest.mark.parametrize("sides, floor", [((0, 1), 0.0), ((0,), 0.0), ((1,), 0.5), ((0, 1), 0.5)])
+def test_steps_of_lists_advance_factors_first(sides, floor):
     lists = list(lists_of(MIXED))
     for which, side in ((3, 0), (4, 1), (5, 0), (6, 1)):
         lists[which] = lists[which] if side in sides else []
     exact = in_double(lists)
-    projection._step(*exact, 0.9, 0.95, 1e-8, 0.7, 0.05, 0.95)
-    projection.project_adam(*lists, beta1=0.9, beta2=0.95, eps=1e-8, scale=0.7, gain=0.05, decay=0.95)
+    projection._step(*exact, 0.9, 0.95, 1e-8, 0.7, 0.05, 0.95, floor)
+    projection.project_adam(*lists, beta1=0.9, beta2=0.95, eps=1e-8, scale=0.7, gain=0.05, decay=0.95, floor=floor)
     for ours, theirs in zip(lists, exact):
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5)
