@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,6 +71,8 @@ def test_a_part_runs_on_the_cpu(report: Any, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("flags", [[], ["--device", "cpu"]])
-def test_it_refuses_what_it_cannot_measure(flags: list[str]) -> None:
-    done = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True)
-    assert done.returncode == 2 and "--smoke" in done.stderr
+def test_it_refuses_what_it_cannot_measure(
+    report: Any, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", *flags])
+    assert report.main() == 2 and "--smoke" in capsys.readouterr().err
