@@ -131,10 +131,12 @@ def machine(device: str) -> dict[str, Any]:
 def correctness(report: Report) -> Any:
     """tests/gpu."""
     wanted = ["-k", "random_bits or symmetric or (twenty and adamw)"] if report.args.smoke else []
-    done = report.run("-m", "pytest", "-q", "tests/gpu", "-p", "no:cacheprovider", *wanted)
+    done = report.run("-m", "pytest", "-o", "addopts=", "-q", "-rfE", "tests/gpu", "-p", "no:cacheprovider", *wanted)
     if done is None:
         return {"unreached": "tests/gpu took longer than the limit"}
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout)}
+    if not counts:
+        return {"code": done.returncode, "unreached": _last(done)}
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?", done.stdout, re.MULTILINE)
     return {"code": done.returncode, **counts, "failures": [" ".join(pair) for pair in failed]}
 
