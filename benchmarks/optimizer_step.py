@@ -1,22 +1,27 @@
 """Time of one optimizer step, ours and the peers', on the same gradients in one process: one table.
 
     python benchmarks/optimizer_step.py [--families elementwise muon soap kron] [--rules adamw …]
-        [--cases model small large] [--threads 1] [--share]
+        [--cases model small large] [--threads 1] [--share] [--device cuda] [--json FILE]
 
 Contenders take turns; a figure is the median over rounds of processor time (threads = 1) or wall time. SOAP and Kron get
 another gradient each step: their factors of one gradient alone would be degenerate. The bound is what the step's bytes take
 at the bandwidth that our AdamW reaches on `model`, plus what its matrix products take at the rate of a 1024-cube product in
 the same type. `--share` measures our rules alone.
+
+On a GPU (`--device cuda`) times are those between two CUDA events, every contender gets another of three sets of gradients each
+step, so that no step finds the last one's in cache, and the ceilings are a copy of a GiB and products of 8192 cubed.
 """
 
 import argparse
 import gc
 import importlib
+import json
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +40,10 @@ CASES = {
     "large": [(1024, 4096)] * 4,
     "ten": ([(320, 320)] * 4 + [(896, 320)] * 2 + [(320, 896)]) * 8,  # 10.2M parameters
 }
+for _name, _hidden, _ffn, _layers in (("130m", 512, 2048, 32), ("300m", 768, 3072, 32), ("1b", 2048, 5504, 24)):
+    CASES[_name] = ([(_hidden, _hidden)] * 4 + [(_ffn, _hidden)] * 2 + [(_hidden, _ffn)]) * _layers
+CASES["tiny"] = [(32, 32), (48, 32)]
+DEVICE = torch.device("cpu")  # set by --device
 LR, WD = 1e-3, 0.1
 FAMILIES = {
     "elementwise": ["adamw", "nadamw", "mars", "cautious", "lion", "signum", "sophia", "adam_mini"],
@@ -58,12 +67,17 @@ class Peer:
         self.optimizer.step()
 
 
+def _random(shapes: list[tuple[int, int]], seed: int) -> list[Tensor]:
+    """The same numbers every time."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return [torch.randn(shape, generator=generator, device=DEVICE) for shape in shapes]
+
+
 class Gradients:
     """A few sets of gradients, put into a contender's own tensors between its steps."""
 
     def __init__(self, shapes: list[tuple[int, int]], count: int) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.sets = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(count)]
+        self.sets = [_random(shapes, 1 + which) for which in range(count)]
         self.next = 0
 
     def renew(self, grads: list[Tensor]) -> None:
@@ -161,9 +175,7 @@ PEERS: dict[str, dict[str, Factory]] = {
 
 def contenders(rule: str, shapes: list[tuple[int, int]], peers: bool = True) -> dict[str, Any]:
     """Ours and the peers that are installed, each with its own parameters and the gradients of all."""
-    generator = torch.Generator().manual_seed(0)
-    start = [torch.randn(shape, generator=generator) for shape in shapes]
-    grads = [torch.randn(shape, generator=generator) for shape in shapes]
+    start, grads = _random(shapes, 0), _random(shapes, 100)
 
     def parameters() -> list[torch.nn.Parameter]:
         params = [torch.nn.Parameter(p.clone()) for p in start]
@@ -191,6 +203,20 @@ def clock(threads: int) -> float:
     return time.process_time() if threads == 1 else time.perf_counter()
 
 
+def timed(function: Callable[[], Any], threads: int) -> float:
+    """Seconds that a call takes: of the GPU between two events where it runs there."""
+    if DEVICE.type != "cuda":
+        begin = clock(threads)
+        function()
+        return clock(threads) - begin
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 def measure(
     found: dict[str, Any], rounds: int, threads: int, period: int = 1, gradients: Gradients | None = None
 ) -> dict[str, list[float]]:
@@ -202,22 +228,26 @@ def measure(
             for _ in range(period):
                 if gradients is not None:
                     gradients.renew(optimizer.grads)
-                begin = clock(threads)
-                optimizer.step()
-                total += clock(threads) - begin
+                total += timed(optimizer.step, threads)
             if turn:
                 times[name].append(1e3 * total / period)
     return times
 
 
 def product_rate(dtype: torch.dtype, threads: int) -> float:
-    """FLOP/s of a 1024-cube product, by the faster of torch's and ours."""
-    a, best = torch.randn(1024, 1024).to(dtype), float("inf")
+    """FLOP/s of a 1024-cube product (on a GPU 8192), by the faster of torch's and ours."""
+    side = 8192 if DEVICE.type == "cuda" else 1024
+    a, best = torch.randn(side, side, device=DEVICE).to(dtype), float("inf")
     for turn in range(14):
-        begin = clock(threads)
-        a @ a if turn % 2 else products.matmul(a, a)
-        best = min(best, clock(threads) - begin)
-    return 2 * 1024**3 / best
+        best = min(best, timed(lambda turn=turn: a @ a if turn % 2 else products.matmul(a, a), threads))
+    return 2 * side**3 / best
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a copy of a GiB reads and writes."""
+    a = torch.zeros(2**28, device=DEVICE)
+    b = torch.empty_like(a)
+    return 2 * 2**30 / min(timed(lambda: b.copy_(a), 1) for _ in range(10))
 
 
 def training_ms(shapes: list[tuple[int, int]], tokens: int, threads: int) -> float:
@@ -226,12 +256,10 @@ def training_ms(shapes: list[tuple[int, int]], tokens: int, threads: int) -> flo
     """
     total, part = 0.0, 1024
     for rows, columns in set(shapes):
-        w, x, y = torch.randn(rows, columns), torch.randn(part, columns), torch.randn(part, rows)
-        best = float("inf")
-        for _ in range(5):
-            begin = clock(threads)
-            x @ w.T, y @ w, y.T @ x
-            best = min(best, clock(threads) - begin)
+        w, x, y = (_random([shape], 0)[0] for shape in ((rows, columns), (part, columns), (part, rows)))
+        if DEVICE.type == "cuda":
+            w, x, y = w.bfloat16(), x.bfloat16(), y.bfloat16()
+        best = min(timed(lambda w=w, x=x, y=y: (x @ w.T, y @ w, y.T @ x), threads) for _ in range(5))
         total += 1e3 * best * shapes.count((rows, columns)) * tokens / part
     return total
 
@@ -245,7 +273,11 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--share", action="store_true", help="our rules without peers")
     parser.add_argument("--tokens", type=int, default=16384, help="batch whose training step the share is of")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--json", type=Path, help="write the measurements here too")
     args = parser.parse_args()
+    global DEVICE
+    DEVICE = torch.device(args.device)
     rules = args.rules or [rule for family in args.families for rule in FAMILIES[family]]
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
@@ -256,6 +288,10 @@ def main() -> int:
     base = contenders("adamw", CASES["model"], peers=False)["ours"]
     adamw_ms = statistics.median(measure({"ours": base}, 15, args.threads)["ours"])
     bandwidth = base.cost()[0] / adamw_ms * 1e3
+    found_json: dict[str, Any] = {"device": args.device, "adamw_bandwidth": bandwidth, "rates": rates, "rows": []}
+    if DEVICE.type == "cuda":
+        found_json["copy_bandwidth"] = copy_bandwidth()
+        print(f"{torch.cuda.get_device_name()}; copies {found_json['copy_bandwidth'] / 1e9:.0f} GB/s")
     print(
         f"threads {args.threads}; AdamW {bandwidth / 1e9:.1f} GB/s; products bf16 {rates['bf16'] / 1e9:.0f}, "
         f"fp32 {rates['fp32'] / 1e9:.0f} GFLOP/s\n"
@@ -267,7 +303,8 @@ def main() -> int:
         for rule in rules:
             gc.collect()
             found = contenders(rule, CASES[case], peers=not args.share)
-            gradients = Gradients(CASES[case], 4 if rule in FRESH else 0)
+            fresh = rule in FRESH
+            gradients = Gradients(CASES[case], 4 if fresh else 3 if DEVICE.type == "cuda" else 0)
             rounds = max(1, args.rounds // 4) if rule in FRESH else args.rounds
             measured = measure(found, rounds, args.threads, PERIOD.get(rule, 1), gradients)
             times = {name: statistics.median(values) for name, values in measured.items()}
@@ -290,6 +327,9 @@ def main() -> int:
                 f"{ours / (ours + training):.1%}" if ours else "–",
             ]
             print(f"| {' | '.join(cells)} |", flush=True)
+            found_json["rows"].append({"rule": rule, "case": case, "ours": ours, "bound": bound, "peers": peers})
+    if args.json:
+        args.json.write_text(json.dumps(found_json, indent=1))
     return 0
 
 

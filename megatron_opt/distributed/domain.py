@@ -21,6 +21,7 @@ from megatron_opt.distributed.parts import Cell, Part, cells_of, shape2d
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 from megatron_opt.kernels import multi_tensor
+from megatron_opt.kernels.host import on_device, sum_by_index
 from megatron_opt.kernels.multi_tensor import Coefficients, Sum
 from megatron_opt.layout.region import Region, cover_matrix
 from megatron_opt.optimizers.base import MatrixInfo
@@ -60,6 +61,7 @@ class Domain:
         rects = [rect for fragment in self.fragments for rect in fragment.rects]
         self._numbers = torch.tensor([self.order[rect.matrix] for rect in rects], dtype=torch.long)
         self._weights = torch.tensor([self.weight[rect.key] for rect in rects], dtype=torch.float64)
+        self._tables_on: dict[torch.device, list[Tensor]] = {}
         for fragment in self.fragments:
             if not fragment.view.counts:
                 for rect in fragment.rects:
@@ -72,26 +74,32 @@ class Domain:
         return torch.device(torch.cuda.current_device())
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """All-reduce over the domain; values are float64 on the CPU."""
+        """All-reduce over the domain; values are float64, and stay where they are, on the CPU or this rank's device."""
         if self.size == 1:
             return values
-        moved = values.to(torch.cuda.current_device())
+        moved = values.to(torch.cuda.current_device(), copy=True)
         dist.all_reduce(moved, group=self.group)
-        return moved.cpu()
+        return moved.to(values.device)
 
     def sum_per_matrix(self, values: Tensor) -> Tensor:
         """From one value for each rectangle of each fragment in turn, float64, the sum over each whole matrix, replicas
         counted once.
         """
-        total = torch.zeros(len(self.order), dtype=torch.float64)
-        return self.sum_over_ranks(total.index_add_(0, self._numbers, values * self._weights))
+        numbers, weights = self._tables(values.device)
+        return self.sum_over_ranks(sum_by_index(values * weights, numbers, len(self.order)))
+
+    def _tables(self, device: torch.device) -> list[Tensor]:
+        """Numbers and weights of the rectangles, on a device."""
+        if device not in self._tables_on:
+            self._tables_on[device] = [on_device(table, device) for table in (self._numbers, self._weights)]
+        return self._tables_on[device]
 
     def squared_norms(self, flats: Sequence[Tensor]) -> Tensor:
-        """Σx² of every whole matrix, (matrices,) float64 on the CPU, from flat tensors by fragment: one pass over them and
-        one wait for the device.
-        """
+        """Σx² of every whole matrix, (matrices,) float64 on the device, from flat tensors by fragment: one pass over them."""
         runs = [rect.run(flat) for fragment, flat in zip(self.fragments, flats, strict=True) for rect in fragment.rects]
-        return self.sum_per_matrix(multi_tensor.sums(Sum.GRADIENT_NORM, runs, Coefficients())[:, 0].cpu())
+        if not runs:
+            return self.sum_per_matrix(torch.zeros(0, dtype=torch.float64, device=self.device))
+        return self.sum_per_matrix(multi_tensor.sums(Sum.GRADIENT_NORM, runs, Coefficients())[:, 0])
 
 
 @dataclass

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain
 from megatron_opt.distributed.fragments import Rect
+from megatron_opt.kernels.host import on_device, sum_by_index
 from megatron_opt.optimizers.base import ElementwiseOptimizer, Reducer, State
 from megatron_opt.optimizers.groups import Group
 
@@ -78,9 +79,12 @@ class ElementwiseStep:
             )
             if values is None:
                 continue
-            total = sums.setdefault(rule.name, torch.zeros((), dtype=torch.float64))
-            for piece, value in zip(pieces, values.double().tolist(), strict=True):
-                total += value * piece.share * float(self.domain.counted[self.domain.order[piece.matrix]])
+            counted = [float(self.domain.counted[self.domain.order[piece.matrix]]) for piece in pieces]
+            device = values.device if pieces else self.domain.device
+            shares = on_device([piece.share for piece in pieces], device, torch.float64)
+            shared = on_device(values, device, torch.float64) * shares * on_device(counted, device, torch.float64)
+            summands = torch.cat([sums.get(rule.name, shared.new_zeros(())).view(1), shared])  # one after another
+            sums[rule.name] = sum_by_index(summands, torch.zeros_like(summands, dtype=torch.long), 1)[0]
 
     def step(
         self,
@@ -130,10 +134,10 @@ class ElementwiseStep:
         domain = self.domain
 
         def per_matrix(values: Tensor) -> Tensor:
-            total = torch.zeros(len(domain.order), dtype=torch.float64)
-            for piece, value in zip(pieces, values.double().tolist(), strict=True):
-                total[domain.order[piece.matrix]] += value * piece.share
-            total = domain.sum_over_ranks(total)
-            return torch.stack([total[domain.order[p.matrix]] for p in pieces]).to(values) if pieces else values
+            device = values.device if pieces else domain.device
+            shares = on_device([piece.share for piece in pieces], device, torch.float64)
+            numbers = on_device([domain.order[piece.matrix] for piece in pieces], device, torch.long)
+            total = sum_by_index(on_device(values, device, torch.float64) * shares, numbers, len(domain.order))
+            return domain.sum_over_ranks(total)[numbers].to(values) if pieces else values
 
         return Reducer([domain.infos[piece.matrix].numel for piece in pieces], per_matrix, total)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.parts import Part
+from megatron_opt.kernels.copies import copy_all
 from megatron_opt.layout.region import Region
 
 
@@ -144,12 +145,11 @@ class Trip:
         """Wait, then copy every message to its place."""
         if self._work is not None:
             self._work.wait()
-        at = 0
-        for place, count in self._places:
-            target = place()
-            assert self._received is not None
-            target.copy_(self._received[at : at + count].view(target.shape))
-            at += count
+        if self._received is None:
+            return
+        targets = [place() for place, _ in self._places]
+        arrived = self._received.split([count for _, count in self._places])
+        copy_all(targets, [piece.view(target.shape) for piece, target in zip(arrived, targets, strict=True)])
 
 
 class Exchange:
@@ -168,19 +168,18 @@ class Exchange:
         dtype: torch.dtype | None = None,
     ) -> Trip:
         """Send tensors `outgoing[d]` to rank d and put what comes from rank s into `incoming[s]`, sizes `counts[s]`."""
-        for tensor, place in zip(outgoing[self.rank], incoming[self.rank], strict=True):
-            target = place()
-            if target.data_ptr() != tensor.data_ptr():
-                target.copy_(tensor)
+        copy_all([place() for place in incoming[self.rank]], outgoing[self.rank])
         if self.size == 1:
             return Trip(None, None, [])
         dtype = dtype or self.dtype
         others = [r for r in range(self.size) if r != self.rank]
-        send = [t.reshape(-1).to(dtype) for r in others for t in outgoing[r]]
+        send = [t for r in others for t in outgoing[r]]
         in_splits = [sum(t.numel() for t in outgoing[r]) if r != self.rank else 0 for r in range(self.size)]
         out_splits = [sum(counts[r]) if r != self.rank else 0 for r in range(self.size)]
         device = send[0].device if send else torch.device(torch.cuda.current_device())  # an index on CUDA
-        message = torch.cat(send) if send else torch.empty(0, dtype=dtype, device=device)
+        message = torch.empty(sum(in_splits), dtype=dtype, device=device)
+        pieces = message.split([t.numel() for t in send])
+        copy_all([piece.view(t.shape) for piece, t in zip(pieces, send, strict=True)], send)
         received = torch.empty(sum(out_splits), dtype=dtype, device=device)
         self.traffic.add(what, message.numel() * message.element_size())
         work = dist.all_to_all_single(received, message, out_splits, in_splits, group=self.group, async_op=True)

@@ -59,8 +59,8 @@ class Job:
         return Job(
             info.name,
             shape,
-            (whole and whole.tile) or shape,
-            whole and whole.shard_dim,
+            (whole.tile if whole else None) or shape,
+            whole.shard_dim if whole else None,
             cost or rule.cost(info),
             lambda cell: rule.cost(with_shape(info, cell)),
             lambda cell, edges: partition(cell).costs(edges),

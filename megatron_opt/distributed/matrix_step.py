@@ -137,12 +137,12 @@ class MatrixStep:
     def rescale(self, flats: Sequence[Tensor], names: set[str]) -> None:
         """Scale matrices in per-fragment tensors (weights, directions) to the norm that their rule keeps (Hyperball)."""
         squares = self.domain.squared_norms(flats)
-        factors = torch.zeros(len(self.domain.order), dtype=torch.float64)
+        factors = torch.zeros_like(squares)
         for (name, part), state in self.states.items():
             if part == 0 and self.rules[name].projects:  # its rank has the norm, and need not hold any of the matrix
                 at = self.domain.order[name]
-                factors[at] = float(self.rules[name].projection(squares[at], state))
-        found = self.domain.sum_over_ranks(factors).tolist()
+                factors[at] = self.rules[name].projection(squares[at], state)
+        found = self.domain.sum_over_ranks(factors)
         for fragment, flat in zip(self.domain.fragments, flats, strict=True):
             for rect in fragment.rects:
                 if rect.matrix in names:

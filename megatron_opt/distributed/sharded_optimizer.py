@@ -17,6 +17,7 @@ from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.state import common_state, load_state, sharded_state
 from megatron_opt.distributed.weights import WeightStep
 from megatron_opt.engine_options import EngineOptions
+from megatron_opt.kernels.host import on_device, sum_by_index
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixOptimizer
 from megatron_opt.optimizers.groups import Group
@@ -75,6 +76,7 @@ class ShardedOptimizer(MegatronOptimizer):
         self.groups_of = [  # index of each matrix's group, by domain
             torch.tensor([group_of[name] for name in domain.order], dtype=torch.long) for domain in self.domains
         ]
+        self._tables_on_device: list[list[Tensor]] = []
         self.param_groups = self._make_param_groups()
 
     def _make_param_groups(self) -> list[dict[str, Any]]:
@@ -237,22 +239,30 @@ class ShardedOptimizer(MegatronOptimizer):
     def _norms(self, grads: list[list[Tensor]]) -> tuple[float, dict[str, float], list[list[float]]]:
         """The global norm, the norm of each clipping scope, and squared norms by matrix of each domain.
 
-        Matrices whose norm is not finite are left out of the sums: they will be skipped.
+        Matrices whose norm is not finite are left out of the sums: they will be skipped. A step's one wait for the device.
         """
-        squares, totals = [], []
         scopes = sorted({group.clip_scope for group in self.groups if group.clip_scope})
-        for domain, flats, groups in zip(self.domains, grads, self.groups_of, strict=True):
-            found = domain.squared_norms(flats)
-            squares.append(found.tolist())
-            finite = torch.where(torch.isfinite(found), found, 0.0) * domain.counted
-            by_group = torch.zeros(len(self.groups), dtype=torch.float64).index_add_(0, groups, finite)
-            of_scope = dict.fromkeys(scopes, 0.0)
-            for group, value in zip(self.groups, by_group.tolist(), strict=True):
-                if group.clip_scope:
-                    of_scope[group.clip_scope] += value
-            totals.append(torch.tensor([float(finite.sum()), *of_scope.values()], dtype=torch.float64))
-        norms = self._sum_over_domains(totals).sqrt().tolist()
-        return norms[0], dict(zip(scopes, norms[1:], strict=True)), squares
+        squares = [domain.squared_norms(flats) for domain, flats in zip(self.domains, grads, strict=True)]
+        totals = []
+        for found, (counted, groups, scope_of) in zip(squares, self._tables(scopes), strict=True):
+            finite = torch.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0) * counted
+            by_group = sum_by_index(finite, groups, len(self.groups))
+            by_scope = sum_by_index(by_group, scope_of, len(scopes) + 1)[:-1]  # the last: groups that are not clipped
+            totals.append(torch.cat([finite.sum().view(1), by_scope]))
+        norms = self._sum_over_domains(totals).sqrt()
+        lengths = [len(norms), *(len(found) for found in squares)]
+        first, *rest = (part.tolist() for part in torch.cat([norms, *squares]).cpu().split(lengths))
+        return first[0], dict(zip(scopes, first[1:], strict=True)), rest
+
+    def _tables(self, scopes: list[str]) -> list[list[Tensor]]:
+        """By domain, on the device: whether a matrix counts, its group, and each group's clipping scope."""
+        if not self._tables_on_device:
+            scope_of = [scopes.index(group.clip_scope) if group.clip_scope else len(scopes) for group in self.groups]
+            self._tables_on_device = [
+                [on_device(table, self.device) for table in (domain.counted, groups, torch.tensor(scope_of))]
+                for domain, groups in zip(self.domains, self.groups_of, strict=True)
+            ]
+        return self._tables_on_device
 
     def _clip_factor(self, norms: dict[str, float], group: Group) -> float:
         limit = self.config.clip_grad
@@ -263,16 +273,16 @@ class ShardedOptimizer(MegatronOptimizer):
     def _sum_over_domains(self, sums: Sequence[Tensor]) -> Tensor:
         """Over the whole model, of what each domain has summed over its ranks."""
         if all(domain.size == dist.get_world_size() for domain in self.domains):
-            return torch.stack(list(sums)).sum(0)
+            return torch.stack(list(sums)).sum(0) if len(sums) > 1 else sums[0]
         shares = [value / domain.size for value, domain in zip(sums, self.domains, strict=True)]
         return self._sum_over_world(torch.stack(shares).sum(0))
 
     def _sum_over_world(self, values: Tensor) -> Tensor:
         if dist.get_world_size() == 1:
             return values
-        moved = values.to(torch.cuda.current_device())
+        moved = values.to(torch.cuda.current_device(), copy=True)
         dist.all_reduce(moved)
-        return moved.cpu()
+        return moved.to(values.device)
 
     # Statistics for the log
 
@@ -289,7 +299,7 @@ class ShardedOptimizer(MegatronOptimizer):
             mains = [fragment.main for fragment in domain.fragments]
             moved = [main - past for main, past in zip(mains, old, strict=True)]
             for what, flats in enumerate((mains, moved)):
-                found = domain.squared_norms(flats) * domain.counted
+                found = domain.squared_norms(flats).cpu() * domain.counted
                 sums[:, what].index_add_(0, groups, found)
             totals.append(sums)
         self.stats = {

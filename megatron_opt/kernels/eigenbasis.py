@@ -39,8 +39,9 @@ def complete(columns: Tensor, noise: float | None = None) -> Tensor:
     reflectors, tau = torch.geqrf(columns)
     diagonal = reflectors.diagonal(dim1=-2, dim2=-1)
     small = diagonal.abs() <= noise * diagonal.abs().amax(-1, keepdim=True)
-    if bool(small.any()):
-        if bool((small[..., 1:] >= small[..., :-1]).all()):  # the last ones: reflections before them stay what they are
+    some, last = torch.stack((small.any(), (small[..., 1:] >= small[..., :-1]).all())).tolist()  # one wait for both
+    if some:
+        if last:  # reflections before them stay what they are
             tau = tau.masked_fill(small, 0.0)
         else:
             reflectors, tau = torch.geqrf(columns.masked_fill(small.unsqueeze(-2), 0.0))

@@ -72,15 +72,19 @@ def _moment(x: Tensor, side: int, diagonal: bool) -> Tensor:
     return products.matmul(x, x.mT, symmetric=True) if side == 0 else products.matmul(x.mT, x, symmetric=True)
 
 
-def triangular_update(factors: Factors, g: Tensor, v: Tensor, lr: float) -> None:
-    """Q ← Q − lr·triu(AAᵀ − BBᵀ)·Q/‖AAᵀ + BBᵀ‖ for every side, A = Q₀gQ₁ᵀ, B = Q₀⁻ᵀvQ₁⁻¹, v Gaussian; in place."""
+def triangular_update(factors: Factors, g: Tensor, v: Tensor, lr: float | Tensor) -> None:
+    """Q ← Q − lr·triu(AAᵀ − BBᵀ)·Q/‖AAᵀ + BBᵀ‖ for every side, A = Q₀gQ₁ᵀ, B = Q₀⁻ᵀvQ₁⁻¹, v Gaussian; in place.
+
+    `lr` is a number, or one for each block (B,).
+    """
     a, b = whiten(g, factors, triangular=True), _unwhiten(v, factors)
     for side, q in factors.items():
         diagonal = q.ndim == 2
         found, wanted = _moment(a, side, diagonal), _moment(b, side, diagonal)
         tiny = torch.finfo(q.dtype).tiny
         if diagonal:
-            q.sub_((found - wanted) * q * (lr / (found + wanted).amax(-1, keepdim=True).clamp_min(tiny)))
+            rate = lr.view(-1, 1) if isinstance(lr, Tensor) else lr
+            q.sub_((found - wanted) * q * (rate / (found + wanted).amax(-1, keepdim=True).clamp_min(tiny)))
         else:
             step = lr / norm_bound(found + wanted).clamp_min(tiny)
             turn = (found - wanted).triu_().mul_(step.view(-1, 1, 1))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.kernels import multi_tensor, quantize
+from megatron_opt.kernels.host import on_device
 from megatron_opt.kernels.multi_tensor import Coefficients, Rule, Sum
 from megatron_opt.optimizers.base import Cost, ElementwiseOptimizer, Reducer, State, Step
 from megatron_opt.optimizers.options import check, choice, decay, epsilon, option
@@ -276,7 +277,7 @@ class Cautious(AdamW):
         first = [state["exp_avg"] for state in states]
         absmax = self._absmax(states, "exp_avg")
         kept = multi_tensor.sums(Sum.CAUTIOUS_MASK, grads, c, states=first, absmax=absmax)[:, 0]
-        mean = reducer.per_matrix(kept) / torch.as_tensor(reducer.numel, dtype=torch.float64, device=kept.device)
+        mean = reducer.per_matrix(kept) / on_device(reducer.numel, kept.device, torch.float64)
         if not grads:
             return None
         return pairs(1.0 / (mean + self.config.eps if self.config.form == "study" else mean.clamp(min=1e-3)), grads[0])

@@ -80,7 +80,7 @@ class _Item:
     region: int
     moment: Tensor
     noise: Tensor | None
-    damping: float
+    damping: float | Tensor
 
 
 @register
@@ -156,16 +156,20 @@ class Kron(MatrixOptimizer):
     ) -> list[Tensor]:
         cfg, number, plan = self.config, self.schedule(step), self.plan(grads, infos)
         moments = self._moments(grads, states, step)
-        means = [0.0] * len(moments)
+        means: Sequence[Any] = [0.0] * len(moments)
+        learn = [False] * len(moments)
         if number and moments:
-            sums = torch.stack(torch._foreach_norm(moments, 1)).tolist()
+            sums: Sequence[Any] = torch._foreach_norm(moments, 1)
+            # zeros teach nothing: known here on the CPU, found on a GPU, for which the host does not wait
+            sums = torch.stack(tuple(sums)).tolist() if moments[0].device.type == "cpu" else sums
             means = [total / max(moment.numel(), 1) for total, moment in zip(sums, moments)]
-        cuts = {i: self._cut(i, moments[i], means[i], infos[i], step) for i in plan.cut}
+            learn = [isinstance(mean, Tensor) or mean > 0 for mean in means]
+        cuts = {i: self._cut(i, moments[i], means[i], learn[i], infos[i], step) for i in plan.cut}
         chunk = _CHUNK if moments and products.available(moments[0]) else max(len(moments), 1)
         found: dict[tuple[int, int], Tensor] = {}
         for family in plan.families:
             for learns in (False, True):
-                members = [place for place in family.members if (means[place[0]] > 0) == learns]  # zeros teach nothing
+                members = [place for place in family.members if learn[place[0]] == learns]
                 for first in range(0, len(members), chunk):
                     items = []
                     for index, region in members[first : first + chunk]:
@@ -189,12 +193,14 @@ class Kron(MatrixOptimizer):
             torch._foreach_div_(moments, scales)
         return list(grads)
 
-    def _cut(self, index: int, moment: Tensor, mean: float, info: MatrixInfo, step: int) -> list[_Item]:
+    def _cut(
+        self, index: int, moment: Tensor, mean: float | Tensor, learns: bool, info: MatrixInfo, step: int
+    ) -> list[_Item]:
         """Regions of a matrix of several blocks."""
         grid = self.grid(info)
         stacks = grid.cut(moment)
         noises: list[Tensor | None] = [None] * len(stacks)
-        if mean > 0:
+        if learns:
             noises = list(grid.cut(self.noise(info, step, moment)))
         return [_Item(index, region, *pair, _DAMPING * mean) for region, pair in enumerate(zip(stacks, noises))]
 
@@ -221,7 +227,7 @@ class Kron(MatrixOptimizer):
                 preconditioner.balance(dict(enumerate(pair)))
         matrices = held["q", 0] + held["q", 1] if len(flat) == 2 else []
         if not procrustes and flat == (False, False) and projection.taken([*moments, *noises], matrices):
-            dampings = [item.damping for item in items if item.noise is not None]
+            dampings = [float(item.damping) for item in items if item.noise is not None]
             preconditioner.kron_step(held["q", 0], held["q", 1], moments, noises, dampings, lr)
             found.update({(item.matrix, item.region): item.moment for item in items})
             return
@@ -230,13 +236,22 @@ class Kron(MatrixOptimizer):
         moment = batched(moments)
         if noises:
             noise = batched(noises)
-            each = [item.damping for item in items for _ in range(1 if item.moment.ndim == 2 else len(item.moment))]
-            damped = moment + moment.new_tensor(each).view(-1, 1, 1) * noise
+            each: Any = [
+                item.damping for item in items for _ in range(1 if item.moment.ndim == 2 else len(item.moment))
+            ]
+            on_gpu = isinstance(each[0], Tensor)
+            damping = torch.stack(each) if on_gpu else moment.new_tensor(each)
+            damped = moment + damping.view(-1, 1, 1) * noise
+            teaches = damping > 0
             if procrustes:
                 bounds = {side: tensors["bound", side] for side in range(len(flat))}
+                before = {key: tensor.clone() for key, tensor in tensors.items()} if on_gpu else {}
                 preconditioner.procrustes_update(factors, bounds, damped, lr)
+                for key, old in before.items():
+                    taught = teaches.view(-1, *[1] * (old.ndim - 1))
+                    tensors[key].copy_(torch.where(taught, tensors[key], old))
             else:
-                preconditioner.triangular_update(factors, damped, noise, lr)
+                preconditioner.triangular_update(factors, damped, noise, lr * teaches if on_gpu else lr)
             for key, parts in held.items():
                 if len(parts) > 1:
                     torch._foreach_copy_(parts, list(tensors[key].split([len(part) for part in parts])))

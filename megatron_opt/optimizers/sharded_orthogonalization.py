@@ -5,11 +5,14 @@ block of rows that is its own, in proportion to its columns. All of them are sym
 each row travels. The iteration is the one of `kernels.orthogonalize`.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from megatron_opt.kernels import orthogonalize as ns
 from megatron_opt.kernels import products
+from megatron_opt.kernels.host import on_device
 from megatron_opt.kernels.orthogonalize import Coefficients
 from megatron_opt.optimizers.partition import Collective, ShardStep, all_gather, reduce_scatter
 
@@ -77,14 +80,20 @@ def unfold(folded: Tensor) -> Tensor:
     """The symmetric (k, k) of all folded rows (k, k/2 + 1); what both of two rows have counts half from each."""
     k, half = folded.shape
     twice = folded.new_zeros(k, k + half)
-    placed = twice.as_strided((k, half), (k + half + 1, 1))
-    placed.copy_(folded)
-    placed[:, 0].mul_(0.5)
-    if k % 2 == 0:
-        placed[:, -1].mul_(0.5)
+    torch.mul(folded, _shares(k, folded.dtype, folded.device), out=twice.as_strided((k, half), (k + half + 1, 1)))
     upper = twice[:, :k]
     upper[:, :half] += twice[:, k:]
     return upper + upper.mT
+
+
+@functools.cache
+def _shares(k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What of each element of a folded row counts: half of those that two rows have."""
+    shares = torch.ones(_half(k), dtype=dtype)
+    shares[0] = 0.5
+    if k % 2 == 0:
+        shares[-1] = 0.5
+    return on_device(shares, device)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

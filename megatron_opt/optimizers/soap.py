@@ -196,8 +196,11 @@ class Soap(FactoredOptimizer):
         cfg = self.config
         n = max(step - 1 if self.authors else step, 1)
         scale = (1 - cfg.beta2**n) ** 0.5 / (1 - cfg.beta1**n)  # bias corrections
+        first, second = moments
+        lefts, rights = both(bases)
+        left_factors, right_factors = both(factors or {})
         projection.project_adam(
-            grads, *moments, *both(bases), *both(factors or {}), beta1=cfg.beta1, beta2=cfg.beta2, eps=cfg.eps,
+            grads, first, second, lefts, rights, left_factors, right_factors, beta1=cfg.beta1, beta2=cfg.beta2, eps=cfg.eps,
             scale=scale, floor=cfg.floor, gain=1 - cfg.shampoo_beta, decay=cfg.shampoo_beta, **more,
         )  # fmt: skip
 
@@ -215,7 +218,8 @@ class Soap(FactoredOptimizer):
         """New bases from the factors; moments follow. Small blocks with full factors where they lie, others stacked."""
         full = all(self.seen(blocks.step) * blocks.shape[1 - side] >= blocks.shape[side] for side in blocks.factors)
         if blocks.in_place and full and self.config.adaptive_tol == 0 and max(blocks.shape) <= SMALL:
-            found = eigenbasis.refresh_bases(*blocks.states, blocks.derived, blocks.factors, self.config.power_shift)
+            firsts, seconds = blocks.states
+            found = eigenbasis.refresh_bases(firsts, seconds, blocks.derived, blocks.factors, self.config.power_shift)
             left = (~found).nonzero().flatten().tolist()
             if not left:
                 return

@@ -39,6 +39,14 @@ def _record_loaded(record: recording.Record) -> None:
     training.train = training_with
 
 
+def nccl(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
+    """Check NCCL's rules on this rank, and record what it calls on each group."""
+    from tests.distributed import nccl_rules
+
+    rules = nccl_rules.install(nccl_rules.everything_is_a_gpus)
+    record.at_end.append(lambda record: record.extra.update(calls=rules.finish()))
+
+
 def plan(case: Case, record: recording.Record, argv: list[str], folder: Path) -> list[str]:
     """Record what the run's own plan, its file and its counters say of this rank."""
     output = folder / f"plan-{case.name}"

@@ -1,7 +1,7 @@
 """Transformer Engine's layers on CPU: from the same weights the losses of the local layers, on layouts, in FP8 too."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,12 @@ CP2 = Layout.of("cp2", 2, more=("--context-parallel-size=2",))
 FP8 = [*c.DENSE, *TE, "--bf16", "--fp8-format", "hybrid", "--hidden-size", "64"]
 TENSORWISE = [*FP8, "--fp8-recipe", "tensorwise"]
 DELAYED = [*FP8, "--fp8-recipe", "delayed", "--fp8-amax-history-len", "4", "--fp8-amax-compute-algo", "max"]
-MODELS = {"dense": c.DENSE, "gqa": c.GQA, "gpt2": c.GPT2, "moe": c.MOE}
+MLA = [
+    *c.DENSE,
+    *"--multi-latent-attention --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 8".split(),
+]
+MODELS = {"dense": c.DENSE, "gqa": c.GQA, "gpt2": c.GPT2, "moe": c.MOE, "mla": MLA}
+STOP = 3  # steps of a run that a checkpoint ends
 # name, model, its flags with Transformer Engine, layout
 EXACT = [
     ("dense-one", "dense", [], c.ONE),
@@ -26,11 +31,23 @@ EXACT = [
     ("gqa-tp2-sp", "gqa", [], c.SP2),
     ("gpt2-one", "gpt2", [], c.ONE),
     ("moe-grouped-ep2", "moe", ["--moe-grouped-gemm"], c.EP2),
+    ("mla-one", "mla", [], c.ONE),
 ]
 
 
-def _case(name: str, flags: list[str], layout: Layout) -> Case:
+def _case(name: str, flags: Sequence[str], layout: Layout) -> Case:
     return case(flags, c.MUON, layout, name, steps=6)
+
+
+def _saving(name: str, flags: Sequence[str], folder: Path) -> Case:
+    """The first steps of a run, to a checkpoint of its name."""
+    options = {"save": str(folder / name), "interval": STOP, "stop": STOP}
+    return case(flags, c.MUON, c.ONE, name, steps=6, hook="checkpoint", options=options)
+
+
+def _loading(name: str, source: str, flags: Sequence[str], folder: Path) -> Case:
+    """The other steps, from a checkpoint."""
+    return case(flags, c.MUON, c.ONE, name, steps=6, hook="checkpoint", options={"load": str(folder / source)})
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +58,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
     wanted += [_case("tensorwise", TENSORWISE, c.ONE), _case("tensorwise-dp2", TENSORWISE, c.DP2_DIST)]
     wanted += [_case("delayed", DELAYED, c.ONE), _case("tensorwise-tp2", TENSORWISE, c.TP2)]
     wanted += [_case("bf16", [*c.DENSE, *TE, "--bf16", "--hidden-size", "64"], c.ONE)]
+    folder = tmp_path_factory.mktemp("checkpoints")
     try:
-        made = emulated.run(wanted)
+        made = local.run([_saving("local-saved", c.DENSE, folder)])
+        wanted += [_loading("local-to-te", "local-saved", [*c.DENSE, *TE], folder)]
+        wanted += [_saving("te-saved", [*c.DENSE, *TE], folder), _saving("delayed-saved", DELAYED, folder)]
+        made |= emulated.run(wanted)
+        made |= emulated.run([_loading("delayed-resumed", "delayed-saved", DELAYED, folder)])
         emulated.close()
         references = [_case(f"local-{name}", list(model), c.ONE) for name, model in MODELS.items()]
+        references += [_loading("te-to-local", "te-saved", c.DENSE, folder)]
         references += [_case("local-bf16", [*c.DENSE, "--bf16", "--hidden-size", "64"], c.ONE)]
         yield made | local.run(references)
     finally:
@@ -74,3 +97,23 @@ def test_fp8_is_near_bf16_and_another_number(runs: dict[str, Run]) -> None:
 def test_tensorwise_fp8_does_not_depend_on_data_parallelism(runs: dict[str, Run]) -> None:
     assert runs["tensorwise-dp2"].losses == pytest.approx(runs["tensorwise"].losses, rel=1e-6)
     assert runs["tensorwise-tp2"].losses == pytest.approx(runs["tensorwise"].losses, rel=2e-3)  # scales of shards
+
+
+def test_a_checkpoint_of_transformer_engines_layers_goes_on_in_local_ones(runs: dict[str, Run]) -> None:
+    """Weights and Muon's state, as if nothing had happened."""
+    found, whole = runs["te-to-local"], runs["local-dense"]
+    assert found.losses == pytest.approx(whole.losses[STOP:], rel=4e-6)
+    assert found.grad_norms == pytest.approx(whole.grad_norms[STOP:], rel=1e-4)
+
+
+def test_a_checkpoint_of_local_layers_is_refused_by_transformer_engines(runs: dict[str, Run]) -> None:
+    """It has none of their `_extra_state`: said in a sentence on every rank, never begun anew."""
+    found = runs["local-to-te"]
+    assert not any("losses" in rank and rank["losses"] for rank in found.ranks)
+    assert all(said and "_extra_state" in said for said in found.user_errors)
+
+
+def test_delayed_scaling_resumes_as_if_uninterrupted(runs: dict[str, Run]) -> None:
+    """Scales and histories are in Transformer Engine's own pickled state."""
+    assert runs["delayed-saved"].losses == runs["delayed"].losses[:STOP]
+    assert runs["delayed-resumed"].losses == runs["delayed"].losses[STOP:]

@@ -200,3 +200,28 @@ def test_zero_gradients_leave_the_factors():
     zero = torch.zeros(4, 4)
     out, state, *_ = run([zero] * 600)
     assert not out[-1].any() and torch.equal(state["q_0_0"][0], torch.eye(4))
+
+
+@pytest.mark.parametrize("form", ["triangular", "procrustes"])
+def test_on_a_gpu_zeros_teach_nothing_and_nobody_waits(form):
+    """The path of a GPU, on tensors that pretend to be there: the CPU's numbers, and no read of a value."""
+    from megatron_opt.platform.pretended_gpu import cpu, gpu, pretended_gpu
+
+    torch.manual_seed(0)
+    infos = [MatrixInfo("a", (8, 12)), MatrixInfo("zero", (8, 12)), MatrixInfo("v", (5,))]
+    weights = [torch.randn(info.shape) for info in infos]
+    steps = [[torch.randn(info.shape) * (info.name != "zero") for info in infos] for _ in range(4)]
+    found = []
+    for place in (torch.clone, lambda x: gpu(x.clone())):
+        rule = registry.build("kron", {"update_form": form})
+        with pretended_gpu() as count:
+            states = [rule.init_state(place(weight), info) for weight, info in zip(weights, infos)]
+            first = {key: cpu(value).clone() for key, value in states[1].items()}
+            count.waits.clear()
+            for number, grads in enumerate(steps, 1):
+                moved = rule.update([place(grad) for grad in grads], states, number, infos)
+            assert not count.waits
+            assert all(torch.equal(cpu(value), first[key]) for key, value in states[1].items())
+            found.append([cpu(x).clone() for x in (*moved, *(x for state in states for x in state.values()))])
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -142,7 +142,10 @@ BY_OPTIMIZER: dict[str, tuple[tuple[object, ...], str]] = {
     "reuse-grad-buf-for-mxfp8-param-ag": ((), "it needs FP8 parameters; remove the flag."),
     "qk-clip": ((), "it rescales weights behind the optimizer's main copies; use --qk-layernorm."),
     "ckpt-format": (("torch_dist",), "state is stored by logical matrix, which needs --ckpt-format torch_dist."),
-    "optimizer-cuda-graph": ((), "the step exchanges shards of changing sizes; remove the flag."),
+    "optimizer-cuda-graph": (
+        (),
+        "clipping and skipped matrices are the host's decisions between exchanges; remove it.",
+    ),
     "use-layer-wise-distributed-optimizer": ((), "matrices have owners already; use --use-distributed-optimizer."),
     "load-main-params-from-ckpt": ((), "main copies come from the checkpoint's state or weights; leave it out."),
     "apply-wd-to-qk-layernorm": ((), "weight_decay in a file for --optimizer-groups says which norms are decayed."),

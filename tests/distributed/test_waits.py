@@ -1,0 +1,123 @@
+"""How often a step makes the host wait for the GPU: once, for the norms; what more is known, by rule, stands here."""
+
+import pytest
+import torch
+
+from megatron_opt.distributed.planning import Layout
+from megatron_opt.distributed.rehearsal import rehearsal
+from megatron_opt.engine_options import EngineOptions
+from megatron_opt.kernels import multi_tensor, symmetric
+from megatron_opt.kernels.multi_tensor import Coefficients, Rule
+from megatron_opt.layout.spec import ModelSpec
+from megatron_opt.optimizers import registry
+from megatron_opt.optimizers.base import MatrixInfo
+from megatron_opt.optimizers.groups import GroupRule, default_rules
+from megatron_opt.platform.pretended_gpu import GPU, cpu, gpu, pretended_gpu
+
+MODEL = ModelSpec.of(
+    {
+        "num-layers": 1, "hidden-size": 32, "num-attention-heads": 2, "ffn-hidden-size": 48, "seq-length": 32,
+        "normalization": "RMSNorm", "disable-bias-linear": True, "swiglu": True, "padded-vocab-size": 64,
+        "position-embedding-type": "rope", "untie-embeddings-and-output-weights": True,
+    }
+)  # fmt: skip
+ONE = Layout(distributed=True)
+NORMS = 1
+# Above the norms' one, in an ordinary step and in one with a refresh: whether each group's matrices have begun, and what a
+# decomposition found (docs/kernels.md).
+MORE = {"soap": (2, 29), "soap_h": (1, 19), "shampoo": (2, 20), "shampoo_h": (1, 13)}
+
+
+@pytest.mark.parametrize("rule", sorted(registry.rules()))
+def test_the_host_waits_once_a_step(rule: str) -> None:
+    ordinary, refresh = MORE.get(rule, (0, 0))
+    with rehearsal(MODEL, ONE, default_rules(rule), meta=False) as made:
+        made.step()
+        assert made.step()[0].waits.total() <= NORMS + ordinary
+        if rule in MORE or "kron" in rule:
+            made.optimizer.step_number = 9  # a refresh is due at the tenth
+            assert made.step()[0].waits.total() <= NORMS + refresh
+
+
+@pytest.mark.parametrize("rule", ["muon", "muon_h", "mars", "cautious", "adamw"])
+def test_the_host_waits_once_on_many_ranks(rule: str) -> None:
+    options = {"muon": {"normuon": True}}.get(rule, {})
+    rules = default_rules(rule, {rule: options})
+    layout = Layout(tp=2, dp=4, distributed=True)
+    with rehearsal(
+        MODEL, layout, rules, rank=3, options=EngineOptions(matrix_mode="sharded" if rule == "muon" else "auto")
+    ) as made:
+        made.step()
+        found = made.step()[0]
+    assert found.waits == {"copy to the host": NORMS}
+    assert found.launches["collective"] >= 1
+
+
+def test_a_step_on_a_pretended_gpu_is_the_step_on_the_cpu() -> None:
+    found = []
+    for native in (True, False):
+        torch.manual_seed(1)
+        with rehearsal(MODEL, ONE, default_rules("muon"), meta=False, bf16=False, native=native) as made:
+            for _ in range(3):
+                made.step()
+            found.append([cpu(param).clone() for param in made.params])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_what_waits_is_counted() -> None:
+    x = torch.arange(4.0)
+    with pretended_gpu() as count:
+        y = gpu(x)
+        y.add_(1), y[1:].mul(2), torch.zeros(3, device=GPU), x.to(GPU, non_blocking=True)
+        assert not count.waits
+        seen = [
+            y.sum().item(),
+            bool((y > 1).any()),
+            y.tolist(),
+            y.cpu(),
+            x.to(GPU),
+            y[y > 1],
+            torch.tensor([1.0], device=GPU),
+        ]
+        assert count.waits.total() == len(seen)
+        with pytest.raises(RuntimeError, match="mixes"):
+            y + x[:4].clone()
+        with pytest.raises(RuntimeError, match="mixes"):
+            torch.stack([y, torch.ones(4)])
+    assert cpu(y) is not y and x.tolist() == [1, 2, 3, 4]  # the same memory
+
+
+def test_a_read_of_the_first_version_is_seen() -> None:
+    """A rule that asks for a value is above the number."""
+    with rehearsal(MODEL, ONE, [GroupRule(".*", "adamw")], meta=False) as made:
+        made.step()
+        made.optimizer.zero_grad = None  # type: ignore[assignment,method-assign]
+        norms = made.optimizer._norms
+        made.optimizer._norms = lambda grads: (float(grads[0][0].sum()), norms(grads))[1]  # type: ignore[method-assign]
+        assert made.step()[0].waits.total() == NORMS + 1
+
+
+@pytest.mark.parametrize("rule", ["muon", "scion", "muon_h", "scion_h"])
+def test_a_step_without_exchanges_can_be_captured(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph takes no wait and nothing from the host's memory; what these rules compute depends on no number of the step."""
+    monkeypatch.setattr(symmetric, "_library", lambda: None)  # Triton asks for a driver
+    made, info = registry.build(rule, {}), MatrixInfo("w", (24, 40))
+    with pretended_gpu() as count:
+        weight = torch.randn(info.shape, device=GPU)
+        numbers = torch.ones(12, device=GPU)
+        state = made.init_state(weight, info)
+        count.waits.clear()
+        count.launches.clear()
+        found = []
+        for number in (1, 7):
+            kept = {key: cpu(value).clone() for key, value in state.items()}
+            grad = gpu(torch.ones(info.shape).triu())
+            moved = made.update([grad], [state], number, [info])
+            multi_tensor.update(Rule.APPLY, [weight], moved, (), Coefficients(), device_coefficients=numbers)
+            found.append(cpu(moved[0]).clone())
+            for key, value in kept.items():
+                cpu(state[key]).copy_(value)
+        assert torch.equal(*found)
+    # the reference of the fused update, which runs here, reads the coefficients that the kernel is given a pointer to
+    assert count.waits == {"copy to the host": 2} and not count.launches["copy to the GPU"]
