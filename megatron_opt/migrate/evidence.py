@@ -1,26 +1,22 @@
 """What a study says of an optimizer at a size and budget: token speedup, hyperparameters, cliffs, next runs."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from megatron_opt.errors import UserError
-from megatron_opt.study.dataset import Dataset, from_store
-from megatron_opt.study.fits.ensemble import fit_ensemble
-from megatron_opt.study.fits.hierarchy import Noise
+from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.fits.hyper_laws import fit_hyper_law
-from megatron_opt.study.fits.noise import DEFAULT_FLOOR, noise_floor
-from megatron_opt.study.fits.observations import Observations, observations
+from megatron_opt.study.fits.observations import Observations
 from megatron_opt.study.fits.speedups import Speedup, speedups
 from megatron_opt.study.fits.statement import predict
 from megatron_opt.study.paper_data import paper_dataset
-from megatron_opt.study.store import Store
+from megatron_opt.study.prediction import Evidence as Losses
+from megatron_opt.study.prediction import load
 
 TOKENS_PER_PARAMETER = 20.0
 RESAMPLES = 200
@@ -85,49 +81,10 @@ class Evidence:
         return float(np.mean([np.mean(m.draws > threshold) for m in self.methods if m.counted]))
 
 
-def load(study: str | None) -> tuple[Dataset | None, Observations, float, str]:
-    """A study's table of losses, its noise, and its name: a store, a JSON file of fits, or the published study."""
-    if study is None:
-        dataset = paper_dataset()
-        return dataset, observations(dataset), noise_floor(dataset).sigma, dataset.name
-    path = Path(study)
-    if path.is_dir():
-        found = sorted([*path.glob("*.sqlite"), *path.glob("*.db")])
-        if not found:
-            raise UserError(
-                f"{study} holds no study store; give the folder of a study, its store, or its fits as JSON."
-            )
-        path = found[0]
-    if path.suffix == ".json":
-        return None, *_from_json(path)
-    if not path.is_file():
-        raise UserError(f"{study} does not exist; give the folder of a study, its store, or its fits as JSON.")
-    with Store(path) as store:
-        dataset = from_store(store)
-    return dataset, observations(dataset), noise_floor(dataset).sigma, dataset.name
-
-
-def _from_json(path: Path) -> tuple[Observations, float, str]:
-    try:
-        content = json.loads(path.read_text())
-        rows = content["observations"]
-        names = [content["baseline"], *sorted({row["optimizer"] for row in rows} - {content["baseline"]})]
-        data = Observations(
-            tuple(names),
-            np.array([names.index(row["optimizer"]) for row in rows]),
-            np.array([float(row["parameters"]) for row in rows]),
-            np.array([float(row["tokens"]) for row in rows]),
-            np.array([float(row["loss"]) for row in rows]),
-            tuple(str(row.get("run", "")) for row in rows),
-        )
-        return data, float(content.get("noise", {}).get("sigma") or DEFAULT_FLOOR), str(content.get("name", path.stem))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a file of fits ({error}); write one with `megatron-opt study fit`.") from error
-
-
 def gather(study: str | None, source: str, target: str, n: float, d: float) -> Evidence:
     """Evidence for changing from `source` to `target` at n non-embedding parameters and d tokens."""
-    dataset, data, sigma, name = load(study)
+    known = load(study)
+    dataset, data, sigma, name = known.dataset, known.data, known.noise.sigma, known.name
     for optimizer in (source, target):
         if optimizer not in data.optimizers:
             raise UserError(
@@ -151,8 +108,8 @@ def gather(study: str | None, source: str, target: str, n: float, d: float) -> E
     )
     if target == source:
         raise UserError(f"the run is trained by {source} already; name another optimizer by --to.")
-    _laws(found, data.rebased(source), sigma, target, n, d)
-    measured = _measured(found, n, d)
+    _law_speedup(found, known, source, target, n, d)
+    measured = _measured(found, n, d, counted=not found.methods)
     found.methods += [measured] if measured else []
     if not any(method.counted for method in found.methods):
         raise UserError(f"{name} is too small to estimate a speedup of {target}; it needs two sizes and three budgets.")
@@ -173,10 +130,10 @@ def _pair(data: Observations, source: str, target: str) -> Observations:
     return Observations((source, target), index, kept.n, kept.d, kept.loss, kept.runs)
 
 
-def _laws(found: Evidence, data: Observations, sigma: float, target: str, n: float, d: float) -> None:
+def _law_speedup(found: Evidence, known: Losses, source: str, target: str, n: float, d: float) -> None:
     """The study's own prediction: the hierarchical law over all its optimizers, the source as baseline."""
     try:
-        law = fit_ensemble(data, Noise(sigma))
+        law = known.law(source)
     except UserError as error:
         found.notes.append(f"No prediction by the law: {error}.")
         return
@@ -188,8 +145,8 @@ def _laws(found: Evidence, data: Observations, sigma: float, target: str, n: flo
     )
 
 
-def _measured(found: Evidence, n: float, d: float) -> Method | None:
-    """The cell that this run repeats, within 10% in size and budget."""
+def _measured(found: Evidence, n: float, d: float, counted: bool) -> Method | None:
+    """The cell that this run repeats, within 10% in size and budget; the law has it already, so it counts only without one."""
     for cell in found.cells:
         if max(abs(math.log(cell.n / n)), abs(math.log(cell.d / d))) > 0.1 or not math.isfinite(cell.high):
             continue
@@ -199,7 +156,7 @@ def _measured(found: Evidence, n: float, d: float) -> Method | None:
             "measured at this size and budget",
             Estimate(cell.value, cell.low, cell.high),
             draws,
-            True,
+            counted,
             f"one cell of the study, {cell.n / 1e6:.0f}M parameters and {cell.d / 1e9:.1f}B tokens, with its noise",
         )
     return None

@@ -62,9 +62,10 @@ def _gain(plan: Plan) -> Section:
         e = method.estimate
         wall = Estimate(e.value / plan.ratio, e.low / plan.ratio, e.high / plan.ratio)
         rows.append((method.name, _range(e), _range(wall), method.note))
-    rows.append(
-        ("taken together", _range(plan.token_speedup), _range(plan.speedup), "geometric mean; the widest interval")
-    )
+    if len(shown) > 1:
+        rows.append(
+            ("taken together", _range(plan.token_speedup), _range(plan.speedup), "geometric mean; the widest interval")
+        )
     lines = [(m.name, m.estimate.value, m.estimate.low, m.estimate.high) for m in shown]
     s = plan.speedup
     lines.append(("wall-clock, together", s.value, s.low, s.high))

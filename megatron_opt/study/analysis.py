@@ -9,9 +9,8 @@ import numpy as np
 
 from megatron_opt.errors import UserError
 from megatron_opt.study.dataset import Dataset
-from megatron_opt.study.fits.ensemble import Ensemble, fit_ensemble
+from megatron_opt.study.fits.ensemble import Ensemble
 from megatron_opt.study.fits.gain_law import GainCheck, check_gain_law
-from megatron_opt.study.fits.hierarchy import Noise
 from megatron_opt.study.fits.hyper_laws import HyperLaw, fit_hyper_laws
 from megatron_opt.study.fits.next_runs import NextRun, next_runs
 from megatron_opt.study.fits.noise import Comparison, NoiseFloor, compare, noise_floor
@@ -21,6 +20,7 @@ from megatron_opt.study.fits.scaling import KINDS, Fit, fit_law
 from megatron_opt.study.fits.speedups import Speedup, speedups
 from megatron_opt.study.fits.statement import Statement, state
 from megatron_opt.study.fits.validation import Prediction, hold_out_largest, leave_one_out
+from megatron_opt.study.prediction import law_of
 from megatron_opt.study.spec import Regime
 
 LAW_HYPERPARAMETERS = ("lr", "batch_size", "warmup", "weight_decay")
@@ -107,10 +107,8 @@ def _comparisons(
 def _fit_ensemble(found: Analysis) -> None:
     n, ratios = found.target
     per_parameter, noise = found.dataset.tokens_per_parameter, found.noise
-    # A measured σ is a total over seeds, so that a run's own part may be smaller; an assumed one is a guess.
-    known = Noise(noise.sigma, max(0.25, 1 / np.sqrt(2 * noise.freedom)) if noise.measured else 0.5)
     try:
-        found.ensemble = fit_ensemble(found.data, known)
+        found.ensemble = law_of(found.data, noise)
     except UserError as error:
         found.notes.append(f"No prediction beyond what was run: {error}.")
         return

@@ -11,9 +11,11 @@ COMMANDS = {
     "status": ("watching.main", "show the runs of a study, live"),
     "report": ("reporting.main", "write the report of a study again"),
     "fit": ("fitting.main", "fit scaling laws to the runs and extrapolate"),
-    "verify": ("verifying.main", "put predictions beside the outcome of large runs"),
+    "predict": ("predicting.main", "write predictions of large runs to a dated file, before they are made"),
+    "next": ("predicting.rank", "rank further runs by how much each narrows the predicted gain per GPU-hour"),
+    "verify": ("verifying.main", "score registered predictions, or put held-out ones beside the outcome"),
     "export": ("exchanging.export", "write the runs as CSV or Parquet"),
-    "import": ("exchanging.import_", "add runs from CSV or Parquet"),
+    "import": ("exchanging.import_", "add runs from CSV, Parquet, JSON, TensorBoard folders or logs of other programs"),
     "init": ("starting.main", "write a study file to start from"),
     "demo-paper": ("fitting.demo_paper", "fit and report the published study without training"),
 }

@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.files import write_text
+from megatron_opt.study.fits.observations import Observations
 
 
 def fits_as_dict(analysis: Analysis) -> dict[str, Any]:
@@ -43,12 +44,7 @@ def fits_as_dict(analysis: Analysis) -> dict[str, Any]:
         "name": analysis.dataset.name,
         "baseline": analysis.data.optimizers[0],
         "noise": asdict(analysis.noise),
-        "observations": [
-            {"optimizer": analysis.data.optimizers[k], "parameters": n, "tokens": d, "loss": loss, "run": run}
-            for k, n, d, loss, run in zip(
-                analysis.data.index, analysis.data.n, analysis.data.d, analysis.data.loss, analysis.data.runs
-            )
-        ],
+        "observations": _observations(analysis.data),
         "speedups": [asdict(item) for item in analysis.speedups],
         "prediction": _prediction(analysis),
         "extrapolations": [asdict(item) for item in analysis.statement.predictions] if analysis.statement else [],
@@ -71,6 +67,15 @@ def fits_as_dict(analysis: Analysis) -> dict[str, Any]:
         ],
         "notes": analysis.notes,
     }
+
+
+def _observations(data: Observations) -> list[dict[str, Any]]:
+    """The table that was fitted; with its seeds, so that a reader of the file fits the same law."""
+    seeds = [sorted(found) for found in data.seeds] or [None] * len(data)
+    return [
+        {"optimizer": data.optimizers[k], "parameters": n, "tokens": d, "loss": loss, "run": run, "seeds": mine}
+        for k, n, d, loss, run, mine in zip(data.index, data.n, data.d, data.loss, data.runs, seeds)
+    ]
 
 
 def _prediction(analysis: Analysis) -> dict[str, Any] | None:

@@ -70,6 +70,10 @@ class Planner:
     def _run(self, name: str, regime: Regime, point: dict[str, Any], seed: int | None = None) -> Run:
         return make_run(self.study, name, regime, point, self.study.seeds[0] if seed is None else seed)
 
+    def _spaces(self, phase: Phase) -> dict[str, OptimizerSpace]:
+        """The optimizers that a phase is for."""
+        return {name: self.study.optimizers[name] for name in phase.optimizers or self.study.optimizers}
+
     def _collect(self, runs: list[Run]) -> Progress:
         return Progress(runs, all(self.lookup(run) is not None for run in runs))
 
@@ -78,13 +82,13 @@ class Planner:
             [
                 self._run(name, regime, point)
                 for regime in phase.regimes
-                for name, space in self.study.optimizers.items()
+                for name, space in self._spaces(phase).items()
                 for point in space.points()
             ]
         )
 
     def _descent(self, phase: Phase) -> Progress:
-        spaces = self.study.optimizers
+        spaces = self._spaces(phase)
         progress = self._search(
             phase,
             {(name, regime): (space.start, space.grid) for regime in phase.regimes for name, space in spaces.items()},
@@ -102,7 +106,7 @@ class Planner:
         """Sweep only the sensitive hyperparameters, from the nearest tuned regime."""
         starts = {}
         for regime in phase.regimes:
-            for name, space in self.study.optimizers.items():
+            for name, space in self._spaces(phase).items():
                 start = dict(best_of(self.tried[name][self._nearest(name, regime)])[0])
                 start |= {one.hyperparameter: one.value for one in self.sensitivity[name] if not one.sensitive}
                 sensitive = {one.hyperparameter for one in self.sensitivity[name] if one.sensitive}
@@ -117,7 +121,7 @@ class Planner:
         progress = Progress()
         for regime in phase.regimes:
             searches: dict[str, Search] = {}
-            for name in self.study.optimizers:
+            for name in self._spaces(phase):
                 start, grid = starts[name, regime]
                 searches[name] = descend(
                     start, grid, self._evaluate(name, regime), self.study.adopt, self.study.max_runs
@@ -168,7 +172,7 @@ class Planner:
         """One run an optimizer and target, its hyperparameters from the laws h(N, D) of the tuned regimes."""
         runs, trace = [], []
         for regime in phase.regimes:
-            for name in self.study.optimizers:
+            for name in self._spaces(phase):
                 point, laws = self._predicted(name, regime)
                 runs.append(self._run(name, regime, point))
                 trace.append(
@@ -214,7 +218,7 @@ class Planner:
         """The winner of each cell again, with every seed."""
         runs = []
         for regime in phase.regimes:
-            for name in self.study.optimizers:
+            for name in self._spaces(phase):
                 if regime in self.tried[name] and math.isfinite(best_of(self.tried[name][regime])[1]):
                     point = best_of(self.tried[name][regime])[0]
                     runs += [self._run(name, regime, point, seed) for seed in self.study.seeds]
@@ -255,6 +259,8 @@ def expected_runs(study: Study, phase: Phase, optimizer: str) -> tuple[int, int,
 
     A descent takes one pass at least; three passes are counted as the most, or the budget of runs.
     """
+    if phase.optimizers and optimizer not in phase.optimizers:
+        return 0, 0, []
     space, seed = study.optimizers[optimizer], study.seeds[0]
     if phase.kind == "seeds":
         points, seeds = [space.start], study.seeds[1:]

@@ -20,7 +20,7 @@ from megatron_opt.study.executors import Executor, Job, Outcome, make_executor
 from megatron_opt.study.executors.base import last_words, read_results, saved_since, was_interrupted
 from megatron_opt.study.phases import Planner
 from megatron_opt.study.runs import Run
-from megatron_opt.study.spec import Study
+from megatron_opt.study.spec import Regime, Study
 from megatron_opt.study.store import FINISHED, Store
 
 STORE_NAME = "study.sqlite"
@@ -40,6 +40,8 @@ class Scheduler:
         self.running: dict[str, Job] = {}
         self.queue: list[Run] = []
         self.complete = False
+        self.waiting: tuple[Regime, ...] = ()
+        """regimes whose predictions have to be registered before their runs"""
         self._trace: list[dict[str, Any]] = []
         self.spent_hours = 0.0
 
@@ -83,7 +85,11 @@ class Scheduler:
         parameters = {name: model.non_embedding_parameters for name, model in self.study.models.items()}
         wanted: dict[str, Run] = {}
         trace: list[dict[str, Any]] = []
+        self.waiting = ()
         for phase, progress in Planner(self.study, lookup).phases():
+            if phase.registered and not set(map(str, phase.regimes)) <= self.store.registered():
+                self.waiting, self.complete = phase.regimes, False
+                break
             self.store.plan(phase.kind, progress.wanted, parameters)
             wanted |= {run.id: run for run in progress.wanted}
             trace += progress.trace
@@ -228,4 +234,6 @@ def _check_identity(study: Study, store: Store) -> None:
     store.set_meta("baseline", study.baseline)
     store.set_meta("tokens_per_parameter", study.tokens_per_parameter)
     store.set_meta("target", study.target)
+    store.set_meta("models", {name: model.non_embedding_parameters for name, model in study.models.items()})
+    store.set_meta("to_register", [str(r) for phase in study.phases if phase.registered for r in phase.regimes])
     store.set_meta("study_file", study.path.read_text(encoding="utf-8"))

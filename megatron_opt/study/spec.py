@@ -66,6 +66,10 @@ class Phase:
 
     kind: str
     regimes: tuple[Regime, ...]
+    optimizers: tuple[str, ...] = ()
+    """none: all of the study"""
+    registered: bool = False
+    """no run is started before predictions of these regimes are registered"""
 
 
 @dataclass(frozen=True)

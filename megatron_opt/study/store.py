@@ -169,6 +169,10 @@ class Store:
         with self.transaction() as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
 
+    def registered(self) -> set[str]:
+        """Regimes whose predictions were registered."""
+        return {name for entry in self.meta("registered", []) for name in entry["regimes"]}
+
     # writing runs
 
     def plan(self, phase: str, runs: list[Run], parameters: dict[str, int]) -> None:

@@ -54,7 +54,7 @@ def read_study(path: str | os.PathLike) -> Study:
         tokens_per_parameter=float(top.number("tokens_per_parameter", 20, above=0)),
         ratios=ratios,
         seeds=seeds,
-        phases=_phases(top, models, ratios, len(seeds) > 1),
+        phases=_phases(top, models, tuple(optimizers), ratios, len(seeds) > 1),
         adopt=adopt,
         insensitive=insensitive,
         equal_effort=top.choice("effort", ("equal", "free"), "equal") == "equal",
@@ -231,36 +231,54 @@ def _seeds(top: Reader) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _phases(top: Reader, models: dict[str, Model], ratios: tuple[float, ...], several_seeds: bool) -> tuple[Phase, ...]:
+def _phases(
+    top: Reader, models: dict[str, Model], optimizers: tuple[str, ...], ratios: tuple[float, ...], several_seeds: bool
+) -> tuple[Phase, ...]:
     """The search uses the first seed; further seeds repeat its winners in a last phase."""
     everywhere = tuple(Regime(model, ratio) for model in models for ratio in ratios)
     raw = top.items("phases", ["grid"])
     lines = raw.lines if isinstance(raw, LocatedList) else [top.line_of("phases")] * len(raw)
-    listed: list[tuple[str, tuple[Regime, ...] | None, int]] = []
+    listed: list[tuple[str, tuple[Regime, ...] | None, tuple[str, ...], bool, int]] = []
     for item, line in zip(raw, lines):
         if isinstance(item, str):
-            listed.append((item, None, line))
+            listed.append((item, None, (), False, line))
         else:
             reader = Reader(item, top.path, "a phase", line)
-            listed.append((reader.text("kind", required=True), _regimes(reader, models), line))
+            regimes, names = _regimes(reader, models), tuple(map(str, reader.items("optimizers") or ()))
+            unknown = [name for name in names if name not in optimizers]
+            if unknown:
+                raise reader.error(f"no optimizer {unknown[0]!r}; there are {', '.join(optimizers)}", "optimizers")
+            listed.append((reader.text("kind", required=True), regimes, names, reader.flag("registered", False), line))
             reader.finish()
-    later = {r for kind, regimes, _ in listed for r in regimes or () if kind in ("restricted", "predict")}
+    later = {r for kind, regimes, *_ in listed for r in regimes or () if kind in ("restricted", "predict")}
     phases: list[Phase] = []
-    for kind, regimes, line in listed:
-        _check_phase(top, kind, regimes, [phase.kind for phase in phases], line)
+    for kind, regimes, names, registered, line in listed:
+        _check_phase(top, kind, regimes, phases, line)
+        searched = {
+            name for phase in phases if phase.kind in ("grid", "descent") for name in phase.optimizers or optimizers
+        }
+        untuned = set(names or optimizers) - searched
+        if kind in ("restricted", "predict") and untuned:
+            raise UserError(
+                f"{top.path}:{line}: phase {kind!r} takes {', '.join(sorted(untuned))} from an earlier search, which leaves it "
+                "out; name it there too, or list the others under `optimizers:`"
+            )
+        if registered and kind != "predict":
+            raise UserError(f"{top.path}:{line}: `registered: true` is for a phase of kind predict, not {kind!r}")
         if regimes is None:
             regimes = everywhere if kind == "seeds" else tuple(r for r in everywhere if r not in later)
-        phases.append(Phase(kind, regimes))
+        phases.append(Phase(kind, regimes, names, registered))
     if several_seeds and all(phase.kind != "seeds" for phase in phases):
         phases.append(Phase("seeds", everywhere))
     return tuple(phases)
 
 
-def _check_phase(top: Reader, kind: str, regimes: tuple[Regime, ...] | None, before: list[str], line: int) -> None:
+def _check_phase(top: Reader, kind: str, regimes: tuple[Regime, ...] | None, phases: list[Phase], line: int) -> None:
+    before = [phase.kind for phase in phases]
     where = f"{top.path}:{line}:"
     if kind not in PHASES:
         raise UserError(f"{where} no phase {kind!r}; there are {', '.join(PHASES)}")
-    if kind in before:
+    if kind in before and kind != "predict":  # those that are registered beside those that are not
         raise UserError(f"{where} phase {kind!r} is listed twice; give it all its regimes at once")
     if kind in ("restricted", "predict") and regimes is None:
         raise UserError(f"{where} phase {kind!r} needs `regimes:`, such as [large@1x]")

@@ -11,7 +11,8 @@ from megatron_opt.errors import UserError
 from megatron_opt.study.fits.ensemble import fit_ensemble
 from megatron_opt.study.fits.forms import FORMS, Form
 from megatron_opt.study.fits.hierarchy import Linear, Noise, Problem, fit_hierarchy
-from megatron_opt.study.fits.next_runs import next_runs
+from megatron_opt.study.fits.next_runs import narrowing, next_runs
+from megatron_opt.study.fits.observations import Observations
 from megatron_opt.study.fits.posterior import draw
 from megatron_opt.study.fits.statement import crossing, predict, state
 
@@ -146,9 +147,40 @@ def test_beyond_the_backtests_factor_no_interval_is_below_the_backtests(ensemble
 
 
 def test_a_further_run_narrows_by_what_is_said(ensemble):
-    runs = next_runs(ensemble, "muon", 7e9, 1.4e11)
-    assert runs[0].shrinkage > runs[-1].shrinkage >= 0
-    assert {run.optimizer for run in runs} == {"adamw", "muon"} and max(run.n for run in runs) > ensemble.data.n.max()
+    runs = next_runs(ensemble, "muon", 7e9, 1.4e11, hours=lambda name, n, d: n * d)
+    assert runs[0].shrinkage > runs[-1].shrinkage >= 0 and max(run.n for run in runs) > ensemble.data.n.max()
+    assert {run.optimizer for run in runs} == {"adamw", "muon", "adamw and muon"}
+    share = {(run.optimizer, run.n, run.ratio): run for run in runs}
+    largest, most = max(run.n for run in runs), 1.0
+    pair, alone = share["adamw and muon", largest, most], share["muon", largest, most]
+    assert pair.shrinkage > 2 * alone.shrinkage, "with a seed in common, the noise of the cell cancels"
+    assert pair.hours == pytest.approx(2 * alone.hours) and pair.width < alone.width
+    smallest = share["adamw and muon", float(ensemble.data.n.min()), most]
+    assert pair.shrinkage > 5 * smallest.shrinkage, "a repeated small run tells little of 7B"
+
+
+def test_narrowing_is_that_of_the_law_with_the_runs_added(ensemble):
+    """One form: the posterior of the gain with two more losses, by the law itself at the same parameters and spreads."""
+    fit, copies = ensemble.members[0][0], ensemble.copies[0]
+    alone = replace(ensemble, members=((fit, 1.0),), copies=(copies,))
+    data, n, d, target = ensemble.data, 2e9, 4e10, (7e9, 1.4e11)
+    more = Observations(
+        data.optimizers,
+        np.append(data.index, [0, 1]),
+        np.append(data.n, [n, n]),
+        np.append(data.d, [d, d]),
+        np.append(data.loss, [2.9, 2.88]),
+    )
+    gain = fit.gradient("adamw", *target) - fit.gradient("muon", *target)
+
+    def spread(known, extra):
+        problem = Problem(known, fit.form, fit.problem.noise, fit.problem.origin)
+        covariance = Linear(problem, fit.x, extra).posterior(fit.phi)[1]
+        return np.sqrt(gain @ covariance @ gain)
+
+    expected = 1 - spread(more, np.append(fit.extra, [0, 0])) / spread(data, fit.extra)
+    found = narrowing(alone, "muon", target, [[("adamw", n, d), ("muon", n, d)]])
+    assert found[0] == pytest.approx(expected, rel=1e-6) and expected > 0.05
 
 
 def test_too_few_data_are_refused():

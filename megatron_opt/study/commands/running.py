@@ -39,6 +39,13 @@ def main(argv: list[str], prog: str) -> int:
         dataset = from_store(store)
         page = write_report(dataset, options.output / "report", analyse_if_possible(dataset))
         print_summary(console, dataset)
+        if scheduler.waiting:
+            console.print(
+                f"{', '.join(map(str, scheduler.waiting))} wait for their predictions: `megatron-opt study predict "
+                f"{options.output}`, then the same command goes on.",
+                soft_wrap=True,
+                markup=False,
+            )
         failed = [record for record in dataset.records if record.status == "failed"]
         waiting = [record for record in dataset.records if record.status == "planned"]
     for record in failed[:5]:

@@ -1,22 +1,25 @@
-"""`study verify`: predictions from the smaller runs beside what the large runs gave."""
+"""`study verify`: registered predictions, else predictions from the smaller runs, beside what the large runs gave."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from megatron_opt.errors import UserError
-from megatron_opt.study.dataset import from_store
+from megatron_opt.study.dataset import Dataset, from_store
 from megatron_opt.study.display import make_console, print_table
-from megatron_opt.study.fits.ensemble import fit_ensemble
-from megatron_opt.study.fits.hierarchy import Noise
-from megatron_opt.study.fits.noise import noise_floor
+from megatron_opt.study.fits.noise import NoiseFloor, noise_floor
 from megatron_opt.study.fits.observations import Observations, observations
 from megatron_opt.study.fits.scaling import KINDS, fit_law
 from megatron_opt.study.fits.validation import Prediction, predict, predict_by
+from megatron_opt.study.prediction import law_of
+from megatron_opt.study.registration import META, data_digest, read
 from megatron_opt.study.scheduler import STORE_NAME
+from megatron_opt.study.scoring import score
 from megatron_opt.study.spec import Regime
 from megatron_opt.study.store import Store
 
@@ -34,37 +37,95 @@ HEADER = [
 ]
 
 
-def verification(data: Observations, held: np.ndarray, noise: float) -> dict[str, Prediction]:
+def verification(data: Observations, held: np.ndarray, noise: NoiseFloor) -> dict[str, Prediction]:
     """Fit the runs outside `held` (a mask) by the hierarchical law, and by shared and separate ones beside it."""
     known, ahead = data.where(~held), data.where(held)
-    found = {"hierarchical": predict_by(fit_ensemble(known, Noise(noise)), ahead)}
+    found = {"hierarchical": predict_by(law_of(known, noise), ahead)}
     for kind in KINDS:
-        found[kind] = predict(fit_law(known, kind, noise=noise, resamples=200), ahead)
+        found[kind] = predict(fit_law(known, kind, noise=noise.sigma, resamples=200), ahead)
     return found
 
 
 def main(argv: list[str], prog: str) -> int:
-    """Predict the held-out regimes from all the others; exit code 0 also when the prediction was wrong."""
+    """Score registered predictions, or predict held-out regimes from all the others; exit code 0 also for a wrong prediction."""
     parser = argparse.ArgumentParser(prog=prog)
     parser.add_argument("output", type=Path, help="folder of the study")
     parser.add_argument(
         "--regimes",
         nargs="+",
         metavar="MODEL@RATIO",
-        help="regimes to predict (default: those of the predict phase, else the largest model)",
+        help="hold these regimes out, after the fact (default: those of the predict phase, else the largest model)",
+    )
+    parser.add_argument(
+        "--prediction", type=Path, nargs="+", help="files of `study predict` (default: all registered ones)"
     )
     options = parser.parse_args(argv)
     console = make_console()
     with Store(options.output / STORE_NAME) as store:
         dataset = from_store(store)
-    held = _held(dataset.phases.get("predict", []), dataset, options.regimes)
+        files = options.prediction or [Path(entry["file"]) for entry in store.meta(META, [])]
+        registered = [] if options.regimes else [(path, read(path, store)) for path in files]
+    for path, content in registered:
+        _print_score(console, path, content, dataset)
+    if not registered:
+        _hold_out(console, dataset, options.regimes)
+    return 0
+
+
+def _print_score(console: Console, path: Path, content: dict[str, Any], dataset: Dataset) -> None:
+    known = [record for record in dataset.finished if record.id in set(content["data"]["runs"])]
+    if data_digest(known) != content["data"]["sha256"]:
+        console.print(
+            "warning: the runs behind this prediction are not what they were when it was written.", markup=False
+        )
+    found = score(content, dataset)
+    rows = [
+        [
+            row.what,
+            row.optimizer,
+            row.regime,
+            f"{row.value:.4f}",
+            f"{row.low:.4f} to {row.high:.4f}",
+            f"{row.outcome:.4f}",
+            f"{row.value - row.outcome:+.4f}",
+            "yes" if row.inside else "no",
+            f"{row.crps:.4f}",
+            ", ".join(row.runs),
+        ]
+        for row in found.rows
+    ]
+    header = ["", "optimizer", "regime", "predicted", "90% interval", "outcome", "error", "inside", "CRPS", "runs"]
+    print_table(console, header, rows, f"{path.name}: registered {content['written']}, before the runs")
+    for what, plural in (("loss", "losses"), ("gain", "gains")):
+        inside, count = found.coverage(what)
+        if count:
+            console.print(
+                f"{inside} of {count} {plural} inside their 90% interval, mean CRPS {found.mean_crps(what):.4f} nats."
+            )
+    words = content["hypotheses"]
+    if found.log_scores:
+        order = sorted(found.log_scores, key=lambda key: -found.log_scores[key])
+        print_table(
+            console,
+            ["hypothesis on the gain", "log score", "mean CRPS"],
+            [[words[key], f"{found.log_scores[key]:.2f}", f"{found.crps[key]:.4f}"] for key in order],
+            "Which hypothesis won",
+        )
+        console.print(found.verdict(words), markup=False, highlight=False)
+    if found.missing:
+        console.print(f"No outcome of {', '.join(found.missing)}.", markup=False, highlight=False)
+
+
+def _hold_out(console: Console, dataset: Dataset, chosen: list[str] | None) -> None:
+    """After the fact: fit without some regimes, and predict them."""
+    held = _held(dataset.phases.get("predict", []), dataset, chosen)
     data = observations(dataset)
     regimes = {record.id: record.regime for record in dataset.records}
     mask = np.array([regimes[run] in held for run in data.runs])
     if not mask.any():
         raise UserError(f"no finished run in {', '.join(map(str, sorted(held)))}; run the study to its end first")
     rows = []
-    results = verification(data, mask, noise_floor(dataset).sigma)
+    results = verification(data, mask, noise_floor(dataset))
     for kind, found in results.items():
         for i in range(len(found.data)):
             inside = found.low[i] <= found.data.loss[i] <= found.high[i]
@@ -88,10 +149,10 @@ def main(argv: list[str], prog: str) -> int:
             f"{kind} law: error {found.rmse:.4f}, {found.coverage:.0%} of {len(found.data)} losses inside "
             "their 90% interval"
         )
-    return 0
+    console.print("Predicted after the fact from the other runs; `study predict` writes predictions before the runs.")
 
 
-def _held(predicted: list[str], dataset, chosen: list[str] | None) -> set[Regime]:
+def _held(predicted: list[str], dataset: Dataset, chosen: list[str] | None) -> set[Regime]:
     if chosen is not None:
         regimes = {Regime.parse(text) for text in chosen}
         unknown = sorted(regimes - set(dataset.regimes))

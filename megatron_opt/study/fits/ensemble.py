@@ -196,25 +196,6 @@ class Ensemble:
     def _raw(self, optimizer: str, n: np.ndarray | float, d: np.ndarray | float) -> np.ndarray:
         return np.concatenate([copies.losses(optimizer, n, d) for copies in self.copies])
 
-    def narrowing(
-        self, optimizer: str, target: tuple[float, float], runs: list[tuple[str, float, float]]
-    ) -> np.ndarray:
-        """Share of the standard error of a gain at `target` (N, D) that each further run (optimizer, N, D) takes away.
-
-        Linear Gaussian design: a run of noise σ² and gradient j takes (gᵀVj)² / (σ² + jᵀVj) from the variance gᵀVg of
-        the gain; V is the posterior covariance of a form at its mode. Averaged over the forms by weight.
-        """
-        found = np.zeros(len(runs))
-        for fit, weight in self.members:
-            gain = fit.gradient(self.optimizers[0], *target) - fit.gradient(optimizer, *target)
-            covariance = fit.linear.posterior(fit.phi)[1]
-            noise = float(np.sum(np.exp(2 * fit.phi[len(fit.form.groups) :])))
-            rows = np.stack([fit.gradient(*run) for run in runs])
-            spread = rows @ covariance
-            fall = (spread @ gain) ** 2 / (noise + np.sum(spread * rows, 1))
-            found += weight * (1 - np.sqrt(np.maximum(0.0, 1 - fall / (gain @ covariance @ gain))))
-        return found
-
 
 def fit_ensemble(
     data: Observations, noise: Noise, *, copies: int = COPIES, seed: int = 0, forms: tuple[Form, ...] = FORMS

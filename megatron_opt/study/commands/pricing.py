@@ -1,0 +1,96 @@
+"""GPU-hours and money of runs that were not made, by the cost model on a named cluster."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+
+from megatron_opt.cost_model.cluster import Cluster, load
+from megatron_opt.cost_model.flags import parse
+from megatron_opt.cost_model.report import step_range
+from megatron_opt.cost_model.step import Step, predict
+from megatron_opt.cost_model.tables import CASES, flags_of
+from megatron_opt.errors import UserError
+from megatron_opt.study.runs import Run, argument_list
+from megatron_opt.study.spec import Study
+
+PRICE = 2.5
+"""dollars of a GPU-hour where none is given: an assumption, not an offer"""
+GPUS = 64
+"""devices that hours of runs without a layout are worked out for"""
+
+
+def add_price_options(parser: argparse.ArgumentParser) -> None:
+    """`--cluster` and `--price`."""
+    parser.add_argument("--cluster", metavar="NAME|FILE", help="h100, a cluster file, …: hours by the cost model")
+    parser.add_argument("--price", type=float, default=PRICE, help=f"dollars of a GPU-hour (default: {PRICE}, assumed)")
+
+
+class Prices:
+    """Seconds of runs on a cluster; every step is predicted once."""
+
+    def __init__(self, cluster: str, price: float = PRICE):
+        if not (math.isfinite(price) and price >= 0):
+            raise UserError(f"--price is {price}; it must be a number of dollars, 0 or more")
+        self.cluster: Cluster = load(cluster)
+        self.price = price
+        self._steps: dict[str, Step] = {}
+
+    def step(self, study: Study, run: Run) -> Step:
+        """The predicted step of a run in its own layout; raises UserError for one that does not fit into memory."""
+        keep = {
+            key: value for key, value in (run.config["flags"] | run.place).items() if key not in ("seed", "train-iters")
+        }
+        gpus, words = study.executor.ranks * study.executor.nodes, argument_list(keep)
+        key = f"{gpus} {' '.join(words)}"
+        if key not in self._steps:
+            flags, _ = parse(words)
+            step = predict(flags, self.cluster, gpus, exact=False)
+            if step.memory.total > self.cluster.memory:
+                raise UserError(
+                    f"{run.optimizer} {run.regime} needs {step.memory.total / 1e9:.0f} GB on a GPU of {self.cluster.name} with "
+                    f"{self.cluster.memory / 1e9:.0f} GB; give the model other `flags:` or the executor more ranks"
+                )
+            self._steps[key] = step
+        return self._steps[key]
+
+    def hours(self, study: Study, run: Run) -> float:
+        """GPU-hours of a run."""
+        step = self.step(study, run)
+        return run.tokens / step.tokens_per_second * step.layout.world / 3600
+
+    def spread(self) -> tuple[float, float] | None:
+        """Least and most of measured over predicted step times of published runs; None on a measured cluster."""
+        steps = list(self._steps.values())
+        reach = step_range(steps[0]) if steps else None
+        return None if reach is None else (reach[0] / steps[0].seconds, reach[1] / steps[0].seconds)
+
+    def anywhere(self, optimizer: str, n: float, d: float) -> float:
+        """GPU-hours of a Llama of n parameters over d tokens: the nearest usual size on 64 GPUs, in proportion to n."""
+        return self._token(optimizer, n) * d / 3600
+
+    @functools.lru_cache(maxsize=512)  # noqa: B019  (one object a command)
+    def _token(self, optimizer: str, n: float) -> float:
+        """GPU-seconds of a token."""
+        steps = [(case, self._usual(case.name, optimizer)) for case in CASES]
+        near = min((step for _, step in steps), key=lambda step: abs(math.log(step.model.hidden_parameters / n)))
+        return near.layout.world / near.tokens_per_second * n / near.model.hidden_parameters
+
+    @functools.lru_cache(maxsize=512)  # noqa: B019
+    def _usual(self, case: str, optimizer: str) -> Step:
+        shape = next(one for one in CASES if one.name == case)
+        gpus = max(GPUS, shape.tp * shape.pp)
+        try:
+            return predict(flags_of(shape, optimizer), self.cluster, gpus, exact=False)
+        except UserError:
+            # An entry under a name of its own, or an optimizer that the cost model does not know: AdamW's step.
+            return predict(flags_of(shape, "adamw"), self.cluster, gpus, exact=False)
+
+
+def words(hours: float, prices: Prices, most: float | None = None) -> str:
+    """GPU-hours and dollars, or the range of both."""
+    ends = [hours] if most is None or most == hours else [hours, most]
+    shown = " to ".join(f"{end:,.0f}" if end >= 10 else f"{end:.2g}" for end in ends)
+    money = " to ".join(f"{end * prices.price:,.0f}" for end in ends)
+    return f"{shown} GPU-hours, ${money}"
