@@ -121,7 +121,7 @@ def _hold_out(console: Console, dataset: Dataset, chosen: list[str] | None) -> N
     held = _held(dataset.phases.get("predict", []), dataset, chosen)
     data = observations(dataset)
     regimes = {record.id: record.regime for record in dataset.records}
-    mask = np.array([regimes[run] in held for run in data.runs])
+    mask = np.array([regimes[run.split()[0]] in held for run in data.runs])
     if not mask.any():
         raise UserError(f"no finished run in {', '.join(map(str, sorted(held)))}; run the study to its end first")
     rows = []

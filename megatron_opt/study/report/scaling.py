@@ -9,6 +9,7 @@ import numpy as np
 from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.fits.intervals import interval
 from megatron_opt.study.fits.scaling import Fit
+from megatron_opt.study.fits.significance import LEVEL
 from megatron_opt.study.fits.speedups import Speedup
 from megatron_opt.study.report.plots import Plot, Section, Series, Table, colors
 
@@ -176,43 +177,54 @@ def _drawable(one: Speedup) -> Speedup:
 
 def significance(analysis: Analysis) -> Section:
     """Whether each difference to the baseline exceeds the noise, and how many seeds would settle it."""
-    noise = analysis.noise
-    low, high = noise.interval()
-    how = (
-        f"measured with {noise.freedom} degrees of freedom, 90% interval {low:.4f} to {high:.4f}"
-        if noise.measured
-        else "assumed, since no configuration ran with two seeds"
+    noise, own, looks = analysis.noise, analysis.own_noise, analysis.dataset.looks
+    section = Section("Is the difference real?")
+    if own.freedom:
+        section.text.append(
+            f"Own noise of one final loss, beside what a seed does to all optimizers alike: {own.sigma:.4f} "
+            f"({own.freedom} degrees of freedom, pooled over this table). Gains are means over shared seeds."
+        )
+    if noise.measured:
+        low, high = noise.interval()
+        section.text.append(
+            f"Total noise over seeds: {noise.sigma:.4f} (90% interval {low:.4f} to {high:.4f}, {noise.freedom} degrees of "
+            "freedom)."
+        )
+    else:
+        section.text.append(
+            "No configuration has two seeds beside the one that chose it: the noise is not known, and nothing can be said "
+            "of a single difference."
+        )
+    section.text.append(
+        f"“Better” and “worse” mean p < {1 - LEVEL:.2g} after Holm's correction for the {len(analysis.comparisons)} rows of "
+        f"this table; “alike”, that the {LEVEL:.0%} interval (not corrected) lies within ±{analysis.dataset.margin:g}. Seeds "
+        "needed are shared ones, for 80% power."
+        + (f" The seeds phase may look {looks} times: p is multiplied, and intervals widened, by that." if looks > 1 else "")
     )
-    section = Section(
-        "Is the difference real?",
+    rows = [
         [
-            f"Noise of one final loss: {noise.sigma:.4f} ({how}). “Better” means p < 0.05; seeds are "
-            "per optimizer, for "
-            "80% power at that level."
-        ],
-    )
-    rows = []
-    for regime, name, c in analysis.comparisons:
-        verdict = "not settled" if not c.significant else "better" if c.gain > 0 else "worse"
-        rows.append(
-            [
-                str(regime),
-                name,
-                f"{c.gain:+.4f}",
-                f"{c.low:+.4f} to {c.high:+.4f}",
-                f"{c.p:.2g}",
-                verdict,
-                str(c.seeds_needed or "–"),
-            ]
-        )
+            str(c.regime),
+            c.optimizer,
+            f"{c.gain:+.4f}",
+            "–" if c.low is None else f"{c.low:+.4f} to {c.high:+.4f}",
+            p_text(c.p),
+            p_text(c.adjusted),
+            c.verdict + (f": {c.why}" if c.why else ""),
+            str(c.seeds_needed or "–"),
+            f"{len(c.seeds)} shared" if c.paired else "not shared",
+            ", ".join(c.runs),
+        ]
+        for c in analysis.comparisons
+    ]
     if rows:
-        section.tables.append(
-            Table(
-                ["regime", "optimizer", "gain over baseline", "90% interval", "p", "verdict", "seeds needed"],
-                rows,
-            )
-        )
+        header = ["regime", "optimizer", "gain over baseline", f"{LEVEL:.0%} interval", "p", "p (Holm)", "verdict"]
+        section.tables.append(Table([*header, "seeds needed", "seeds", "runs"], rows))
     return section
+
+
+def p_text(p: float | None) -> str:
+    """A p-value to two digits; none is known more closely than 0.0001."""
+    return "–" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def law_table(fit: Fit) -> Table:
