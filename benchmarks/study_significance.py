@@ -67,7 +67,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=500)
     draws = parser.parse_args().draws
-    print("| optimizers | regimes | seeds | pairing | “better” anywhere, no difference | power, gain .05 | power, gain .03 |")
+    print(
+        "| optimizers | regimes | seeds | pairing | “better” anywhere, no difference | power, gain .05 | power, gain .03 |"
+    )
     print("|---:|---:|---:|---|---:|---:|---:|")
     for optimizers, regimes, seeds, paired in (
         (2, 4, 2, True),

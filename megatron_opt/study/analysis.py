@@ -51,7 +51,7 @@ class Analysis:
     next_runs: dict[str, list[NextRun]] = field(default_factory=dict)
     """optimizer → candidate runs, the most informative first"""
     hyper_laws: list[HyperLaw] = field(default_factory=list)
-    own_noise: SeedNoise = SeedNoise(math.nan, 0)
+    own_noise: SeedNoise = field(default_factory=lambda: SeedNoise(math.nan, 0))
     """what is left of a loss after its optimizer and its seed"""
     comparisons: list[Comparison] = field(default_factory=list)
     """each optimizer against the baseline in each regime"""

@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 from megatron_opt.errors import UserError
 from megatron_opt.study import curves
 from megatron_opt.study.files import replace_with, write_text
-from megatron_opt.study.store import Store
+from megatron_opt.study.store import STATES, Record, Store
 
 TEXT = ("id", "optimizer", "model", "hyper", "config", "arguments", "status", "results", "reason", "phases")
 WHOLE = ("seed", "parameters", "tokens", "attempts", "interruptions")
@@ -56,6 +57,14 @@ def export_runs(store: Store, path: Path) -> int:
     return len(rows)
 
 
+def row_of(record: Record, phases: list[str]) -> dict[str, Any]:
+    """A run in the columns of an export."""
+    row: dict[str, Any] = {name: getattr(record, name, None) for name in COLUMNS}
+    row |= {"model": record.regime.model, "ratio": record.regime.ratio, "phases": json.dumps(phases)}
+    row |= {name: json.dumps(getattr(record, name)) for name in ("hyper", "config", "arguments")}
+    return row | {"results": json.dumps(record.results) if record.results else None}
+
+
 def export_curves(store: Store, path: Path) -> int:
     """Write every curve to one Parquet file with a `run` column; returns how many runs have one."""
     tables = []
@@ -73,8 +82,13 @@ def export_curves(store: Store, path: Path) -> int:
 
 def import_runs(store: Store, path: Path, curve_path: Path | None = None) -> int:
     """Add the runs of a .csv or .parquet file; all of them or, with a UserError, none."""
+    return store.import_runs(*read_runs(path, curve_path))
+
+
+def read_runs(path: Path, curve_path: Path | None = None) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """Checked rows of a .csv or .parquet file, and the curves of another; raises UserError."""
     rows = [_row(row, path, number) for number, row in enumerate(_read(path), start=2)]
-    return store.import_runs(rows, {} if curve_path is None else _read_curves(curve_path))
+    return rows, {} if curve_path is None else _read_curves(curve_path)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -116,10 +130,15 @@ def _row(raw: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
             row[name] = float(row[name]) if row[name] not in (None, "") else None
         hyper = json.loads(row["hyper"] or "{}")
         phases = json.loads(row["phases"] or "[]")
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{path}, row {number}: {error}; correct the value") from None
     if not row["optimizer"] or not row["model"] or row["ratio"] is None or row["parameters"] <= 0:
         raise UserError(f"{path}, row {number}: optimizer, model, ratio and parameters must be given")
+    if not math.isfinite(row["ratio"]) or row["ratio"] <= 0 or row["tokens"] <= 0:
+        raise UserError(f"{path}, row {number}: ratio and tokens must be greater than 0")
+    if not isinstance(hyper, dict):
+        raise UserError(f'{path}, row {number}: `hyper` must be a JSON object, such as {{"lr": 0.01}}')
+    row["loss"], row["status"] = _outcome(row["loss"], row["status"], f"{path}, row {number}")
     row |= {
         "hyper": json.dumps(hyper),
         "config": row["config"] or "{}",
@@ -127,12 +146,28 @@ def _row(raw: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
         "results": row["results"] or None,
         "reason": row["reason"] or None,
         "phases": phases,
-        "status": row["status"] or ("diverged" if row["loss"] is None else "completed"),
         "created": row["created"] or time.time(),
     }
     if not row["id"]:
         text = json.dumps([row[name] for name in ("optimizer", "model", "ratio", "seed", "tokens")] + [hyper])
         row["id"] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    # A run that was under way elsewhere is not under way here.
-    row["status"] = "planned" if row["status"] == "running" else row["status"]
     return row
+
+
+def _outcome(loss: float | None, status: str | None, where: str) -> tuple[float | None, str]:
+    """Loss and status that agree: no loss, inf or NaN is a diverged run; a loss in nats is greater than 0."""
+    if status and status not in STATES:
+        raise UserError(f"{where}: no status {status!r}; there are {', '.join(STATES)}, or leave it empty")
+    if loss is not None and not math.isfinite(loss):
+        if status == "completed":
+            raise UserError(f"{where}: a completed run with the loss {loss}; leave `loss` empty for one that diverged")
+        loss = None
+    if loss is not None and loss <= 0:
+        raise UserError(f"{where}: a loss of {loss:g}; a cross-entropy in nats is greater than 0")
+    status = status or ("diverged" if loss is None else "completed")
+    if status == "completed" and loss is None:
+        raise UserError(f"{where}: a completed run without a loss; leave `status` empty, or say diverged")
+    if status != "completed" and loss is not None:
+        raise UserError(f"{where}: a loss of {loss:g} with status {status!r}; only completed runs have one")
+    # A run that was under way elsewhere is not under way here.
+    return loss, "planned" if status == "running" else status

@@ -134,7 +134,7 @@ class Planner:
                 most = max(len(search.wanted) for search in searches.values())
                 for name, search in searches.items():
                     if len(search.wanted) < most:
-                        refine(search, self.study.optimizers[name].grid, self._evaluate(name, regime), most)
+                        refine(search, search.grid, self._evaluate(name, regime), most)
             for name, search in searches.items():
                 progress.wanted += [self._run(name, regime, point) for point in search.wanted]
                 progress.complete &= search.complete
@@ -231,7 +231,9 @@ class Planner:
         asked = set(winners)
         for count in range(min(2, len(fresh)), len(fresh) + 1):
             seeds = fresh[:count] if count <= 2 else fresh[count - 1 : count]
-            progress.wanted += [self._run(*cell, winners[cell], seed) for cell in winners if cell in asked for seed in seeds]
+            progress.wanted += [
+                self._run(*cell, winners[cell], seed) for cell in winners if cell in asked for seed in seeds
+            ]
             if any(self.lookup(run) is None for run in progress.wanted):
                 progress.complete = False
                 break
@@ -241,7 +243,9 @@ class Planner:
             asked = {(one.optimizer, one.regime) for one in found if not one.settled}
             asked |= {(self.study.baseline, regime) for _, regime in asked}
             settled = [[one.optimizer, str(one.regime), one.verdict] for one in found if one.settled]
-            progress.trace.append({"kind": "look", "seeds": count, "open": len(found) - len(settled), "settled": settled})
+            progress.trace.append(
+                {"kind": "look", "seeds": count, "open": len(found) - len(settled), "settled": settled}
+            )
         return progress
 
     def _compare(self, repeated: list[Run], phase: Phase) -> list[Comparison]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_opt.study.exchange import export_curves, export_runs, import_runs
+from megatron_opt.study.exchange import export_curves, export_runs, read_runs
 from megatron_opt.study.scheduler import STORE_NAME
 from megatron_opt.study.store import Store
 
@@ -24,6 +27,22 @@ def export(argv: list[str], prog: str) -> int:
     return 0
 
 
+@contextmanager
+def clean_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, and take it away again with all that came into it, if what follows fails and it was not there."""
+    new = next((part for part in reversed([folder, *folder.parents]) if not part.exists()), None)
+    folder.mkdir(parents=True, exist_ok=True)
+    before = set(folder.iterdir())
+    try:
+        yield
+    except BaseException:
+        for path in set(folder.iterdir()) - before:
+            path.unlink()
+        if new is not None:
+            shutil.rmtree(new)
+        raise
+
+
 def import_(argv: list[str], prog: str) -> int:
     """Add runs from a file to a store, which is created when there is none."""
     parser = argparse.ArgumentParser(prog=prog)
@@ -32,10 +51,10 @@ def import_(argv: list[str], prog: str) -> int:
     parser.add_argument("--curves", type=Path, help="curves, .parquet")
     parser.add_argument("--baseline", help="baseline of a new store (default: adamw)")
     options = parser.parse_args(argv)
-    options.output.mkdir(parents=True, exist_ok=True)
     new = not (options.output / STORE_NAME).exists()
-    with Store(options.output / STORE_NAME, create=True) as store:
-        added = import_runs(store, options.file, options.curves)
+    rows, found = read_runs(options.file, options.curves)
+    with clean_folder(options.output), Store(options.output / STORE_NAME, create=True) as store:
+        added = store.import_runs(rows, found)
         if new:
             store.set_meta("baseline", options.baseline or "adamw")
     print(f"{added} runs added to {options.output / STORE_NAME}")

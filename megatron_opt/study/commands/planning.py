@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
+from megatron_opt.study.commands.checking import check_study
 from megatron_opt.study.display import make_console, print_table
 from megatron_opt.study.executors.local import LocalExecutor
 from megatron_opt.study.planning import plan_costs
@@ -20,29 +22,24 @@ def main(argv: list[str], prog: str) -> int:
     parser.add_argument("--output", type=Path, help="folder of earlier runs, whose measured speed gives the hours")
     options = parser.parse_args(argv)
     study = read_study(options.study)
+    check_study(study)
     records = []
     if options.output is not None and (options.output / STORE_NAME).is_file():
         with Store(options.output / STORE_NAME) as store:
             records = store.runs(status="completed")
     costs = plan_costs(study, records)
     console = make_console()
+    rows = [[c.phase, c.optimizer, *_cells(c.least, c.most, c.tokens, c.flops, c.hours)] for c in costs]
+    hours = [c.hours for c in costs if c.hours is not None]
+    least, most = sum(c.least for c in costs), sum(c.most for c in costs)
+    tokens, flops = math.fsum(c.tokens for c in costs), math.fsum(c.flops for c in costs)
+    rows.append(["total", "", *_cells(least, most, tokens, flops, math.fsum(hours) if hours else None)])
     print_table(
         console,
         ["phase", "optimizer", "runs", "tokens", "FLOPs", "hours"],
-        [
-            [
-                c.phase,
-                c.optimizer,
-                str(c.most) if c.least == c.most else f"{c.least} to {c.most}",
-                f"{c.tokens:.3g}",
-                f"{c.flops:.3g}",
-                "unknown" if c.hours is None else f"{c.hours:.2f}",
-            ]
-            for c in costs
-        ],
+        rows,
         f"{study.name}: {len(study.models)} models, {len(study.regimes())} regimes, baseline {study.baseline}",
     )
-    hours = [c.hours for c in costs if c.hours is not None]
     if not hours:
         console.print("Hours are unknown until a run has finished (`--output`) or `executor: flops_per_s:` is given.")
         return 0
@@ -52,3 +49,8 @@ def main(argv: list[str], prog: str) -> int:
     if study.max_hours is not None and total * study.executor.ranks > study.max_hours:
         console.print(f"This may exceed the budget of {study.max_hours:g} hours, at which no further run is started.")
     return 0
+
+
+def _cells(least: int, most: int, tokens: float, flops: float, hours: float | None) -> list[str]:
+    runs = str(most) if least == most else f"{least} to {most}"
+    return [runs, f"{tokens:.3g}", f"{flops:.3g}", "unknown" if hours is None else f"{hours:.2f}"]

@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from megatron_opt.errors import UserError
+from megatron_opt.study.commands.fitting import add_without
 from megatron_opt.study.dataset import Dataset, from_store
 from megatron_opt.study.display import make_console, print_table
 from megatron_opt.study.fits.noise import NoiseFloor, noise_floor
@@ -59,10 +60,11 @@ def main(argv: list[str], prog: str) -> int:
     parser.add_argument(
         "--prediction", type=Path, nargs="+", help="files of `study predict` (default: all registered ones)"
     )
+    add_without(parser)
     options = parser.parse_args(argv)
     console = make_console()
     with Store(options.output / STORE_NAME) as store:
-        dataset = from_store(store)
+        dataset = from_store(store).without(options.without)
         files = options.prediction or [Path(entry["file"]) for entry in store.meta(META, [])]
         registered = [] if options.regimes else [(path, read(path, store)) for path in files]
     for path, content in registered:
