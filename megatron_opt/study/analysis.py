@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,15 +14,15 @@ from megatron_opt.study.fits.ensemble import Ensemble
 from megatron_opt.study.fits.gain_law import GainCheck, check_gain_law
 from megatron_opt.study.fits.hyper_laws import HyperLaw, fit_hyper_laws
 from megatron_opt.study.fits.next_runs import NextRun, next_runs
-from megatron_opt.study.fits.noise import Comparison, NoiseFloor, compare, noise_floor
+from megatron_opt.study.fits.noise import NoiseFloor, noise_floor
 from megatron_opt.study.fits.observations import Observations, observations
 from megatron_opt.study.fits.optima import optima
 from megatron_opt.study.fits.scaling import KINDS, Fit, fit_law
+from megatron_opt.study.fits.significance import Comparison, SeedNoise, compare_all, own_noise
 from megatron_opt.study.fits.speedups import Speedup, speedups
 from megatron_opt.study.fits.statement import Statement, state
 from megatron_opt.study.fits.validation import Prediction, hold_out_largest, leave_one_out
 from megatron_opt.study.prediction import law_of
-from megatron_opt.study.spec import Regime
 
 LAW_HYPERPARAMETERS = ("lr", "batch_size", "warmup", "weight_decay")
 
@@ -50,7 +51,9 @@ class Analysis:
     next_runs: dict[str, list[NextRun]] = field(default_factory=dict)
     """optimizer → candidate runs, the most informative first"""
     hyper_laws: list[HyperLaw] = field(default_factory=list)
-    comparisons: list[tuple[Regime, str, Comparison]] = field(default_factory=list)
+    own_noise: SeedNoise = field(default_factory=lambda: SeedNoise(math.nan, 0))
+    """what is left of a loss after its optimizer and its seed"""
+    comparisons: list[Comparison] = field(default_factory=list)
     """each optimizer against the baseline in each regime"""
     notes: list[str] = field(default_factory=list)
 
@@ -74,9 +77,9 @@ def analyse(
         found.notes.append(
             "No configuration ran with two seeds: the noise of a final loss is assumed to be "
             f"{noise.sigma:g}. "
-            "Differences smaller than that mean nothing."
+            "No p-value is made from that; nothing can be said about a single difference."
         )
-    found.comparisons = _comparisons(dataset, data.optimizers, noise)
+    _compare(found)
     _fit_ensemble(found)
     found.speedups = speedups(data, noise.sigma, resamples, ensemble=found.ensemble)
     _fit_laws(found, resamples)
@@ -92,16 +95,25 @@ def analyse_if_possible(dataset: Dataset, **arguments: Any) -> Analysis | str:
         return f"No fits: {error}."
 
 
-def _comparisons(
-    dataset: Dataset, optimizers: tuple[str, ...], noise: NoiseFloor
-) -> list[tuple[Regime, str, Comparison]]:
-    best = dataset.best()
-    return [
-        (regime, name, compare(best[name, regime].losses, best[dataset.baseline, regime].losses, noise))
-        for regime in dataset.regimes
-        for name in optimizers[1:]
-        if (name, regime) in best and (dataset.baseline, regime) in best
-    ]
+def _compare(found: Analysis) -> None:
+    dataset, best = found.dataset, found.dataset.best()
+    cells = {key: cell for key, cell in best.items() if key[0] in found.data.optimizers}
+    found.own_noise = own_noise(cells)
+    found.comparisons = compare_all(
+        cells, dataset.baseline, found.data.optimizers[1:], dataset.regimes, dataset.looks, dataset.margin, True
+    )
+    unpaired = sorted({str(c.regime) for c in found.comparisons if c.p is not None and not c.paired})
+    if unpaired:
+        found.notes.append(
+            f"Compared without shared seeds, which needs more of them: {', '.join(unpaired)}. The noise there is that of a "
+            "loss over seeds, their common part included."
+        )
+    chosen = sorted({str(regime) for (_, regime), cell in cells.items() if cell.chosen})
+    if chosen:
+        found.notes.append(
+            "Losses of the one seed on which configurations were chosen, lower by that luck (0.7 to 1.5 of its standard "
+            f"deviations), in {', '.join(chosen)}; runs with other seeds replace them."
+        )
 
 
 def _fit_ensemble(found: Analysis) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_opt.errors import UserError
@@ -14,21 +16,66 @@ from megatron_opt.study.store import FINISHED, Record, Store
 
 
 @dataclass(frozen=True)
-class Best:
-    """The best configuration of one optimizer in one regime."""
+class Seeded:
+    """Final losses of one configuration over seeds.
 
-    record: Record
+    A configuration that won among several is lower by luck on the seed that chose it: that loss is left out, unless it is
+    the only one.
+    """
+
     losses: tuple[float, ...]
-    """final losses of this configuration, one a seed"""
-    runs: int
-    """finished runs this optimizer had in this regime: its tuning effort"""
+    """one a seed"""
     seeds: tuple[int, ...] = ()
     """the seed of each loss"""
+    ids: tuple[str, ...] = ()
+    """the run of each loss"""
+    chosen: bool = False
+    """the one loss is that of the seed which chose the configuration: too low, and no part of any test"""
 
     @property
     def loss(self) -> float:
         """Mean over seeds, so that a lucky seed does not decide."""
         return sum(self.losses) / len(self.losses)
+
+    @property
+    def by_seed(self) -> dict[int, float]:
+        return dict(zip(self.seeds, self.losses))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best(Seeded):
+    """The best configuration of one optimizer in one regime."""
+
+    record: Record
+    """the run that was chosen"""
+    runs: int
+    """finished runs this optimizer had in this regime: its tuning effort"""
+
+
+def best_of_cell(records: list[Record]) -> Best | None:
+    """The best configuration among the finished runs of one optimizer in one regime; None when all diverged."""
+    good = [record for record in records if record.loss is not None]
+    if not good:
+        return None
+    tried: dict[int, set[str]] = {}
+    for record in records:
+        tried.setdefault(record.seed, set()).add(json.dumps(record.hyper, sort_keys=True))
+    finished = {record.seed for record in good}
+    # The search ran on the seed that saw most configurations.
+    first = min(finished, key=lambda seed: (-len(tried[seed]), seed))
+    winner = min((r for r in good if r.seed == first), key=lambda r: r.loss or math.inf)
+    same = sorted((r for r in good if r.hyper == winner.hyper), key=lambda r: r.seed)
+    selected = len(tried[first]) > 1
+    fair = [r for r in same if r.seed != first] if selected else same
+    used = fair or [winner]
+    return Best(
+        record=winner,
+        losses=tuple(r.loss for r in used if r.loss is not None),
+        runs=len(records),
+        seeds=tuple(r.seed for r in used),
+        ids=tuple(r.id for r in used),
+        chosen=selected and not fair,
+    )
 
 
 @dataclass
@@ -48,6 +95,11 @@ class Dataset:
     """parameters and Chinchilla ratios to extrapolate to"""
     effort_known: bool = True
     """all runs that were ever made are here, so that run counts can be compared"""
+    looks: int = 1
+    """how often a seeds phase may have looked at its results before it stopped"""
+    margin: float = 3e-3
+    """Δ1: differences below it do not matter"""
+    _best: tuple[list[Record], dict[tuple[str, Regime], Best]] | None = field(default=None, repr=False, compare=False)
 
     @property
     def finished(self) -> list[Record]:
@@ -70,21 +122,24 @@ class Dataset:
         return list(dict.fromkeys(regime.model for regime in self.regimes))
 
     def best(self) -> dict[tuple[str, Regime], Best]:
-        """(optimizer, regime) → its best configuration; a search run decides, its seeds are averaged."""
-        groups: dict[tuple[str, Regime], list[Record]] = {}
-        for record in self.finished:
-            groups.setdefault((record.optimizer, record.regime), []).append(record)
-        found = {}
-        for key, records in groups.items():
-            good = [record for record in records if record.loss is not None]
-            if not good:
-                continue
-            first = min(record.seed for record in good)
-            winner = min((r for r in good if r.seed == first), key=lambda r: r.loss or math.inf)
-            same = [r for r in good if r.hyper == winner.hyper]
-            losses = tuple(r.loss for r in same if r.loss is not None)
-            found[key] = Best(winner, losses, len(records), tuple(r.seed for r in same))
-        return found
+        """(optimizer, regime) → its best configuration: the search's seed decides, the other seeds give its loss."""
+        if self._best is None or self._best[0] is not self.records:
+            groups: dict[tuple[str, Regime], list[Record]] = {}
+            for record in self.finished:
+                groups.setdefault((record.optimizer, record.regime), []).append(record)
+            found = {key: best_of_cell(records) for key, records in groups.items()}
+            self._best = self.records, {key: one for key, one in found.items() if one is not None}
+        return self._best[1]
+
+    def without(self, regimes: Iterable[str]) -> Dataset:
+        """The same without some regimes, MODEL@RATIO; raises UserError for one that has no runs."""
+        left = [Regime.parse(text) for text in regimes]
+        for regime in left:
+            if regime not in self.regimes:
+                close = difflib.get_close_matches(str(regime), map(str, self.regimes), 1)
+                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(map(str, self.regimes))}"
+                raise UserError(f"--without {regime}: no runs of it; {hint}")
+        return replace(self, records=[r for r in self.records if r.regime not in left], _best=None)
 
     def check_tokenizers(self) -> None:
         """Losses per token compare only under one tokenizer; raises UserError otherwise."""
@@ -114,6 +169,8 @@ def from_store(store: Store) -> Dataset:
         trace=store.meta("trace", []),
         target=tuple(store.meta("target", Dataset.target)),
         tokens_per_parameter=store.meta("tokens_per_parameter", 20.0),
+        looks=store.meta("looks", 1),
+        margin=store.meta("margin", Dataset.margin),
     )
     dataset.check_tokenizers()
     return dataset

@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,7 @@ from megatron_opt.errors import UserError
 from megatron_opt.study import curves
 from megatron_opt.study.files import replace_with, write_text
 from megatron_opt.study.imports.mapping import Mapping
-from megatron_opt.study.imports.values import final_loss
-from megatron_opt.study.store import Store
+from megatron_opt.study.store import STATES, Record, Store
 
 TEXT = ("id", "optimizer", "model", "hyper", "config", "arguments", "status", "results", "reason", "phases")
 WHOLE = ("seed", "parameters", "tokens", "attempts", "interruptions")
@@ -56,6 +56,14 @@ def export_runs(store: Store, path: Path) -> int:
     else:
         raise UserError(f"cannot tell the format of {path}; end its name in .csv or .parquet")
     return len(rows)
+
+
+def row_of(record: Record, phases: list[str]) -> dict[str, Any]:
+    """A run in the columns of an export."""
+    row: dict[str, Any] = {name: getattr(record, name, None) for name in COLUMNS}
+    row |= {"model": record.regime.model, "ratio": record.regime.ratio, "phases": json.dumps(phases)}
+    row |= {name: json.dumps(getattr(record, name)) for name in ("hyper", "config", "arguments")}
+    return row | {"results": json.dumps(record.results) if record.results else None}
 
 
 def export_curves(store: Store, path: Path) -> int:
@@ -151,17 +159,16 @@ def _row(raw: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
             row[name] = float(row[name]) if row[name] not in (None, "") else None
         hyper = json.loads(row["hyper"] or "{}")
         phases = json.loads(row["phases"] or "[]")
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{path}, row {number}: {error}; correct the value") from None
     where = f"{path}, row {number}, column 'loss'"
-    loss = final_loss(row["loss"], where)
-    if row["status"] == "completed" and loss is None:
-        raise UserError(
-            f"{where}: a completed run has the loss {raw['loss']!r}; give a finite one, or the status diverged"
-        )
-    row["loss"] = loss
     if not row["optimizer"] or not row["model"] or row["ratio"] is None or row["parameters"] <= 0:
         raise UserError(f"{path}, row {number}: optimizer, model, ratio and parameters must be given")
+    if not math.isfinite(row["ratio"]) or row["ratio"] <= 0 or row["tokens"] <= 0:
+        raise UserError(f"{path}, row {number}: ratio and tokens must be greater than 0")
+    if not isinstance(hyper, dict):
+        raise UserError(f'{path}, row {number}: `hyper` must be a JSON object, such as {{"lr": 0.01}}')
+    row["loss"], row["status"] = _outcome(row["loss"], row["status"], where)
     row |= {
         "hyper": json.dumps(hyper),
         "config": row["config"] or "{}",
@@ -169,7 +176,6 @@ def _row(raw: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
         "results": row["results"] or None,
         "reason": row["reason"] or None,
         "phases": phases,
-        "status": row["status"] or ("diverged" if row["loss"] is None else "completed"),
         "created": row["created"] or time.time(),
     }
     if not row["id"]:
@@ -177,6 +183,23 @@ def _row(raw: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
         run = json.loads(row["config"]).get("run")
         text = json.dumps(known if run is None else [*known, run])
         row["id"] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    # A run that was under way elsewhere is not under way here.
-    row["status"] = "planned" if row["status"] == "running" else row["status"]
     return row
+
+
+def _outcome(loss: float | None, status: str | None, where: str) -> tuple[float | None, str]:
+    """Loss and status that agree: no loss, inf or NaN is a diverged run; a loss in nats is greater than 0."""
+    if status and status not in STATES:
+        raise UserError(f"{where}: no status {status!r}; there are {', '.join(STATES)}, or leave it empty")
+    if loss is not None and not math.isfinite(loss):
+        if status == "completed":
+            raise UserError(f"{where}: a completed run with the loss {loss}; leave `loss` empty for one that diverged")
+        loss = None
+    if loss is not None and loss <= 0:
+        raise UserError(f"{where}: a loss of {loss:g}; a cross-entropy in nats is greater than 0")
+    status = status or ("diverged" if loss is None else "completed")
+    if status == "completed" and loss is None:
+        raise UserError(f"{where}: a completed run without a loss; leave `status` empty, or say diverged")
+    if status != "completed" and loss is not None:
+        raise UserError(f"{where}: a loss of {loss:g} with status {status!r}; only completed runs have one")
+    # A run that was under way elsewhere is not under way here.
+    return loss, "planned" if status == "running" else status

@@ -45,6 +45,10 @@ def fits_as_dict(analysis: Analysis) -> dict[str, Any]:
         "baseline": analysis.data.optimizers[0],
         "noise": asdict(analysis.noise),
         "observations": _observations(analysis.data),
+        "own_noise": asdict(analysis.own_noise),
+        "comparisons": [
+            asdict(item) | {"regime": str(item.regime), "verdict": item.verdict} for item in analysis.comparisons
+        ],
         "speedups": [asdict(item) for item in analysis.speedups],
         "prediction": _prediction(analysis),
         "extrapolations": [asdict(item) for item in analysis.statement.predictions] if analysis.statement else [],

@@ -8,15 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_opt.errors import UserError
+from megatron_opt.study.dataset import Seeded
 from megatron_opt.study.descent import Search, descend, refine
 from megatron_opt.study.runs import Run, make_run
 from megatron_opt.study.sensitivity import Sensitivity, Tried, best_of, classify
 from megatron_opt.study.spec import OptimizerSpace, Phase, Regime, Study
+
+if TYPE_CHECKING:
+    from megatron_opt.study.fits.significance import Comparison
 
 Lookup = Callable[[Run], float | None]
 """final validation loss of a run: inf when it diverged, None when it has no result yet"""
@@ -130,7 +134,7 @@ class Planner:
                 most = max(len(search.wanted) for search in searches.values())
                 for name, search in searches.items():
                     if len(search.wanted) < most:
-                        refine(search, self.study.optimizers[name].grid, self._evaluate(name, regime), most)
+                        refine(search, search.grid, self._evaluate(name, regime), most)
             for name, search in searches.items():
                 progress.wanted += [self._run(name, regime, point) for point in search.wanted]
                 progress.complete &= search.complete
@@ -215,14 +219,56 @@ class Planner:
         return float(self.study.models[regime.model].non_embedding_parameters), self.study.tokens(regime)
 
     def _seeds(self, phase: Phase) -> Progress:
-        """The winner of each cell again, with every seed."""
-        runs = []
-        for regime in phase.regimes:
-            for name in self._spaces(phase):
-                if regime in self.tried[name] and math.isfinite(best_of(self.tried[name][regime])[1]):
-                    point = best_of(self.tried[name][regime])[0]
-                    runs += [self._run(name, regime, point, seed) for seed in self.study.seeds]
-        return self._collect(runs)
+        """The winner of each cell again with further seeds: two everywhere, then one at a time where it is open."""
+        winners = {
+            (name, regime): best_of(self.tried[name][regime])[0]
+            for regime in phase.regimes
+            for name in self._spaces(phase)
+            if regime in self.tried[name] and math.isfinite(best_of(self.tried[name][regime])[1])
+        }
+        fresh = self.study.seeds[1:]
+        progress = Progress([self._run(*cell, point) for cell, point in winners.items()])
+        asked = set(winners)
+        for count in range(min(2, len(fresh)), len(fresh) + 1):
+            seeds = fresh[:count] if count <= 2 else fresh[count - 1 : count]
+            progress.wanted += [
+                self._run(*cell, winners[cell], seed) for cell in winners if cell in asked for seed in seeds
+            ]
+            if any(self.lookup(run) is None for run in progress.wanted):
+                progress.complete = False
+                break
+            if count == len(fresh) or count < 2:
+                break
+            found = self._compare(progress.wanted, phase)
+            asked = {(one.optimizer, one.regime) for one in found if not one.settled}
+            asked |= {(self.study.baseline, regime) for _, regime in asked}
+            settled = [[one.optimizer, str(one.regime), one.verdict] for one in found if one.settled]
+            progress.trace.append(
+                {"kind": "look", "seeds": count, "open": len(found) - len(settled), "settled": settled}
+            )
+        return progress
+
+    def _compare(self, repeated: list[Run], phase: Phase) -> list[Comparison]:
+        """The table of comparisons as it stands with these runs, which all have a result."""
+        from megatron_opt.study.fits.significance import compare_all  # scipy, needed by this phase alone
+
+        cells = {}
+        for name in self._spaces(phase):
+            for regime in phase.regimes:
+                mine = [run for run in repeated if (run.optimizer, run.regime) == (name, regime)]
+                chosen = len(self.tried[name].get(regime, ())) > 1
+                losses = [
+                    (run.seed, loss, run.id)
+                    for run in mine
+                    if (loss := self.lookup(run)) is not None and math.isfinite(loss)
+                    if not chosen or run.seed != self.study.seeds[0]
+                ]
+                if losses:
+                    seeds, values, ids = zip(*losses)
+                    cells[name, regime] = Seeded(values, seeds, ids)
+        return compare_all(
+            cells, self.study.baseline, self._spaces(phase), phase.regimes, self.study.looks, self.study.adopt
+        )
 
 
 def _law_value(
@@ -271,6 +317,8 @@ def expected_runs(study: Study, phase: Phase, optimizer: str) -> tuple[int, int,
     sample = [
         make_run(study, optimizer, regime, point, one) for regime in phase.regimes for point in points for one in seeds
     ]
+    if phase.kind == "seeds":
+        return min(2, len(study.seeds) - 1) * len(phase.regimes), len(sample), sample
     if phase.kind not in ("descent", "restricted"):
         return len(sample), len(sample), sample
     one_pass = _pass(space)

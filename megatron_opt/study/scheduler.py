@@ -232,6 +232,8 @@ def _check_identity(study: Study, store: Store) -> None:
     store.set_meta("name", study.name)
     store.set_meta("tokenizer", digest)
     store.set_meta("baseline", study.baseline)
+    store.set_meta("looks", study.looks if any(phase.kind == "seeds" for phase in study.phases) else 1)
+    store.set_meta("margin", study.adopt)
     store.set_meta("tokens_per_parameter", study.tokens_per_parameter)
     store.set_meta("target", study.target)
     store.set_meta("models", {name: model.non_embedding_parameters for name, model in study.models.items()})

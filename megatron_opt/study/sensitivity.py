@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_opt.study.descent import wider
 from megatron_opt.study.spec import Regime
 
 Tried = dict[Regime, list[tuple[dict[str, Any], float]]]
@@ -21,10 +23,12 @@ class Sensitivity:
     sensitive: bool
     value: Any
     """the value that does best over all regimes"""
-    excess: float
-    """its largest distance from a regime's optimum"""
+    excess: float | None
+    """its largest distance from a regime's optimum; inf where it diverged, None where no value was tried in every regime"""
     optima: dict[str, Any]
     """regime → the best value there"""
+    edges: tuple[str, ...] = ()
+    """regimes whose best value is the last that was tried, with the loss still falling: the optimum lies beyond"""
 
 
 def best_of(tried: list[tuple[dict[str, Any], float]]) -> tuple[dict[str, Any], float]:
@@ -33,22 +37,42 @@ def best_of(tried: list[tuple[dict[str, Any], float]]) -> tuple[dict[str, Any], 
 
 
 def classify(optimizer: str, grid: dict[str, tuple], tried: Tried, threshold: float) -> list[Sensitivity]:
-    """A hyperparameter is insensitive when one value lies within `threshold` (Δ2) of the optimum in
-    every regime.
+    """A hyperparameter is insensitive when one value lies within `threshold` (Δ2) of the optimum in every regime.
+
+    It is sensitive too where an optimum lies on an edge with the loss still falling, and where no value was tried in all
+    regimes: nothing there says that one value will do.
     """
     found = []
     for key, values in grid.items():
         if len(values) < 2:
             continue
-        excess: dict[Any, float] = {}
-        for value in values:
-            worst = 0.0
-            for runs in tried.values():
-                best, loss = best_of(runs)
-                slice_ = [other for hyper, other in runs if hyper == best | {key: value}]
-                worst = max(worst, min(slice_, default=math.inf) - loss if math.isfinite(loss) else math.inf)
-            excess[value] = worst
-        value = min(values, key=lambda v: excess[v])
+        slices = {regime: _slice(runs, key) for regime, runs in tried.items()}
+        slices = {regime: one for regime, one in slices.items() if one}
+        common = set.intersection(*(set(one) for one in slices.values())) if slices else set()
+        excess = {value: max(_excess(one, value) for one in slices.values()) for value in common}
         optima = {str(regime): best_of(runs)[0][key] for regime, runs in tried.items()}
-        found.append(Sensitivity(optimizer, key, excess[value] > threshold, value, excess[value], optima))
+        edges = tuple(str(regime) for regime, one in slices.items() if wider(key, one, threshold) is not None)
+        if excess:
+            value = min(sorted(excess, key=str), key=excess.__getitem__)
+            sensitive = excess[value] > threshold or bool(edges)
+            found.append(Sensitivity(optimizer, key, sensitive, value, excess[value], optima, edges))
+        else:
+            value = next(iter(optima.values()), values[0])
+            found.append(Sensitivity(optimizer, key, True, value, None, optima, edges))
     return found
+
+
+def _excess(losses: dict[Any, float], value: Any) -> float:
+    best = min(losses.values())
+    return losses[value] - best if math.isfinite(best) else math.inf
+
+
+def _slice(runs: list[tuple[dict[str, Any], float]], key: str) -> dict[Any, float]:
+    """Value → loss along one coordinate, all else alike: through the best point, or the best one that has neighbours."""
+    groups: dict[str, dict[Any, float]] = {}
+    for hyper, loss in runs:
+        if key in hyper:
+            rest = json.dumps({name: value for name, value in hyper.items() if name != key}, sort_keys=True)
+            groups.setdefault(rest, {})[hyper[key]] = loss
+    several = [one for one in groups.values() if len(one) > 1]
+    return min(several, key=lambda one: min(one.values()), default={})

@@ -124,6 +124,11 @@ class Study:
     def regimes(self) -> tuple[Regime, ...]:
         return tuple(Regime(model, ratio) for model in self.models for ratio in self.ratios)
 
+    @property
+    def looks(self) -> int:
+        """How often the seeds phase may look at its results: with two further seeds, and after each one more."""
+        return max(1, len(self.seeds) - 2)
+
     def tokens(self, regime: Regime) -> float:
         """The token budget of a regime: ratio · tokens_per_parameter · N."""
         return regime.ratio * self.tokens_per_parameter * self.models[regime.model].non_embedding_parameters

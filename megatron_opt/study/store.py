@@ -21,6 +21,7 @@ from megatron_opt.study.runs import Run
 from megatron_opt.study.spec import Regime
 
 VERSION = 1
+STATES = ("planned", "running", "completed", "diverged", "failed")
 FINISHED = ("completed", "diverged")
 """states that are results and never run again"""
 
@@ -90,6 +91,7 @@ class Record:
     """final validation loss; None for a run that diverged or has not finished"""
     results: dict[str, Any]
     reason: str | None
+    created: float | None = None
 
 
 class Store:
@@ -356,4 +358,5 @@ def _record(row: sqlite3.Row) -> Record:
         loss=row["loss"],
         results=json.loads(row["results"] or "{}"),
         reason=row["reason"],
+        created=row["created"],
     )

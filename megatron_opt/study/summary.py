@@ -88,7 +88,7 @@ def summary(dataset: Dataset) -> list[Row]:
                     _scaled(results.get("train_time_s"), 1 / 60),
                     best.runs,
                     diverged.get((optimizer, regime), 0),
-                    best.record.id,
+                    " ".join(best.ids),
                 ),
             )
         )

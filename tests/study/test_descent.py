@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_opt.study.descent import descend, refine
+from megatron_opt.study.descent import beyond, descend, refine
 from megatron_opt.study.phases import Planner
 from megatron_opt.study.sensitivity import classify
 from megatron_opt.study.spec import Regime
@@ -33,8 +33,9 @@ def test_it_finds_the_optimum_in_the_expected_number_of_runs_and_tells_the_way()
 
     search = descend(START, GRID, evaluate, 3e-3)
     assert search.complete and search.point == START | {"lr": 0.004, "beta1": 0.95, "warmup": 200}
-    # 1 start + 4 + 2 + 2 new points on the way; a closing pass whose sweeps of lr and beta1 add 4 + 2.
-    assert len(search.wanted) == 15
+    # 1 start + 4 + 3 + 2 new points on the way, beta1 widened by one; a closing pass whose sweeps of lr and beta1 add 4 + 3.
+    assert len(search.wanted) == 17
+    assert [s.widened for s in search.sweeps] == [0, 1, 0, 0, 1] and search.grid["beta1"][-1] == 0.975
     assert [(s.coordinate, s.best, s.adopted) for s in search.sweeps] == [
         ("lr", 0.004, True),
         ("beta1", 0.95, True),
@@ -80,7 +81,7 @@ def test_replaying_with_growing_knowledge_follows_one_path():
         assert fresh, "an incomplete search must say what it wants"
         known[str(fresh[-1])] = bowl(fresh[-1])
         lengths.append(len(search.wanted))
-    assert search.complete and len(known) == 15 and lengths == sorted(lengths)
+    assert search.complete and len(known) == 17 and lengths == sorted(lengths)
 
 
 def test_a_cliff_beside_the_optimum_is_stepped_back_from_and_a_diverged_start_left():
@@ -89,13 +90,50 @@ def test_a_cliff_beside_the_optimum_is_stepped_back_from_and_a_diverged_start_le
     assert descend(START, {"lr": (0.001, 0.002)}, lambda p: math.inf, 3e-3).complete
 
 
+@pytest.mark.parametrize("best", [0.0001, 0.07, 0.13])
+def test_a_grid_is_widened_until_the_optimum_is_inside(best):
+    search = descend(START, {"lr": GRID["lr"]}, lambda p: bowl(p, lr=best), 3e-3)
+    values = sorted(search.grid["lr"])
+    assert search.complete and values[0] < search.point["lr"] < values[-1]
+    assert abs(math.log2(search.point["lr"] / best)) <= 0.51
+    limited = descend(START, {"lr": GRID["lr"]}, lambda p: bowl(p, lr=best), 3e-3, most=6)
+    assert limited.complete and limited.out_of_budget and len(limited.wanted) == 6
+
+
+def test_widening_keeps_to_ranges_and_stops_at_a_cliff():
+    assert beyond("beta1", 0.98, 0.95) == pytest.approx(0.992) and beyond("momentum", 0.8, 0.9) == pytest.approx(0.6)
+    assert beyond("beta2", 0.5, 0.9) is None and beyond("decay", 1.0, 0.8) is None
+    assert beyond("weight_decay", 0.0, 0.1) is None and beyond("weight_decay", 0.2, 0.1) == 0.4
+    assert beyond("precondition_frequency", 1, 5) is None and beyond("block_size", 512, 256) == 1024
+    assert beyond("eps", 1e-30, 1e-25) is None and beyond("batch_size", 128, 256) is None
+    search = descend(START, {"lr": (0.001, 0.002)}, lambda p: bowl(p, lr=0.1, cliff=0.01), 3e-3)
+    assert search.point["lr"] == 0.008 and max(search.grid["lr"]) == 0.016
+    words = descend(START | {"form": "a"}, {"form": ("a", "b")}, lambda p: 3.0 - (p["form"] == "b"), 3e-3)
+    assert words.point["form"] == "b" and words.grid["form"] == ("a", "b")
+
+
+def test_an_edge_is_never_insensitive_and_what_was_not_tried_does_not_diverge():
+    a, b = Regime("a", 1), Regime("b", 1)
+    falling = [({"lr": lr, "x": 1}, 3 - 10 * lr) for lr in (0.001, 0.002, 0.004)]
+    (edge,) = classify("adamw", {"lr": (0.001, 0.002, 0.004)}, {a: falling, b: falling}, 6.4e-3)
+    assert edge.sensitive and edge.edges == ("a@1x", "b@1x") and edge.excess == 0.0
+    # The best was found by refining x: no slice through it, but one beside it.
+    refined = [({"lr": lr, "x": 1}, 3 + abs(lr - 0.002)) for lr in (0.001, 0.002, 0.004)]
+    refined.append(({"lr": 0.002, "x": 2}, 2.99))
+    (lr,) = classify("adamw", {"lr": (0.001, 0.002, 0.004)}, {a: refined, b: refined}, 6.4e-3)
+    assert not lr.sensitive and lr.value == 0.002 and lr.excess == 0.0
+    apart = {a: refined, b: [({"lr": v, "x": 1}, 3.0) for v in (0.1, 0.2)]}
+    (none,) = classify("adamw", {"lr": (0.001, 0.002)}, apart, 6.4e-3)
+    assert none.sensitive and none.excess is None
+
+
 def test_the_budget_of_runs_ends_the_search():
     search = descend(START, GRID, bowl, 3e-3, most=6)
     assert search.complete and search.out_of_budget and len(search.wanted) == 5
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(16, 40))
+@given(st.integers(18, 40))
 def test_refinement_spends_exactly_the_runs_it_is_given_and_never_loses(total):
     search = descend(START, GRID, lambda p: bowl(p, lr=0.0046), 3e-3)
     before = search.loss

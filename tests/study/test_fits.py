@@ -12,7 +12,6 @@ from megatron_opt.errors import UserError
 from megatron_opt.study.fits.hyper_laws import fit_hyper_law
 from megatron_opt.study.fits.intervals import interval
 from megatron_opt.study.fits.law import law, tokens_for
-from megatron_opt.study.fits.noise import NoiseFloor, compare
 from megatron_opt.study.fits.observations import Observations
 from megatron_opt.study.fits.power_law import fit_power_law
 from megatron_opt.study.fits.scaling import fit_law
@@ -159,27 +158,3 @@ def test_hyperparameter_laws_recover_exponents_and_say_how_sure_they_are():
     assert low < float(fit.predict(1e9, 2e10)) < high
     with pytest.raises(UserError, match="three regimes"):
         fit_hyper_law("adamw", "lr", n[:2], d[:2], value[:2])
-
-
-def test_significance_has_its_nominal_error_rate_and_its_seeds_give_the_power():
-    rng = np.random.default_rng(0)
-    floor = NoiseFloor(0.002, 0)
-    wrong = np.mean(
-        [
-            compare(tuple(0.002 * rng.standard_normal(2)), tuple(0.002 * rng.standard_normal(2)), floor).significant
-            for _ in range(4000)
-        ]
-    )
-    assert 0.0397 < wrong < 0.0603  # three standard errors of 4000 trials
-    needed = compare((3.0,), (3.003,), floor).seeds_needed
-    found = np.mean(
-        [
-            compare(
-                tuple(3.0 + 0.002 * rng.standard_normal(needed)),
-                tuple(3.003 + 0.002 * rng.standard_normal(needed)),
-                floor,
-            ).significant
-            for _ in range(2000)
-        ]
-    )
-    assert 0.77 < found < 0.9

@@ -8,9 +8,12 @@ import pytest
 
 from megatron_opt.errors import UserError
 from megatron_opt.study import cli
+from megatron_opt.study.dataset import from_store
+from megatron_opt.study.fits.significance import compare_all
 from megatron_opt.study.scheduler import open_study
 from megatron_opt.study.store import Store
 from megatron_opt.study.study_file import read_study
+from megatron_opt.study.summary import summary
 from tests.study.conftest import STUDY
 
 
@@ -136,6 +139,31 @@ def test_curves_come_back_as_they_were_logged(make_study, tmp_path):
     logged = [json.loads(line) for line in (output / "runs" / record.id / "metrics.jsonl").open()]
     assert curve.train == [point for point in logged if point["kind"] == "train"]
     assert [p["loss"] for p in curve.valid] == [p["loss"] for p in logged if p["kind"] == "eval"]
+
+
+def test_a_preempted_killed_and_resumed_study_gives_the_tables_of_one_left_alone(make_study, tmp_path, monkeypatch):
+    text = STUDY.replace("executor:", "phases: [descent, seeds]\nseeds: [1, 2, 3, 4]\nexecutor:\n  retries: 0")
+    monkeypatch.setenv("FAKE_STEPS", "8")
+    assert run(make_study(text), tmp_path / "alone") == 0
+    monkeypatch.setenv("FAKE_CRASH_EVERY", "3")
+    # The time is spent at once: each call starts what fits, and the next goes on.
+    for _ in range(60):
+        if run(make_study(text), tmp_path / "torn", "--max-hours", "0.0001") == 0:
+            break
+    found = {}
+    for name in ("alone", "torn"):
+        with Store(tmp_path / name / "study.sqlite") as store:
+            dataset = from_store(store)
+            runs = {r.id: (r.status, r.loss, r.seed, r.tokens, r.hyper) for r in dataset.records}
+            cells = dataset.best()
+            regimes = dataset.regimes
+            table = compare_all(cells, "adamw", dataset.optimizers, regimes, dataset.looks, dataset.margin, plan=True)
+            rows = [row.cells()[:5] + row.cells()[-2:] for row in summary(dataset)]
+            trace = store.meta("trace")
+            found[name] = runs, cells.keys(), table, rows, trace, [store.curve(run) for run in sorted(runs)]
+            attempts = sum(r.attempts for r in dataset.records)
+    assert found["alone"] == found["torn"] and attempts > 2 * len(found["torn"][0])
+    assert table[0].p is not None
 
 
 def test_seeds_repeat_the_winners_only(make_study, tmp_path):

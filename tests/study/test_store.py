@@ -12,6 +12,8 @@ from megatron_opt.study import cli
 from megatron_opt.study.curves import Curve, from_parquet, read_metrics, to_parquet
 from megatron_opt.study.dataset import from_store
 from megatron_opt.study.exchange import export_curves, export_runs, import_runs
+from megatron_opt.study.fits.observations import observations
+from megatron_opt.study.report.csv_files import write_runs_csv
 from megatron_opt.study.runs import make_run
 from megatron_opt.study.spec import Regime
 from megatron_opt.study.store import VERSION, Store
@@ -201,6 +203,58 @@ def test_results_of_another_program_can_be_imported_and_reported(tmp_path, capsy
     assert (tmp_path / "out" / "report" / "index.html").is_file()
 
 
+def test_the_reports_own_runs_can_be_imported_and_give_the_same_report(filled, tmp_path):
+    with Store(filled) as store:
+        dataset = from_store(store)
+        write_runs_csv(dataset, tmp_path / "runs.csv")
+        export_runs(store, tmp_path / "exported.csv")
+        rows = store.rows()
+    lines = [sorted((tmp_path / name).read_text().splitlines()) for name in ("runs.csv", "exported.csv")]
+    assert lines[0] == lines[1]
+    assert cli.main(["import", str(tmp_path / "out"), str(tmp_path / "runs.csv")], "study") == 0
+    with Store(tmp_path / "out" / "study.sqlite") as copy:
+        again = {row["id"]: row for row in copy.rows()}
+        assert copy.phases() == dataset.phases
+        write_runs_csv(from_store(copy), tmp_path / "again.csv")
+    for row in rows:
+        assert {k: v for k, v in row.items() if k != "job"} == {k: v for k, v in again[row["id"]].items() if k != "job"}
+    assert (tmp_path / "again.csv").read_text() == (tmp_path / "runs.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    "row,words",
+    [
+        ("adamw,s,1,10,200,-3,", "a loss of -3; a cross-entropy in nats is greater than 0"),
+        ("adamw,s,1,10,200,inf,completed", "a completed run with the loss inf"),
+        ("adamw,s,1,10,200,nan,completed", "a completed run with the loss nan"),
+        ("adamw,s,1,10,200,,completed", "a completed run without a loss"),
+        ("adamw,s,1,10,200,3,diverged", "only completed runs have one"),
+        ("adamw,s,1,10,200,3,done", "no status 'done'"),
+        ("adamw,s,nan,10,200,3,", "ratio and tokens must be greater than 0"),
+        ("adamw,s,1,inf,200,3,", "row 3"),
+    ],
+)
+def test_losses_are_checked_and_a_refused_import_leaves_no_folder(tmp_path, row, words):
+    file = tmp_path / "mine.csv"
+    file.write_text(f"optimizer,model,ratio,parameters,tokens,loss,status\nadamw,s,1,10,200,3.5,\n{row}\n")
+    with pytest.raises(UserError, match="row 3") as caught:
+        cli.main(["import", str(tmp_path / "new" / "out"), str(file)], "study")
+    assert words in str(caught.value) and not (tmp_path / "new").exists()
+
+
+def test_runs_that_blew_up_are_imported_as_diverged_and_a_contradiction_leaves_no_folder(tmp_path):
+    file = tmp_path / "mine.csv"
+    head = "optimizer,model,ratio,parameters,tokens,loss,hyper\n"
+    file.write_text(head + "adamw,s,1,10,200,3.5,\n" + 'adamw,s,1,10,200,inf,"{""lr"": 1}"\n')
+    assert cli.main(["import", str(tmp_path / "out"), str(file)], "study") == 0
+    with Store(tmp_path / "out" / "study.sqlite") as store:
+        assert sorted((r.status, r.loss) for r in store.runs()) == [("completed", 3.5), ("diverged", None)]
+    file.write_text(head + "adamw,s,1,10,200,3.5,\nadamw,s,1,10,200,3.6,\n")
+    with pytest.raises(UserError, match="nothing was imported"):
+        cli.main(["import", str(tmp_path / "other"), str(file)], "study")
+    assert not (tmp_path / "other").exists()
+
+
 def test_metrics_survive_torn_lines_and_repeats(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps(point) for point in [*CURVE.train, CURVE.valid[0] | {"split": "valid"}]]
@@ -217,3 +271,10 @@ def test_a_regime_without_a_baseline_cannot_be_fitted(tmp_path):
     cli.main(["import", str(tmp_path / "out"), str(file)], "study")
     with pytest.raises(UserError, match="regime s@2x has results of mine but none of the baseline adamw"):
         cli.main(["fit", str(tmp_path / "out")], "study")
+    with pytest.raises(UserError, match="--without s@3x: no runs of it; did you mean s@2x"):
+        cli.main(["fit", str(tmp_path / "out"), "--without", "s@3x"], "study")
+    with pytest.raises(UserError, match="the baseline 'adamw' has no runs"):
+        cli.main(["fit", str(tmp_path / "out"), "--without", "s@1x", "s@2x"], "study")
+    with Store(tmp_path / "out" / "study.sqlite") as store:
+        kept = observations(from_store(store).without(["s@2x"]))
+    assert kept.loss.tolist() == [3.5]

@@ -243,3 +243,40 @@ def test_a_structure_that_is_not_known_is_refused_with_its_line(make_study):
     with pytest.raises(UserError, match=r"--moe-latent-size .*non_embedding_parameters"):
         read_study(make_study(text))
     read_study(make_study(text.replace("moe_latent_size: 8}}", "moe_latent_size: 8}, non_embedding_parameters: 99}")))
+
+
+WRONG = [
+    ("grid: {lr: [0.004, 0.008, 0.064]}", "start: {beta_1: 0.9}\n    grid: {lr: [1, 2, 3]}", "did you mean `beta1`?"),
+    ("  muon:\n", "  moun:\n", "there is no optimizer 'moun'; did you mean `muon`?"),
+    ("weight_decay: 0.1", "weight_decay: -0.1", "`weight_decay: -0.1` must be"),
+    ("weight_decay: 0.1", "weight_decay: 0.1, beta1: 1.5", "`beta1: 1.5` must be"),
+    ("weight_decay: 0.1", "weight_decay: 0.1, schedule: cosin", "did you mean `cosine`?"),
+    ("weight_decay: 0.1", "weight_decay: 0.1, min_lr_ratio: 3", "`min_lr_ratio: 3` must be"),
+    ("[0.008, 0.016, 0.032]", "[0.008, 0.016, .inf]", "lr: inf"),
+    ("[0.008, 0.016, 0.032]}", "[0.008, 0.016, 0.032], momentum: [1.5]}", "momentum"),
+    ("[0.008, 0.016, 0.032]}", "[0.008, 0.016, 0.032], gamma: [0.5]}", "no hyperparameter `gamma`"),
+    ("sequence_length: 64", "sequence_length: 64\nratios: [.001]", "raise the ratio"),
+]
+
+
+@pytest.mark.parametrize("old,new,words", WRONG, ids=[words for *_, words in WRONG])
+def test_a_plan_checks_every_name_and_value_against_the_optimizers_own(make_study, old, new, words):
+    assert old in STUDY
+    text = STUDY.replace(old, new).replace('  command: [PYTHON, FAKE, "{flags}"]\n', "")
+    path = make_study(text)
+    with pytest.raises(UserError) as caught:
+        cli.main(["plan", str(path)], "study")
+    assert words in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_plan_accepts_the_paper_and_ends_with_totals(make_study, capsys):
+    entries = "".join(f"  {name}: {{grid: paper}}\n" for name in PAPER_GRIDS)
+    text = (
+        STUDY[: STUDY.index("optimizers:")]
+        + "optimizers:\n"
+        + entries
+        + "phases: [descent]\ntokens_per_parameter: 2e4\n"
+    )
+    assert cli.main(["plan", str(make_study(text))], "study") == 0
+    shown = capsys.readouterr().out
+    assert "total" in shown

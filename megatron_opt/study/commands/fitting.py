@@ -26,6 +26,7 @@ DATASETS = {"fantastic": paper_dataset, "hyperball": hyperball_dataset}
 def add_fit_options(parser: argparse.ArgumentParser) -> None:
     """What `fit`, `report` and `demo-paper` share."""
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="fit these and the baseline only")
+    add_without(parser)
     parser.add_argument("--target", type=float, help="parameters to extrapolate to (default: the study's, or 7e9)")
     parser.add_argument(
         "--ratios",
@@ -34,6 +35,16 @@ def add_fit_options(parser: argparse.ArgumentParser) -> None:
         help="Chinchilla ratios to extrapolate to (default: the study's, or 1 2 4 8 16)",
     )
     parser.add_argument("--resamples", type=int, default=200, help="bootstrap copies behind every interval")
+
+
+def add_without(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="MODEL@RATIO",
+        help="leave these regimes out, such as one whose baseline is not there",
+    )
 
 
 def fit_arguments(options: argparse.Namespace) -> dict[str, Any]:
@@ -77,7 +88,7 @@ def main(argv: list[str], prog: str) -> int:
     add_fit_options(parser)
     options = parser.parse_args(argv)
     with Store(options.output / STORE_NAME) as store:
-        analysis = analyse(from_store(store), **fit_arguments(options))
+        analysis = analyse(from_store(store).without(options.without), **fit_arguments(options))
         write_fits(analysis, options.output / "fits.json")
     console = make_console()
     print_analysis(console, analysis)
@@ -92,7 +103,7 @@ def demo_paper(argv: list[str], prog: str) -> int:
     parser.add_argument("--data", choices=sorted(DATASETS), default="fantastic", help="which publication")
     add_fit_options(parser)
     options = parser.parse_args(argv)
-    dataset = DATASETS[options.data]()
+    dataset = DATASETS[options.data]().without(options.without)
     analysis = analyse(dataset, **fit_arguments(options))
     options.output.mkdir(parents=True, exist_ok=True)
     page = write_report(dataset, options.output, analysis)

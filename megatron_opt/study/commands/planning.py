@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from rich.console import Console
 
+from megatron_opt.study.commands.checking import check_study
 from megatron_opt.study.commands.pricing import Prices, add_price_options, words
 from megatron_opt.study.display import make_console, print_table
 from megatron_opt.study.executors.local import LocalExecutor
@@ -26,32 +28,27 @@ def main(argv: list[str], prog: str) -> int:
     add_price_options(parser)
     options = parser.parse_args(argv)
     study = read_study(options.study)
+    check_study(study)
     records = []
     if options.output is not None and (options.output / STORE_NAME).is_file():
         with Store(options.output / STORE_NAME) as store:
             records = store.runs(status="completed")
     costs = plan_costs(study, records)
     console = make_console()
+    rows = [[c.phase, c.optimizer, *_cells(c.least, c.most, c.tokens, c.flops, c.hours)] for c in costs]
+    hours = [c.hours for c in costs if c.hours is not None]
+    least, most = sum(c.least for c in costs), sum(c.most for c in costs)
+    tokens, flops = math.fsum(c.tokens for c in costs), math.fsum(c.flops for c in costs)
+    rows.append(["total", "", *_cells(least, most, tokens, flops, math.fsum(hours) if hours else None)])
     print_table(
         console,
         ["phase", "optimizer", "runs", "tokens", "FLOPs", "hours"],
-        [
-            [
-                c.phase,
-                c.optimizer,
-                str(c.most) if c.least == c.most else f"{c.least} to {c.most}",
-                f"{c.tokens:.3g}",
-                f"{c.flops:.3g}",
-                "unknown" if c.hours is None else f"{c.hours:.2f}",
-            ]
-            for c in costs
-        ],
+        rows,
         f"{study.name}: {len(study.models)} models, {len(study.regimes())} regimes, baseline {study.baseline}",
     )
     if options.cluster is not None:
         _price(console, study, Prices(options.cluster, options.price))
         return 0
-    hours = [c.hours for c in costs if c.hours is not None]
     if not hours:
         console.print("Hours are unknown until a run has finished (`--output`) or `executor: flops_per_s:` is given.")
         return 0
@@ -106,3 +103,8 @@ def _price(console: Console, study: Study, prices: Prices) -> None:
             markup=False,
             highlight=False,
         )
+
+
+def _cells(least: int, most: int, tokens: float, flops: float, hours: float | None) -> list[str]:
+    runs = str(most) if least == most else f"{least} to {most}"
+    return [runs, f"{tokens:.3g}", f"{flops:.3g}", "unknown" if hours is None else f"{hours:.2f}"]

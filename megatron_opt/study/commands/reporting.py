@@ -22,7 +22,7 @@ def main(argv: list[str], prog: str) -> int:
     add_fit_options(parser)
     options = parser.parse_args(argv)
     with Store(options.output / STORE_NAME) as store:
-        dataset = from_store(store)
+        dataset = from_store(store).without(options.without)
         analysis = analyse_if_possible(dataset, **fit_arguments(options))
         page = write_report(dataset, options.to or options.output / "report", analysis)
     console = make_console()

@@ -20,6 +20,10 @@ def main(argv: list[str], prog: str) -> int:
     parser.add_argument("--retry-failed", action="store_true", help="try failed runs again")
     options = parser.parse_args(argv)
     study = read_study(options.study)
+    if study.executor.command is None:  # the optimizers' own options take seconds to load
+        from megatron_opt.study.commands.checking import check_study
+
+        check_study(study)
     console = make_console()
     with open_study(study, options.output) as scheduler:
         store = scheduler.store

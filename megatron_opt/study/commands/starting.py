@@ -30,7 +30,7 @@ optimizers:                       # `grid: paper` takes the published search gri
 """
 
 _TAIL = """\
-seeds: [1, 2]                     # the search uses the first, the winners are repeated with the others
+seeds: [1, 2, 3, 4]               # the search uses the first; winners get two more, and further ones where it is open
 thresholds: {adopt: 0.003, insensitive: 0.0064}
 effort: equal                     # or free: each optimizer stops when its search has converged
 phases:

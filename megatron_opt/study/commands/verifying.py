@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from megatron_opt.errors import UserError
+from megatron_opt.study.commands.fitting import add_without
 from megatron_opt.study.dataset import Dataset, from_store
 from megatron_opt.study.display import make_console, print_table
 from megatron_opt.study.fits.noise import NoiseFloor, noise_floor
@@ -59,10 +60,11 @@ def main(argv: list[str], prog: str) -> int:
     parser.add_argument(
         "--prediction", type=Path, nargs="+", help="files of `study predict` (default: all registered ones)"
     )
+    add_without(parser)
     options = parser.parse_args(argv)
     console = make_console()
     with Store(options.output / STORE_NAME) as store:
-        dataset = from_store(store)
+        dataset = from_store(store).without(options.without)
         files = options.prediction or [Path(entry["file"]) for entry in store.meta(META, [])]
         registered = [] if options.regimes else [(path, read(path, store)) for path in files]
     for path, content in registered:
@@ -121,7 +123,7 @@ def _hold_out(console: Console, dataset: Dataset, chosen: list[str] | None) -> N
     held = _held(dataset.phases.get("predict", []), dataset, chosen)
     data = observations(dataset)
     regimes = {record.id: record.regime for record in dataset.records}
-    mask = np.array([regimes[run] in held for run in data.runs])
+    mask = np.array([regimes[run.split()[0]] in held for run in data.runs])
     if not mask.any():
         raise UserError(f"no finished run in {', '.join(map(str, sorted(held)))}; run the study to its end first")
     rows = []

@@ -36,49 +36,30 @@ class NoiseFloor:
 
 
 def noise_floor(dataset: Dataset) -> NoiseFloor:
-    """Pooled over every configuration that ran with more than one seed: σ² = Σ(L − mean)² / Σ(n − 1)."""
-    groups: dict[tuple, list[float]] = {}
+    """Pooled over every configuration that ran with more than one seed: σ² = Σ(L − mean)² / Σ(n − 1).
+
+    Where a configuration was chosen for its loss on a seed, that loss is no fair draw: it counts only where no other
+    repetition does, and then makes σ larger, not smaller.
+    """
+    winners = {(name, regime, _key(cell.record.hyper)): cell for (name, regime), cell in dataset.best().items()}
+    fair: dict[tuple, list[float]] = {}
+    every: dict[tuple, list[float]] = {}
     for record in dataset.finished:
-        if record.loss is not None:
-            key = (record.optimizer, record.regime, tuple(sorted(record.hyper.items(), key=str)))
-            groups.setdefault(key, []).append(record.loss)
-    squares = sum(float(np.var(losses)) * len(losses) for losses in groups.values())
+        if record.loss is None:
+            continue
+        key = (record.optimizer, record.regime, _key(record.hyper))
+        every.setdefault(key, []).append(record.loss)
+        cell = winners.get(key)
+        if cell is None or record.id in cell.ids:
+            fair.setdefault(key, []).append(record.loss)
+    return _pooled(fair) or _pooled(every) or NoiseFloor(DEFAULT_FLOOR, 0)
+
+
+def _key(hyper: dict) -> tuple:
+    return tuple(sorted(hyper.items(), key=str))
+
+
+def _pooled(groups: dict[tuple, list[float]]) -> NoiseFloor | None:
+    squares = sum(float(np.var(losses)) * len(losses) for losses in groups.values() if len(losses) > 1)
     freedom = sum(len(losses) - 1 for losses in groups.values())
-    if freedom == 0:
-        return NoiseFloor(DEFAULT_FLOOR, 0)
-    return NoiseFloor(max(math.sqrt(squares / freedom), 1e-9), freedom)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Whether A's mean loss is lower than B's."""
-
-    gain: float
-    """mean loss of B − mean loss of A"""
-    low: float
-    high: float
-    """90% interval of the gain"""
-    p: float
-    """two-sided p-value of no difference"""
-    seeds_needed: int | None
-    """seeds of each for 80% power at the 5% level if the gain is real; None for a gain of zero"""
-    assumed: bool
-    """the noise is assumed, not measured"""
-
-    @property
-    def significant(self) -> bool:
-        return self.p < 0.05
-
-
-def compare(a: tuple[float, ...], b: tuple[float, ...], floor: NoiseFloor) -> Comparison:
-    """t-test of two means with the pooled noise of the whole study (z-test where the noise is assumed)."""
-    gain = float(np.mean(b) - np.mean(a))
-    error = floor.sigma * math.sqrt(1 / len(a) + 1 / len(b))
-    law = stats.t(floor.freedom) if floor.measured else stats.norm
-    reach = float(law.ppf(0.95)) * error
-    needed = None
-    if gain:
-        needed = max(1, math.ceil(2 * ((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * floor.sigma / gain) ** 2))
-    return Comparison(
-        gain, gain - reach, gain + reach, 2 * float(law.sf(abs(gain) / error)), needed, not floor.measured
-    )
+    return NoiseFloor(max(math.sqrt(squares / freedom), 1e-9), freedom) if freedom else None

@@ -24,7 +24,7 @@ class Observations:
     """training tokens"""
     loss: np.ndarray
     runs: tuple[str, ...] = ()
-    """run behind each loss"""
+    """runs behind each loss, divided by spaces"""
     seeds: tuple[frozenset[int], ...] = ()
     """seeds whose mean each loss is; none: one seed, the same for all"""
 
@@ -96,6 +96,6 @@ def observations(dataset: Dataset, optimizers: list[str] | None = None) -> Obser
         np.array([float(b.record.parameters) for b in chosen]),
         np.array([float(b.record.tokens) for b in chosen]),
         np.array([b.loss for b in chosen]),
-        tuple(b.record.id for b in chosen),
+        tuple(" ".join(b.ids) for b in chosen),
         tuple(frozenset(b.seeds) for b in chosen),
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_opt.study.dataset import Dataset
+from megatron_opt.study.exchange import COLUMNS, row_of
 from megatron_opt.study.files import write_text
 from megatron_opt.study.report.plots import Plot
 from megatron_opt.study.summary import HEADER, summary
@@ -47,37 +47,10 @@ def write_summary_csv(dataset: Dataset, path: Path) -> None:
 
 
 def write_runs_csv(dataset: Dataset, path: Path) -> None:
-    """Every run of the study, finished or not."""
-    header = [
-        "run",
-        "optimizer",
-        "model",
-        "ratio",
-        "parameters",
-        "tokens",
-        "seed",
-        "status",
-        "loss",
-        "attempts",
-        "hyperparameters",
-    ]
-    _write(
-        path,
-        header,
-        [
-            [
-                r.id,
-                r.optimizer,
-                r.regime.model,
-                r.regime.ratio,
-                r.parameters,
-                r.tokens,
-                r.seed,
-                r.status,
-                "" if r.loss is None else r.loss,
-                r.attempts,
-                json.dumps(r.hyper),
-            ]
-            for r in dataset.records
-        ],
-    )
+    """Every run of the study, finished or not, in the columns of `study export`, which `study import` reads."""
+    phases: dict[str, list[str]] = {}
+    for phase, runs in dataset.phases.items():
+        for run in runs:
+            phases.setdefault(run, []).append(phase)
+    rows = [row_of(record, phases.get(record.id, [])) for record in dataset.records]
+    _write(path, list(COLUMNS), [[row[name] for name in COLUMNS] for row in rows])

@@ -13,18 +13,38 @@ from megatron_opt.study.report.scaling import law_table
 
 
 def verdict(analysis: Analysis) -> Section:
-    """The statement in plain words, which the page opens with."""
-    statement = analysis.statement
-    if statement is None:
-        return Section("What can be said")
-    text = [*statement.sentences()]
-    text += [c.sentence(statement.baseline) for c in statement.crossings if c.ratio == statement.ratios[0]]
-    text += [
-        f"A gain is how much lower the final loss is than {statement.baseline}'s; a token speedup of 1.2 means that "
-        f"{statement.baseline} needs 1.2 times the tokens for the same loss. A 90% interval is meant to hold the truth nine "
-        "times in ten."
-    ]
+    """What was measured and what is predicted, in plain words, which the page opens with."""
+    statement, baseline = analysis.statement, analysis.data.optimizers[0]
+    text = measured(analysis)
+    if statement is not None:
+        text += statement.sentences()
+        text += [c.sentence(statement.baseline) for c in statement.crossings if c.ratio == statement.ratios[0]]
+    text.append(
+        f"A gain is how much lower the final loss is than {baseline}'s, in nats a token; a token speedup of 1.2 means that "
+        f"{baseline} needs 1.2 times the tokens for the same loss. A 90% interval is meant to hold the truth nine times in "
+        "ten."
+    )
     return Section("What can be said", text)
+
+
+def measured(analysis: Analysis) -> list[str]:
+    """One sentence an optimizer on the regimes that were run: in how many it is better, worse, alike or open."""
+    found = []
+    words = {"better": "better", "worse": "worse", "alike": "alike", "not settled": "not settled"}
+    for name in analysis.data.optimizers[1:]:
+        mine = [c for c in analysis.comparisons if c.optimizer == name]
+        if not mine:
+            continue
+        gains = [c.gain for c in mine]
+        counts = [f"{word} in {n}" for key, word in words.items() if (n := sum(c.verdict == key for c in mine))]
+        silent = sum(c.verdict == "cannot be said" for c in mine)
+        if silent:
+            counts.append(f"not tested in {silent}, where no seed was repeated")
+        found.append(
+            f"Measured: {name} against {analysis.data.optimizers[0]} is {', '.join(counts)} of {len(mine)} regimes; its final "
+            f"loss is lower by {min(gains):+.4f} to {max(gains):+.4f}."
+        )
+    return found
 
 
 def prediction_error(analysis: Analysis) -> Section:
@@ -67,6 +87,8 @@ def prediction_error(analysis: Analysis) -> Section:
             "Root-mean-square errors on a size predicted from the smaller ones; intervals include the noise of a run."
         )
         section.tables.insert(0, Table(header, rows, caption))
+    if analysis.ensemble is not None and analysis.ensemble.backtests:
+        section.plots.insert(0, _held_out_gains(analysis, analysis.ensemble.backtests[-1]))
     if analysis.ensemble is not None:
         weights = [[name, f"{weight:.0%}"] for name, weight in analysis.ensemble.weights.items()]
         caption = "Forms of law and their weights, by the predictive score on the largest size left out."
@@ -120,6 +142,33 @@ def _cells(analysis: Analysis, test: Backtest) -> Table:
         )
     header = ["optimizer", "ratio", "loss", "predicted", "gain", "predicted gain", "90% interval", "inside", "run"]
     return Table(header, rows, f"Backtest: {test.data.n.max():,.0f} parameters predicted from the smaller sizes.")
+
+
+def _held_out_gains(analysis: Analysis, test: Backtest) -> Plot:
+    """Predicted against observed gain of the last backtest."""
+    low, high = test.intervals("gain")
+    predicted = np.median(test.gain, 0)
+    color, series = colors(analysis.dataset.optimizers), []
+    shown = np.isfinite(test.gain_error)
+    for k in np.unique(test.data.index[shown]):
+        rows = np.flatnonzero(shown & (test.data.index == k))
+        name = test.data.optimizers[k]
+        series.append(
+            Series(
+                name,
+                test.observed_gain[rows].tolist(),
+                predicted[rows].tolist(),
+                color[name],
+                line=False,
+                low=low[rows].tolist(),
+                high=high[rows].tolist(),
+                runs=[test.data.runs[i] for i in rows] if test.data.runs else None,
+            )
+        )
+    ends = [float(test.observed_gain[shown].min()), float(test.observed_gain[shown].max())]
+    series.append(Series("prediction = outcome", ends, ends, "#888888", points=False, dash=True))
+    title = f"Held-out gains: {test.data.n.max():,.0f} parameters, predicted from the smaller sizes"
+    return Plot("held-out-gains", title, "observed gain", "predicted gain, 90% interval", series)
 
 
 def _held_out(analysis: Analysis, kind: str) -> Plot:

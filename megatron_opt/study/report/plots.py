@@ -17,6 +17,12 @@ PALETTE = (
     "#b10026",
     "#4d6b00",
     "#1b1b1b",
+    "#9ecae1",
+    "#a6761d",
+    "#b3de69",
+    "#f768a1",
+    "#35978f",
+    "#5e4fa2",
 )
 """told apart by colour-blind readers in their first six"""
 

@@ -9,6 +9,7 @@ import numpy as np
 from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.fits.intervals import interval
 from megatron_opt.study.fits.scaling import Fit
+from megatron_opt.study.fits.significance import LEVEL
 from megatron_opt.study.fits.speedups import Speedup
 from megatron_opt.study.report.plots import Plot, Section, Series, Table, colors
 
@@ -69,6 +70,56 @@ def final_losses(analysis: Analysis) -> Section:
     return section
 
 
+def gains(analysis: Analysis) -> Section:
+    """Losses minus the baseline's: against size at each ratio, and as a table, each with its runs."""
+    per, baseline = analysis.dataset.tokens_per_parameter, analysis.data.optimizers[0]
+    section = Section(
+        "Loss minus the baseline's",
+        [
+            f"Final loss of {baseline} minus that of each optimizer in the same regime: above zero is better. Bars are "
+            f"{LEVEL:.0%} intervals where seeds were repeated; curves are the median of the hierarchical law."
+        ],
+    )
+    sizes = {record.regime: float(record.parameters) for record in analysis.dataset.records}
+    color, fit = colors(analysis.dataset.optimizers), analysis.ensemble
+    for ratio in sorted({c.regime.ratio for c in analysis.comparisons}):
+        mine = [c for c in analysis.comparisons if c.regime.ratio == ratio]
+        places = np.array(sorted({sizes[c.regime] for c in mine}))
+        series = []
+        for name in analysis.data.optimizers[1:]:
+            points = sorted((c for c in mine if c.optimizer == name), key=lambda c: sizes[c.regime])
+            if not points:
+                continue
+            bars = any(c.low is not None for c in points)
+            series.append(
+                Series(
+                    name,
+                    [sizes[c.regime] for c in points],
+                    [c.gain for c in points],
+                    color[name],
+                    line=False,
+                    low=[c.gain if c.low is None else c.low for c in points] if bars else None,
+                    high=[c.gain if c.high is None else c.high for c in points] if bars else None,
+                    runs=[" ".join(c.runs) for c in points],
+                )
+            )
+            if fit is not None and len(places) > 1 and name in fit.optimizers:
+                grid = np.geomspace(places[0] / 1.3, places[-1] * 1.3, 40)
+                series.append(_curve(grid, np.median(fit.gains(name, grid, ratio * per * grid), 0), color[name]))
+        section.plots.append(
+            Plot(
+                f"gain-against-size-{ratio:g}x",
+                f"Loss below {baseline}'s against size, {ratio:g}x",
+                "non-embedding parameters",
+                f"loss below {baseline}'s",
+                series,
+                x_log=True,
+                horizontal=[(0.0, "no gain")],
+            )
+        )
+    return section if section.plots else Section(section.title)
+
+
 def _points(name: str, x: np.ndarray, y: np.ndarray, color: str, runs: list[str]) -> Series:
     return Series(name, x.tolist(), y.tolist(), color, line=False, runs=runs or None)
 
@@ -94,7 +145,8 @@ def speedup_section(analysis: Analysis) -> Section:
     color = colors(analysis.dataset.optimizers)
     names = {record.parameters: record.regime.model for record in analysis.dataset.records}
     per = analysis.dataset.tokens_per_parameter
-    others = analysis.data.optimizers[1:]
+    data, others = analysis.data, analysis.data.optimizers[1:]
+    behind = {(data.optimizers[k], n, d): run for k, n, d, run in zip(data.index, data.n, data.d, data.runs)}
 
     def series(name: str, chosen: list, x: list[float]) -> Series:
         return Series(
@@ -105,6 +157,7 @@ def speedup_section(analysis: Analysis) -> Section:
             low=[s.low for s in chosen],
             high=[s.high for s in chosen],
             beyond=[s.beyond for s in chosen],
+            runs=[behind.get((s.optimizer, s.n, s.d), "") for s in chosen],
         )
 
     for size in analysis.data.sizes:
@@ -162,10 +215,11 @@ def speedup_section(analysis: Analysis) -> Section:
             f"{s.value:.3f}",
             f"{s.low:.3f} to {s.high:.3f}",
             ("own L(D)" if s.method == "size" else "hierarchical law") + (", extrapolated" if s.beyond else ""),
+            behind.get((s.optimizer, s.n, s.d), "–"),
         ]
         for s in analysis.speedups
     ]
-    section.tables.append(Table(["optimizer", "model", "ratio", "speedup", "90% interval", "by"], rows))
+    section.tables.append(Table(["optimizer", "model", "ratio", "speedup", "90% interval", "by", "runs"], rows))
     return section
 
 
@@ -176,43 +230,58 @@ def _drawable(one: Speedup) -> Speedup:
 
 def significance(analysis: Analysis) -> Section:
     """Whether each difference to the baseline exceeds the noise, and how many seeds would settle it."""
-    noise = analysis.noise
-    low, high = noise.interval()
-    how = (
-        f"measured with {noise.freedom} degrees of freedom, 90% interval {low:.4f} to {high:.4f}"
-        if noise.measured
-        else "assumed, since no configuration ran with two seeds"
+    noise, own, looks = analysis.noise, analysis.own_noise, analysis.dataset.looks
+    section = Section("Is the difference real?")
+    if own.freedom:
+        section.text.append(
+            f"Own noise of one final loss, beside what a seed does to all optimizers alike: {own.sigma:.4f} "
+            f"({own.freedom} degrees of freedom, pooled over this table). Gains are means over shared seeds."
+        )
+    if noise.measured:
+        low, high = noise.interval()
+        section.text.append(
+            f"Total noise over seeds: {noise.sigma:.4f} (90% interval {low:.4f} to {high:.4f}, {noise.freedom} degrees of "
+            "freedom)."
+        )
+    else:
+        section.text.append(
+            "No configuration has two seeds beside the one that chose it: the noise is not known, and nothing can be said "
+            "of a single difference."
+        )
+    section.text.append(
+        f"“Better” and “worse” mean p < {1 - LEVEL:.2g} after Holm's correction for the {len(analysis.comparisons)} rows of "
+        f"this table; “alike”, that the {LEVEL:.0%} interval (not corrected) lies within ±{analysis.dataset.margin:g}. Seeds "
+        "needed are shared ones, for 80% power."
+        + (
+            f" The seeds phase may look {looks} times: p is multiplied, and intervals widened, by that."
+            if looks > 1
+            else ""
+        )
     )
-    section = Section(
-        "Is the difference real?",
+    rows = [
         [
-            f"Noise of one final loss: {noise.sigma:.4f} ({how}). “Better” means p < 0.05; seeds are "
-            "per optimizer, for "
-            "80% power at that level."
-        ],
-    )
-    rows = []
-    for regime, name, c in analysis.comparisons:
-        verdict = "not settled" if not c.significant else "better" if c.gain > 0 else "worse"
-        rows.append(
-            [
-                str(regime),
-                name,
-                f"{c.gain:+.4f}",
-                f"{c.low:+.4f} to {c.high:+.4f}",
-                f"{c.p:.2g}",
-                verdict,
-                str(c.seeds_needed or "–"),
-            ]
-        )
+            str(c.regime),
+            c.optimizer,
+            f"{c.gain:+.4f}",
+            "–" if c.low is None else f"{c.low:+.4f} to {c.high:+.4f}",
+            p_text(c.p),
+            p_text(c.adjusted),
+            c.verdict + (f": {c.why}" if c.why else ""),
+            str(c.seeds_needed or "–"),
+            f"{len(c.seeds)} shared" if c.paired else "not shared",
+            ", ".join(c.runs),
+        ]
+        for c in analysis.comparisons
+    ]
     if rows:
-        section.tables.append(
-            Table(
-                ["regime", "optimizer", "gain over baseline", "90% interval", "p", "verdict", "seeds needed"],
-                rows,
-            )
-        )
+        header = ["regime", "optimizer", "gain over baseline", f"{LEVEL:.0%} interval", "p", "p (Holm)", "verdict"]
+        section.tables.append(Table([*header, "seeds needed", "seeds", "runs"], rows))
     return section
+
+
+def p_text(p: float | None) -> str:
+    """A p-value to two digits; none is known more closely than 0.0001."""
+    return "–" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def law_table(fit: Fit) -> Table:

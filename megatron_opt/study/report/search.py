@@ -16,7 +16,7 @@ def search(dataset: Dataset) -> Section:
     if sweeps:
         section.tables.append(
             Table(
-                ["phase", "regime", "optimizer", "swept", "from", "best", "gain", "moved"],
+                ["phase", "regime", "optimizer", "swept", "from", "best", "gain", "moved", "grid widened by"],
                 [
                     [
                         s["phase"],
@@ -27,6 +27,7 @@ def search(dataset: Dataset) -> Section:
                         _show(s["best"]),
                         "from divergence" if math.isinf(s["gain"]) else f"{s['gain']:.4f}",
                         "yes" if s["adopted"] else "no",
+                        str(s.get("widened", 0)),
                     ]
                     for s in sweeps
                 ],
@@ -49,9 +50,9 @@ def search(dataset: Dataset) -> Section:
                     [
                         v["optimizer"],
                         v["hyperparameter"],
-                        "sensitive" if v["sensitive"] else "insensitive",
+                        _verdict(v),
                         _show(v["value"]),
-                        "diverges" if math.isinf(v["excess"]) else f"{v['excess']:.4f}",
+                        _excess(v["excess"]),
                         ", ".join(f"{regime} {_show(value)}" for regime, value in v["optima"].items()),
                     ]
                     for v in verdicts
@@ -82,6 +83,16 @@ def search(dataset: Dataset) -> Section:
         for s in spent
     ]
     return section
+
+
+def _excess(value: float | None) -> str:
+    return "not tried everywhere" if value is None else "diverges" if math.isinf(value) else f"{value:.4f}"
+
+
+def _verdict(step: dict[str, Any]) -> str:
+    if step.get("edges"):
+        return f"on the edge in {', '.join(step['edges'])}: optimum beyond"
+    return "sensitive" if step["sensitive"] else "insensitive"
 
 
 def _show(value: Any) -> str:

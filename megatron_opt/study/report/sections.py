@@ -12,7 +12,7 @@ from megatron_opt.study.report.dynamics import dynamics
 from megatron_opt.study.report.extrapolation import extrapolation, prediction_error, verdict
 from megatron_opt.study.report.pitfalls import pitfalls
 from megatron_opt.study.report.plots import Section, Table
-from megatron_opt.study.report.scaling import final_losses, significance, speedup_section
+from megatron_opt.study.report.scaling import final_losses, gains, significance, speedup_section
 from megatron_opt.study.report.search import search
 from megatron_opt.study.report.sensitivity import lr_sensitivity
 from megatron_opt.study.report.tuning import hyper_laws, transfer
@@ -26,8 +26,10 @@ def build_sections(dataset: Dataset, analysis: Analysis | str) -> list[Section]:
     """Every section that the data can fill; with a reason instead of fits, those that need no fit."""
     fitted, laws, lead = [], [], []
     notes = [analysis] if isinstance(analysis, str) else analysis.notes
-    if not isinstance(analysis, str):
-        fitted = [significance(analysis), speedup_section(analysis), final_losses(analysis)]
+    if isinstance(analysis, str):
+        lead = [Section("What can be said", [analysis])]
+    else:
+        fitted = [significance(analysis), gains(analysis), speedup_section(analysis), final_losses(analysis)]
         fitted += [prediction_error(analysis), extrapolation(analysis)]
         laws, lead = [hyper_laws(analysis)], [verdict(analysis)]
     sections = [

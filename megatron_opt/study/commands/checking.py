@@ -1,0 +1,133 @@
+"""Every name and value of a study file against the optimizers' own options and the job's ranges, before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from megatron_opt.errors import UserError
+from megatron_opt.optimizers import registry
+from megatron_opt.study.hyperparameters import FLAGS, SCHEDULE, flag_of
+from megatron_opt.study.spec import OptimizerSpace, Regime, Study
+from megatron_opt.study.yaml_lines import LocatedDict, load
+from megatron_opt.training.flags.ranges import RANGES, Range
+
+OF_MEGATRON = ("adam", "sgd")
+SCHEDULES = ("cosine", "linear", "constant", "wsd", "inverse-square-root")
+LEAST_ITERATIONS = 10
+"""a schedule of fewer steps is none"""
+_SHARED = ("lr", "weight_decay", "clip_grad", "batch_size", "init_method_std")
+_OF_ADAM = ("beta1", "beta2", "eps")
+_SCHEDULE_RANGES = {
+    "warmup": Range(0, 2**31),
+    "decay": Range(0, 1),
+    "min_lr_ratio": Range(0, 1),
+}
+
+
+def check_study(study: Study) -> None:
+    """Refuse budgets that are no training, and names and values that the job would refuse; raises UserError.
+
+    With an executor's own `command:` the optimizers are that program's, and only budgets are looked at.
+    """
+    _check_budgets(study)
+    if study.executor.command is not None:
+        return
+    places = _Places(study)
+    for space in study.optimizers.values():
+        _check_space(space, places)
+
+
+class _Places:
+    """Lines of the study file, for messages."""
+
+    def __init__(self, study: Study):
+        self._path, self._top = study.path, load(study.path)
+
+    def error(self, name: str, key: str | None, message: str) -> UserError:
+        entry = self._top["optimizers"][name]
+        line = self._top["optimizers"].lines[name]
+        for part in (entry.get("grid"), entry.get("start"), self._top.get("defaults")):
+            if key is not None and isinstance(part, LocatedDict) and key in part:
+                line = part.lines[key]
+                break
+        return UserError(f"{self._path}:{line}: optimizer `{name}`: {message}")
+
+
+def _check_budgets(study: Study) -> None:
+    regimes = dict.fromkeys(regime for phase in study.phases for regime in phase.regimes)
+    for regime in regimes:
+        for space in study.optimizers.values():
+            batch = max(int(v) for v in [space.start["batch_size"], *space.grid.get("batch_size", ())])
+            _check_budget(study, regime, space.name, batch)
+
+
+def _check_budget(study: Study, regime: Regime, name: str, batch: int) -> None:
+    iterations = study.tokens(regime) / (study.sequence_length * batch)
+    if iterations < LEAST_ITERATIONS:
+        raise UserError(
+            f"{study.path}: {regime} is {study.tokens(regime):,.0f} tokens, {iterations:.2g} batches of "
+            f"{batch} × {study.sequence_length} for {name}; raise the ratio (at least {LEAST_ITERATIONS} batches), or "
+            "lower `batch_size:` or `sequence_length:`"
+        )
+
+
+def _check_space(space: OptimizerSpace, places: _Places) -> None:
+    rules = registry.rules()
+    if space.optimizer not in (*rules, *OF_MEGATRON):
+        hint = _meant(space.optimizer, [*rules, *OF_MEGATRON])
+        raise places.error(space.name, None, f"there is no optimizer {space.optimizer!r}; {hint}")
+    own, known = _own(space.optimizer), _known(space.optimizer)
+    given = [(key, value) for key, values in space.grid.items() for value in values] + list(space.start.items())
+    for key, value in given:
+        if key not in known:
+            raise places.error(space.name, key, f"no hyperparameter `{key}`; {_meant(key, known)}")
+        if key in own:
+            options = {k: v for k, v in (space.start | {key: value}).items() if k in own}
+            try:
+                registry.build(space.optimizer, options)
+            except UserError as error:
+                raise places.error(space.name, key, f"`{key}: {value}`: {error}") from None
+        else:
+            _check_number(space, key, value, places)
+
+
+def _check_number(space: OptimizerSpace, key: str, value: Any, places: _Places) -> None:
+    if key == "schedule":
+        if value not in SCHEDULES:
+            raise places.error(space.name, key, f"`schedule: {value}`: {_meant(str(value), SCHEDULES)}")
+        return
+    flag = "scalar-lr-ratio" if key == "scalar_lr_ratio" else flag_of(space.optimizer, key)
+    limits = _SCHEDULE_RANGES.get(key) or RANGES.get(flag, Range())
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise places.error(space.name, key, f"`{key}: {value}` must be a number")
+    if not math.isfinite(value) or not limits.holds(value):
+        raise places.error(space.name, key, f"`{key}: {value}` must be {limits.said(value) or 'a finite number'}")
+
+
+def _own(optimizer: str) -> set[str]:
+    """Options of the optimizer that the study sets by its own flags."""
+    if optimizer in OF_MEGATRON:
+        return set()
+    names = {field.name for field in fields(registry.known(optimizer).Config)}
+    return {name for name in names if flag_of(optimizer, name) == f"{optimizer}-{name}".replace("_", "-")}
+
+
+def _known(optimizer: str) -> list[str]:
+    """Every hyperparameter that has an effect with this optimizer."""
+    if optimizer in OF_MEGATRON:
+        return [*FLAGS, *SCHEDULE]
+    rule = registry.known(optimizer)
+    configs = [rule.Config] + ([registry.known(rule.scalars.optimizer).Config] if rule.scalars else [])
+    fields_of_all = {field.name for config in configs for field in fields(config)}
+    scaled = ["scalar_lr_ratio"] if rule.scalars else []
+    return [*_SHARED, *(k for k in _OF_ADAM if k in fields_of_all), *SCHEDULE, *scaled, *sorted(_own(optimizer))]
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    known = list(dict.fromkeys(known))
+    close = difflib.get_close_matches(name, known, 1)
+    return f"did you mean `{close[0]}`?" if close else f"there are {', '.join(known)}"
