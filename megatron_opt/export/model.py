@@ -3,7 +3,6 @@
 import contextlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor

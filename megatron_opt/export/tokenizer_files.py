@@ -50,3 +50,14 @@ def copy(tokenizer: Any, output: Path) -> list[str]:
     for name in found:
         shutil.copyfile(source.parent / name, output / name)
     return found
+
+
+def beside(folder: Path, vocabulary: int) -> Any:
+    """The tokenizer.json of a Hugging Face folder, None without one; raises UserError where it is of another vocabulary."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    from megatron_opt.data.tokenizer import load_tokenizer
+
+    found = load_tokenizer(folder)
+    fits(found, vocabulary)
+    return found
