@@ -41,13 +41,13 @@ FAMILIES = {family.model_type: family for family in (LLAMA, MIXTRAL, GPT2)}
 
 
 @functools.cache
-def _defaults() -> dict[str, Any]:
+def _defaults() -> argparse.Namespace:
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_opt.training.arguments import add_arguments
 
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    return {action.dest: parser.get_default(action.dest) for action in parser._actions}
+    return argparse.Namespace(**{action.dest: parser.get_default(action.dest) for action in parser._actions})
 
 
 def spec_of(args: Any) -> ModelSpec:
@@ -70,7 +70,8 @@ def refuse_unsaid(args: Any) -> None:
     for name in compared.FUNCTION:
         if name in _SAID or not hasattr(args, name) or (name.startswith("moe_") and not args.num_experts):
             continue
-        value, neutral = compared.value(args, name), defaults.get(name)
+        value = compared.value(args, name)
+        neutral = compared.value(defaults, name) if hasattr(defaults, name) else None
         same = value == neutral or (_off(value) and _off(neutral)) or _NEUTRAL.get(name, object()) == value
         if not same:
             raise UserError(

@@ -94,6 +94,4 @@ def build(args: Namespace, weights: Callable[[str], Tensor]) -> torch.nn.Module:
 def logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
     """(batch, sequence, padded vocabulary), fp32, of token ids (batch, sequence)."""
     positions = torch.arange(ids.shape[1])[None].expand_as(ids)
-    length = ids.shape[1]
-    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
-    return model(ids, positions, hidden).float()
+    return model(ids, positions, None).float()

@@ -140,7 +140,7 @@ def to_theirs(
         tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         if row.ours[0] in VOCABULARY:
             tensor = tensor[:vocabulary]
-        yield row.theirs, (tensor.t() if row.transposed else tensor).contiguous()
+        yield row.theirs, (tensor.t() if row.transposed else tensor).clone(memory_format=torch.contiguous_format)
 
 
 def to_ours(

@@ -37,7 +37,7 @@ def write(args: Namespace, weights: Callable[[str], Tensor], save: Path) -> Path
             "num_floating_point_operations_so_far": 0,
             "model": model.to(args.params_dtype).sharded_state_dict(metadata=metadata),
         }
-        dist_checkpointing.save(state, str(aside), content_metadata=content)
+        dist_checkpointing.save(state, str(aside), content_metadata=content, async_strategy=args.async_strategy)
     folders.publish(save, 0)
     shutil.rmtree(save / folders.ASIDE, ignore_errors=True)
     return save / folders.name_of(0)

@@ -102,23 +102,29 @@ def test_a_public_style_model_comes_in_and_goes_out(kind: str, tmp_path: Path) -
     assert all(torch.equal(value, before[name]) for name, value in again.state_dict().items())
 
 
-@pytest.mark.parametrize(("words", "flag"), [
-    (models.LLAMA + "--multi-latent-attention", "--multi-latent-attention"),
-    (models.LLAMA + "--mtp-num-layers 1", "--mtp-num-layers"),
-    (models.LLAMA + "--attention-output-gate", "--attention-output-gate"),
-    (models.LLAMA + "--qk-layernorm", "--qk-layernorm"),
-    (models.LLAMA + "--rotary-percent 0.5", "--rotary-percent"),
-    (models.LLAMA + "--rotary-seq-len-interpolation-factor 2", "--rotary-seq-len-interpolation-factor"),
-    (models.LLAMA + "--add-qkv-bias", "--add-qkv-bias"),
-    (models.LLAMA.replace("--swiglu", "--squared-relu"), "--squared-relu"),
-    (models.MIXTRAL + "--moe-layer-freq 2", "--moe-layer-freq"),
-    (models.MIXTRAL + "--moe-shared-expert-intermediate-size 16", "--moe-shared-expert-intermediate-size"),
-    (models.MIXTRAL + "--moe-router-score-function sigmoid", "--moe-router-score-function"),
-    (models.GPT2 + "--group-query-attention --num-query-groups 2", "--num-query-groups"),
-    (models.GPT2.replace("learned_absolute", "rope"), "--position-embedding-type"),
+@pytest.mark.parametrize(("case", "changed", "flag"), [
+    ("llama", {"multi_latent_attention": True}, "--multi-latent-attention"),
+    ("llama", {"mtp_num_layers": 1}, "--mtp-num-layers"),
+    ("llama", {"hybrid_layer_pattern": "M*M*"}, "--hybrid-layer-pattern"),
+    ("llama", {"attention_output_gate": True}, "--attention-output-gate"),
+    ("llama", {"qk_layernorm": True}, "--qk-layernorm"),
+    ("llama", {"rotary_percent": 0.5}, "--rotary-percent"),
+    ("llama", {"rotary_seq_len_interpolation_factor": 2}, "--rotary-seq-len-interpolation-factor"),
+    ("llama", {"add_qkv_bias": True}, "--add-qkv-bias"),
+    ("llama", {"use_mup": True}, "--use-mup"),
+    ("llama", {"swiglu": False}, "--swiglu"),
+    ("llama", {"window_size": (8, 0)}, "--window-size"),
+    ("mixtral", {"moe_layer_freq": [0, 1]}, "--moe-layer-freq"),
+    ("mixtral", {"moe_shared_expert_intermediate_size": 16}, "--moe-shared-expert-intermediate-size"),
+    ("mixtral", {"moe_router_score_function": "sigmoid"}, "--moe-router-score-function"),
+    ("mixtral", {"moe_router_pre_softmax": True}, "--moe-router-pre-softmax"),
+    ("mixtral", {"add_bias_linear": True}, "--disable-bias-linear"),
+    ("gpt2", {"group_query_attention": True, "num_query_groups": 2}, "--num-query-groups"),
+    ("gpt2", {"position_embedding_type": "rope"}, "--position-embedding-type"),
+    ("gpt2", {"squared_relu": True}, "--squared-relu"),
 ])  # fmt: skip
-def test_what_has_no_counterpart_is_refused_by_its_flag(words: str, flag: str) -> None:
-    args = models.flags(words)
+def test_what_has_no_counterpart_is_refused_by_its_flag(case: str, changed: dict, flag: str) -> None:
+    assert families.family_of(_flags(case))
     with pytest.raises(UserError, match=flag) as refused:
-        families.family_of(args)
+        families.family_of(Namespace(**vars(_flags(case)) | changed))
     assert str(refused.value).count("\n") == 0
