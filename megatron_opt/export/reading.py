@@ -5,6 +5,7 @@ Transformer Engine's names of fused norms are Megatron's names there. `layout/na
 """
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ class Checkpoint:
 
     def __init__(self, source: Path, trust: bool = False):
         """`source`: a run's --save folder (its newest) or one iter_N in it. Raises UserError for a damaged or hostile one."""
+        from megatron_opt import platform
+
+        platform.activate()
         from megatron.core import dist_checkpointing
 
         self.folder = _folder(source)
@@ -106,7 +110,9 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         and key.startswith(("embedding.", "decoder.", "output_layer.", "mtp."))
     }
     try:
-        load(wanted, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that there is one process
+            load(wanted, storage_reader=reader, no_dist=True)
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         raise UserError(f"the checkpoint {folder} is damaged: {' '.join(str(error).split())[:200]}") from error
     return {canonical_name(key).replace(".experts.experts.", ".experts."): value for key, value in wanted.items()}
