@@ -1,6 +1,7 @@
 """Our own model of a checkpoint's or a configuration's flags, whole in one process, with the weights it is given."""
 
 import contextlib
+import io
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 
@@ -30,7 +31,8 @@ def validated(argv: Sequence[str], vocabulary: int) -> Namespace:
     before = megatron_arguments.parse_args, training.get_model
     global_vars.unset_global_variables()
     try:
-        return arguments.parse([*_JOB, "--vocab-size", str(vocabulary), *argv])
+        with contextlib.redirect_stdout(io.StringIO()):  # Megatron's words about its tokenizer
+            return arguments.parse([*_JOB, "--vocab-size", str(vocabulary), *argv])
     finally:
         megatron_arguments.parse_args, training.get_model = before
         global_vars.unset_global_variables()
