@@ -23,6 +23,9 @@ COMMANDS = {
     "migrate": ("megatron_opt.migrate.cli", "plan a change of optimizer; convert a checkpoint into a warm start"),
     "optimizers": ("megatron_opt.optimizer_list", "list the optimizers, or one's formula, flags and defaults"),
     "mup": ("megatron_opt.training.mup_check", "check that activation sizes do not follow the width under µP"),
+    "export": ("megatron_opt.export.exporting", "write a checkpoint as a Hugging Face model"),
+    "import": ("megatron_opt.export.importing", "make a checkpoint to start from out of a Hugging Face model"),
+    "generate": ("megatron_opt.export.generating", "continue a text with a checkpoint's model, on CPU"),
     "train": ("megatron_opt.launch", "start a training run on this machine or as one node of several"),
 }
 

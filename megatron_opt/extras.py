@@ -8,6 +8,7 @@ from megatron_opt.errors import UserError
 
 # module → what brings it
 _BRINGS = {
+    "safetensors": "pip install 'megatron-opt[data]'",
     "tiktoken": "pip install 'megatron-opt[data]'",
     "tokenizers": "pip install 'megatron-opt[data]'",
     "transformers": "pip install 'megatron-opt[data]'",

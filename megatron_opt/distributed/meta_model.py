@@ -51,8 +51,10 @@ def model_config(args: Any) -> Any:
     return config
 
 
-def build_chunks(args: Any, stage: int, *, tp: int = 1, ep: int = 1, etp: int = 1) -> list[torch.nn.Module]:
-    """Model chunks of a pipeline stage on `meta`, in the current (pretended) world of these sizes."""
+def build_chunks(
+    args: Any, stage: int, *, tp: int = 1, ep: int = 1, etp: int = 1, device: str = "meta"
+) -> list[torch.nn.Module]:
+    """Model chunks of a pipeline stage on `device`, in the current (pretended) world of these sizes."""
     from megatron.core import tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -63,11 +65,11 @@ def build_chunks(args: Any, stage: int, *, tp: int = 1, ep: int = 1, etp: int = 
     sizes.gtp_weight_remat_size = sizes.expert_gtp_weight_remat_size = 1
     sizes.sequence_parallel = False
     sizes.use_cpu_initialization, sizes.perform_initialization = True, False
-    sizes.init_model_with_meta_device = True
+    sizes.init_model_with_meta_device = device == "meta"
     virtual = getattr(args, "virtual_pipeline_model_parallel_size", None)
     if "M" in (getattr(args, "hybrid_layer_pattern", None) or ""):  # Mamba's layers draw numbers all the same
         tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    with warnings.catch_warnings(), torch.device("meta"):
+    with warnings.catch_warnings(), torch.device(device):
         warnings.simplefilter("ignore")  # what Megatron's modules say of packages that it would use on a GPU
         config = model_config(sizes)
         builder = config.get_builder_cls()(config)

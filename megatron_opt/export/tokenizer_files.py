@@ -1,0 +1,63 @@
+"""A model's tokenizer beside it: which vocabulary it has, and its files taken along."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_opt.errors import UserError
+
+_BESIDE = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model",
+)  # fmt: skip
+
+
+def of_run(args: Any, given: Path | None) -> Any:
+    """The tokenizer of a checkpoint's flags, or `given`; None where ids have no text."""
+    from megatron_opt.data.tokenizer import load_tokenizer
+
+    path = given or getattr(args, "tokenizer_model", None)
+    if given is None and (not path or getattr(args, "tokenizer_type", None) == "NullTokenizer"):
+        return None
+    if not Path(path).exists():
+        raise UserError(f"the tokenizer {path} is not there; say where it is by --tokenizer FILE.")
+    found = load_tokenizer(
+        path,
+        pattern=getattr(args, "tiktoken_pattern", None) or "v2",
+        special_tokens=getattr(args, "tiktoken_num_special_tokens", None) or 1000,
+    )
+    fits(found, args.padded_vocab_size)
+    return found
+
+
+def fits(tokenizer: Any, vocabulary: int) -> None:
+    """Raise UserError for a tokenizer whose ids the model does not have."""
+    if tokenizer.vocab_size > vocabulary:
+        raise UserError(
+            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model {vocabulary}; "
+            "it is the tokenizer of another vocabulary."
+        )
+
+
+def copy(tokenizer: Any, output: Path) -> list[str]:
+    """Copy the tokenizer's files; returns their names. A SentencePiece model is called tokenizer.model there."""
+    source = Path(tokenizer.path)
+    if tokenizer.kind != "huggingface":
+        name = "tokenizer.model" if tokenizer.kind == "sentencepiece" else source.name
+        shutil.copyfile(source, output / name)
+        return [name]
+    found = [name for name in _BESIDE if (source.parent / name).is_file()]
+    for name in found:
+        shutil.copyfile(source.parent / name, output / name)
+    return found
+
+
+def beside(folder: Path, vocabulary: int) -> Any:
+    """The tokenizer.json of a Hugging Face folder, None without one; raises UserError where it is of another vocabulary."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    from megatron_opt.data.tokenizer import load_tokenizer
+
+    found = load_tokenizer(folder)
+    fits(found, vocabulary)
+    return found
