@@ -16,7 +16,7 @@ def of_run(args: Any, given: Path | None) -> Any:
     """The tokenizer of a checkpoint's flags, or `given`; None where ids have no text."""
     from megatron_opt.data.tokenizer import load_tokenizer
 
-    path = given or getattr(args, "tokenizer_model", None)
+    path: Any = given or getattr(args, "tokenizer_model", None)
     if given is None and (not path or getattr(args, "tokenizer_type", None) == "NullTokenizer"):
         return None
     if not Path(path).exists():

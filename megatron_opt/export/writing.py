@@ -27,7 +27,7 @@ def write(args: Namespace, weights: Callable[[str], Tensor], save: Path) -> Path
     known |= {"max_position_embeddings": args.max_position_embeddings, "bf16": args.bf16, "fp16": args.fp16}
     known |= {"no_save_optim": True, "no_save_rng": True, "params_dtype": args.params_dtype}
     with models.one_process():
-        model = models.build(args, weights)
+        model: Any = models.build(args, weights)
         content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
         metadata = content | {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
         state = {
