@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_opt.kernels import dispatch, projection
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
 
@@ -57,6 +58,32 @@ def transcription(grads, freq, sides=(0, 1), authors=False, floor=0.0):
 def close(ours, theirs, tolerance):
     for t, (a, b) in enumerate(zip(ours, theirs), 1):
         assert float((a - b).norm()) <= tolerance * max(float(b.norm()), 1e-30), t
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+@pytest.mark.parametrize("variant", ["study", "authors"])
+def test_lists_of_native_kernels_are_stepped_as_stacks_are(variant, floor, monkeypatch):
+    """The way of a processor with AVX-512, its kernels' references in their place: whole matrices, one in two blocks."""
+    shapes = [(12, 20), (12, 20), (24, 20)]
+    grads = [[g.float() for g in gradients(shape, 9, seed)] for seed, shape in enumerate(shapes)]
+    infos = [MatrixInfo(f"w{i}", shape) for i, shape in enumerate(shapes)]
+    rule = registry.build(
+        "soap", {**BASE, "variant": variant, "floor": floor, "precondition_frequency": 3, "block_size": 20}
+    )
+
+    def steps():
+        states = [rule.init_state(torch.zeros(shape), info) for shape, info in zip(shapes, infos)]
+        out = [rule.update([g[t].clone() for g in grads], states, t + 1, infos) for t in range(9)]
+        return [u for several in out for u in several]
+
+    stacked = steps()
+    taken = []
+    monkeypatch.setattr(projection, "taken", lambda *lists: taken.append(1) or True)
+    monkeypatch.setattr(dispatch.Operation, "__call__", lambda self, device, *rest: self.reference(*rest))
+    listed = steps()
+    assert taken
+    for ours, theirs in zip(listed, stacked):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("freq", [1, 3, 10])
