@@ -122,7 +122,7 @@ def test_a_browser_draws_every_figure_without_an_error(report, tmp_path, width):
     assert not re.search(r"<svg[^>]*>.{0,200000}?NaN", done.stdout, re.S)
     assert done.stdout.count("<circle") > 50
     picture = tmp_path / "page.png"
-    browse(f"--window-size={width},4000", f"--screenshot={picture}", page)
+    browse(f"--window-size={width},15000", f"--screenshot={picture}", page)
     from matplotlib.image import imread
 
     image = imread(picture)[:, :, :3]
