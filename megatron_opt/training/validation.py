@@ -63,9 +63,10 @@ def build(make: Any, config: Any, sizes: list[int | None], args: Any) -> list[An
     train_config = config if apart is None else dataclasses.replace(config, blend_per_split=[apart[0], None, None])
     eval_config = dataclasses.replace(config, random_seed=_SEED)
     if apart is not None:
-        eval_config = dataclasses.replace(eval_config, blend_per_split=[None, *apart[1:]])
+        eval_config = dataclasses.replace(eval_config, blend_per_split=[None, *map(_alone, apart[1:])])
     elif not config.mock:
         train_config = dataclasses.replace(config)
+        eval_config.blend = _alone(config.blend)
         train_config.split_matrix = [config.split_matrix[0], None, None]
         eval_config.split_matrix = [None, *config.split_matrix[1:]]
     train = make(train_config, [sizes[0], 0, 0])[0] if sizes[0] != 0 else None
@@ -109,6 +110,11 @@ def _wanted(args: Any, batch: int) -> int | None:
         return None
     given = getattr(args, "eval_samples", None)
     return given if given is not None else (args.eval_iters or 0) * batch
+
+
+def _alone(blend: Any) -> Any:
+    """One dataset's weight means nothing, and Megatron takes it for a blend."""
+    return (blend[0], None) if blend and len(blend[0]) == 1 else blend
 
 
 def _weighted(config: Any, index: int) -> bool:

@@ -62,7 +62,7 @@ def test_a_smaller_batch_reads_the_first_of_the_same_samples_and_says_so(evaluat
 
 
 def test_one_number_of_samples_is_one_set_whatever_the_batch(evaluate):
-    for weights in (None,):
+    for weights in (None, [1.0]):
         (first, one, said), (again, two, _) = (evaluate(batch, weights, eval_samples=13) for batch in (2, 8))
         assert first == again and len(first) == 13 and one == two and not said
 
