@@ -45,7 +45,7 @@ commands = [
     ["study", "fit", "empty"],
     ["study", "report", "empty"],
     ["study", "verify", "empty"],
-    ["cost", "tables", "--cluster", "h100", "--output", "tables"],
+    ["cost", "tables", "--cluster", "h100", "--output", "tables", "--optimizers", "adamw"],
     ["cost", "search", "--preset", "llama-7b", "--cluster", "h100", "--gpus", "8"],
     ["migrate", "plan", "--preset", "llama-7b", "--to", "muon", "--gpus", "64", "--cluster", "h100-node"],
 ]

@@ -35,7 +35,7 @@ FUNCTION = tuple(
     yarn_beta_slow yarn_correction_range_round_to_int relative_attention_num_buckets relative_attention_max_distance
     use_rotary_position_embeddings rotary_base rotary_percent rotary_seq_len_interpolation_factor use_rope_scaling
     rope_scaling_factor no_rope_freq add_position_embedding openai_gelu squared_relu swiglu quick_geglu
-    bert_binary_head untie_embeddings_and_output_weights rope_type vocab_size padded_vocab_size num_experts
+    bias_gelu_fusion bert_binary_head untie_embeddings_and_output_weights rope_type vocab_size padded_vocab_size num_experts
     moe_layer_freq q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rotary_scaling_factor mscale
     mscale_all_dim linear_attention_freq heterogeneous_layers_config_encoded_json hybrid_layer_pattern
     hybrid_override_pattern

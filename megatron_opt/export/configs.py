@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opt.errors import UserError
-from megatron_opt.export.families import FAMILIES, GPT2, LLAMA, LLAMA3, MIXTRAL, Family
+from megatron_opt.export.families import FACTOR, FAMILIES, GPT2, LLAMA, LLAMA3, MIXTRAL, Family
 
 # Of no matter to the function in inference, or said again by the weights and the tokenizer
 _NO_MATTER = frozenset(
@@ -109,7 +109,7 @@ class Config:
         return found | ({} if self.tied else {"untie-embeddings-and-output-weights": True})
 
     def _gpt2(self) -> dict[str, Any]:
-        known = {"gelu_new": True, "gelu_pytorch_tanh": True, "gelu": False}
+        known = {"gelu_new": True, "gelu_pytorch_tanh": True, "gelu": False}  # whether it is Megatron's fused one
         activation = self.get("activation_function", "gelu_new")
         if activation not in known:
             raise UserError(f"{self.path}: activation_function {activation!r} is none of {', '.join(known)}.")
@@ -123,7 +123,7 @@ class Config:
             "position-embedding-type": "learned_absolute",
             "normalization": "LayerNorm",
             "norm-epsilon": self.get("layer_norm_epsilon", 1e-5),
-            **({"openai-gelu": True} if known[activation] else {}),
+            **({} if known[activation] else {"no-bias-gelu-fusion": True}),
         }
 
     def _llama(self) -> dict[str, Any]:
@@ -165,8 +165,9 @@ class Config:
         if kind == "default":
             return found
         factor = scaling.pop("factor", None)
-        if kind != "llama3" or scaling != LLAMA3 or not factor:
+        if kind != "llama3" or scaling != LLAMA3 or factor != FACTOR:
             raise UserError(
-                f"{self.path}: the rope scaling {kind!r} with {scaling} is not Megatron's --use-rope-scaling."
+                f"{self.path}: the rope scaling {kind!r} with {scaling}, factor {factor}, is not Megatron's --use-rope-scaling "
+                f"({LLAMA3}, factor {FACTOR:g})."
             )
-        return found | {"use-rope-scaling": True, "rope-scaling-factor": factor}
+        return found | {"use-rope-scaling": True}

@@ -17,11 +17,12 @@ from megatron_opt.layout.spec import ModelSpec
 _SAID = frozenset(
     """
     num_layers hidden_size num_attention_heads num_query_groups group_query_attention ffn_hidden_size kv_channels
-    layernorm_epsilon norm_epsilon add_bias_linear normalization position_embedding_type swiglu openai_gelu rotary_base
+    layernorm_epsilon norm_epsilon add_bias_linear normalization position_embedding_type swiglu bias_gelu_fusion rotary_base
     untie_embeddings_and_output_weights vocab_size padded_vocab_size num_experts moe_router_topk moe_ffn_hidden_size
-    moe_layer_freq use_rope_scaling rope_scaling_factor
+    moe_layer_freq use_rope_scaling
     """.split()
 )
+FACTOR = 8.0  # of --use-rope-scaling, which Megatron has no flag for
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -67,11 +68,17 @@ def refuse_unsaid(args: Any) -> None:
     from megatron_opt.checkpointing import compared
 
     defaults = _defaults()
+    if args.add_qkv_bias and not args.add_bias_linear:
+        raise UserError(
+            "--add-qkv-bias without other biases: no model of those written here has it; it cannot be exported."
+        )
     for name in compared.FUNCTION:
         if name in _SAID or not hasattr(args, name) or (name.startswith("moe_") and not args.num_experts):
             continue
         value = compared.value(args, name)
         neutral = compared.value(defaults, name) if hasattr(defaults, name) else None
+        if value is None:  # set by no one, or by Megatron's own checks
+            continue
         same = value == neutral or (_off(value) and _off(neutral)) or _NEUTRAL.get(name, object()) == value
         if not same:
             raise UserError(
@@ -81,7 +88,7 @@ def refuse_unsaid(args: Any) -> None:
 
 
 # what Megatron's own checks set without being asked
-_NEUTRAL: dict[str, Any] = {"mup_width_mult": 1.0, "is_hybrid_model": False}
+_NEUTRAL: dict[str, Any] = {"mup_width_mult": 1.0, "is_hybrid_model": False, "add_qkv_bias": True}
 
 
 def _need(fits: bool, flag: str, family: Family) -> None:
@@ -140,7 +147,7 @@ def config_json(family: Family, args: Any, vocabulary: int, dtype: str, end: int
             "n_head": spec.heads,
             "n_inner": spec.ffn,
             "n_positions": spec.learned_positions,
-            "activation_function": "gelu_new" if args.openai_gelu else "gelu",
+            "activation_function": "gelu_new" if args.bias_gelu_fusion else "gelu",
             "layer_norm_epsilon": epsilon,
             "attn_pdrop": 0.0,
             "embd_pdrop": 0.0,
@@ -161,7 +168,7 @@ def config_json(family: Family, args: Any, vocabulary: int, dtype: str, end: int
         "attention_dropout": 0.0,
     }
     if getattr(args, "use_rope_scaling", False):
-        said["rope_scaling"] = {"rope_type": "llama3", "factor": float(args.rope_scaling_factor), **LLAMA3}
+        said["rope_scaling"] = {"rope_type": "llama3", "factor": FACTOR, **LLAMA3}
     if family is LLAMA:
         said |= {"attention_bias": spec.bias, "mlp_bias": spec.bias}
     else:

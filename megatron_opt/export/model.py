@@ -4,6 +4,7 @@ import contextlib
 import io
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -28,13 +29,15 @@ def validated(argv: Sequence[str], vocabulary: int) -> Namespace:
 
     from megatron_opt.training import arguments
 
-    before = megatron_arguments.parse_args, training.get_model
     global_vars.unset_global_variables()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # Megatron's words about its tokenizer
+        with (
+            mock.patch.object(megatron_arguments, "parse_args", megatron_arguments.parse_args),  # restored after
+            mock.patch.object(training, "get_model", training.get_model),
+            contextlib.redirect_stdout(io.StringIO()),  # Megatron's words about its tokenizer
+        ):
             return arguments.parse([*_JOB, "--vocab-size", str(vocabulary), *argv])
     finally:
-        megatron_arguments.parse_args, training.get_model = before
         global_vars.unset_global_variables()
 
 

@@ -30,6 +30,10 @@ MODELS = {
     "--seq-length 4096 --num-experts 384 --moe-router-topk 8 --moe-ffn-hidden-size 2048 "
     "--moe-shared-expert-intermediate-size 2048 --moe-first-dense-layers 1 --multi-latent-attention "
     "--q-lora-rank 1536 --kv-lora-rank 512 --vocab-size 163840",
+    "moonlight-16b": f"{LLAMA} --num-layers 27 --hidden-size 2048 --ffn-hidden-size 11264 --num-attention-heads 16 "
+    "--seq-length 8192 --num-experts 64 --moe-router-topk 6 --moe-ffn-hidden-size 1408 "
+    "--moe-shared-expert-intermediate-size 2816 --moe-first-dense-layers 1 --multi-latent-attention "
+    "--kv-lora-rank 512 --vocab-size 163840",
     "olmo-360m": f"{LLAMA} --num-layers 24 --hidden-size 1024 --ffn-hidden-size 4096 --num-attention-heads 16 "
     "--seq-length 1024 --vocab-size 32128",
 }

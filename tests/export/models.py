@@ -19,9 +19,9 @@ CASES = {
     "llama": LLAMA + UNTIED + "--norm-epsilon 1e-5",
     "llama-gqa-tied": LLAMA + "--group-query-attention --num-query-groups 2 --rotary-base 500000 --norm-epsilon 1e-3",
     "llama-bias-head": LLAMA.replace("--disable-bias-linear ", "") + UNTIED + "--kv-channels 16",
-    "llama-scaled-rope": LLAMA + UNTIED + "--use-rope-scaling --rope-scaling-factor 4.0 --rotary-base 5000",
+    "llama-scaled-rope": LLAMA + UNTIED + "--use-rope-scaling --rotary-base 5000",
     "gpt2": GPT2,
-    "gpt2-new": GPT2 + UNTIED + "--openai-gelu --ffn-hidden-size 40 --norm-epsilon 1e-3",
+    "gpt2-exact": GPT2 + UNTIED + "--no-bias-gelu-fusion --ffn-hidden-size 40 --norm-epsilon 1e-3",
     "mixtral": MIXTRAL + "--group-query-attention --num-query-groups 2",
     "bf16": LLAMA + UNTIED + "--bf16",
 }
