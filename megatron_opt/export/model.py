@@ -36,7 +36,10 @@ def validated(argv: Sequence[str], vocabulary: int) -> Namespace:
             mock.patch.object(training, "get_model", training.get_model),
             contextlib.redirect_stdout(io.StringIO()),  # Megatron's words about its tokenizer
         ):
-            return arguments.parse([*_JOB, "--vocab-size", str(vocabulary), *argv])
+            args = arguments.parse([*_JOB, "--vocab-size", str(vocabulary), *argv])
+            # GELU is Megatron's fused one (tanh) unless said, though jobs on CPU take the exact one
+            args.bias_gelu_fusion = args.add_bias_linear and "--no-bias-gelu-fusion" not in argv
+            return args
     finally:
         global_vars.unset_global_variables()
 
