@@ -112,6 +112,8 @@ def value(args: Any, name: str) -> Any:
     found = getattr(args, name)
     if name == "num_query_groups" and not getattr(args, "group_query_attention", False):
         return getattr(args, "num_attention_heads", None)  # Megatron leaves 1 or the number of heads there
+    if name == "bias_gelu_fusion":  # tanh's GELU in place of the exact one, where there is a GELU
+        return bool(found) and not any(getattr(args, one, False) for one in ("swiglu", "squared_relu"))
     if name == "hybrid_layer_pattern" and found:
         return found.replace("|", "")  # bars are where pipeline stages meet
     if isinstance(found, (list, tuple)):
