@@ -4,6 +4,7 @@ A matrix is a grid of tiles that need nothing of each other; a tile may be cut i
 step. Places in a job count the tiles row by row, and within each tile the rows or columns of the side that may be cut.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -62,8 +63,8 @@ class Job:
             (whole.tile if whole else None) or shape,
             whole.shard_dim if whole else None,
             cost or rule.cost(info),
-            lambda cell: rule.cost(with_shape(info, cell)),
-            lambda cell, edges: partition(cell).costs(edges),
+            functools.cache(lambda cell: rule.cost(with_shape(info, cell))),
+            functools.cache(lambda cell, edges: partition(cell).costs(edges)),
             lambda cell, edges: partition(cell).collectives(edges),
         )
 

@@ -1,5 +1,6 @@
 """Matrices cut into blocks; equal blocks are stacked, so that one batched product serves them all."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ class Grid:
     @classmethod
     def of(cls, shape: Sequence[int], block: Sequence[int]) -> "Grid":
         """Blocks of `block` = (rows, columns), smaller at the ends."""
-        return cls(tuple(_spans(shape[0], block[0])), tuple(_spans(shape[1], block[1])))
+        return _grid(shape[0], shape[1], block[0], block[1])
 
     def regions(self) -> list[tuple[Span, Span]]:
         """(rows, columns) of each region."""
@@ -71,6 +72,11 @@ class Grid:
             if whole.data_ptr() != region.data_ptr():
                 region.copy_(whole)
         return out
+
+
+@functools.lru_cache(4096)  # a plan asks for few of them, many times
+def _grid(rows: int, columns: int, block_rows: int, block_columns: int) -> Grid:
+    return Grid(tuple(_spans(rows, block_rows)), tuple(_spans(columns, block_columns)))
 
 
 def as_matrix(x: Tensor) -> Tensor:
