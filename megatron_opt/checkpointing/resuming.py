@@ -118,9 +118,8 @@ def take_flags(args: Any, given: set[str]) -> None:
     folder = newest(args)
     if folder is None:
         raise UserError("--use-checkpoint-args takes flags from a checkpoint; --load names no folder that has one.")
-    if not args.trust_checkpoint and (refused := trusted.refused_names(folder)):
-        where, names = next(iter(refused.items()))
-        raise UserError(f"the flags of {folder} cannot be taken: {where} would import {', '.join(sorted(names))}.")
+    if not args.trust_checkpoint and (refused := trusted.refusal(folder)):
+        raise UserError(f"the flags of {folder} cannot be taken: {refused}.")
     check_files(folder)
     saved = dist_checkpointing.load_common_state_dict(str(folder)).get("args")
     if saved is None:

@@ -237,3 +237,12 @@ def refused_names(folder: Path) -> dict[str, set[str]]:
         for part in parts:
             look(path.name, io.BytesIO(part))
     return found
+
+
+def refusal(folder: Path) -> str | None:
+    """Why the pickles of a checkpoint are not read: "FILE is unreadable" or "FILE would import NAMES"; None where they are."""
+    refused = refused_names(folder)
+    if not refused:
+        return None
+    where, names = next(iter(refused.items()))
+    return f"{where} is unreadable" if names == {"unreadable"} else f"{where} would import {', '.join(sorted(names))}"

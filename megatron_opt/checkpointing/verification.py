@@ -114,12 +114,7 @@ def _inspect(load: Path, iteration: int, trust: bool) -> tuple[dict[str, str] | 
     if trouble := folders.damage(folder, small):
         return None, trouble
     try:
-        refused = trusted.refused_names(folder)
+        refused = trusted.refusal(folder)
     except OSError as error:
         return None, f"{error.filename}: {error.strerror}"
-    if refused:
-        where, names = next(iter(refused.items()))
-        if names == {"unreadable"}:
-            return None, f"{where} is unreadable"
-        return None, f"{where} would import {', '.join(sorted(names))}"
-    return files, None
+    return (None, refused) if refused else (files, None)

@@ -89,12 +89,8 @@ def _check(folder: Path, trust: bool) -> None:
         ) from None
     if files is not None and (trouble := folders.damage(folder, files)):
         raise UserError(f"the checkpoint {folder} is damaged: {trouble}; take an earlier one.")
-    if refused := trusted.refused_names(folder):
-        where, names = next(iter(refused.items()))
-        what = "is unreadable" if names == {"unreadable"} else f"would import {', '.join(sorted(names))}"
-        raise UserError(
-            f"the checkpoint {folder} is not read: {where} {what} (--trust-checkpoint reads it all the same)."
-        )
+    if refused := trusted.refusal(folder):
+        raise UserError(f"the checkpoint {folder} is not read: {refused} (--trust-checkpoint reads it all the same).")
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
