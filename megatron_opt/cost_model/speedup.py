@@ -59,13 +59,13 @@ def speedup(
             raise UserError(f"{known.name} has no results of {one}; it has {', '.join(known.data.optimizers)}.")
     if name == against:
         raise UserError(f"--against is {against}, the optimizer of the step itself; name another.")
-    per = known.dataset.tokens_per_parameter if known.dataset is not None else 20.0
     n = float(step.model.hidden_parameters)
+    d = chinchilla * known.tokens_per_parameter * n
     law = known.law(against)
-    tokens = state_at(law, name, n, chinchilla * per * n)
+    tokens = state_at(law, name, n, d)
     other = predict({**flags, "optimizer": against}, cluster, step.layout.world)
     ratio = step.seconds / other.seconds
-    chance = float(np.mean(law.speedups(name, n, chinchilla * per * n) > ratio))
+    chance = float(np.mean(law.speedups(name, n, d) > ratio))
     return Speedup(against, known.name, ratio, tokens, chinchilla, chance)
 
 

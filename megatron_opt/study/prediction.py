@@ -28,6 +28,11 @@ class Evidence:
     noise: NoiseFloor
     dataset: Dataset | None
 
+    @property
+    def tokens_per_parameter(self) -> float:
+        """Of 1x, by the study; 20 where only its fits are known."""
+        return 20.0 if self.dataset is None else self.dataset.tokens_per_parameter
+
     def law(self, baseline: str | None = None) -> Ensemble:
         """The hierarchical law in all its forms; gains are over `baseline` (default: the study's)."""
         return law_of(

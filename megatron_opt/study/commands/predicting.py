@@ -94,7 +94,7 @@ def rank(argv: list[str], prog: str) -> int:
             raise UserError(f"{flag} is {value}; it must be greater than 0")
     known, prices = load(options.study), Prices(options.cluster or "h100", options.price)
     own = known.dataset.target if known.dataset is not None else (7e9, (1.0,))
-    per = known.dataset.tokens_per_parameter if known.dataset is not None else 20.0
+    per = known.tokens_per_parameter
     n, ratio = options.target or own[0], options.ratio or own[1][0]
     law = known.law()
     others = law.optimizers[1:]

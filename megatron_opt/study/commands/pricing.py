@@ -8,9 +8,10 @@ import math
 
 from megatron_opt.cost_model.cluster import Cluster, load
 from megatron_opt.cost_model.flags import parse
+from megatron_opt.cost_model.model import Model
 from megatron_opt.cost_model.report import step_range
 from megatron_opt.cost_model.step import Step, predict
-from megatron_opt.cost_model.tables import CASES, Case, flags_of
+from megatron_opt.cost_model.tables import CASES, flags_of
 from megatron_opt.errors import UserError
 from megatron_opt.study.runs import Run, argument_list
 from megatron_opt.study.spec import Study
@@ -72,9 +73,10 @@ class Prices:
 
     def _token(self, optimizer: str, n: float) -> float:
         """GPU-seconds of a token."""
-        near = min(CASES, key=lambda case: abs(math.log(_llama_size(case) / n)))
-        step = self._usual(near.name, optimizer)
-        return step.layout.world / step.tokens_per_second * n / _llama_size(near)
+        sizes = _sizes()
+        near = min(sizes, key=lambda name: abs(math.log(sizes[name] / n)))
+        step = self._usual(near, optimizer)
+        return step.layout.world / step.tokens_per_second * n / sizes[near]
 
     @functools.lru_cache(maxsize=512)  # noqa: B019  (one object a command)
     def _usual(self, case: str, optimizer: str) -> Step:
@@ -87,10 +89,10 @@ class Prices:
             return predict(flags_of(shape, "adamw"), self.cluster, gpus, exact=False)
 
 
-def _llama_size(case: Case) -> float:
-    """Parameters between the embeddings: layers·(3·h·ffn + 4·h²)."""
-    layers, hidden, ffn = (case.shape[key] for key in ("num-layers", "hidden-size", "ffn-hidden-size"))
-    return float(layers * (3 * hidden * ffn + 4 * hidden**2))
+@functools.cache
+def _sizes() -> dict[str, int]:
+    """Parameters between the embeddings of the usual sizes."""
+    return {case.name: Model.of(flags_of(case, "adamw")).hidden_parameters for case in CASES}
 
 
 def words(low: float, high: float, form: str) -> str:
