@@ -112,11 +112,6 @@ def read_foreign(path: Path, kind: str, mapping: Mapping) -> tuple[list[dict[str
     ], left + notes
 
 
-def import_runs(store: Store, path: Path, curve_path: Path | None = None) -> int:
-    """Add the runs of a .csv or .parquet file; all of them or, with a UserError, none."""
-    return store.import_runs(read_runs(path), read_curves(curve_path))
-
-
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
         if path.suffix == ".parquet":

@@ -11,7 +11,7 @@ from megatron_opt.errors import UserError
 from megatron_opt.study import cli
 from megatron_opt.study.curves import Curve, from_parquet, read_metrics, to_parquet
 from megatron_opt.study.dataset import from_store
-from megatron_opt.study.exchange import export_curves, export_runs, import_runs
+from megatron_opt.study.exchange import export_curves, export_runs, read_curves, read_runs
 from megatron_opt.study.fits.observations import observations
 from megatron_opt.study.report.csv_files import write_runs_csv
 from megatron_opt.study.runs import make_run
@@ -151,12 +151,12 @@ def test_export_and_import_keep_every_value(filled, tmp_path, suffix):
         assert export_runs(store, file) == 4 and export_curves(store, curves) == 3
         rows, phases = store.rows(), store.phases()
     with Store(tmp_path / "copy.sqlite", create=True) as copy:
-        assert import_runs(copy, file, curves) == 4
+        assert copy.import_runs(read_runs(file), read_curves(curves)) == 4
         for before, after in zip(rows, copy.rows()):
             assert {k: v for k, v in before.items() if k != "job"} == {k: v for k, v in after.items() if k != "job"}
         assert copy.phases() == phases
         assert copy.curve(rows[0]["id"]) == CURVE
-        assert import_runs(copy, file, curves) == 0
+        assert copy.import_runs(read_runs(file), read_curves(curves)) == 0
 
 
 def test_a_contradiction_or_a_bad_row_imports_nothing(filled, tmp_path):
@@ -175,17 +175,17 @@ def test_a_contradiction_or_a_bad_row_imports_nothing(filled, tmp_path):
 
         write(rows)
         with pytest.raises(UserError, match="nothing was imported"):
-            import_runs(store, file)
+            store.import_runs(read_runs(file), {})
         write([rows[1] | {"loss": "low"}])
         with pytest.raises(UserError, match="row 2"):
-            import_runs(store, file)
+            store.import_runs(read_runs(file), {})
         other = json.dumps(RESULTS | {"tokenizer": {"sha256": "c" * 64}})
         write([rows[1] | {"id": "e" * 16, "results": other}])
         with pytest.raises(UserError, match="another tokenizer"):
-            import_runs(store, file)
+            store.import_runs(read_runs(file), {})
         file.write_text("optimizer,loss\nadamw,3\n")
         with pytest.raises(UserError, match="lacks the columns model, ratio, parameters, tokens"):
-            import_runs(store, file)
+            store.import_runs(read_runs(file), {})
         assert len(store.runs()) == 4
 
 
