@@ -22,11 +22,13 @@ help:
 $(VENV)/.python: tools/find_python.sh
 	@python=$$(sh tools/find_python.sh) && echo "creating $(VENV) with $$python" && "$$python" -m venv $(VENV) && touch $@
 
-$(VENV)/.packages: $(VENV)/.python requirements.txt requirements-te.txt
+$(VENV)/.packages: $(VENV)/.python requirements.txt requirements-te.txt requirements-transformers.txt
 	@echo "installing pinned packages (a few minutes at most)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(PY) -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(VENV)/transformer-engine \
-	  -r requirements-te.txt && touch $@
+	  -r requirements-te.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(VENV)/transformers \
+	  -r requirements-transformers.txt && touch $@
 
 $(VENV)/.extension: $(VENV)/.packages setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 	@echo "building the extension"

@@ -1,12 +1,23 @@
 """Property tests draw the same examples in every run; a run ends with what it skipped and why."""
 
+import sys
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_world_is_left_behind() -> Iterator[None]:
+    """A file that leaves process groups or Megatron's buffers would fail whichever file comes after it."""
+    yield
+    dist, state = sys.modules.get("torch.distributed"), sys.modules.get("megatron.core.parallel_state")
+    left = [name for name in ("_GLOBAL_MEMORY_BUFFER", "_DATA_PARALLEL_GROUP") if getattr(state, name, None) is not None]
+    assert not left and not (dist and dist.is_initialized()), f"left behind: {left or 'a process group'}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

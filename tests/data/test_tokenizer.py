@@ -16,6 +16,7 @@ from megatron_opt.data.adopt_tokenizer import adopt_tokenizer
 from megatron_opt.data.tokenizer import load_tokenizer
 from megatron_opt.data.train_tokenizer import train_tokenizer
 from megatron_opt.errors import UserError
+from tests import apart
 
 SAMPLES = [
     *(sentences(20, seed) for seed in range(900, 920)),
@@ -80,7 +81,7 @@ def test_tiktoken_agrees_with_megatron(tmp_path, monkeypatch, pattern, special_t
 
 @pytest.mark.parametrize(("eos", "begin"), [("</s>", False), ("<|done|>", True)])
 def test_hugging_face_agrees_with_megatron(tmp_path, monkeypatch, eos, begin):
-    pytest.importorskip("transformers", reason="Megatron's HuggingFaceTokenizer needs the package transformers")
+    apart.transformers()  # Megatron's HuggingFaceTokenizer needs it
     source = hugging_face(tmp_path / "source", eos)
     if begin:
         tokenizer = HfTokenizer.from_file(str(source))

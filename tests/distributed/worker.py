@@ -121,9 +121,12 @@ def main(folder: Path, members: int, data: str, transformer_engine: bool = False
     torch.set_num_threads(1)
     platform.activate(transformer_engine)
 
+    import megatron.core.tokenizers.text  # noqa: F401  (imports transformers, where installed: seconds)
     from megatron.training import initialize, training  # noqa: F401
 
     from megatron_opt.optimizers import registry
+    from megatron_opt.training import job  # noqa: F401
+    from tests.distributed import hooks, recording  # noqa: F401
 
     registry.rules()
     for member in range(members):

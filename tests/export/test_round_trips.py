@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+from tests import apart
+
+transformers = apart.transformers()
 
 from megatron_opt.errors import UserError  # noqa: E402
 from megatron_opt.export import families, model, names  # noqa: E402

@@ -28,11 +28,15 @@ ONE_RANK = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
 
 @pytest.fixture(scope="module", autouse=True)
 def what_megatron_keeps():
-    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+    ours = parallel_state._GLOBAL_MEMORY_BUFFER is None
+    if ours:
         parallel_state._set_global_memory_buffer()
     tracker = get_cuda_rng_tracker()
     if "model-parallel-rng" not in tracker.states_:
         tracker.add("model-parallel-rng", 1)
+    yield
+    if ours:
+        parallel_state.destroy_model_parallel()
 
 
 def config(**fields):
