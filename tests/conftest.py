@@ -16,7 +16,9 @@ def _no_world_is_left_behind() -> Iterator[None]:
     """A file that leaves process groups or Megatron's buffers would fail whichever file comes after it."""
     yield
     dist, state = sys.modules.get("torch.distributed"), sys.modules.get("megatron.core.parallel_state")
-    left = [name for name in ("_GLOBAL_MEMORY_BUFFER", "_DATA_PARALLEL_GROUP") if getattr(state, name, None) is not None]
+    left = [
+        name for name in ("_GLOBAL_MEMORY_BUFFER", "_DATA_PARALLEL_GROUP") if getattr(state, name, None) is not None
+    ]
     assert not left and not (dist and dist.is_initialized()), f"left behind: {left or 'a process group'}"
 
 
