@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -154,6 +153,8 @@ def names() -> list[str]:
 
 def load(which: str) -> Cluster:
     """A cluster by name or by the path of its file; raises UserError for what cannot be a cluster."""
+    from megatron_opt.cost_model.cluster_file import Reader
+
     if which in names():
         text = (resources.files("megatron_opt") / "cost_model" / "clusters" / f"{which}.yaml").read_text()
     elif Path(which).is_file():
@@ -162,118 +163,11 @@ def load(which: str) -> Cluster:
         except (OSError, UnicodeError) as error:
             raise UserError(f"cluster file {which} cannot be read ({error}).") from error
     else:
-        raise UserError(f"there is no cluster {which!r}; there are {', '.join(names())}, or give the path of a file.")
+        raise UserError(
+            f"--cluster: there is no cluster {which!r}; there are {', '.join(names())}, or give the path of a file."
+        )
     try:
         content = yaml_files.load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{which} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{which} is no cluster file; start from a copy of clusters/h100.yaml.")
-    return _Reader(which).cluster(content)
-
-
-class _Reader:
-    """Reads a cluster's YAML, naming the key of what is wrong."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def number(self, section: Mapping[str, Any], key: str, default: float | None = None, zero: bool = False) -> float:
-        value = section.get(key, default)
-        try:
-            number = float("nan") if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            raise UserError(f"{self.path}: {key} is {value!r}; it must be a number.") from None
-        if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
-            raise UserError(f"{self.path}: {key} is {value}; it must be {'at least' if zero else 'greater than'} 0.")
-        return number
-
-    def whole(self, section: Mapping[str, Any], key: str) -> int:
-        value = self.number(section, key)
-        if value != int(value):
-            raise UserError(f"{self.path}: {key} is {value}; it must be a whole number.")
-        return int(value)
-
-    def section(self, content: Mapping[str, Any], key: str, optional: bool = False) -> Mapping[str, Any]:
-        value = content.get(key, {} if optional else None)
-        if not isinstance(value, dict):
-            raise UserError(f"{self.path}: section `{key}` is missing; see clusters/h100.yaml.")
-        return value
-
-    def curve(self, values: Any, where: str) -> Curve:
-        if not isinstance(values, dict) or not values:
-            raise UserError(f"{self.path}: {where} must map sizes to FLOP/s.")
-        points = [(self.number({where: size}, where), self.number(values, size)) for size in values]
-        return tuple(sorted(points))
-
-    def sources(self, content: Mapping[str, Any]) -> tuple[str, ...]:
-        value = content.get("sources") or ()
-        if not isinstance(value, (list, tuple)):
-            raise UserError(f"{self.path}: sources must be a list.")
-        return tuple(str(item) for item in value)
-
-    def passes(self, device: Mapping[str, Any], key: str, share: float) -> Curve:
-        """A bandwidth: one number, or bytes moved → bytes/s."""
-        value = device.get(key)
-        if not isinstance(value, dict):
-            return ((1.0, self.number(device, key) * share),)
-        return tuple((size, rate * share) for size, rate in self.curve(value, key))
-
-    def cluster(self, content: Mapping[str, Any]) -> Cluster:
-        known = {"name", "title", "sources", "device", "rates", "node", "network", "efficiency", "overheads", "devices"}
-        known |= {"measured"}
-        known |= {"rule_overheads", "collectives"}
-        if unknown := sorted(set(content) - known):
-            raise UserError(f"{self.path} has no section {unknown[0]!r}; it has {', '.join(sorted(known))}.")
-        device, node, network = (self.section(content, key) for key in ("device", "node", "network"))
-        rates = {}
-        for kind, by_type in self.section(content, "rates").items():
-            if not isinstance(by_type, dict):
-                raise UserError(f"{self.path}: rates.{kind} must map types such as bf16 to sizes and FLOP/s.")
-            if kind not in (*CLASSES, LAYER):
-                raise UserError(f"{self.path}: there is no kernel class {kind!r}; there are {', '.join(CLASSES)}.")
-            rates[kind] = {dtype: self.curve(values, f"rates.{kind}.{dtype}") for dtype, values in by_type.items()}
-        if missing := [kind for kind in CLASSES if kind not in rates]:
-            raise UserError(f"{self.path}: rates of {', '.join(missing)} are missing.")
-        efficiency = self.section(content, "efficiency", optional=True)
-        overheads = self.section(content, "overheads", optional=True)
-        by_rule = self.section(content, "rule_overheads", optional=True)
-        crowd = self.section(device, "together", optional=True)
-        kinds = self.section(content, "collectives", optional=True)
-        if unknown := sorted(set(kinds) - set(COLLECTIVES)):
-            raise UserError(f"{self.path}: there is no collective {unknown[0]!r}; there are {', '.join(COLLECTIVES)}.")
-        share = lambda key: min(1.0, self.number(efficiency, key, 1.0))  # noqa: E731
-        peak = {dtype: self.number(device["peak"], dtype) for dtype in self.section(device, "peak")}
-        return Cluster(
-            name=str(content.get("name", Path(self.path).stem)),
-            title=str(content.get("title", self.path)),
-            peak=peak,
-            memory=self.number(device, "memory"),
-            reserved=self.number(device, "reserved", 0.0, zero=True),
-            passes=self.passes(device, "memory_bandwidth", share("elementwise")),
-            reads=self.passes(
-                device, "read_bandwidth" if "read_bandwidth" in device else "memory_bandwidth", share("elementwise")
-            ),
-            rates=rates,
-            gpus_per_node=self.whole(node, "gpus"),
-            node=Link(self.number(node, "bandwidth") * share("node"), self.number(node, "latency", 0.0, zero=True)),
-            network=Link(
-                self.number(network, "bandwidth") * share("network"), self.number(network, "latency", 0.0, zero=True)
-            ),
-            devices=self.whole(content, "devices") if content.get("devices") is not None else None,
-            step_efficiency=share("step"),
-            optimizer_efficiency=share("optimizer"),
-            overlap=min(1.0, self.number(efficiency, "overlap", 1.0, zero=True)),
-            shared_cores=int(self.number(device, "shared_cores", 0, zero=True)),
-            together=(min(1.0, self.number(crowd, "compute", 1.0)), min(1.0, self.number(crowd, "memory", 1.0))),
-            collectives={kind: self.number(kinds, kind) for kind in kinds},
-            overheads=Overheads(
-                **{
-                    key: self.number(overheads, key, 0.0, zero=True)
-                    for key in ("matrix", "fragment", "bucket", "step", "layer", "reduction")
-                },
-                by_rule={name: self.number(by_rule, name, zero=True) for name in by_rule},
-            ),
-            sources=self.sources(content),
-            measured=content.get("measured") is True,
-        )
+    return Reader(which).cluster(content, Path(which).stem)

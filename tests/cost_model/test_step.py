@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -134,29 +133,6 @@ def test_interpolation_meets_its_points_and_stays_between() -> None:
     assert interpolate(curve, 128) == 1e12 and interpolate(curve, 512) == pytest.approx(4e12)
     assert interpolate(curve, 256) == pytest.approx(2e12)
     assert interpolate(curve, 1) == 1e12 and interpolate(curve, 1e6) == 4e12
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: c["network"].update(bandwidth=-1), "bandwidth is -1"),
-        (lambda c: c["device"].update(memory="many"), "must be a number"),
-        (lambda c: c["device"].update(memory_bandwidth=float("nan")), "greater than 0"),
-        (lambda c: c["rates"].pop("qr"), "rates of qr are missing"),
-        (lambda c: c["rates"].update(fft={"fp32": {1: 1}}), "no kernel class 'fft'"),
-        (lambda c: c["rates"]["gemm"].update(bf16={}), "must map sizes"),
-        (lambda c: c.pop("node"), "section `node` is missing"),
-        (lambda c: c.update(nodes=3), "has no section 'nodes'"),
-    ],
-)
-def test_bad_cluster_files_name_the_key(change, message: str, tmp_path: Path) -> None:
-    source = Path(clusters.__file__).parent / "clusters" / "h100.yaml"
-    content = yaml.safe_load(source.read_text())
-    change(content)
-    file = tmp_path / "bad.yaml"
-    file.write_text(yaml.safe_dump(content))
-    with pytest.raises(UserError, match=message):
-        load(str(file))
 
 
 def test_unknown_gpu_and_too_many_devices() -> None:
