@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_opt.errors import UserError
+from megatron_opt.errors import UserError, did_you_mean
 
 # the function that the weights stand for
 FUNCTION = tuple(
@@ -150,5 +150,6 @@ def check_accepted(names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise UserError(
-                f"--accept-changed {name}: no flag of that name is compared with a checkpoint's; see its sentence."
+                f"--accept-changed {name}: no flag of that name is compared with a checkpoint's; name those of the refusal."
+                f"{did_you_mean(name, known)}"
             )

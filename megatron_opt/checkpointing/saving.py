@@ -66,21 +66,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def install(args: Any) -> None:
-    """Put save and load below into Megatron; call once, after its arguments are validated."""
+def check(args: Any) -> None:
+    """Refuse flags of saving that contradict each other, before anything is written."""
     if args.keep_every and not args.keep_last:
         raise UserError(f"--keep-every {args.keep_every} adds to --keep-last N; give that too.")
     if min(args.keep_last, args.keep_every) < 0:
         raise UserError("--keep-last and --keep-every want numbers from 0 on.")
+    if args.keep_every and args.save_interval and args.keep_every % args.save_interval:
+        raise UserError(
+            f"--keep-every {args.keep_every} is not a multiple of --save-interval {args.save_interval}; change one of them."
+        )
     if args.async_save and args.non_persistent_save_interval:
         raise UserError(
             "--non-persistent-save-interval does not work with --async-save; give a shorter --save-interval."
         )
-    if getattr(args, "save_retain_interval", None):
-        if args.keep_last:
-            raise UserError("--save-retain-interval N is Megatron's word for --keep-last 1 --keep-every N; give one.")
-        args.keep_last, args.keep_every, args.save_retain_interval = 1, args.save_retain_interval, None
+    if getattr(args, "save_retain_interval", None) and args.keep_last:
+        raise UserError("--save-retain-interval N is Megatron's word for --keep-last 1 --keep-every N; give one.")
     compared.check_accepted(args.accept_changed)
+
+
+def install(args: Any) -> None:
+    """Put save and load below into Megatron; call once, after its arguments are validated."""
+    check(args)
+    if getattr(args, "save_retain_interval", None):
+        args.keep_last, args.keep_every, args.save_retain_interval = 1, args.save_retain_interval, None
     Saver(args).install()
 
 

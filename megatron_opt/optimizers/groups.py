@@ -143,7 +143,8 @@ def load_rules(path: str | Path, flags: Mapping[str, Options] | None = None) -> 
     try:
         content = yaml_files.load(Path(path).read_text())
     except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from error
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"--optimizer-groups {path} cannot be read as YAML ({why}); name a file of groups.") from error
     entries = content.get("groups") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path} has no list `groups`; write one entry (match, optimizer, …) for each group.")

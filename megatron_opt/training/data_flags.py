@@ -66,6 +66,8 @@ def resolve(args: Any) -> Sources:
         raise UserError(f"{said} name the data twice; give one of them." if named else _NO_DATA)
     name = named[0]
     if name == "mock_data":
+        if args.split is not None:
+            raise UserError("--split cuts what --data-path names; leave it out beside --mock-data.")
         return Sources()
     if name in _JOINT:
         words = args.data_path if name == "data_path" else _read(args, name).split()

@@ -70,13 +70,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def install(args: Any) -> None:
-    """Put both watches into Megatron's loop; call once, after its arguments are validated."""
+def check(args: Any) -> None:
+    """Refuse a watch for spikes that cannot do what it is asked."""
     if args.on_loss_spike != "ignore":
         if args.loss_spike_factor <= 1:
             raise UserError(f"--loss-spike-factor {args.loss_spike_factor} calls every loss a spike; give more than 1.")
         if args.on_loss_spike == "rollback" and not args.save:
             raise UserError("--on-loss-spike rollback goes back to a checkpoint; give --save and --save-interval.")
+
+
+def install(args: Any) -> None:
+    """Put both watches into Megatron's loop; call once, after its arguments are validated."""
+    check(args)
+    if args.on_loss_spike != "ignore":
         watch = LossWatch(args.loss_spike_factor)
         patches.wrap(
             "megatron.training.training.train_step",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_opt.distributed.ownership import check_balance
+from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.groups import GroupRule, default_rules, load_rules
@@ -122,6 +123,7 @@ def check_optimizer_arguments(args: Any) -> None:
     """Refuse flags that would have no effect or another one than they say."""
     check_mup(args)
     if args.optimizer in MEGATRON_OWN:
+        _refuse_ours(args)
         return
     rules = group_rules(args)
     for rule in rules:
@@ -145,6 +147,22 @@ def check_optimizer_arguments(args: Any) -> None:
             raise UserError(f"--{flag} has no meaning with --optimizer {args.optimizer}: {why}")
     for flag, why in unsupported({key.replace("_", "-"): value for key, value in vars(args).items()}):
         raise UserError(f"--{flag} does not work with --optimizer {args.optimizer}: {why}")
+
+
+def _refuse_ours(args: Any) -> None:
+    """Megatron's own optimizers read none of this project's flags."""
+    ours = {field.name.replace("_", "-") for field in dataclasses.fields(EngineOptions)}
+    ours |= {"optimizer-groups", "print-optimizer-plan", "scalar-lr-ratio"}
+    ours |= {
+        f"{name}-{field.name}".replace("_", "-")
+        for name, rule in registry.rules().items()
+        for field in dataclasses.fields(rule.Config)  # type: ignore[attr-defined]
+    }
+    for flag in sorted(ours & args.given_flags):
+        raise UserError(
+            f"--{flag} has no effect on --optimizer {args.optimizer}, which is Megatron's own; leave it out, or give one of "
+            "this project's optimizers."
+        )
 
 
 def refused_flags(flags: Mapping[str, Any], optimizer: str) -> list[str]:

@@ -21,6 +21,9 @@ NUMBERS = """
 --moe-router-topk 0; --moe-z-loss-coeff inf; --moe-expert-capacity-factor 0; --mtp-num-layers -1; --mtp-loss-scaling-factor nan
 --recompute-num-layers 0; --ckpt-step -1; --ddp-bucket-size 0; --start-eval-at-iter -1; --tensorboard-log-interval 0
 --save-interval 0; --kv-lora-rank 0; --q-lora-rank -1; --mup-base-hidden-size 0; --num-query-groups 0
+--hang-timeout 1e-9; --hang-timeout nan; --straggler-factor 1; --straggler-factor 0.5; --num-workers 1000000; --num-layers 1000000
+--eval-iters 1000000000000; --vocab-size 2000000000; --hidden-size 2000000; --num-experts 1000000; --init-method-std 0
+--init-method-std 900; --rotary-base 1; --seed 4294967296; --keep-last -1; --rollback-steps -1; --loss-spike-factor 1
 --lr-wsd-decay-iters 0; --end-weight-decay nan; --start-weight-decay -1; --loss-scale nan; --muon-momentum nan
 """
 WORDS = """--train-iters many; --train-iters 2.5; --lr abc; --lr; --hidden-size 3e2; --bf16=yes; --split"""
@@ -120,6 +123,40 @@ CASES = {
     "--save /proc/x": "--save /proc/x cannot be made",
     "--ckpt-step 3": "without --load",
     "--fp16": "--fp16 does not work",
+    # what nothing reads
+    "--keep-every 2": "--keep-every has no effect without --save",
+    "--keep-last 2": "--keep-last has no effect without --save",
+    "--on-save-failure continue": "--on-save-failure has no effect without --save",
+    "--save x --keep-last 2 --keep-every 3 --save-interval 2": "--keep-every 3 is not a multiple of --save-interval 2",
+    "--save x --keep-every 4 --save-interval 2": "--keep-every 4 adds to --keep-last",
+    "--trust-checkpoint": "--trust-checkpoint has no effect without --load",
+    "--accept-changed norm-epsilon": "--accept-changed has no effect without --load",
+    "--load x --save x --accept-changed norm-eps": "Did you mean norm-epsilon?",
+    "--override-opt_param-scheduler": "has no effect without --load",
+    "--loss-spike-factor 3": "--loss-spike-factor has no effect without --on-loss-spike",
+    "--on-loss-spike skip --rollback-steps 5": "--rollback-steps has no effect without --on-loss-spike rollback",
+    "--on-loss-spike rollback": "give --save",
+    "--log-samples": "--log-samples has no effect without --output-dir",
+    "--wandb-exp-name e": "--wandb-exp-name has no effect without --wandb-project",
+    "--tensorboard-queue-size 5": "has no effect without --tensorboard-dir",
+    "--lr-decay-style constant --min-lr 1e-4": "--min-lr has no effect without",
+    "--optimizer adam --muon-momentum 0.9": "--muon-momentum has no effect on --optimizer adam",
+    "--optimizer adam --split-heads": "--split-heads has no effect on --optimizer adam",
+    "--optimizer adam --optimizer-groups g.yaml": "--optimizer-groups has no effect on --optimizer adam",
+    "--optimizer sgd --decay-mode cautious": "--decay-mode has no effect on --optimizer sgd",
+    "--distributed-backend nccl": "--distributed-backend nccl needs GPUs",
+    # empty words, and folders that are none
+    **{f"{flag}=": flag for flag in ("--output-dir", "--save", "--load", "--tensorboard-dir", "--tokenizer-model", "--wandb-project",
+                                     "--optimizer-groups", "--preset", "--lr")},
+    "--data-path": "--data-path is given without a value",
+    "--load /etc/passwd": "--load /etc/passwd is no folder",
+    "--load /nowhere": "--load /nowhere is no folder",
+    "--load /proc": "--load /proc holds no checkpoint",
+    "--load /etc/passwd --save /etc/passwd": "--load /etc/passwd is no folder",
+    "--pretrained-checkpoint /nowhere": "--pretrained-checkpoint /nowhere is no folder",
+    "--load /nowhere --finetune": "--load /nowhere is no folder",
+    "--data-cache-path /etc/passwd": "--data-cache-path /etc/passwd: /etc/passwd is a file",
+    "--optimizer-groups /tmp": "--optimizer-groups /tmp cannot be read",
     # tokenizer
     "--tokenizer-type SentencePieceTokenizer": "--tokenizer-model is missing",
     "--tokenizer-type SentencePieceTokenizer --tokenizer-model none": "--tokenizer-model none is not there",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_opt import platform, presets
+from megatron_opt.checkpointing import folders
 from megatron_opt.errors import UserError
 from megatron_opt.training.flags import conditions, layout, ranges, table, tokenizers
 
@@ -19,6 +20,7 @@ _NEEDED = (
 
 def before(args: Any, actions: Sequence[argparse.Action], given: set[str]) -> None:
     """Refuse flags and values that no run on this machine can mean; `given`: also by presets and defaults of ours."""
+    _check_empty(actions, args, given)
     ranges.check_ranges(args, actions)
     from megatron_opt.training.optimizer_flags import MEGATRON_OWN
 
@@ -33,6 +35,15 @@ def before(args: Any, actions: Sequence[argparse.Action], given: set[str]) -> No
     conditions.check_needs(args, args.given_flags)
 
 
+def _check_empty(actions: Sequence[argparse.Action], args: Any, given: set[str]) -> None:
+    """Refuse a flag that takes any number of words and got none."""
+    for action in actions:
+        value = getattr(args, action.dest, None)
+        names = [name.removeprefix("--") for name in action.option_strings]
+        if value in ([], "") and given.intersection(names) and value != action.default:
+            raise UserError(f"--{names[0]} is given without a value; give one, or leave the flag out.")
+
+
 def model_and_layout(args: Any) -> None:
     """Refusals that Megatron would make late, unclearly or not at all; fills in what it refuses to guess."""
     for name, flag in _NEEDED:
@@ -44,6 +55,8 @@ def model_and_layout(args: Any) -> None:
         raise UserError("--micro-batch-size is missing; give the number of sequences in one pass of one rank.")
     if args.lr is None and not args.plan_world_size:
         raise UserError("--lr is missing; give the learning rate, which depends on the optimizer.")
+    from megatron_opt.training import faults
+
     _check_length(args)
     conditions.check_schedule(args)
     if args.fp16 and args.optimizer not in ("adam", "sgd"):
@@ -59,6 +72,7 @@ def model_and_layout(args: Any) -> None:
         )
     _check_on_cpu(args)
     layout.check_layout(args)
+    faults.check(args)
     tokenizers.check_tokenizer(args)
     _check_saving(args)
     if args.max_position_embeddings is None:
@@ -72,6 +86,8 @@ def model_and_layout(args: Any) -> None:
 def _check_on_cpu(args: Any) -> None:
     if not platform.on_cpu():
         return
+    if args.distributed_backend == "nccl":
+        raise UserError("--distributed-backend nccl needs GPUs; leave it out on CPU, where ranks talk by gloo.")
     if args.fp4:
         raise UserError("--fp4-format is not emulated on CPU; leave it out there.")
     if args.fp8 and args.fp8_recipe not in ("delayed", "tensorwise"):
@@ -121,6 +137,8 @@ def _check_length(args: Any) -> None:
 
 
 def _check_saving(args: Any) -> None:
+    from megatron_opt.checkpointing import saving
+
     if args.async_save:
         if args.async_strategy == "nvrx" and "async-strategy" in args.given_flags:
             raise UserError(
@@ -131,14 +149,32 @@ def _check_saving(args: Any) -> None:
             args.ckpt_fully_parallel_save = False  # nobody to share the writing with
     if args.save and args.save_interval is None:
         args.save_interval = args.train_iters or 1000  # Megatron refuses to guess; ours is the end of the run
+    saving.check(args)
     for flag, folder in _folders(args):
         _check_folder(flag, folder)
+    if args.data_cache_path is not None and not os.path.isdir(
+        args.data_cache_path
+    ):  # one that is there may be read-only
+        _check_folder("--data-cache-path", args.data_cache_path)
     if args.save and args.save_retain_interval and args.save_retain_interval % args.save_interval:
         raise UserError(
             f"--save-retain-interval {args.save_retain_interval} is not a multiple of --save-interval {args.save_interval}."
         )
-    if args.load and not os.path.isdir(args.load) and args.exit_on_missing_checkpoint:
-        raise UserError(f"--load {args.load} is no folder; name one that holds checkpoints.")
+    for flag, folder in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
+        _check_source(args, flag, folder)
+
+
+def _check_source(args: Any, flag: str, folder: str | None) -> None:
+    """Refuse to start anew where a checkpoint was named; the folder that is saved to may be empty yet."""
+    if folder is None:
+        return
+    if not os.path.isdir(folder) and (folder != args.save or args.exit_on_missing_checkpoint or os.path.exists(folder)):
+        raise UserError(f"{flag} {folder} is no folder; name one that holds checkpoints.")
+    if folder != args.save and args.ckpt_step is None and not os.path.isfile(os.path.join(folder, folders.TRACKER)):
+        raise UserError(
+            f"{flag} {folder} holds no checkpoint ({folders.TRACKER} is not there); name a folder that does, or the one of "
+            "--save to start anew and resume from it later."
+        )
 
 
 def make_folders(args: Any) -> None:
@@ -151,7 +187,12 @@ def make_folders(args: Any) -> None:
 
 
 def _folders(args: Any) -> list[tuple[str, str]]:
-    flags = (("--save", args.save), ("--output-dir", args.output_dir), ("--tensorboard-dir", args.tensorboard_dir))
+    flags = (
+        ("--save", args.save),
+        ("--output-dir", args.output_dir),
+        ("--tensorboard-dir", args.tensorboard_dir),
+        ("--wandb-save-dir", args.wandb_save_dir or None),
+    )
     return [(flag, folder) for flag, folder in flags if folder is not None]
 
 

@@ -45,7 +45,17 @@ NEEDS: tuple[tuple[str, str, Condition], ...] = (
      "num-virtual-stages-per-pipeline-rank", "--pipeline-model-parallel-size above 1",
      lambda a: a.pipeline_model_parallel_size > 1),
     ("manual-gc-interval no-manual-gc-eval", "--manual-gc", lambda a: a.manual_gc),
+    ("min-lr", "a --lr-decay-style that decays", lambda a: a.lr_decay_style != "constant" or not a.min_lr),
     ("sgd-momentum", "--optimizer sgd", lambda a: a.optimizer == "sgd"),
+    ("keep-last keep-every on-save-failure", "--save", lambda a: a.save is not None),
+    ("accept-changed trust-checkpoint use-checkpoint-opt_param-scheduler override-opt_param-scheduler", "--load",
+     lambda a: a.load is not None or a.pretrained_checkpoint is not None),
+    ("loss-spike-factor", "--on-loss-spike skip or rollback", lambda a: a.on_loss_spike != "ignore"),
+    ("rollback-steps", "--on-loss-spike rollback", lambda a: a.on_loss_spike == "rollback"),
+    ("log-samples", "--output-dir", lambda a: a.output_dir is not None),
+    ("wandb-exp-name wandb-entity wandb-save-dir", "--wandb-project", lambda a: bool(a.wandb_project)),
+    ("tensorboard-log-interval tensorboard-queue-size", "--tensorboard-dir or --wandb-project",
+     lambda a: bool(a.tensorboard_dir or a.wandb_project)),
 )  # fmt: skip
 
 

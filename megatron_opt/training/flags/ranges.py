@@ -17,9 +17,12 @@ class Range:
     high: float = math.inf
     open: bool = False
     below: bool = False
+    or_zero: bool = False  # 0 turns it off
 
     def holds(self, value: float) -> bool:
         """Whether a finite number is in the range."""
+        if self.or_zero and value == 0:
+            return True
         above = value > self.low if self.open else value >= self.low
         return above and (value < self.high if self.below else value <= self.high)
 
@@ -30,7 +33,7 @@ class Range:
             words.append(f"{'greater than' if self.open else 'at least'} {self.low:g}")
         if self.high < math.inf and (self.high <= 1 or value > self.high):
             words.append(f"{'less than' if self.below else 'at most'} {self.high:g}")
-        return " and ".join(words)
+        return ("0, or " if self.or_zero else "") + " and ".join(words)
 
 
 SIZE = Range(1, 2**31)  # of a dimension, a group, an interval: Megatron keeps most of them in 32 bits
@@ -41,7 +44,7 @@ FRACTION = Range(0, 1)
 BELOW_ONE = Range(0, 1, below=True)
 PROBABILITY = BELOW_ONE  # of dropping: 1 would drop everything
 RATE = Range(0, 1e4)  # a learning rate; the largest in use are of the order of 10 (Scion, SGD on tiny models)
-DEVIATION = Range(0, 1e3)
+DEVIATION = Range(0, 100, open=True)
 FACTOR = Range(0, 1e6, open=True)
 
 _WORDS: tuple[tuple[Range, str], ...] = (
@@ -51,16 +54,15 @@ _WORDS: tuple[tuple[Range, str], ...] = (
         microbatch-group-size-per-virtual-pipeline-stage decoder-first-pipeline-num-layers
         decoder-last-pipeline-num-layers ddp-num-buckets ddp-bucket-size num-distributed-optimizer-instances
         tensor-parallel-num-weight-shards expert-tensor-parallel-num-weight-shards hierarchical-context-parallel-sizes
-        num-layers hidden-size num-attention-heads num-query-groups ffn-hidden-size kv-channels max-position-embeddings
-        yarn-original-max-position-embeddings rotary-base rotary-seq-len-interpolation-factor q-lora-rank kv-lora-rank
+        yarn-original-max-position-embeddings rotary-seq-len-interpolation-factor q-lora-rank kv-lora-rank
         mamba-state-dim mamba-head-dim mamba-num-groups mamba-num-heads eval-samples rollback-steps
         qk-head-dim qk-pos-emb-head-dim v-head-dim mup-base-hidden-size recompute-num-layers mlp-chunks-for-training
         moe-ffn-hidden-size moe-shared-expert-intermediate-size moe-router-topk moe-router-num-groups
-        moe-router-group-topk seq-length micro-batch-size global-batch-size eval-global-batch-size
+        moe-router-group-topk micro-batch-size global-batch-size eval-global-batch-size
         eval-micro-batch-size train-sync-interval exit-interval exit-duration-in-mins eval-interval log-interval
         tensorboard-log-interval tensorboard-queue-size log-memory-interval save-interval save-retain-interval
         non-persistent-save-interval check-weight-hash-across-dp-replicas-interval gpu-sniff-test-interval
-        adlr-autoresume-interval vocab-size padded-vocab-size make-vocab-size-divisible-by num-dataset-builder-threads
+        adlr-autoresume-interval make-vocab-size-divisible-by num-dataset-builder-threads
         loss-scale-window hysteresis distributed-timeout-minutes distributed-timeout-seconds-after-init
         flight-recorder-trace-buffer-size dist-ckpt-workers fp8-interval fp8-amax-history-len moe-mlp-glu-interleave-size
         moe-shared-expert-glu-interleave-size moe-flex-dispatcher-num-sms moe-deepep-num-sms moe-hybridep-num-sms
@@ -68,8 +70,8 @@ _WORDS: tuple[tuple[Range, str], ...] = (
         moe-paged-stash-page-size min-offloaded-tensor-size straggler-minmax-count ft-num-warmup-iters
         plan-world-size muon-num-ns-steps lr-decay-iters lr-decay-samples lr-wsd-decay-iters lr-wsd-decay-samples"""),
     (COUNT, """
-        train-iters train-samples num-experts mtp-num-layers
-        lr-warmup-iters lr-warmup-samples eval-iters start-eval-at-iter num-workers manual-gc-interval
+        train-iters train-samples mtp-num-layers
+        lr-warmup-iters lr-warmup-samples start-eval-at-iter manual-gc-interval
         tiktoken-num-special-tokens null-tokenizer-eod-id iterations-to-skip ckpt-step override-ckpt-iteration
         cpu-offloading-num-layers num-layers-at-start-in-bf16 num-layers-at-end-in-bf16 fp8-margin profile-step-start
         profile-step-end profile-ranks cuda-graph-warmup-steps delta-offload-bytes-across-pp-ranks
@@ -97,7 +99,16 @@ _WORDS: tuple[tuple[Range, str], ...] = (
         exchange-bucket-mb"""),
     (Range(0, 1e6), """
         mtp-loss-scaling-factor moe-aux-loss-coeff moe-z-loss-coeff mscale-all-dim moe-paged-stash-buffer-size-factor-cpu
-        mup-attn-scale-power hang-timeout straggler-factor"""),
+        mup-attn-scale-power"""),
+    (Range(1, 1e6, or_zero=True), "hang-timeout"),
+    (Range(1, 1e6, open=True, or_zero=True), "straggler-factor"),
+    (Range(2, 1e12), "rotary-base"),
+    (Range(1, 10_000), "num-layers"),
+    (Range(1, 1e6), "hidden-size num-attention-heads num-query-groups kv-channels"),
+    (Range(1, 1e8), "ffn-hidden-size seq-length max-position-embeddings vocab-size padded-vocab-size"),
+    (Range(0, 100_000), "num-experts"),
+    (Range(0, 1024), "num-workers"),
+    (Range(0, 2**31), "eval-iters"),
     (Range(-1e6, 1e6), "glu-linear-offset moe-router-force-biased"),
     (POSITIVE, "loss-scale initial-loss-scale min-loss-scale"),
     (Range(1), "matrix-balance"),
