@@ -1,7 +1,6 @@
 """`megatron-opt COMMAND …`: one word, one module, imported only when asked for."""
 
 import argparse
-import errno
 import importlib
 import os
 import select
@@ -11,7 +10,7 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
-from megatron_opt.errors import Parser, UserError, did_you_mean
+from megatron_opt.errors import Parser, UserError, did_you_mean, unusable
 from megatron_opt.extras import missing_package
 
 COMMANDS = {
@@ -74,21 +73,12 @@ def _run(argv: list[str]) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        unusable = _unusable(error)
-        if unusable is None:
+        sentence_of = unusable(error)
+        if sentence_of is None:
             raise
-        sentence = unusable
+        sentence = sentence_of
     print(f"megatron-opt {argv[0]}: {sentence}", file=sys.stderr)
     return 2
-
-
-def _unusable(error: OSError) -> UserError | None:
-    """A file or folder that cannot be read or written, as a sentence; None for what has nothing to do with either."""
-    if error.filename is not None:
-        return UserError(f"{error.filename}: {error.strerror}; name another file.")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return UserError(f"the output cannot be written: {error.strerror}; make room or name another folder.")
-    return None
 
 
 def version() -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -10,6 +11,24 @@ from typing import NoReturn
 
 class UserError(Exception):
     """Bad input (flag, data, checkpoint, environment); entry points print it without a traceback and exit 2."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def unusable(error: OSError) -> UserError | None:
+    """A file or folder that cannot be read or written, as a sentence; None for what has nothing to do with either."""
+    if error.filename is not None:
+        return UserError(f"{error.filename}: {error.strerror}; name another file.")
+    return full(error)
+
+
+def full(error: OSError) -> UserError | None:
+    """A disk that is full or read-only, as a sentence; None for any other trouble, which may pass."""
+    if error.errno not in _FULL:
+        return None
+    what = error.filename or "the output"
+    return UserError(f"{what} cannot be written: {error.strerror}; make room or name another folder.")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

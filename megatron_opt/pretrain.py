@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from megatron_opt.errors import UserError
+from megatron_opt.errors import UserError, full
 from megatron_opt.extras import missing_package
 from megatron_opt.training import entry, signals
 
@@ -12,7 +12,8 @@ from megatron_opt.training import entry, signals
 def run(argv: Sequence[str]) -> None:
     """Train as the flags say; bad input raises UserError before anything is written."""
     signals.die_with_launcher()
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer-engine).*")
+    for said in ("(Apex|Transformer Engine|transformer-engine)", "Could not determine rank", "'pin_memory' argument"):
+        warnings.filterwarnings("ignore", message=f".*{said}.*")
     entry.alone()
     from megatron_opt import platform
     from megatron_opt.platform import transformer_engine
@@ -40,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if missing is None:
             raise
         return entry.refused("megatron_opt.pretrain", missing)
+    except OSError as error:
+        sentence = full(error)
+        if sentence is None:
+            raise
+        return entry.refused("megatron_opt.pretrain", sentence)
     except SystemExit as leaving:
         code = signals.exit_code(leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code)))
     if not code:  # also by --exit-interval and its like

@@ -175,3 +175,31 @@ def test_a_groups_file_that_is_none_is_one_sentence(content, tmp_path):
     with pytest.raises(UserError, match=r"gruppen ü\.yaml") as error:
         load_rules(str(file), {})
     assert "\n" not in str(error.value)
+
+
+def test_a_disk_that_fills_while_training(tmp_path, capsys):
+    """/dev/full takes no byte: metrics end the run by a sentence, a log is left short."""
+    from types import SimpleNamespace
+
+    from megatron_opt import pretrain
+    from megatron_opt.training import console, monitoring
+
+    (tmp_path / run_files.METRICS).symlink_to("/dev/full")
+    run = SimpleNamespace(folder=tmp_path, speaks=True)
+    with pytest.raises(UserError, match=r"--output-dir .*metrics\.jsonl cannot be written \(No space left on device\)"):
+        monitoring.Monitor._append(run, {"loss": 1.0})
+    log = console._Log("/dev/full")
+    log.write("a line\n")
+    log.flush()
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "config.json")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "run", full)
+        assert pretrain.main([]) == 2
+        said = capsys.readouterr().err
+        assert "config.json cannot be written: No space left on device; make room" in said and said.count("\n") == 1
+        patch.setattr(pretrain, "run", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        with pytest.raises(OSError, match="Input/output"):  # which may pass: a launcher starts it again
+            pretrain.main([])

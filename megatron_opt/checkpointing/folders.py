@@ -39,6 +39,17 @@ def iterations(save: Path) -> list[int]:
     return sorted((int(match.group(1)) for match in found if match), reverse=True)
 
 
+def tracked(save: Path) -> str | None:
+    """What the tracker says: an iteration's number, "release", or whatever has become of it; None where there is none."""
+    path = save / TRACKER
+    return path.read_text(errors="replace").strip() if path.is_file() else None
+
+
+def holds_one(save: Path) -> bool:
+    """Whether there is a checkpoint, by the tracker or by its name."""
+    return (save / TRACKER).is_file() or bool(iterations(save))
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
     digest = hashlib.sha256()

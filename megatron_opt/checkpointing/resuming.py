@@ -1,6 +1,7 @@
 """Checkpoints through Megatron's own saving and loading, looked at first so that what cannot be loaded is said in a sentence."""
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,13 @@ def newest(options: Any) -> Path | None:
     """The folder that Megatron will load, or None where there is no checkpoint yet."""
     if options.load is None:
         return None
-    tracker = Path(options.load) / folders.TRACKER
     if getattr(options, "ckpt_step", None):
         return _existing(Path(options.load) / folders.name_of(options.ckpt_step), "--ckpt-step")
-    if not tracker.is_file():
+    tracker = Path(options.load) / folders.TRACKER
+    text = folders.tracked(Path(options.load))
+    if text is None:
         return None
-    text = tracker.read_text().strip()
-    if text != "release" and not text.isdigit():
+    if text != "release" and not re.fullmatch(r"[0-9]+", text):
         raise UserError(
             f"{tracker} holds {text[:40]!r} in place of an iteration number; write the number of a whole checkpoint into it."
         )

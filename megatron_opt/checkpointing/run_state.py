@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_opt.errors import UserError
+
 FILE = "run_state.json"
 
 _providers: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {}
@@ -29,7 +31,10 @@ def current() -> str:
 def restore(folder: Path) -> None:
     """Hand the values of a verified checkpoint back."""
     path = folder / FILE
-    values = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        values = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); resume from an earlier checkpoint (--ckpt-step N).") from error
     for name, (_, resumed) in _providers.items():
         if name in values:
             resumed(values[name])

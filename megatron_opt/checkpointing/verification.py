@@ -50,7 +50,9 @@ def _choose(load: Path, wanted: int | None, trust: bool, own: bool) -> int | Non
     """The newest sound iteration, agreed by all ranks; None leaves the matter to Megatron (nothing there, release)."""
     import torch
 
-    found = agree(_candidates(load, wanted) if rank() == 0 else None)
+    found, unreadable = agree(_candidates(load, wanted) if rank() == 0 else None)
+    if unreadable:
+        raise UserError(f"--load {load} cannot be read ({unreadable}); let this user read it, or name another folder.")
     refusals: list[str] = []
     damaged: list[int] = []
     for iteration in found:
@@ -82,21 +84,22 @@ def _choose(load: Path, wanted: int | None, trust: bool, own: bool) -> int | Non
     return None
 
 
-def _candidates(load: Path, wanted: int | None) -> list[int]:
+def _candidates(load: Path, wanted: int | None) -> tuple[list[int], str | None]:
+    """Rank 0: (iterations to try, why the folder cannot be read)."""
     if wanted:
-        return [wanted]
-    tracker = load / folders.TRACKER
-    if tracker.is_file() and tracker.read_text().strip() == "release":
-        return []
-    return folders.iterations(load)
+        return [wanted], None
+    try:
+        return [] if folders.tracked(load) == "release" else folders.iterations(load), None
+    except OSError as error:
+        return [], f"{error.filename}: {error.strerror}"
 
 
 def _inspect(load: Path, iteration: int, trust: bool) -> tuple[dict[str, str] | None, str | None]:
     """Rank 0: (digests by file, what forbids this checkpoint)."""
     folder = load / folders.name_of(iteration)
-    if not folder.is_dir():
-        return None, f"there is no {folder.name}"
     try:
+        if not folder.is_dir():
+            return None, f"there is no {folder.name}"
         files = folders.manifest(load, iteration)
     except (OSError, ValueError) as error:
         return None, f"its {folders.MANIFEST} is unreadable ({error})"

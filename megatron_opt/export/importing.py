@@ -63,7 +63,9 @@ def import_model(source: Path, output: Path, multiple: int = 1) -> list[str]:
     words = (
         f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {source}" if tokenizer else "the tokenizer's flags"
     )
-    said.append(f"Start from it: megatron-opt train --load {output} --use-checkpoint-args --finetune {words} …")
+    said.append(
+        f"Start from it: megatron-opt train --load {output} --use-checkpoint-args --finetune --seq-length N {words} …"
+    )
     return said
 
 

@@ -65,10 +65,9 @@ class Checkpoint:
 def _folder(source: Path) -> Path:
     if (source / ".metadata").is_file() or (source / "metadata.json").is_file():
         return source
-    tracker = source / folders.TRACKER
     found = folders.iterations(source)
-    if tracker.is_file() and tracker.read_text().strip().isdigit():
-        wanted = int(tracker.read_text())
+    if re.fullmatch(r"[0-9]+", text := folders.tracked(source) or ""):
+        wanted = int(text)
         if wanted in found or not found:
             found = [wanted]
     if not found or not (source / folders.name_of(found[0])).is_dir():

@@ -180,7 +180,7 @@ def parse(argv: Sequence[str]) -> Any:
     vocabulary.install()
     tokenizer = f"--tokenizer-type {args.tokenizer_type}"
     tokenizer += f" --tokenizer-model {args.tokenizer_model}" if args.tokenizer_model else ""
-    told(f"setting up {tokenizer} or a log writer failed", flags, set_global_variables, args)
+    told(f"setting up {tokenizer} or a log writer failed", flags, _quietly, set_global_variables, args)
     vocabulary.check(args)
     told("Megatron refuses this model", flags, model_config, args)
     if args.plan_world_size:

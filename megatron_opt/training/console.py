@@ -3,6 +3,7 @@
 Megatron's lines go to the log alone, unless `--megatron-log`; a warning is shown once.
 """
 
+import contextlib
 import io
 import logging
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 _screen: TextIO | None = None  # the terminal, where standard output goes elsewhere
-_log: TextIO | None = None
+_log: "_Log | None" = None
 _said: set[str] = set()
 
 HEADER = (
@@ -30,7 +31,7 @@ _PEAKS = {  # dense bf16 FLOP/s
 class _Both(io.TextIOBase):
     """Writes to two streams."""
 
-    def __init__(self, first: TextIO, second: TextIO) -> None:
+    def __init__(self, first: TextIO, second: "TextIO | _Log") -> None:
         self.first, self.second = first, second
 
     def write(self, text: str) -> int:
@@ -49,6 +50,25 @@ class _Both(io.TextIOBase):
         return self.first.fileno()
 
 
+class _Log(io.TextIOBase):
+    """The log's file; a full disk must not end a run for its log, so errors pass."""
+
+    def __init__(self, path: str) -> None:
+        self.file = open(path, "a", buffering=1, encoding="utf-8", errors="replace")  # noqa: SIM115  (as long as the process)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.file.flush()
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+
 def start(args: Any) -> None:
     """From here on, what this process prints goes to its log; `say` goes to the terminal too."""
     global _screen, _log
@@ -59,15 +79,15 @@ def start(args: Any) -> None:
         folder = Path(args.output_dir) / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         path = str(folder / f"rank-{args.rank}.txt")
-    _log = open(path, "a", buffering=1, encoding="utf-8", errors="replace")  # noqa: SIM115  (as long as the process)
+    log = _log = _Log(path)
     sys.stdout.flush()
     if args.megatron_log:
-        sys.stdout = _Both(sys.stdout, _log)  # type: ignore[assignment]
+        sys.stdout = _Both(sys.stdout, log)  # type: ignore[assignment]
     else:
         _screen = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
-        os.dup2(_log.fileno(), 1)
-        sys.stdout = _log
-    sys.stderr = _Both(sys.stderr, _log)  # type: ignore[assignment]
+        os.dup2(log.fileno(), 1)
+        sys.stdout = log  # type: ignore[assignment]
+    sys.stderr = _Both(sys.stderr, log)  # type: ignore[assignment]
     first = args.rank == 0
 
     def shown(message: Any, category: Any, filename: str, line: int, *_: Any, **__: Any) -> None:

@@ -48,10 +48,14 @@ class Sources:
         matrix = megatron.convert_split_vector_to_split_matrix(megatron.parse_and_normalize_split(self.split))
         return [None if share is None else (self.joint, share) for share in matrix]
 
-    def prefixes(self) -> list[str]:
-        """Every dataset that is named, once."""
+    def prefixes(self) -> dict[str, str]:
+        """Every dataset that is named, once: the flag that names it first."""
         blends = [self.joint] if self.joint else self.apart or ()
-        return list(dict.fromkeys(prefix for blend in blends if blend for prefix in blend.prefixes))
+        found: dict[str, str] = {}
+        for blend in filter(None, blends):
+            for prefix in blend.prefixes:
+                found.setdefault(prefix, blend.flag)
+        return found
 
 
 def resolve(args: Any) -> Sources:
@@ -181,8 +185,11 @@ def check(args: Any) -> None:
     _without_effect(args)
     sources = resolve(args)
     digest = tokenizer_digest(args.tokenizer_model) if args.tokenizer_model else None
-    for prefix in sources.prefixes():
-        check_dataset(prefix, args.padded_vocab_size, digest)
+    for prefix, flag in sources.prefixes().items():
+        try:
+            check_dataset(prefix, args.padded_vocab_size, digest)
+        except UserError as error:
+            raise UserError(f"{flag}: {str(error).removesuffix('.')}.") from error
     if args.mock_data:
         return
     shares = sources.shares()

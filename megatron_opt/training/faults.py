@@ -224,7 +224,14 @@ def rollback(save: Path, iteration: int, steps: int) -> int | None:
 def skipped_iterations(save: Path) -> list[int]:
     """Iterations whose data earlier rollbacks of this run have given up."""
     path = save / SKIP_FILE
-    return [int(n) for n in json.loads(path.read_text())] if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        return [int(n) for n in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is no list of iterations ({error}); write the iterations whose data is skipped, or remove it to skip none."
+        ) from error
 
 
 # ---- hang

@@ -1,6 +1,7 @@
 """A run that was stopped and went on has the results of one left alone; its final loss hangs on no interval."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -38,12 +39,23 @@ def test_stopped_and_resumed(whole, tmp_path):
     assert {key: resumed[key] for key in COUNTS} == {key: undisturbed[key] for key in COUNTS}
     train = [(row["iteration"], row["loss"], row["tokens"]) for row in run_files.training(rows)]
     assert train == [(row["iteration"], row["loss"], row["tokens"]) for row in run_files.training(other)]
+    _lines_are_of_their_own_steps(tmp_path / "out", done.stdout, run_files.training(rows))
     assert resumed["tokens_per_s"] == pytest.approx(resumed["tokens"] / resumed["train_time_s"])
     steps = [row["step_time"] for row in run_files.training(rows)]
     assert resumed["train_time_s"] == pytest.approx(sum(steps), rel=1e-6)
     assert status.look(tmp_path / "out").state == "completed"
     names = [entry["event"] for entry in run_files.events(tmp_path / "out")]
     assert names.count("end") == 2
+
+
+def _lines_are_of_their_own_steps(out, console, rows):
+    """The resumed process's first lines, ours and Megatron's, which would keep its first step for the next line."""
+    losses = {row["iteration"]: row["loss"] for row in rows}
+    ours = [line.split() for line in console.splitlines() if re.match(r" +\d+/6 ", line)]
+    assert [(words[0], words[1]) for words in ours] == [(f"{step}/6", f"{losses[step]:.4f}") for step in (5, 6)]
+    log = (out / "logs" / "rank-0.txt").read_text()
+    theirs = re.findall(r"iteration +(\d+)/ +6 .*?lm loss: ([\d.E+-]+)", log)[-2:]
+    assert theirs == [(str(step), f"{losses[step]:.6E}") for step in (5, 6)]
 
 
 def test_a_refused_start_is_not_a_result(tmp_path):

@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_opt import platform, presets
@@ -49,6 +51,8 @@ def model_and_layout(args: Any) -> None:
     for name, flag in _NEEDED:
         if getattr(args, name) is None and not (name == "num_layers" and args.hybrid_layer_pattern):
             known = ", ".join(presets.names())
+            if args.use_checkpoint_args:
+                raise UserError(f"{flag} is missing, and the checkpoint of --load records none; give it.")
             from_checkpoint = ", or --use-checkpoint-args with --load" if args.load else ""
             raise UserError(f"{flag} is missing; give it, or a whole model by --preset ({known}){from_checkpoint}.")
     if args.micro_batch_size is None:
@@ -166,15 +170,20 @@ def _check_saving(args: Any) -> None:
 
 def _check_source(args: Any, flag: str, folder: str | None) -> None:
     """Refuse to start anew where a checkpoint was named; the folder that is saved to may be empty yet."""
-    if folder is None:
+    named = args.ckpt_step is not None and flag == "--load" and not args.exit_on_missing_checkpoint
+    if folder is None or named:  # --ckpt-step's checkpoint is looked for when it is loaded
         return
     if not os.path.isdir(folder) and (folder != args.save or args.exit_on_missing_checkpoint or os.path.exists(folder)):
         raise UserError(f"{flag} {folder} is no folder; name one that holds checkpoints.")
-    if folder != args.save and args.ckpt_step is None and not os.path.isfile(os.path.join(folder, folders.TRACKER)):
-        raise UserError(
-            f"{flag} {folder} holds no checkpoint ({folders.TRACKER} is not there); name a folder that does, or the one of "
-            "--save to start anew and resume from it later."
-        )
+    if folder == args.save or folders.holds_one(Path(folder)):
+        return
+    above, iteration = os.path.dirname(os.path.abspath(folder)), re.fullmatch(r"iter_0*(\d+)", os.path.basename(folder))
+    if iteration:
+        raise UserError(f"{flag} {folder} is one checkpoint; give --load {above} --ckpt-step {iteration[1]}.")
+    raise UserError(
+        f"{flag} {folder} holds no checkpoint (neither {folders.TRACKER} nor {folders.name_of(100)} or its like); name a "
+        "folder that does, or the one of --save to start anew and resume from it later."
+    )
 
 
 def make_folders(args: Any) -> None:
