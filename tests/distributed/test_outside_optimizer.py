@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from tests.distributed.cases import Case, Layout, case
 from tests.distributed.compare import assert_same_curve, assert_same_matrices, assert_same_state
 from tests.distributed.pool import Pool, Run
 
-STEPS = 8
+STEPS, TOTAL = 8, 12  # a run stops after the first, what loads it goes to the end of the same schedule
 DENSE = [*c.DENSE, "--num-layers", "2"]
 RULE = "--optimizer ademamix --ademamix-beta3 0.99 --ademamix-alpha 2".split()
 
@@ -24,16 +25,15 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     made.close()
 
 
-def _case(layout: Layout, name: str, **options: str) -> Case:
-    return case(DENSE, RULE, layout, name, steps=STEPS, hook="checkpoint" if options else "", options=options)
+def _case(layout: Layout, name: str, **options: Any) -> Case:
+    return case(DENSE, RULE, layout, name, steps=TOTAL, hook="checkpoint", options=options)
 
 
 @pytest.fixture(scope="module")
 def runs(ranks: Pool) -> dict[str, Run]:
-    made = ranks.run([_case(c.ONE, "one"), _case(c.TP2_DP2_DIST, "saved", save="outside")])
-    half = case(DENSE, RULE, c.PP2, "loaded", steps=STEPS + 4, hook="checkpoint", options={"load": "outside"})
-    whole = case(DENSE, RULE, c.ONE, "whole", steps=STEPS + 4)
-    return made | ranks.run([half, whole])
+    saved = _case(c.TP2_DP2_DIST, "saved", save="outside", interval=STEPS, stop=STEPS)
+    made = ranks.run([_case(c.ONE, "one", stop=STEPS), saved])
+    return made | ranks.run([_case(c.PP2, "loaded", load="outside"), _case(c.ONE, "whole")])
 
 
 @pytest.mark.slow

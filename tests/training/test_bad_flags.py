@@ -138,7 +138,6 @@ CASES = {
     "--on-loss-spike rollback": "give --save",
     "--log-samples": "--log-samples has no effect without --output-dir",
     "--wandb-exp-name e": "--wandb-exp-name has no effect without --wandb-project",
-    "--tensorboard-queue-size 5": "has no effect without --tensorboard-dir",
     "--lr-decay-style constant --min-lr 1e-4": "--min-lr has no effect without",
     "--optimizer adam --muon-momentum 0.9": "--muon-momentum has no effect on --optimizer adam",
     "--optimizer adam --split-heads": "--split-heads has no effect on --optimizer adam",

@@ -54,8 +54,6 @@ NEEDS: tuple[tuple[str, str, Condition], ...] = (
     ("rollback-steps", "--on-loss-spike rollback", lambda a: a.on_loss_spike == "rollback"),
     ("log-samples", "--output-dir", lambda a: a.output_dir is not None),
     ("wandb-exp-name wandb-entity wandb-save-dir", "--wandb-project", lambda a: bool(a.wandb_project)),
-    ("tensorboard-log-interval tensorboard-queue-size", "--tensorboard-dir or --wandb-project",
-     lambda a: bool(a.tensorboard_dir or a.wandb_project)),
 )  # fmt: skip
 
 
