@@ -230,6 +230,11 @@ def test_eval_interval_is_wanted_where_something_is_evaluated():
     place = MODEL.index("--eval-interval")
     without = [*MODEL[:place], *MODEL[place + 2 :]]
     assert parsed(without).eval_interval == 20
+    place = without.index("--eval-iters")
+    silent = [*without[:place], *without[place + 2 :]]
+    assert parsed(silent).eval_iters == 0, "nothing of evaluation was said"
+    with pytest.raises(UserError, match="--eval-interval is missing"):
+        parsed([*silent, "--full-validation"])
     with pytest.raises(UserError, match="--eval-interval is missing"):
         parsed([*without, "--eval-iters", "2"])
 

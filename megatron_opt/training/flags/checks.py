@@ -127,6 +127,8 @@ def _check_length(args: Any) -> None:
     if final and decay and final > decay:
         raise UserError(f"--lr-wsd-decay-{unit} {final} is above the {decay} {unit} of the schedule; lower it.")
     if args.eval_interval is None:
+        if not _evaluates(args):
+            args.eval_iters = 0  # Megatron's 100 at the end, of which nobody has spoken
         if args.eval_iters and not args.skip_train:
             raise UserError(
                 "--eval-interval is missing; give the steps between evaluations, or --eval-iters 0 for none."
@@ -138,6 +140,13 @@ def _check_length(args: Any) -> None:
         raise UserError(
             f"--log-memory-interval {args.log_memory_interval} is not a multiple of --log-interval {args.log_interval}."
         )
+
+
+def _evaluates(args: Any) -> bool:
+    """Whether flags speak of evaluation, or of data for it."""
+    asked = {"eval-iters", "eval-samples", "full-validation", "skip-train"} & args.given_flags
+    data = (args.valid_data_path, args.data_path, args.data_args_path, args.per_split_data_args_path)
+    return bool(asked) or args.preset is not None or any(path is not None for path in data)
 
 
 def _check_saving(args: Any) -> None:
