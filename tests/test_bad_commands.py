@@ -1,5 +1,6 @@
 """Numbers, words and files that no command can mean: exit code 2 and one sentence that names the flag or the file."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -34,6 +35,31 @@ WORDS = {
     "mup check --steps 0": "--steps",
     "mup check --head-dim 0": "--head-dim",
     **{f"mup check --ffn-ratio {text}": "--ffn-ratio" for text in ("nan", "0", "inf")},
+    **{f"{_COST} --gpus 8 {flags}": said for flags, said in {
+        "--lr 1e30": "--lr is 1e30", "--adam-beta1 1.5": "--adam-beta1 is 1.5", "--hidden-size 1000000000": "--hidden-size is",
+        "--seq-length 1000000000000": "--seq-length is", "--global-batch-size 1000000000000000": "--global-batch-size is",
+        "--num-layers 1e400": "--num-layers is", "--num-experts 0.5": "--num-experts is", "--weight-decay inf": "--weight-decay is",
+        "--lr -1": "--lr is -1", "--micro-batch-size 0": "--micro-batch-size is 0", "--bf16 maybe": "--bf16 is 'maybe'",
+        "--optimizer nope": "--optimizer: there is no optimizer 'nope'", "--optimizer muon --muon-momentum 2": "--muon-momentum is 2",
+        "--optimizer muon --soap-block-size 64": "--soap-… is given, but no parameter is trained by soap",
+        "--chinchilla 4": "--chinchilla is given without --against", "--study x": "--study is given without --against",
+        "--against adamw --chinchilla nan": "--chinchilla: 'nan'", "--against nope": "--against nope",
+        "--against adamw --study /nowhere": "--study /nowhere", "--from /nowhere": "--from /nowhere cannot be read",
+        "--from /etc/passwd": "--from /etc/passwd holds no flags", "--json .": ".: Is a directory", "--json /etc/passwd/x": "Not a directory",
+        "--bf16 true false": "'false' belongs to no flag", "--tensor-model-parallel-size 3": "--tensor-model-parallel-size",
+        "--recompute-modules foo --recompute-granularity selective": "--recompute-modules has no 'foo'",
+        "--optimizer-groups /nowhere": "--optimizer-groups /nowhere cannot be read", "--preset": "--preset needs a value",
+    }.items()},
+    f"{_COST} stray --gpus 8": "--preset takes one value; 'stray' belongs to no flag",
+    "cost step --cluster h300 --gpus 8 --preset demo": "--cluster: there is no cluster 'h300'",
+    "cost step --cluster /etc/passwd --gpus 8 --preset demo": "/etc/passwd is no cluster file",
+    "cost search --cluster h100 --gpus 8 --preset demo --tensor-model-parallel-size 2": "--tensor-model-parallel-size is what",
+    "cost search --cluster h100 --gpus 8": "--global-batch-size is missing",
+    "cost tables --cluster h100 --output /etc/passwd": "Not a directory",
+    "cost tables --cluster h100 --output t --optimizers adamw,,muon": "--optimizers has ''",
+    "cost tables --cluster h100 --output t --optimizers muno": "Did you mean muon?",
+    "cost calibrate --output .": ".: Is a directory",
+    "migrate plan --to muon --cluster h100 --gpus 8 --preset demo --output /etc/passwd": "Not a directory",
     "data corpus --input a.jsonl --output o --seed -1": "--seed",
     "data corpus --input a.jsonl --output o --seed nan": "--seed",
     "data tokenizer --input a.jsonl --output o --vocab-size 0": "--vocab-size",
@@ -191,6 +217,8 @@ def test_a_disk_that_fills_while_training(tmp_path, capsys):
     log = console._Log("/dev/full")
     log.write("a line\n")
     log.flush()
+    with contextlib.suppress(OSError):
+        log.file.close()
 
     def full(*_):
         raise OSError(28, "No space left on device", "config.json")

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_opt.errors import Parser, UserError, number
-from megatron_opt.files import write_atomic
+from megatron_opt.errors import Parser, UserError, did_you_mean, number
+from megatron_opt.files import check_writable, write_atomic
 
 
 def _shared(parser: argparse.ArgumentParser, gpus: bool = True) -> None:
@@ -37,7 +37,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--against", metavar="OPTIMIZER", help="the speedup over another optimizer, by a study's prediction"
     )
     step.add_argument("--study", metavar="DIR|JSON", help="the study of --against (default: the published one)")
-    step.add_argument("--chinchilla", type=float, default=1.0, help="token budget of --against (default: 1x)")
+    step.add_argument("--chinchilla", type=number(0, 1e6, above=True), help="token budget of --against (default: 1x)")
     search = commands.add_parser("search", help="layouts that fit, ranked, and why others do not", allow_abbrev=False)
     _shared(search)
     search.add_argument("--top", type=number(1, whole=True), default=10, help="layouts to show")
@@ -81,7 +81,24 @@ def _flags(args: argparse.Namespace, rest: Sequence[str]) -> tuple[dict[str, Any
 
     given, ignored = parse(rest)
     base = from_run(args.source) if args.source else {}
-    return {**base, **given}, ignored
+    flags = {**base, **given}
+    _check_rules(flags, given, getattr(args, "against", None))
+    if args.json:
+        check_writable(Path(args.json))
+    return flags, ignored
+
+
+def _check_rules(flags: dict[str, Any], given: dict[str, Any], against: str | None) -> None:
+    """Refuse options of an optimizer that no parameter is trained by."""
+    from megatron_opt.cost_model.flags import grouping, options
+
+    used = {rule.optimizer for rule in grouping(flags)} | {against}
+    for name in options(given):
+        if name not in used:
+            raise UserError(
+                f"--{name.replace('_', '-')}-… is given, but no parameter is trained by {name} "
+                f"(--optimizer {flags.get('optimizer', 'adamw')}); leave it out."
+            )
 
 
 def _step(args: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -90,6 +107,9 @@ def _step(args: argparse.Namespace, rest: Sequence[str]) -> None:
     from megatron_opt.cost_model.step import predict
 
     flags, ignored = _flags(args, rest)
+    for name in ("study", "chinchilla"):
+        if getattr(args, name) is not None and not args.against:
+            raise UserError(f"--{name} is given without --against; name the optimizer to compare with.")
     step = predict(flags, load(args.cluster), args.gpus)
     if args.plan:
         from megatron_opt.distributed.ownership import plan_table
@@ -101,11 +121,13 @@ def _step(args: argparse.Namespace, rest: Sequence[str]) -> None:
     if args.against:
         from megatron_opt.cost_model import speedup
 
-        found = speedup.speedup(flags, step, load(args.cluster), args.against, args.study, args.chinchilla)
+        try:
+            found = speedup.speedup(flags, step, load(args.cluster), args.against, args.study, args.chinchilla or 1.0)
+        except UserError as error:
+            study = f" --study {args.study}" if args.study else ""
+            raise UserError(f"--against {args.against}{study}: {error}") from error
         print(f"\n{found.text()}")
         content["speedup"] = speedup.as_dict(found)
-    elif args.study:
-        raise UserError("--study is given without --against; name the optimizer to compare with.")
     if args.json:
         write_atomic(Path(args.json), json.dumps(content, indent=1) + "\n")
 
@@ -113,9 +135,14 @@ def _step(args: argparse.Namespace, rest: Sequence[str]) -> None:
 def _search(args: argparse.Namespace, rest: Sequence[str]) -> None:
     from megatron_opt.cost_model import report
     from megatron_opt.cost_model.cluster import load
-    from megatron_opt.cost_model.search import progress_stream, search, table
+    from megatron_opt.cost_model.search import SEARCHED, progress_stream, search, table
 
     flags, _ = _flags(args, rest)
+    for word in rest:
+        if (name := word.split("=")[0].removeprefix("--")) in SEARCHED:
+            raise UserError(
+                f"--{name} is what `cost search` looks for; leave it out, or give the layout to `cost step`."
+            )
     found = search(flags, load(args.cluster), args.gpus, top=args.top, progress=progress_stream())
     print(table(found, args.top))
     if args.json:
@@ -130,13 +157,23 @@ def _search(args: argparse.Namespace, rest: Sequence[str]) -> None:
 def _tables(args: argparse.Namespace, rest: Sequence[str]) -> None:
     from megatron_opt.cost_model.cluster import load
     from megatron_opt.cost_model.tables import write_tables
+    from megatron_opt.optimizers import registry
 
-    print(write_tables(load(args.cluster), args.optimizers.split(","), Path(args.output)))
+    names = [name.strip() for name in args.optimizers.split(",")]
+    for name in names:
+        if name not in registry.rules():
+            known = sorted(registry.rules())
+            raise UserError(
+                f"--optimizers has {name!r}, which is none of {', '.join(known)}.{did_you_mean(name, known)}"
+            )
+    check_writable(Path(args.output) / "sweeps.csv")
+    print(write_tables(load(args.cluster), names, Path(args.output)))
 
 
 def _calibrate(args: argparse.Namespace, rest: Sequence[str]) -> None:
     from megatron_opt.cost_model.calibrate import calibrate
 
+    check_writable(Path(args.output))
     text = calibrate(args.ranks)
     write_atomic(Path(args.output), text)
     print(text, end="")

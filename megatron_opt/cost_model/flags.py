@@ -15,6 +15,7 @@ from megatron_opt.layout import flags as structure
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.groups import GroupRule, default_rules, load_rules
 from megatron_opt.presets import read as preset
+from megatron_opt.training.flags.ranges import RANGES
 
 Flags = dict[str, Any]
 
@@ -138,6 +139,8 @@ def parse(words: Sequence[str]) -> tuple[Flags, list[str]]:
                 raise UserError(f"--{name} is no flag that is known here; did you mean --{near[0]}?")
             ignored.append(name)
             continue
+        if len(values) > 1 and name != "recompute-modules":
+            raise UserError(f"--{name} takes one value; {values[1]!r} belongs to no flag.")
         given[name] = _value(name, values)
     base = preset(given["preset"]) if "preset" in given else {}
     return normalized(base | given), ignored
@@ -198,6 +201,9 @@ def _value(name: str, values: Sequence[Any]) -> Any:
                 raise UserError(f"--{name} is {value}; it must be a whole number, at least {least}.")
             if number > _MOST.get(name, 1e15):
                 raise UserError(f"--{name} is {value}; no model has that many.")
+        limits = RANGES.get(name)
+        if limits is not None and number and not limits.holds(number):
+            raise UserError(f"--{name} is {value}; it must be {limits.said(number)}.")
         if name in ("matrix-balance", "exchange-bucket-mb") and number == 0:
             raise UserError(f"--{name} is {value}; it must be greater than 0.")
         return int(number) if number == int(number) else number
@@ -239,14 +245,14 @@ def from_run(path: str | Path) -> Flags:
         content = yaml_files.load(path.read_text())
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}); give a run's folder or a YAML file of flags."
+            f"--from {path} cannot be read ({error.strerror}); give a run's folder or a YAML file of flags."
         ) from error
     except UnicodeError as error:
-        raise UserError(f"{path} is not text; give a run's folder or a YAML file of flags.") from error
+        raise UserError(f"--from {path} is not text; give a run's folder or a YAML file of flags.") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no flags; write one `name: value` a line.")
+        raise UserError(f"--from {path} holds no flags; write one `name: value` a line.")
     base = preset(content.pop("preset")) if content.get("preset") else {}
     return normalized(base | content)
 
@@ -267,7 +273,9 @@ def grouping(flags: Mapping[str, Any]) -> list[GroupRule]:
     if flags.get("optimizer-groups"):
         return load_rules(flags["optimizer-groups"], given)
     if name not in registry.rules():
-        raise UserError(f"there is no optimizer {name!r}; there are {', '.join(sorted(registry.rules()))}.")
+        raise UserError(
+            f"--optimizer: there is no optimizer {name!r}; there are {', '.join(sorted(registry.rules()))}."
+        )
     return default_rules(name, given, flags.get("scalar-lr-ratio"))
 
 

@@ -211,7 +211,10 @@ class Layout:
     def check(self, model: Model) -> None:
         """Raise UserError for a layout that cannot run."""
         if problem := self.problem(model):
-            raise UserError(f"the layout cannot run: {problem}; change a size or the number of GPUs.")
+            raise UserError(
+                f"the layout cannot run: {problem}; change --gpus, --global-batch-size or a size of the layout "
+                "(--tensor-model-parallel-size and its like)."
+            )
 
     def name(self) -> str:
         """Short form, such as TP2·PP4·DP8."""

@@ -78,6 +78,27 @@ def recomputations(model: Model, base: Layout) -> list[tuple[str, tuple[str, ...
     return found
 
 
+# flags whose values a search tries
+SEARCHED = (
+    "tensor-model-parallel-size",
+    "pipeline-model-parallel-size",
+    "context-parallel-size",
+    "expert-model-parallel-size",
+    "expert-tensor-parallel-size",
+    "num-virtual-stages-per-pipeline-rank",
+    "num-layers-per-virtual-pipeline-stage",
+    "pipeline-model-parallel-layout",
+    "decoder-first-pipeline-num-layers",
+    "decoder-last-pipeline-num-layers",
+    "account-for-embedding-in-pipeline-split",
+    "account-for-loss-in-pipeline-split",
+    "overlap-moe-expert-parallel-comm",
+    "recompute-granularity",
+    "recompute-activations",
+    "micro-batch-size",
+)
+
+
 def candidates(model: Model, base: Layout, cluster: Cluster, world: int) -> Iterator[Layout]:
     """Layouts to try: TP in a node, CP, EP and PP in powers of two (PP also up to 8), micro-batches, virtual stages.
 
@@ -178,25 +199,7 @@ def _base(flags: Mapping[str, Any], cluster: Cluster) -> tuple[Model, Layout]:
     """The model, and a layout that has everything but sizes from the flags."""
     if not flags.get("global-batch-size"):
         raise UserError("--global-batch-size is missing; a search needs the batch that a step must do.")
-    searched = (
-        "tensor-model-parallel-size",
-        "pipeline-model-parallel-size",
-        "context-parallel-size",
-        "expert-model-parallel-size",
-        "expert-tensor-parallel-size",
-        "num-virtual-stages-per-pipeline-rank",
-        "num-layers-per-virtual-pipeline-stage",
-        "pipeline-model-parallel-layout",
-        "decoder-first-pipeline-num-layers",
-        "decoder-last-pipeline-num-layers",
-        "account-for-embedding-in-pipeline-split",
-        "account-for-loss-in-pipeline-split",
-        "overlap-moe-expert-parallel-comm",
-        "recompute-granularity",
-        "recompute-activations",
-        "micro-batch-size",
-    )
-    kept = {key: value for key, value in flags.items() if key not in searched}
+    kept = {key: value for key, value in flags.items() if key not in SEARCHED}
     model = Model.of({**kept, "tensor-model-parallel-size": flags.get("tensor-model-parallel-size")}).priced()
     base = Layout.of({**kept, "global-batch-size": 1}, 1, model)
     batch = int(flags["global-batch-size"])

@@ -89,7 +89,7 @@ def _raw(path: Path) -> dict[str, Any]:
 def _plan(args: argparse.Namespace, rest: Sequence[str]) -> None:
     from megatron_opt.cost_model.cluster import load
     from megatron_opt.cost_model.flags import from_run, parse
-    from megatron_opt.files import write_atomic
+    from megatron_opt.files import check_writable, write_atomic
     from megatron_opt.migrate.plan import make_plan
     from megatron_opt.migrate.write import as_dict, document
 
@@ -100,6 +100,8 @@ def _plan(args: argparse.Namespace, rest: Sequence[str]) -> None:
     gpus = args.gpus or base.get("world-size")
     if not gpus:
         raise UserError("--gpus is missing; give the number of devices of the run.")
+    folder = Path(args.output)
+    check_writable(folder / "plan.md")
     plan = make_plan(
         flags,
         raw,
@@ -112,7 +114,6 @@ def _plan(args: argparse.Namespace, rest: Sequence[str]) -> None:
         done=args.done,
     )
     report = document(plan)
-    folder = Path(args.output)
     write_atomic(folder / "plan.md", report.markdown())
     write_atomic(folder / "plan.html", report.page())
     write_atomic(folder / "plan.json", json.dumps(as_dict(plan), indent=1, default=float) + "\n")

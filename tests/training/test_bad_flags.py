@@ -151,7 +151,6 @@ CASES = {
     "--load /etc/passwd": "--load /etc/passwd is no folder",
     "--load /nowhere": "--load /nowhere is no folder",
     "--load /proc": "--load /proc holds no checkpoint",
-    "--load /etc/passwd --save /etc/passwd": "--load /etc/passwd is no folder",
     "--pretrained-checkpoint /nowhere": "--pretrained-checkpoint /nowhere is no folder",
     "--load /nowhere --finetune": "--load /nowhere is no folder",
     "--data-cache-path /etc/passwd": "--data-cache-path /etc/passwd: /etc/passwd is a file",

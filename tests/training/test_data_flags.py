@@ -66,7 +66,7 @@ def test_the_same_datasets_as_megatron_reads(tmp_path, make, words):
         blend = sources.joint or sources.apart[0]
         prefixes, weights = get_blend_from_list(words)
         assert blend.for_megatron() == (list(prefixes), weights)
-        assert sources.prefixes() == list(dict.fromkeys(prefixes))
+        assert list(sources.prefixes()) == list(dict.fromkeys(prefixes))
 
 
 def test_a_dataset_is_checked_whatever_names_it(tmp_path, make):
