@@ -1,12 +1,16 @@
 """`torchrun … -m megatron_opt.pretrain FLAGS`: Megatron-LM's pretrain() with this project's optimizers."""
 
+import re
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 
 from megatron_opt.errors import UserError, full
 from megatron_opt.extras import missing_package
 from megatron_opt.training import entry, signals
+
+_PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Connection refused.*gloo|gloo.*Connection", re.S)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -46,6 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sentence is None:
             raise
         return entry.refused("megatron_opt.pretrain", sentence)
+    except RuntimeError as error:
+        if not _PEER_GONE.search(str(error)):
+            raise
+        from megatron_opt.training import console
+
+        console.keep(traceback.format_exc())
+        gone = UserError(
+            "another rank is gone, see its own lines and `megatron-opt status`; the launcher starts all again."
+        )
+        entry.refused("megatron_opt.pretrain", gone)
+        return 1
     except SystemExit as leaving:
         code = signals.exit_code(leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code)))
     if not code:  # also by --exit-interval and its like

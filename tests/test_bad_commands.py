@@ -232,3 +232,11 @@ def test_a_disk_that_fills_while_training(tmp_path, capsys):
         patch.setattr(pretrain, "run", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
         with pytest.raises(OSError, match="Input/output"):  # which may pass: a launcher starts it again
             pretrain.main([])
+        gone = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234"
+        patch.setattr(pretrain, "run", lambda *_: (_ for _ in ()).throw(RuntimeError(gone)))
+        assert pretrain.main([]) == 1, "which a launcher starts again"
+        said = capsys.readouterr().err
+        assert "another rank is gone" in said and said.count("\n") == 1
+        patch.setattr(pretrain, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes")))
+        with pytest.raises(RuntimeError, match="shapes"):
+            pretrain.main([])

@@ -45,6 +45,14 @@ def tracked(save: Path) -> str | None:
     return path.read_text(errors="replace").strip() if path.is_file() else None
 
 
+def nonsense(save: Path) -> str | None:
+    """What is wrong with the tracker, in a sentence; Megatron would end such a start as if all were well."""
+    text = tracked(save)
+    if text is None or text == "release" or re.fullmatch(r"[0-9]+", text):
+        return None
+    return f"{save / TRACKER} holds {text[:40]!r} in place of an iteration number; write the number of a whole checkpoint into it"
+
+
 def holds_one(save: Path) -> bool:
     """Whether there is a checkpoint, by the tracker or by its name."""
     return (save / TRACKER).is_file() or bool(iterations(save))

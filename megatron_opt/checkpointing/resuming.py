@@ -56,12 +56,19 @@ def _load(
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
-        remedy = "resume from an earlier one (--ckpt-step N)"
-        if "OptimizerParamScheduler" in str(error):
-            remedy = (
-                "--override-opt_param-scheduler takes the flags' schedule, --use-checkpoint-opt_param-scheduler its own"
-            )
-        raise UserError(f"the checkpoint {folder} cannot be loaded: {_short(error)}; {remedy}.") from error
+        if schedule := re.search(
+            r"class input value (\S+) and checkpoint ?value (\S+) for (.+?) do not match", str(error)
+        ):
+            here, there, what = schedule.groups()
+            what += " (in samples)" if "iterations" in what else ""
+            raise UserError(
+                f"the checkpoint {folder} has another schedule: its {what} is {there}, this run's {here}, by "
+                "--train-iters, --lr, --lr-… and --weight-decay; give the same, --override-opt_param-scheduler for this run's, "
+                "or --use-checkpoint-opt_param-scheduler for its own."
+            ) from error
+        raise UserError(
+            f"the checkpoint {folder} cannot be loaded: {_short(error)}; resume from an earlier one (--ckpt-step N)."
+        ) from error
     if foreign:
         if scheduler is not None and not options.finetune:
             scheduler.step(increment=options.consumed_train_samples)
@@ -89,13 +96,11 @@ def newest(options: Any) -> Path | None:
     if getattr(options, "ckpt_step", None):
         return _existing(Path(options.load) / folders.name_of(options.ckpt_step), "--ckpt-step")
     tracker = Path(options.load) / folders.TRACKER
+    if trouble := folders.nonsense(Path(options.load)):
+        raise UserError(f"--load {options.load}: {trouble}.")
     text = folders.tracked(Path(options.load))
     if text is None:
         return None
-    if text != "release" and not re.fullmatch(r"[0-9]+", text):
-        raise UserError(
-            f"{tracker} holds {text[:40]!r} in place of an iteration number; write the number of a whole checkpoint into it."
-        )
     return _existing(
         Path(options.load) / ("release" if text == "release" else folders.name_of(int(text))), str(tracker)
     )

@@ -50,9 +50,9 @@ def _choose(load: Path, wanted: int | None, trust: bool, own: bool) -> int | Non
     """The newest sound iteration, agreed by all ranks; None leaves the matter to Megatron (nothing there, release)."""
     import torch
 
-    found, unreadable = agree(_candidates(load, wanted) if rank() == 0 else None)
-    if unreadable:
-        raise UserError(f"--load {load} cannot be read ({unreadable}); let this user read it, or name another folder.")
+    found, unusable = agree(_candidates(load, wanted) if rank() == 0 else None)
+    if unusable:
+        raise UserError(unusable)
     refusals: list[str] = []
     damaged: list[int] = []
     for iteration in found:
@@ -85,13 +85,16 @@ def _choose(load: Path, wanted: int | None, trust: bool, own: bool) -> int | Non
 
 
 def _candidates(load: Path, wanted: int | None) -> tuple[list[int], str | None]:
-    """Rank 0: (iterations to try, why the folder cannot be read)."""
-    if wanted:
-        return [wanted], None
+    """Rank 0: (iterations to try, why the folder cannot be used)."""
     try:
+        if trouble := folders.nonsense(load):
+            return [], f"--load {load}: {trouble}."
+        if wanted:
+            return [wanted], None
         return [] if folders.tracked(load) == "release" else folders.iterations(load), None
     except OSError as error:
-        return [], f"{error.filename}: {error.strerror}"
+        why = f"{error.filename}: {error.strerror}"
+        return [], f"--load {load} cannot be read ({why}); let this user read it, or name another folder."
 
 
 def _inspect(load: Path, iteration: int, trust: bool) -> tuple[dict[str, str] | None, str | None]:

@@ -118,6 +118,12 @@ class _Records(logging.Handler):
             _once(f"{record.levelname.lower()}: {' '.join(text.split())[:300]}")
 
 
+def keep(text: str) -> None:
+    """For the log alone."""
+    if _log is not None:
+        _log.write(text + "\n")
+
+
 def say(text: str) -> None:
     """A line for the terminal and the log."""
     if _screen is not None:

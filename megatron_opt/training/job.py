@@ -86,6 +86,10 @@ def _why_early(args: Any, iteration: int) -> dict[str, str | None]:
     """What has ended Megatron's loop before the last step: a signal, or a flag."""
     if name := signals.received():
         return {"reason": None, "signal": name}
+    if not iteration and not args.exit_on_missing_checkpoint:
+        raise UserError(
+            "Megatron ended the run before its first step; the last lines of OUTPUT/logs/rank-0.txt say why."
+        )
     if not iteration:
         return {"reason": "--exit-on-missing-checkpoint"}
     if args.exit_interval and iteration % args.exit_interval == 0:

@@ -15,11 +15,46 @@ GARBAGE = [b"", b"twelve", b"\xff\xfe\x00", b"-3", b"1.5", "\u00b2".encode(), b"
 @pytest.mark.parametrize("text", GARBAGE)
 def test_a_tracker_that_holds_no_number(text: bytes, tmp_path: Path) -> None:
     (tmp_path / folders.TRACKER).write_bytes(text)
-    with pytest.raises(UserError, match=rf"{folders.TRACKER} holds .* in place of an iteration number") as error:
+    with pytest.raises(
+        UserError, match=rf"--load .*{folders.TRACKER} holds .* in place of an iteration number"
+    ) as error:
         resuming.newest(SimpleNamespace(load=str(tmp_path), ckpt_step=None))
     assert "\n" not in str(error.value)
-    (tmp_path / folders.name_of(12)).mkdir()  # the names of checkpoints are known without it
-    assert verification._candidates(tmp_path, None) == ([12], None)
+    (tmp_path / folders.name_of(12)).mkdir()
+    assert verification._candidates(tmp_path, None) == ([], str(error.value)), "Megatron would leave with exit code 0"
+    assert verification._candidates(tmp_path, 12) == ([], str(error.value))
+    (tmp_path / folders.TRACKER).unlink()
+    assert verification._candidates(tmp_path, None) == ([12], None), "names of checkpoints are known without it"
+
+
+def test_what_ends_before_the_first_step_is_no_good_end() -> None:
+    from megatron_opt.training import job
+
+    args = SimpleNamespace(exit_on_missing_checkpoint=False)
+    with pytest.raises(UserError, match="before its first step"):
+        job._why_early(args, 0)
+    args.exit_on_missing_checkpoint = True
+    assert job._why_early(args, 0) == {"reason": "--exit-on-missing-checkpoint"}
+
+
+def test_another_schedule_is_said_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron's own assertion, found in its source."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.training import training  # noqa: F401  (before get_args is replaced)
+
+    scheduler = OptimizerParamScheduler.__new__(OptimizerParamScheduler)
+    scheduler.override_opt_param_scheduler = scheduler.use_checkpoint_opt_param_scheduler = False
+    with pytest.raises(AssertionError) as theirs:
+        scheduler._check_and_set(48000, 32000, "total number of iterations")
+
+    def load(*_: object, **__: object) -> None:
+        raise theirs.value
+
+    monkeypatch.setattr("megatron.training.get_args", lambda: SimpleNamespace(load=None))
+    with pytest.raises(
+        UserError, match=r"another schedule: its total number of iterations \(in samples\) is 32000, this run's 48000"
+    ):
+        resuming._load(load, True, None, None, None)
 
 
 def test_a_tracker_of_a_checkpoint_that_is_gone(tmp_path: Path) -> None:
