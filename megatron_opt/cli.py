@@ -10,7 +10,7 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
-from megatron_opt.errors import Parser, UserError, did_you_mean, unusable
+from megatron_opt.errors import Parser, UserError, did_you_mean, naming, unusable
 from megatron_opt.extras import missing_package
 
 COMMANDS = {
@@ -77,7 +77,7 @@ def _run(argv: list[str]) -> int:
         if sentence_of is None:
             raise
         sentence = sentence_of
-    print(f"megatron-opt {argv[0]}: {sentence}", file=sys.stderr)
+    print(f"megatron-opt {argv[0]}: {naming(str(sentence), argv[1:])}", file=sys.stderr)
     return 2
 
 

@@ -318,6 +318,9 @@ def dataset_digest(prefix: str) -> str:
     """Sizes and a digest of the head of a .bin/.idx pair, read through Megatron's own reader."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+    for end in ("idx", "bin"):
+        if not Path(f"{prefix}.{end}").is_file():  # Megatron's reader would leave a traceback of its end
+            raise FileNotFoundError(f"{prefix}.{end} is not there")
     dataset = IndexedDataset(prefix)
     first, last = dataset[0], dataset[len(dataset) - 1]
     digest = hashlib.sha256(first.tobytes() + last.tobytes()).hexdigest()[:8]

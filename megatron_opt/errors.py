@@ -5,7 +5,7 @@ import difflib
 import errno
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 
@@ -29,6 +29,20 @@ def full(error: OSError) -> UserError | None:
         return None
     what = error.filename or "the output"
     return UserError(f"{what} cannot be written: {error.strerror}; make room or name another folder.")
+
+
+def naming(sentence: str, argv: Sequence[str]) -> str:
+    """The sentence, led by the flag whose value it speaks of where it names no flag itself."""
+    if re.search(r"(?<!\w)--[a-z]", sentence):
+        return sentence
+    flag = ""
+    for word in argv:
+        name, equals, value = word.partition("=") if word.startswith("--") else (flag, "=", word)
+        flag = name if word.startswith("--") else flag
+        plain = value.strip() and not re.fullmatch(r"[\d.]+", value)
+        if flag and equals and plain and re.search(rf"(?<![\w/.-]){re.escape(value)}(?!\w)", sentence):
+            return f"{flag}: {sentence}"
+    return sentence
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ Exit code: 0 trained, 2 bad input, 128+n saved and left on signal n (143 SIGTERM
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -131,6 +132,35 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--module", default=TARGET, help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help="print the torchrun command and exit")
     return parser
+
+
+_TORCHRUNS = (
+    "nproc", "node-rank", "master-addr", "master-port", "rdzv-backend", "standalone", "signals-to-handle", "run-path",
+    "no-python", "start-method", "log-dir", "redirects", "tee", "monitor-interval", "role",
+)  # fmt: skip
+
+
+def _check(own: argparse.Namespace, training: Sequence[str]) -> None:
+    """Refuse what torchrun would answer by a traceback, and its flags that this command sets or leaves alone."""
+    counts = re.fullmatch(r"([1-9]\d{0,5})(?::([1-9]\d{0,5}))?", str(own.nnodes))
+    if not counts or (counts[2] and int(counts[1]) > int(counts[2])):
+        raise UserError(f"--nnodes is {own.nnodes!r}; it must be a number of nodes, N or MIN:MAX.")
+    if own.rdzv_endpoint is not None:
+        host, colon, port = str(own.rdzv_endpoint).rpartition(":")
+        if not (host if colon else port) or (
+            colon and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536)
+        ):
+            raise UserError(f"--rdzv-endpoint is {own.rdzv_endpoint!r}; it must be HOST:PORT, such as node1:29500.")
+    for pair in filter(None, str(own.rdzv_conf).split(",")):
+        if not re.fullmatch(r"[\w-]+=.+", pair.strip()):
+            raise UserError(f"--rdzv-conf has {pair!r}; it must be key=value,….")
+    if own.module == TARGET:
+        for word in training:
+            name = word.split("=")[0].removeprefix("--").replace("_", "-")
+            if word.startswith("--") and name in _TORCHRUNS:
+                raise UserError(
+                    f"--{name} is torchrun's and no flag here; see megatron-opt train --help for those that are."
+                )
 
 
 def torchrun_arguments(own: argparse.Namespace, training: Sequence[str], host: Machine) -> list[str]:
@@ -262,6 +292,7 @@ def main(argv: list[str], prog: str = "megatron-opt train") -> int:
     own, training = _parser(prog).parse_known_args(argv)
     if training[:1] == ["--"]:
         training = training[1:]
+    _check(own, training)
     host = machine()
     words = torchrun_arguments(own, training, host)
     ranks = int(words[words.index("--nproc-per-node") + 1])

@@ -6,7 +6,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from megatron_opt.errors import UserError, full
+from megatron_opt.errors import UserError, full, naming
 from megatron_opt.extras import missing_package
 from megatron_opt.training import entry, signals
 
@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        return entry.refused("megatron_opt.pretrain", error)
+        said = naming(str(error), sys.argv[1:] if argv is None else argv)
+        return entry.refused("megatron_opt.pretrain", UserError(said))
     except ModuleNotFoundError as error:
         missing = missing_package(error)
         if missing is None:

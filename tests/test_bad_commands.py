@@ -70,6 +70,23 @@ WORDS = {
     "data index --input a.jsonl --tokenizer t --output-prefix folder/": "--output-prefix 'folder/'",
     "data index --input a.jsonl --tokenizer t --output-prefix=": "--output-prefix ''",
     "data tokenizer --input a.jsonl --output o --eod x": "--eod x",
+    **{f"train --dry-run {flags}": said for flags, said in {
+        "--nnodes 0": "--nnodes is '0'", "--nnodes 3:2": "--nnodes is '3:2'", "--nnodes x": "--nnodes is 'x'",
+        "--nnodes 1:2:3": "--nnodes is",
+        "--nnodes 2": "--rdzv-endpoint HOST:PORT", "--nnodes 2 --rdzv-endpoint foo:bar": "--rdzv-endpoint is 'foo:bar'",
+        "--nnodes 2 --rdzv-endpoint :1": "--rdzv-endpoint is ':1'", "--nnodes 2 --rdzv-endpoint a:70000": "--rdzv-endpoint",
+        "--rdzv-conf nonsense": "--rdzv-conf has 'nonsense'", "--node-rank -1": "--node-rank is torchrun's", "--nproc 2": "--nproc is",
+        "--master-port x": "--master-port is torchrun's", "--signals-to-handle SIGFOO": "--signals-to-handle is torchrun's",
+        "--preset nope": "(--preset NAME)",
+    }.items()},
+    **{f"generate . --prompt x {flags}": flags.split()[0] for flags in (
+        "--temperature nan", "--temperature -1", "--top-p 0", "--top-p 2", "--seed -1", "--seed x", "--max-new-tokens 0")},
+    "data corpus --input nope.jsonl --output o": "--input: no file matches nope.jsonl",
+    "data tokenizer --from nope --output o": "--from: cannot read nope",
+    "data index --input nope --tokenizer t --output-prefix p": "--input: the corpus nope does not exist",
+    "optimizers muno": "Did you mean muon?", "optimizers muon soap": "'soap'",
+    "study plan nope.yaml": "nope.yaml", "study report nope": "nope/study.sqlite", "study nope": "'nope' is none of",
+    "export nope --output o": "nope holds no checkpoint", "import nope --output o": "nope/config.json cannot be read",
     "status": "DIR", "status a b": "'b'", "cost": "step|search", "cost stepp": "Did you mean step?", "nope": "'nope'",
     "Train": "Did you mean train?", "COST": "Did you mean cost?", "--vresion": "'--vresion'", "data": "command", "mup": "command",
     "migrate": "plan|checkpoint", "migrate plan": "--to",
@@ -240,3 +257,29 @@ def test_a_disk_that_fills_while_training(tmp_path, capsys):
         patch.setattr(pretrain, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes")))
         with pytest.raises(RuntimeError, match="shapes"):
             pretrain.main([])
+
+
+def test_a_sentence_names_the_flag_of_the_value_it_speaks_of():
+    from megatron_opt.errors import naming
+
+    argv = "--input a.jsonl --tokenizer=t/x.model --workers 8 stray".split()
+    assert naming("cannot read t/x.model: gone", argv) == "--tokenizer: cannot read t/x.model: gone"
+    assert naming("a.jsonl, line 3: no text", argv) == "--input: a.jsonl, line 3: no text"
+    for told in ("--input a.jsonl is empty", "8 of 8 failed", "data/a.jsonl is empty", "nothing to do"):
+        assert naming(told, argv) == told
+
+
+def test_a_record_of_a_run_has_no_option_without_effect(tmp_path):
+    """It names every option of the run's rules with its value: what stands at its default was not asked for."""
+    from megatron_opt.cost_model import flags
+
+    config = {
+        "optimizer": "muon",
+        "rule_muon_normuon": False,
+        "rule_muon_normuon_beta2": 0.95,
+        "rule_muon_momentum": 0.9,
+    }
+    (tmp_path / run_files.CONFIG).write_text(json.dumps({"config": config}))
+    found = flags.from_run(tmp_path)
+    assert {name for name in found if name.startswith("muon")} == {"muon-momentum"}
+    assert flags.grouping(found)[0].options["momentum"] == 0.9

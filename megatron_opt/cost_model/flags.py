@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from megatron_opt import run_files, yaml_files
-from megatron_opt.errors import UserError
+from megatron_opt.errors import UserError, did_you_mean
 from megatron_opt.layout import flags as structure
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.groups import GroupRule, default_rules, load_rules
@@ -240,7 +240,7 @@ def from_run(path: str | Path) -> Flags:
     if path.is_dir() or path.suffix == ".json":
         content = run_files.flags(run_files.record(path))
         content.pop("preset", None)  # its flags are among the run's
-        return normalized(content)
+        return _without_defaults(normalized(content))
     try:
         content = yaml_files.load(path.read_text())
     except OSError as error:
@@ -255,6 +255,19 @@ def from_run(path: str | Path) -> Flags:
         raise UserError(f"--from {path} holds no flags; write one `name: value` a line.")
     base = preset(content.pop("preset")) if content.get("preset") else {}
     return normalized(base | content)
+
+
+def _without_defaults(flags: Flags) -> Flags:
+    """A record names every option of the run's rules; beside their defaults some would be without effect."""
+    return {name: value for name, value in flags.items() if not _is_default(name, value)}
+
+
+def _is_default(name: str, value: Any) -> bool:
+    hit = None if name in _KNOWN else _rule_option(name)
+    if hit is None:
+        return False
+    default = registry.rules()[hit[0]].Config.__dataclass_fields__[hit[1]].default  # type: ignore[attr-defined]
+    return bool(value == default)
 
 
 def options(flags: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -275,6 +288,7 @@ def grouping(flags: Mapping[str, Any]) -> list[GroupRule]:
     if name not in registry.rules():
         raise UserError(
             f"--optimizer: there is no optimizer {name!r}; there are {', '.join(sorted(registry.rules()))}."
+            f"{did_you_mean(str(name), registry.rules())}"
         )
     return default_rules(name, given, flags.get("scalar-lr-ratio"))
 

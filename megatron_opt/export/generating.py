@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_opt.errors import UserError
+from megatron_opt.errors import UserError, number
 
 
 def main(argv: list[str], prog: str) -> int:
@@ -16,14 +16,20 @@ def main(argv: list[str], prog: str) -> int:
     parser.add_argument(
         "--prompt", required=True, help="the text to continue; token ids where the run has no tokenizer"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most so many tokens (64)")
     parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="of the softmax (1); 0 takes the likeliest"
+        "--max-new-tokens", type=number(1, 1e6, whole=True), default=64, metavar="N", help="at most so many tokens (64)"
     )
     parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens of mass P (1)"
+        "--temperature", type=number(0, 1e6), default=1.0, metavar="T", help="of the softmax (1); 0 takes the likeliest"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (0)")
+    parser.add_argument(
+        "--top-p",
+        type=number(0, 1, above=True),
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens of mass P (1)",
+    )
+    parser.add_argument("--seed", type=number(0, 2**63 - 1, whole=True), default=0, help="of the samples (0)")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="in place of the one that the run names")
     parser.add_argument("--trust-checkpoint", action="store_true", help="read a foreign checkpoint's pickles unchecked")
     args = parser.parse_args(argv)
