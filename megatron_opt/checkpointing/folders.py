@@ -6,7 +6,6 @@ SAVE/.saving/iter_0000200/                being written: not there for any reade
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_opt.files import write_atomic
+from megatron_opt.files import sha256, write_atomic
 
 MANIFEST = "integrity.json"  # Megatron's own name and format, so that its --verify-integrity reads ours
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -23,7 +22,6 @@ DOOMED = ".deleting"
 MISMATCH = "does not match its checksum"
 _SUMS = ".sums-"
 _NAME = re.compile(r"iter_(\d{7,})")
-_CHUNK = 1 << 22
 
 
 def name_of(iteration: int) -> str:
@@ -56,15 +54,6 @@ def nonsense(save: Path) -> str | None:
 def holds_one(save: Path) -> bool:
     """Whether there is a checkpoint, by the tracker or by its name."""
     return (save / TRACKER).is_file() or bool(iterations(save))
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
