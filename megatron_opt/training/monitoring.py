@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_opt import run_files
 from megatron_opt.checkpointing import run_state
+from megatron_opt.errors import UserError, full
 from megatron_opt.files import write_atomic
 from megatron_opt.training import console, events, record, sinks, stragglers
 from megatron_opt.training.clock import Clock
@@ -234,8 +235,16 @@ class Monitor:
 
     def _append(self, entry: dict[str, Any]) -> None:
         if self.folder and self.speaks:
-            with open(self.folder / run_files.METRICS, "a") as file:
-                file.write(json.dumps(entry) + "\n")
+            try:
+                with open(self.folder / run_files.METRICS, "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+            except OSError as error:
+                if full(error) is None:
+                    raise
+                raise UserError(
+                    f"--output-dir {self.folder}: {run_files.METRICS} cannot be written ({error.strerror}); make room and "
+                    "start the same command again."
+                ) from error
 
     def _series(self, iteration: int, tokens_per_s: float, seconds: float, spans: dict[str, float], stats: Any) -> None:
         writer = sinks.writer() if self.speaks else None
@@ -279,6 +288,7 @@ class Monitor:
         if (writer := sinks.writer()) is not None:
             writer.close(result)
         told = {"signal": signal} if signal else {}
+        reason = result["reason"]
         events.record("end", status=result["status"], reason=reason, iteration=self.iteration, **told)
         loss = result["final_valid_loss"] if result["final_valid_loss"] is not None else result["final_train_loss"]
         shown = (
@@ -296,7 +306,7 @@ class Monitor:
         args, progress = self.args, self.progress
         valid = self.losses.get("valid")
         if status == "completed" and progress.diverged(valid if valid is not None else progress.last_loss):
-            status = "diverged"
+            status, reason = "diverged", "the loss ended no lower than it began, or gradients are zero or not finite"
         tokens = args.consumed_train_samples * args.seq_length
         written = self.folder / run_files.CONFIG if self.folder else None
         known = run_files.record(written) if written is not None and written.is_file() else record.build(args)

@@ -70,7 +70,9 @@ def test_folders_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(folders, "iterations", denied)
-    assert verification._candidates(tmp_path, None) == ([], f"{tmp_path}: Permission denied")
+    assert f"--load {tmp_path} cannot be read ({tmp_path}: Permission denied)" in str(
+        verification._candidates(tmp_path, None)[1]
+    )
     monkeypatch.setattr(verification, "rank", lambda: 1)
     monkeypatch.setattr(verification, "agree", lambda _: verification._candidates(tmp_path, None))
     with pytest.raises(UserError, match=f"--load {tmp_path} cannot be read .*Permission denied"):
