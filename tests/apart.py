@@ -6,10 +6,20 @@ from typing import Any
 
 import pytest
 
+FOLDER = str(Path(sys.prefix) / "transformers")
+
 
 def transformers() -> Any:
     """Hugging Face's transformers, or the test is skipped."""
-    folder = str(Path(sys.prefix) / "transformers")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    return pytest.importorskip("transformers", reason="transformers is not installed")
+    return _import("transformers")
+
+
+def lm_eval() -> Any:
+    """lm-evaluation-harness, or the test is skipped."""
+    return _import("lm_eval")
+
+
+def _import(name: str) -> Any:
+    if FOLDER not in sys.path:
+        sys.path.append(FOLDER)
+    return pytest.importorskip(name, reason=f"{name} is not installed")
