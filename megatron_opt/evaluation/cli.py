@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_opt import run_files
 from megatron_opt.errors import UserError, number
 
 
@@ -60,6 +61,7 @@ def main(argv: list[str], prog: str) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on CPU, whatever the machine has
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     evaluate(args)
     return 0
 
@@ -83,7 +85,9 @@ def evaluate(args: argparse.Namespace) -> Any:
     words = tokenizer_files.of_run(source.args, args.tokenizer)
     if words is None:
         raise UserError("the run has no tokenizer, and tasks are texts; give one by --tokenizer FILE.")
-    output = args.output or _beside(source.args)
+    folder = _run(source.args)
+    _check_tokenizer(folder, words)
+    output = args.output or (folder and folder / run_files.RESULTS)
     with ranks.world(tp, pp):
         loaded: Any = None
         with ranks.together() as first:
@@ -140,7 +144,16 @@ def _progress(scorer: Any) -> Iterator[None]:
         yield
 
 
-def _beside(saved: Any) -> Path | None:
-    """results.json of the run whose checkpoint it is, where its folder is on this machine."""
+def _run(saved: Any) -> Path | None:
+    """The folder of the run whose checkpoint it is, where it is on this machine."""
     folder = getattr(saved, "output_dir", None)
-    return Path(folder) / "results.json" if folder and Path(folder).is_dir() else None
+    return Path(folder) if folder and (Path(folder) / run_files.CONFIG).is_file() else None
+
+
+def _check_tokenizer(folder: Path | None, words: Any) -> None:
+    known = (run_files.record(folder).get("tokenizer") or {}) if folder else {}
+    if known.get("sha256") and known["sha256"] != words.sha256():
+        raise UserError(
+            f"the tokenizer {words.path} is not the one that the run was trained with ({known['model']}, by the digest in "
+            f"{folder}); it is the tokenizer of another vocabulary."
+        )

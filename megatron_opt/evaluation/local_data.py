@@ -41,14 +41,22 @@ def _short(error: BaseException) -> str:
 
 
 def _named(data_files: Any, folder: Path | None) -> dict[str, list[Path]]:
-    """Files of a task's own `data_files`, by split; a relative path is one from --tasks-path, or from here."""
+    """Files of a task's own `data_files`, by split; a relative path ends one within --tasks-path, or is from here."""
     table = data_files if isinstance(data_files, dict) else {"train": data_files}
     found: dict[str, list[Path]] = {}
     for split, names in table.items():
         for name in [names] if isinstance(names, str) else names:
-            beside = folder / name if folder is not None else Path(name)
-            found.setdefault(split, []).append(beside if beside.is_file() else Path(name))
+            found.setdefault(split, []).append(_file(name, folder))
     return found
+
+
+def _file(name: str, folder: Path | None) -> Path:
+    found = [] if folder is None or Path(name).is_absolute() else sorted(folder.rglob(name))
+    if len(found) > 1:
+        raise UserError(
+            f"{folder} has {found[0]} and {found[1]}, and a task asks for {name}; let it ask for more of the path."
+        )
+    return found[0] if found else Path(name)
 
 
 def _splits(copy: Path, name: str | None) -> dict[str, list[Path]]:

@@ -74,6 +74,13 @@ def mmlu(draw: random.Random) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def text(paragraphs: int, seed: int = 2) -> list[dict[str, Any]]:
+    """Held-out text, a sentence of WORDS a paragraph, a document of ten paragraphs."""
+    draw = random.Random(seed)
+    said = [_text(draw, 12, 24).capitalize() + "." for _ in range(paragraphs)]
+    return [{"text": "\n\n".join(said[start : start + 10])} for start in range(0, paragraphs, 10)]
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """A line for each row."""
     path.parent.mkdir(parents=True, exist_ok=True)
