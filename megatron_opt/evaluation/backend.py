@@ -52,6 +52,10 @@ class MegatronOptLM(TemplateLM):
             ids = ids[before:]
         return ids
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log p, whether greedy) of each (context, continuation); without the harness's bar, ours tells more."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         return [(one.loglikelihood, one.greedy) for one in self.scorer.score([self._request(*one) for one in requests])]
 

@@ -1,6 +1,7 @@
 """Log-likelihoods and greedy continuations of token ids, in batches by length that data-parallel ranks share."""
 
 import contextlib
+import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -66,6 +67,10 @@ class Scorer:
         found: dict[int, Any] = {}
         for part in ranks.to_first(work(requests)):
             found |= part
+        if any(isinstance(one, Answer) and not math.isfinite(one.loglikelihood) for one in found.values()):
+            raise UserError(
+                "the model's log-likelihoods are not finite: its training has diverged; take an earlier checkpoint."
+            )
         return [found[number] for number in range(len(requests))]
 
     def serve(self) -> None:
