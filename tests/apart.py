@@ -1,5 +1,6 @@
 """Packages that `make setup` keeps in folders of their own, so that no other test imports them."""
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,16 @@ FOLDER = str(Path(sys.prefix) / "transformers")
 
 def transformers() -> Any:
     """Hugging Face's transformers, or the test is skipped."""
-    return _import("transformers")
+    found = _import("transformers")
+    seen = sys.modules.get("megatron.core.tokenizers.text.libraries.huggingface_tokenizer")
+    if seen is not None and not hasattr(seen, "AutoTokenizer"):  # imported before, without it
+        importlib.reload(seen)
+    return found
 
 
 def lm_eval() -> Any:
     """lm-evaluation-harness, or the test is skipped."""
+    transformers()
     return _import("lm_eval")
 
 

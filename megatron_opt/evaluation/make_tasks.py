@@ -20,10 +20,9 @@ from typing import Any
 
 import yaml
 
-from megatron_opt.data.files import sha256
 from megatron_opt.data.read import documents, find_files
 from megatron_opt.errors import UserError, number
-from megatron_opt.files import write_atomic
+from megatron_opt.files import sha256, write_atomic
 
 _WORD = re.compile(r"[a-z]{3,}")  # a word that may be asked for: it begins no sentence and is no name
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
