@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_opt import run_files
 from megatron_opt.errors import UserError, number
+from megatron_opt.files import make_folder
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -95,6 +96,8 @@ def evaluate(args: argparse.Namespace) -> Any:
         with ranks.together() as first:
             if first:
                 _harness()
+                for path in filter(None, (output, args.items)):
+                    make_folder(path.parent)  # what cannot be written is said before the work
                 if output:
                     results.read(output)
                 loaded = tasks.load(names, args.tasks_path, args.num_fewshot)

@@ -22,7 +22,7 @@ import yaml
 
 from megatron_opt.data.read import documents, find_files
 from megatron_opt.errors import UserError, number
-from megatron_opt.files import sha256, write_atomic
+from megatron_opt.files import sha256, write_output
 
 _WORD = re.compile(r"[a-z]{3,}")  # a word that may be asked for: it begins no sentence and is no name
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
@@ -78,20 +78,20 @@ def make(
                 f"--input has enough text for {len(made[name])} items of {name}, not {items}; give more text or --items."
             )
     for name, rows in made.items():
-        write_atomic(output / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        write_atomic(output / f"{name}.yaml", yaml.safe_dump(_task(name), sort_keys=False))
+        write_output(output / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_output(output / f"{name}.yaml", yaml.safe_dump(_task(name), sort_keys=False))
     group = {
         "group": "heldout", "task": list(made), "metadata": {"version": 1.0},
         "aggregate_metric_list": [{"metric": "acc", "aggregation": "mean", "weight_by_size": False}],
     }  # fmt: skip
-    write_atomic(output / "heldout.yaml", yaml.safe_dump(group, sort_keys=False))
+    write_output(output / "heldout.yaml", yaml.safe_dump(group, sort_keys=False))
     record = {
         "input": {str(path): sha256(path) for path in files},
         "seed": seed,
         "items": items,
         "context_words": context,
     }
-    write_atomic(output / "made_from.json", json.dumps(record, indent=1) + "\n")
+    write_output(output / "made_from.json", json.dumps(record, indent=1) + "\n")
     return [
         f"{output}: {', '.join(made)} of {items} items each, the group heldout",
         f"Evaluate by them: megatron-opt eval CHECKPOINT --tasks heldout --tasks-path {output}",

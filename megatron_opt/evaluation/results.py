@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opt.errors import UserError
-from megatron_opt.files import write_atomic
+from megatron_opt.files import write_output
 
 KEY = "evaluation"
 
@@ -95,9 +95,9 @@ def write(path: Path, checkpoint: str, told: dict[str, Any]) -> None:
     """Add the tasks of a checkpoint (its folder's name) to results.json; all else in it stays, a task done again is replaced."""
     known = read(path)
     known.setdefault(KEY, {}).setdefault(checkpoint, {}).update(told)
-    write_atomic(path, json.dumps(known, indent=1) + "\n")
+    write_output(path, json.dumps(known, indent=1) + "\n")
 
 
 def write_items(path: Path, found: Any) -> None:
     """One JSON line an item."""
-    write_atomic(path, "".join(json.dumps(one, default=str) + "\n" for one in items(found)))
+    write_output(path, "".join(json.dumps(one, default=str) + "\n" for one in items(found)))
