@@ -12,7 +12,9 @@ from tests import apart
 apart.lm_eval()
 
 from megatron_opt import cli  # noqa: E402
+from megatron_opt.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_opt.errors import UserError  # noqa: E402
+from megatron_opt.evaluation import cli as command  # noqa: E402
 from megatron_opt.evaluation import local_data, tasks  # noqa: E402
 from megatron_opt.evaluation import results as written  # noqa: E402
 from tests.evaluation import models  # noqa: E402
@@ -114,6 +116,18 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(root: Path, data: Path, ca
     capsys.readouterr()
     assert cli.main(["eval", str(root / "checkpoints"), "--tasks", "arc_easy"]) == 2
     assert "give one by --tokenizer" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_the_run_was_not_trained_with_is_refused_by_its_digest(root: Path, tmp_path: Path) -> None:
+    words = load_tokenizer(root / "tokenizer.json")
+    for digest, fits in ((words.sha256(), True), ("0" * 64, False)):
+        record = {"config": {}, "tokenizer": {"model": "words.json", "sha256": digest}}
+        (tmp_path / "config.json").write_text(json.dumps(record))
+        if fits:
+            command._check_tokenizer(tmp_path, words)
+            continue
+        with pytest.raises(UserError, match=r"is not the one that the run was trained with \(words.json"):
+            command._check_tokenizer(tmp_path, words)
 
 
 def test_the_package_that_is_absent_is_named(root: Path, data: Path, capsys, monkeypatch) -> None:

@@ -1,6 +1,8 @@
 """A rank's own reading of a checkpoint gives the model that `generate` and `export` read whole."""
 
+from array import array
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from megatron_opt.errors import UserError
 from megatron_opt.evaluation import ranks
 from megatron_opt.evaluation.model import RankModel, check_layout
+from megatron_opt.evaluation.scoring import Request, Scorer
 from megatron_opt.export import model as whole
 from megatron_opt.export.reading import Checkpoint
 from tests.export import models
@@ -42,3 +45,14 @@ def test_a_layout_that_cannot_cut_the_model_is_refused(tp: int, pp: int, said: s
 def test_ranks_that_do_not_fit_the_layout_are_refused() -> None:
     with pytest.raises(UserError, match="torchrun --nproc-per-node 4"), ranks.world(2, 2):
         pass
+
+
+def test_answers_of_a_diverged_model_are_refused() -> None:
+    broken = SimpleNamespace(last=True, logits=lambda ids: torch.full((*ids.shape, 5), float("nan")))
+    request = Request(array("i", [1, 3]), array("i", [2]))
+    with ranks.world(1, 1), pytest.raises(UserError, match="log-likelihoods are not finite"):
+        Scorer(broken, SimpleNamespace(vocab_size=5, eod=0), 2).score([request])
+    even = SimpleNamespace(last=True, logits=lambda ids: torch.zeros(*ids.shape, 8))
+    with ranks.world(1, 1):  # what pads the vocabulary has no share
+        (answer,) = Scorer(even, SimpleNamespace(vocab_size=5, eod=0), 2).score([request])
+    assert answer.loglikelihood == pytest.approx(-1.6094379124341003) and not answer.greedy
