@@ -25,6 +25,7 @@ COMMANDS = {
     "export": ("megatron_opt.export.exporting", "write a checkpoint as a Hugging Face model"),
     "import": ("megatron_opt.export.importing", "make a checkpoint to start from out of a Hugging Face model"),
     "generate": ("megatron_opt.export.generating", "continue a text with a checkpoint's model, on CPU"),
+    "eval": ("megatron_opt.evaluation.cli", "accuracy of a checkpoint on tasks, through lm-evaluation-harness"),
     "train": ("megatron_opt.launch", "start a training run on this machine or as one node of several"),
 }
 

@@ -8,6 +8,8 @@ from megatron_opt.errors import UserError
 
 # module → what brings it
 _BRINGS = {
+    "datasets": "pip install 'megatron-opt[eval]'",
+    "lm_eval": "pip install 'megatron-opt[eval]'",
     "safetensors": "pip install 'megatron-opt[data]'",
     "tiktoken": "pip install 'megatron-opt[data]'",
     "tokenizers": "pip install 'megatron-opt[data]'",

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
@@ -32,6 +33,7 @@ def validated(argv: Sequence[str], vocabulary: int) -> Namespace:
     global_vars.unset_global_variables()
     try:
         with (
+            mock.patch.dict(os.environ, WORLD_SIZE="1", RANK="0", LOCAL_RANK="0"),  # the flags are of a model alone
             mock.patch.object(megatron_arguments, "parse_args", megatron_arguments.parse_args),  # restored after
             mock.patch.object(training, "get_model", training.get_model),
             contextlib.redirect_stdout(io.StringIO()),  # Megatron's words about its tokenizer

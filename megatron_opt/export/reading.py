@@ -4,6 +4,7 @@ torch_dist stores whole tensors under names without layers' numbers (one tensor 
 Transformer Engine's names of fused norms are Megatron's names there. `layout/names.py` gives the canonical ones.
 """
 
+import functools
 import re
 import warnings
 from pathlib import Path
@@ -39,7 +40,11 @@ class Checkpoint:
             raise UserError(f"the checkpoint {self.folder} records no flags, so that its model is not known.")
         self.args: Any = args
         self.iteration = int(common.get("iteration") or 0)
-        self._tensors = _tensors(self.folder)
+        self.content_metadata: dict[str, Any] | None = common.get("content_metadata")
+
+    @functools.cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        return _tensors(self.folder)
 
     def __call__(self, name: str) -> Tensor:
         """The whole parameter of a canonical name."""

@@ -14,8 +14,9 @@ from types import FrameType
 from typing import Any
 
 from megatron_opt.errors import UserError
+from megatron_opt.extras import missing_package
 from megatron_opt.files import sha256
-from megatron_opt.study import curves
+from megatron_opt.study import curves, downstream
 from megatron_opt.study.executors import Executor, Job, Outcome, make_executor
 from megatron_opt.study.executors.base import last_words, read_results, saved_since, was_interrupted
 from megatron_opt.study.phases import Planner
@@ -102,7 +103,9 @@ class Scheduler:
         self.queue.sort(key=lambda run: -run.tokens * parameters[run.regime.model])
 
     def _job(self, run: str, arguments: list[str]) -> Job:
-        return Job(run, (self.output / "runs" / run).resolve(), arguments)
+        folder = (self.output / "runs" / run).resolve()
+        evaluation = downstream.arguments(self.study.evaluation, folder)
+        return Job(run, folder, arguments, evaluation, trained=bool(evaluation) and _trained(read_results(folder)))
 
     def _fill(self) -> None:
         while self.queue and len(self.running) < self.executor.slots:
@@ -158,7 +161,9 @@ class Scheduler:
     def _file_result(self, run: str) -> bool:
         folder = self.output / "runs" / run
         results = read_results(folder)
-        if results is None or (not results.get("diverged") and not _finite(results.get("final_valid_loss"))):
+        if results is None or not _trained(results):
+            return False
+        if self.study.evaluation and not results.get("diverged") and not downstream.last(results):
             return False
         self.store.finish(run, results, curves.to_parquet(curves.read_metrics(folder / "metrics.jsonl")))
         return True
@@ -170,6 +175,10 @@ class Scheduler:
             if run not in left and not self._file_result(run):
                 self.store.give_back(run, "stopped with the study", failed=False, interrupted=True)
             del self.running[run]
+
+
+def _trained(results: dict[str, Any] | None) -> bool:
+    return results is not None and bool(results.get("diverged") or _finite(results.get("final_valid_loss")))
 
 
 def _finite(value: Any) -> bool:
@@ -211,7 +220,18 @@ def open_study(study: Study, output: Path) -> Iterator[Scheduler]:
         os.close(lock)
 
 
+def _check_evaluation(study: Study) -> None:
+    if study.evaluation is None:
+        return
+    if missing := missing_package(ModuleNotFoundError(name="lm_eval")):
+        raise UserError(f"`eval:` of the study: {missing}")
+    folder = study.evaluation.tasks_path
+    if folder and not Path(folder).is_dir():
+        raise UserError(f"no folder {folder}; fix `eval: tasks_path:`")
+
+
 def _check_identity(study: Study, store: Store) -> None:
+    _check_evaluation(study)
     name, tokenizer = store.meta("name"), store.meta("tokenizer")
     if name not in (None, study.name):
         raise UserError(f"{store.path} belongs to the study {name!r}, not {study.name!r}; choose another --output")

@@ -92,6 +92,17 @@ class ExecutorSettings:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """Tasks on which every run's last checkpoint is evaluated, as `megatron-opt eval` takes them."""
+
+    tasks: tuple[str, ...]
+    tasks_path: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
 class Study:
     """A validated study file."""
 
@@ -120,6 +131,7 @@ class Study:
     """parameters and Chinchilla ratios that fits extrapolate to"""
     eval_points: int
     checkpoints: int
+    evaluation: Evaluation | None = None
 
     def regimes(self) -> tuple[Regime, ...]:
         return tuple(Regime(model, ratio) for model in self.models for ratio in self.ratios)

@@ -10,7 +10,7 @@ from megatron_opt.errors import UserError
 from megatron_opt.study import models as model_shapes
 from megatron_opt.study.hyperparameters import PAPER_GRIDS, PAPER_STARTS
 from megatron_opt.study.models import SHAPE_KEYS, Model
-from megatron_opt.study.spec import PHASES, Data, ExecutorSettings, OptimizerSpace, Phase, Regime, Study
+from megatron_opt.study.spec import PHASES, Data, Evaluation, ExecutorSettings, OptimizerSpace, Phase, Regime, Study
 from megatron_opt.study.yaml_lines import LocatedDict, LocatedList, Reader, load
 
 
@@ -65,10 +65,19 @@ def read_study(path: str | os.PathLike) -> Study:
         target=(target_n, target_ratios),
         eval_points=top.number("eval_points", 10, above=0, whole=True),
         checkpoints=top.number("checkpoints", 4, least=0, whole=True),
+        evaluation=_evaluation(top),
     )
     top.take("defaults")
     top.finish()
     _check_effort(study, top)
+    if study.evaluation and not study.checkpoints:
+        raise top.error(
+            "`eval:` reads a run's last checkpoint and `checkpoints: 0` writes none; give at least 1", "eval"
+        )
+    if study.evaluation and study.executor.kind != "local":
+        raise top.error(
+            "`eval:` is for `kind: local`; elsewhere give `megatron-opt eval` each run's checkpoint", "eval"
+        )
     return study
 
 
@@ -328,6 +337,22 @@ def _executor(top: Reader) -> ExecutorSettings:
         raise reader.error("`slurm:` is given but `kind:` is local; set `kind: slurm`", "slurm")
     reader.finish()
     return settings
+
+
+def _evaluation(top: Reader) -> Evaluation | None:
+    reader = top.nested("eval")
+    if reader is None:
+        return None
+    folder = reader.text("tasks_path")
+    found = Evaluation(
+        tasks=tuple(map(str, reader.items("tasks", required=True))),
+        tasks_path=_path(reader, "tasks_path", folder) if folder else None,
+        num_fewshot=reader.number("num_fewshot", None, least=0, whole=True),
+        limit=reader.number("limit", None, above=0, whole=True),
+        batch_size=reader.number("batch_size", 16, above=0, whole=True),
+    )
+    reader.finish()
+    return found
 
 
 def _check_effort(study: Study, top: Reader) -> None:

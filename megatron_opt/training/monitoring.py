@@ -310,6 +310,7 @@ class Monitor:
         tokens = args.consumed_train_samples * args.seq_length
         written = self.folder / run_files.CONFIG if self.folder else None
         known = run_files.record(written) if written is not None and written.is_file() else record.build(args)
+        before = (run_files.results(self.folder) if self.folder else None) or {}
         return {
             "status": status,
             "reason": reason,
@@ -330,6 +331,8 @@ class Monitor:
             **known,
             "data": args.data_path or args.train_data_path,
             "datasets": known.get("data"),
+            # what `megatron-opt eval` has added, of checkpoints that a resumed run leaves behind it
+            **({"evaluation": before["evaluation"]} if "evaluation" in before else {}),
         }
 
 

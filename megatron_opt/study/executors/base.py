@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ TORCHRUN = (
 )
 SINGLE = ("{python}", "-m", "megatron_opt.pretrain", "{flags}")
 
+EVALUATE = (sys.executable, "-m", "megatron_opt.cli", "eval")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -34,6 +37,10 @@ class Job:
     run: str
     folder: Path
     arguments: list[str]
+    evaluation: tuple[str, ...] = ()
+    """arguments of `megatron-opt eval` for its last checkpoint; none: it is not evaluated"""
+    trained: bool = False
+    """only the evaluation is left to do"""
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,12 @@ def command_of(settings: ExecutorSettings, job: Job, template: tuple[str, ...] |
     words: list[str] = []
     for word in template:
         words += flags if word == "{flags}" else [word.format(**names)]
-    return words
+    if not job.evaluation:
+        return words
+    evaluate = [*EVALUATE, *job.evaluation]
+    # the shell outlives a signal to its group, which the trainer answers by saving
+    chained = ["/bin/sh", "-c", f"trap : TERM; {shlex.join(words)} && {shlex.join(evaluate)}"]
+    return evaluate if job.trained else chained
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import math
 
 from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.dataset import Dataset
+from megatron_opt.study.report.accuracy import accuracy
 from megatron_opt.study.report.costs import costs
 from megatron_opt.study.report.curves import loss_curves
 from megatron_opt.study.report.dynamics import dynamics
@@ -35,6 +36,7 @@ def build_sections(dataset: Dataset, analysis: Analysis | str) -> list[Section]:
     sections = [
         *lead,
         _results(dataset),
+        accuracy(dataset),
         _pitfalls(dataset),
         *fitted,
         search(dataset),

@@ -1,0 +1,164 @@
+"""`megatron-opt eval CHECKPOINT --tasks NAMES`: a checkpoint's accuracy on tasks of lm-evaluation-harness, on any layout."""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_opt import run_files
+from megatron_opt.errors import UserError, number
+from megatron_opt.files import make_folder
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog,
+        description="Evaluate a checkpoint on tasks of lm-evaluation-harness, on CPU; under torchrun on several ranks, "
+        f"data-parallel beyond the layout. `{prog} make-tasks --help`: tasks out of held-out text.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="the --save folder of a run (its newest), or one iter_N in it")
+    parser.add_argument("--tasks", required=True, metavar="NAME,…", help="tasks, groups or tags of the harness")
+    parser.add_argument(
+        "--num-fewshot", type=number(0, 1000, whole=True), metavar="K", help="examples before an item (the task's own)"
+    )
+    parser.add_argument("--limit", type=number(1, whole=True), metavar="N", help="only the first N items of a task")
+    parser.add_argument(
+        "--tasks-path",
+        type=Path,
+        metavar="DIR",
+        help="task files (YAML), and copies of data sets under the hub's names",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=number(1, whole=True),
+        default=8,
+        metavar="B",
+        help="sequences that a rank computes at once (8)",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="where results go, by the key evaluation (the run's results.json)"
+    )
+    parser.add_argument("--items", type=Path, metavar="FILE", help="a JSON line for each item besides")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="in place of the one that the run names")
+    parser.add_argument("--tensor-model-parallel-size", type=number(1, whole=True), default=1, metavar="N", help="(1)")
+    parser.add_argument(
+        "--pipeline-model-parallel-size", type=number(1, whole=True), default=1, metavar="N", help="(1)"
+    )
+    parser.add_argument("--trust-checkpoint", action="store_true", help="read a foreign checkpoint's pickles unchecked")
+    return parser
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Evaluate, or make tasks; bad input raises UserError."""
+    if argv[:1] == ["make-tasks"]:
+        from megatron_opt.evaluation import make_tasks
+
+        return make_tasks.main(argv[1:], f"{prog} make-tasks")
+    args = _parser(prog).parse_args(argv)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on CPU, whatever the machine has
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer-engine).*")
+    evaluate(args)
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> Any:
+    """Results as the harness gives them, on rank 0; tells, prints and writes them."""
+    names = [name for name in args.tasks.split(",") if name]
+    if not names:
+        raise UserError("--tasks is empty; name tasks, e.g. --tasks arc_easy,hellaswag.")
+    from megatron_opt import platform
+
+    platform.activate()
+    from megatron_opt.evaluation import model, ranks, results, tasks
+    from megatron_opt.evaluation.scoring import Scorer
+    from megatron_opt.export import tokenizer_files
+    from megatron_opt.export.reading import Checkpoint
+
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    source = Checkpoint(args.checkpoint, args.trust_checkpoint)
+    model.check_layout(source.args, tp, pp)
+    words = tokenizer_files.of_run(source.args, args.tokenizer)
+    if words is None:
+        raise UserError("the run has no tokenizer, and tasks are texts; give one by --tokenizer FILE.")
+    folder = _run(source.args)
+    _check_tokenizer(folder, words)
+    output = args.output or (folder and folder / run_files.RESULTS)
+    with ranks.world(tp, pp):
+        loaded: Any = None
+        with ranks.together() as first:
+            if first:
+                _harness()
+                for path in filter(None, (output, args.items)):
+                    make_folder(path.parent)  # what cannot be written is said before the work
+                if output:
+                    results.read(output)
+                loaded = tasks.load(names, args.tasks_path, args.num_fewshot)
+        scorer = Scorer(model.RankModel(source, tp, pp), words, args.batch_size)
+        if not first:
+            scorer.serve()
+            return None
+        with scorer.serving():
+            found = run(scorer, loaded, args.limit)
+    told = results.tidy(found, args.limit)
+    print(results.table(told))
+    if output:
+        results.write(output, source.folder.name, told)
+        print(f"written to {output}")
+    if args.items:
+        results.write_items(args.items, found)
+    return found
+
+
+def _harness() -> None:
+    """Import lm-evaluation-harness, or say what brings it."""
+    from megatron_opt.extras import require
+
+    require("lm_eval")
+    require("lm_eval.evaluator")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def run(scorer: Any, loaded: Any, limit: int | None) -> Any:
+    """The harness's results, with every item's, of tasks from `tasks.load`; on rank 0."""
+    from lm_eval.evaluator import evaluate as harness
+
+    from megatron_opt.evaluation.backend import MegatronOptLM
+
+    with _progress(scorer):
+        # of metrics that are no means the harness draws samples: a thousand tell the error well enough
+        return harness(MegatronOptLM(scorer), loaded, limit=limit, bootstrap_iters=1000)
+
+
+@contextlib.contextmanager
+def _progress(scorer: Any) -> Iterator[None]:
+    if not sys.stderr.isatty():
+        yield
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc="requests of this rank", unit="") as bar:
+        scorer.progress = bar.update
+        yield
+
+
+def _run(saved: Any) -> Path | None:
+    """The folder of the run whose checkpoint it is, where it is on this machine."""
+    folder = getattr(saved, "output_dir", None)
+    return Path(folder) if folder and (Path(folder) / run_files.CONFIG).is_file() else None
+
+
+def _check_tokenizer(folder: Path | None, words: Any) -> None:
+    known = (run_files.record(folder).get("tokenizer") or {}) if folder else {}
+    if known.get("sha256") and known["sha256"] != words.sha256():
+        raise UserError(
+            f"the tokenizer {words.path} is not the one that the run was trained with ({known['model']}, by the digest in "
+            f"{folder}); it is the tokenizer of another vocabulary."
+        )

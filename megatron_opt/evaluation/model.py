@@ -1,0 +1,89 @@
+"""A checkpoint's model on this rank of a TP×PP layout, and its logits; on CPU, in fp32.
+
+Megatron's own sharded state dict says which part of each stored tensor this rank reads.
+"""
+
+import warnings
+from argparse import Namespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_opt.errors import UserError
+from megatron_opt.export import model as models
+
+
+def check_layout(saved: Any, tp: int, pp: int) -> None:
+    """Raise UserError, naming the flag, for a layout that cannot cut this model."""
+    if getattr(saved, "hybrid_layer_pattern", None) and pp > 1:
+        raise UserError("--pipeline-model-parallel-size above 1 does not cut a hybrid model here; cut it by TP alone.")
+    if saved.num_layers % pp:
+        raise UserError(
+            f"--pipeline-model-parallel-size {pp} does not divide the model's {saved.num_layers} layers; give one that does."
+        )
+    grouped = getattr(saved, "group_query_attention", False)
+    sizes = {
+        "attention heads": saved.num_attention_heads,
+        "query groups": saved.num_query_groups if grouped else None,
+        "ids of the padded vocabulary": saved.padded_vocab_size,
+        "columns of the MLP": saved.ffn_hidden_size,
+    }
+    for what, size in sizes.items():
+        if size and size % tp:
+            raise UserError(
+                f"--tensor-model-parallel-size {tp} does not divide the model's {size} {what}; give one that does."
+            )
+
+
+class RankModel:
+    """This rank's stage and shard of a model; inside `ranks.world`."""
+
+    def __init__(self, source: Any, tp: int, pp: int):
+        """`source`: a `reading.Checkpoint`, of which this rank reads its part."""
+        from megatron.core import dist_checkpointing, mpu, tensor_parallel
+
+        from megatron_opt.distributed.meta_model import build_chunks
+
+        self.flags = models.of_checkpoint(source.args)
+        args = Namespace(**vars(self.flags))
+        args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size = pp, None
+        args.moe_expert_capacity_factor = None  # a capacity would let an answer depend on its neighbours in the batch
+        tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        self.stage = mpu.get_pipeline_model_parallel_rank()
+        (self._model,) = build_chunks(args, self.stage, tp=tp, etp=tp, device="cpu")
+        self.first, self.last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
+        metadata = dict(source.content_metadata or {})
+        metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
+        wanted = {"model": self._model.sharded_state_dict(metadata=metadata)}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = dist_checkpointing.load(wanted, str(source.folder), validate_access_integrity=False)
+        except Exception as error:
+            raise UserError(
+                f"the checkpoint {source.folder} cannot be read into the model of its flags: "
+                f"{' '.join(str(error).split())[:200]}"
+            ) from error
+        self._model.load_state_dict(found["model"])
+        self._model.eval()
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor | None:
+        """(batch, sequence, padded vocabulary), fp32, of ids (batch, sequence) on the last stage; None on the others.
+
+        Each stage gets from the one before and goes on with the next batch while the one behind computes.
+        """
+        import torch.distributed as dist
+        from megatron.core import mpu
+
+        if not self.first:
+            hidden = torch.empty(ids.shape[1], ids.shape[0], self.flags.hidden_size)
+            dist.recv(hidden, mpu.get_pipeline_model_parallel_prev_rank())
+            self._model.set_input_tensor(hidden)
+        positions = torch.arange(ids.shape[1])[None].expand_as(ids)
+        found = self._model(ids, positions, None, runtime_gather_output=True)
+        if self.last:
+            return found.float()
+        dist.send(found.contiguous(), mpu.get_pipeline_model_parallel_next_rank())
+        return None

@@ -1,0 +1,61 @@
+"""A run's accuracy on tasks: how it is asked for at the end of a run, and read from its results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_opt.study.spec import Evaluation
+
+_ACCURACIES = ("acc", "exact_match")
+"""metrics of which more is better, by their beginning"""
+
+
+def arguments(evaluation: Evaluation | None, folder: Path) -> tuple[str, ...]:
+    """Arguments of `megatron-opt eval` for the last checkpoint of the run in `folder`; none without an evaluation."""
+    if evaluation is None:
+        return ()
+    words = [str(folder / "checkpoints"), "--tasks", ",".join(evaluation.tasks)]
+    words += ["--batch-size", str(evaluation.batch_size), "--output", str(folder / "results.json")]
+    words += ["--items", str(folder / "items.jsonl")]
+    for flag in ("tasks_path", "num_fewshot", "limit"):
+        if (value := getattr(evaluation, flag)) is not None:
+            words += [f"--{flag.replace('_', '-')}", str(value)]
+    return tuple(words)
+
+
+def last(results: dict[str, Any]) -> dict[str, Any]:
+    """Task → what `megatron-opt eval` wrote of the run's last checkpoint; empty where it was not evaluated."""
+    found = (results.get("evaluation") or {}).get(f"iter_{int(results.get('iterations') or 0):07d}")
+    return found if isinstance(found, dict) else {}
+
+
+@dataclass(frozen=True)
+class Score:
+    """A task's first accuracy, or else its first metric, as a mean over seeds."""
+
+    metric: str
+    value: float
+    error: float | None
+    """standard error over items; seeds share the items, so that more of them do not lessen it here"""
+
+    @property
+    def more_is_better(self) -> bool:
+        return self.metric.startswith(_ACCURACIES)
+
+
+def scores(several: list[dict[str, Any]]) -> dict[str, Score]:
+    """Task → score, from the results of a configuration's runs; only tasks that all of them have."""
+    evaluated = [last(results) for results in several]
+    found = {}
+    for task in evaluated[0] if evaluated else ():
+        if not all(task in one for one in evaluated):
+            continue
+        metrics = evaluated[0][task]["metrics"]
+        name = next((one for one in metrics if one.startswith(_ACCURACIES)), next(iter(metrics)))
+        each = [one[task]["metrics"][name] for one in evaluated]
+        errors = [one["stderr"] for one in each if one["stderr"] is not None]
+        error = sum(errors) / len(errors) if len(errors) == len(each) else None
+        found[task] = Score(name, sum(one["value"] for one in each) / len(each), error)
+    return found

@@ -1,0 +1,71 @@
+"""Accuracy on tasks beside the loss, and where the two put the optimizers in another order."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+
+from megatron_opt.study.dataset import Dataset
+from megatron_opt.study.downstream import Score, scores
+from megatron_opt.study.report.plots import Section, Table
+
+
+def accuracy(dataset: Dataset) -> Section:
+    """Each optimizer's best configuration by loss, on every task of the study; empty where no run was evaluated."""
+    section = Section(
+        "Accuracy on tasks",
+        [
+            "Of the configuration with the best validation loss, at its last checkpoint, ± one standard error over the "
+            "items of the task."
+        ],
+    )
+    results = {record.id: record.results for record in dataset.records}
+    rows, orders = [], []
+    tasks: dict[str, None] = {}
+    for regime in dataset.regimes:
+        found: dict[str, tuple[float, dict[str, Score]]] = {}
+        for (name, where), cell in dataset.best().items():
+            mine = scores([results[run] for run in cell.ids]) if where == regime else {}
+            if mine:
+                found[name] = cell.loss, mine
+        for name, (loss, mine) in sorted(found.items(), key=lambda item: item[1][0]):
+            tasks |= dict.fromkeys(mine)
+            rows.append((str(regime), name, f"{loss:.4f}", mine))
+        orders += _disagreements(str(regime), found)
+    if not rows:
+        return Section("Accuracy on tasks")
+    shown = [[*row[:3], *(_cell(row[3].get(task)) for task in tasks)] for row in rows]
+    section.tables.append(Table(["regime", "optimizer", "valid loss", *tasks], shown))
+    section.text += orders or ["The order by accuracy is the order by loss, on every task."]
+    if orders:
+        section.text.append(
+            "Errors of differences are those of independent items; the items are the same for all, so that a test paired over "
+            "them would tell more."
+        )
+    return section
+
+
+def _cell(score: Score | None) -> str:
+    if score is None:
+        return "–"
+    return f"{score.value:.4f}" + ("" if score.error is None else f" ± {score.error:.4f}")
+
+
+def _disagreements(regime: str, found: dict[str, tuple[float, dict[str, Score]]]) -> list[str]:
+    """A sentence for each pair and task where the lower loss has the lower accuracy."""
+    said = []
+    for (first, (loss, mine)), (second, (other_loss, others)) in combinations(
+        sorted(found.items(), key=lambda item: item[1][0]), 2
+    ):
+        for task, score in mine.items():
+            other = others.get(task)
+            if other is None or not score.more_is_better or other.value <= score.value or loss == other_loss:
+                continue
+            error = math.hypot(score.error or 0.0, other.error or 0.0)
+            known = score.error is not None and other.error is not None and error > 0
+            by = f", by {(other.value - score.value) / error:.1f} standard errors of the difference" if known else ""
+            said.append(
+                f"{regime}, {task}: by loss {first} comes before {second} ({loss:.4f} and {other_loss:.4f}), by accuracy "
+                f"{second} before {first} ({other.value:.4f} and {score.value:.4f}{by})."
+            )
+    return said
