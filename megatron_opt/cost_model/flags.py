@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megatron_opt import run_files, yaml_files
+from megatron_opt import recipes, run_files, yaml_files
 from megatron_opt.errors import UserError
 from megatron_opt.layout import flags as structure
 from megatron_opt.optimizers import registry
@@ -59,6 +59,7 @@ WORDS = [
     "exchange-dtype",
     "optimizer-groups",
     "preset",
+    "recipe",
     "fp8-format",
     "lr-decay-style",
     "init-style",
@@ -140,7 +141,8 @@ def parse(words: Sequence[str]) -> tuple[Flags, list[str]]:
             continue
         given[name] = _value(name, values)
     base = preset(given["preset"]) if "preset" in given else {}
-    return normalized(base | given), ignored
+    found = recipes.of_command_line(words)
+    return normalized(base | (found[1].flags if found else {}) | given), ignored
 
 
 def normalized(flags: Mapping[str, Any]) -> Flags:
