@@ -1,6 +1,6 @@
 """`--recipe NAME`: the optimizer's settings of a published run as flags; works without torch and Megatron."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -97,22 +97,25 @@ def _same(said: str, wanted: Any) -> bool:
         return said.lower() == str(wanted).lower()
 
 
+def of_flags(name: str, given: Mapping[str, Any]) -> Recipe:
+    """The recipe beside these flags; UserError where one of them says something else."""
+    recipe = read(name, given.get("optimizer"))
+    if given.get("optimizer-groups"):
+        raise UserError(f"--optimizer-groups would replace the groups of --recipe {name}; leave one out.")
+    for flag, said in given.items():
+        wanted = recipe.flags.get(_meaning(flag, recipe))
+        if wanted is not None and not _same(str(said), wanted):
+            raise UserError(f"--{flag} {said} contradicts --recipe {name}, which sets {wanted}; leave one of them out.")
+    return recipe
+
+
 def of_command_line(argv: Sequence[str]) -> tuple[str, Recipe] | None:
     """The recipe that a command line names; UserError where another of its flags says something else."""
     given = _given(argv)
     if "recipe" not in given:
         return None
     name = "" if given["recipe"] == "true" else given["recipe"]
-    recipe = read(name, given.get("optimizer"))
-    if "optimizer-groups" in given:
-        raise UserError(f"--optimizer-groups would replace the groups of --recipe {name}; leave one out.")
-    for flag, said in given.items():
-        meaning = _meaning(flag, recipe)
-        if meaning in recipe.flags and not _same(said, recipe.flags[meaning]):
-            raise UserError(
-                f"--{flag} {said} contradicts --recipe {name}, which sets {recipe.flags[meaning]}; leave one of them out."
-            )
-    return name, recipe
+    return name, of_flags(name, given)
 
 
 def shown(name: str, recipe: Recipe) -> str:

@@ -235,7 +235,8 @@ def from_run(path: str | Path) -> Flags:
     path = Path(path)
     if path.is_dir() or path.suffix == ".json":
         content = run_files.flags(run_files.record(path))
-        content.pop("preset", None)  # its flags are among the run's
+        for name in ("preset", "recipe"):  # their flags are among the run's
+            content.pop(name, None)
         return normalized(content)
     try:
         content = yaml_files.load(path.read_text())
@@ -250,6 +251,8 @@ def from_run(path: str | Path) -> Flags:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no flags; write one `name: value` a line.")
     base = preset(content.pop("preset")) if content.get("preset") else {}
+    if name := content.pop("recipe", None):
+        base |= recipes.of_flags(str(name), content).flags
     return normalized(base | content)
 
 

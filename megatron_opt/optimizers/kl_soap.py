@@ -51,15 +51,19 @@ class KlSoap(Soap):
         products.accumulate(factor, left, right, (1 - beta) / g.shape[-1 - side], beta, symmetric=True)
 
     def advance_factors(self, blocks: Blocks) -> None:
-        (grad,), whitened = blocks.grads, {}
-        for side, (factor,) in blocks.factors.items() if len(blocks.factors) == 2 else ():
-            basis = blocks.derived[side][0].to(factor.dtype)
-            scale = self.inverse_roots(factor, basis)
-            g = grad.to(factor.dtype)
-            rotated = (basis.mT @ g) * scale.unsqueeze(-1) if side == 0 else (g @ basis) * scale.unsqueeze(-2)
-            whitened[1 - side] = rotated
+        (grad,) = blocks.grads
+        whitened = self.whitened(grad, blocks) if len(blocks.factors) == 2 else {}
         for side, (factor,) in blocks.factors.items():
             self.advance(factor, whitened.get(side, grad), side)
+
+    def whitened(self, grad: Tensor, blocks: Blocks) -> dict[int, Tensor]:
+        """The gradient (B, b, c) whitened on the other side, in its basis, for each side's factor."""
+        found = {}
+        for side, (factor,) in blocks.factors.items():
+            g, basis = grad.to(factor.dtype), blocks.derived[side][0].to(factor.dtype)
+            roots = self.inverse_roots(factor, basis)
+            found[1 - side] = (basis.mT @ g) * roots.unsqueeze(-1) if side == 0 else (g @ basis) * roots.unsqueeze(-2)
+        return found
 
     def inverse_roots(self, factor: Tensor, basis: Tensor) -> Tensor:
         """(B, K): one over the root of each eigenvalue, bounded from below; 1 where there has been no gradient."""
@@ -77,7 +81,7 @@ class KlSoap(Soap):
         if len(self.sides(info)) == 2:
             for count, *block in self.grid(info).shapes():
                 # eigenvalues, the whitened gradient
-                more += sum(count * 2.0 * size * size * (size + other) for size, other in (block, reversed(block)))
+                more += sum(count * 2.0 * size * size * (size + other) for size, other in (block, block[::-1]))
         kind = "gemm" if self.is_large(info) else "small_gemm"
         flops = cost.flops | {kind: cost.flops.get(kind, 0.0) + more} if more else cost.flops
         passes = 4.0 * 6 * torch.Size(info.shape).numel() if more else 0.0

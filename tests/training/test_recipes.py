@@ -72,3 +72,13 @@ def test_contradictions_and_unknown_names_are_refused(words, message):
         arguments.expand(words.split())
     with pytest.raises(UserError, match=message):
         recipes.of_command_line(words.split())
+
+
+def test_a_file_of_flags_may_name_a_recipe(tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_text("recipe: moonlight\nhidden-size: 64\n")
+    flags = cost_flags.from_run(file)
+    assert (flags["optimizer"], flags["muon-scale-mode"], flags["hidden-size"]) == ("muon", "spectral", 64)
+    file.write_text("recipe: moonlight\noptimizer: soap\n")
+    with pytest.raises(UserError, match="--optimizer soap contradicts --recipe moonlight"):
+        cost_flags.from_run(file)
