@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megatron_opt import run_files, yaml_files
+from megatron_opt import recipes, run_files, yaml_files
 from megatron_opt.errors import UserError, did_you_mean
 from megatron_opt.layout import flags as structure
 from megatron_opt.optimizers import registry
@@ -60,6 +60,7 @@ WORDS = [
     "exchange-dtype",
     "optimizer-groups",
     "preset",
+    "recipe",
     "fp8-format",
     "lr-decay-style",
     "init-style",
@@ -143,7 +144,8 @@ def parse(words: Sequence[str]) -> tuple[Flags, list[str]]:
             raise UserError(f"--{name} takes one value; {values[1]!r} belongs to no flag.")
         given[name] = _value(name, values)
     base = preset(given["preset"]) if "preset" in given else {}
-    return normalized(base | given), ignored
+    found = recipes.of_command_line(words)
+    return normalized(base | (found[1].flags if found else {}) | given), ignored
 
 
 def normalized(flags: Mapping[str, Any]) -> Flags:
@@ -239,7 +241,8 @@ def from_run(path: str | Path) -> Flags:
     path = Path(path)
     if path.is_dir() or path.suffix == ".json":
         content = run_files.flags(run_files.record(path))
-        content.pop("preset", None)  # its flags are among the run's
+        for name in ("preset", "recipe"):  # their flags are among the run's
+            content.pop(name, None)
         return _without_defaults(normalized(content))
     try:
         content = yaml_files.load(path.read_text())
@@ -254,6 +257,8 @@ def from_run(path: str | Path) -> Flags:
     if not isinstance(content, dict):
         raise UserError(f"--from {path} holds no flags; write one `name: value` a line.")
     base = preset(content.pop("preset")) if content.get("preset") else {}
+    if name := content.pop("recipe", None):
+        base |= recipes.of_flags(str(name), content).flags
     return normalized(base | content)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import elementwise
+from megatron_opt.optimizers.ademamix import AdEMAMix
+from megatron_opt.optimizers.adopt import Adopt
 from megatron_opt.optimizers.base import (
     Cost,
     ElementwiseOptimizer,
@@ -24,6 +26,8 @@ from megatron_opt.optimizers.base import (
     StateSpec,
     norm_of,
 )
+from megatron_opt.optimizers.dion import Dion
+from megatron_opt.optimizers.kl_soap import KlSoap
 from megatron_opt.optimizers.kron import Kron
 from megatron_opt.optimizers.muon import Muon
 from megatron_opt.optimizers.partition import Partition
@@ -31,6 +35,7 @@ from megatron_opt.optimizers.registry import register
 from megatron_opt.optimizers.scion import Scion
 from megatron_opt.optimizers.shampoo import Shampoo
 from megatron_opt.optimizers.soap import Soap
+from megatron_opt.optimizers.soap_muon import SoapMuon
 
 _FLOOR = 1e-10
 
@@ -64,7 +69,7 @@ class ElementwiseDirection(MatrixOptimizer):
 
     def partition(self, info: MatrixInfo) -> Partition | None:
         """Shards of the longer side need nothing of each other, unless the rule sums over the matrix or rounds by place."""
-        if isinstance(self.inner, elementwise.Cautious) or self.config.state_dtype != "fp32":
+        if isinstance(self.inner, elementwise.Cautious) or getattr(self.config, "state_dtype", "fp32") != "fp32":
             return None
         return Partition(self, info, shard_dim=int(len(info.shape) == 2 and info.shape[1] > info.shape[0]))
 
@@ -138,6 +143,11 @@ _WRAPPED: tuple[type, ...] = (
     elementwise.Cautious,
     elementwise.Lion,
     elementwise.Signum,
+    AdEMAMix,
+    Adopt,
+    KlSoap,
+    SoapMuon,
+    Dion,
 )
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_opt import engine_options, presets
+from megatron_opt import engine_options, presets, recipes
 from megatron_opt.errors import UserError
 from megatron_opt.platform import on_cpu
 
@@ -58,7 +58,7 @@ def given_flags(argv: Sequence[str]) -> set[str]:
 
 
 def expand(argv: Sequence[str]) -> list[str]:
-    """The command line with CPU defaults and the preset put before the user's own flags, which win."""
+    """The command line with CPU defaults, preset and recipe put before the user's own flags, which win."""
     argv = list(argv)
     given = given_flags(argv)
     flags: dict[str, Any] = {}
@@ -66,6 +66,8 @@ def expand(argv: Sequence[str]) -> list[str]:
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--preset")
         flags = presets.read(parser.parse_known_args(argv)[0].preset or "")
+    if found := recipes.of_command_line(argv):
+        flags |= found[1].flags
     for one, other in (("train-samples", "train-iters"), ("train-iters", "train-samples")):
         if one in given:  # Megatron refuses the two together
             flags = {key: value for key, value in flags.items() if not key.startswith(other)}
@@ -85,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     of_megatron = len(parser._action_groups)
     group = parser.add_argument_group("megatron_opt")
     group.add_argument("--preset", help=f"flags from presets/NAME.yaml: {', '.join(presets.names())}")
+    group.add_argument("--recipe", help=f"the optimizer's settings of a published run: {', '.join(recipes.names())}")
     group.add_argument("--print-config", action="store_true", help="print every flag's value and exit")
     group.add_argument("--output-dir", help="folder for results.json and metrics.jsonl")
     group.add_argument(
@@ -161,6 +164,8 @@ def parse(argv: Sequence[str]) -> Any:
     actions = made[0]._actions
     flags = Flags.of(actions)
     args.command_line, args.given_flags = list(argv), given_flags(argv)
+    if args.recipe and args.rank == 0 and (found := recipes.of_command_line(argv)):
+        print(recipes.shown(*found), flush=True)
     if args.print_config:
         print_config(args)
         raise SystemExit(0)

@@ -14,7 +14,7 @@ from tests.distributed.pool import Pool, Run
 
 STEPS, TOTAL = 8, 12  # a run stops after the first, what loads it goes to the end of the same schedule
 DENSE = [*c.DENSE, "--num-layers", "2"]
-RULE = "--optimizer ademamix --ademamix-beta3 0.99 --ademamix-alpha 2".split()
+RULE = "--optimizer two_averages --two-averages-beta3 0.99 --two-averages-alpha 2".split()
 
 
 @pytest.fixture(scope="module")
@@ -50,4 +50,4 @@ def test_its_state_is_loaded_by_another_layout(runs: dict[str, Run]) -> None:
 
 
 def test_it_is_one_file_of_less_than_100_lines() -> None:
-    assert len(Path(outside.__file__).with_name("ademamix.py").read_text().splitlines()) < 100
+    assert len(Path(outside.__file__).with_name("two_averages.py").read_text().splitlines()) < 100

@@ -25,7 +25,8 @@ ONE = Layout(distributed=True)
 NORMS = 1
 # Above the norms' one, in an ordinary step and in one with a refresh: whether each group's matrices have begun, and what a
 # decomposition found (docs/kernels.md).
-MORE = {"soap": (2, 29), "soap_h": (1, 19), "shampoo": (2, 20), "shampoo_h": (1, 13)}
+MORE = {"soap": (2, 29), "soap_h": (1, 19), "shampoo": (2, 20), "shampoo_h": (1, 13),
+        "kl_soap": (2, 29), "kl_soap_h": (1, 19), "soap_muon": (1, 19), "soap_muon_h": (1, 19)}  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", sorted(registry.rules()))

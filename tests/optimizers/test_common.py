@@ -48,6 +48,17 @@ CASES = {
     "cautious_h": ("cautious_h", {}),
     "lion_h": ("lion_h", {}),
     "signum_h": ("signum_h", {}),
+    "ademamix_h": ("ademamix_h", {}),
+    "adopt_h": ("adopt_h", {}),
+    "kl_soap": ("kl_soap", dict(precondition_frequency=2)),
+    "kl_soap-blocks": ("kl_soap", dict(precondition_frequency=2, block_size=8, variant="authors")),
+    "kl_soap_h": ("kl_soap_h", dict(precondition_frequency=2)),
+    "soap_muon": ("soap_muon", dict(precondition_frequency=2, fp32_matmul_prec="high")),
+    "soap_muon-blocks": ("soap_muon", dict(precondition_frequency=2, block_size=8)),
+    "soap_muon_h": ("soap_muon_h", dict(precondition_frequency=2)),
+    "dion": ("dion", {}),
+    "dion-full": ("dion", dict(rank_fraction=1.0)),
+    "dion_h": ("dion_h", {}),
 }
 SHAPES = {
     "tall": (32, 12),
@@ -332,7 +343,10 @@ def test_cost_counts_what_runs(case, shape, kernels, monkeypatch):
     grads = gradients(shape, 12, torch.float32)
     steps(rule, state, grads[:4], info)
     period = int(cost.refresh_every)
-    products = {torch.ops.aten.baddbmm_: lambda _, a, b, **rest: 2 * a[0] * a[1] * a[2] * b[2]}
+    products = {
+        torch.ops.aten.baddbmm_: lambda _, a, b, **rest: 2 * a[0] * a[1] * a[2] * b[2],
+        torch.ops.aten.addmm_: lambda _, a, b, **rest: 2 * a[0] * a[1] * b[1],
+    }
     with FlopCounterMode(display=False, custom_mapping=products) as counter:
         steps(rule, state, grads[4 : 4 + period], info, 5)
     gemm = sum(value for key, value in cost.flops.items() if "gemm" in key) * period

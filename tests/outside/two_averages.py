@@ -1,4 +1,4 @@
-"""AdEMAMix (arXiv 2409.03137) as a package of one's own would hold it: one file, one entry point."""
+"""Adam with a slow average of the gradient beside the fast one, as a package of one's own would hold it: one file, one entry point."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ from megatron_opt.optimizers.options import check, decay, epsilon, option
 
 
 @dataclass(frozen=True)
-class AdEMAMixConfig:
-    """Hyperparameters of AdEMAMix."""
+class TwoAveragesConfig:
+    """Hyperparameters of TwoAverages."""
 
     beta1: float = decay(0.9, "decay of the fast moment")
     beta2: float = decay(0.98, "decay of the second moment")
@@ -22,11 +22,11 @@ class AdEMAMixConfig:
         check(self)
 
 
-class AdEMAMix(MatrixOptimizer):
+class TwoAverages(MatrixOptimizer):
     """u = (m₁/(1 − β1ᵗ) + α·m₂)/(√(v/(1 − β2ᵗ)) + ε)."""
 
-    name = "ademamix"
-    Config = AdEMAMixConfig
+    name = "two_averages"
+    Config = TwoAveragesConfig
     vectors = True
     clip = True
 

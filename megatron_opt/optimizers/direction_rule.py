@@ -1,0 +1,51 @@
+"""Element-wise rules written in plain torch: their own file gives the direction, the fused kernel takes the step."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_opt.kernels import multi_tensor
+from megatron_opt.kernels.multi_tensor import Coefficients, Rule
+from megatron_opt.optimizers.base import Cost, ElementwiseOptimizer, Reducer, State, Step
+
+_AT_ONCE = 2**24  # elements whose directions are held at a time
+
+
+class DirectionRule(ElementwiseOptimizer):
+    """A subclass names its states, fp32 of the parameter's shape, and computes u; weights, decay and bf16 copies are moved here."""
+
+    moved: ClassVar[int]  # numbers that `direction` reads and writes for one element
+
+    def direction(self, grad: Tensor, state: State, step: int) -> Tensor:
+        """u of one piece, in memory of its own, from the scaled gradient; states change in place."""
+        raise NotImplementedError
+
+    def init_state(self, param: Tensor) -> State:
+        dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+        like: dict[str, Any] = {"dtype": dtype, "memory_format": torch.contiguous_format}
+        return {key: torch.zeros_like(param, **like) for key in self.state_keys}
+
+    def apply(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], how: Step, reducer: Reducer
+    ) -> None:
+        c = Coefficients(lr=how.lr, shrink=how.shrink)
+        first, held = 0, 0
+        for last, param in enumerate(params, 1):
+            held += param.numel()
+            if held < _AT_ONCE and last < len(params):
+                continue
+            directions = [
+                self.direction(grad.to(state[self.state_keys[0]].dtype) * how.grad_scale, state, how.number)
+                for grad, state in zip(grads[first:last], states[first:last])
+            ]
+            copies, cautious = how.copies[first:last], how.cautious_decay
+            multi_tensor.update(
+                Rule.APPLY, params[first:last], directions, (), c, copies=copies, cautious_decay=cautious
+            )
+            first, held = last, 0
+
+    def cost(self, numel: int) -> Cost:
+        """The gradient scaled (read, written), the direction's passes, then parameter in and out and direction in."""
+        return Cost(elementwise_bytes=4.0 * (5 + self.moved) * numel, state_bytes=4.0 * len(self.state_keys) * numel)
