@@ -66,11 +66,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
         wanted += [_loading("local-to-te-moe", "local-moe-saved", [*c.MOE, *TE, "--moe-grouped-gemm"], folder, c.EP2)]
         wanted += [_loading("local-to-delayed", "local-bf16-saved", DELAYED, folder)]
         wanted += [_saving("te-saved", [*c.DENSE, *TE], folder), _saving("delayed-saved", DELAYED, folder)]
+        wanted += [_saving("te-moe-saved", [*c.MOE, *TE, "--moe-grouped-gemm"], folder)]
         made |= emulated.run(wanted)
         made |= emulated.run([_loading("delayed-resumed", "delayed-saved", DELAYED, folder)])
         emulated.close()
         references = [_case(f"local-{name}", list(model), c.ONE) for name, model in MODELS.items()]
         references += [_loading("te-to-local", "te-saved", c.DENSE, folder)]
+        references += [_loading("te-to-local-moe", "te-moe-saved", c.MOE, folder, c.EP2)]
         references += [_case("local-bf16", [*c.DENSE, "--bf16", "--hidden-size", "64"], c.ONE)]
         yield made | local.run(references)
     finally:
@@ -102,9 +104,12 @@ def test_tensorwise_fp8_does_not_depend_on_data_parallelism(runs: dict[str, Run]
     assert runs["tensorwise-tp2"].losses == pytest.approx(runs["tensorwise"].losses, rel=2e-3)  # scales of shards
 
 
-def test_a_checkpoint_of_transformer_engines_layers_goes_on_in_local_ones(runs: dict[str, Run]) -> None:
+@pytest.mark.parametrize("name, model", [("te-to-local", "dense"), ("te-to-local-moe", "moe")])
+def test_a_checkpoint_of_transformer_engines_layers_goes_on_in_local_ones(
+    runs: dict[str, Run], name: str, model: str
+) -> None:
     """Weights and Muon's state, as if nothing had happened."""
-    found, whole = runs["te-to-local"], runs["local-dense"]
+    found, whole = runs[name], runs[f"local-{model}"]
     assert found.losses == pytest.approx(whole.losses[STOP:], rel=4e-6)
     assert found.grad_norms == pytest.approx(whole.grad_norms[STOP:], rel=1e-4)
 
