@@ -36,6 +36,9 @@ training/job.py
   megatron.training.training.initialize_megatron: on CPU: allows no CUDA
 checkpointing/resuming.py
   megatron.training.training.load_checkpoint: looks at a checkpoint first: whole, same model, same run, our optimizer's state
+checkpointing/other_layers.py
+  megatron.core.dist_checkpointing.load: checkpoints of local layers and of Transformer Engine's load into each other
+checkpointing/resuming.py
   megatron.training.checkpointing._build_sharded_state_dict_metadata: state stored by whole-matrix coordinates loads on any layout
 training/job.py
   megatron.training.training.get_megatron_optimizer: builds our optimizers, watched by the monitor

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opt import patches
-from megatron_opt.checkpointing import compared, folders, trusted
+from megatron_opt.checkpointing import compared, folders, other_layers, trusted
 from megatron_opt.distributed.state import FORMAT, contents
 from megatron_opt.errors import UserError
 from megatron_opt.training import console
@@ -23,6 +23,7 @@ def install(ours: bool = True) -> None:
     """
     file = "checkpointing/resuming.py"
     patches.wrap("megatron.training.training.load_checkpoint", file, lambda load: functools.partial(_load, load, ours))
+    other_layers.install()
     if not ours:
         return
     patches.wrap("megatron.training.checkpointing._build_sharded_state_dict_metadata", file, _for_any_layout)

@@ -226,9 +226,8 @@ class MatrixStep:
             exchange.start(outgoing, places, counts, "between shards", torch.uint8).finish()
             for key, pieces in arrived.items():
                 resume(key, self.collectives[key][turn].joined(pieces))
-        for key in cells:
-            if key in self.shared:
-                self._begin(key, self.shared[key])
+        for _, part in mine.values():
+            self._begin(part.key, self.states[part.key])
         return done
 
 

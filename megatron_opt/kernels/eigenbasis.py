@@ -26,11 +26,13 @@ def _noise(dtype: torch.dtype, size: int) -> float:
     return _NOISE * torch.finfo(dtype).eps * size**0.5
 
 
-def complete(columns: Tensor, noise: float | None = None) -> Tensor:
+def complete(columns: Tensor, noise: float | None = None, doubts: list[Tensor] | None = None) -> Tensor:
     """Orthonormal Q (…, K, K) whose first r columns are those of the QR decomposition of (…, K, r), diag R ≥ 0.
 
     Columns that are rounding noise (|R_jj| ≤ noise·max|R|, default 8·ε·√K) count as zero: filled like the null space.
-    A row that is exactly zero (a token not seen yet, a dead unit) keeps its own unit vector, exactly.
+    A row that is exactly zero (a token not seen yet, a dead unit) keeps its own unit vector, exactly. Noise before
+    another column needs a second decomposition, which the host decides. With `doubts` it does not wait: a flag ()
+    is added to them, true where the result is wrong for want of that decomposition.
     """
     size, rank = columns.shape[-2:]
     noise = _noise(columns.dtype, size) if noise is None else noise
@@ -39,13 +41,14 @@ def complete(columns: Tensor, noise: float | None = None) -> Tensor:
     reflectors, tau = torch.geqrf(columns)
     diagonal = reflectors.diagonal(dim1=-2, dim2=-1)
     small = diagonal.abs() <= noise * diagonal.abs().amax(-1, keepdim=True)
-    some, last = torch.stack((small.any(), (small[..., 1:] >= small[..., :-1]).all())).tolist()  # one wait for both
-    if some:
-        if last:  # reflections before them stay what they are
-            tau = tau.masked_fill(small, 0.0)
-        else:
-            reflectors, tau = torch.geqrf(columns.masked_fill(small.unsqueeze(-2), 0.0))
-        diagonal = reflectors.diagonal(dim1=-2, dim2=-1).masked_fill(small, 0.0)
+    scattered = (small[..., 1:] < small[..., :-1]).any()
+    if doubts is not None:
+        doubts.append(scattered)
+    if doubts is None and bool(scattered):
+        reflectors, tau = torch.geqrf(columns.masked_fill(small.unsqueeze(-2), 0.0))
+    else:  # reflections before them stay what they are
+        tau = tau.masked_fill(small, 0.0)
+    diagonal = reflectors.diagonal(dim1=-2, dim2=-1).masked_fill(small, 0.0)
     signs = torch.where(diagonal < 0, -1.0, 1.0).to(columns.dtype).unsqueeze(-2)
     if rank < size:
         reflectors = torch.nn.functional.pad(reflectors, (0, size - rank))
@@ -97,10 +100,10 @@ def cholesky_qr(columns: Tensor, noise: float | None = None) -> tuple[Tensor, Te
     return _cholesky_qr.reference(columns, noise)
 
 
-def orthonormalize(columns: Tensor) -> Tensor:
+def orthonormalize(columns: Tensor, doubts: list[Tensor] | None = None) -> Tensor:
     """`complete` of (B, K, K): by Cholesky QR where it is the faster one and holds, block by block."""
     if not products.available(columns):
-        return complete(columns)
+        return complete(columns, doubts=doubts)
     basis, found = cholesky_qr(columns)
     if not bool(found.all()):
         basis[~found] = complete(columns[~found])
@@ -114,16 +117,22 @@ def _descending(factor: Tensor) -> Tensor:
     return vectors * torch.where(weights @ vectors < 0, -1.0, 1.0).to(factor.dtype).unsqueeze(-2)
 
 
-def first_basis_of_factor(factor: Tensor, rank: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Basis (…, K, K) in `dtype` from a symmetric fp64 factor of gradients in `dtype`, of the given rank at most."""
+def first_basis_of_factor(
+    factor: Tensor, rank: int, dtype: torch.dtype = torch.float32, doubts: list[Tensor] | None = None
+) -> Tensor:
+    """Basis (…, K, K) in `dtype` from a symmetric fp64 factor of gradients in `dtype`, of the given rank at most.
+
+    `doubts` as in `complete`.
+    """
     vectors = _descending(factor.double())[..., :rank]
-    return complete(factor.double() @ vectors, _noise(dtype, factor.shape[-1]) ** 2).to(dtype)
+    return complete(factor.double() @ vectors, _noise(dtype, factor.shape[-1]) ** 2, doubts).to(dtype)
 
 
-def first_bases(grad: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, ...]:
+def first_bases(grad: Tensor, sides: tuple[int, ...], doubts: list[Tensor] | None = None) -> tuple[Tensor, ...]:
     """Bases of G·Gᵀ (side 0) and GᵀG (side 1) of (…, m, n), from the short side's eigenvectors U and GᵀU.
 
     Works on G in fp64, so that the bases depend on G as its singular vectors do, not as those of a rounded product.
+    `doubts` as in `complete`.
     """
     wide = grad.double()
     short = 0 if grad.shape[-2] <= grad.shape[-1] else 1
@@ -133,16 +142,18 @@ def first_bases(grad: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, ...]:
     bases = []
     for side in sides:
         columns, level = (oriented @ long_columns, noise**2) if side == short else (long_columns, noise)
-        bases.append(complete(columns, level).to(grad.dtype))
+        bases.append(complete(columns, level, doubts).to(grad.dtype))
     return tuple(bases)
 
 
-def power_step(factor: Tensor, basis: Tensor, rank: int, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+def power_step(
+    factor: Tensor, basis: Tensor, rank: int, shift: float = 0.0, doubts: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """One QR power iteration: sort the basis by qᵀAq, then orthonormalize A·Q; returns (basis, order (…, K)).
 
     `rank` bounds the factor's rank: so many columns are sorted and iterated. The others, and those whose qᵀAq is
     rounding noise, keep their order and are completed. `shift` iterates with A + shift·(largest qᵀAq)·I: the same
-    eigenvectors, but those of smaller eigenvalues turn slowly, and no more by rounding.
+    eigenvectors, but those of smaller eigenvalues turn slowly, and no more by rounding. `doubts` as in `complete`.
     """
     size = basis.shape[-1]
     image = products.matmul(factor, basis)
@@ -158,8 +169,8 @@ def power_step(factor: Tensor, basis: Tensor, rank: int, shift: float = 0.0) -> 
     image = image.masked_fill(values.isinf().unsqueeze(-2), 0.0)
     order = torch.argsort(values, dim=-1, descending=True, stable=True)
     columns = order[..., :rank].unsqueeze(-2).expand(*image.shape[:-1], -1)
-    sorted_image = image.gather(-1, columns)
-    return (orthonormalize if rank == size and image.ndim == 3 else complete)(sorted_image), order
+    sorted_image, full = image.gather(-1, columns), rank == size and image.ndim == 3
+    return (orthonormalize if full else complete)(sorted_image, doubts=doubts), order
 
 
 def _refresh_reference(

@@ -20,8 +20,8 @@ class StateKind(enum.Enum):
     """What a tensor of a matrix's state is, and so where a checkpoint keeps it.
 
     MATRIX: of the matrix's shape (m, n). ROWS: one element a row, (m,) or (m, 1). BLOCKS: a stack of square blocks
-    (B, k, k). NORM: (1,), a norm of the whole matrix, with every part of it. FLAG: (1,), 1 from the first gradient on.
-    SHARED: any other, alike at every part.
+    (B, k, k). NORM: (1,), a norm of the whole matrix, with every part of it. FLAG: (1,), 1 from the first gradient on, with
+    every part and on the CPU, where no step waits for it. SHARED: any other, alike at every part.
     """
 
     MATRIX = enum.auto()
@@ -120,7 +120,7 @@ class MatrixOptimizer:
 
     `Config` is a frozen dataclass whose fields are the rule's hyperparameters and become flags `--NAME-FIELD`.
     State tensors have the weight's dtype (fp32; fp64 in tests) unless the config says otherwise, live on the matrix's
-    device, and are never resized.
+    device (flags on the CPU), and are never resized.
     """
 
     name: ClassVar[str]

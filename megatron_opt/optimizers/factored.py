@@ -3,14 +3,16 @@
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from megatron_opt.kernels import products
+from megatron_opt.optimizers.asking import Asking, together
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer, Shape, State, StateKind, StateSpec
 from megatron_opt.optimizers.blocks import Grid, apart, as_matrix, batched, put_back
 from megatron_opt.optimizers.families import SMALL, Family, Planner
@@ -104,15 +106,16 @@ class FactoredOptimizer(MatrixOptimizer):
         self.failures: Counter[str] = Counter()  # decompositions that failed twice, by matrix; the old one was kept
         self.plan = Planner(self.grid, self.sides)
 
-    def begin(self, grad: Tensor, state: State, info: MatrixInfo) -> bool:
-        """Before a matrix's first step; False where that step moves nothing."""
+    def begin(self, grad: Tensor, state: State, info: MatrixInfo) -> Asking[bool]:
+        """Before a matrix's first step, its flag too; False where that step moves nothing."""
+        state["ready"].fill_(float((yield grad.any().view(1))[0]))
         return True
 
     def works_in_place(self, blocks: Blocks) -> bool:
         """Whether `block_step` takes blocks where they lie, rather than one stack of all."""
         return False
 
-    def block_step(self, blocks: Blocks) -> list[Tensor]:
+    def block_step(self, blocks: Blocks) -> Asking[list[Tensor]]:
         """Directions, which may replace gradients; states, factors and what is derived from them change in place."""
         raise NotImplementedError
 
@@ -154,8 +157,8 @@ class FactoredOptimizer(MatrixOptimizer):
         return spec | {"ready": StateKind.FLAG} | dict.fromkeys(stacks, StateKind.BLOCKS)
 
     def init_factors(self, info: MatrixInfo, device: torch.device, dtype: torch.dtype) -> State:
-        """Factors of all blocks, what is derived from them, and whether they have begun."""
-        state = {"ready": torch.zeros(1, dtype=dtype, device=device)}
+        """Factors of all blocks and what is derived from them."""
+        state = {}
         wide = torch.float64 if self.config.factor_precision == "fp64" else dtype
         for region, (count, *block) in enumerate(self.grid(info).shapes()):
             for side in self.sides(info):
@@ -168,8 +171,13 @@ class FactoredOptimizer(MatrixOptimizer):
         """States of the weight's shape."""
         return {key: torch.zeros_like(weight) for key in self.block_keys}
 
+    def init_flag(self, dtype: torch.dtype) -> State:
+        """Whether the matrix has begun."""
+        return {"ready": torch.zeros(1, dtype=dtype, device="cpu")}
+
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
-        return self.init_moments(weight) | self.init_factors(info, weight.device, weight.dtype)
+        moments, flag = self.init_moments(weight), self.init_flag(weight.dtype)
+        return moments | flag | self.init_factors(info, weight.device, weight.dtype)
 
     def tile(self, info: MatrixInfo) -> tuple[int, int]:
         """A block, which steps alone: the whole of a side without a factor."""
@@ -185,21 +193,24 @@ class FactoredOptimizer(MatrixOptimizer):
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
     ) -> list[Tensor]:
         ready = torch.cat([state["ready"] for state in states]).tolist()
-        started = [bool(known) or self.begin(as_matrix(grads[i]), states[i], infos[i]) for i, known in enumerate(ready)]
+        new = [i for i, known in enumerate(ready) if not known]
+        begun = together([self.begin(as_matrix(grads[i]), states[i], infos[i]) for i in new])
+        stopped = {i for i, starts in zip(new, begun) if not starts}
+        started = [i not in stopped for i in range(len(grads))]
         for grad, state, start in zip(grads, states, started):
             if start:
                 self.before_blocks(grad, state)
         dues = [not known or due for known, due in zip(ready, self._all_due(infos, step))]
         plan = self.plan(grads, infos)
         cuts = {i: self._cut(grads[i], states[i], infos[i]) for i in plan.cut if started[i]}
-        found: dict[tuple[int, int], Tensor] = {}
+        every, runs = [], []
         for family in plan.families:
             for due in (False, True):
                 members = [place for place in family.members if dues[place[0]] == due and started[place[0]]]
                 if members:
-                    found.update(
-                        zip(members, self._step_members(members, family, grads, cuts, states, infos, step, due))
-                    )
+                    every += members
+                    runs.append(self._step_members(members, family, grads, cuts, states, infos, step, due))
+        found = dict(zip(every, chain.from_iterable(together(runs))))
         directions = []
         for index, (grad, state, info) in enumerate(zip(grads, states, infos)):
             if not started[index]:
@@ -249,7 +260,7 @@ class FactoredOptimizer(MatrixOptimizer):
         infos: Sequence[MatrixInfo],
         step: int,
         due: bool,
-    ) -> Sequence[Tensor]:
+    ) -> Asking[Sequence[Tensor]]:
         """One step of some regions of a family."""
         if family.whole:
             parts = [[as_matrix(grads[i]) for i, _ in members]]
@@ -265,9 +276,9 @@ class FactoredOptimizer(MatrixOptimizer):
         names = family.part(members).names(parts[0], infos)
         blocks = Blocks(parts[0], parts[1:], held["gg"], held["q"], step, due, names)
         if self.works_in_place(blocks):
-            return self.block_step(replace(blocks, in_place=True))
+            return (yield from self.block_step(replace(blocks, in_place=True)))
         stack = blocks.stacked()
-        (directions,) = self.block_step(stack)
+        (directions,) = yield from self.block_step(stack)
         blocks.put_back(stack)
         return apart(directions, parts[0])
 
@@ -297,24 +308,3 @@ class FactoredPartition(Partition):
                 for kind in ("gg", "q"):
                     positions[f"{kind}_{region}_{side}"] = f"{kind}_{of}_{side}", numbers, whole.shapes()[of][0]
         return positions
-
-
-def guarded(compute: Callable[..., Any], arguments: tuple[Tensor, ...], *rest: Any) -> list[Any]:
-    """Results of a batched decomposition, one a block; where it fails, once more in fp64; None where that fails too."""
-    try:
-        result = compute(*arguments, *rest)
-        several = result if isinstance(result, tuple) else (result,)
-        if all(bool(part.isfinite().all()) for part in several):
-            return list(zip(*result)) if isinstance(result, tuple) else list(result)
-    except torch.linalg.LinAlgError:
-        pass
-    if len(arguments[0]) > 1:
-        rows = zip(*(argument.split(1) for argument in arguments))
-        return [single for row in rows for single in guarded(compute, row, *rest)]
-    dtype = arguments[0].dtype
-    if dtype == torch.float64:
-        return [None]
-    (single,) = guarded(compute, tuple(argument.double() for argument in arguments), *rest)
-    if isinstance(single, tuple):
-        return [tuple(part.to(dtype) if part.is_floating_point() else part for part in single)]
-    return [single if single is None else single.to(dtype)]

@@ -117,7 +117,8 @@ class Kron(MatrixOptimizer):
         scale = self.config.preconditioner_init_scale ** (1 / len(info.shape))
         for region, (count, *block) in enumerate(self.grid(info).shapes()):
             for side, flat in enumerate(self.diagonal(info)):
-                eye = weight.new_ones(block[side]) if flat else torch.eye(block[side]).to(weight)
+                eye = weight.new_ones(block[side])
+                eye = eye if flat else torch.eye(block[side], dtype=weight.dtype, device=weight.device)
                 state[f"q_{region}_{side}"] = (scale * eye).expand(count, *eye.shape).contiguous()
                 if self.config.update_form == "procrustes":
                     state[f"bound_{region}_{side}"] = weight.new_ones(count)

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from megatron_opt.kernels import preconditioner
+from megatron_opt.optimizers.asking import Asking, joined
 from megatron_opt.optimizers.base import Cost, MatrixInfo, State, StateKind, StateSpec
-from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer, guarded
+from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer
+from megatron_opt.optimizers.guarded import guarded
 from megatron_opt.optimizers.options import choice, decay, epsilon, option
 from megatron_opt.optimizers.partition import Partition
 from megatron_opt.optimizers.registry import register
@@ -50,23 +52,32 @@ class Shampoo(FactoredOptimizer):
     def before_blocks(self, grad: Tensor, state: State) -> None:
         state["exp_avg"].lerp_(grad, 1 - self.config.beta1)
 
-    def block_step(self, blocks: Blocks) -> list[Tensor]:
-        cfg, order = self.config, 2 * len(blocks.factors)
-        roots = {"eigh": preconditioner.inverse_root_eigh, "newton": preconditioner.inverse_root_newton}
+    def block_step(self, blocks: Blocks) -> Asking[list[Tensor]]:
         ((moment,),) = blocks.states
-        direction = moment / (1 - cfg.beta1**blocks.step)
+        direction = moment / (1 - self.config.beta1**blocks.step)
         for side, (factor,) in blocks.factors.items():
             self.advance(factor, blocks.grads[0], side)
-            root = blocks.derived[side][0]
-            if blocks.due:
-                mean = factor / (1 - cfg.shampoo_beta**blocks.step)
-                for block, found in enumerate(guarded(roots[cfg.root], (mean,), order, cfg.damping)):
-                    if found is None:
-                        self.failed(blocks.names[block])
-                    else:
-                        root[block] = found
+        if blocks.due:
+            yield from self.refresh(blocks)
+        for side, (root,) in blocks.derived.items():
             direction = root @ direction if side == 0 else direction @ root
         return [direction]
+
+    def refresh(self, blocks: Blocks) -> Asking[None]:
+        """New roots from the factors."""
+        cfg, order = self.config, 2 * len(blocks.factors)
+
+        def root(mean: Tensor, doubts: Any = None) -> Tensor:
+            roots = {"eigh": preconditioner.inverse_root_eigh, "newton": preconditioner.inverse_root_newton}
+            return roots[cfg.root](mean, order, cfg.damping)
+
+        means = {side: factor / (1 - cfg.shampoo_beta**blocks.step) for side, (factor,) in blocks.factors.items()}
+        olds = [old for (old,) in blocks.derived.values()]
+        found = yield from joined([guarded(root, (mean,), keep=(old,)) for mean, old in zip(means.values(), olds)])
+        for ((new,), failed), old in zip(found, olds):
+            old.copy_(new)
+            for block in failed:
+                self.failed(blocks.names[block])
 
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
@@ -74,7 +85,6 @@ class Shampoo(FactoredOptimizer):
         cfg = self.config
         directions = super().update(grads, states, step, infos)
         for u, g, state in zip(directions, grads, states):
-            state["ready"].copy_(torch.maximum(state["ready"], g.any().to(g.dtype)))
             if cfg.grafting == "adam":
                 second = state["graft_sq"].mul_(cfg.graft_beta2).addcmul_(g, g, value=1 - cfg.graft_beta2)
                 graft = state["exp_avg"] / ((second / (1 - cfg.graft_beta2**step)).sqrt_() + cfg.graft_eps)

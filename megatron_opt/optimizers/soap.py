@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from megatron_opt.kernels import eigenbasis, projection
+from megatron_opt.optimizers.asking import Asking, joined
 from megatron_opt.optimizers.base import Cost, MatrixInfo, State
 from megatron_opt.optimizers.bases import both, follow, rotate_moments
 from megatron_opt.optimizers.blocks import as_matrix
-from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer, guarded
+from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer
 from megatron_opt.optimizers.families import SMALL
+from megatron_opt.optimizers.guarded import Found, guarded
 from megatron_opt.optimizers.options import choice, decay, epsilon, option
 from megatron_opt.optimizers.partition import Partition
 from megatron_opt.optimizers.registry import register
@@ -86,28 +88,34 @@ class Soap(FactoredOptimizer):
 
     # Beginning
 
-    def begin(self, grad: Tensor, state: State, info: MatrixInfo) -> bool:
+    def begin(self, grad: Tensor, state: State, info: MatrixInfo) -> Asking[bool]:
         """Factors of the first gradient and their bases; nothing moves. A warm start's moments are turned into them."""
         sides, grid = self.sides(info), self.grid(info)
-        if not grad.any() and self.is_seeded(state, info):
+        moved, *flags = yield torch.stack([grad.any(), *self.seeds(state, info)])
+        seeded = self.seeded(flags, info)
+        if not moved and any(seeded):
             return False
         moments = [as_matrix(state[key]) for key in self.block_keys]
         stacks = [grid.cut(x) for x in (grad, *moments)]
-        for region, (stack, m, v) in enumerate(zip(*stacks)):
+        runs = []
+        for region, stack in enumerate(stacks[0]):
             factors, bases = self.factors_of(state, sides, region)
 
-            def first(stack: Tensor = stack) -> dict[int, list[Any]]:
-                found = guarded(eigenbasis.first_bases, (stack,), sides)
-                return {side: [each and each[which] for each in found] for which, side in enumerate(sides)}
+            def first(stack: Tensor = stack, bases: dict[int, Tensor] = bases) -> Asking[dict[int, Tensor]]:
+                found = yield from guarded(eigenbasis.first_bases, (stack,), sides, keep=tuple(bases.values()))
+                return dict(zip(sides, self.kept(found, [info.name] * len(stack), bases=len(sides))))
 
             def advance(factor: Tensor, side: int, stack: Tensor = stack) -> None:
                 self.advance(factor, stack, side)
 
-            if self.begin_bases(factors, bases, first, advance, [info.name] * len(stack)):
-                rotate_moments(m, v, bases)
+            runs.append(self.begin_bases(factors, bases, seeded[region], first, advance, [info.name] * len(stack)))
+        yield from joined(runs)
+        for region, (_, m, v) in enumerate(zip(*stacks)):
+            if seeded[region]:
+                rotate_moments(m, v, self.factors_of(state, sides, region)[1])
         for parts, moment in zip(stacks[1:], moments):
             grid.join(parts, moment)
-        state["ready"].fill_(float(grad.any()))
+        state["ready"].fill_(float(moved))
         return False
 
     @staticmethod
@@ -116,48 +124,50 @@ class Soap(FactoredOptimizer):
         gg, q = ({side: state[f"{kind}_{region}_{side}"] for side in sides} for kind in ("gg", "q"))
         return gg, q
 
-    def is_seeded(self, state: State, info: MatrixInfo) -> bool:
-        """Whether factors that have seen no gradient are a warm start's."""
+    def seeds(self, state: State, info: MatrixInfo) -> list[Tensor]:
+        """Whether factors that have seen no gradient are a warm start's: a flag () for each side of each region."""
         regions = range(len(self.grid(info).shapes()))
-        return any(bool(state[f"gg_{region}_{side}"].any()) for region in regions for side in self.sides(info))
+        return [state[f"gg_{region}_{side}"].any() for region in regions for side in self.sides(info)]
+
+    def seeded(self, flags: Sequence[bool], info: MatrixInfo) -> list[bool]:
+        """Whether each region is, from these flags."""
+        count = len(self.sides(info))
+        regions = range(len(self.grid(info).shapes()))
+        return [any(flags[region * count : (region + 1) * count]) for region in regions]
 
     def begin_bases(
         self,
         factors: dict[int, Tensor],
         bases: dict[int, Tensor],
-        first: Callable[[], Mapping[int, list[Any]]],
+        seeded: bool,
+        first: Callable[[], Asking[dict[int, Tensor]]],
         advance: Callable[[Tensor, int], None],
         names: Sequence[str],
-    ) -> bool:
-        """First bases (B, K, K) of a stack of blocks, and whether they are a warm start's.
+    ) -> Asking[None]:
+        """First bases (B, K, K) of a stack of blocks.
 
         `advance` takes the first gradient into the factor of a side; `first` finds bases of that gradient alone. A warm
         start's factors have full rank: its bases are theirs.
         """
-        seeded = any(bool(factor.any()) for factor in factors.values())
-        found = first() if factors and not seeded else {}
+        found = (yield from first()) if factors and not seeded else {}
         for side, factor in factors.items():
-            size, dtype = factor.shape[-1], bases[side].dtype
             advance(factor, side)
-            if seeded:
-                found = {side: guarded(eigenbasis.first_basis_of_factor, (factor.double(),), size, dtype)}
-            self._keep(bases[side], found[side], names)
-        return seeded
+        if seeded:
+            compute = eigenbasis.first_basis_of_factor
+            sizes = {side: (basis.shape[-1], basis.dtype) for side, basis in bases.items()}
+            runs = [guarded(compute, (x.double(),), *sizes[side], keep=(bases[side],)) for side, x in factors.items()]
+            found = dict(zip(factors, (self.kept(each, names)[0] for each in (yield from joined(runs)))))
+        for side, basis in bases.items():
+            basis.copy_(found[side])
 
-    def _keep(self, basis: Tensor, found: Sequence[Any], names: Sequence[str]) -> Tensor:
-        """New bases into `basis` (B, K, K) where they were found; the order of columns (B, K)."""
-        size = basis.shape[-1]
-        order = torch.arange(size, device=basis.device).repeat(len(basis), 1)
-        for block, result in enumerate(found):
-            if result is None:
+    def kept(self, found: Found, names: Sequence[str], bases: int = 1) -> tuple[Tensor, ...]:
+        """Its parts, the first ones bases (B, K, K); where a block failed it is counted, and a basis not yet begun is I."""
+        for block in found.failed:
+            for basis in found.parts[:bases]:
                 self.failed(names[block])
                 if not basis[block].any():
-                    basis[block] = torch.eye(size, dtype=basis.dtype, device=basis.device)
-            elif isinstance(result, tuple):
-                basis[block], order[block] = result
-            else:
-                basis[block] = result
-        return order
+                    basis[block] = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
+        return found.parts
 
     # A step
 
@@ -166,7 +176,7 @@ class Soap(FactoredOptimizer):
         held = [several[0] for tensors in (blocks.factors, blocks.derived) for several in tensors.values()]
         return projection.taken([*blocks.grads, *itertools.chain(*blocks.states)], held)
 
-    def block_step(self, blocks: Blocks) -> list[Tensor]:
+    def block_step(self, blocks: Blocks) -> Asking[list[Tensor]]:
         late = blocks.due and not self.authors  # the refresh sees the factors from before this step
         fused = blocks.in_place and not late  # the kernel advances factors too
         directions = blocks.grads if fused else [grad.clone() for grad in blocks.grads]
@@ -175,7 +185,7 @@ class Soap(FactoredOptimizer):
         if not (fused or late):
             self.advance_factors(blocks)
         if blocks.due:
-            self.refresh(blocks)
+            yield from self.refresh(blocks)
         if late:
             self.advance_factors(blocks)
         return directions
@@ -214,7 +224,7 @@ class Soap(FactoredOptimizer):
 
     # Refreshing
 
-    def refresh(self, blocks: Blocks) -> None:
+    def refresh(self, blocks: Blocks) -> Asking[None]:
         """New bases from the factors; moments follow. Small blocks with full factors where they lie, others stacked."""
         full = all(self.seen(blocks.step) * blocks.shape[1 - side] >= blocks.shape[side] for side in blocks.factors)
         if blocks.in_place and full and self.config.adaptive_tol == 0 and max(blocks.shape) <= SMALL:
@@ -226,7 +236,7 @@ class Soap(FactoredOptimizer):
             blocks = blocks.select(left)
         stack = blocks.stacked()
         factors, bases = ({side: x for side, (x,) in held.items()} for held in (stack.factors, stack.derived))
-        new, orders = self.new_bases(factors, bases, stack.shape, stack.step, stack.names)
+        new, orders = yield from self.new_bases(factors, bases, stack.shape, stack.step, stack.names)
         (moment,), (second,) = stack.states
         follow(moment, second, bases, new, orders)
         for side, basis in bases.items():
@@ -240,33 +250,40 @@ class Soap(FactoredOptimizer):
         shape: tuple[int, int],
         step: int,
         names: Sequence[str],
-    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    ) -> Asking[tuple[dict[int, Tensor], dict[int, Tensor]]]:
         """By side of blocks of this shape: bases (B, K, K) refreshed from their factors, the order of the old columns (B, K)."""
-        found = {
-            side: self._new_basis(factor, bases[side], self.seen(step) * shape[1 - side], step, names)
+        runs = [
+            self._new_basis(factor, bases[side], self.seen(step) * shape[1 - side], step, names)
             for side, factor in factors.items()
-        }
+        ]
+        found = dict(zip(factors, (yield from joined(runs))))
         return {side: basis for side, (basis, _) in found.items()}, {side: order for side, (_, order) in found.items()}
 
     def _new_basis(
         self, factor: Tensor, basis: Tensor, rank: int, step: int, names: Sequence[str]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Asking[tuple[Tensor, Tensor]]:
         size = basis.shape[-1]
-        wide, chosen = basis.to(factor.dtype), torch.arange(len(basis))
+        order = torch.arange(size, device=basis.device).repeat(len(basis), 1)
+        wide, chosen = basis.to(factor.dtype), list(range(len(basis)))
         if self.config.adaptive_tol > 0:
             count = max(4, size // 16)
             columns = (torch.arange(count, device=basis.device) * size // count + step) % size
-            turned = eigenbasis.rotation(factor, wide, columns)
-            chosen = (turned > self.config.adaptive_tol).nonzero().flatten().cpu()
-        new, order = basis.clone(), torch.arange(size, device=basis.device).repeat(len(basis), 1)
-        if not len(chosen):
+            turned = yield eigenbasis.rotation(factor, wide, columns) > self.config.adaptive_tol
+            chosen = [block for block, far in enumerate(turned) if far]
+            if not chosen:
+                return basis, order
+        given = [factor, wide, basis, order]
+        if len(chosen) < len(basis):
+            given = [torch.stack([x[block] for block in chosen]) for x in given]
+        rank, shift = min(rank, size), self.config.power_shift
+        found = yield from guarded(eigenbasis.power_step, (given[0], given[1]), rank, shift, keep=(given[2], given[3]))
+        new, columns_of = self.kept(found, [names[block] for block in chosen])
+        if len(chosen) < len(basis):
+            parts, (new, order) = (new, columns_of), (basis.clone(), order)
+            for at, block in enumerate(chosen):
+                new[block], order[block] = parts[0][at], parts[1][at]
             return new, order
-        everything = len(chosen) == len(basis)
-        picked = (factor, wide) if everything else (factor[chosen], wide[chosen])
-        found = guarded(eigenbasis.power_step, picked, min(rank, size), self.config.power_shift)
-        for block, result in zip(chosen.tolist(), found):
-            order[block] = self._keep(new[block : block + 1], [result], names[block : block + 1])[0]
-        return new, order
+        return new, columns_of
 
     def width_exponent(self) -> float:
         """Whitened: a flat spectrum with elements of about 1, whose norm grows by √r."""

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from megatron_opt.kernels import eigenbasis
+from megatron_opt.optimizers.asking import Asking, together
 from megatron_opt.optimizers.base import Cost, State
 from megatron_opt.optimizers.bases import follow, rotate_moments
 from megatron_opt.optimizers.blocks import as_matrix
-from megatron_opt.optimizers.factored import FactoredPartition, guarded
+from megatron_opt.optimizers.factored import FactoredPartition
+from megatron_opt.optimizers.guarded import guarded
 from megatron_opt.optimizers.message import Message
 from megatron_opt.optimizers.partition import Collective, ShardStep, all_gather, reduce_scatter, shares, to_first
 
@@ -51,14 +53,15 @@ class SoapPartition(FactoredPartition):
         return Message(fields)
 
     def answer(self, dtype: torch.dtype) -> Message:
-        """To all: whether the matrix has begun, is just seeded by a warm start, mean squares, and what bases become.
+        """To all: flags, mean squares, and what bases become.
 
-        `old` are the bases in which this step is made, `new` those after it, `order` that of the old columns in them.
+        `flags`, of use in the first step alone: whether the matrix has begun with it, and whether each region was seeded by
+        a warm start. `old` are the bases in which this step is made, `new` those after it, `order` that of the old columns
+        in them.
         """
-        fields: dict[str, Any] = {"begun": ((1,), torch.bool)}
+        fields: dict[str, Any] = {"flags": ((1 + len(self._regions()),), torch.bool)}
         for number, region in enumerate(self._regions()):
             fields[f"mean_{number}"] = (region[0],), dtype
-            fields[f"seeded_{number}"] = (1,), torch.bool
             if self.side is not None:
                 shape = self._factors(region)
                 fields |= {f"old_{number}": (shape, dtype), f"new_{number}": (shape, dtype)}
@@ -66,7 +69,7 @@ class SoapPartition(FactoredPartition):
         return Message(fields)
 
     def init_shard(self, weight: Tensor) -> State:
-        return self.optimizer.init_moments(weight)
+        return self.optimizer.init_moments(weight) | self.optimizer.init_flag(weight.dtype)
 
     def init_shared(self, device: torch.device, dtype: torch.dtype = torch.float32) -> State:
         return self.optimizer.init_factors(self.info, device, dtype)
@@ -79,21 +82,22 @@ class SoapPartition(FactoredPartition):
     def step(
         self, grad: Tensor, state: State, shared: State, step: int, index: int, edges: tuple[int, ...]
     ) -> ShardStep:
-        sums, answer = self.sums(), self.answer(grad.dtype)
-        total = yield sums.pack(**self._shares(grad, state))
+        sums, answer, begun = self.sums(), self.answer(grad.dtype), bool(state["ready"].item())
+        total = yield sums.pack(**self._shares(grad, state, first=not begun or step <= 2))
         mine = grad.new_empty(0, 1, dtype=answer.dtype)
         if index == 0:
-            mine = answer.pack(**self._advance_shared(sums.unpack(total), shared, step))
+            make = self._advance_shared if begun else self._begin_shared
+            mine = answer.pack(**make(sums.unpack(total), shared, step, grad.dtype))
         found = answer.unpack((yield mine))
-        return self._advance_shard(grad, found, state, step)
+        return self._advance_shard(grad, found, state, step, begun)
 
-    def _shares(self, grad: Tensor, state: State) -> dict[str, Tensor]:
-        """This shard's part of what is summed."""
+    def _shares(self, grad: Tensor, state: State, first: bool) -> dict[str, Tensor]:
+        """This shard's part of what is summed; `first`: moments may be zero."""
         found, side, beta2 = {}, self.side, self.optimizer.config.beta2
         grad, second = as_matrix(grad), as_matrix(state["exp_avg_sq"])
         grid = self.optimizer.grid(self.info, tuple(grad.shape))
         # the first factor is decomposed: its small eigenvalues count
-        exact = side is not None and not second.any()
+        exact = first and side is not None and not bool(second.any())
         for number, (g, v) in enumerate(zip(grid.cut(grad), grid.cut(second))):
             squares = g.double().square().sum((-2, -1))
             found[f"squares_{number}"] = beta2 * v.double().sum((-2, -1)) + (1 - beta2) * squares
@@ -102,67 +106,114 @@ class SoapPartition(FactoredPartition):
                 found[f"factors_{number}"] = (g @ g.mT if side == 0 else g.mT @ g).double()
         return found
 
-    def _advance_shared(self, sums: dict[str, Tensor], shared: State, step: int) -> dict[str, Tensor]:
-        """Factors and bases of shard 0; the answer to all."""
-        soap, ready, side = self.optimizer, shared["ready"], self.side
-        first, due = not bool(ready.item()), soap.is_due(self.info, step)
-        factors = [value for name, value in sums.items() if name.startswith("factors")]
-        moved = any(bool(value.any()) for value in factors)
-        if first and not moved and soap.is_seeded(shared, self.info):
-            shapes = self.answer(ready.dtype).fields
-            return {name: ready.new_zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
-        found = {"begun": ready.bool()}
-        for number, (count, rows, columns) in enumerate(self._regions()):
+    def _answered(self, sums: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The answer's flags, of a matrix that has begun, and mean squares."""
+        regions = self._regions()
+        found = {"flags": sums["squares_0"].new_zeros(1 + len(regions), dtype=torch.bool)}
+        found["flags"][0].fill_(True)
+        for number, (_, rows, columns) in enumerate(regions):
             squares = sums[f"squares_{number}"]
-            found[f"mean_{number}"] = (squares / squares.new_tensor(rows * columns)).to(ready.dtype)
-            seeded = False
-            if side is not None:
-                gg, q = soap.factors_of(shared, [side], number)
-                share, names = sums[f"factors_{number}"], [self.info.name] * count
-                found[f"old_{number}"] = q[side].clone()
-                order = torch.arange(q[side].shape[-1], device=q[side].device).repeat(count, 1)
-                if first:
-                    seeded = self._begin(gg, q, share, step, (rows, columns), names)
-                else:
-                    if soap.authors:
-                        self._advance(gg[side], share)
-                    if due:
-                        new, orders = soap.new_bases(gg, q, (rows, columns), step, names)
-                        q[side].copy_(new[side])
-                        order = orders[side]
-                    if not soap.authors:
-                        self._advance(gg[side], share)
-                found |= {f"new_{number}": q[side], f"order_{number}": order.int()}
-            found[f"seeded_{number}"] = torch.tensor([seeded], device=ready.device)
-        ready.fill_(float(not first or side is None or moved))
+            found[f"mean_{number}"] = (squares / squares.new_full((), rows * columns)).to(dtype)
+        return found
+
+    def _advance_shared(
+        self, sums: dict[str, Tensor], shared: State, step: int, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Factors and bases of shard 0; the answer to all."""
+        soap, side, found = self.optimizer, self.side, self._answered(sums, dtype)
+        if side is None:
+            return found
+        due, regions = soap.is_due(self.info, step), self._regions()
+        held = [soap.factors_of(shared, [side], number) for number in range(len(regions))]
+        orders = [torch.arange(q[side].shape[-1], device=q[side].device).repeat(len(q[side]), 1) for _, q in held]
+        if soap.authors:
+            self._advance_all(held, sums)
+        for number, (_, q) in enumerate(held):
+            found[f"old_{number}"] = q[side].clone()
+        if due:
+            runs = [
+                soap.new_bases(gg, q, (rows, columns), step, [self.info.name] * count)
+                for (gg, q), (count, rows, columns) in zip(held, regions)
+            ]
+            for number, (new, order) in enumerate(together(runs)):
+                held[number][1][side].copy_(new[side])
+                orders[number] = order[side]
+        if not soap.authors:
+            self._advance_all(held, sums)
+        for number, (_, q) in enumerate(held):
+            found |= {f"new_{number}": q[side], f"order_{number}": orders[number].int()}
+        return found
+
+    def _begin_shared(self, sums: dict[str, Tensor], shared: State, step: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The first factors and bases of shard 0; the answer to all."""
+        soap, side, regions = self.optimizer, self.side, self._regions()
+        found = self._answered(sums, dtype)
+        if side is None:
+            return found
+        held = [soap.factors_of(shared, [side], number) for number in range(len(regions))]
+        shares = [sums[f"factors_{number}"] for number in range(len(regions))]
+        flags = [*(share.any() for share in shares), *soap.seeds(shared, self.info)]
+        known = torch.stack(flags).tolist()
+        moved, seeded = any(known[: len(regions)]), soap.seeded(known[len(regions) :], self.info)
+        if not moved and any(seeded):
+            shapes = self.answer(dtype).fields
+            return {name: shares[0].new_zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        for number, (_, q) in enumerate(held):
+            order = torch.arange(q[side].shape[-1], device=q[side].device).repeat(len(q[side]), 1)
+            found |= {f"old_{number}": q[side].clone(), f"order_{number}": order.int()}
+        together(
+            [
+                self._begin(gg, q, warm, share, step, (rows, columns), [self.info.name] * count)
+                for (gg, q), warm, share, (count, rows, columns) in zip(held, seeded, shares, regions)
+            ]
+        )
+        for number, (_, q) in enumerate(held):
+            found[f"new_{number}"] = q[side]
+        for at, flag in enumerate((moved, *seeded)):
+            found["flags"][at].fill_(flag)
         return found
 
     def _begin(
         self,
         factors: dict[int, Tensor],
         bases: dict[int, Tensor],
+        seeded: bool,
         share: Tensor,
         step: int,
         shape: tuple[int, int],
         names: list[str],
-    ) -> bool:
+    ) -> Asking[None]:
         ((side, basis),) = bases.items()
         size = basis.shape[-1]
         rank = min(size, self.optimizer.seen(step) * shape[1 - side]) or size
 
-        def first() -> dict[int, list[Any]]:
-            return {side: guarded(eigenbasis.first_basis_of_factor, (share,), rank, basis.dtype)}
+        def first() -> Asking[dict[int, Tensor]]:
+            compute = eigenbasis.first_basis_of_factor
+            found = yield from guarded(compute, (share,), rank, basis.dtype, keep=(basis,))
+            return {side: self.optimizer.kept(found, names)[0]}
 
-        return self.optimizer.begin_bases(factors, bases, first, lambda factor, _: self._advance(factor, share), names)
+        def advance(factor: Tensor, side: int) -> None:
+            self._advance(factor, share)
+
+        return self.optimizer.begin_bases(factors, bases, seeded, first, advance, names)
+
+    def _advance_all(self, held: list[tuple[dict[int, Tensor], dict[int, Tensor]]], sums: dict[str, Tensor]) -> None:
+        """This step's shares into all factors."""
+        for number, (factors, _) in enumerate(held):
+            for factor in factors.values():
+                self._advance(factor, sums[f"factors_{number}"])
 
     def _advance(self, factor: Tensor, share: Tensor) -> None:
         """GG ← β·GG + (1−β)·share, in place."""
         beta = self.optimizer.config.shampoo_beta
         factor.mul_(beta).add_(share.to(factor.dtype), alpha=1 - beta)
 
-    def _advance_shard(self, grad: Tensor, answer: dict[str, Tensor], state: State, step: int) -> Tensor:
+    def _advance_shard(self, grad: Tensor, answer: dict[str, Tensor], state: State, step: int, begun: bool) -> Tensor:
         """The shard's direction."""
-        soap, side, begun = self.optimizer, self.side, bool(answer["begun"])
+        soap, side = self.optimizer, self.side
+        if not begun:
+            ready, *seeded = answer["flags"].tolist()
+            state["ready"].fill_(float(ready))
         moments = [as_matrix(state[key]) for key in soap.block_keys]
         grid, directions = soap.grid(self.info, tuple(moments[0].shape)), []
         stacks = [grid.cut(x) for x in (as_matrix(grad), *moments)]
@@ -176,7 +227,7 @@ class SoapPartition(FactoredPartition):
                 soap.direction([directions[-1]], [[m], [v]], bases, step, squares=[answer[f"mean_{number}"]])
                 if old and soap.is_due(self.info, step):
                     follow(m, v, old, new, {side: columns.long() for side, columns in order.items()})
-            elif answer[f"seeded_{number}"]:
+            elif seeded[number]:
                 rotate_moments(m, v, new)
         for stack, moment in zip(stacks[1:], moments):
             grid.join(stack, moment)

@@ -39,15 +39,15 @@ def _case(name: str, flags: Sequence[str], layout: Layout) -> Case:
     return case(flags, c.MUON, layout, name, steps=6)
 
 
-def _saving(name: str, flags: Sequence[str], folder: Path) -> Case:
+def _saving(name: str, flags: Sequence[str], folder: Path, layout: Layout = c.ONE) -> Case:
     """The first steps of a run, to a checkpoint of its name."""
     options = {"save": str(folder / name), "interval": STOP, "stop": STOP}
-    return case(flags, c.MUON, c.ONE, name, steps=6, hook="checkpoint", options=options)
+    return case(flags, c.MUON, layout, name, steps=6, hook="checkpoint", options=options)
 
 
-def _loading(name: str, source: str, flags: Sequence[str], folder: Path) -> Case:
+def _loading(name: str, source: str, flags: Sequence[str], folder: Path, layout: Layout = c.ONE) -> Case:
     """The other steps, from a checkpoint."""
-    return case(flags, c.MUON, c.ONE, name, steps=6, hook="checkpoint", options={"load": str(folder / source)})
+    return case(flags, c.MUON, layout, name, steps=6, hook="checkpoint", options={"load": str(folder / source)})
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +60,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
     wanted += [_case("bf16", [*c.DENSE, *TE, "--bf16", "--hidden-size", "64"], c.ONE)]
     folder = tmp_path_factory.mktemp("checkpoints")
     try:
-        made = local.run([_saving("local-saved", c.DENSE, folder)])
+        saved = [_saving("local-saved", c.DENSE, folder), _saving("local-moe-saved", c.MOE, folder)]
+        made = local.run([*saved, _saving("local-bf16-saved", [*c.DENSE, "--bf16", "--hidden-size", "64"], folder)])
         wanted += [_loading("local-to-te", "local-saved", [*c.DENSE, *TE], folder)]
+        wanted += [_loading("local-to-te-moe", "local-moe-saved", [*c.MOE, *TE, "--moe-grouped-gemm"], folder, c.EP2)]
+        wanted += [_loading("local-to-delayed", "local-bf16-saved", DELAYED, folder)]
         wanted += [_saving("te-saved", [*c.DENSE, *TE], folder), _saving("delayed-saved", DELAYED, folder)]
+        wanted += [_saving("te-moe-saved", [*c.MOE, *TE, "--moe-grouped-gemm"], folder)]
         made |= emulated.run(wanted)
         made |= emulated.run([_loading("delayed-resumed", "delayed-saved", DELAYED, folder)])
         emulated.close()
         references = [_case(f"local-{name}", list(model), c.ONE) for name, model in MODELS.items()]
         references += [_loading("te-to-local", "te-saved", c.DENSE, folder)]
+        references += [_loading("te-to-local-moe", "te-moe-saved", c.MOE, folder, c.EP2)]
         references += [_case("local-bf16", [*c.DENSE, "--bf16", "--hidden-size", "64"], c.ONE)]
         yield made | local.run(references)
     finally:
@@ -99,18 +104,30 @@ def test_tensorwise_fp8_does_not_depend_on_data_parallelism(runs: dict[str, Run]
     assert runs["tensorwise-tp2"].losses == pytest.approx(runs["tensorwise"].losses, rel=2e-3)  # scales of shards
 
 
-def test_a_checkpoint_of_transformer_engines_layers_goes_on_in_local_ones(runs: dict[str, Run]) -> None:
+@pytest.mark.parametrize("name, model", [("te-to-local", "dense"), ("te-to-local-moe", "moe")])
+def test_a_checkpoint_of_transformer_engines_layers_goes_on_in_local_ones(
+    runs: dict[str, Run], name: str, model: str
+) -> None:
     """Weights and Muon's state, as if nothing had happened."""
-    found, whole = runs["te-to-local"], runs["local-dense"]
+    found, whole = runs[name], runs[f"local-{model}"]
     assert found.losses == pytest.approx(whole.losses[STOP:], rel=4e-6)
     assert found.grad_norms == pytest.approx(whole.grad_norms[STOP:], rel=1e-4)
 
 
-def test_a_checkpoint_of_local_layers_is_refused_by_transformer_engines(runs: dict[str, Run]) -> None:
-    """It has none of their `_extra_state`: said in a sentence on every rank, never begun anew."""
-    found = runs["local-to-te"]
-    assert not any("losses" in rank and rank["losses"] for rank in found.ranks)
-    assert all(said and "_extra_state" in said for said in found.user_errors)
+@pytest.mark.parametrize("name, model", [("local-to-te", "dense"), ("local-to-te-moe", "moe")])
+def test_a_checkpoint_of_local_layers_goes_on_in_transformer_engines(
+    runs: dict[str, Run], name: str, model: str
+) -> None:
+    """Those have an `_extra_state` besides, which begins anew; experts in one grouped product on two ranks."""
+    found, whole = runs[name], runs[f"local-{model}"]
+    assert found.losses == pytest.approx(whole.losses[STOP:], rel=4e-6)
+    assert found.grad_norms == pytest.approx(whole.grad_norms[STOP:], rel=1e-4)
+
+
+def test_a_bf16_checkpoint_of_local_layers_goes_on_in_fp8(runs: dict[str, Run]) -> None:
+    """Its scales begin as those of a new run do."""
+    found, whole = runs["local-to-delayed"].losses, runs["local-bf16"].losses
+    assert found == pytest.approx(whole[STOP:], rel=5e-3) and found != whole[STOP:]
 
 
 def test_delayed_scaling_resumes_as_if_uninterrupted(runs: dict[str, Run]) -> None:

@@ -117,7 +117,8 @@ def test_a_warm_soap_in_slices_is_the_whole() -> None:
     whole = rule.init_state(torch.zeros(INFO.shape, dtype=torch.float64), INFO)
     warm_start.fill_matrix(rule, INFO, whole, m, v)
     shared = {key: whole[key].clone() for key in partition.init_shared(m.device, m.dtype)}
-    parts = {key: whole[key].split(sizes, dim) for key in set(whole) - set(shared)}
+    flag = {"ready": [whole["ready"]] * 2}  # with every shard
+    parts = {key: whole[key].split(sizes, dim) for key in set(whole) - set(shared) - set(flag)} | flag
     slices = [{key: cut[index].clone() for key, cut in parts.items()} for index in range(2)]
     gradients = [torch.zeros_like(m), *moments(10)[:1], *moments(11)[:1], *moments(12)[:1]]
     for step, gradient in enumerate((g.double() for g in gradients), 1001):

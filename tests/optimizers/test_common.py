@@ -249,7 +249,7 @@ def test_slices_equal_the_whole(case, shape, dtype, pieces):
         ), t
     for key, value in whole.items():
         kind = rule.state_spec(info)[key]
-        if kind is StateKind.NORM or (kind is StateKind.ROWS and dim == 1):
+        if kind in (StateKind.NORM, StateKind.FLAG) or (kind is StateKind.ROWS and dim == 1):
             joined = slices[0][key]
             assert all(torch.equal(joined, state[key]) for state in slices)
         else:

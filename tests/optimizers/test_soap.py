@@ -236,7 +236,7 @@ def test_failed_decomposition_keeps_the_old_basis_and_is_counted(monkeypatch, ca
     start = state["q_0_0"].clone()
     calls = []
 
-    def fails(factor, basis, rank, shift):
+    def fails(factor, basis, rank, shift, doubts=None):
         calls.append(factor.dtype)
         raise torch.linalg.LinAlgError("no convergence")
 
@@ -245,3 +245,40 @@ def test_failed_decomposition_keeps_the_old_basis_and_is_counted(monkeypatch, ca
     assert rule.update([grads[1].clone()], [state], 2, [info])[0].isfinite().all()
     assert torch.equal(state["q_0_0"], start) and rule.failures["layer.w"] == 2
     assert calls[:2] == [torch.float32, torch.float64] and "layer.w" in caplog.text
+
+
+def test_what_a_decomposition_doubts_or_fails_at_is_mended_block_by_block():
+    """Attempts of many batches in one question; noise before another column, a block of NaN, one that fails in fp64 too."""
+    from megatron_opt.kernels import eigenbasis
+    from megatron_opt.optimizers.asking import answered, joined
+    from megatron_opt.optimizers.guarded import guarded
+
+    draw = torch.Generator().manual_seed(0)
+    sound = torch.randn(3, 6, 6, generator=draw, dtype=torch.float64)
+    scattered = sound.clone()
+    scattered[1, :, 2] = scattered[1, :, 0]  # noise, and sound columns behind it
+    broken = scattered.float()
+    broken[2, 0, 0] = torch.nan
+    batches, keep = (sound, scattered, broken), torch.eye(6).repeat(3, 1, 1)
+    doubts = []
+    wrong = eigenbasis.complete(scattered, doubts=doubts)
+    assert bool(doubts[0]) and not torch.allclose(wrong, eigenbasis.complete(scattered))
+    questions = []
+
+    def asked():
+        run = joined([guarded(eigenbasis.complete, (x,), keep=(keep.to(x.dtype),)) for x in batches])
+        values = None
+        while True:
+            try:
+                values = yield run.send(values)
+            except StopIteration as stopped:
+                return stopped.value
+            questions.append(values)
+
+    found = answered(asked())
+    assert len(questions) == 1  # one wait
+    for ((basis,), failed), x, fails in zip(found, batches, ([], [], [2])):
+        whole = [block for block in range(3) if block not in fails]
+        assert failed == fails and basis.dtype == x.dtype
+        assert torch.equal(basis[whole], eigenbasis.complete(x[whole]))
+        assert torch.equal(basis[fails], keep[fails].to(x.dtype))
