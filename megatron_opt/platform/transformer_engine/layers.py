@@ -23,6 +23,12 @@ def install() -> None:
 
     Base.__init__ = rewritten(Base.__init__, "not torch.cuda.is_available()", "False")
     Base.prepare_forward = rewritten(Base.prepare_forward, "not inp.is_cuda", "False")
+    from transformer_engine.pytorch import quantization
+
+    quantization._FP8_BLOCK_SCALING_SUPPORT = quantization._MXFP8_SUPPORT = (
+        True,
+        "",
+    )  # other GPUs' formats, emulated too
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     TEDotProductAttention.forward = attention
