@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_opt.platform.transformer_engine import blocks
 from megatron_opt.platform.transformer_engine.extension import MODULE, operation, torch_dtype
-from megatron_opt.platform.transformer_engine.scales import FORMATS, LARGEST, encode, scale_from_amax
+from megatron_opt.platform.transformer_engine.scales import FORMATS, LARGEST, encode, quotient, scale_from_amax
 
 
 def decode(tensor: Any) -> tuple[Tensor, Tensor]:
@@ -193,7 +193,7 @@ def fused_amax_and_scale_update_after_reduction(
         history[0].copy_(reduced[at : at + history.shape[1]])
         at += history.shape[1]
         amax = history.amax(0) if algorithm == "max" else history[0].clone()
-        updated = (FORMATS[int(dtype)][1] / amax / 2**margin).nan_to_num(posinf=LARGEST)
+        updated = (quotient(FORMATS[int(dtype)][1], amax) / 2**margin).nan_to_num(posinf=LARGEST)
         scale.copy_(torch.where(amax.isfinite() & (amax > 0), updated, scale))
         history.copy_(history.roll(-1, 0))
         history[0].zero_()

@@ -7,12 +7,17 @@ FORMATS = {7: (torch.float8_e4m3fn, 448.0), 8: (torch.float8_e5m2, 57344.0)}  # 
 LARGEST = torch.finfo(torch.float32).max
 
 
+def quotient(number: float, x: Tensor) -> Tensor:
+    """number/x, rounded once; torch's own number / x is number·(1/x), rounded twice."""
+    return torch.full_like(x, number) / x
+
+
 def scale_from_amax(
     amax: Tensor, largest: float, powers_of_two: bool = False, epsilon: float = 0.0, overflowed: float = LARGEST
 ) -> Tensor:
     """largest/max(amax, ε) in fp32; 1 where amax is 0 or not finite, `overflowed` where the quotient overflows."""
     bounded = amax.clamp_min(epsilon)
-    scale = (largest / bounded).nan_to_num(posinf=overflowed)
+    scale = quotient(largest, bounded).nan_to_num(posinf=overflowed)
     if powers_of_two:
         scale = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1)
     return torch.where((bounded == 0) | ~bounded.isfinite(), torch.ones_like(scale), scale)

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_opt import platform, presets
 from megatron_opt.errors import UserError
-from megatron_opt.training.flags import conditions, layout, ranges, table, tokenizers
+from megatron_opt.training.flags import conditions, fp8, layout, ranges, table, tokenizers
 
 _NEEDED = (
     ("num_layers", "--num-layers"),
@@ -57,7 +57,7 @@ def model_and_layout(args: Any) -> None:
             "--transformer-impl transformer_engine needs Transformer Engine, which is not installed; install it (extra "
             "`gpu`) or give --transformer-impl local."
         )
-    _check_on_cpu(args)
+    fp8.check_recipe(args)
     layout.check_layout(args)
     tokenizers.check_tokenizer(args)
     _check_saving(args)
@@ -67,13 +67,6 @@ def model_and_layout(args: Any) -> None:
         raise UserError(
             f"--max-position-embeddings {args.max_position_embeddings} is below --seq-length {args.seq_length}; raise it."
         )
-
-
-def _check_on_cpu(args: Any) -> None:
-    if not platform.on_cpu():
-        return
-    if args.fp4:
-        raise UserError("--fp4-format is not emulated on CPU; leave it out there.")
 
 
 def trainable(args: Any) -> None:
