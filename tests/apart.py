@@ -1,5 +1,6 @@
 """Packages that `make setup` keeps in folders of their own, so that no other test imports them."""
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,4 +13,8 @@ def transformers() -> Any:
     folder = str(Path(sys.prefix) / "transformers")
     if folder not in sys.path:
         sys.path.append(folder)
-    return pytest.importorskip("transformers", reason="transformers is not installed")
+    found = pytest.importorskip("transformers", reason="transformers is not installed")
+    seen = sys.modules.get("megatron.core.tokenizers.text.libraries.huggingface_tokenizer")
+    if seen is not None and not hasattr(seen, "AutoTokenizer"):  # imported before, without it
+        importlib.reload(seen)
+    return found

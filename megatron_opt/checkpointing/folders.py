@@ -6,7 +6,6 @@ SAVE/.saving/iter_0000200/                being written: not there for any reade
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_opt.files import write_atomic
+from megatron_opt.files import sha256, write_atomic
 
 MANIFEST = "integrity.json"  # Megatron's own name and format, so that its --verify-integrity reads ours
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -23,7 +22,6 @@ DOOMED = ".deleting"
 MISMATCH = "does not match its checksum"
 _SUMS = ".sums-"
 _NAME = re.compile(r"iter_(\d{7,})")
-_CHUNK = 1 << 22
 
 
 def name_of(iteration: int) -> str:
@@ -37,15 +35,6 @@ def iterations(save: Path) -> list[int]:
         return []
     found = (_NAME.fullmatch(entry.name) for entry in save.iterdir() if entry.is_dir())
     return sorted((int(match.group(1)) for match in found if match), reverse=True)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_opt.data.files import already_done, atomic, read_json, sha256, write_json
+from megatron_opt.data.files import already_done, input_sha256, read_json, write_json
 from megatron_opt.data.tokenizer import (
     HuggingFace,
     TikToken,
@@ -16,6 +16,7 @@ from megatron_opt.data.tokenizer import (
     tokenizer_file,
 )
 from megatron_opt.errors import UserError
+from megatron_opt.files import replacing_output
 
 PROBE = "The year 1905; naïve café, 你好.\n\n\tif x != 0:\n        return"
 
@@ -31,7 +32,7 @@ def adopt_tokenizer(
     Raises UserError: unreadable, foreign or unusable tokenizer; an output name that Megatron does not take.
     """
     source = tokenizer_file(source)
-    settings = {"adopted": sha256(source), "eod_token": eod_token, **tiktoken_options}
+    settings = {"adopted": input_sha256(source), "eod_token": eod_token, **tiktoken_options}
     record = output.with_name(output.name + ".json")
     if already_done(record, settings, [output], force) is not None:
         return load_tokenizer(output, **tiktoken_options)
@@ -47,7 +48,7 @@ def adopt_tokenizer(
     if eod_token is not None and not isinstance(model, HuggingFace):
         raise UserError(f"--eod {eod_token}: {source} says itself what ends a document ({model.kind}); leave --eod out")
     _check(model, source, output)
-    with atomic(output) as stream:
+    with replacing_output(output) as stream:
         stream.write(data)
     if isinstance(model, HuggingFace):
         write_json(output.with_name("tokenizer_config.json"), _config(source, model))

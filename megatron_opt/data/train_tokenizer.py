@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
-from megatron_opt.data.files import already_done, atomic, sha256, write_json
+from megatron_opt.data.files import already_done, input_sha256, write_json
 from megatron_opt.data.progress import spinner
 from megatron_opt.data.read import documents
 from megatron_opt.data.tokenizer import SentencePiece, Tokenizer, load_tokenizer
 from megatron_opt.errors import UserError
+from megatron_opt.files import replacing_output
 
 SAMPLE_BYTES = 200 * 2**20
 
@@ -27,7 +28,7 @@ def train_tokenizer(
     Raises UserError: unreadable or empty corpus; a vocabulary the corpus cannot fill; unwritable output.
     """
     settings = {
-        "source": sha256(source),
+        "source": input_sha256(source),
         "vocab_size": vocab_size,
         "json_key": json_key,
         "sample_bytes": sample_bytes,
@@ -38,7 +39,7 @@ def train_tokenizer(
     with spinner() as progress:
         progress.add_task(f"training {vocab_size} pieces")
         model = _train(_lines(source, json_key, sample_bytes), source, vocab_size)
-    with atomic(output) as stream:
+    with replacing_output(output) as stream:
         stream.write(model)
     tokenizer = SentencePiece(output)
     files = {output.name: {"bytes": len(model)}}

@@ -105,7 +105,7 @@ class ShardedOptimizer(MegatronOptimizer):
     # Megatron's interface
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
     @param_groups.setter

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from megatron_opt.kernels import products
 from megatron_opt.kernels.dispatch import Operation
-from megatron_opt.kernels.projection import rotate, two_sided
+from megatron_opt.kernels.projection import Shapes, rotate, two_sided
 
 Tensors = Sequence[Tensor]
 
@@ -207,7 +207,9 @@ _refresh_bases = Operation(
 
 
 @register_flop_formula(torch.ops.megatron_opt.refresh_bases)
-def _refresh_flops(moments: list, seconds: list, lefts: list, rights: list, *rest: object, **options: object):
+def _refresh_flops(
+    moments: Shapes, seconds: Shapes, lefts: Shapes, rights: Shapes, *rest: object, **options: object
+) -> int:
     """4mn(m + n) to turn the moment, 2K³ for the image of each basis."""
     images = two_sided(lefts, lefts, []) + two_sided(rights, rights, [])
     return 2 * two_sided(moments, lefts, rights) + images

@@ -177,7 +177,7 @@ def orthogonalize(
     A zero matrix gives zeros. Results are contiguous and have each matrix's dtype.
     """
     results = _native(matrices, table, eps, precision, norm_form)
-    batches: dict[tuple, list[int]] = {}
+    batches: dict[tuple[int, int, torch.dtype, torch.device], list[int]] = {}
     for index, matrix in enumerate(matrices):
         if results[index] is not None:
             continue

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from megatron_opt.kernels import products
 from megatron_opt.kernels.dispatch import Operation
-from megatron_opt.kernels.projection import stacked, two_sided
+from megatron_opt.kernels.projection import Shapes, stacked, two_sided
 
 Tensors = Sequence[Tensor]
 Factors = dict[int, Tensor]  # by side
@@ -111,7 +111,9 @@ _kron = Operation(
 
 
 @register_flop_formula(torch.ops.megatron_opt.kron_step)
-def _kron_flops(lefts: list, rights: list, moments: list, noises: list, *rest: object, **options: object):
+def _kron_flops(
+    lefts: Shapes, rights: Shapes, moments: Shapes, noises: Shapes, *rest: object, **options: object
+) -> int:
     """4mn(m + n); 6mn(m + n) + 2(m³ + n³) + 4(m² + n²) more where factors learn, triangles counted in full."""
     total = 2 * two_sided(moments, lefts, rights)
     if noises:

@@ -14,6 +14,7 @@ from megatron_opt.kernels import products
 from megatron_opt.kernels.dispatch import Operation
 
 Tensors = Sequence[Tensor]
+Shapes = Sequence[Sequence[int]]  # what a formula of FLOPs gets in place of tensors
 
 
 def rotate(x: Tensor, left: Tensor | None, right: Tensor | None, back: bool = False) -> Tensor:
@@ -75,7 +76,7 @@ _advance_factors = Operation(
 )
 
 
-def two_sided(grads: Sequence[Sequence[int]], lefts: Sequence, rights: Sequence) -> int:
+def two_sided(grads: Sequence[Sequence[int]], lefts: Sequence[object], rights: Sequence[object]) -> int:
     """2mn(m + n) FLOPs for each block (…, m, n) of a list, a side of an empty list left out."""
     total = 0
     for shape in grads:
@@ -85,15 +86,15 @@ def two_sided(grads: Sequence[Sequence[int]], lefts: Sequence, rights: Sequence)
 
 @register_flop_formula(torch.ops.megatron_opt.project_adam)
 def _flops(
-    grads: list, moments: list, seconds: list, lefts: list, rights: list, left_factors: list, right_factors: list,
-    *rest: object, **options: object,
-):  # fmt: skip
+    grads: Shapes, moments: Shapes, seconds: Shapes, lefts: Shapes, rights: Shapes,
+    left_factors: Shapes, right_factors: Shapes, *rest: object, **options: object,
+) -> int:  # fmt: skip
     """4mn(m + n) for two bases, 2mn(m + n) for their factors."""
     return 2 * two_sided(grads, lefts, rights) + two_sided(grads, left_factors, right_factors)
 
 
 @register_flop_formula(torch.ops.megatron_opt.advance_factors)
-def _advance_flops(lefts: list, rights: list, grads: list, *rest: object, **options: object):
+def _advance_flops(lefts: Shapes, rights: Shapes, grads: Shapes, *rest: object, **options: object) -> int:
     """2mn(m + n) for two factors, symmetric results counted in full."""
     return two_sided(grads, lefts, rights)
 

@@ -221,7 +221,13 @@ class FactoredOptimizer(MatrixOptimizer):
         return [grid.cut(as_matrix(x)) for x in (grad, *(state[key] for key in self.block_keys))]
 
     def _join(
-        self, grad: Tensor, state: State, info: MatrixInfo, cut: list[list[Tensor]], found: dict, index: int
+        self,
+        grad: Tensor,
+        state: State,
+        info: MatrixInfo,
+        cut: list[list[Tensor]],
+        found: dict[tuple[int, int], Tensor],
+        index: int,
     ) -> Tensor:
         """The direction of a matrix of several blocks; its states get theirs back."""
         grid, direction = self.grid(info), torch.empty_like(grad)

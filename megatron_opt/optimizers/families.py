@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ class Family:
     """Regions of equal blocks that step together."""
 
     shape: tuple[int, int]  # of a block
-    kind: tuple  # what the rule told them apart by
+    kind: tuple[Any, ...]  # what the rule told them apart by
     whole: bool  # whether each is a whole matrix
     members: list[tuple[int, int]]  # (matrix, region)
 
@@ -54,7 +55,7 @@ class Planner:
         known = self.known.get(infos[0].name) if infos else None
         if known is not None and known.types == types and known.infos == infos:
             return known
-        families: dict[tuple, Family] = {}
+        families: dict[tuple[Hashable, ...], Family] = {}
         cut = []
         for index, (type_of, info) in enumerate(zip(types, infos)):
             shapes, kind = self.grid(info).shapes(), self.kind(info)

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_opt.errors import UserError
+from megatron_opt.files import replacing_output, write_output
 from megatron_opt.study import curves
-from megatron_opt.study.files import replace_with, write_text
 from megatron_opt.study.imports.mapping import Mapping
 from megatron_opt.study.store import STATES, Record, Store
 
@@ -45,14 +45,14 @@ def export_runs(store: Store, path: Path) -> int:
             + [(name, pa.float64()) for name in REAL]
         )
         table = pa.table({name: [row[name] for row in rows] for name in COLUMNS}, schema=schema)
-        with replace_with(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+        with replacing_output(path) as stream:
+            pq.write_table(table, stream, compression="zstd")
     elif path.suffix == ".csv":
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_text(path, text.getvalue())
+        write_output(path, text.getvalue())
     else:
         raise UserError(f"cannot tell the format of {path}; end its name in .csv or .parquet")
     return len(rows)
@@ -76,8 +76,8 @@ def export_curves(store: Store, path: Path) -> int:
             tables.append(table.add_column(0, "run", pa.array([row["id"]] * len(table), pa.string())))
     if not tables:
         raise UserError(f"{store.path} has no curves yet; run the study first")
-    with replace_with(path) as temporary:
-        pq.write_table(pa.concat_tables(tables), temporary, compression="zstd")
+    with replacing_output(path) as stream:
+        pq.write_table(pa.concat_tables(tables), stream, compression="zstd")
     return len(tables)
 
 

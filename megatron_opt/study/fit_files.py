@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_opt.files import write_output
 from megatron_opt.study.analysis import Analysis
-from megatron_opt.study.files import write_text
 from megatron_opt.study.fits.observations import Observations
 
 
@@ -133,7 +133,7 @@ def _backtests(analysis: Analysis) -> list[dict[str, Any]]:
 
 def write_fits(analysis: Analysis, path: Path) -> None:
     """Write the fits as JSON, atomically."""
-    write_text(path, json.dumps(_plain(fits_as_dict(analysis)), indent=1, allow_nan=False) + "\n")
+    write_output(path, json.dumps(_plain(fits_as_dict(analysis)), indent=1, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:

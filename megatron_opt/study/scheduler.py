@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import math
 import os
 import signal
@@ -15,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_opt.errors import UserError
+from megatron_opt.files import sha256
 from megatron_opt.study import curves
 from megatron_opt.study.executors import Executor, Job, Outcome, make_executor
 from megatron_opt.study.executors.base import last_words, read_results, saved_since, was_interrupted
@@ -220,7 +220,7 @@ def _check_identity(study: Study, store: Store) -> None:
             if not Path(prefix + suffix).is_file():
                 raise UserError(f"no data file {prefix}{suffix}; make it with `megatron-opt data`, or fix `data:`")
     try:
-        digest = hashlib.sha256(Path(study.data.tokenizer).read_bytes()).hexdigest()
+        digest = sha256(Path(study.data.tokenizer))
     except OSError:
         raise UserError(f"no tokenizer at {study.data.tokenizer}; fix `data: tokenizer:`") from None
     if tokenizer not in (None, digest):

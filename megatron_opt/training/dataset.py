@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron.core.datasets import gpt_dataset
 
-from megatron_opt.data.files import sha256
+from megatron_opt.data.files import input_sha256
 from megatron_opt.data.indexed import idx_path
 
 
@@ -20,4 +20,4 @@ class GPTDataset(gpt_dataset.GPTDataset):
 @functools.cache
 def _digest(idx: Path) -> str:
     """SHA-256 of a `.idx`: it says where every document begins, which is all that a sample index is made of."""
-    return sha256(idx)
+    return input_sha256(idx)

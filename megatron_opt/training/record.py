@@ -5,7 +5,6 @@ results.json, `--print-config`, TensorBoard and W&B give this record; `migrate`,
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import platform
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any
 
 import megatron_opt
 from megatron_opt import run_files
-from megatron_opt.files import write_atomic
+from megatron_opt.files import sha256, write_atomic
 
 _PACKAGES = {
     "torch": "torch",
@@ -173,8 +172,7 @@ def data(args: Any) -> list[dict[str, Any]]:
         index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         entry: dict[str, Any] = {"prefix": str(prefix)}
         try:
-            with index.open("rb") as stream:
-                entry["idx_sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+            entry["idx_sha256"] = sha256(index)
             entry["bin_bytes"] = tokens.stat().st_size
         except OSError:
             pass
@@ -187,7 +185,7 @@ def tokenizer(args: Any) -> dict[str, Any]:
     model = getattr(args, "tokenizer_model", None)
     digest = None
     if model and Path(model).is_file():
-        digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()
+        digest = sha256(Path(model))
     return {"model": model, "vocab_size": getattr(args, "padded_vocab_size", None), "sha256": digest}
 
 

@@ -8,18 +8,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_opt.data.files import atomic
 from megatron_opt.data.indexed import bin_path, idx_path, read_index, read_tokens, token_dtype, write_index
 from megatron_opt.errors import UserError
+from megatron_opt.files import replacing_output
 
 documents = st.lists(st.lists(st.integers(0, 60000), min_size=1, max_size=9), min_size=1, max_size=12)
 once = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write_ours(prefix, docs, dtype):
-    with atomic(bin_path(prefix)) as stream:
+    with replacing_output(bin_path(prefix)) as stream:
         stream.write(np.concatenate(docs).astype(dtype).tobytes())
-    with atomic(idx_path(prefix)) as stream:
+    with replacing_output(idx_path(prefix)) as stream:
         write_index(stream, dtype, np.array([len(doc) for doc in docs], dtype=np.int32))
 
 

@@ -124,7 +124,7 @@ def runs(pool: Pool, request: pytest.FixtureRequest) -> dict[str, Run]:
 
 @pytest.fixture(scope="module")
 def slow_runs(big_pool: Pool, request: pytest.FixtureRequest) -> dict[str, Run]:
-    return big_pool.run(_wanted(SLOW, request), timeout=3000)
+    return big_pool.run(_wanted(SLOW, request))
 
 
 @pytest.mark.parametrize("name", [each.name for each in CASES if each.layout.name != "one"])

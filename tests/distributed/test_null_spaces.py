@@ -37,7 +37,7 @@ def runs(pool: Pool) -> dict[str, Run]:
 
 @pytest.fixture(scope="module")
 def deep_runs(big_pool: Pool) -> dict[str, Run]:
-    return big_pool.run([_case("deep", rule, each) for rule in RULES for each in [c.ONE, *DEEP_LAYOUTS]], timeout=3000)
+    return big_pool.run([_case("deep", rule, each) for rule in RULES for each in [c.ONE, *DEEP_LAYOUTS]])
 
 
 @pytest.mark.parametrize("layout", QUICK, ids=lambda layout: layout.name)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_opt.errors import UserError
-from megatron_opt.study.files import write_text
+from megatron_opt.files import write_output
 from megatron_opt.study.hyperparameters import PAPER_GRIDS
 from megatron_opt.study.study_file import read_study
 
@@ -83,7 +83,7 @@ def main(argv: list[str], prog: str) -> int:
     options = parser.parse_args(argv)
     if options.study.exists():
         raise UserError(f"{options.study} exists; choose another name")
-    write_text(options.study, study_text(options.study.stem, options.optimizers))
+    write_output(options.study, study_text(options.study.stem, options.optimizers))
     read_study(options.study)
     print(f"{options.study} written; next: {prog.removesuffix(' init')} plan {options.study}")
     return 0

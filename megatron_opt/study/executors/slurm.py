@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from megatron_opt.errors import UserError
+from megatron_opt.files import write_output
 from megatron_opt.study.executors.base import RUN_VARIABLE, Job, Outcome, command_of
-from megatron_opt.study.files import write_text
 from megatron_opt.study.spec import ExecutorSettings
 
 RENDEZVOUS = "RENDEZVOUS"
@@ -78,7 +78,7 @@ class SlurmExecutor:
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / "exit_code").unlink(missing_ok=True)
         script = job.folder / "job.sh"
-        write_text(script, self._script(job))
+        write_output(script, self._script(job))
         done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"sbatch refused {script}: {done.stderr.strip()}; check `slurm:` in the study file")

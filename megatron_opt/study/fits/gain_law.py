@@ -50,7 +50,7 @@ def paired_gains(data: Observations, optimizer: str) -> tuple[np.ndarray, np.nda
         base = data.loss[(data.index == 0) & (data.n == n) & (np.abs(np.log(data.d / d)) < 1e-3)]
         if len(base):
             found.append((n, d, base[0] - loss))
-    return tuple(np.array(found).T) if found else (np.empty(0),) * 3  # type: ignore[return-value]
+    return tuple(np.array(found).T) if found else (np.empty(0),) * 3
 
 
 def fit_gain_law(n: np.ndarray, d: np.ndarray, gain: np.ndarray) -> GainLaw:

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.stats import norm, qmc
 
-from megatron_opt.study.fits.ensemble import Ensemble
+from megatron_opt.study.fits.ensemble import Copies, Ensemble
 from megatron_opt.study.fits.hierarchy import Hierarchy
 from megatron_opt.study.fits.intervals import interval
 
@@ -129,7 +129,7 @@ def _joint(fit: Hierarchy, optimizer: str, target: tuple[float, float], runs: li
     return rows @ prior @ rows.T + fresh - across @ cho_solve(factor, across.T)
 
 
-def _means(copies, base: str, optimizer: str, target: tuple[float, float], runs: list[Point]) -> np.ndarray:
+def _means(copies: Copies, base: str, optimizer: str, target: tuple[float, float], runs: list[Point]) -> np.ndarray:
     """Mean of (gain, losses of the runs) under one form."""
     gain = np.median(copies.losses(base, *target) - copies.losses(optimizer, *target))
     return np.array([gain, *(np.median(copies.losses(*one)) for one in runs)])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -42,8 +44,8 @@ def noise_floor(dataset: Dataset) -> NoiseFloor:
     repetition does, and then makes σ larger, not smaller.
     """
     winners = {(name, regime, _key(cell.record.hyper)): cell for (name, regime), cell in dataset.best().items()}
-    fair: dict[tuple, list[float]] = {}
-    every: dict[tuple, list[float]] = {}
+    fair: dict[Hashable, list[float]] = {}
+    every: dict[Hashable, list[float]] = {}
     for record in dataset.finished:
         if record.loss is None:
             continue
@@ -55,11 +57,11 @@ def noise_floor(dataset: Dataset) -> NoiseFloor:
     return _pooled(fair) or _pooled(every) or NoiseFloor(DEFAULT_FLOOR, 0)
 
 
-def _key(hyper: dict) -> tuple:
+def _key(hyper: dict[str, Any]) -> Hashable:
     return tuple(sorted(hyper.items(), key=str))
 
 
-def _pooled(groups: dict[tuple, list[float]]) -> NoiseFloor | None:
+def _pooled(groups: dict[Hashable, list[float]]) -> NoiseFloor | None:
     squares = sum(float(np.var(losses)) * len(losses) for losses in groups.values() if len(losses) > 1)
     freedom = sum(len(losses) - 1 for losses in groups.values())
     return NoiseFloor(max(math.sqrt(squares / freedom), 1e-9), freedom) if freedom else None

@@ -7,9 +7,9 @@ import io
 from pathlib import Path
 from typing import Any
 
+from megatron_opt.files import write_output
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.exchange import COLUMNS, row_of
-from megatron_opt.study.files import write_text
 from megatron_opt.study.report.plots import Plot
 from megatron_opt.study.summary import HEADER, summary
 
@@ -19,7 +19,7 @@ def _write(path: Path, header: list[str], rows: list[list[Any]]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_output(path, text.getvalue())
 
 
 def write_plot_csv(plot: Plot, path: Path) -> None:

@@ -13,8 +13,8 @@ from string import Template
 from typing import Any
 
 from megatron_opt import __version__
+from megatron_opt.files import write_output
 from megatron_opt.study.dataset import Dataset
-from megatron_opt.study.files import write_text
 from megatron_opt.study.report.plots import Section, Table
 
 
@@ -61,7 +61,7 @@ def write_page(dataset: Dataset, sections: list[Section], path: Path) -> Path:
         # "</" would end the script element early.
         "plots": json.dumps(_finite(plots), allow_nan=False, separators=(",", ":")).replace("</", "<\\/"),
     }
-    write_text(path, Template((assets / "page.html").read_text(encoding="utf-8")).substitute(parts))
+    write_output(path, Template((assets / "page.html").read_text(encoding="utf-8")).substitute(parts))
     return path
 
 

@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from megatron_opt.study.files import replace_with
+from megatron_opt.files import replacing_output
 from megatron_opt.study.report.plots import Plot, Series
 
 matplotlib.use("Agg")
@@ -58,8 +58,8 @@ def write_png(plot: Plot, path: Path) -> None:
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     elif labels:
         axes.legend(fontsize=8, frameon=False)
-    with replace_with(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with replacing_output(path) as stream:
+        figure.savefig(stream, format="png")
 
 
 def _draw(axes, series: Series, marker: str) -> None:
