@@ -28,13 +28,14 @@ def _case(name: str, flags: Sequence[str], layout: Layout = c.ONE, **more: objec
     return case(flags, c.MUON, layout, name, steps=STEPS, **more)
 
 
-def _saved(recipe: str, folder: Path) -> Case:
-    options = {"save": str(folder / recipe), "interval": STOP, "stop": STOP}
-    return _case(f"{recipe}-saved", fp8(GQA, recipe), hook="checkpoint", options=options)
+def _saving(recipe: str, folder: Path) -> Case:
+    """A run with a checkpoint of every step."""
+    return _case(recipe, fp8(GQA, recipe), hook="checkpoint", options={"save": str(folder / recipe), "interval": 1})
 
 
 def _resumed(recipe: str, folder: Path) -> Case:
-    return _case(f"{recipe}-resumed", fp8(GQA, recipe), hook="checkpoint", options={"load": str(folder / recipe)})
+    options, flags = {"load": str(folder / recipe)}, [*fp8(GQA, recipe), "--ckpt-step", str(STOP)]
+    return _case(f"{recipe}-resumed", flags, hook="checkpoint", options=options)
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +49,9 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
 def runs(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     folder, mx = tmp_path_factory.mktemp("checkpoints"), fp8(GQA, "mxfp8")
     wanted = [_case("bf16", GQA, hook="quantizers"), _case("moe-bf16", MOE), _case("moe-mxfp8", fp8(MOE, "mxfp8"))]
-    wanted += [_case("blockwise", fp8(GQA, "blockwise")), _case("mxfp8", mx), _case("mxfp8-dp2", mx, c.DP2_DIST)]
-    wanted += [_case(f"kept-{n}-{m}", [*mx, *KEPT.format(n, m).split()]) for n, m in ((1, 1), (1, 0))]
-    wanted += [_saved("mxfp8", folder), _case("odd", [*mx, "--hidden-size", "80"])]
+    wanted += [_case("blockwise", fp8(GQA, "blockwise")), _saving("mxfp8", folder)]
+    wanted += [_case("kept-1-1", [*mx, *KEPT.format(1, 1).split()])]
+    wanted += [_case("odd", [*mx, "--hidden-size", "80"])]
     return pool.run(wanted) | pool.run([_resumed("mxfp8", folder)])
 
 
@@ -71,20 +72,13 @@ def test_losses_are_near_bf16_and_other_numbers(runs: dict[str, Run], ours: str,
     assert len(found) == STEPS and found == pytest.approx(wanted, rel=1e-2) and found != wanted
 
 
-def test_data_parallelism_gives_the_losses_of_one_process(runs: dict[str, Run]) -> None:
-    assert runs["mxfp8-dp2"].losses == pytest.approx(runs["mxfp8"].losses, rel=1e-6)
-
-
 def test_a_resumed_run_goes_on_as_if_uninterrupted(runs: dict[str, Run]) -> None:
-    assert runs["mxfp8-saved"].losses == runs["mxfp8"].losses[:STOP]
     assert runs["mxfp8-resumed"].losses == runs["mxfp8"].losses[STOP:]
 
 
 def test_layers_kept_in_bf16(runs: dict[str, Run]) -> None:
-    """Both of two: bf16's losses to the bit. The first: neither bf16's nor FP8's."""
+    """Both of two: bf16's losses to the bit."""
     assert runs["kept-1-1"].losses == runs["bf16"].losses
-    assert runs["kept-1-0"].losses != runs["bf16"].losses
-    assert runs["kept-1-0"].losses != runs["mxfp8"].losses
 
 
 def test_sizes_that_do_not_fit_are_refused_at_start(runs: dict[str, Run]) -> None:
@@ -97,17 +91,12 @@ def test_recipes_on_layouts(pool: Pool, tmp_path: Path) -> None:
     wanted = []
     for recipe in BLOCKS:
         flags, experts = fp8(GQA, recipe), fp8(MOE, recipe)
-        wanted += [
-            _case(recipe, flags),
-            _case(f"{recipe}-hybrid", fp8(GQA, recipe, "hybrid")),
-            _saved(recipe, tmp_path),
-        ]
+        wanted += [_saving(recipe, tmp_path), _case(f"{recipe}-hybrid", fp8(GQA, recipe, "hybrid"))]
         wanted += [_case(f"{recipe}-{layout.name}", flags, layout) for layout in (c.DP2_DIST, c.TP2, c.PP2)]
-        long = [*flags, "--seq-length", "32"]  # MXFP8 wants 32 tokens a rank
-        wanted += [_case(f"{recipe}-long", long), _case(f"{recipe}-long-sp2", long, c.SP2)]
+        wanted += [_case(f"{recipe}-kept", [*flags, *KEPT.format(1, 0).split()])]
         wanted += [_case(f"moe-{recipe}", experts), _case(f"moe-{recipe}-ep2", experts, c.EP2)]
     runs = pool.run(wanted)
-    runs |= pool.run([_resumed(recipe, tmp_path) for recipe in BLOCKS])
+    runs |= pool.run([_case("bf16", GQA), *(_resumed(recipe, tmp_path) for recipe in BLOCKS)])
     for recipe in BLOCKS:
         one, hybrid = runs[recipe], runs[f"{recipe}-hybrid"]
         assert one.losses[0] == hybrid.losses[0] and one.grad_norms[0] != hybrid.grad_norms[0]
@@ -116,5 +105,5 @@ def test_recipes_on_layouts(pool: Pool, tmp_path: Path) -> None:
         # an expert's product has the tokens of two ranks: other tokens share a scale
         assert runs[f"moe-{recipe}-ep2"].losses == pytest.approx(runs[f"moe-{recipe}"].losses, rel=2e-3)
         assert runs[f"{recipe}-tp2"].losses == pytest.approx(one.losses, rel=2e-3)  # partial sums round to bf16
-        assert runs[f"{recipe}-long-sp2"].losses == pytest.approx(runs[f"{recipe}-long"].losses, rel=2e-3)
         assert runs[f"{recipe}-resumed"].losses == one.losses[STOP:]
+        assert runs[f"{recipe}-kept"].losses not in (one.losses, runs["bf16"].losses)

@@ -60,6 +60,7 @@ def test_mxfp8_takes_multiples_of_32():
         ({"fp8_recipe": "custom"}, "--fp8-recipe custom"),
         ({"fp8_output_proj": True}, "--fp8-output-proj is for --fp8-recipe mxfp8"),
         ({"fp8_output_proj": True, "fp8_recipe": "mxfp8"}, "--fp8-output-proj is not emulated"),
+        ({"sequence_parallel": True, "fp8_recipe": "mxfp8"}, "--sequence-parallel with --fp8-recipe mxfp8"),
         ({"first_last_layers_bf16": True, "fp8_recipe": "delayed"}, "--first-last-layers-bf16 .* --fp8-recipe delayed"),
         ({"first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 5}, "--num-layers-at-end-in-bf16 5 is above the 4"),
     ],

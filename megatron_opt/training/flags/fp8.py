@@ -30,6 +30,11 @@ def check_recipe(args: Any) -> None:
         raise UserError(f"--fp8-output-proj is for --fp8-recipe mxfp8, not {args.fp8_recipe}; leave it out.")
     if platform.on_cpu() and args.fp8_output_proj:
         raise UserError("--fp8-output-proj is not emulated on CPU; leave it out there.")
+    if platform.on_cpu() and args.sequence_parallel and args.fp8_recipe in ("blockwise", "mxfp8"):
+        raise UserError(
+            f"--sequence-parallel with --fp8-recipe {args.fp8_recipe} gathers numbers and scales at once, which gloo cannot; "
+            "leave it out on CPU, or give tensorwise."
+        )
     _check_bf16_layers(args)
     if not platform.on_cpu():
         import torch
