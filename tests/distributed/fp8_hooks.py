@@ -142,3 +142,66 @@ def quantizers(case: Case, record: recording.Record, argv: list[str], folder: An
         record.extra["product_error"] = _product_error()
 
     record.at_end.append(compare)
+
+
+def weights(case: Case, record: recording.Record, argv: list[str], folder: Any) -> Any:
+    """As `checkpoint`; after every step record how many FP8 parameters there are, and how many numbers of theirs are not the
+    reference's of the gathered main copies, rounded to bf16.
+    """
+    from tests.distributed import hooks
+
+    record.extra["fp8_weights"] = []
+    record.after_step.append(lambda record: record.extra["fp8_weights"].append(_weight_faults(record.optimizer)))
+    return hooks.checkpoint(case, record, argv, folder) if case.options else None
+
+
+def _weight_faults(optimizer: Any) -> tuple[int, int]:
+    import torch.distributed as dist
+    from megatron.core import parallel_state as ps
+    from megatron.core.fp8_utils import is_float8tensor
+
+    rank = ps.get_tensor_model_parallel_rank()
+    mine = [
+        (f.view.name, rank, f.start, f.main.clone()) for f in optimizer.fragments() if is_float8tensor(f.view.param)
+    ]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    found = [part for theirs in everyone for part in theirs]
+    params = {
+        v.name: v.param for d in optimizer.domains for v in (f.view for f in d.fragments) if is_float8tensor(v.param)
+    }
+    faults = 0
+    for name, param in params.items():
+        main = torch.zeros(param.numel())
+        for _, at, start, part in (part for part in found if part[0] == name):
+            if at == rank:
+                main[start : start + part.numel()] = part
+        amax = max(float(part.bfloat16().abs().max()) for other, _, _, part in found if other == name)
+        faults += _faults(param, main.bfloat16().float().view(param.shape).numpy(), amax)
+    return len(params), faults
+
+
+def _faults(param: Any, main: np.ndarray, amax: float) -> int:
+    """Numbers of a parameter that are not the reference's, of rows and of columns; `amax` of the whole matrix."""
+    kind = type(param).__name__ if type(param).__name__ != "Parameter" else type(param.data).__name__
+    if kind == "Float8Tensor":
+        wanted = rounded((main * (np.float32(448.0) / np.float32(amax))).astype(np.float64), "e4m3")
+        rows, columns = _numbers(param._data, "e4m3"), _numbers(param._transpose, "e4m3").T
+        return int((rows != wanted).sum() + (columns != wanted).sum())
+    faults = 0
+    if kind == "Float8BlockwiseQTensor":
+        rows, columns = _numbers(param._rowwise_data, "e4m3"), _numbers(param._columnwise_data, "e4m3").T
+        for i, j, r, c in _tiles(main, 128, 128):
+            wanted, scale = blockwise_reference(main[r, c], "e4m3", torch.finfo(torch.bfloat16).max)
+            faults += int((rows[r, c] != wanted).sum() + (columns[r, c] != wanted).sum())
+            faults += (float(param._rowwise_scale_inv[i, j]) != scale) + (
+                float(param._columnwise_scale_inv[j, i]) != scale
+            )
+        return faults
+    assert kind == "MXFP8Tensor", kind
+    for usage, shape in (("rowwise", (1, 32)), ("columnwise", (32, 1))):
+        numbers, inverse = _numbers(getattr(param, f"_{usage}_data"), "e4m3"), getattr(param, f"_{usage}_scale_inv")
+        for i, j, r, c in _tiles(main, *shape):
+            wanted, scale = mx_reference(main[r, c], "e4m3")
+            faults += int((numbers[r, c] != wanted).sum()) + (2.0 ** (float(inverse[i, j]) - 127) != scale)
+    return faults

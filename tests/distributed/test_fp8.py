@@ -1,4 +1,4 @@
-"""FP8 recipes on CPU: quantizers bit for bit, losses near bf16's, layouts, resuming, layers kept in bf16."""
+"""FP8 on CPU: quantizers bit for bit, losses near bf16's, layouts, resuming, layers kept in bf16, weights kept in FP8."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -107,3 +107,96 @@ def test_recipes_on_layouts(pool: Pool, tmp_path: Path) -> None:
         assert runs[f"{recipe}-tp2"].losses == pytest.approx(one.losses, rel=2e-3)  # partial sums round to bf16
         assert runs[f"{recipe}-resumed"].losses == one.losses[STOP:]
         assert runs[f"{recipe}-kept"].losses not in (one.losses, runs["bf16"].losses)
+
+
+ONE = Layout.of("one", 1, distopt=True)
+TP2 = Layout.of("tp2", 2, tp=2, distopt=True)
+PP2 = Layout.of("pp2", 2, pp=2, distopt=True)
+OVERLAP = Layout.of("dp2-overlap", 2, distopt=True, more=("--overlap-grad-reduce", "--overlap-param-gather"))
+OPTIMIZERS = {"adamw": c.ADAMW, "muon": c.MUON, "soap": c.SOAP}
+RECIPES = ("tensorwise", "blockwise", "mxfp8")
+
+
+def gathered(recipe: str) -> list[str]:
+    return ["--fp8-param-gather", *(["--reuse-grad-buf-for-mxfp8-param-ag"] if recipe == "mxfp8" else [])]
+
+
+def pair(recipe: str, optimizer: str, layout: Layout, model: Sequence[str] = GQA, name: str = "") -> tuple[Case, Case]:
+    """The run without the flag and with it."""
+    flags, rule = fp8(model, recipe), OPTIMIZERS[optimizer]
+    name = f"{name}{recipe}-{optimizer}-{layout.name}"
+    on = case([*flags, *gathered(recipe)], rule, layout, f"{name}-on", steps=STEPS, hook="weights")
+    return case(flags, rule, layout, f"{name}-off", steps=STEPS), on
+
+
+def check_pair(runs: dict[str, Run], off: Case, on: Case) -> None:
+    without, with_it = runs[off.name], runs[on.name]
+    assert with_it.losses == without.losses and with_it.grad_norms == without.grad_norms, on.name
+    expected = without.weights
+    assert all((value == expected[name]).all() for name, value in with_it.weights.items())
+    if on.layout is not OVERLAP:  # where other ranks' shards come with the next forward pass
+        check_bytes(with_it)
+
+
+def check_bytes(run: Run) -> None:
+    for rank in run.ranks:
+        assert len(rank["fp8_weights"]) >= 1 and all(count > 0 and not faults for count, faults in rank["fp8_weights"])
+
+
+QUICK = [
+    pair("tensorwise", "adamw", c.DP2_DIST),
+    pair("mxfp8", "muon", TP2),
+]
+
+
+def _weights(name: str, layout: Layout, *flags: str, **options: object) -> Case:
+    """Weights in FP8 by tensorwise scales under AdamW, which `QUICK` has on DP2."""
+    model = [*fp8(GQA, "tensorwise"), *gathered("tensorwise"), *flags]
+    return case(model, c.ADAMW, layout, name, steps=STEPS, hook="weights", options=options)
+
+
+@pytest.fixture(scope="module")
+def fp8_weights(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    folder = str(tmp_path_factory.mktemp("fp8-weights") / "tp2")
+    made = pool.run([one for both in QUICK for one in both] + [_weights("tp2", TP2, save=folder, interval=1)])
+    at = ("--ckpt-step", str(STOP))
+    return made | pool.run([_weights("resumed", TP2, *at, load=folder)])
+
+
+@pytest.mark.parametrize("both", QUICK, ids=[on.name for _, on in QUICK])
+def test_weights_in_fp8_change_nothing(fp8_weights: dict[str, Run], both: tuple[Case, Case]) -> None:
+    check_pair(fp8_weights, *both)
+
+
+def test_a_weights_scale_is_the_whole_matrixs_under_tensor_parallelism(fp8_weights: dict[str, Run]) -> None:
+    """Bytes are those of one process; losses differ by partial sums."""
+    check_bytes(fp8_weights["tp2"])
+    one = fp8_weights["tensorwise-adamw-dp2-distopt-on"].losses
+    assert fp8_weights["tp2"].losses == pytest.approx(one, rel=2e-3)
+
+
+def test_weights_in_fp8_resume_bit_for_bit(fp8_weights: dict[str, Run]) -> None:
+    assert fp8_weights["resumed"].losses == fp8_weights["tp2"].losses[STOP:]
+    check_bytes(fp8_weights["resumed"])
+
+
+@pytest.mark.slow
+def test_weights_in_fp8_change_nothing_for_optimizers_recipes_and_layouts(pool: Pool) -> None:
+    """Every pair of the matrix is the same run to the bit."""
+    layouts = {"tensorwise": (ONE, c.DP2_DIST, PP2, OVERLAP), "blockwise": (c.DP2_DIST, TP2, PP2, OVERLAP),
+               "mxfp8": (c.DP2_DIST, TP2, PP2)}  # fmt: skip
+    pairs = [pair(r, o, layout) for r in RECIPES for o in OPTIMIZERS for layout in layouts[r]]
+    pairs += [pair(recipe, "muon", c.EP2_DIST, MOE, "moe-") for recipe in RECIPES]
+    found = pool.run([one for both in pairs for one in both])
+    for both in pairs:
+        check_pair(found, *both)
+
+
+@pytest.mark.slow
+def test_weights_in_fp8_go_on_on_another_layout(pool: Pool, tmp_path: Path) -> None:
+    """Saved on TP2, loaded on DP2: within the spread of TP."""
+    folder, at = str(tmp_path / "tp2"), ("--ckpt-step", str(STOP))
+    whole = pool.run([_weights("whole", TP2, save=folder, interval=1)])["whole"]
+    moved = pool.run([_weights("moved", c.DP2_DIST, *at, load=folder)])["moved"]
+    assert moved.losses == pytest.approx(whole.losses[STOP:], rel=2e-3)
+    check_bytes(moved)

@@ -14,6 +14,9 @@ GOOD = {
     "multi_latent_attention": False, "attention_output_gate": False, "num_experts": None, "micro_batch_size": 2,
     "moe_shared_expert_intermediate_size": None, "expert_tensor_parallel_size": None, "seq_length": 16,
     "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 1, "sequence_parallel": False,
+    "fp8_param_gather": False, "reuse_grad_buf_for_mxfp8_param_ag": False, "bf16": True, "use_distributed_optimizer": True,
+    "overlap_param_gather": False, "megatron_init": False, "async_save": False, "no_load_optim": None, "finetune": False,
+    "optimizer": "muon",
 }  # fmt: skip
 
 
@@ -68,6 +71,38 @@ def test_mxfp8_takes_multiples_of_32():
 def test_recipes_and_their_options_that_do_not_fit_are_refused(changed, said):
     with pytest.raises(UserError, match=said):
         fp8.check_recipe(_args(**changed))
+
+
+GATHER, REUSE = {"fp8_param_gather": True}, {"reuse_grad_buf_for_mxfp8_param_ag": True}
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"bf16": False}, "fp32 training"),
+        ({"use_distributed_optimizer": False}, "--use-distributed-optimizer"),
+        ({"fp8_recipe": "delayed"}, "--fp8-recipe delayed"),
+        ({"fp8_recipe": "mxfp8"}, "needs --reuse-grad-buf-for-mxfp8-param-ag"),
+        (REUSE, "--fp8-recipe tensorwise takes no --reuse-grad-buf-for-mxfp8-param-ag"),
+        (
+            {"fp8_recipe": "mxfp8", "overlap_param_gather": True} | REUSE,
+            "--overlap-param-gather with --fp8-recipe mxfp8",
+        ),
+        ({"async_save": True}, "--async-save"),
+        ({"no_load_optim": True}, "--no-load-optim"),
+        ({"megatron_init": True}, "--megatron-init"),
+    ],
+)
+def test_what_weights_in_fp8_do_not_go_with_is_refused(changed, said):
+    with pytest.raises(UserError, match=f"--fp8-param-gather.*{said}"):
+        fp8.check_recipe(_args(**(GATHER | changed)))
+    fp8.check_recipe(_args(**GATHER))
+    fp8.check_recipe(_args(**(GATHER | REUSE | {"fp8_recipe": "mxfp8"})))
+
+
+def test_the_mxfp8_buffer_without_weights_in_fp8_is_refused():
+    with pytest.raises(UserError, match="--reuse-grad-buf-for-mxfp8-param-ag has no effect without --fp8-param-gather"):
+        fp8.check_recipe(_args(**REUSE))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_opt.platform.transformer_engine.extension import operation
 from megatron_opt.platform.transformer_engine.scales import FORMATS, e8m0, encode, reciprocal, scale_from_amax
 
 MX = 32
@@ -135,3 +136,27 @@ def decode_mx(tensor: Any, columnwise: bool) -> Tensor:
     factors = torch.ldexp(torch.ones((), dtype=torch.float64), exponents.int() - 127)
     factors = torch.where(exponents == 255, torch.nan, factors)
     return _scaled(_flat(data), factors, *((MX, 1) if columnwise else (1, MX)), tensor._fp8_dtype)
+
+
+def _whole(shard: Tensor, h: int, w: int, start: int) -> Tensor:
+    """A flat shard at its place among zeros, (h, w)."""
+    full = torch.zeros(h * w, dtype=shard.dtype)
+    full[start : start + shard.numel()] = shard.reshape(-1)
+    return full.view(h, w)
+
+
+@operation
+def fp8_block_scaling_compute_partial_amax(shard: Tensor, amax: Tensor, h: int, w: int, start: int, block: int) -> None:
+    """amax (h/128, w/128 and more) ← max |x| of each block's elements in a flat shard of (h, w)."""
+    found = amaxes(tiled(_whole(shard, h, w, start), block, block))
+    amax[: found.shape[0], : found.shape[1]] = found
+
+
+@operation
+def fp8_block_scaling_partial_cast(
+    shard: Tensor, out: Tensor, scale: Tensor, h: int, w: int, start: int, block: int, dtype: Any
+) -> None:
+    """Bytes of a flat shard of (h, w) under the scales of its blocks."""
+    tiles = tiled(_whole(shard, h, w, start), block, block)
+    data = encode(tiles, scale[: tiles.shape[0], None, : tiles.shape[2], None], dtype)
+    out.copy_(untiled(data, h, w).reshape(-1)[start : start + shard.numel()].view(out.shape))

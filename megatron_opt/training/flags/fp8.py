@@ -36,6 +36,7 @@ def check_recipe(args: Any) -> None:
             "leave it out on CPU, or give tensorwise."
         )
     _check_bf16_layers(args)
+    _check_weights(args)
     if not platform.on_cpu():
         import torch
 
@@ -65,6 +66,45 @@ def _check_bf16_layers(args: Any) -> None:
             raise UserError(
                 f"--{flag.replace('_', '-')} {getattr(args, flag)} is above the {most} layers of a pipeline stage; lower it."
             )
+
+
+def _check_weights(args: Any) -> None:
+    """Conditions of weights that stay in FP8."""
+    mx, reuses = args.fp8_recipe == "mxfp8", args.reuse_grad_buf_for_mxfp8_param_ag
+    if not args.fp8_param_gather:
+        if reuses:
+            raise UserError(
+                "--reuse-grad-buf-for-mxfp8-param-ag has no effect without --fp8-param-gather; give both or neither."
+            )
+        return
+    from megatron_opt.training.optimizer_flags import MEGATRON_OWN
+
+    if args.optimizer in MEGATRON_OWN:
+        return
+    if mx != reuses:
+        raise UserError(
+            f"--fp8-param-gather with --fp8-recipe {args.fp8_recipe} "
+            + (
+                "needs --reuse-grad-buf-for-mxfp8-param-ag; give it."
+                if mx
+                else "takes no --reuse-grad-buf-for-mxfp8-param-ag; leave it out."
+            )
+        )
+    refused = {
+        "fp32 training (without --bf16)": not args.bf16,
+        "whole parameters on every rank (without --use-distributed-optimizer)": not args.use_distributed_optimizer,
+        "--fp8-recipe delayed": args.fp8_recipe == "delayed",
+        "--overlap-param-gather with --fp8-recipe mxfp8": mx and args.overlap_param_gather,
+        "--moe-single-grouped-weight": bool(getattr(args, "moe_single_grouped_weight", False)),
+        "--megatron-init": args.megatron_init,
+        "--async-save": args.async_save,
+        "--no-load-optim": args.no_load_optim,
+        "--finetune": args.finetune,
+    }
+    for what, found in refused.items():
+        if found:
+            raise UserError(f"--fp8-param-gather does not go with {what}; remove one of them.")
+    args.stream_ckpt_dequant = False  # main copies are loaded, and what is read of FP8 weights is written over
 
 
 def check_hardware(recipe: str, capability: tuple[int, int], cuda: str) -> None:
