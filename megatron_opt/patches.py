@@ -97,6 +97,8 @@ launch.py
 platform/transformer_engine/layers.py
   torch.cuda.get_device_capability: on CPU: Transformer Engine asks for Hopper's
   megatron.core.extensions.transformer_engine.TEDotProductAttention.forward: on CPU: torch's attention, gathering under CP
+  megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlanner.resolve_data: on CPU: weights in FP8 are saved as numbers
+  megatron.core.distributed.param_and_grad_buffer.dist_all_gather_func: on CPU: gathers bytes, as gloo mixes no types
 platform/megatron_patches.py
   megatron.core.datasets.utils.compile_helpers: on CPU: the wheel's helper is compiled already
   megatron.core.tensor_parallel.random._set_cuda_rng_state: on CPU: the CPU's generator

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from megatron_opt.distributed.domain import Domain, agree, gather_objects, process_group
 from megatron_opt.distributed.exchange import Exchange
+from megatron_opt.distributed.fp8_weights import Fp8Weights
 from megatron_opt.distributed.fragments import make_fragments
 from megatron_opt.distributed.sharded_optimizer import ShardedOptimizer
 from megatron_opt.engine_options import EngineOptions
@@ -38,7 +39,8 @@ def build_domains(chunks: Sequence[Any], distributed: bool, options: EngineOptio
             infos.update(part)
         name = f"experts of stage {pp}, expert rank {ep}" if is_expert else f"stage {pp}"
         trips = Exchange(group, rank, size, options.communication_dtype)
-        domains.append(Domain(name, group, rank, size, fragments, holdings, infos, trips))
+        fp8_weights = Fp8Weights.of(views, fragments, chunks, group)
+        domains.append(Domain(name, group, rank, size, fragments, holdings, infos, trips, fp8_weights))
     return domains
 
 
@@ -77,4 +79,5 @@ def build_optimizer(
     optimizer = ShardedOptimizer(config, chunks, domains, groups, options)
     for domain, step in zip(domains, optimizer.matrix_steps, strict=True):
         agree(f"optimizer plan of {domain.name}", step.placed.plan.digest(), domain.group, domain.size)
+    optimizer.publish_fp8()
     return optimizer

@@ -51,6 +51,7 @@ class Domain:
     holdings: list[Holdings]
     infos: dict[str, MatrixInfo]
     exchange: Exchange
+    fp8_weights: Any = None  # Fp8Weights, where the model keeps some in FP8
 
     def __post_init__(self) -> None:
         self.order = {name: index for index, name in enumerate(sorted(self.infos))}

@@ -56,11 +56,10 @@ class ElementwiseStep:
                     piece = FlatRun(index, rect, self.domain.weight[rect.key], self._element_offset(rect))
                     piece.state = self.rules[group].init_state(rect.run(fragment.main))
                     self.slices.setdefault(group, []).append(piece)
-        dtypes = [fragment.view.param.dtype for fragment in self.domain.fragments]
         self.writes_model = {  # groups whose kernel writes the model's bf16 parameters beside the main copies
             group
             for group, pieces in self.slices.items()
-            if all(dtypes[piece.fragment] == torch.bfloat16 for piece in pieces)
+            if all(self.domain.fragments[piece.fragment].has_bf16_copy for piece in pieces)
         }
 
     def _rules(self, skip: set[str]) -> Iterator[tuple[int, Any, list[FlatRun]]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.layout.matrices import ParamView
+from megatron_opt.layout.quantized import initial_values, is_quantized
 from megatron_opt.layout.region import Region
 
 
@@ -62,6 +63,7 @@ class Fragment:
     main: Tensor  # flat, fp32; a view of the parameter itself where that is fp32
     rects: list[Rect]
     state: dict[str, Tensor] = field(default_factory=dict)
+    quantized: bool = False  # the parameter is FP8: published by fp8_weights.py alone
 
     def grad(self) -> Tensor | None:
         """The reduced gradient of the interval in fp32, or None where the parameter got none.
@@ -75,10 +77,15 @@ class Fragment:
             return None
         return grad.view(-1)[self.start : self.stop].float()
 
+    @property
+    def has_bf16_copy(self) -> bool:
+        """Whether the model's own parameter is bf16 that a kernel may write beside the main copy."""
+        return not self.quantized and self.view.param.dtype == torch.bfloat16
+
     def model_copy(self) -> Tensor | None:
-        """The interval of the model's own parameter, in its type, where that is not the main copy."""
+        """The interval of the model's own parameter, in its type, where that is not the main copy and not FP8."""
         param = self.view.param
-        return None if param.dtype == torch.float32 else param.data.view(-1)[self.start : self.stop]
+        return None if self.quantized or param.dtype == torch.float32 else param.data.view(-1)[self.start : self.stop]
 
     def publish(self) -> None:
         """Write the main copy back to the model's parameter where the two are distinct."""
@@ -110,8 +117,9 @@ def make_fragments(views: Iterable[ParamView], chunks: list[Any], distributed: b
             start, stop = _interval(param, chunk.buffers + chunk.expert_parallel_buffers)
         if start == stop:
             continue
-        shard = param.detach().view(-1)[start:stop]
+        quantized = is_quantized(param)
+        shard = (initial_values(param) if quantized else param.detach().view(-1))[start:stop]
         main = shard if param.dtype == torch.float32 else shard.clone().float()
         param.main_param, param.main_param_sharded = main, distributed  # type: ignore[attr-defined]
-        fragments.append(Fragment(view, start, stop, main, rectangles(view, start, stop)))
+        fragments.append(Fragment(view, start, stop, main, rectangles(view, start, stop), quantized=quantized))
     return fragments

@@ -63,7 +63,7 @@ def build_chunks(
     sizes.expert_tensor_parallel_size, sizes.context_parallel_size = etp, 1
     sizes.tensor_parallel_num_weight_shards, sizes.expert_tensor_parallel_num_weight_shards = tp, etp
     sizes.gtp_weight_remat_size = sizes.expert_gtp_weight_remat_size = 1
-    sizes.sequence_parallel = False
+    sizes.sequence_parallel = sizes.fp8_param_gather = False  # shapes are the same
     sizes.use_cpu_initialization, sizes.perform_initialization = True, False
     sizes.init_model_with_meta_device = device == "meta"
     virtual = getattr(args, "virtual_pipeline_model_parallel_size", None)

@@ -17,6 +17,7 @@ from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.state import common_state, load_state, sharded_state
 from megatron_opt.distributed.weights import WeightStep
 from megatron_opt.engine_options import EngineOptions
+from megatron_opt.errors import UserError
 from megatron_opt.kernels.host import on_device, sum_by_index
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixOptimizer
@@ -128,6 +129,11 @@ class ShardedOptimizer(MegatronOptimizer):
 
     def reload_model_params(self, state_dict: Any = None) -> None:
         """Take the model's parameters as the new main copies (after a load without optimizer state)."""
+        if any(domain.fp8_weights is not None for domain in self.domains):
+            raise UserError(
+                "main copies of weights in FP8 come from a checkpoint's optimizer state, which this one lacks; load it without "
+                "--fp8-param-gather."
+            )
         for fragment in self.fragments():
             param = fragment.view.param
             if param.dtype != torch.float32:
@@ -180,10 +186,22 @@ class ShardedOptimizer(MegatronOptimizer):
         for fragment in self.fragments():
             if not self.publishes(fragment):
                 fragment.publish()
+        for domain in self.domains:
+            if domain.fp8_weights is not None:
+                domain.fp8_weights.publish()
         if self.distributed and not self.overlap_param_gather:
             for chunk in self.model_chunks:
                 chunk.start_param_sync()
         return True, grad_norm, zeros
+
+    def publish_fp8(self) -> None:
+        """Weights in FP8 from the main copies, on every rank whole; outside a step, where nothing else is to be published."""
+        if any(domain.fp8_weights is not None for domain in self.domains):
+            for domain in self.domains:
+                if domain.fp8_weights is not None:
+                    domain.fp8_weights.publish()
+            for chunk in self.model_chunks:
+                chunk.start_param_sync(force_sync=True)
 
     def publishes(self, fragment: Any) -> bool:
         """Whether the steps themselves write all of a fragment to the model."""
@@ -323,6 +341,7 @@ class ShardedOptimizer(MegatronOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         load_state(self, state_dict)
+        self.publish_fp8()
 
 
 def _decay_of(group: Group) -> dict[str, float]:

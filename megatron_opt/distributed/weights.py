@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain
@@ -34,11 +33,10 @@ class WeightStep:
                 if rect.matrix in self.matrix.infos:
                     self.held.setdefault(self.group_of[rect.matrix], []).append((index, rect))
         self.projected = {name for name, rule in self.matrix.rules.items() if rule.projects}
-        dtypes = [fragment.view.param.dtype for fragment in self.domain.fragments]
         self.writes_model = {  # groups whose pass writes the model's bf16 parameters beside the main copies
             group
             for group, held in self.held.items()
-            if not self.rules[group].projects and all(dtypes[index] == torch.bfloat16 for index, _ in held)
+            if not self.rules[group].projects and all(self.domain.fragments[index].has_bf16_copy for index, _ in held)
         }
 
     def step(self, directions: Sequence[Tensor], skip: set[str], param_groups: Sequence[dict[str, Any]]) -> None:

@@ -143,7 +143,7 @@ def parse(argv: Sequence[str]) -> Any:
     from megatron_opt.checkpointing import resuming
     from megatron_opt.distributed.meta_model import model_config
     from megatron_opt.training import foresight
-    from megatron_opt.training.flags import checks, vocabulary
+    from megatron_opt.training.flags import checks, fp8, vocabulary
     from megatron_opt.training.flags.sentences import Flags, building, told
     from megatron_opt.training.optimizer_flags import check_optimizer_arguments
 
@@ -180,6 +180,7 @@ def parse(argv: Sequence[str]) -> Any:
     name, args.optimizer = args.optimizer, "adam"  # Megatron would route other names to its layer-wise wrapper
     told("Megatron refuses these flags", flags, _quietly, validate_args, args)
     args.optimizer = name
+    fp8.check_sizes(args)
     # Megatron's fault-tolerance hooks parse the command line once more, without our flags and presets
     megatron_arguments.parse_args = lambda *_, **__: args
     vocabulary.install()

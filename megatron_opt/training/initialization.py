@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_opt.layout.kinds import find_kind
 from megatron_opt.layout.matrices import declare
+from megatron_opt.layout.quantized import is_quantized, set_initial_values
 from megatron_opt.optimizers.base import MatrixInfo
 from megatron_opt.optimizers.mup import init_multiplier
 from megatron_opt.training.width import width_ratio
@@ -115,7 +116,9 @@ def initialize(chunks: Sequence[Any], config: Any, seed: int, style: str) -> Non
             one = one and not getattr(config, "layernorm_zero_centered_gamma", False)
             view.param.fill_(1.0 if one else 0.0)
             continue
-        local = view.param.view(view.rows, view.cols)
+        quantized = is_quantized(view.param)
+        values = torch.empty(view.param.shape, dtype=view.param.dtype) if quantized else view.param
+        local = values.view(view.rows, view.cols)
         for piece in view.pieces:
             info = declaration.matrices[piece.matrix]
             block = local[piece.local_row : piece.local_row + piece.rows]
@@ -124,3 +127,5 @@ def initialize(chunks: Sequence[Any], config: Any, seed: int, style: str) -> Non
                 block.copy_(ssm_values(kind.role, uniform(seed, info.name, index))[:, None])
                 continue
             _fill(block, seed, info.name, piece.row, piece.col, info.shape[-1], scale_of(info, style, config), truncate)
+        if quantized:
+            set_initial_values(view.param, values)

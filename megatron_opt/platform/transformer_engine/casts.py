@@ -1,6 +1,6 @@
-"""FP8 by one scale a tensor: the scale from the tensor itself (tensorwise), or from a history of absolute maxima (delayed).
+"""FP8 tensors of every recipe, and FP8 by one scale a tensor: from the tensor itself (tensorwise), or from a history (delayed).
 
-q = cast(clamp(x·s, ±max)), s = max/amax; a value is q/s. E4M3 has max 448, E5M2 57,344.
+q = cast(clamp(x·s, ±max)), s = max/amax; a value is q/s. One scale a tile: blocks.py.
 """
 
 from typing import Any
@@ -8,25 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_opt.platform.transformer_engine import blocks
 from megatron_opt.platform.transformer_engine.extension import MODULE, operation, torch_dtype
-
-FORMATS = {7: (torch.float8_e4m3fn, 448.0), 8: (torch.float8_e5m2, 57344.0)}  # by DType
-_LARGEST = torch.finfo(torch.float32).max
-
-
-def scale_from_amax(amax: Tensor, largest: float, powers_of_two: bool = False, epsilon: float = 0.0) -> Tensor:
-    """largest/max(amax, ε) in fp32; 1 where amax is 0 or not finite, the largest number where the quotient overflows."""
-    bounded = amax.clamp_min(epsilon)
-    scale = (largest / bounded).nan_to_num(posinf=_LARGEST)
-    if powers_of_two:
-        scale = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1)
-    return torch.where((bounded == 0) | ~bounded.isfinite(), torch.ones_like(scale), scale)
-
-
-def encode(x: Tensor, scale: Tensor, dtype: int) -> Tensor:
-    """Bytes of x·scale, rounded to nearest even, saturated."""
-    kind, largest = FORMATS[int(dtype)]
-    return (x.float() * scale).clamp(-largest, largest).to(kind).view(torch.uint8)
+from megatron_opt.platform.transformer_engine.scales import FORMATS, LARGEST, encode, quotient, scale_from_amax
 
 
 def decode(tensor: Any) -> tuple[Tensor, Tensor]:
@@ -43,20 +27,8 @@ def _is_current(quantizer: Any) -> bool:
     return type(quantizer).__name__ == "Float8CurrentScalingQuantizer"
 
 
-def _refuse_other_formats(quantizer: Any) -> None:
-    kind = type(quantizer).__name__
-    if kind not in ("Float8Quantizer", "Float8CurrentScalingQuantizer"):
-        getattr(MODULE, kind)()  # raises: it is not answered for
-
-
-@operation
-def quantize(x: Tensor, quantizer: Any, out: Any = None, noop: Tensor | None = None) -> Any:
-    """x in the quantizer's format, into `out` where it is given; unchanged where `noop` holds another number than 0."""
-    if noop is not None and float(noop) != 0:
-        return out
-    _refuse_other_formats(quantizer)
-    if out is None:
-        out = quantizer.make_empty(x.shape, dtype=x.dtype, device=x.device)
+def _write_one_scale(x: Tensor, quantizer: Any, out: Any) -> None:
+    """Quantize x by one scale into a tensor's rows, and its columns where they are there or wanted."""
     amax = x.detach().float().abs().max() if x.numel() else torch.zeros(())
     if _is_current(quantizer):
         if quantizer.with_amax_reduction:
@@ -78,6 +50,30 @@ def quantize(x: Tensor, quantizer: Any, out: Any = None, noop: Tensor | None = N
             out._transpose.copy_(transposed.view(out._transpose.shape))
         out._transpose_invalid = False
     out._scale_inv.copy_((1 / scale).view(out._scale_inv.shape))
+
+
+WRITERS = {
+    "Float8Quantizer": _write_one_scale,
+    "Float8CurrentScalingQuantizer": _write_one_scale,
+    "Float8BlockQuantizer": blocks.write_blockwise,
+    "MXFP8Quantizer": blocks.write_mx,
+}
+
+
+def _writer(quantizer: Any) -> Any:
+    kind = type(quantizer).__name__
+    return WRITERS[kind] if kind in WRITERS else getattr(MODULE, kind)()  # raises: it is not answered for
+
+
+@operation
+def quantize(x: Tensor, quantizer: Any, out: Any = None, noop: Tensor | None = None) -> Any:
+    """x in the quantizer's format, into `out` where it is given; unchanged where `noop` holds another number than 0."""
+    if noop is not None and float(noop) != 0:
+        return out
+    write = _writer(quantizer)
+    if out is None:
+        out = quantizer.make_empty(x.shape, dtype=x.dtype, device=x.device)
+    write(x.detach(), quantizer, out)
     out._fp8_dtype = quantizer.dtype
     return out
 
@@ -85,6 +81,9 @@ def quantize(x: Tensor, quantizer: Any, out: Any = None, noop: Tensor | None = N
 @operation
 def dequantize(tensor: Any, dtype: Any) -> Tensor:
     """q/s in `dtype`."""
+    if hasattr(tensor, "_rowwise_data"):  # blockwise tensors do it themselves
+        matrix = blocks.decode_mx(tensor, columnwise=tensor._rowwise_data is None)
+        return matrix.to(torch_dtype(dtype, torch.float32)).reshape(tensor.size())
     values, inverse = decode(tensor)
     return (values * inverse).to(torch_dtype(dtype, torch.float32)).reshape(tensor.size())
 
@@ -93,12 +92,13 @@ def dequantize(tensor: Any, dtype: Any) -> Tensor:
 def create_empty_quantized_tensor(
     quantizer: Any, shape: Any, dtype: torch.dtype, device: Any, pin: bool = False
 ) -> Any:
-    """A tensor to quantize into: bytes, their transpose where columns are wanted, 1/scale."""
+    """A tensor to quantize into: bytes and scales of rows, and of columns, as they are wanted."""
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
-    _refuse_other_formats(quantizer)
     shape = tuple(shape)
+    if _writer(quantizer) is not _write_one_scale:
+        return _empty_blocks(quantizer, shape, dtype)
     parts = {
         "data": torch.zeros(shape, dtype=torch.uint8) if quantizer.rowwise_usage else None,
         "data_transpose": torch.zeros((shape[-1], *shape[:-1]), dtype=torch.uint8)
@@ -111,6 +111,21 @@ def create_empty_quantized_tensor(
     if quantizer.internal:
         return Float8TensorStorage(fake_dtype=dtype, **parts)
     return Float8Tensor(shape=shape, dtype=dtype, requires_grad=False, device=torch.device("cpu"), **parts)
+
+
+def _empty_blocks(quantizer: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """A tensor with one scale a tile, as Transformer Engine's Python describes it; scales lie as they are read, never swizzled."""
+    described = quantizer.storage_metadata(dtype)
+    parts: dict[str, Any] = {
+        f"{usage}_{what}": None for usage in ("rowwise", "columnwise") for what in ("data", "scale_inv")
+    }
+    parts |= {name[1:]: tensor for name, tensor in quantizer.alloc_tensors(shape, device="cpu").items()}
+    parts |= described["nontensor_kwargs"]
+    if "with_gemm_swizzled_scales" in parts:
+        parts["with_gemm_swizzled_scales"] = False
+    if not quantizer.internal:
+        parts |= {"shape": shape, "dtype": dtype, "requires_grad": False, "device": torch.device("cpu")}
+    return described["cls"](**parts)
 
 
 @operation
@@ -178,7 +193,7 @@ def fused_amax_and_scale_update_after_reduction(
         history[0].copy_(reduced[at : at + history.shape[1]])
         at += history.shape[1]
         amax = history.amax(0) if algorithm == "max" else history[0].clone()
-        updated = (FORMATS[int(dtype)][1] / amax / 2**margin).nan_to_num(posinf=_LARGEST)
+        updated = (quotient(FORMATS[int(dtype)][1], amax) / 2**margin).nan_to_num(posinf=LARGEST)
         scale.copy_(torch.where(amax.isfinite() & (amax > 0), updated, scale))
         history.copy_(history.roll(-1, 0))
         history[0].zero_()

@@ -23,9 +23,37 @@ def install() -> None:
 
     Base.__init__ = rewritten(Base.__init__, "not torch.cuda.is_available()", "False")
     Base.prepare_forward = rewritten(Base.prepare_forward, "not inp.is_cuda", "False")
+    from transformer_engine.pytorch import quantization
+
+    quantization._FP8_BLOCK_SCALING_SUPPORT = quantization._MXFP8_SUPPORT = (
+        True,
+        "",
+    )  # other GPUs' formats, emulated too
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     TEDotProductAttention.forward = attention
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
+    from megatron.core.distributed import param_and_grad_buffer
+
+    param_and_grad_buffer.dist_all_gather_func = _gathered_bytes
+    MCoreSavePlanner.resolve_data = _plain(MCoreSavePlanner.resolve_data)
+
+
+def _plain(resolve: Callable[..., Any]) -> Callable[..., Any]:
+    """Weights in FP8 are saved as the numbers that they stand for, which Megatron does of those on a GPU alone."""
+
+    def resolve_data(planner: Any, item: Any) -> Any:
+        from transformer_engine.pytorch.quantized_tensor import QuantizedTensor
+
+        found = resolve(planner, item)
+        return found.dequantize() if isinstance(found, QuantizedTensor) else found
+
+    return resolve_data
+
+
+def _gathered_bytes(output: Tensor, shard: Tensor, **options: Any) -> Any:
+    """An all-gather of bytes: gloo turns what is gathered at once, FP8 and bf16, into one type."""
+    return torch.distributed.all_gather_into_tensor(output.view(torch.uint8), shard.view(torch.uint8), **options)
 
 
 def rewritten(function: Callable[..., Any], old: str, new: str) -> Callable[..., Any]:

@@ -5,27 +5,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_opt.platform.transformer_engine import blocks
 from megatron_opt.platform.transformer_engine.casts import decode, quantize
 from megatron_opt.platform.transformer_engine.extension import operation, torch_dtype
 
+_ONE = torch.ones((), dtype=torch.float64)
 
-def _operand(x: Any) -> tuple[Tensor, Tensor | None]:
-    """(matrix, 1/scale) of FP8, (matrix, None) of torch's types."""
-    return decode(x) if hasattr(x, "_scale_inv") else (x.reshape(-1, x.shape[-1]), None)
+
+def _operand(x: Any, columnwise: bool = False) -> tuple[Tensor, Tensor | None]:
+    """(matrix in fp64, its factor or 1) of FP8, (matrix, None) of torch's types; `columnwise`: by the scales of its columns."""
+    if hasattr(x, "_is_2D_scaled"):
+        return blocks.decode_blockwise(x, columnwise), _ONE
+    if hasattr(x, "_with_gemm_swizzled_scales"):
+        return blocks.decode_mx(x, columnwise), _ONE
+    if hasattr(x, "_scale_inv"):
+        values, inverse = decode(x)
+        return values.double(), inverse.double()
+    return x.reshape(-1, x.shape[-1]), None
 
 
 def product(a: Any, transpose_a: bool, b: Any, transpose_b: bool) -> Tensor:
-    """op(b)·op(a), cuBLAS's A and B being column-major. FP8 products are summed in fp64: they are exact, whatever the order."""
-    left, left_inverse = _operand(b)  # (rows, k) or its transpose
-    right, right_inverse = _operand(a)
+    """op(b)·op(a), cuBLAS's A and B being column-major. FP8 products are exact and summed in fp64, whatever the order."""
+    left, left_factor = _operand(b, columnwise=transpose_b)  # (rows, k) or its transpose
+    right, right_factor = _operand(a, columnwise=not transpose_a)
     left = left.t() if transpose_b else left
     right = right.t() if transpose_a else right
-    if left_inverse is None and right_inverse is None:
+    if left_factor is None and right_factor is None:
         return left @ right
-    one = torch.ones(())
-    scale = (one if left_inverse is None else left_inverse).double() * (
-        one if right_inverse is None else right_inverse
-    ).double()
+    scale = (_ONE if left_factor is None else left_factor) * (_ONE if right_factor is None else right_factor)
     return ((left.double() @ right.double()) * scale).float()
 
 
@@ -54,7 +61,7 @@ def generic_gemm(
     y = product(a, transpose_a, b, transpose_b)
     bias_grad = None
     if bias is not None and grad:
-        rows, inverse = _operand(b)
+        rows, inverse = _operand(b, columnwise=transpose_b)
         bias_grad = (rows if inverse is None else rows * inverse).sum(0).to(bias.dtype)
     elif bias is not None:
         y = y + bias.to(y.dtype)
@@ -98,9 +105,24 @@ def te_general_grouped_gemm(
             continue
         y = product(a[i], transpose_a, b[i], transpose_b)
         if has_bias and grad:
-            matrix, inverse = _operand(b[i])
+            matrix, inverse = _operand(b[i], columnwise=transpose_b)
             bias[i].copy_((matrix if inverse is None else matrix * inverse).sum(0))
         elif has_bias:
             y = y + bias[i].to(y.dtype)
         target.copy_((target + y if accumulate else y).view(target.shape))
     return bias
+
+
+@operation
+def fused_multi_row_padding(x: Tensor, out: Tensor, sizes: list[int], padded: list[int]) -> None:
+    """Runs of rows of x at the beginnings of wider runs of out; zeros after them."""
+    for source, target in zip(x.split(list(sizes)), out.split(list(padded)), strict=True):
+        target[: len(source)] = source
+        target[len(source) :] = 0
+
+
+@operation
+def fused_multi_row_unpadding(x: Tensor, out: Tensor, padded: list[int], sizes: list[int]) -> None:
+    """The beginnings of runs of rows of x, one after another."""
+    for source, target in zip(x.split(list(padded)), out.split(list(sizes)), strict=True):
+        target.copy_(source[: len(target)])

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_opt import platform, presets
 from megatron_opt.checkpointing import folders
 from megatron_opt.errors import UserError
-from megatron_opt.training.flags import conditions, layout, ranges, table, tokenizers
+from megatron_opt.training.flags import conditions, fp8, layout, ranges, table, tokenizers
 
 _NEEDED = (
     ("num_layers", "--num-layers"),
@@ -74,7 +74,9 @@ def model_and_layout(args: Any) -> None:
             "--transformer-impl transformer_engine needs Transformer Engine, which is not installed; install it (extra "
             "`gpu`) or give --transformer-impl local."
         )
-    _check_on_cpu(args)
+    if platform.on_cpu() and args.distributed_backend == "nccl":
+        raise UserError("--distributed-backend nccl needs GPUs; leave it out on CPU, where ranks talk by gloo.")
+    fp8.check_recipe(args)
     layout.check_layout(args)
     faults.check(args)
     tokenizers.check_tokenizer(args)
@@ -85,17 +87,6 @@ def model_and_layout(args: Any) -> None:
         raise UserError(
             f"--max-position-embeddings {args.max_position_embeddings} is below --seq-length {args.seq_length}; raise it."
         )
-
-
-def _check_on_cpu(args: Any) -> None:
-    if not platform.on_cpu():
-        return
-    if args.distributed_backend == "nccl":
-        raise UserError("--distributed-backend nccl needs GPUs; leave it out on CPU, where ranks talk by gloo.")
-    if args.fp4:
-        raise UserError("--fp4-format is not emulated on CPU; leave it out there.")
-    if args.fp8 and args.fp8_recipe not in ("delayed", "tensorwise"):
-        raise UserError(f"--fp8-recipe {args.fp8_recipe} is not emulated on CPU; give tensorwise or delayed there.")
 
 
 def trainable(args: Any) -> None:

@@ -115,7 +115,8 @@ NEEDS_TE = {
     "low precision is Transformer Engine's": """
         fp8-format fp8-recipe fp8-margin fp8-interval fp8-amax-history-len fp8-amax-compute-algo no-fp8-wgrad
         fp8-output-proj first-last-layers-bf16 num-layers-at-start-in-bf16 num-layers-at-end-in-bf16 fp4-format fp4-recipe
-        te-precision-config-file keep-fp8-transpose-cache moe-router-padding-for-quantization""",
+        te-precision-config-file fp8-param-gather reuse-grad-buf-for-mxfp8-param-ag keep-fp8-transpose-cache
+        moe-router-padding-for-quantization""",
     "it overlaps communication inside Transformer Engine's layers, or chooses among their attention kernels": """
         tp-comm-overlap tp-comm-overlap-* no-tp-comm-* cp-comm-type attention-backend
         flash-attention-version batch-invariant-mode""",
@@ -137,9 +138,7 @@ BY_OPTIMIZER: dict[str, tuple[tuple[object, ...], str]] = {
     "optimizer-cpu-offload": ((), "state stays on the parameters' device; remove the flag."),
     "use-precision-aware-optimizer": ((), "set the state's type by --OPTIMIZER-state-dtype or -momentum-dtype."),
     "overlap-param-gather-with-optimizer-step": ((), "use --overlap-param-gather."),
-    "fp8-param-gather": ((), "main copies are written back in bf16; remove the flag."),
     "fp4-param-gather": ((), "main copies are written back in bf16; remove the flag."),
-    "reuse-grad-buf-for-mxfp8-param-ag": ((), "it needs FP8 parameters; remove the flag."),
     "qk-clip": ((), "it rescales weights behind the optimizer's main copies; use --qk-layernorm."),
     "ckpt-format": (("torch_dist",), "state is stored by logical matrix, which needs --ckpt-format torch_dist."),
     "optimizer-cuda-graph": (

@@ -1,0 +1,202 @@
+"""FP8 on CPU: quantizers bit for bit, losses near bf16's, layouts, resuming, layers kept in bf16, weights kept in FP8."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import cases as c
+from tests.distributed.cases import Case, Layout, case
+from tests.distributed.pool import Pool, Run
+from tests.distributed.test_transformer_engine import PACKAGES, TE
+
+pytestmark = pytest.mark.skipif(not PACKAGES.is_dir(), reason=f"requirements-te.txt is not installed in {PACKAGES}")
+
+STEPS, STOP = 3, 1
+BF16 = [*TE, "--bf16", "--hidden-size", "64", "--num-layers", "2"]
+GQA = [*c.GQA, *BF16]
+MOE = [*c.MOE, *BF16, "--moe-ffn-hidden-size", "64", "--moe-grouped-gemm"]
+KEPT = "--first-last-layers-bf16 --num-layers-at-start-in-bf16 {0} --num-layers-at-end-in-bf16 {1}"
+BLOCKS = ("blockwise", "mxfp8")
+
+
+def fp8(model: Sequence[str], recipe: str, form: str = "e4m3") -> list[str]:
+    return [*model, "--fp8-format", form, "--fp8-recipe", recipe]
+
+
+def _case(name: str, flags: Sequence[str], layout: Layout = c.ONE, **more: object) -> Case:
+    return case(flags, c.MUON, layout, name, steps=STEPS, **more)
+
+
+def _saving(recipe: str, folder: Path) -> Case:
+    """A run with a checkpoint of every step."""
+    return _case(recipe, fp8(GQA, recipe), hook="checkpoint", options={"save": str(folder / recipe), "interval": 1})
+
+
+def _resumed(recipe: str, folder: Path) -> Case:
+    options, flags = {"load": str(folder / recipe)}, [*fp8(GQA, recipe), "--ckpt-step", str(STOP)]
+    return _case(f"{recipe}-resumed", flags, hook="checkpoint", options=options)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    made = Pool(tmp_path_factory.mktemp("fp8"), 2, PACKAGES, transformer_engine=True)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def runs(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    folder, mx = tmp_path_factory.mktemp("checkpoints"), fp8(GQA, "mxfp8")
+    wanted = [_case("bf16", GQA, hook="quantizers"), _case("moe-bf16", MOE), _case("moe-mxfp8", fp8(MOE, "mxfp8"))]
+    wanted += [_case("blockwise", fp8(GQA, "blockwise")), _saving("mxfp8", folder)]
+    wanted += [_case("kept-1-1", [*mx, *KEPT.format(1, 1).split()])]
+    wanted += [_case("odd", [*mx, "--hidden-size", "80"])]
+    return pool.run(wanted) | pool.run([_resumed("mxfp8", folder)])
+
+
+def test_quantizers_equal_references_bit_for_bit(runs: dict[str, Run]) -> None:
+    """Rows and columns, numbers and scales, in both formats, over the whole range of bf16."""
+    assert runs["bf16"].losses  # no error
+    (rank,) = runs["bf16"].ranks
+    assert len(rank["faults"]) == 8 and not any(rank["faults"].values()), rank["faults"]
+
+
+def test_products_are_exact(runs: dict[str, Run]) -> None:
+    assert runs["bf16"].ranks[0]["product_error"] < 2**-23  # one rounding to fp32
+
+
+@pytest.mark.parametrize("ours, theirs", [("blockwise", "bf16"), ("mxfp8", "bf16"), ("moe-mxfp8", "moe-bf16")])
+def test_losses_are_near_bf16_and_other_numbers(runs: dict[str, Run], ours: str, theirs: str) -> None:
+    found, wanted = runs[ours].losses, runs[theirs].losses
+    assert len(found) == STEPS and found == pytest.approx(wanted, rel=1e-2) and found != wanted
+
+
+def test_a_resumed_run_goes_on_as_if_uninterrupted(runs: dict[str, Run]) -> None:
+    assert runs["mxfp8-resumed"].losses == runs["mxfp8"].losses[STOP:]
+
+
+def test_layers_kept_in_bf16(runs: dict[str, Run]) -> None:
+    """Both of two: bf16's losses to the bit."""
+    assert runs["kept-1-1"].losses == runs["bf16"].losses
+
+
+def test_sizes_that_do_not_fit_are_refused_at_start(runs: dict[str, Run]) -> None:
+    assert "--hidden-size 80 is 80 in FP8 products, which --fp8-recipe mxfp8" in str(runs["odd"].user_errors[0])
+
+
+@pytest.mark.slow
+def test_recipes_on_layouts(pool: Pool, tmp_path: Path) -> None:
+    """Dense and experts on DP, TP and EP, gradients in E5M2, a resume: every recipe of blocks."""
+    wanted = []
+    for recipe in BLOCKS:
+        flags, experts = fp8(GQA, recipe), fp8(MOE, recipe)
+        wanted += [_saving(recipe, tmp_path), _case(f"{recipe}-hybrid", fp8(GQA, recipe, "hybrid"))]
+        wanted += [_case(f"{recipe}-{layout.name}", flags, layout) for layout in (c.DP2_DIST, c.TP2, c.PP2)]
+        wanted += [_case(f"{recipe}-kept", [*flags, *KEPT.format(1, 0).split()])]
+        wanted += [_case(f"moe-{recipe}", experts), _case(f"moe-{recipe}-ep2", experts, c.EP2)]
+    runs = pool.run(wanted)
+    runs |= pool.run([_case("bf16", GQA), *(_resumed(recipe, tmp_path) for recipe in BLOCKS)])
+    for recipe in BLOCKS:
+        one, hybrid = runs[recipe], runs[f"{recipe}-hybrid"]
+        assert one.losses[0] == hybrid.losses[0] and one.grad_norms[0] != hybrid.grad_norms[0]
+        assert runs[f"{recipe}-dp2-distopt"].losses == pytest.approx(one.losses, rel=1e-6)
+        assert runs[f"{recipe}-pp2"].losses == pytest.approx(one.losses, rel=1e-6)
+        # an expert's product has the tokens of two ranks: other tokens share a scale
+        assert runs[f"moe-{recipe}-ep2"].losses == pytest.approx(runs[f"moe-{recipe}"].losses, rel=2e-3)
+        assert runs[f"{recipe}-tp2"].losses == pytest.approx(one.losses, rel=2e-3)  # partial sums round to bf16
+        assert runs[f"{recipe}-resumed"].losses == one.losses[STOP:]
+        assert runs[f"{recipe}-kept"].losses not in (one.losses, runs["bf16"].losses)
+
+
+ONE = Layout.of("one", 1, distopt=True)
+TP2 = Layout.of("tp2", 2, tp=2, distopt=True)
+PP2 = Layout.of("pp2", 2, pp=2, distopt=True)
+OVERLAP = Layout.of("dp2-overlap", 2, distopt=True, more=("--overlap-grad-reduce", "--overlap-param-gather"))
+OPTIMIZERS = {"adamw": c.ADAMW, "muon": c.MUON, "soap": c.SOAP}
+RECIPES = ("tensorwise", "blockwise", "mxfp8")
+
+
+def gathered(recipe: str) -> list[str]:
+    return ["--fp8-param-gather", *(["--reuse-grad-buf-for-mxfp8-param-ag"] if recipe == "mxfp8" else [])]
+
+
+def pair(recipe: str, optimizer: str, layout: Layout, model: Sequence[str] = GQA, name: str = "") -> tuple[Case, Case]:
+    """The run without the flag and with it."""
+    flags, rule = fp8(model, recipe), OPTIMIZERS[optimizer]
+    name = f"{name}{recipe}-{optimizer}-{layout.name}"
+    on = case([*flags, *gathered(recipe)], rule, layout, f"{name}-on", steps=STEPS, hook="weights")
+    return case(flags, rule, layout, f"{name}-off", steps=STEPS), on
+
+
+def check_pair(runs: dict[str, Run], off: Case, on: Case) -> None:
+    without, with_it = runs[off.name], runs[on.name]
+    assert with_it.losses == without.losses and with_it.grad_norms == without.grad_norms, on.name
+    expected = without.weights
+    assert all((value == expected[name]).all() for name, value in with_it.weights.items())
+    if on.layout is not OVERLAP:  # where other ranks' shards come with the next forward pass
+        check_bytes(with_it)
+
+
+def check_bytes(run: Run) -> None:
+    for rank in run.ranks:
+        assert len(rank["fp8_weights"]) >= 1 and all(count > 0 and not faults for count, faults in rank["fp8_weights"])
+
+
+QUICK = [
+    pair("tensorwise", "adamw", c.DP2_DIST),
+    pair("mxfp8", "muon", TP2),
+]
+
+
+def _weights(name: str, layout: Layout, *flags: str, **options: object) -> Case:
+    """Weights in FP8 by tensorwise scales under AdamW, which `QUICK` has on DP2."""
+    model = [*fp8(GQA, "tensorwise"), *gathered("tensorwise"), *flags]
+    return case(model, c.ADAMW, layout, name, steps=STEPS, hook="weights", options=options)
+
+
+@pytest.fixture(scope="module")
+def fp8_weights(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    folder = str(tmp_path_factory.mktemp("fp8-weights") / "tp2")
+    made = pool.run([one for both in QUICK for one in both] + [_weights("tp2", TP2, save=folder, interval=1)])
+    at = ("--ckpt-step", str(STOP))
+    return made | pool.run([_weights("resumed", TP2, *at, load=folder)])
+
+
+@pytest.mark.parametrize("both", QUICK, ids=[on.name for _, on in QUICK])
+def test_weights_in_fp8_change_nothing(fp8_weights: dict[str, Run], both: tuple[Case, Case]) -> None:
+    check_pair(fp8_weights, *both)
+
+
+def test_a_weights_scale_is_the_whole_matrixs_under_tensor_parallelism(fp8_weights: dict[str, Run]) -> None:
+    """Bytes are those of one process; losses differ by partial sums."""
+    check_bytes(fp8_weights["tp2"])
+    one = fp8_weights["tensorwise-adamw-dp2-distopt-on"].losses
+    assert fp8_weights["tp2"].losses == pytest.approx(one, rel=2e-3)
+
+
+def test_weights_in_fp8_resume_bit_for_bit(fp8_weights: dict[str, Run]) -> None:
+    assert fp8_weights["resumed"].losses == fp8_weights["tp2"].losses[STOP:]
+    check_bytes(fp8_weights["resumed"])
+
+
+@pytest.mark.slow
+def test_weights_in_fp8_change_nothing_for_optimizers_recipes_and_layouts(pool: Pool) -> None:
+    """Every pair of the matrix is the same run to the bit."""
+    layouts = {"tensorwise": (ONE, c.DP2_DIST, PP2, OVERLAP), "blockwise": (c.DP2_DIST, TP2, PP2, OVERLAP),
+               "mxfp8": (c.DP2_DIST, TP2, PP2)}  # fmt: skip
+    pairs = [pair(r, o, layout) for r in RECIPES for o in OPTIMIZERS for layout in layouts[r]]
+    pairs += [pair(recipe, "muon", c.EP2_DIST, MOE, "moe-") for recipe in RECIPES]
+    found = pool.run([one for both in pairs for one in both])
+    for both in pairs:
+        check_pair(found, *both)
+
+
+@pytest.mark.slow
+def test_weights_in_fp8_go_on_on_another_layout(pool: Pool, tmp_path: Path) -> None:
+    """Saved on TP2, loaded on DP2: within the spread of TP."""
+    folder, at = str(tmp_path / "tp2"), ("--ckpt-step", str(STOP))
+    whole = pool.run([_weights("whole", TP2, save=folder, interval=1)])["whole"]
+    moved = pool.run([_weights("moved", c.DP2_DIST, *at, load=folder)])["moved"]
+    assert moved.losses == pytest.approx(whole.losses[STOP:], rel=2e-3)
+    check_bytes(moved)
