@@ -86,7 +86,7 @@ WORDS = {
     "data index --input nope --tokenizer t --output-prefix p": "--input: the corpus nope does not exist",
     "optimizers muno": "Did you mean muon?", "optimizers muon soap": "'soap'",
     "study plan nope.yaml": "nope.yaml", "study report nope": "nope/study.sqlite", "study nope": "'nope' is none of",
-    "export nope --output o": "nope holds no checkpoint", "import nope --output o": "nope/config.json cannot be read",
+    "import nope --output o": "nope/config.json cannot be read",
     "status": "DIR", "status a b": "'b'", "cost": "step|search", "cost stepp": "Did you mean step?", "nope": "'nope'",
     "Train": "Did you mean train?", "COST": "Did you mean cost?", "--vresion": "'--vresion'", "data": "command", "mup": "command",
     "migrate": "plan|checkpoint", "migrate plan": "--to",

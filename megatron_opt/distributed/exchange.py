@@ -207,11 +207,13 @@ class Exchange:
         buffers: dict[tuple[str, int], Tensor],
         updates: Sequence[Tensor],
         what: str = "updates to shards",
+        dtype: torch.dtype | None = None,
     ) -> Trip:
-        """Updates of parts back to every rank that holds a shard of them."""
+        """Updates of parts back to every rank that holds a shard of them; in `dtype` where it is not --exchange-dtype's."""
         return self.start(
             [[item.of_buffer(buffers[item.part]) for item in items] for items in route.scatter_out],
             [[functools.partial(_update_of, item, updates) for item in items] for items in route.scatter_in],
             [[item.numel for item in items] for items in route.scatter_in],
             what,
+            dtype,
         )

@@ -264,3 +264,13 @@ def test_what_has_no_way_is_refused_by_name() -> None:
 
 def test_a_warmup_is_a_fortieth_of_what_is_left_within_bounds() -> None:
     assert [warm_start.rewarm_steps(left) for left in (0, 8, 30, 800, 40000)] == [20, 4, 15, 20, 1000]
+
+
+def test_moments_travel_in_fp32_whatever_the_exchange_does():
+    """As `migrate checkpoint` calls it where this project's optimizer is left; the whole conversion is a slow test."""
+    from types import SimpleNamespace
+
+    from megatron_opt.distributed.exchange import Exchange
+
+    nothing = SimpleNamespace(scatter_out=[[]], scatter_in=[[]])
+    Exchange(None, 0, 1, torch.bfloat16).scatter(nothing, {}, [], "first moments", torch.float32).finish()
