@@ -25,7 +25,7 @@ def world(tp: int, pp: int) -> Iterator[None]:
             f"{ranks} ranks are no multiple of --tensor-model-parallel-size {tp} times --pipeline-model-parallel-size "
             f"{pp}; start as many by torchrun --nproc-per-node {tp * pp}."
         )
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks == 1 else {}
+    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks == 1 else {}
     dist.init_process_group("gloo", **alone)
     try:
         ps.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
