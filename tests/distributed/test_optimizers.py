@@ -21,8 +21,6 @@ OPTIONS = {
         f"--{name.replace('_', '-')}-fp32-matmul-prec high".split()
         for name in ("soap_muon", "soap_muon_h")
     },
-    "kl_soap": "--kl-soap-precondition-frequency 3".split(),
-    "kl_soap_h": "--kl-soap-h-precondition-frequency 3".split(),
     "mars": ["--mars-eps", "1e-3"],
     # what comes once in many steps comes inside the run
     "sophia": "--sophia-eps 1e-4 --sophia-curvature-every 3".split(),
