@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain
-from megatron_opt.distributed.fragments import Rect
+from megatron_opt.distributed.fragments import Rect, has_bf16_copy
 from megatron_opt.kernels.host import on_device, sum_by_index
 from megatron_opt.optimizers.base import ElementwiseOptimizer, Reducer, State
 from megatron_opt.optimizers.groups import Group
@@ -59,7 +59,7 @@ class ElementwiseStep:
         self.writes_model = {  # groups whose kernel writes the model's bf16 parameters beside the main copies
             group
             for group, pieces in self.slices.items()
-            if all(self.domain.fragments[piece.fragment].has_bf16_copy for piece in pieces)
+            if all(has_bf16_copy(self.domain.fragments[piece.fragment]) for piece in pieces)
         }
 
     def _rules(self, skip: set[str]) -> Iterator[tuple[int, Any, list[FlatRun]]]:

@@ -77,11 +77,6 @@ class Fragment:
             return None
         return grad.view(-1)[self.start : self.stop].float()
 
-    @property
-    def has_bf16_copy(self) -> bool:
-        """Whether the model's own parameter is bf16 that a kernel may write beside the main copy."""
-        return not self.quantized and self.view.param.dtype == torch.bfloat16
-
     def model_copy(self) -> Tensor | None:
         """The interval of the model's own parameter, in its type, where that is not the main copy and not FP8."""
         param = self.view.param
@@ -91,6 +86,12 @@ class Fragment:
         """Write the main copy back to the model's parameter where the two are distinct."""
         if (copy := self.model_copy()) is not None:
             copy.copy_(self.main)
+
+
+def has_bf16_copy(fragment: Fragment) -> bool:
+    """Whether the model's own parameter is bf16, which a kernel may write beside the main copy."""
+    copy = fragment.model_copy()
+    return copy is not None and copy.dtype == torch.bfloat16
 
 
 def _interval(param: Tensor, buffers: Iterable[Any]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain
 from megatron_opt.distributed.elementwise import learning_rate
-from megatron_opt.distributed.fragments import Rect
+from megatron_opt.distributed.fragments import Rect, has_bf16_copy
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.kernels import multi_tensor
 from megatron_opt.kernels.multi_tensor import Coefficients, Rule
@@ -36,7 +36,7 @@ class WeightStep:
         self.writes_model = {  # groups whose pass writes the model's bf16 parameters beside the main copies
             group
             for group, held in self.held.items()
-            if not self.rules[group].projects and all(self.domain.fragments[index].has_bf16_copy for index, _ in held)
+            if not self.rules[group].projects and all(has_bf16_copy(self.domain.fragments[index]) for index, _ in held)
         }
 
     def step(self, directions: Sequence[Tensor], skip: set[str], param_groups: Sequence[dict[str, Any]]) -> None:

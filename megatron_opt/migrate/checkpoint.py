@@ -91,6 +91,10 @@ def _check(args: Any) -> None:
         raise UserError(f"--load and --save are both {args.load}; write the warm start to another folder.")
     if args.optimizer in MEGATRON_OWN:
         raise UserError(f"--optimizer {args.optimizer} is Megatron's own; write for adamw, which trains the same.")
+    if args.fp8_param_gather:
+        raise UserError(
+            "--fp8-param-gather: a warm start is written from bf16 weights; leave it out, and give it to the run."
+        )
     if args.ckpt_format != "torch_dist":
         raise UserError(f"--ckpt-format {args.ckpt_format} cannot be read by another layout; save as torch_dist.")
 
