@@ -51,8 +51,10 @@ class RankModel:
         args.moe_expert_capacity_factor = None  # a capacity would let an answer depend on its neighbours in the batch
         tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         self.stage = mpu.get_pipeline_model_parallel_rank()
-        (model,) = build_chunks(args, self.stage, tp=tp, etp=tp, device="cpu")
-        self._model: Any = model  # whose methods a Module does not declare
+        built: list[Any] = build_chunks(
+            args, self.stage, tp=tp, etp=tp, device="cpu"
+        )  # a Module declares not all methods
+        (self._model,) = built
         self.first, self.last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
         metadata = dict(source.content_metadata or {})
         metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
