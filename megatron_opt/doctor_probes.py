@@ -272,7 +272,7 @@ def shared_folder_complaint(folder: Path, rank: int, world: int) -> str | None:
     token = f"rank {rank}"
     complaint = None
     try:
-        base.mkdir(parents=True, exist_ok=True)
+        base.mkdir(exist_ok=True)
         path = base / str(rank)
         with path.open("w") as stream:
             stream.write(token)

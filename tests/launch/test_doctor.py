@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opt import doctor
+from megatron_opt import doctor, doctor_probes
 from megatron_opt.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,6 +109,7 @@ def test_two_sound_ranks(tmp_path):
 
 def test_the_odd_rank_is_named(tmp_path):
     private = tmp_path / "private"
+    private.mkdir()
     body = f"""
 if rank == 1:
     probes.VERSIONS["torch"] = lambda: "0.0"
@@ -127,6 +128,12 @@ if rank == 1:
     assert "does not see rank" in line(done, "shared folder")
     assert "<- rank 0" in line(done, "dataset nowhere")
     assert "NOT fit" in done.stdout
+
+
+def test_a_shared_folder_that_is_not_there_is_not_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor_probes.dist, "barrier", lambda: None)
+    complaint = doctor_probes.shared_folder_complaint(tmp_path / "tpyo", 0, 1)
+    assert complaint == f"cannot write to {tmp_path / 'tpyo'}: No such file or directory" and not list(tmp_path.iterdir())
 
 
 def test_alone_on_this_machine(tmp_path):
