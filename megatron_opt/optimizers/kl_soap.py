@@ -27,6 +27,10 @@ _LEAST = 1e-24  # eigenvalue of a factor: no gradient's square divided by it lea
 class KlSoapConfig(SoapConfig):
     """Hyperparameters of KL-SOAP; SOAP's, as tuned in the study."""
 
+    power_shift: float = option(
+        1e-3, "refresh from factors plus this share of their largest eigenvalue: without it layouts part by 4e-4",
+        low=0, high=100,
+    )  # fmt: skip
     eigenvalue_floor: float = option(
         1e-4, "least eigenvalue in the whitening, over a factor's mean: unseen directions are not blown up",
         low=1e-8, high=1,

@@ -133,7 +133,9 @@ if rank == 1:
 def test_a_shared_folder_that_is_not_there_is_not_made(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor_probes.dist, "barrier", lambda: None)
     complaint = doctor_probes.shared_folder_complaint(tmp_path / "tpyo", 0, 1)
-    assert complaint == f"cannot write to {tmp_path / 'tpyo'}: No such file or directory" and not list(tmp_path.iterdir())
+    assert complaint == f"cannot write to {tmp_path / 'tpyo'}: No such file or directory" and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_alone_on_this_machine(tmp_path):

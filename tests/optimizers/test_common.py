@@ -340,7 +340,9 @@ def test_cost_counts_what_runs(case, shape, kernels, monkeypatch):
     state = rule.init_state(torch.ones(shape), info)
     cost = rule.cost(info)
     assert cost.state_bytes == sum(value.numel() * value.element_size() for value in state.values())
-    grads = gradients(shape, 12, torch.float32, seed=2)  # noise amid a factor's columns would be mended by more products
+    grads = gradients(
+        shape, 12, torch.float32, seed=2
+    )  # noise amid a factor's columns would be mended by more products
     steps(rule, state, grads[:4], info)
     period = int(cost.refresh_every)
     products = {

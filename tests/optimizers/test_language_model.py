@@ -112,7 +112,7 @@ ROUNDED = [(name, {}) for name in sorted(registry.rules())] + [
 @pytest.mark.parametrize("name, options", ROUNDED, ids=[f"{n}-{len(o)}-{i}" for i, (n, o) in enumerate(ROUNDED)])
 def test_rounding_does_not_grow(name, options, text):
     """Gradients that differ by 1e-7, as two layouts' do, give losses within 1e-5 over 20 steps."""
-    precise = {"muon": "muon", "scion": "scion"}.get(name.removesuffix("_h"))
+    precise = {"muon": "muon", "scion": "scion", "soap_muon": "soap_muon"}.get(name.removesuffix("_h"))
     options = options | ({"fp32_matmul_prec": "high"} if precise else {})
     lr = 0.003 if name in LEARNING_RATES else 0.01
     exact = losses(name, text, lr, 20, options=options)

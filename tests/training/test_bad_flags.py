@@ -81,7 +81,7 @@ CASES = {
     # without effect, on this platform or at all
     "--fp8-format hybrid": "needs Transformer Engine",
     "--fp8-format hybrid --fp8-recipe delayed": "needs Transformer Engine",
-    "--fp8-param-gather": "--fp8-format",
+    "--fp8-param-gather": "needs Transformer Engine",
     "--fp4-format e2m1": "needs Transformer Engine",
     "--transformer-impl transformer_engine": "--transformer-impl local",
     "--attention-backend flash": "needs a GPU",
