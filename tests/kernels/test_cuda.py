@@ -61,8 +61,24 @@ def test_symmetric_products_go_where_they_are_faster():
     assert form(8, (3, 64, 100), True, True) == "native" and form(8, (64, 100), False, True) == "full"
     assert form(9, (64, 128), True, True) == "library" and form(10, (64, 128), True, False) == "full"
     assert form(9, (2, 64, 128), True, True) == "full" and form(9, (64, 100), True, True) == "full"
+    assert form(9, (2, 1024, 4096), True, True) == "library" and form(9, (2, 1024, 4100), True, True) == "full"
     assert symmetric.form(torch.float32, "cuda", 8, (64, 64), True, True) == "full"
     assert symmetric.form(torch.bfloat16, "cpu", 0, (64, 64), True, True) == "full"
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+@pytest.mark.parametrize("added", [False, True])
+def test_a_librarys_product_takes_a_batch_one_by_one(lead, added, monkeypatch):
+    def library(a, d, alpha, beta):
+        assert a.ndim == 2 and a.is_contiguous()
+        return alpha * (a @ a.T) + (0 if d is None else beta * d)
+
+    monkeypatch.setattr(symmetric, "form", lambda *asked: "library")
+    monkeypatch.setattr(symmetric, "_library", lambda: library)
+    a = torch.randn(*lead, 6, 10, dtype=torch.float64)
+    d = torch.randn(*lead, 6, 6, dtype=torch.float64) if added else None
+    exact = 0.5 * (a @ a.mT) + (2.0 * d if added else 0)
+    torch.testing.assert_close(symmetric.symmetric_product(a, d, 0.5, 2.0 if added else 0.0), exact)
 
 
 @pytest.mark.parametrize("lead", [(), (3,)])
