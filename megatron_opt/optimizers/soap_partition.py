@@ -235,7 +235,8 @@ class SoapPartition(FactoredPartition):
 
     def shard_costs(self, edges: tuple[int, ...]) -> list[Cost]:
         """Refreshing bases, factors and bases themselves are shard 0's alone."""
-        whole, alone, held = self.optimizer.cost(self.info), {"gemm": 0.0, "qr": 0.0}, 4.0
+        whole, alone, held = self.optimizer.cost(self.info), {"gemm": 0.0, "qr": 0.0}, 0.0
+        flag = 4.0  # bytes, with every shard
         for region in self._regions() if self.side is not None else ():
             count, size, _ = self._factors(region)
             alone["gemm"] += count * 2.0 * size**3
@@ -244,8 +245,9 @@ class SoapPartition(FactoredPartition):
         spread = replace(
             whole,
             refresh={kind: value - alone[kind] for kind, value in whole.refresh.items()},
-            state_bytes=whole.state_bytes - held,
+            state_bytes=whole.state_bytes - held - flag,
         )
         costs = [spread.scaled(share) for share in shares(edges)]
+        costs = [replace(cost, state_bytes=cost.state_bytes + flag) for cost in costs]
         refresh = {kind: value + alone[kind] for kind, value in costs[0].refresh.items()}
         return [replace(costs[0], refresh=refresh, state_bytes=costs[0].state_bytes + held), *costs[1:]]
