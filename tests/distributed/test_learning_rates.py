@@ -13,6 +13,8 @@ FLAGS = [
     "2",
     "--lr-decay-style",
     "constant",
+    "--min-lr",
+    "0",
     "--lr",
     str(LR),
     "--lr-warmup-iters",
