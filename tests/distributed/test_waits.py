@@ -13,6 +13,7 @@ from megatron_opt.kernels.multi_tensor import Coefficients, Rule
 from megatron_opt.layout.spec import ModelSpec
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
+from megatron_opt.optimizers.dion import Dion
 from megatron_opt.optimizers.factored import FactoredOptimizer
 from megatron_opt.optimizers.groups import GroupRule, default_rules
 from megatron_opt.optimizers.shampoo import Shampoo
@@ -38,6 +39,8 @@ def above_the_norms(rule: str) -> tuple[int, int]:
     """
     cls = registry.known(rule)
     inner, radii = getattr(cls, "inner_class", cls), 8 if rule.endswith("_h") else 0
+    if issubclass(inner, Dion):
+        return 7 + radii, 0  # random factors come from the CPU when states are made
     if issubclass(inner, Shampoo):
         return (8 + radii, 7) if radii else (13, 11)
     if issubclass(inner, FactoredOptimizer):
