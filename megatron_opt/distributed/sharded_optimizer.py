@@ -129,7 +129,7 @@ class ShardedOptimizer(MegatronOptimizer):
 
     def reload_model_params(self, state_dict: Any = None) -> None:
         """Take the model's parameters as the new main copies (after a load without optimizer state)."""
-        if any(domain.fp8_weights is not None for domain in self.domains):
+        if self._fp8_weights():
             raise UserError(
                 "main copies of weights in FP8 come from a checkpoint's optimizer state, which this one lacks; load it without "
                 "--fp8-param-gather."
@@ -186,20 +186,21 @@ class ShardedOptimizer(MegatronOptimizer):
         for fragment in self.fragments():
             if not self.publishes(fragment):
                 fragment.publish()
-        for domain in self.domains:
-            if domain.fp8_weights is not None:
-                domain.fp8_weights.publish()
+        for weights in self._fp8_weights():
+            weights.publish()
         if self.distributed and not self.overlap_param_gather:
             for chunk in self.model_chunks:
                 chunk.start_param_sync()
         return True, grad_norm, zeros
 
+    def _fp8_weights(self) -> list[Any]:
+        return [domain.fp8_weights for domain in self.domains if domain.fp8_weights is not None]
+
     def publish_fp8(self) -> None:
         """Weights in FP8 from the main copies, on every rank whole; outside a step, where nothing else is to be published."""
-        if any(domain.fp8_weights is not None for domain in self.domains):
-            for domain in self.domains:
-                if domain.fp8_weights is not None:
-                    domain.fp8_weights.publish()
+        if found := self._fp8_weights():
+            for weights in found:
+                weights.publish()
             for chunk in self.model_chunks:
                 chunk.start_param_sync(force_sync=True)
 

@@ -51,9 +51,7 @@ class RankModel:
         args.moe_expert_capacity_factor = None  # a capacity would let an answer depend on its neighbours in the batch
         tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         self.stage = mpu.get_pipeline_model_parallel_rank()
-        built: list[Any] = build_chunks(
-            args, self.stage, tp=tp, etp=tp, device="cpu"
-        )  # a Module declares not all methods
+        built: list[Any] = build_chunks(args, self.stage, tp=tp, etp=tp, device="cpu")  # Any: not all is a Module's
         (self._model,) = built
         self.first, self.last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
         metadata = dict(source.content_metadata or {})

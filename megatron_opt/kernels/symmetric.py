@@ -14,9 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from megatron_opt.kernels.dispatch import Operation, native_available
 
-_ONE_BY_ONE = (
-    1024  # rows from which a matrix of a batch fills a GPU by itself (by its tiles of 128 × 128, never measured)
-)
+_ONE_BY_ONE = 1024  # rows from which a matrix of a batch fills a GPU by itself (by its tiles' number, not measured)
 
 
 def _reference(a: Tensor, d: Tensor | None, alpha: float, beta: float) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_opt.checkpointing import folders
 from megatron_opt.study.spec import Evaluation
 
 _ACCURACIES = ("acc", "exact_match")
@@ -27,7 +28,7 @@ def arguments(evaluation: Evaluation | None, folder: Path) -> tuple[str, ...]:
 
 def last(results: dict[str, Any]) -> dict[str, Any]:
     """Task → what `megatron-opt eval` wrote of the run's last checkpoint; empty where it was not evaluated."""
-    found = (results.get("evaluation") or {}).get(f"iter_{int(results.get('iterations') or 0):07d}")
+    found = (results.get("evaluation") or {}).get(folders.name_of(int(results.get("iterations") or 0)))
     return found if isinstance(found, dict) else {}
 
 
