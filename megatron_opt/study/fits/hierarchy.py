@@ -190,14 +190,14 @@ class Hierarchy:
 
 def _objective(problem: Problem, x: np.ndarray, phi: np.ndarray, extra: np.ndarray) -> float:
     prior, noise = problem.covariances(phi)
-    with np.errstate(over="ignore", invalid="ignore"):
-        misfit = problem.data.loss - problem.values(x)[0]
-    if not np.isfinite(misfit).all():
-        return np.inf
     offset = x - problem.mean
     # A tiny ridge: spreads may be driven to zero, which makes the prior singular.
     inside = np.linalg.solve(prior + 1e-12 * np.eye(len(x)), offset)
-    return float(misfit @ np.linalg.solve(noise + np.diag(extra), misfit) + offset @ inside)
+    with np.errstate(over="ignore", invalid="ignore"):
+        misfit = problem.data.loss - problem.values(x)[0]
+        if not np.isfinite(misfit).all():
+            return np.inf
+        return float(misfit @ np.linalg.solve(noise + np.diag(extra), misfit) + offset @ inside)
 
 
 def _move(problem: Problem, x: np.ndarray, phi: np.ndarray, extra: np.ndarray, steps: int) -> np.ndarray:
