@@ -8,6 +8,7 @@ from megatron_opt.errors import UserError
 from megatron_opt.optimizers.options import OptionError, check, choice, option
 
 MODES = ("auto", "owner", "group", "sharded")
+INSTANCES = ("auto", "across", "within")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,12 @@ class EngineOptions:
     )
     matrix_balance: float = option(
         1.1, "load and state of the fullest rank over the mean that --matrix-mode auto is content with: more cuts less"
+    )
+    matrix_instances: str = choice(
+        "auto",
+        INSTANCES,
+        "with --num-distributed-optimizer-instances above 1: each matrix has its owner among the ranks of all instances, or "
+        "one within each, which computes it again and sends nothing to others; auto picks by cost",
     )
     exchange_dtype: str = choice(
         "fp32", ("fp32", "bf16"), "type in which gradients and updates travel between shards and owners"

@@ -98,7 +98,7 @@ class MatrixStep:
         for norm in sorted({norm for several in norms.values() for norm in several}):
             squares = torch.zeros(len(self.domain.order), dtype=torch.float64)
             mine = [key for key in self.states if norm in norms.get(key[0], ())]
-            for key in mine:
+            for key in mine if self.placed.counts else ():
                 squares[self.domain.order[key[0]]] += float(self.states[key][norm]) ** 2
             squares = self.domain.sum_over_ranks(squares)
             for key in mine:
@@ -139,7 +139,7 @@ class MatrixStep:
         squares = self.domain.squared_norms(flats)
         factors = torch.zeros_like(squares)
         for (name, part), state in self.states.items():
-            if part == 0 and self.rules[name].projects:  # its rank has the norm, and need not hold any of the matrix
+            if part == 0 and self.rules[name].projects and self.placed.counts:  # its rank has the norm, and need not hold any of the matrix
                 at = self.domain.order[name]
                 factors[at] = self.rules[name].projection(squares[at], state)
         found = self.domain.sum_over_ranks(factors)

@@ -146,7 +146,8 @@ def collect(optimizer: Keeper, index: int) -> list[Piece]:
                     found.append(_placed(key, part.rect, tensor, shape))
     for key, name, tensor, whole, place, number in whole_places(optimizer.matrix_steps[index]):
         if place is None or whole is None:
-            found.append(Piece(key, name, tensor.detach(), replica=number))
+            again = 0 if optimizer.matrix_steps[index].placed.counts else domain.size
+            found.append(Piece(key, name, tensor.detach(), replica=number + again))
         else:
             found.append(_placed(key, place, tensor, whole))
     places = [None if piece.rect is None else (piece.key, *piece.rect.key) for piece in found]

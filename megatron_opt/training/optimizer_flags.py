@@ -142,6 +142,8 @@ def check_optimizer_arguments(args: Any) -> None:
     check_balance(args.matrix_balance)
     if "matrix-balance" in args.given_flags and args.matrix_mode != "auto":
         raise UserError(f"--matrix-balance says when --matrix-mode auto cuts; with {args.matrix_mode} leave it out.")
+    if "matrix-instances" in args.given_flags and args.num_distributed_optimizer_instances == 1:
+        raise UserError("--matrix-instances has no effect without --num-distributed-optimizer-instances above 1.")
     for flag, why in WITHOUT_MEANING.items():
         if flag in args.given_flags:
             raise UserError(f"--{flag} has no meaning with --optimizer {args.optimizer}: {why}")

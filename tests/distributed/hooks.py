@@ -60,7 +60,7 @@ def plan(case: Case, record: recording.Record, argv: list[str], folder: Path) ->
             {
                 "name": domain.name,
                 "rank": domain.rank,
-                "known": {what: v[domain.rank] for what, v in planning.sent_in_a_step(domain, step).items()},
+                "known": {what: v[domain.rank % len(v)] for what, v in planning.sent_in_a_step(domain, step).items()},
                 "sent": dict(domain.exchange.traffic.sent),
                 "digest": step.placed.plan.digest(),
                 "parts": [(p.matrix, p.rank, *p.bounds) for p in step.placed.plan.parts],
@@ -194,8 +194,9 @@ def work(case: Case, record: recording.Record, argv: list[str], folder: Path) ->
             sum(t.numel() * t.element_size() for s in (*m.states.values(), *m.shared.values()) for t in s.values())
             for m in steps
         ]
-        record.extra["planned"] = [m.placed.plan.state_bytes[d.rank] for m, d in zip(steps, domains, strict=True)]
-        record.extra["planned_flops"] = [m.placed.plan.flops[d.rank] for m, d in zip(steps, domains, strict=True)]
+        plans = [(step.placed.plan, d.rank % len(step.placed.plan.load)) for step, d in zip(steps, domains, strict=True)]
+        record.extra["planned"] = [plan.state_bytes[rank] for plan, rank in plans]
+        record.extra["planned_flops"] = [plan.flops[rank] for plan, rank in plans]
 
     record.once_made.append(prepare)
     record.at_end.append(compare)

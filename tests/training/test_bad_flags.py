@@ -108,7 +108,13 @@ CASES = {
     "--tensor-parallel-num-weight-shards 2": "--tensor-parallel-num-weight-shards",
     "--optimizer-cpu-offload": "--optimizer-cpu-offload",
     "--optimizer-offload-fraction 0.5": "--optimizer-offload-fraction",
-    "--num-distributed-optimizer-instances 2": "--num-distributed-optimizer-instances",
+    "--num-distributed-optimizer-instances 2": "has no effect without --use-distributed-optimizer",
+    "2 ranks: --use-distributed-optimizer --num-distributed-optimizer-instances 3": "2 data- and context-parallel ranks",
+    "2 ranks: --num-experts 4 --expert-model-parallel-size 2 --use-distributed-optimizer --disable-bias-linear "
+    "--num-distributed-optimizer-instances 2": "1 expert-data-parallel ranks are not divisible",
+    "2 ranks: --use-distributed-optimizer --num-distributed-optimizer-instances 2 --ddp-reduce-scatter-with-fp32-accumulation":
+        "does not go with --ddp-reduce-scatter-with-fp32-accumulation",
+    "--matrix-instances within": "--matrix-instances has no effect without",
     "--use-megatron-fsdp": "--use-megatron-fsdp",
     "--use-torch-fsdp2": "--use-torch-fsdp2",
     "--exp-avg-dtype bf16": "--exp-avg-dtype",

@@ -132,7 +132,6 @@ NEEDS_TE = {
 BY_OPTIMIZER: dict[str, tuple[tuple[object, ...], str]] = {
     "use-megatron-fsdp": ((), "Megatron-FSDP shards parameters in a way of its own; use --use-distributed-optimizer."),
     "use-torch-fsdp2": ((), "FSDP2 shards parameters in a way of its own; use --use-distributed-optimizer."),
-    "num-distributed-optimizer-instances": ((1,), "one instance shards over all data-parallel ranks; leave it at 1."),
     "tensor-parallel-num-weight-shards": ((1,), "shards of one weight would be taken for whole copies; leave it out."),
     "expert-tensor-parallel-num-weight-shards": ((1,), "shards of one weight would be taken for copies; leave it out."),
     "optimizer-cpu-offload": ((), "state stays on the parameters' device; remove the flag."),

@@ -8,7 +8,7 @@ tensor-model-parallel-size pipeline-model-parallel-size context-parallel-size ex
 expert-tensor-parallel-size sequence-parallel num-layers-per-virtual-pipeline-stage num-virtual-stages-per-pipeline-rank
 microbatch-group-size-per-virtual-pipeline-stage pipeline-model-parallel-layout decoder-first-pipeline-num-layers
 decoder-last-pipeline-num-layers account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split
-use-distributed-optimizer overlap-grad-reduce overlap-param-gather ddp-num-buckets ddp-bucket-size
+use-distributed-optimizer num-distributed-optimizer-instances overlap-grad-reduce overlap-param-gather ddp-num-buckets ddp-bucket-size
 ddp-reduce-scatter-with-fp32-accumulation ddp-average-in-collective grad-reduce-in-bf16
 accumulate-allreduce-grads-in-fp32 distributed-backend disable-gloo-process-groups
 
