@@ -40,6 +40,7 @@ class Plan:
     state_bytes: list[float]
     exchanged: list[float]  # bytes sent in a step to other shards of the same matrices
     instances: int = 1  # equal groups of ranks of which each follows this plan by itself
+    offloaded: float = 0.0  # share of the state that rests in host memory
 
     def imbalance(self) -> float:
         """Largest load over mean load."""
@@ -128,10 +129,10 @@ def pack_instances(jobs: Sequence[Job], ranks: int, instances: int, options: Eng
     between nodes.
     """
     mode, most = options.matrix_mode, options.matrix_balance
-    across = pack(jobs, ranks, mode, most)
+    across = replace(pack(jobs, ranks, mode, most), offloaded=options.offloaded)
     if instances == 1 or options.matrix_instances == "across":
         return across
-    within = replace(pack(jobs, ranks // instances, mode, most), instances=instances)
+    within = replace(pack(jobs, ranks // instances, mode, most), instances=instances, offloaded=options.offloaded)
     sent = [0.0] * ranks
     for part in across.parts:
         rows, cols = part.buffer_shape
@@ -179,7 +180,7 @@ def pack(jobs: Sequence[Job], ranks: int, mode: str = "auto", most: float = BALA
     return min(plans, key=lambda plan: (max(plan.imbalance(), _LATE), plan.state_imbalance()))
 
 
-def make_buckets(parts: Sequence[Part], ranks: int, bucket_bytes: float, element_bytes: int = 4) -> list[list[str]]:
+def make_buckets(parts: Sequence[Part], ranks: int, bucket_bytes: float, element_bytes: float = 4) -> list[list[str]]:
     """Matrices in travelling order: buckets in which no rank receives more than `bucket_bytes`, every rank has a share."""
     by_rank: dict[int, list[Part]] = {}
     for part in parts:
@@ -225,4 +226,7 @@ def plan_table(plan: Plan, sent: Mapping[int, float] | None = None, title: str =
         f"most state / mean {plan.state_imbalance():.3f}; most sent between shards of a matrix "
         f"{max(plan.exchanged) / 2**20:.2f} MiB, {len(plan.parts) - len(plan.owner)} cuts"
     )
+    if plan.offloaded:
+        on_host = max(plan.state_bytes) * plan.offloaded / 2**20
+        lines.append(f"of the fullest rank's state {on_host:.2f} MiB in host memory, which come and go in a step")
     return "\n".join(lines)

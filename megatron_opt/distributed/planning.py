@@ -268,6 +268,7 @@ def show(plans: Sequence[DomainPlan], folder: str | None = None) -> None:
             "digest": plan.digest(),
             "flops": plan.flops,
             "state_bytes": plan.state_bytes,
+            "state_bytes_on_host": [plan.offloaded * size for size in plan.state_bytes],
             "load": plan.load,
             "imbalance": plan.imbalance(),
             "instances": plan.instances,

@@ -19,6 +19,7 @@ from megatron_opt.distributed import packed_state
 from megatron_opt.distributed.domain import Domain, gather_objects
 from megatron_opt.distributed.elementwise import ElementwiseStep
 from megatron_opt.distributed.fragments import Rect
+from megatron_opt.distributed.host_state import HostStates
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.parts import shape2d
 from megatron_opt.errors import UserError
@@ -41,6 +42,7 @@ class Keeper(Protocol):
     stored: list[Any]
     step_number: int
     device: torch.device
+    host: HostStates
 
     def ensure_states(self) -> None: ...
 
@@ -202,6 +204,7 @@ def common_state(optimizer: Keeper) -> dict[str, Any]:
 def sharded_state(optimizer: Keeper) -> dict[str, Any]:
     """Megatron's sharded state dict, to save from and to load into."""
     optimizer.ensure_states()
+    optimizer.host.settle()
     optimizer.stored = [collect(optimizer, index) for index in range(len(optimizer.domains))]
     tensors = {
         piece.name: _sharded(piece, domain)

@@ -106,8 +106,9 @@ CASES = {
     "--qk-clip": "--qk-clip does not work with --optimizer adamw",
     "--fp4-param-gather": "--fp4-format",
     "--tensor-parallel-num-weight-shards 2": "--tensor-parallel-num-weight-shards",
-    "--optimizer-cpu-offload": "--optimizer-cpu-offload",
-    "--optimizer-offload-fraction 0.5": "--optimizer-offload-fraction",
+    "--optimizer-offload-fraction 0.5": "without --optimizer-cpu-offload",
+    "--optimizer-cpu-offload --optimizer-offload-fraction 1.5": "--optimizer-offload-fraction",
+    "--optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d": "--overlap-cpu-optimizer-d2h-h2d",
     "--num-distributed-optimizer-instances 2": "has no effect without --use-distributed-optimizer",
     "2 ranks: --use-distributed-optimizer --num-distributed-optimizer-instances 3": "2 data- and context-parallel ranks",
     "2 ranks: --num-experts 4 --expert-model-parallel-size 2 --use-distributed-optimizer --disable-bias-linear "
