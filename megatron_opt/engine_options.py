@@ -8,6 +8,8 @@ from megatron_opt.errors import UserError
 from megatron_opt.optimizers.options import OptionError, check, choice, option
 
 MODES = ("auto", "owner", "group", "sharded")
+MEGATRONS = ("optimizer_cpu_offload", "optimizer_offload_fraction")  # flags that Megatron has
+INSTANCES = ("auto", "across", "within")
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,20 @@ class EngineOptions:
     matrix_balance: float = option(
         1.1, "load and state of the fullest rank over the mean that --matrix-mode auto is content with: more cuts less"
     )
+    matrix_instances: str = choice(
+        "auto",
+        INSTANCES,
+        "with --num-distributed-optimizer-instances above 1: each matrix has its owner among the ranks of all instances, or "
+        "one within each, which computes it again and sends nothing to others; auto picks by cost",
+    )
     exchange_dtype: str = choice(
         "fp32", ("fp32", "bf16"), "type in which gradients and updates travel between shards and owners"
     )
     exchange_bucket_mb: float = option(
         64.0, "matrices travel in buckets of this many megabytes a rank; the next one while this is computed"
     )
+    optimizer_cpu_offload: bool = option(False, "state rests in host memory, and is on the device while it is stepped")
+    optimizer_offload_fraction: float = option(1.0, "share of the state that --optimizer-cpu-offload is about")
     decay_mode: str = choice(
         "decoupled",
         ("decoupled", "independent", "cautious"),
@@ -58,6 +68,11 @@ class EngineOptions:
         return self.exchange_bucket_mb * 2**20
 
     @property
+    def offloaded(self) -> float:
+        """Share of the state that rests in host memory."""
+        return self.optimizer_offload_fraction if self.optimizer_cpu_offload else 0.0
+
+    @property
     def communication_dtype(self) -> Any:
         """In which gradients and updates travel."""
         import torch
@@ -66,9 +81,11 @@ class EngineOptions:
 
 
 def add_arguments(group: Any) -> None:
-    """A flag for each field."""
+    """A flag for each field that is none of Megatron's."""
     for item in fields(EngineOptions):
         flag, text = f"--{item.name}".replace("_", "-"), item.metadata["help"]
+        if item.name in MEGATRONS:
+            continue
         if isinstance(item.default, bool):
             group.add_argument(flag, action="store_true", help=text)
         else:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from megatron_opt import recipes, run_files, yaml_files
+from megatron_opt.engine_options import INSTANCES, MODES
 from megatron_opt.errors import UserError, did_you_mean
 from megatron_opt.layout import flags as structure
 from megatron_opt.optimizers import registry
@@ -51,12 +52,14 @@ NUMBERS = [
     "decoder-last-pipeline-num-layers",
     "moe-router-num-groups",
     "moe-router-group-topk",
+    "num-distributed-optimizer-instances",
 ]
 WORDS = [
     "optimizer",
     "recompute-granularity",
     "recompute-method",
     "matrix-mode",
+    "matrix-instances",
     "exchange-dtype",
     "optimizer-groups",
     "preset",
@@ -108,7 +111,8 @@ _CHOICES = {
     "moe-token-dispatcher-type": ("allgather", "alltoall", "flex"),
     "fp8-format": ("e4m3", "hybrid"),
     "exchange-dtype": ("fp32", "bf16"),
-    "matrix-mode": ("auto", "owner", "sharded", "group"),
+    "matrix-mode": MODES,
+    "matrix-instances": INSTANCES,
     "decay-mode": ("decoupled", "independent", "cautious"),
 }
 _KNOWN = {

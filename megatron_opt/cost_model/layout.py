@@ -27,6 +27,7 @@ class Layout:
     dtype: str = "fp32"
     sequence_parallel: bool = False
     distributed: bool = False
+    instances: int = 1  # of the distributed optimizer, each of which cuts over its own data-parallel ranks
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     overlap_tp: bool = False
@@ -78,6 +79,7 @@ class Layout:
             dtype="bf16" if flags.get("bf16") else "fp16" if flags.get("fp16") else "fp32",
             sequence_parallel=bool(flags.get("sequence-parallel")) and tp > 1,
             distributed=bool(flags.get("use-distributed-optimizer")),
+            instances=number("num-distributed-optimizer-instances"),
             overlap_grad_reduce=bool(flags.get("overlap-grad-reduce")),
             overlap_param_gather=bool(flags.get("overlap-param-gather")),
             overlap_tp=bool(flags.get("tp-comm-overlap")),
@@ -185,6 +187,13 @@ class Layout:
             return (
                 f"{model.experts} experts on {self.dense_ranks} ranks a stage do not fit EP {self.ep} × ETP {self.etp}"
             )
+        if self.instances > 1 and not self.distributed:
+            return f"{self.instances} instances of the distributed optimizer need --use-distributed-optimizer"
+        if self.cp * self.data_parallel % self.instances or model.experts and self.expert_data_parallel % self.instances:
+            return (
+                f"CP {self.cp} × DP {self.data_parallel} or the experts' DP {self.expert_data_parallel} is not divisible by "
+                f"--num-distributed-optimizer-instances {self.instances}"
+            )
         if self.global_batch % (self.micro_batch * self.data_parallel) or not self.microbatches:
             return (
                 f"global batch {self.global_batch} is not a multiple of micro-batch {self.micro_batch} × "
@@ -220,7 +229,8 @@ class Layout:
         """Short form, such as TP2·PP4·DP8."""
         parts = [("TP", self.tp), ("CP", self.cp), ("PP", self.pp), ("VPP", self.virtual), ("EP", self.ep)]
         words = [f"{word}{size}" for word, size in parts if size > 1]
-        return "·".join([*words, f"DP{self.data_parallel}"])
+        instances = f" in {self.instances} instances" if self.instances > 1 else ""
+        return "·".join([*words, f"DP{self.data_parallel}"]) + instances
 
 
 MODULES = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts")

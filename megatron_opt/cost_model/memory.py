@@ -54,7 +54,7 @@ def _stage(
     padding = 0.0
     if layout.distributed:
         for domain in stage:
-            buckets = max(1.0, domain.held / max(40e6, 1e6 * domain.data))
+            buckets = max(1.0, domain.held / max(40e6, 1e6 * domain.data * layout.instances))
             padding += buckets * 64 * domain.data / 2 * (layout.parameter_bytes + 4)
     kept = activations(model, layout, index) + _weight_gradient(model, layout, index)
     return Memory(
@@ -164,7 +164,7 @@ def least(model: Model, layout: Layout, cluster: Cluster) -> float:
         main = 0.0
         if layout.dtype != "fp32":
             data = layout.data_parallel * layout.cp, layout.expert_data_parallel
-            cut = data if layout.distributed else (1, 1)
+            cut = [ranks / layout.instances for ranks in data] if layout.distributed else [1, 1]
             main = 4.0 * (dense / cut[0] + experts / cut[1])
         found = max(found, each * (dense + experts) + main + activations(model, layout, stage))
     return found + cluster.reserved

@@ -127,9 +127,9 @@ def domain_time(domain: DomainPlan, layout: Layout, cluster: Cluster) -> Optimiz
     found.exchange_hidden = min(
         found.exchange * cluster.overlap * max(0, domain.buckets - 1) / max(1, domain.buckets), found.compute
     )
-    found.flops = sum(cost.mean_flops() for cost in domain.costs.values())
+    found.flops = sum(cost.mean_flops() for cost in domain.costs.values()) * domain.plan.instances
     found.state_bytes = max(domain.plan.state_bytes) + state
-    found.state_total = sum(domain.plan.state_bytes) + state * ranks
+    found.state_total = sum(domain.plan.state_bytes) * domain.plan.instances + state * ranks
     found.imbalance = domain.plan.imbalance()
     return found
 
@@ -157,17 +157,20 @@ def _exchange(found: OptimizerTime, domain: DomainPlan, layout: Layout, cluster:
     if ranks == 1 or not domain.infos:
         return
     found.sent = dict(domain.sent) if domain.sent is not None else _estimated(domain, layout, owned)
-    found.exchange = sum(cluster.transfer(value, ranks) for value in found.sent.values())
+    among = dict.fromkeys(found.sent, ranks // domain.plan.instances)
+    if "gradients to owners" in among:  # which every instance has
+        among["gradients to owners"] = ranks // layout.instances
+    found.exchange = sum(cluster.transfer(value, among[what]) for what, value in found.sent.items())
     found.exchange += 2 * max(0, domain.buckets - 1) * cluster.link(ranks)[0].latency
 
 
 def _estimated(domain: DomainPlan, layout: Layout, owned: float) -> dict[str, float]:
     """Bytes as if nothing that a shard needs lay on its rank already."""
-    ranks, total, tp = domain.ranks, domain.matrix_numel, domain.tp
-    away = (ranks - 1) / ranks
-    if layout.distributed:  # each element is held once
-        to_owners = total / ranks * away
-        to_shards = owned * away
+    ranks, total, tp = len(domain.plan.load), domain.matrix_numel, domain.tp
+    if layout.distributed:  # each element is held once an instance; an owner has a share of them itself
+        copies = layout.instances // domain.plan.instances
+        to_owners = total / ranks * (1 - copies / ranks)
+        to_shards = owned * (copies - copies / ranks)
     else:  # every data-parallel rank holds its tensor-parallel shard: an owner has one, every holder gets a copy back
         to_owners = total / ranks * (tp - 1) / tp
         to_shards = owned * (ranks / tp - 1 / tp)

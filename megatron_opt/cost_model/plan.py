@@ -10,7 +10,7 @@ from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.model import Model, Parameter
 from megatron_opt.distributed import planning
 from megatron_opt.distributed.jobs import Job
-from megatron_opt.distributed.ownership import Plan, make_buckets, pack
+from megatron_opt.distributed.ownership import Plan, make_buckets, pack_instances
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer
 from megatron_opt.optimizers.groups import Group, GroupRule, assign
@@ -102,8 +102,9 @@ def _sent(model: Model, layout: Layout, grouping: Sequence[GroupRule], stage: in
     replicas = layout.data_parallel * layout.cp
     bucket = max(40_000_000, 1_000_000 * replicas) if layout.overlap_grad_reduce and layout.pp == 1 else None
     sizes = planning.Layout(
-        layout.tp, layout.pp, replicas, layout.ep, layout.etp, distributed=layout.distributed, bucket_size=bucket
-    )
+        layout.tp, layout.pp, replicas, layout.ep, layout.etp,
+        distributed=layout.distributed, instances=layout.instances, bucket_size=bucket,
+    )  # fmt: skip
     stages = {
         index: [[p for p in model.parameters(*edges, copy=True) if p.expert is None or not sizes.experts_apart]]
         for index, edges in enumerate(layout.stages(model))
@@ -173,9 +174,11 @@ def _domain(
                 entry.copied += info.numel
     costs = {key: _cost(matrix_rules[key], info) for key, info in infos.items()}
     jobs = [Job.of(info, matrix_rules[key], costs[key]) for key, info in infos.items()]
-    plan = pack(jobs, ranks, layout.engine.matrix_mode, layout.engine.matrix_balance)
-    buckets = len(make_buckets(plan.parts, ranks, layout.engine.bucket_bytes, layout.communication_bytes))
-    data = max(1, ranks // tp)
+    plan = pack_instances(jobs, ranks, layout.instances, layout.engine)
+    buckets = len(
+        make_buckets(plan.parts, ranks // plan.instances, layout.engine.bucket_bytes, layout.communication_bytes)
+    )
+    data = max(1, ranks // tp // layout.instances)
     return DomainPlan(
         name,
         ranks,

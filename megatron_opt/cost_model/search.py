@@ -199,11 +199,13 @@ def _base(flags: Mapping[str, Any], cluster: Cluster) -> tuple[Model, Layout]:
     """The model, and a layout that has everything but sizes from the flags."""
     if not flags.get("global-batch-size"):
         raise UserError("--global-batch-size is missing; a search needs the batch that a step must do.")
-    kept = {key: value for key, value in flags.items() if key not in SEARCHED}
+    copies = "num-distributed-optimizer-instances"  # what a rank alone cannot have
+    kept = {key: value for key, value in flags.items() if key not in (*SEARCHED, copies)}
     model = Model.of({**kept, "tensor-model-parallel-size": flags.get("tensor-model-parallel-size")}).priced()
     base = Layout.of({**kept, "global-batch-size": 1}, 1, model)
     batch = int(flags["global-batch-size"])
-    return model, replace(base, global_batch=batch, overlap_ep=bool(flags.get("overlap-moe-expert-parallel-comm")))
+    overlap = bool(flags.get("overlap-moe-expert-parallel-comm"))
+    return model, replace(base, global_batch=batch, overlap_ep=overlap, instances=int(flags.get(copies) or 1))
 
 
 def _sizes(layout: Layout) -> tuple[int, ...]:

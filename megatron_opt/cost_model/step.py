@@ -67,7 +67,10 @@ class Step:
     def optimizer_flops(self) -> float:
         """FLOPs of the optimizer in a mean step over all GPUs."""
         stages = [
-            sum(sum(c.mean_flops() for c in domain.costs.values()) * _copies(domain, self.layout) for domain in stage)
+            sum(
+                sum(c.mean_flops() for c in domain.costs.values()) * domain.plan.instances * _copies(domain, self.layout)
+                for domain in stage
+            )
             for stage in self.plans
         ]
         return sum(stages)

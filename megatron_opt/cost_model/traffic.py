@@ -106,11 +106,16 @@ def _data(
         if size < 2 or not numel:
             continue
         ways = 1 if layout.distributed else 2
+        size //= layout.instances  # ranks that the distributed optimizer cuts over
         reduced = ways * (size - 1) / size * numel * grad
         how = "reduce_scatter" if layout.distributed else "all_reduce"
         seconds = cluster.ring(reduced, size, stride=layout.tp, kind=how) * crowd
         hidden = 2 / 3 * microbatch * cluster.overlap if layout.overlap_grad_reduce else 0.0
         found.add(f"{kind} gradients", seconds, reduced, hidden)
+        if layout.instances > 1:  # each shard is all-reduced over its copies
+            shared = 2 * (layout.instances - 1) / layout.instances * numel / size * grad
+            across = cluster.ring(shared, layout.instances, stride=layout.tp * size, kind="all_reduce") * crowd
+            found.add(f"{kind} gradients between instances", across, shared, max(0.0, hidden - seconds))
         if layout.distributed:
             gathered = (size - 1) / size * numel * layout.parameter_bytes
             seconds = cluster.ring(gathered, size, stride=layout.tp, kind="all_gather") * crowd

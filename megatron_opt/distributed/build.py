@@ -23,7 +23,7 @@ def build_domains(chunks: Sequence[Any], distributed: bool, options: EngineOptio
 
     config = get_model_config(chunks[0])
     found = declare(unwrap_model(list(chunks)), config, per_head=options.split_heads)
-    domains = []
+    domains, instances = [], int(chunks[0].ddp_config.num_distributed_optimizer_instances)
     pp, ep = ps.get_pipeline_model_parallel_rank(), ps.get_expert_model_parallel_rank()
     for is_expert in (False, True):
         if is_expert and not config.num_moe_experts:
@@ -40,7 +40,7 @@ def build_domains(chunks: Sequence[Any], distributed: bool, options: EngineOptio
         name = f"experts of stage {pp}, expert rank {ep}" if is_expert else f"stage {pp}"
         trips = Exchange(group, rank, size, options.communication_dtype)
         fp8_weights = Fp8Weights.of(views, fragments, chunks, group)
-        domains.append(Domain(name, group, rank, size, fragments, holdings, infos, trips, fp8_weights))
+        domains.append(Domain(name, group, rank, size, fragments, holdings, infos, trips, fp8_weights, instances))
     return domains
 
 

@@ -6,7 +6,7 @@ of one expert-parallel rank in that stage another (its expert-tensor and expert-
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_opt.distributed.exchange import Exchange, Holdings, Route, find_routes
 from megatron_opt.distributed.fragments import Fragment
 from megatron_opt.distributed.jobs import Job
-from megatron_opt.distributed.ownership import Plan, make_buckets, pack
+from megatron_opt.distributed.ownership import Plan, make_buckets, pack_instances
 from megatron_opt.distributed.parts import Cell, Part, cells_of, shape2d
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
@@ -52,6 +52,7 @@ class Domain:
     infos: dict[str, MatrixInfo]
     exchange: Exchange
     fp8_weights: Any = None  # Fp8Weights, where the model keeps some in FP8
+    instances: int = 1  # of the distributed optimizer: equal runs of ranks, of which each holds everything
 
     def __post_init__(self) -> None:
         self.order = {name: index for index, name in enumerate(sorted(self.infos))}
@@ -105,22 +106,30 @@ class Domain:
 
 @dataclass
 class MatrixPlan:
-    """Placement of the matrices that matrix rules take, and the routes to it."""
+    """Placement of the matrices that matrix rules take, and the routes to it.
+
+    Where instances follow the plan each by itself, `parts` and `routes` are this rank's instance's.
+    """
 
     plan: Plan
     parts: dict[tuple[str, int], Part]
     cells: list[Cell]
     buckets: list[list[str]]
     routes: list[Route]
+    counts: bool  # whether what this rank computes is to be summed over ranks; else an earlier instance has the same
 
     @staticmethod
     def make(domain: Domain, jobs: Sequence[Job], options: EngineOptions) -> "MatrixPlan":
         """Plan and routes; equal on every rank of the domain."""
-        plan = pack(jobs, domain.size, options.matrix_mode, options.matrix_balance)
+        plan = pack_instances(jobs, domain.size, domain.instances, options)
         check_cover("parts of its plan", ((part.matrix, part.bounds) for part in plan.parts), domain.infos)
-        buckets = make_buckets(plan.parts, domain.size, options.bucket_bytes, domain.exchange.dtype.itemsize)
-        routes = find_routes(domain.holdings, plan.parts, domain.rank, buckets)
-        return MatrixPlan(plan, {part.key: part for part in plan.parts}, cells_of(plan.parts), buckets, routes)
+        ranks = domain.size // plan.instances
+        first = domain.rank // ranks * ranks
+        parts = [replace(part, rank=first + part.rank) for part in plan.parts]
+        holdings = [held if first <= rank < first + ranks else [] for rank, held in enumerate(domain.holdings)]
+        buckets = make_buckets(plan.parts, ranks, options.bucket_bytes, domain.exchange.dtype.itemsize)
+        routes = find_routes(holdings, parts, domain.rank, buckets, domain.size // domain.instances)
+        return MatrixPlan(plan, {part.key: part for part in parts}, cells_of(parts), buckets, routes, first == 0)
 
 
 def gather_objects(value: Any, group: Any, size: int) -> list[Any]:

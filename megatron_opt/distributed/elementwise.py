@@ -10,6 +10,9 @@ from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain
 from megatron_opt.distributed.fragments import Rect, has_bf16_copy
+from megatron_opt.distributed.host_state import HostStates
+from megatron_opt.distributed.ownership import make_buckets
+from megatron_opt.distributed.parts import Part, shape2d
 from megatron_opt.kernels.host import on_device, sum_by_index
 from megatron_opt.optimizers.base import ElementwiseOptimizer, Reducer, State
 from megatron_opt.optimizers.groups import Group
@@ -46,6 +49,7 @@ class ElementwiseStep:
     groups: Sequence[Group]
     rules: Sequence[Any]
     group_of: dict[str, int]
+    host: HostStates = field(default_factory=lambda: HostStates(torch.device("cpu")))  # where some of the state rests
 
     def __post_init__(self) -> None:
         self.slices: dict[int, list[FlatRun]] = {}
@@ -54,13 +58,40 @@ class ElementwiseStep:
                 group = self.group_of[rect.matrix]
                 if isinstance(self.rules[group], ElementwiseOptimizer):
                     piece = FlatRun(index, rect, self.domain.weight[rect.key], self._element_offset(rect))
-                    piece.state = self.rules[group].init_state(rect.run(fragment.main))
+                    piece.state = self.host.rest(self.rules[group].init_state(rect.run(fragment.main)))
                     self.slices.setdefault(group, []).append(piece)
+        self.batches = {
+            group: self._stretches(group)
+            for group, rule in enumerate(self.rules)
+            if self.host.fraction and isinstance(rule, ElementwiseOptimizer)
+        }
         self.writes_model = {  # groups whose kernel writes the model's bf16 parameters beside the main copies
             group
             for group, pieces in self.slices.items()
             if all(has_bf16_copy(self.domain.fragments[piece.fragment]) for piece in pieces)
         }
+
+    def _stretches(self, group: int) -> list[list[str]]:
+        """Matrices of a group by batch, the same on every rank: sums over a matrix are made in one."""
+        parts = [
+            Part(rect.matrix, index, rank, 0, *rect.region[:2], shape2d(self.domain.infos[rect.matrix]), rect.region)
+            for rank, held in enumerate(self.domain.holdings)
+            for index, (_, rect) in enumerate(held)
+            if self.group_of[rect.matrix] == group
+        ]
+        width = self.rules[group].cost(1).state_bytes
+        return make_buckets(parts, self.domain.size, self.host.batch_bytes, width)
+
+    def _streamed(self, group: int, pieces: list[FlatRun], back: bool = True) -> Iterator[list[FlatRun]]:
+        """Pieces batch by batch, while their states are on the device; all at once where no state rests in host memory."""
+        taken = [pieces]
+        if group in self.batches:
+            by_matrix: dict[str, list[FlatRun]] = {}
+            for piece in pieces:
+                by_matrix.setdefault(piece.matrix, []).append(piece)
+            taken = [[piece for name in names for piece in by_matrix.get(name, ())] for names in self.batches[group]]
+        for number in self.host.stream([[piece.state for piece in several] for several in taken], back):
+            yield taken[number]
 
     def _rules(self, skip: set[str]) -> Iterator[tuple[int, Any, list[FlatRun]]]:
         """Element-wise rules by group, and the slices that they step; every rank of the domain gets every group."""
@@ -73,11 +104,19 @@ class ElementwiseStep:
     ) -> None:
         """Add this rank's share of what rules sum over all that they train, by the rule's name."""
         for index, rule, pieces in self._rules(skip):
-            values = rule.global_sum_terms(
-                [piece.of(grads) for piece in pieces], [piece.state for piece in pieces], number, factors[index]
-            )
-            if values is None:
+            if type(rule).global_sum_terms is ElementwiseOptimizer.global_sum_terms:
                 continue
+            terms, order = list[Tensor](), list[FlatRun]()
+            for several in self._streamed(index, pieces, back=False):
+                states = [piece.state for piece in several]
+                term = rule.global_sum_terms([piece.of(grads) for piece in several], states, number, factors[index])
+                terms, order = terms + ([] if term is None else [term]), order + several
+            if not terms:
+                continue
+            values = terms[0]
+            if len(terms) > 1:  # in the order of pieces, so that sums are the same however they come
+                place = {id(piece): at for at, piece in enumerate(order)}
+                values = torch.cat(terms)[on_device([place[id(piece)] for piece in pieces], values.device, torch.long)]
             counted = [float(self.domain.counted[self.domain.order[piece.matrix]]) for piece in pieces]
             device = values.device if pieces else self.domain.device
             shares = on_device([piece.share for piece in pieces], device, torch.float64)
@@ -99,21 +138,22 @@ class ElementwiseStep:
         model_copies = [
             fragment.main if (copy := fragment.model_copy()) is None else copy for fragment in self.domain.fragments
         ]
-        for index, rule, pieces in self._rules(skip):
+        for index, rule, held in self._rules(skip):
             group = param_groups[index]
-            rule.update(
-                [piece.of(mains) for piece in pieces],
-                [piece.of(grads) for piece in pieces],
-                [piece.state for piece in pieces],
-                number,
-                lr=learning_rate(group),
-                weight_decay=group["weight_decay"],
-                reducer=self._reducer(pieces, sums.get(rule.name)),
-                grad_scale=factors[index],
-                decay_mode=self.groups[index].decay_mode,
-                copies=[piece.of(model_copies) for piece in pieces] if index in self.writes_model else (),
-                element_offsets=[piece.element_offset for piece in pieces],
-            )
+            for pieces in self._streamed(index, held):
+                rule.update(
+                    [piece.of(mains) for piece in pieces],
+                    [piece.of(grads) for piece in pieces],
+                    [piece.state for piece in pieces],
+                    number,
+                    lr=learning_rate(group),
+                    weight_decay=group["weight_decay"],
+                    reducer=self._reducer(pieces, sums.get(rule.name)),
+                    grad_scale=factors[index],
+                    decay_mode=self.groups[index].decay_mode,
+                    copies=[piece.of(model_copies) for piece in pieces] if index in self.writes_model else (),
+                    element_offsets=[piece.element_offset for piece in pieces],
+                )
 
     def _element_offset(self, rect: Rect) -> int:
         """Number of a run's first element: its matrix's begin at a hash of the name, so that replicas round alike."""
@@ -123,11 +163,11 @@ class ElementwiseStep:
     def update_curvature(self, grads: list[Tensor], scale: float, squared: bool) -> None:
         """Gradients, squared or not, times `scale` into the curvature of the rules that keep one."""
         for index, rule in enumerate(self.rules):
-            pieces = self.slices.get(index, [])
-            if hasattr(rule, "update_curvature") and pieces:
-                rule.update_curvature(
-                    [piece.state for piece in pieces], [piece.of(grads) for piece in pieces], scale, squared
-                )
+            if hasattr(rule, "update_curvature") and index in self.slices:
+                for pieces in self._streamed(index, self.slices[index]):
+                    rule.update_curvature(
+                        [piece.state for piece in pieces], [piece.of(grads) for piece in pieces], scale, squared
+                    )
 
     def _reducer(self, pieces: list[FlatRun], total: Tensor | None) -> Reducer:
         domain = self.domain

@@ -72,10 +72,11 @@ def _empty(size: int) -> list[list[Item]]:
 
 
 def find_routes(
-    holdings: Sequence[Holdings], parts: Sequence[Part], rank: int, buckets: Sequence[Sequence[str]]
+    holdings: Sequence[Holdings], parts: Sequence[Part], rank: int, buckets: Sequence[Sequence[str]], near: int = 0
 ) -> list[Route]:
-    """Routes of one rank, one per bucket of matrices."""
+    """Routes of one rank, one per bucket of matrices; gradients come from among the owner's own `near` ranks (0: of all)."""
     size = len(holdings)
+    near = near or size
     by_matrix: dict[str, list[Part]] = {}
     for part in parts:
         by_matrix.setdefault(part.matrix, []).append(part)
@@ -94,7 +95,8 @@ def find_routes(
                 if met is None:
                     continue
                 own = [entry for entry in holders if entry[0] == part.rank]
-                source = own[0] if own else holders[part.rank % len(holders)]
+                around = [entry for entry in holders if entry[0] // near == part.rank // near]
+                source = own[0] if own else around[part.rank % len(around)]
                 for entry in holders:
                     holder, fragment, rect = entry
                     if rank not in (holder, part.rank):

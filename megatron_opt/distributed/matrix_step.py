@@ -1,6 +1,6 @@
 """One step of the matrix rules over a domain: shards to owners, the rule on whole matrices or shards, updates back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain, MatrixPlan
 from megatron_opt.distributed.exchange import Item, Trip, as_bytes
+from megatron_opt.distributed.host_state import HostStates
 from megatron_opt.distributed.parts import Part, shape2d
 from megatron_opt.optimizers.base import MatrixInfo, State, StateKind, norm_of
 from megatron_opt.optimizers.partition import ShardStep
@@ -26,6 +27,7 @@ class MatrixStep:
     infos: dict[str, MatrixInfo]
     states: dict[Key, State] = field(default_factory=dict)
     shared: dict[Key, State] = field(default_factory=dict)  # by the first part of a cell
+    host: HostStates = field(default_factory=lambda: HostStates(torch.device("cpu")))  # where some of both rests
 
     def __post_init__(self) -> None:
         self.mine = {key: part for key, part in self.placed.parts.items() if part.rank == self.domain.rank}
@@ -68,29 +70,44 @@ class MatrixStep:
 
     def gather(self, flats: Sequence[Tensor]) -> dict[Key, Tensor]:
         """This rank's parts of per-fragment flat tensors (weights, say), bucket after bucket."""
-        found: dict[Key, Tensor] = {}
+        return {key: buffer for buffers in self._gathered(flats) for key, buffer in buffers.items()}
+
+    def _gathered(self, flats: Sequence[Tensor]) -> Iterator[dict[Key, Tensor]]:
         for names, route in zip(self.placed.buckets, self.placed.routes, strict=True):
             buffers = self._buffers(names, flats)
             self.domain.exchange.gather(route, flats, buffers, "weights to owners").finish()
-            found.update(buffers)
-        return found
+            yield buffers
 
     def init_states(self, weights: Sequence[Tensor]) -> None:
         """State before the first step, from the current weights."""
-        for key, buffer in self.gather(weights).items():
-            rule, info, cell = self.rules[key[0]], self.cell_infos[key], self.cells[key]
-            if key[0] not in self.in_parts:
-                self.states[key] = rule.init_state(buffer.view(info.shape).clone(), info)
-                continue
-            partition = self.partitions[key]
-            if cell.key not in self.sharded:
-                self.states[key] = partition.optimizer.init_state(buffer.view(info.shape).clone(), info)
-            else:
-                self.states[key] = partition.init_shard(buffer)
-                if key == cell.key:
-                    self.shared[key] = partition.init_shared(self.domain.device)
-            self.states[key] |= {norm: norm_of(buffer) for norm in rule.keys(StateKind.NORM, info)}
+        for buffers in self._gathered(weights):
+            for key, buffer in buffers.items():
+                self.states[key] = self.host.rest(self._first_state(key, buffer))
         self._join_norms()
+
+    def _first_state(self, key: Key, buffer: Tensor) -> State:
+        rule, info, cell = self.rules[key[0]], self.cell_infos[key], self.cells[key]
+        if key[0] not in self.in_parts:
+            return rule.init_state(buffer.view(info.shape).clone(), info)
+        partition = self.partitions[key]
+        if cell.key not in self.sharded:
+            state = partition.optimizer.init_state(buffer.view(info.shape).clone(), info)
+        else:
+            state = partition.init_shard(buffer)
+            if key == cell.key:
+                self.shared[key] = self.host.rest(partition.init_shared(self.domain.device))
+        return state | {norm: norm_of(buffer) for norm in rule.keys(StateKind.NORM, info)}
+
+    def _batches(self) -> list[list[State]]:
+        """States that rest in host memory, by bucket."""
+        if not self.host.fraction:
+            return [[] for _ in self.placed.buckets]
+        where = {name: index for index, names in enumerate(self.placed.buckets) for name in names}
+        found: list[list[State]] = [[] for _ in self.placed.buckets]
+        for states in (self.states, self.shared):
+            for key, state in states.items():
+                found[where[key[0]]].append(state)
+        return found
 
     def _join_norms(self) -> None:
         """Norms of parts become those of their matrices, at every part."""
@@ -98,7 +115,7 @@ class MatrixStep:
         for norm in sorted({norm for several in norms.values() for norm in several}):
             squares = torch.zeros(len(self.domain.order), dtype=torch.float64)
             mine = [key for key in self.states if norm in norms.get(key[0], ())]
-            for key in mine:
+            for key in mine if self.placed.counts else ():
                 squares[self.domain.order[key[0]]] += float(self.states[key][norm]) ** 2
             squares = self.domain.sum_over_ranks(squares)
             for key in mine:
@@ -111,12 +128,13 @@ class MatrixStep:
         """Directions u by fragment, in the memory of the gradients, which are gone; those of other matrices stay.
 
         `scale` are clip factors; matrices in `skip` are left alone. While one bucket is computed, the next one's gradients
-        and the last one's directions travel.
+        and the last one's directions travel; so does state that rests in host memory.
         """
         exchange, placed = self.domain.exchange, self.placed
         directions = grads  # one memory: a bucket's gradients have been read before its directions are written
         returning: list[Trip] = []
         pending: tuple[Trip, dict[Key, Tensor]] | None = None
+        states = self.host.stream(self._batches())
         for index in range(len(placed.buckets) + 1):
             coming = None
             if index < len(placed.buckets):
@@ -124,10 +142,12 @@ class MatrixStep:
                 coming = exchange.gather(placed.routes[index], grads, buffers), buffers
             if pending is not None:
                 trip, buffers = pending
+                next(states)
                 trip.finish()
                 done = self._compute(placed.buckets[index - 1], buffers, scale, skip, number)
                 returning.append(exchange.scatter(placed.routes[index - 1], done, directions))
             pending = coming
+        next(states, None)  # the last bucket's go back
         for trip in returning:
             trip.finish()
         if self.scaled_later:
@@ -139,7 +159,7 @@ class MatrixStep:
         squares = self.domain.squared_norms(flats)
         factors = torch.zeros_like(squares)
         for (name, part), state in self.states.items():
-            if part == 0 and self.rules[name].projects:  # its rank has the norm, and need not hold any of the matrix
+            if part == 0 and self.rules[name].projects and self.placed.counts:  # its rank has the norm, and need not hold any of the matrix
                 at = self.domain.order[name]
                 factors[at] = self.rules[name].projection(squares[at], state)
         found = self.domain.sum_over_ranks(factors)

@@ -9,7 +9,7 @@ import heapq
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_opt.distributed.jobs import Job, Run, even, load_of
 from megatron_opt.distributed.parts import Part, cells_of
@@ -39,6 +39,8 @@ class Plan:
     flops: list[float]
     state_bytes: list[float]
     exchanged: list[float]  # bytes sent in a step to other shards of the same matrices
+    instances: int = 1  # equal groups of ranks of which each follows this plan by itself
+    offloaded: float = 0.0  # share of the state that rests in host memory
 
     def imbalance(self) -> float:
         """Largest load over mean load."""
@@ -119,6 +121,26 @@ def _plan(jobs: Sequence[Job], ranks: int, placed: dict[str, list[Run]]) -> Plan
     return Plan(parts, owner, load, flops, state, sent)
 
 
+def pack_instances(jobs: Sequence[Job], ranks: int, instances: int, options: EngineOptions) -> Plan:
+    """Place every matrix where `instances` equal groups of ranks (HSDP) each hold all of them: among all ranks, or in each.
+
+    Owners across instances compute a matrix once and send its direction to every instance; owners within compute and keep
+    it once an instance, and send nothing to others. `auto` takes the cheaper, what travels between instances priced as
+    between nodes.
+    """
+    mode, most = options.matrix_mode, options.matrix_balance
+    across = replace(pack(jobs, ranks, mode, most), offloaded=options.offloaded)
+    if instances == 1 or options.matrix_instances == "across":
+        return across
+    within = replace(pack(jobs, ranks // instances, mode, most), instances=instances, offloaded=options.offloaded)
+    sent = [0.0] * ranks
+    for part in across.parts:
+        rows, cols = part.buffer_shape
+        sent[part.rank] += rows * cols * options.communication_dtype.itemsize * (instances - 1)
+    is_cheaper = across.price() + 2 * _SENT * max(sent) <= within.price() * (1 + _MEMORY * (instances - 1))
+    return across if options.matrix_instances == "auto" and is_cheaper else within
+
+
 def check_balance(most: float) -> None:
     """Refuse what no plan can keep to."""
     if not 1.0 <= most < math.inf:
@@ -158,7 +180,7 @@ def pack(jobs: Sequence[Job], ranks: int, mode: str = "auto", most: float = BALA
     return min(plans, key=lambda plan: (max(plan.imbalance(), _LATE), plan.state_imbalance()))
 
 
-def make_buckets(parts: Sequence[Part], ranks: int, bucket_bytes: float, element_bytes: int = 4) -> list[list[str]]:
+def make_buckets(parts: Sequence[Part], ranks: int, bucket_bytes: float, element_bytes: float = 4) -> list[list[str]]:
     """Matrices in travelling order: buckets in which no rank receives more than `bucket_bytes`, every rank has a share."""
     by_rank: dict[int, list[Part]] = {}
     for part in parts:
@@ -182,7 +204,8 @@ def make_buckets(parts: Sequence[Part], ranks: int, bucket_bytes: float, element
 def plan_table(plan: Plan, sent: Mapping[int, float] | None = None, title: str = "optimizer plan") -> str:
     """Per rank: matrices, FLOPs, state bytes, bytes sent a step; the most loaded against the mean; the total."""
     ranks = len(plan.load)
-    lines = [f"{title}: {len(plan.owner)} matrices on {ranks} ranks, digest {plan.digest()}"]
+    each = f" of each of {plan.instances} instances" if plan.instances > 1 else ""
+    lines = [f"{title}: {len(plan.owner)} matrices on {ranks} ranks{each}, digest {plan.digest()}"]
     lines.append(f"{'rank':>6} {'parts':>6} {'GFLOP/step':>12} {'state MiB':>10} {'sent MiB':>10} {'load/mean':>9}")
     mean = sum(plan.load) / ranks or 1.0
     count = [0] * ranks
@@ -203,4 +226,7 @@ def plan_table(plan: Plan, sent: Mapping[int, float] | None = None, title: str =
         f"most state / mean {plan.state_imbalance():.3f}; most sent between shards of a matrix "
         f"{max(plan.exchanged) / 2**20:.2f} MiB, {len(plan.parts) - len(plan.owner)} cuts"
     )
+    if plan.offloaded:
+        on_host = max(plan.state_bytes) * plan.offloaded / 2**20
+        lines.append(f"of the fullest rank's state {on_host:.2f} MiB in host memory, which come and go in a step")
     return "\n".join(lines)

@@ -17,7 +17,7 @@ import torch
 from megatron_opt.distributed.fragments import Rect, rectangles
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.meta_model import model_config, stage_parameters
-from megatron_opt.distributed.ownership import Plan, make_buckets, pack, plan_table
+from megatron_opt.distributed.ownership import Plan, make_buckets, pack_instances, plan_table
 from megatron_opt.distributed.parts import Cell, Part, cells_of
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
@@ -42,6 +42,7 @@ class Layout:
     etp: int = 1
     virtual: int = 1
     distributed: bool = False  # Megatron's distributed optimizer
+    instances: int = 1  # of it: each holds everything
     bucket_size: int | None = None  # of its gradient buffers, in elements
 
     @property
@@ -69,6 +70,7 @@ def _intervals(numels: Sequence[int], split: Sequence[bool], ranks: int, layout:
         return [[(0, numel) for numel in numels]] * ranks
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+    ranks //= layout.instances
     params = [torch.nn.Parameter(torch.empty(numel, device="meta"), requires_grad=False) for numel in numels]
     for param, own in zip(params, split, strict=True):
         param.shared_embedding = own  # type: ignore[attr-defined]
@@ -84,7 +86,7 @@ def _intervals(numels: Sequence[int], split: Sequence[bool], ranks: int, layout:
             start, stop = max(first, low + rank * shard), min(last, low + (rank + 1) * shard)
             mine.append((start - first, stop - first) if start < stop else (0, 0))
         found.append(mine)
-    return found
+    return found * layout.instances
 
 
 # A place and the ranks that hold it.
@@ -138,8 +140,11 @@ def _sent(
     infos: dict[str, MatrixInfo],
     buckets: Sequence[Sequence[str]],
     width: int,
+    near: int,
 ) -> dict[str, list[float]]:
-    """Bytes that each rank sends in a step, as the run's counters name them."""
+    """Bytes that each rank sends in a step, as the run's counters name them; those of the first instance stand for all
+    where each follows the plan by itself. `near`: ranks of an instance.
+    """
     ranks = len(plan.load)
     kinds = ("gradients to owners", "updates to shards", "between shards")
     sent = {kind: [0.0] * ranks for kind in kinds}
@@ -147,15 +152,17 @@ def _sent(
     for part in plan.parts:
         parts.setdefault(part.matrix, []).append(part)
     for name, mine in parts.items():
-        for rect, holders in held[name]:
-            among, region = set(holders), rect.region
+        for rect, holding in held[name]:
+            holders, region = [rank for rank in holding if rank < ranks], rect.region
+            among = set(holders)
             for part in mine:
                 common = part.bounds.intersect(region)
                 if common is None:
                     continue
                 count, own = common.numel * width, part.rank in among
                 if not own:
-                    sent["gradients to owners"][holders[part.rank % len(holders)]] += count
+                    around = [rank for rank in holders if rank // near == part.rank // near]
+                    sent["gradients to owners"][around[part.rank % len(around)]] += count
                 sent["updates to shards"][part.rank] += count * (len(holders) - own)
     cells: dict[str, list[Cell]] = {}
     for cell in cells_of(plan.parts):
@@ -177,7 +184,8 @@ def sent_in_a_step(domain: Any, step: Any) -> dict[str, list[float]]:
             if rect.matrix in step.infos:
                 held.setdefault(rect.matrix, {}).setdefault(rect.region, (rect, []))[1].append(rank)
     places = {name: list(each.values()) for name, each in held.items()}
-    return _sent(places, step.placed.plan, step.rules, step.infos, step.placed.buckets, domain.exchange.dtype.itemsize)
+    width, near = domain.exchange.dtype.itemsize, domain.size // domain.instances
+    return _sent(places, step.placed.plan, step.rules, step.infos, step.placed.buckets, width, near)
 
 
 def plan_model(
@@ -209,10 +217,11 @@ def plan_model(
             held, infos, ranks = _holdings(stages[stage], layout, geometry, expert, experts)
             taken = {name: infos[name] for name in sorted(infos) if isinstance(rule_of[name], MatrixOptimizer)}
             jobs = [Job.of(info, rule_of[name]) for name, info in taken.items()]
-            plan = pack(jobs, ranks, options.matrix_mode, options.matrix_balance)
-            buckets = make_buckets(plan.parts, ranks, options.bucket_bytes, width)
+            plan = pack_instances(jobs, ranks, layout.instances, options)
+            buckets = make_buckets(plan.parts, ranks // plan.instances, options.bucket_bytes, width)
             name = f"stage {stage}" if expert is None else f"experts of stage {stage}, expert rank {expert}"
-            found.append(DomainPlan(name, plan, _sent(held, plan, rule_of, taken, buckets, width)))
+            sent = _sent(held, plan, rule_of, taken, buckets, width, ranks // layout.instances)
+            found.append(DomainPlan(name, plan, sent))
     return found
 
 
@@ -233,6 +242,7 @@ def from_args(
         getattr(args, "expert_tensor_parallel_size", None) or tp,
         virtual=getattr(args, "virtual_pipeline_model_parallel_size", None) or 1,
         distributed=args.use_distributed_optimizer,
+        instances=args.num_distributed_optimizer_instances,
         bucket_size=max(40_000_000, 1_000_000 * dp) if args.overlap_grad_reduce and pp == 1 else None,
     )
     return plan_model(
@@ -258,8 +268,10 @@ def show(plans: Sequence[DomainPlan], folder: str | None = None) -> None:
             "digest": plan.digest(),
             "flops": plan.flops,
             "state_bytes": plan.state_bytes,
+            "state_bytes_on_host": [plan.offloaded * size for size in plan.state_bytes],
             "load": plan.load,
             "imbalance": plan.imbalance(),
+            "instances": plan.instances,
             "sent_bytes": found.sent,
             "parts": [[p.matrix, p.rank, *p.bounds] for p in plan.parts],  # rows, columns
         }

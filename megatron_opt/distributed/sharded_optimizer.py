@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_opt.distributed.domain import Domain, MatrixPlan
 from megatron_opt.distributed.elementwise import ElementwiseStep
 from megatron_opt.distributed.health import Health
+from megatron_opt.distributed.host_state import HostStates
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.state import common_state, load_state, sharded_state
@@ -54,6 +55,7 @@ class ShardedOptimizer(MegatronOptimizer):
         self.want_stats = False
         self.has_states = False  # on every rank
         self.device = torch.device(torch.cuda.current_device())  # an index on CUDA
+        self.host = HostStates(self.device, options.offloaded, options.bucket_bytes)
         self.stored: list[Any] = []  # state on its way from a checkpoint, between the two calls of Megatron's loading
         self._scale_one = torch.ones(1, dtype=torch.float32, device=self.device)
         self.rules = [registry.build(group.optimizer, dict(group.options)) for group in self.groups]
@@ -68,9 +70,9 @@ class ShardedOptimizer(MegatronOptimizer):
             rules = {name: self.rules[group_of[name]] for name in matrix_names}
             jobs = [Job.of(info, rules[name]) for name, info in infos.items()]
             placed = MatrixPlan.make(domain, jobs, options)
-            self.matrix_steps.append(MatrixStep(domain, placed, rules, infos))
+            self.matrix_steps.append(MatrixStep(domain, placed, rules, infos, host=self.host))
             self.weight_steps.append(WeightStep(domain, self.matrix_steps[-1], self.groups, self.rules, group_of))
-            self.element_steps.append(ElementwiseStep(domain, self.groups, self.rules, group_of))
+            self.element_steps.append(ElementwiseStep(domain, self.groups, self.rules, group_of, self.host))
         self.writes_model = set[int]().union(
             *(w.writes_model for w in self.weight_steps), *(e.writes_model for e in self.element_steps)
         )

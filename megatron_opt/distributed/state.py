@@ -19,6 +19,7 @@ from megatron_opt.distributed import packed_state
 from megatron_opt.distributed.domain import Domain, gather_objects
 from megatron_opt.distributed.elementwise import ElementwiseStep
 from megatron_opt.distributed.fragments import Rect
+from megatron_opt.distributed.host_state import HostStates
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.parts import shape2d
 from megatron_opt.errors import UserError
@@ -41,6 +42,7 @@ class Keeper(Protocol):
     stored: list[Any]
     step_number: int
     device: torch.device
+    host: HostStates
 
     def ensure_states(self) -> None: ...
 
@@ -146,7 +148,8 @@ def collect(optimizer: Keeper, index: int) -> list[Piece]:
                     found.append(_placed(key, part.rect, tensor, shape))
     for key, name, tensor, whole, place, number in whole_places(optimizer.matrix_steps[index]):
         if place is None or whole is None:
-            found.append(Piece(key, name, tensor.detach(), replica=number))
+            again = 0 if optimizer.matrix_steps[index].placed.counts else domain.size
+            found.append(Piece(key, name, tensor.detach(), replica=number + again))
         else:
             found.append(_placed(key, place, tensor, whole))
     places = [None if piece.rect is None else (piece.key, *piece.rect.key) for piece in found]
@@ -201,6 +204,7 @@ def common_state(optimizer: Keeper) -> dict[str, Any]:
 def sharded_state(optimizer: Keeper) -> dict[str, Any]:
     """Megatron's sharded state dict, to save from and to load into."""
     optimizer.ensure_states()
+    optimizer.host.settle()
     optimizer.stored = [collect(optimizer, index) for index in range(len(optimizer.domains))]
     tensors = {
         piece.name: _sharded(piece, domain)

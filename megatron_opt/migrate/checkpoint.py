@@ -91,6 +91,8 @@ def _check(args: Any) -> None:
         raise UserError(f"--load and --save are both {args.load}; write the warm start to another folder.")
     if args.optimizer in MEGATRON_OWN:
         raise UserError(f"--optimizer {args.optimizer} is Megatron's own; write for adamw, which trains the same.")
+    if args.optimizer_cpu_offload:
+        raise UserError("--optimizer-cpu-offload: a warm start is written without it; leave it out, and give it to the run.")
     if args.fp8_param_gather:
         raise UserError(
             "--fp8-param-gather: a warm start is written from bf16 weights; leave it out, and give it to the run."

@@ -1,13 +1,14 @@
 """Every hyperparameter of every optimizer as a flag, `--NAME-FIELD`, from the rules' own configurations."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_opt.distributed.ownership import check_balance
-from megatron_opt.engine_options import EngineOptions
+from megatron_opt.engine_options import MEGATRONS, EngineOptions
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.groups import GroupRule, default_rules, load_rules
@@ -142,6 +143,8 @@ def check_optimizer_arguments(args: Any) -> None:
     check_balance(args.matrix_balance)
     if "matrix-balance" in args.given_flags and args.matrix_mode != "auto":
         raise UserError(f"--matrix-balance says when --matrix-mode auto cuts; with {args.matrix_mode} leave it out.")
+    if "matrix-instances" in args.given_flags and args.num_distributed_optimizer_instances == 1:
+        raise UserError("--matrix-instances has no effect without --num-distributed-optimizer-instances above 1.")
     for flag, why in WITHOUT_MEANING.items():
         if flag in args.given_flags:
             raise UserError(f"--{flag} has no meaning with --optimizer {args.optimizer}: {why}")
@@ -149,9 +152,23 @@ def check_optimizer_arguments(args: Any) -> None:
         raise UserError(f"--{flag} does not work with --optimizer {args.optimizer}: {why}")
 
 
+@contextlib.contextmanager
+def as_megatrons(args: Any) -> Iterator[None]:
+    """Flags as Megatron may check them: it routes other optimizers to its layer-wise wrapper, and offloads its own alone."""
+    kept = {"optimizer": args.optimizer, "optimizer_cpu_offload": args.optimizer_cpu_offload}
+    if args.optimizer not in MEGATRON_OWN:
+        args.optimizer_cpu_offload = False
+    args.optimizer = "adam"
+    try:
+        yield
+    finally:
+        vars(args).update(kept)
+
+
 def _refuse_ours(args: Any) -> None:
     """Megatron's own optimizers read none of this project's flags."""
-    ours = {field.name.replace("_", "-") for field in dataclasses.fields(EngineOptions)}
+    names = (field.name for field in dataclasses.fields(EngineOptions))
+    ours = {name.replace("_", "-") for name in names if name not in MEGATRONS}
     ours |= {"optimizer-groups", "print-optimizer-plan", "scalar-lr-ratio"}
     ours |= {
         f"{name}-{field.name}".replace("_", "-")

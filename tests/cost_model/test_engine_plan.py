@@ -9,11 +9,14 @@ from megatron_opt.cost_model.model import Model
 from megatron_opt.cost_model.optimizer_time import domain_time
 from megatron_opt.cost_model.plan import plans
 from megatron_opt.distributed import planning
+from megatron_opt.engine_options import EngineOptions
 
 
 def engine_plans(model: Model, layout: Layout, rules: list) -> list[planning.DomainPlan]:
-    sizes = planning.Layout(layout.tp, layout.pp, layout.data_parallel, distributed=layout.distributed)
-    return planning.plan_model(dict(enumerate(model.stages(layout.pp))), model.geometry, sizes, rules)
+    sizes = planning.Layout(
+        layout.tp, layout.pp, layout.data_parallel, distributed=layout.distributed, instances=layout.instances
+    )
+    return planning.plan_model(dict(enumerate(model.stages(layout.pp))), model.geometry, sizes, rules, layout.engine)
 
 
 @pytest.mark.parametrize("name", ["muon", "soap"])
@@ -22,12 +25,21 @@ def engine_plans(model: Model, layout: Layout, rules: list) -> list[planning.Dom
     [(1, 1, 4, False), (2, 1, 1, False), (2, 2, 2, False), (1, 1, 8, True), (2, 2, 4, True), (4, 1, 16, True)],
 )
 def test_packing_and_traffic_are_the_engines(name: str, tp: int, pp: int, dp: int, distributed: bool) -> None:
+    assert_the_engines(name, Layout(tp * pp * dp, tp=tp, pp=pp, global_batch=64, distributed=distributed))
+
+
+@pytest.mark.parametrize("owners", ["across", "within"])
+def test_of_instances_too(owners: str) -> None:
+    engine = EngineOptions(matrix_instances=owners)
+    assert_the_engines("muon", Layout(16, tp=2, global_batch=64, distributed=True, instances=2, engine=engine))
+
+
+def assert_the_engines(name: str, layout: Layout) -> None:
     flags, _ = parse(f"--preset llama-130m --num-layers 8 --optimizer {name}".split())
     model, rules = Model.of(flags), grouping(flags)
-    layout = Layout(tp * pp * dp, tp=tp, pp=pp, global_batch=64, distributed=distributed)
     mine = [domain for stage in plans(model, layout, rules, exact=True) for domain in stage]
     theirs = engine_plans(model, layout, rules)
-    assert len(mine) == len(theirs) == pp
+    assert len(mine) == len(theirs) == layout.pp
     estimated = [domain for stage in plans(model, layout, rules) for domain in stage]
     for ours, guess, exact in zip(mine, estimated, theirs, strict=True):
         assert sorted(ours.plan.load) == pytest.approx(sorted(exact.plan.load))

@@ -19,6 +19,8 @@ from megatron_opt.errors import UserError
 
 SEVEN = "--preset llama-7b --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 
+COPIES = "--num-distributed-optimizer-instances 8"
+
 
 def step(words: str, gpus: int = 64, machine: Cluster | None = None, exact: bool = True) -> Step:
     return predict(parse(words.split())[0], machine or load("h100"), gpus, exact=exact)
@@ -58,6 +60,33 @@ def test_memory_of_adamw_by_hand() -> None:
     assert s.memory.parameters == 2 * n and s.memory.gradients == 4 * n
     assert s.memory.main_copies == pytest.approx(4 * n / 64)
     assert s.memory.optimizer_state == pytest.approx(8 * n / 64)
+
+
+def test_instances_of_the_distributed_optimizer_by_hand() -> None:
+    """64 GPUs in 8 instances: main copies and states over 8 ranks, shards summed over 8 copies; owners' traffic at least."""
+    one, eight = (step(f"{SEVEN} --optimizer adamw {more}") for more in ("", COPIES))
+    n = one.model.total_parameters
+    assert eight.memory.main_copies == pytest.approx(8 * one.memory.main_copies)
+    assert eight.memory.optimizer_state == pytest.approx(8 * n / 8)
+    assert one.traffic.sent["data gradients"] == pytest.approx(4 * n * 63 / 64)
+    assert eight.traffic.sent["data gradients"] == pytest.approx(4 * n * 7 / 8)
+    assert eight.traffic.sent["data gradients between instances"] == pytest.approx(4 * n / 8 * 2 * 7 / 8)
+    assert eight.traffic.sent["data parameters"] == pytest.approx(2 * n * 7 / 8)
+    # within a node NVLink, between nodes an eighth of the gradients: the network has less to do than in one ring of 64
+    assert eight.traffic.seconds["data parameters"] < one.traffic.seconds["data parameters"]
+
+
+def test_owners_across_instances_compute_once_and_send_to_all() -> None:
+    across, within = (step(f"{SEVEN} --optimizer muon {COPIES} --matrix-instances {x}") for x in ("across", "within"))
+    assert within.optimizer_flops == pytest.approx(8 * across.optimizer_flops)
+    assert within.optimizer.state_bytes > 5 * across.optimizer.state_bytes
+    hidden = 4 * sum(info.numel for info in across.plans[0][0].infos.values())
+    assert across.optimizer.sent["updates to shards"] == pytest.approx(hidden / 64 * 8, rel=0.1)
+    assert within.optimizer.sent["updates to shards"] == pytest.approx(hidden / 8 * 7 / 8, rel=0.1)
+    auto = step(f"{SEVEN} --optimizer muon {COPIES}")
+    assert auto.optimizer.sent == across.optimizer.sent
+    with pytest.raises(UserError, match="not divisible by --num-distributed-optimizer-instances 8"):
+        step(f"{SEVEN} --optimizer muon {COPIES}", 12)
 
 
 def test_without_the_distributed_optimizer_every_rank_keeps_all() -> None:

@@ -99,6 +99,12 @@ TP4 = Layout.of("tp4", 4, tp=4)
 DP4 = Layout.of("dp4", 4)
 PP2_DP2 = Layout.of("pp2-dp2", 4, pp=2)
 PP2_DP2_DIST = Layout.of("pp2-dp2-distopt", 4, pp=2, distopt=True)
+TWICE = "--num-distributed-optimizer-instances=2"
+ACROSS, WITHIN = ((TWICE, f"--matrix-instances={owners}") for owners in ("across", "within"))
+DP2X2 = Layout.of("dp2x2", 4, distopt=True, more=ACROSS)
+DP2X2_WITHIN = Layout.of("dp2x2-within", 4, distopt=True, more=WITHIN)
+EP2X2 = Layout.of("ep2x2", 4, ep=2, distopt=True, more=ACROSS)
+OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
 EP2 = Layout.of("ep2", 2, ep=2)
 EP2_DIST = Layout.of("ep2-distopt", 2, ep=2, distopt=True)
 

@@ -60,7 +60,7 @@ def plan(case: Case, record: recording.Record, argv: list[str], folder: Path) ->
             {
                 "name": domain.name,
                 "rank": domain.rank,
-                "known": {what: v[domain.rank] for what, v in planning.sent_in_a_step(domain, step).items()},
+                "known": {what: v[domain.rank % len(v)] for what, v in planning.sent_in_a_step(domain, step).items()},
                 "sent": dict(domain.exchange.traffic.sent),
                 "digest": step.placed.plan.digest(),
                 "parts": [(p.matrix, p.rank, *p.bounds) for p in step.placed.plan.parts],
@@ -194,8 +194,9 @@ def work(case: Case, record: recording.Record, argv: list[str], folder: Path) ->
             sum(t.numel() * t.element_size() for s in (*m.states.values(), *m.shared.values()) for t in s.values())
             for m in steps
         ]
-        record.extra["planned"] = [m.placed.plan.state_bytes[d.rank] for m, d in zip(steps, domains, strict=True)]
-        record.extra["planned_flops"] = [m.placed.plan.flops[d.rank] for m, d in zip(steps, domains, strict=True)]
+        plans = [(step.placed.plan, d.rank % len(step.placed.plan.load)) for step, d in zip(steps, domains, strict=True)]
+        record.extra["planned"] = [plan.state_bytes[rank] for plan, rank in plans]
+        record.extra["planned_flops"] = [plan.flops[rank] for plan, rank in plans]
 
     record.once_made.append(prepare)
     record.at_end.append(compare)
@@ -246,3 +247,40 @@ def mock_data(case: Case, record: recording.Record, argv: list[str], folder: Pat
     """Megatron's made-up data, whose few different tokens leave gradients of low rank."""
     at = argv.index("--train-data-path")
     return [*argv[:at], *argv[at + 2 :], "--mock-data"]
+
+
+def offload(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
+    """Record what of the state rests in host memory, what came and went, and what the batches hold."""
+
+    def size(tensors: Any) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def home(states: Any) -> int:
+        return sum(size(getattr(state, "home", {}).values()) for state in states)
+
+    def compare(record: recording.Record) -> None:
+        optimizer = record.optimizer
+        matrices = [[*m.states.values(), *m.shared.values()] for m in optimizer.matrix_steps]
+        elements = [[p.state for ps in e.slices.values() for p in ps] for e in optimizer.element_steps]
+        tensors = [t for states in (*matrices, *elements) for state in states for t in state.values()]
+        batches = [home(batch) for m in optimizer.matrix_steps for batch in m._batches()]
+        for e in optimizer.element_steps:
+            for group, several in e.batches.items():
+                named = [[p.state for p in e.slices.get(group, ()) if p.matrix in names] for names in several]
+                batches += [0, *map(home, named)]  # one list of batches after the other: no pair of two
+        record.extra["offload"] = {
+            "moved": dict(optimizer.host.moved),
+            "most": optimizer.host.most,
+            "resting": home(state for states in (*matrices, *elements) for state in states),
+            "of matrices": home(state for states in matrices for state in states),
+            "planned": sum(
+                m.placed.plan.offloaded * m.placed.plan.state_bytes[m.domain.rank % len(m.placed.plan.load)]
+                for m in optimizer.matrix_steps
+            ),
+            "state": size(t for t in tensors if t.numel() > 1),
+            "numbers": size(t for t in tensors if t.numel() == 1),
+            "largest": max(map(size, ([t] for t in tensors))),
+            "batches": batches,
+        }
+
+    record.at_end.append(compare)

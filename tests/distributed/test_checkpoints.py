@@ -38,11 +38,13 @@ PAIRS = [
     ("sharded", c.TP2_DP2, c.PP2), ("blocks", c.TP2_DP2, c.ONE), ("blocks", c.ONE, c.DP2_DIST), ("blocks", c.TP4, c.TP2),
     ("normuon", c.TP2_DP2_DIST, c.PP2), ("soap_h", c.TP2_DP2_DIST, c.ONE), ("soap_h", c.ONE, c.TP2),
     ("bf16", c.DP2_DIST, c.TP2_PP2), ("bf16", c.TP2, c.DP2),
+    ("dense", c.DP2X2, c.DP4_DIST), ("dense", c.DP4_DIST, c.DP2X2), ("soap", c.DP2X2_WITHIN, c.ONE),
+    ("soap", c.TP2, c.DP2X2_WITHIN), ("moe", c.ONE, c.EP2X2), ("bf16", c.DP2X2, c.TP2),
 ]  # fmt: skip
 RESUMED = [
     ("dense", c.ONE), ("dense", c.TP2_DP2_DIST), ("moe", c.EP2_DIST), ("soap", c.TP2), ("bf16", c.DP2_DIST),
     ("adamw", c.VPP2), ("int8", c.DP2_DIST), ("group", c.TP2_DP2_DIST), ("blocks", c.TP2), ("normuon", c.DP2_DIST),
-    ("soap_h", c.TP2),
+    ("soap_h", c.TP2), ("bf16", c.DP2X2),
 ]  # fmt: skip
 TOTAL, STOP = 10, 5
 

@@ -16,6 +16,7 @@ COMPOSED = {
     "overlap-both": (c.DENSE, c.DP2_DIST, ["--overlap-grad-reduce", "--overlap-param-gather"]),
     "overlap-vpp": (c.DENSE, Layout.of("pp2-vpp2-dp2-distopt", 4, pp=2, vpp=2, distopt=True),
                     ["--overlap-grad-reduce", "--overlap-param-gather"]),
+    "overlap-instances": (c.DENSE, c.DP2X2, c.OVERLAP),
     "per-token": (PER_TOKEN, c.DP2_DIST, []),
     "group-overlap": (c.DENSE, c.TP2_DP2_DIST, ["--matrix-mode", "group", "--overlap-grad-reduce", "--overlap-param-gather"]),
     "group-small-buckets": (c.DENSE, c.TP2_DP2, ["--matrix-mode", "group", "--exchange-bucket-mb", "0.01"]),
@@ -70,6 +71,9 @@ WORK = [
     case(c.DENSE, [*rule, "--matrix-mode", "sharded"], layout, f"work-{kind}-sharded-{layout.name}", steps=3, hook="work")
     for kind, rule in (("normuon", c.NORMUON), ("muon_h", c.MUON_H), ("soap_h", c.SOAP_H))
     for layout in (c.ONE, c.TP2_DP2_DIST)
+] + [
+    case(c.DENSE, [*c.MUON, "--matrix-mode", "owner"], layout, f"work-muon-owner-{layout.name}", steps=3, hook="work")
+    for layout in (c.DP2X2, c.DP2X2_WITHIN)
 ]  # fmt: skip
 CASES = [
     *(case(model, [*_rule(name), *more], layout, name, steps=STEPS, **HOOKS.get(name, {}))
@@ -77,7 +81,7 @@ CASES = [
     *(case(model, _rule(name), c.ONE, f"one-{name}", steps=STEPS, **HOOKS.get(name, {}))
       for name, model in CLEAN.items()),
     *(case(c.DENSE, [*c.MUON, "--bf16"], layout, f"bf16-{layout.name}", steps=STEPS)
-      for layout in (c.ONE, c.DP2, c.DP2_DIST)),
+      for layout in (c.ONE, c.DP2, c.DP2_DIST, c.DP2X2)),
     case(c.DENSE, c.MUON, c.TP2, "clean", steps=2),
     case(c.DENSE, c.MUON, c.TP2, "clean-1", steps=1),
     *(_poisoned(name, *what) for name, what in POISON.items()),
@@ -108,6 +112,7 @@ def test_bf16_with_main_copies(runs: dict[str, Run]) -> None:
     one, sharded = runs["bf16-one"], runs["bf16-dp2-distopt"]
     assert runs["bf16-dp2"].losses == sharded.losses  # the distributed optimizer changes nothing
     assert sharded.losses == pytest.approx(one.losses, rel=1e-2)
+    assert runs["bf16-dp2x2"].losses == pytest.approx(one.losses, rel=1e-2)
     assert sharded.losses == pytest.approx(runs["one-dense"].losses, rel=2e-2)
     assert any(value.float().bfloat16().double().ne(value).any() for value in sharded.weights.values()), (
         "copies are fp32"
@@ -141,16 +146,17 @@ def test_ranks_that_disagree_on_the_plan_are_told_at_start(runs: dict[str, Run])
 
 @pytest.mark.parametrize("name", [each.name for each in WORK])
 def test_no_work_is_done_twice(runs: dict[str, Run], name: str) -> None:
-    """Counted FLOPs, summed over ranks, are one process's; the state of each rank is the plan's."""
+    """Counted FLOPs, summed over ranks, are one process's (an instance's, with owners within each); state is the plan's."""
     run = runs[name]
     one = runs["-".join([*name.split("-")[: 3 + name.startswith("work-one-sided")], "one"])]
     assert run.error is None
-    counted = sum(rank["flops"] for rank in run.ranks)
+    computed = 2 if run.case.layout is c.DP2X2_WITHIN else 1
+    counted = sum(rank["flops"] for rank in run.ranks) / computed
     assert counted == pytest.approx(one.ranks[0]["flops"], rel=0.01) and counted > 0
     for rank in run.ranks:
         assert rank["held"] == pytest.approx(rank["planned"])
     if name.startswith("work-muon"):
-        planned = sum(sum(rank["planned_flops"]) for rank in run.ranks)
+        planned = sum(sum(rank["planned_flops"]) for rank in run.ranks) / computed
         assert counted == pytest.approx(2 * planned, rel=0.01)
 
 

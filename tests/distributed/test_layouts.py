@@ -52,6 +52,9 @@ CUT = ("muon/sharded", "muon/group", "soap/sharded", "soap/group", "soap16/shard
 NORMS = ("normuon/sharded", "muon_h/sharded", "soap_h/sharded", "soap_h/group", "adam_h/sharded")  # summed over parts
 MODELS = [
     ("dense", c.DENSE, ALL, DENSE_LAYOUTS),
+    ("dense", c.DENSE, ALL, [c.DP2X2]),
+    ("dense", c.DENSE, ("soap", "soap16/group", "muon_h/sharded"), [c.DP2X2_WITHIN]),
+    ("moe", c.MOE, ("muon",), [c.EP2X2]),
     ("dense", c.DENSE, CUT, MODE_LAYOUTS),
     ("dense", c.DENSE, ("strips/sharded", "strips/group"), [c.TP2_DP2_DIST]),
     ("dense", c.DENSE, NORMS, [c.TP2_DP2_DIST]),
@@ -85,6 +88,15 @@ SLOWER = [
     ]),
     ("dense", c.DENSE, ("muon/sharded", "muon/group", "soap/group", "strips/group"), [
         Layout.of("tp2-dp4-distopt", 8, tp=2, distopt=True),
+    ]),
+    ("dense", c.DENSE, (*ALL, "soap16/group", "muon_h/sharded"), [
+        Layout.of("tp2-dp2x2", 8, tp=2, distopt=True, more=c.ACROSS),
+        Layout.of("tp2-dp2x2-within", 8, tp=2, distopt=True, more=c.WITHIN),
+    ]),
+    ("dense", c.DENSE, ("muon",), [Layout.of("pp2-dp2x2", 8, pp=2, distopt=True, more=c.ACROSS)]),
+    ("moe", c.MOE, ("muon", "soap"), [
+        Layout.of("tp2-ep2-dp2x2", 8, tp=2, ep=2, etp=1, sp=True, distopt=True, more=c.ACROSS),
+        Layout.of("tp2-ep2-dp2x2-within", 8, tp=2, ep=2, etp=1, sp=True, distopt=True, more=c.WITHIN),
     ]),
     ("tied", c.TIED, ("muon", "soap"), [Layout.of("tp2-pp2-vpp2-dp2-distopt", 8, tp=2, pp=2, vpp=2, distopt=True)]),
     ("gqa", c.GQA, ("muon", "soap"), [Layout.of("tp4-dp2-distopt", 8, tp=4, distopt=True)]),

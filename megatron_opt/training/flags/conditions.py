@@ -49,6 +49,7 @@ NEEDS: tuple[tuple[str, str, Condition], ...] = (
      lambda a: a.pipeline_model_parallel_size > 1),
     ("manual-gc-interval no-manual-gc-eval", "--manual-gc", lambda a: a.manual_gc),
     ("min-lr", "a --lr-decay-style that decays", lambda a: a.lr_decay_style != "constant" or not a.min_lr),
+    ("optimizer-offload-fraction", "--optimizer-cpu-offload", lambda a: a.optimizer_cpu_offload),
     ("sgd-momentum", "--optimizer sgd", lambda a: a.optimizer == "sgd"),
     ("keep-last keep-every on-save-failure", "--save", lambda a: a.save is not None),
     ("accept-changed trust-checkpoint use-checkpoint-opt_param-scheduler override-opt_param-scheduler", "--load",

@@ -63,6 +63,7 @@ def check_layout(args: Any) -> None:
         _check_stages(args, pp)
     _check_batch(args, world // (tp * pp * cp))
     _check_experts(args, world, pp, ep)
+    _check_instances(args, world)
 
 
 def _check_stages(args: Any, pp: int) -> None:
@@ -107,6 +108,25 @@ def _check_batch(args: Any, dp: int) -> None:
                 f"--{flag}global-batch-size {batch} is not divisible by --{flag}micro-batch-size {micro} × {dp} "
                 f"data-parallel rank{'s' * (dp > 1)}; change one of them."
             )
+
+
+def _check_instances(args: Any, world: int) -> None:
+    """Every instance of the distributed optimizer holds all of a stage's dense parameters, and all of each of its experts."""
+    count, flag = args.num_distributed_optimizer_instances, "--num-distributed-optimizer-instances"
+    if count == 1:
+        return
+    if not args.use_distributed_optimizer and not args.use_megatron_fsdp:
+        raise UserError(f"{flag} {count} has no effect without --use-distributed-optimizer; give both or neither.")
+    if args.ddp_reduce_scatter_with_fp32_accumulation:
+        raise UserError(
+            f"{flag} {count} does not go with --ddp-reduce-scatter-with-fp32-accumulation; leave one of them out."
+        )
+    stage = world // args.pipeline_model_parallel_size
+    tp, ep = args.tensor_model_parallel_size, args.expert_model_parallel_size
+    expert = (args.expert_tensor_parallel_size or tp) * ep
+    for ranks, what in ((stage // tp, "data- and context-parallel"), (stage // expert, "expert-data-parallel")):
+        if ranks % count:
+            raise UserError(f"{ranks} {what} ranks are not divisible by {flag} {count}; change one of them.")
 
 
 def _check_experts(args: Any, world: int, pp: int, ep: int) -> None:

@@ -89,6 +89,7 @@ _WORDS: tuple[tuple[Range, str], ...] = (
     (FRACTION, "mid-level-dataset-surplus"),
     (BELOW_ONE, "adam-beta1 adam-beta2 sgd-momentum lion-beta1 lion-beta2 muon-momentum lr-warmup-fraction"),
     (Range(0, 1, open=True), "adam-eps norm-epsilon moe-router-bias-update-rate activation-offload-fraction"),
+    (Range(0, 1, open=True), "optimizer-offload-fraction"),
     (PROBABILITY, "hidden-dropout attention-dropout moe-input-jitter-eps moe-router-quantile-balancing-ema"),
     (DEVIATION, "init-method-std embedding-init-method-std"),
     (Range(0, 1, open=True), "rotary-percent"),

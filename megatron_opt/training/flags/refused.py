@@ -132,10 +132,8 @@ NEEDS_TE = {
 BY_OPTIMIZER: dict[str, tuple[tuple[object, ...], str]] = {
     "use-megatron-fsdp": ((), "Megatron-FSDP shards parameters in a way of its own; use --use-distributed-optimizer."),
     "use-torch-fsdp2": ((), "FSDP2 shards parameters in a way of its own; use --use-distributed-optimizer."),
-    "num-distributed-optimizer-instances": ((1,), "one instance shards over all data-parallel ranks; leave it at 1."),
     "tensor-parallel-num-weight-shards": ((1,), "shards of one weight would be taken for whole copies; leave it out."),
     "expert-tensor-parallel-num-weight-shards": ((1,), "shards of one weight would be taken for copies; leave it out."),
-    "optimizer-cpu-offload": ((), "state stays on the parameters' device; remove the flag."),
     "use-precision-aware-optimizer": ((), "set the state's type by --OPTIMIZER-state-dtype or -momentum-dtype."),
     "overlap-param-gather-with-optimizer-step": ((), "use --overlap-param-gather."),
     "fp4-param-gather": ((), "main copies are written back in bf16; remove the flag."),
@@ -155,7 +153,7 @@ OF_MEGATRONS_OPTIMIZERS = {
     "it belongs to an optimizer, a sharding or an offload of Megatron's own (--optimizer adam or sgd)": """
         data-parallel-sharding-strategy outer-dp-sharding-strategy no-gradient-reduce-div-fusion fsdp-double-buffer
         fsdp-manual-registration fsdp-db-use-persist-buf-on-alloc-fail suggested-communication-unit-size megatron-fsdp-*
-        torch-fsdp2-no-reshard-after-forward optimizer-offload-fraction use-torch-optimizer-for-cpu-offload
+        torch-fsdp2-no-reshard-after-forward use-torch-optimizer-for-cpu-offload
         overlap-cpu-optimizer-d2h-h2d no-pin-cpu-grads no-pin-cpu-params main-grads-dtype main-params-dtype exp-avg-dtype
         exp-avg-sq-dtype qk-clip-alpha qk-clip-threshold no-use-layer-wise-param-layout
         ddp-param-name-patterns-for-fp32-local-accumulation no-weight-decay-cond-type""",

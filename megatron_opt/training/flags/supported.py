@@ -8,7 +8,7 @@ tensor-model-parallel-size pipeline-model-parallel-size context-parallel-size ex
 expert-tensor-parallel-size sequence-parallel num-layers-per-virtual-pipeline-stage num-virtual-stages-per-pipeline-rank
 microbatch-group-size-per-virtual-pipeline-stage pipeline-model-parallel-layout decoder-first-pipeline-num-layers
 decoder-last-pipeline-num-layers account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split
-use-distributed-optimizer overlap-grad-reduce overlap-param-gather ddp-num-buckets ddp-bucket-size
+use-distributed-optimizer num-distributed-optimizer-instances overlap-grad-reduce overlap-param-gather ddp-num-buckets ddp-bucket-size
 ddp-reduce-scatter-with-fp32-accumulation ddp-average-in-collective grad-reduce-in-bf16
 accumulate-allreduce-grads-in-fp32 distributed-backend disable-gloo-process-groups
 
@@ -38,7 +38,7 @@ moe-router-load-balancing-type moe-router-quantile-balancing-ema moe-router-forc
 moe-aux-loss-coeff moe-z-loss-coeff moe-input-jitter-eps moe-token-dispatcher-type moe-expert-capacity-factor
 moe-pad-expert-input-to-capacity moe-token-drop-policy moe-apply-probs-on-input moe-layer-recompute
 
-optimizer weight-decay clip-grad adam-beta1 adam-beta2 adam-eps lion-beta1 lion-beta2 muon-momentum
+optimizer optimizer-cpu-offload optimizer-offload-fraction weight-decay clip-grad adam-beta1 adam-beta2 adam-eps lion-beta1 lion-beta2 muon-momentum
 muon-nesterov muon-scale-mode muon-fp32-matmul-prec muon-coefficient-type muon-num-ns-steps muon-extra-scale-factor
 lr min-lr lr-decay-style lr-wsd-decay-style lr-decay-iters lr-decay-samples lr-wsd-decay-iters lr-wsd-decay-samples
 lr-warmup-fraction lr-warmup-iters lr-warmup-samples lr-warmup-init start-weight-decay end-weight-decay
