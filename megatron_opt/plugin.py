@@ -52,18 +52,15 @@ def _parse(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _validate(original: Callable[..., Any]) -> Callable[..., Any]:
     from megatron_opt.checkpointing import resuming
-    from megatron_opt.training.optimizer_flags import MEGATRON_OWN, check_optimizer_arguments
+    from megatron_opt.training.optimizer_flags import MEGATRON_OWN, as_megatron_knows, check_optimizer_arguments
 
     @functools.wraps(original)
     def validate_args(args: Any, *rest: Any, **named: Any) -> Any:
         if args.optimizer in MEGATRON_OWN:
             return original(args, *rest, **named)
         check_optimizer_arguments(args)
-        name, args.optimizer = args.optimizer, "adam"  # Megatron would route other names to its layer-wise wrapper
-        try:
+        with as_megatron_knows(args):
             found = original(args, *rest, **named)
-        finally:
-            args.optimizer = name
         resuming.install()
         return found
 

@@ -136,6 +136,8 @@ def collect(optimizer: Keeper, index: int) -> list[Piece]:
         if fragment.view.param.dtype != torch.float32:
             for rect in fragment.rects:
                 found.append(_placed("fp32_param", rect, rect.run(fragment.main), shape2d(domain.infos[rect.matrix])))
+        for key, flat in fragment.state.items():
+            found += [_placed(key, rect, rect.run(flat), shape2d(domain.infos[rect.matrix])) for rect in fragment.rects]
     for slices in optimizer.element_steps[index].slices.values():
         for part in slices:
             shape = shape2d(domain.infos[part.matrix])
@@ -167,6 +169,7 @@ def live_tensors(optimizer: Keeper) -> Iterator[Tensor]:
     for domain in optimizer.domains:
         for fragment in domain.fragments:
             yield fragment.main
+            yield from fragment.state.values()
     for element in optimizer.element_steps:
         for pieces in element.slices.values():
             for piece in pieces:

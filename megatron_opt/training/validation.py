@@ -86,8 +86,9 @@ def build(make: Any, config: Any, sizes: list[int | None], args: Any) -> list[An
     if args.dataloader_type == "single":
         interval = args.eval_interval or args.train_iters or 1
         rounds = (args.train_iters or 1) // interval + 2
+        rounds *= 2 if getattr(args, "ema_decay", 0.0) else 1  # weights, then their average
     fixed = [train]
-    for name, dataset, times in (("valid", valid, rounds), ("test", test, 1)):
+    for name, dataset, times in (("valid", valid, rounds), ("test", test, 2)):
         count = told[name]["samples"] if told[name] else 0
         fixed.append(Fixed(dataset, min(count, length), length, times) if dataset is not None and count else None)
     return fixed
