@@ -40,7 +40,8 @@ class EngineOptions:
     )
     split_heads: bool = option(False, "one logical matrix a head for q, k and v")
     ema_decay: float = decay(
-        0.0, "keep a moving average of the weights, D·average + (1 − D)·weights after each step, and evaluate it too; 0: none"
+        0.0,
+        "keep a moving average of the weights, D·average + (1 − D)·weights after each step, and evaluate it too; 0: none",
     )
 
     def __post_init__(self) -> None:

@@ -83,7 +83,9 @@ def build_optimizer(
     optimizer = ShardedOptimizer(config, chunks, domains, groups, options)
     for domain, step in zip(domains, optimizer.matrix_steps, strict=True):
         agree(f"optimizer plan of {domain.name}", step.placed.plan.digest(), domain.group, domain.size)
-    keeps_norm = {info.name for group, rule in zip(groups, optimizer.rules, strict=True) if rule.projects for info in group.infos}
+    keeps_norm = {
+        info.name for group, rule in zip(groups, optimizer.rules, strict=True) if rule.projects for info in group.infos
+    }
     model, model_config = unwrap_model(list(chunks)), get_model_config(chunks[0])
     if clip := qk_clip.make(model, domains, keeps_norm, model_config, options.split_heads):
         optimizer.post_steps.append(clip)

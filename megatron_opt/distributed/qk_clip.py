@@ -35,15 +35,21 @@ def check(settings: Any) -> None:
         return
     said = f"--{asked[0].replace('_', '-')}"
     if getattr(settings, "cuda_graph_impl", "none") != "none":
-        raise UserError(f"{said} reads what attention records in every pass, which --cuda-graph-impl captures once; leave one out.")
+        raise UserError(
+            f"{said} reads what attention records in every pass, which --cuda-graph-impl captures once; leave one out."
+        )
     backend = getattr(settings, "attention_backend", None)
     if getattr(backend, "name", backend) == "flash":
-        raise UserError(f"{said} needs the largest logits, which --attention-backend flash does not give; give fused or unfused.")
+        raise UserError(
+            f"{said} needs the largest logits, which --attention-backend flash does not give; give fused or unfused."
+        )
     if not settings.qk_clip:
         return
     if getattr(settings, "qk_l2_norm", False) or (settings.qk_layernorm and not settings.multi_latent_attention):
         norm = "--qk-layernorm" if settings.qk_layernorm else "--qk-l2-norm"
-        raise UserError(f"--qk-clip scales the weights of q and k, and {norm} takes their length away again; give one of the two.")
+        raise UserError(
+            f"--qk-clip scales the weights of q and k, and {norm} takes their length away again; give one of the two."
+        )
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,9 @@ class Options:
 class QkClip:
     """A post-step: one all-reduce of (layers, heads) maxima over all ranks, then rows of this rank's main copies."""
 
-    def __init__(self, attentions: Sequence[Attention], domains: Sequence[Domain], options: Options, tp_rank: int) -> None:
+    def __init__(
+        self, attentions: Sequence[Attention], domains: Sequence[Domain], options: Options, tp_rank: int
+    ) -> None:
         self.attentions, self.options, self.tp_rank = list(attentions), options, tp_rank
         names: set[str] = set()
         for part in gather_objects([a.name for a in attentions], None, dist.get_world_size()):

@@ -20,6 +20,8 @@ class WeightAverage:
 
     def __init__(self, domains: Sequence[Domain], decay: float) -> None:
         self.decay = decay
+        self.begun = False  # whether it is an average yet, by a step or from a checkpoint
+        self.stored = True  # whether the checkpoint that is loaded has one
         fragments = [fragment for domain in domains for fragment in domain.fragments]
         self._mains = [fragment.main for fragment in fragments]
         for fragment in fragments:
@@ -34,17 +36,27 @@ class WeightAverage:
 
     def run(self, step: int) -> Collection[Fragment]:
         """One pass over both."""
-        if not self._mains:
-            return ()
-        if step == 1:
-            torch._foreach_copy_(self._averages, self._mains)
-        else:
+        if self.begun and self._mains:
             torch._foreach_lerp_(self._averages, self._mains, 1.0 - self.decay)
+        self.settle()
+        self.begun = True
         return ()
 
     def report(self) -> Report | None:
         """Evaluations tell."""
         return None
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Before it is one, it is the weights."""
+        if not self.begun and self._mains:
+            torch._foreach_copy_(self._averages, self._mains)
+
+    def loaded(self) -> None:
+        """After a checkpoint's state; where that had no average, this one begins at its weights."""
+        self.begun = self.stored
+        self.settle()
+        self.begun = self.stored = True
 
     @contextmanager
     def in_place(self, publish: Callable[[], None]) -> Iterator[None]:

@@ -96,7 +96,7 @@ class Monitor:
             self._evaluated = (self._split, self._at, found) if found and not found[2] else None
             self._take_losses(self._split, found)
             average = getattr(self.optimizer, "average", None)
-            if average is not None and self.optimizer.step_number and self._evaluated:
+            if average is not None and average.begun and self._evaluated:
                 with average.in_place(self.optimizer.publish):
                     self._take_losses(f"{self._split}{run_files.AVERAGED}", timed(*args, **kwargs))
             return found
@@ -347,7 +347,9 @@ class Monitor:
             "final_train_loss": progress.last_loss,
             "final_valid_loss": valid if valid is not None and math.isfinite(valid) else None,
             "final_test_loss": self.losses.get("test"),
-            **{f"final_{split}_loss": loss for split, loss in self.losses.items() if split.endswith(run_files.AVERAGED)},
+            **{
+                f"final_{split}_loss": loss for split, loss in self.losses.items() if split.endswith(run_files.AVERAGED)
+            },
             "wall_time_s": self._wall_before + time.time() - self._started,
             "train_time_s": progress.train_time(tokens),
             "tokens_per_s": progress.tokens_per_s,

@@ -262,7 +262,9 @@ def logits(case: Case, record: recording.Record, argv: list[str], folder: Path) 
         def look(core: Any, args: Any, kwargs: Any) -> None:
             if not core.training:
                 return
-            query, key = (kwargs.get(word, args[n] if n < len(args) else None) for n, word in enumerate(("query", "key")))
+            query, key = (
+                kwargs.get(word, args[n] if n < len(args) else None) for n, word in enumerate(("query", "key"))
+            )
             q, k = query.detach().double(), key.detach().double().repeat_interleave(query.shape[2] // key.shape[2], 2)
             scores = torch.einsum("sbhd,tbhd->bhst", q, k) * (core.softmax_scale or query.shape[-1] ** -0.5)
             ahead = torch.ones(len(q), len(k)).triu(1) > 0
@@ -303,3 +305,41 @@ def logits(case: Case, record: recording.Record, argv: list[str], folder: Path) 
     else:
         record.at_end.append(lambda record: record.extra.update(logits=found[: case.steps]))
     return [*argv, "--log-interval", "1", "--output-dir", str(folder / f"output-{case.name}")]
+
+
+def average(case: Case, record: recording.Record, argv: list[str], folder: Path) -> list[str]:
+    """As `checkpoint`; record the average of weights at the end and as loaded, and one kept by hand in float64."""
+    by_hand: list[Any] = []
+
+    def kept() -> list[Any]:
+        return [
+            (r.matrix, *r.region, r.run(fragment.state["ema"]).detach().clone().view(r.region.shape))
+            for fragment in record.optimizer.fragments()
+            for r in fragment.rects
+        ]
+
+    def follow(record: recording.Record) -> None:
+        decay = record.optimizer.average.decay
+        now = [(*block[:5], block[5].double()) for block in recording.weights(record.optimizer)]
+        if record.optimizer.step_number == 1:
+            by_hand[:] = now
+        elif by_hand:
+            by_hand[:] = [(*a[:5], decay * a[5] + (1 - decay) * w[5]) for a, w in zip(by_hand, now, strict=True)]
+
+    def loaded(record: recording.Record) -> None:
+        from megatron.training import training
+
+        train = training.train
+
+        def training_with(*args: Any, **kwargs: Any) -> Any:
+            record.extra["loaded_average"] = kept()
+            return train(*args, **kwargs)
+
+        training.train = training_with
+
+    if "--ema-decay" in case.flags:
+        record.after_step.append(follow)
+        record.once_made.append(loaded)
+        record.at_end.append(lambda record: record.extra.update(average=kept(), by_hand=by_hand))
+    argv = checkpoint(case, record, argv, folder)
+    return [*argv, "--log-interval", "1", "--output-dir", str(folder / f"average-{case.name}")]

@@ -57,18 +57,56 @@ def runs(pool: Pool) -> dict[str, Run]:
     made.append(case([*SMALL, "--log-max-attention-logit"], c.MUON, c.ONE, "logged", steps=1, hook="logits"))
     for name in DEEP:
         made.append(case(CLIP, DEEP[name], c.ONE, f"{name}-one", steps=STEPS, hook="logits"))
-    made += [case(CLIP, DEEP[name], layout, f"{name}-{layout.name}", steps=STEPS, hook="logits") for name, layout in LAYOUTS]
+    made += [
+        case(CLIP, DEEP[name], layout, f"{name}-{layout.name}", steps=STEPS, hook="logits") for name, layout in LAYOUTS
+    ]
     again = {"microbatches": 4}
     made.append(case([*c.DENSE, *STILL, *CLIP], c.ADAMW, c.ONE, "again", steps=1, hook="logits", options=again))
     made.append(case([*c.DENSE, *RECOMPUTE, *CLIP], c.MUON, c.ONE, "recompute", steps=STEPS, hook="logits"))
-    made.append(case([*c.DENSE, *EVALUATE, *CLIP, "--valid-data-path", pool.data], c.MUON, c.ONE, "evaluated", steps=STEPS, hook="logits"))
-    made.append(case([*c.DENSE, *CLIP], [*c.MUON, "--bf16", "--overlap-param-gather", "--overlap-grad-reduce"], c.DP2_DIST, "bf16", steps=4, hook="images"))
+    made.append(
+        case(
+            [*c.DENSE, *EVALUATE, *CLIP, "--valid-data-path", pool.data],
+            c.MUON,
+            c.ONE,
+            "evaluated",
+            steps=STEPS,
+            hook="logits",
+        )
+    )
+    made.append(
+        case(
+            [*c.DENSE, *CLIP],
+            [*c.MUON, "--bf16", "--overlap-param-gather", "--overlap-grad-reduce"],
+            c.DP2_DIST,
+            "bf16",
+            steps=4,
+            hook="images",
+        )
+    )
     made.append(case([*c.DENSE, *CLIP], c.MUON_H, c.ONE, "kept norm", steps=1))
     saved = {"save": "clipped", "interval": 3, "stop": 3}
-    made.append(case([*c.GQA, *CLIP], [*c.MUON, "--bf16"], c.TP2_DP2_DIST, "stopped", steps=STEPS, hook="checkpoint", options=saved))
+    made.append(
+        case(
+            [*c.GQA, *CLIP],
+            [*c.MUON, "--bf16"],
+            c.TP2_DP2_DIST,
+            "stopped",
+            steps=STEPS,
+            hook="checkpoint",
+            options=saved,
+        )
+    )
     made.append(case([*c.GQA, *CLIP], [*c.MUON, "--bf16"], c.TP2_DP2_DIST, "whole", steps=STEPS))
     found = pool.run(made)
-    loaded = case([*c.GQA, *CLIP], [*c.MUON, "--bf16"], c.TP2_DP2_DIST, "resumed", steps=STEPS, hook="checkpoint", options={"load": "clipped"})
+    loaded = case(
+        [*c.GQA, *CLIP],
+        [*c.MUON, "--bf16"],
+        c.TP2_DP2_DIST,
+        "resumed",
+        steps=STEPS,
+        hook="checkpoint",
+        options={"load": "clipped"},
+    )
     return found | pool.run([loaded])
 
 
@@ -106,7 +144,9 @@ def test_one_step_is_the_papers(runs: dict[str, Run], name: str) -> None:
                     expected[names[0]][h_row : h_row + d] *= gamma**alpha
                     if h % (HEADS // groups) == 0:
                         expected[names[1]][g_row : g_row + d] *= gamma ** (1 - alpha)
-            query = next((n for n in (f"{prefix}linear_q_proj.weight", f"{prefix}linear_q_up_proj.weight") if n in free), None)
+            query = next(
+                (n for n in (f"{prefix}linear_q_proj.weight", f"{prefix}linear_q_up_proj.weight") if n in free), None
+            )
             if query:
                 expected[query][h * 12 : h * 12 + 8] *= gamma**alpha
                 expected[query][h * 12 + 8 : h * 12 + 12] *= gamma

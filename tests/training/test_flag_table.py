@@ -98,7 +98,9 @@ _SET_BY = {
     "tp_only_amax_red": (), "fp8_param": ("fp8-param-gather",),
     "fp4_param": ("fp4-param-gather",), "tp_comm_split_ag": ("no-tp-comm-split-ag",),
 }  # fmt: skip
-_OURS_TOO = {"log_max_attention_logit"}  # the attention in place of the local layers' reads it (platform/attention_logits.py)
+_OURS_TOO = {
+    "log_max_attention_logit"
+}  # the attention in place of the local layers' reads it (platform/attention_logits.py)
 
 
 def _fields_of_the_engine():
