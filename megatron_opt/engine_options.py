@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron_opt.errors import UserError
-from megatron_opt.optimizers.options import OptionError, check, choice, option
+from megatron_opt.optimizers.options import OptionError, check, choice, decay, option
 
 MODES = ("auto", "owner", "group", "sharded")
 MEGATRONS = ("optimizer_cpu_offload", "optimizer_offload_fraction")  # flags that Megatron has
@@ -49,6 +49,10 @@ class EngineOptions:
         "weight decay: times lr, not times lr, or only where the update shrinks the weight",
     )
     split_heads: bool = option(False, "one logical matrix a head for q, k and v")
+    ema_decay: float = decay(
+        0.0,
+        "keep a moving average of the weights, D·average + (1 − D)·weights after each step, and evaluate it too; 0: none",
+    )
 
     def __post_init__(self) -> None:
         check(self)

@@ -42,6 +42,7 @@ checkpointing/resuming.py
   megatron.training.checkpointing._build_sharded_state_dict_metadata: state stored by whole-matrix coordinates loads on any layout
 training/job.py
   megatron.training.training.get_megatron_optimizer: builds our optimizers, watched by the monitor
+  megatron.training.training.clip_qk: the optimizer's step has clipped, and knows the largest logit of all ranks
 training/stragglers.py
   torch.distributed.Work.wait: on CPU: time spent waiting for asynchronous collectives
   torch.distributed.*: on CPU: time spent waiting in ten collectives

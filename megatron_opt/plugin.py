@@ -52,14 +52,14 @@ def _parse(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _validate(original: Callable[..., Any]) -> Callable[..., Any]:
     from megatron_opt.checkpointing import resuming
-    from megatron_opt.training.optimizer_flags import MEGATRON_OWN, as_megatrons, check_optimizer_arguments
+    from megatron_opt.training.optimizer_flags import MEGATRON_OWN, as_megatron_knows, check_optimizer_arguments
 
     @functools.wraps(original)
     def validate_args(args: Any, *rest: Any, **named: Any) -> Any:
         if args.optimizer in MEGATRON_OWN:
             return original(args, *rest, **named)
         check_optimizer_arguments(args)
-        with as_megatrons(args):
+        with as_megatron_knows(args):
             found = original(args, *rest, **named)
         resuming.install()
         return found

@@ -14,6 +14,8 @@ from megatron_opt.files import write_atomic
 
 CONFIG, RESULTS, METRICS, EVENTS = "config.json", "results.json", "metrics.jsonl", "events.jsonl"
 
+AVERAGED = "_ema"  # ends the split of an evaluation of averaged weights
+
 Row = dict[str, Any]
 
 

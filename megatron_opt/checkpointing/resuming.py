@@ -168,6 +168,8 @@ def _examine(folder: Path, ours: bool, optimizer: Any, options: Any) -> str | No
             f"the checkpoint {folder} holds the state of {theirs} with other parameter groups or options than this run "
             f"({here}); give the same optimizer flags, or --no-load-optim to start its state anew."
         )
+    if optimizer.average is not None:
+        optimizer.average.stored = bool(state.get("averaged"))
     if bool(getattr(saved, "bf16", False)) != bool(options.bf16):
         kinds = {True: "bf16", False: "fp32"}
         raise UserError(

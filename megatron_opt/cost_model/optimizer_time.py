@@ -14,6 +14,7 @@ from megatron_opt.optimizers.base import Cost, MatrixInfo
 # both and writes one (12), and the model's parameter where that is another; a projection reads the weight, and reads and
 # writes it (12); a travelling element is packed and unpacked on each way (2 × 16).
 NORM_BYTES, APPLY_BYTES, PROJECT_BYTES, TRAVEL_BYTES = 4.0, 20.0, 12.0, 32.0
+AVERAGE_BYTES = 12.0  # a weight is read, its average too, and written
 
 
 @dataclass
@@ -144,6 +145,9 @@ def _element_wise(domain: DomainPlan, layout: Layout, cluster: Cluster) -> tuple
         cost = entry.rule.cost(1)
         moved += count * cost.elementwise_bytes
         state += count * cost.state_bytes
+    if layout.engine.ema_decay:
+        moved += domain.held / cut_over * AVERAGE_BYTES
+        state += domain.held / cut_over * 4.0
     matrices = domain.matrix_numel / domain.tp / cut_over
     moved += matrices * (APPLY_BYTES + (TRAVEL_BYTES if domain.ranks > 1 else 0.0))
     projected = sum(info.numel for name, info in domain.infos.items() if domain.rules[name].projects)

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_opt.distributed import qk_clip
 from megatron_opt.distributed.domain import Domain, agree, gather_objects, process_group
 from megatron_opt.distributed.exchange import Exchange
 from megatron_opt.distributed.fp8_weights import Fp8Weights
 from megatron_opt.distributed.fragments import make_fragments
 from megatron_opt.distributed.sharded_optimizer import ShardedOptimizer
+from megatron_opt.distributed.weight_average import WeightAverage
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.layout.matrices import declare
 from megatron_opt.optimizers.base import MatrixInfo
@@ -72,6 +74,8 @@ def build_optimizer(
     width_ratio: float | None = None,
 ) -> ShardedOptimizer:
     """The optimizer for Megatron's (wrapped) model chunks with the given grouping."""
+    from megatron.core.utils import get_model_config, unwrap_model
+
     options = options or EngineOptions()
     distributed = bool(chunks[0].ddp_config.use_distributed_optimizer)
     domains = build_domains(chunks, distributed, options)
@@ -79,5 +83,14 @@ def build_optimizer(
     optimizer = ShardedOptimizer(config, chunks, domains, groups, options)
     for domain, step in zip(domains, optimizer.matrix_steps, strict=True):
         agree(f"optimizer plan of {domain.name}", step.placed.plan.digest(), domain.group, domain.size)
+    keeps_norm = {
+        info.name for group, rule in zip(groups, optimizer.rules, strict=True) if rule.projects for info in group.infos
+    }
+    model, model_config = unwrap_model(list(chunks)), get_model_config(chunks[0])
+    if clip := qk_clip.make(model, domains, keeps_norm, model_config, options.split_heads):
+        optimizer.post_steps.append(clip)
+    if options.ema_decay:  # of the clipped weights
+        optimizer.average = WeightAverage(domains, options.ema_decay)
+        optimizer.post_steps.append(optimizer.average)
     optimizer.publish_fp8()
     return optimizer

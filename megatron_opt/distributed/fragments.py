@@ -55,7 +55,10 @@ def rectangles(view: ParamView, start: int, stop: int) -> list[Rect]:
 
 @dataclass(eq=False)
 class Fragment:
-    """This rank's interval [start, stop) of one parameter: its fp32 main copy, gradient and element-wise state."""
+    """This rank's interval [start, stop) of one parameter: its fp32 main copy, gradient and what is kept beside them.
+
+    `state`: flat tensors by name, whatever rule trains the parameter; the rules' own lie with their steps.
+    """
 
     view: ParamView
     start: int

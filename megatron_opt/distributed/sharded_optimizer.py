@@ -15,7 +15,9 @@ from megatron_opt.distributed.health import Health
 from megatron_opt.distributed.host_state import HostStates
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.matrix_step import MatrixStep
+from megatron_opt.distributed.post_steps import PostStep
 from megatron_opt.distributed.state import common_state, load_state, sharded_state
+from megatron_opt.distributed.weight_average import WeightAverage
 from megatron_opt.distributed.weights import WeightStep
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
@@ -56,6 +58,8 @@ class ShardedOptimizer(MegatronOptimizer):
         self.has_states = False  # on every rank
         self.device = torch.device(torch.cuda.current_device())  # an index on CUDA
         self.host = HostStates(self.device, options.offloaded, options.bucket_bytes)
+        self.post_steps: list[PostStep] = []
+        self.average: WeightAverage | None = None  # one of them
         self.stored: list[Any] = []  # state on its way from a checkpoint, between the two calls of Megatron's loading
         self._scale_one = torch.ones(1, dtype=torch.float32, device=self.device)
         self.rules = [registry.build(group.optimizer, dict(group.options)) for group in self.groups]
@@ -122,6 +126,8 @@ class ShardedOptimizer(MegatronOptimizer):
         """Drop autograd's own gradients; the main ones are zeroed with Megatron's buffers."""
         for fragment in self.fragments():
             fragment.view.param.grad = None
+        for post in self.post_steps:
+            post.begin()
 
     def prepare_grads(self) -> bool:
         return False
@@ -166,11 +172,13 @@ class ShardedOptimizer(MegatronOptimizer):
 
     @torch.no_grad()
     def step(self) -> tuple[bool, float, float | None]:
-        """Clip, update all parameters, publish them; returns (True, gradient norm, zeros or None)."""
+        """Clip, update all parameters, run the post-steps, publish; returns (True, gradient norm, zeros or None)."""
         if not self.has_states:
             self.ensure_states()
         zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
         grads = [[_grad(fragment) for fragment in domain.fragments] for domain in self.domains]
+        for post in self.post_steps:
+            post.prepare()
         grad_norm, scopes, squares = self._norms(grads)
         coefficients = [self._clip_factor(scopes, group) for group in self.groups]
         self.step_number += 1
@@ -183,10 +191,11 @@ class ShardedOptimizer(MegatronOptimizer):
         before = self._weights_before()
         self._step_matrices(grads, squares, coefficients, bad)
         self._step_elements(grads, coefficients, bad)
+        changed = {id(fragment) for post in self.post_steps for fragment in post.run(self.step_number)}
         if before is not None:
             self._record(before)
         for fragment in self.fragments():
-            if not self.publishes(fragment):
+            if id(fragment) in changed or not self.publishes(fragment):
                 fragment.publish()
         for weights in self._fp8_weights():
             weights.publish()
@@ -200,9 +209,16 @@ class ShardedOptimizer(MegatronOptimizer):
 
     def publish_fp8(self) -> None:
         """Weights in FP8 from the main copies, on every rank whole; outside a step, where nothing else is to be published."""
-        if found := self._fp8_weights():
-            for weights in found:
-                weights.publish()
+        if self._fp8_weights():
+            self.publish()
+
+    def publish(self) -> None:
+        """All weights from the main copies, on every rank whole; outside a step."""
+        for fragment in self.fragments():
+            fragment.publish()
+        for weights in self._fp8_weights():
+            weights.publish()
+        if self.distributed:
             for chunk in self.model_chunks:
                 chunk.start_param_sync(force_sync=True)
 

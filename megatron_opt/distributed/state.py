@@ -22,6 +22,7 @@ from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.host_state import HostStates
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.parts import shape2d
+from megatron_opt.distributed.weight_average import WeightAverage
 from megatron_opt.errors import UserError
 from megatron_opt.layout.region import Region
 from megatron_opt.optimizers.base import StateKind
@@ -43,6 +44,7 @@ class Keeper(Protocol):
     step_number: int
     device: torch.device
     host: HostStates
+    average: WeightAverage | None
 
     def ensure_states(self) -> None: ...
 
@@ -138,6 +140,8 @@ def collect(optimizer: Keeper, index: int) -> list[Piece]:
         if fragment.view.param.dtype != torch.float32:
             for rect in fragment.rects:
                 found.append(_placed("fp32_param", rect, rect.run(fragment.main), shape2d(domain.infos[rect.matrix])))
+        for key, flat in fragment.state.items() if optimizer.average is None or optimizer.average.stored else ():
+            found += [_placed(key, rect, rect.run(flat), shape2d(domain.infos[rect.matrix])) for rect in fragment.rects]
     for slices in optimizer.element_steps[index].slices.values():
         for part in slices:
             shape = shape2d(domain.infos[part.matrix])
@@ -170,6 +174,7 @@ def live_tensors(optimizer: Keeper) -> Iterator[Tensor]:
     for domain in optimizer.domains:
         for fragment in domain.fragments:
             yield fragment.main
+            yield from fragment.state.values()
     for element in optimizer.element_steps:
         for pieces in element.slices.values():
             for piece in pieces:
@@ -198,6 +203,7 @@ def common_state(optimizer: Keeper) -> dict[str, Any]:
         "param_groups": groups,
         "optimizers": optimizers,
         "contents": contents(optimizer),
+        "averaged": optimizer.average is not None,
     }
 
 
@@ -205,6 +211,8 @@ def sharded_state(optimizer: Keeper) -> dict[str, Any]:
     """Megatron's sharded state dict, to save from and to load into."""
     optimizer.ensure_states()
     optimizer.host.settle()
+    if optimizer.average is not None:
+        optimizer.average.settle()
     optimizer.stored = [collect(optimizer, index) for index in range(len(optimizer.domains))]
     tensors = {
         piece.name: _sharded(piece, domain)
@@ -248,6 +256,8 @@ def load_state(optimizer: Keeper, state: dict[str, Any]) -> None:
     for fragment in optimizer.fragments():
         fragment.publish()
     _restore_groups(optimizer.param_groups, state["param_groups"])
+    if optimizer.average is not None:
+        optimizer.average.loaded()
 
 
 def _restore_groups(current: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]) -> None:

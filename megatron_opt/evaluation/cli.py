@@ -16,6 +16,8 @@ from megatron_opt.files import make_folder
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
+    from megatron_opt.export import averages
+
     parser = argparse.ArgumentParser(
         prog,
         description="Evaluate a checkpoint on tasks of lm-evaluation-harness, on CPU; under torchrun on several ranks, "
@@ -49,6 +51,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--pipeline-model-parallel-size", type=number(1, whole=True), default=1, metavar="N", help="(1)"
     )
+    averages.add_argument(parser)
     parser.add_argument("--trust-checkpoint", action="store_true", help="read a foreign checkpoint's pickles unchecked")
     return parser
 
@@ -83,7 +86,7 @@ def evaluate(args: argparse.Namespace) -> Any:
     from megatron_opt.export.reading import Checkpoint
 
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    source = Checkpoint(args.checkpoint, args.trust_checkpoint)
+    source = Checkpoint(args.checkpoint, args.trust_checkpoint, args.weights)
     model.check_layout(source.args, tp, pp)
     words = tokenizer_files.of_run(source.args, args.tokenizer)
     if words is None:
@@ -110,7 +113,8 @@ def evaluate(args: argparse.Namespace) -> Any:
     told = results.tidy(found, args.limit)
     print(results.table(told))
     if output:
-        results.write(output, source.folder.name, told)
+        averaged = "" if source.averages is None else run_files.AVERAGED
+        results.write(output, f"{source.folder.name}{averaged}", told)
         print(f"written to {output}")
     if args.items:
         results.write_items(args.items, found)

@@ -67,7 +67,22 @@ class RankModel:
                 f"{' '.join(str(error).split())[:200]}"
             ) from error
         self._model.load_state_dict(found["model"])
+        if source.averages is not None:
+            self._take(source, tp)
         self._model.eval()
+
+    @torch.no_grad()
+    def _take(self, source: Any, tp: int) -> None:
+        """This rank's shards of the checkpoint's averages."""
+        from megatron.core import mpu
+
+        from megatron_opt.layout.matrices import cut_side
+        from megatron_opt.layout.names import global_names
+
+        rank = mpu.get_tensor_model_parallel_rank()
+        for name, parameter in global_names(self._model, 0):
+            side = cut_side(name, parameter, not getattr(parameter, "allreduce", True), tp)
+            parameter.copy_(source.averages(name, parameter, rank, tp, side).to(source.dtype))  # as `generate` has it
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor | None:

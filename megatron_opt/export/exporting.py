@@ -11,6 +11,8 @@ from megatron_opt.files import write_atomic
 
 def main(argv: list[str], prog: str) -> int:
     """Export; bad input raises UserError."""
+    from megatron_opt.export import averages
+
     parser = argparse.ArgumentParser(
         prog, description="Write a checkpoint, of any layout, as a Hugging Face model: Llama, Mixtral or GPT-2."
     )
@@ -26,10 +28,11 @@ def main(argv: list[str], prog: str) -> int:
     )
     parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="of a safetensors file (5)")
     parser.add_argument("--trust-checkpoint", action="store_true", help="read a foreign checkpoint's pickles unchecked")
+    averages.add_argument(parser)
     args = parser.parse_args(argv)
     for line in export(
         args.checkpoint, args.output, args.tokenizer, args.vocab_size, args.keep_padding,
-        args.max_shard_size, args.trust_checkpoint,
+        args.max_shard_size, args.trust_checkpoint, args.weights,
     ):  # fmt: skip
         print(line)
     return 0
@@ -43,6 +46,7 @@ def export(
     keep_padding: bool = False,
     shard_gb: float = 5.0,
     trust: bool = False,
+    weights: str = "raw",
 ) -> list[str]:
     """Write the model into `output`; returns what to say. Raises UserError before anything is written."""
     from megatron_opt.export import families, names, safetensors_files, tokenizer_files
@@ -54,7 +58,7 @@ def export(
         raise UserError(f"--max-shard-size {shard_gb} must be above 0.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is there already and not empty; give another folder.")
-    source = Checkpoint(checkpoint, trust)
+    source = Checkpoint(checkpoint, trust, weights)
     family = families.family_of(source.args)
     words = tokenizer_files.of_run(source.args, tokenizer)
     padded = int(source.args.padded_vocab_size)
@@ -76,6 +80,8 @@ def export(
     ]
     if size < padded:
         said.append(f"{padded - size} ids that pad the vocabulary are left out; --keep-padding keeps them.")
+    if weights != "raw":
+        said.append("the weights are their moving average (--weights ema).")
     return said
 
 

@@ -11,6 +11,8 @@ from megatron_opt.errors import UserError, number
 
 def main(argv: list[str], prog: str) -> int:
     """Continue a prompt; bad input raises UserError."""
+    from megatron_opt.export import averages
+
     parser = argparse.ArgumentParser(prog, description="Continue a text with a checkpoint's model, on CPU.")
     parser.add_argument("checkpoint", type=Path, help="the --save folder of a run (its newest), or one iter_N in it")
     parser.add_argument(
@@ -32,6 +34,7 @@ def main(argv: list[str], prog: str) -> int:
     parser.add_argument("--seed", type=number(0, 2**63 - 1, whole=True), default=0, help="of the samples (0)")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="in place of the one that the run names")
     parser.add_argument("--trust-checkpoint", action="store_true", help="read a foreign checkpoint's pickles unchecked")
+    averages.add_argument(parser)
     args = parser.parse_args(argv)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the model is small and on CPU, whatever the machine has
     print(generate(args))
@@ -50,7 +53,7 @@ def generate(args: argparse.Namespace) -> str:
     from megatron_opt.export import model, tokenizer_files
     from megatron_opt.export.reading import Checkpoint
 
-    source = Checkpoint(args.checkpoint, args.trust_checkpoint)
+    source = Checkpoint(args.checkpoint, args.trust_checkpoint, args.weights)
     words = tokenizer_files.of_run(source.args, args.tokenizer)
     ids = words.encode(args.prompt) if words else _ids(args.prompt, source.args.padded_vocab_size)
     if not ids:

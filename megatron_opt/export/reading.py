@@ -15,14 +15,18 @@ from torch import Tensor
 
 from megatron_opt.checkpointing import folders, resuming, trusted
 from megatron_opt.errors import UserError
+from megatron_opt.export.averages import Averages
 from megatron_opt.layout.names import canonical_name
 
 
 class Checkpoint:
     """Flags (`args`) and parameters of the checkpoint `folder`."""
 
-    def __init__(self, source: Path, trust: bool = False):
-        """`source`: a run's --save folder (its newest) or one iter_N in it. Raises UserError for a damaged or hostile one."""
+    def __init__(self, source: Path, trust: bool = False, weights: str = "raw"):
+        """`source`: a run's --save folder (its newest) or one iter_N in it; `weights`: raw, or ema for their average.
+
+        Raises UserError for a damaged or hostile one.
+        """
         from megatron_opt import platform
 
         platform.activate()
@@ -40,6 +44,11 @@ class Checkpoint:
             raise UserError(f"the checkpoint {self.folder} records no flags, so that its model is not known.")
         self.args: Any = args
         self.iteration = int(common.get("iteration") or 0)
+        self.averages: Averages | None = None
+        if weights != "raw":
+            from megatron_opt.export.families import spec_of
+
+            self.averages = Averages(self.folder, spec_of(args).geometry)
         self.content_metadata: dict[str, Any] | None = common.get("content_metadata")
 
     @functools.cached_property
@@ -48,6 +57,10 @@ class Checkpoint:
 
     def __call__(self, name: str) -> Tensor:
         """The whole parameter of a canonical name."""
+        weights = self._weights(name)
+        return weights if self.averages is None else self.averages(name, weights)
+
+    def _weights(self, name: str) -> Tensor:
         expert = re.search(r"\.experts\.(\d+)\.", name)
         layer = re.match(r"decoder\.layers\.(\d+)\.", name)
         plain = re.sub(r"\.experts\.\d+\.", ".experts.", name)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_opt.errors import UserError
+from megatron_opt.platform import attention_logits
 from megatron_opt.platform.replacement import Replacement
 
 
@@ -34,13 +35,6 @@ def _attention(
             "leave out the flag that asks for them."
         )
     softmax = self.scale_mask_softmax
-    if self.softmax_offset is not None:
-        if value.shape[-1] != query.shape[-1]:
-            raise UserError(
-                f"--softmax-type {self.config.softmax_type} with --multi-latent-attention needs Transformer Engine's "
-                "attention, which needs a GPU; use vanilla."
-            )
-        return ATTENTION.original()(self, query, key, value, attention_mask)  # type: ignore[no-any-return]
     mask, causal = attention_mask, False
     if softmax.window_size is not None:
         window = _outside(len(query), len(key), tuple(softmax.window_size), query.device)
@@ -48,6 +42,15 @@ def _attention(
     elif mask is None and self.attn_mask_type == AttnMaskType.causal and len(query) > 1:
         assert len(query) == len(key), "a causal mask is for self-attention"
         causal = True
+    scale = self.softmax_scale * (softmax.scale or 1.0)  # divided by the layer's number, then multiplied, in fp32
+    attention_logits.record(self, query, key, scale, mask, causal)
+    if self.softmax_offset is not None:
+        if value.shape[-1] != query.shape[-1]:
+            raise UserError(
+                f"--softmax-type {self.config.softmax_type} with --multi-latent-attention needs Transformer Engine's "
+                "attention, which needs a GPU; use vanilla."
+            )
+        return ATTENTION.original()(self, query, key, value, attention_mask)  # type: ignore[no-any-return]
     dropout = self.attention_dropout.p if self.training else 0.0
     shared = dropout == 0 or self.config.sequence_parallel  # where Megatron draws from the default generator
     with nullcontext() if shared else tensor_parallel.get_cuda_rng_tracker().fork():
@@ -58,8 +61,7 @@ def _attention(
             attn_mask=None if mask is None else ~mask,
             dropout_p=dropout,
             is_causal=causal,
-            scale=self.softmax_scale
-            * (softmax.scale or 1.0),  # divided by the layer's number, then multiplied, in fp32
+            scale=scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )  # (b, heads, s, dv)
     return out.permute(2, 0, 1, 3).flatten(2)

@@ -145,7 +145,7 @@ def parse(argv: Sequence[str]) -> Any:
     from megatron_opt.training import foresight
     from megatron_opt.training.flags import checks, fp8, vocabulary
     from megatron_opt.training.flags.sentences import Flags, building, told
-    from megatron_opt.training.optimizer_flags import as_megatrons, check_optimizer_arguments
+    from megatron_opt.training.optimizer_flags import as_megatron_knows, check_optimizer_arguments
 
     expanded = expand(argv)
     if "yaml-cfg" in given_flags(argv):
@@ -177,7 +177,7 @@ def parse(argv: Sequence[str]) -> Any:
         told("--use-checkpoint-args", flags, resuming.take_flags, args, given_flags(expanded))
     checks.model_and_layout(args)
     check_optimizer_arguments(args)
-    with as_megatrons(args):
+    with as_megatron_knows(args):
         told("Megatron refuses these flags", flags, _quietly, validate_args, args)
     fp8.check_sizes(args)
     # Megatron's fault-tolerance hooks parse the command line once more, without our flags and presets

@@ -120,8 +120,10 @@ def make_optimizer(config: Any, model_chunks: Sequence[Any], **ignored: Any) -> 
     from megatron.core.utils import get_model_config
     from megatron.training import get_args
 
+    from megatron_opt import patches
     from megatron_opt.distributed import planning
     from megatron_opt.distributed.build import build_optimizer
+    from megatron_opt.distributed.qk_clip import QkClip
     from megatron_opt.optimizers.groups import describe
     from megatron_opt.training.width import width_ratio
 
@@ -133,6 +135,8 @@ def make_optimizer(config: Any, model_chunks: Sequence[Any], **ignored: Any) -> 
         EngineOptions.of(vars(args)),
         width_ratio=width_ratio(get_model_config(model_chunks[0])),
     )
+    if found := next((post for post in optimizer.post_steps if isinstance(post, QkClip)), None):
+        patches.wrap("megatron.training.training.clip_qk", "training/job.py", found.in_place_of_megatrons)
     if args.rank == 0:
         console.say(describe(optimizer.groups, args.weight_decay))
     if args.print_optimizer_plan:

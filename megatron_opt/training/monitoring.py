@@ -81,17 +81,24 @@ class Monitor:
             self._at = args[3] if len(args) > 3 else kwargs["iteration"]
             return evaluate_all(prefix, *args, **kwargs)
 
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began, self.clock.running = time.perf_counter(), False
+            try:
+                return evaluate(*args, **kwargs)
+            finally:
+                self.clock.running = True
+                self._since += time.perf_counter() - began  # evaluation is not training time
+
         def evaluated(*args: Any, **kwargs: Any) -> Any:
             if self._evaluated and self._evaluated[:2] == (self._split, self._at):
                 return self._evaluated[2]  # the same weights on the same samples, as at the end of a run
-            began, self.clock.running = time.perf_counter(), False
-            found = evaluate(*args, **kwargs)
-            self.clock.running = True
-            self._since += time.perf_counter() - began  # evaluation is not training time
-            losses = found[0] if found else None
+            found = timed(*args, **kwargs)
             self._evaluated = (self._split, self._at, found) if found and not found[2] else None
-            if losses and "lm loss" in losses:
-                self.on_eval(self._split, self._at, float(losses["lm loss"]))
+            self._take_losses(self._split, found)
+            average = getattr(self.optimizer, "average", None)
+            if average is not None and average.begun and self._evaluated:
+                with average.in_place(self.optimizer.publish):
+                    self._take_losses(f"{self._split}{run_files.AVERAGED}", timed(*args, **kwargs))
             return found
 
         def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
@@ -122,7 +129,7 @@ class Monitor:
             else:
                 rows = [row for row in run_files.metrics(path) if row["iteration"] <= iteration]
             self.progress = Progress.of_rows(run_files.training(rows))
-            for split in ("valid", "test"):
+            for split in (f"{of}{weights}" for of in ("valid", "test") for weights in ("", run_files.AVERAGED)):
                 if found := run_files.evaluations(rows, split):
                     self.losses[split] = found[-1]["loss"]
         if self._restored is not None and self._restored.get("steps", 0) >= self.progress.steps:
@@ -190,6 +197,8 @@ class Monitor:
         stats = getattr(self.optimizer, "stats", None)
         if stats:
             entry["groups"] = stats
+        reports = [found for post in getattr(self.optimizer, "post_steps", ()) if (found := post.report())]
+        entry |= {found.key: found.entry for found in reports}
         self._append(entry)
         if self.speaks:
             assert self._table is not None
@@ -198,7 +207,9 @@ class Monitor:
             if "curvature" in spans:
                 share = spans["curvature"] / seconds
                 console.say(f" curvature: {spans['curvature'] * 1e3:.1f} ms a step, {share:.1%} of it")
-        self._series(iteration, tokens_per_s, seconds, spans, stats)
+            for found in reports:
+                console.say(found.line)
+        self._series(iteration, tokens_per_s, seconds, spans, stats, reports)
         own = self.own_time.take()
         if torch.cuda.is_available():  # the host does not wait where the device does
             own = sum(sums.get(n, 0.0) for n in ("forward_backward", "optimizer")) - sums.get("communication", 0.0)
@@ -222,6 +233,11 @@ class Monitor:
         if max(bads) > 2:
             raise Diverged
 
+    def _take_losses(self, split: str, found: Any) -> None:
+        losses = found[0] if found else None
+        if losses and "lm loss" in losses:
+            self.on_eval(split, self._at, float(losses["lm loss"]))
+
     def on_eval(self, split: str, iteration: int, loss: float) -> None:
         """After an evaluation, on the ranks that have the loss."""
         self.losses[split] = loss
@@ -230,7 +246,12 @@ class Monitor:
         tokens = self.args.consumed_train_samples * self.args.seq_length
         row = {"kind": "eval", "iteration": iteration, "time": round(time.time(), 3), "tokens": tokens, "loss": loss}
         self._append({**row, "split": split})
-        name = {"valid": "validation", "test": "test"}[split]
+        of, averaged = split.removesuffix(run_files.AVERAGED), split.endswith(run_files.AVERAGED)
+        name = {"valid": "validation", "test": "test"}[of]
+        if averaged:
+            name += " of the average"
+            if (writer := sinks.writer()) is not None:
+                writer.add_scalar(f"lm loss {name}", loss, iteration)
         console.say(f"{name + ' at ' + str(iteration):>15}  {loss:>8.4f}  perplexity {math.exp(min(20.0, loss)):.2f}")
 
     def _append(self, entry: dict[str, Any]) -> None:
@@ -246,7 +267,9 @@ class Monitor:
                     "start the same command again."
                 ) from error
 
-    def _series(self, iteration: int, tokens_per_s: float, seconds: float, spans: dict[str, float], stats: Any) -> None:
+    def _series(
+        self, iteration: int, tokens_per_s: float, seconds: float, spans: dict[str, float], stats: Any, reports: Any
+    ) -> None:
         writer = sinks.writer() if self.speaks else None
         if writer is None:
             return
@@ -256,6 +279,8 @@ class Monitor:
         for group, norms in (stats or {}).items():
             for name, value in norms.items():
                 writer.add_scalar(f"{name.replace('_', '-')}/{group}", value, iteration)
+        for name, value in (item for found in reports for item in found.series.items()):
+            writer.add_scalar(name, value, iteration)
 
     def _flops(self, samples: int) -> float:
         import megatron.training.training as training
@@ -322,6 +347,9 @@ class Monitor:
             "final_train_loss": progress.last_loss,
             "final_valid_loss": valid if valid is not None and math.isfinite(valid) else None,
             "final_test_loss": self.losses.get("test"),
+            **{
+                f"final_{split}_loss": loss for split, loss in self.losses.items() if split.endswith(run_files.AVERAGED)
+            },
             "wall_time_s": self._wall_before + time.time() - self._started,
             "train_time_s": progress.train_time(tokens),
             "tokens_per_s": progress.tokens_per_s,

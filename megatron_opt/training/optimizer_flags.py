@@ -153,12 +153,19 @@ def check_optimizer_arguments(args: Any) -> None:
 
 
 @contextlib.contextmanager
-def as_megatrons(args: Any) -> Iterator[None]:
-    """Flags as Megatron may check them: it routes other optimizers to its layer-wise wrapper, and offloads its own alone."""
-    kept = {"optimizer": args.optimizer, "optimizer_cpu_offload": args.optimizer_cpu_offload}
+def as_megatron_knows(args: Any) -> Iterator[None]:
+    """While Megatron validates flags: adam, as it would route other names to its layer-wise wrapper; no offload but its own
+    optimizers'; and no largest logits of local layers, which it has from Transformer Engine alone.
+    """
+    kept = {
+        name: getattr(args, name)
+        for name in ("optimizer", "optimizer_cpu_offload", "qk_clip", "log_max_attention_logit")
+    }
     if args.optimizer not in MEGATRON_OWN:
         args.optimizer_cpu_offload = False
     args.optimizer = "adam"
+    if args.transformer_impl == "local":
+        args.qk_clip = args.log_max_attention_logit = False
     try:
         yield
     finally:

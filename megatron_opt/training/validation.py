@@ -83,11 +83,12 @@ def build(make: Any, config: Any, sizes: list[int | None], args: Any) -> list[An
     args.eval_iters = -(-told["valid"]["samples"] // batch)
     args.consumed_valid_samples = 0  # each evaluation starts at the start, after a restart too
     length, rounds = args.eval_iters * batch, 1
+    each = 2 if getattr(args, "ema_decay", 0.0) else 1  # of the weights, then of their average
     if args.dataloader_type == "single":
         interval = args.eval_interval or args.train_iters or 1
         rounds = (args.train_iters or 1) // interval + 2
     fixed = [train]
-    for name, dataset, times in (("valid", valid, rounds), ("test", test, 1)):
+    for name, dataset, times in (("valid", valid, rounds * each), ("test", test, each)):
         count = told[name]["samples"] if told[name] else 0
         fixed.append(Fixed(dataset, min(count, length), length, times) if dataset is not None and count else None)
     return fixed

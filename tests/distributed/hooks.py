@@ -284,3 +284,98 @@ def offload(case: Case, record: recording.Record, argv: list[str], folder: Path)
         }
 
     record.at_end.append(compare)
+def logits(case: Case, record: recording.Record, argv: list[str], folder: Path) -> list[str]:
+    """Record the largest logit of each head of each step, worked out in float64 from what goes into the attentions, and
+    the first step's weights before post-steps. Option `microbatches`: of a last step's batch of so many, the logits once more
+    with the weights after it.
+    """
+    import torch
+
+    found: list[dict[str, Any]] = [{}]
+    calls: list[Any] = []
+
+    def attend(name: str, module: Any) -> None:
+        def look(core: Any, args: Any, kwargs: Any) -> None:
+            if not core.training:
+                return
+            query, key = (
+                kwargs.get(word, args[n] if n < len(args) else None) for n, word in enumerate(("query", "key"))
+            )
+            q, k = query.detach().double(), key.detach().double().repeat_interleave(query.shape[2] // key.shape[2], 2)
+            scores = torch.einsum("sbhd,tbhd->bhst", q, k) * (core.softmax_scale or query.shape[-1] ** -0.5)
+            ahead = torch.ones(len(q), len(k)).triu(1) > 0
+            largest = scores.masked_fill(ahead, -torch.inf).amax((0, 2, 3))
+            past = found[-1].get(name)
+            found[-1][name] = largest if past is None else torch.maximum(past, largest)
+
+        module.core_attention.register_forward_pre_hook(look, with_kwargs=True)
+
+    def prepare(record: recording.Record) -> None:
+        for number, chunk in enumerate(record.optimizer.model_chunks):
+            chunk.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+            for name, module in chunk.named_modules():
+                if hasattr(module, "core_attention"):
+                    attend(f"{number}.{name}", module)
+        (first, *_) = record.optimizer.post_steps
+        scale = first.run
+
+        def scaled(step: int) -> Any:
+            if step == 1:
+                record.extra["before"] = recording.weights(record.optimizer)
+            return scale(step)
+
+        first.run = scaled
+
+    def again(record: recording.Record) -> None:
+        record.extra["logits"] = found[: case.steps]
+        (chunk,) = record.optimizer.model_chunks
+        found.append({})
+        for args, kwargs in calls[-case.options["microbatches"] :]:
+            chunk(*args, **kwargs)
+        record.extra["logits_after"] = found[-1]
+
+    record.once_made.append(prepare)
+    record.after_step.append(lambda record: found.append({}))
+    if "microbatches" in case.options:
+        record.at_end.append(again)
+    else:
+        record.at_end.append(lambda record: record.extra.update(logits=found[: case.steps]))
+    return [*argv, "--log-interval", "1", "--output-dir", str(folder / f"output-{case.name}")]
+
+
+def average(case: Case, record: recording.Record, argv: list[str], folder: Path) -> list[str]:
+    """As `checkpoint`; record the average of weights at the end and as loaded, and one kept by hand in float64."""
+    by_hand: list[Any] = []
+
+    def kept() -> list[Any]:
+        return [
+            (r.matrix, *r.region, r.run(fragment.state["ema"]).detach().clone().view(r.region.shape))
+            for fragment in record.optimizer.fragments()
+            for r in fragment.rects
+        ]
+
+    def follow(record: recording.Record) -> None:
+        decay = record.optimizer.average.decay
+        now = [(*block[:5], block[5].double()) for block in recording.weights(record.optimizer)]
+        if record.optimizer.step_number == 1:
+            by_hand[:] = now
+        elif by_hand:
+            by_hand[:] = [(*a[:5], decay * a[5] + (1 - decay) * w[5]) for a, w in zip(by_hand, now, strict=True)]
+
+    def loaded(record: recording.Record) -> None:
+        from megatron.training import training
+
+        train = training.train
+
+        def training_with(*args: Any, **kwargs: Any) -> Any:
+            record.extra["loaded_average"] = kept()
+            return train(*args, **kwargs)
+
+        training.train = training_with
+
+    if "--ema-decay" in case.flags:
+        record.after_step.append(follow)
+        record.once_made.append(loaded)
+        record.at_end.append(lambda record: record.extra.update(average=kept(), by_hand=by_hand))
+    argv = checkpoint(case, record, argv, folder)
+    return [*argv, "--log-interval", "1", "--output-dir", str(folder / f"average-{case.name}")]

@@ -22,7 +22,8 @@ MLA = [
     *c.DENSE,
     *"--multi-latent-attention --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 8".split(),
 ]
-MODELS = {"dense": c.DENSE, "gqa": c.GQA, "gpt2": c.GPT2, "moe": c.MOE, "mla": MLA}
+CLIPPED = [*c.GQA, "--qk-clip", "--qk-clip-threshold", "0.9"]  # by the maxima that the attention records
+MODELS = {"dense": c.DENSE, "gqa": c.GQA, "gpt2": c.GPT2, "moe": c.MOE, "mla": MLA, "clipped": CLIPPED}
 STOP = 3  # steps of a run that a checkpoint ends
 # name, model, its flags with Transformer Engine, layout
 EXACT = [
@@ -32,6 +33,7 @@ EXACT = [
     ("gpt2-one", "gpt2", [], c.ONE),
     ("moe-grouped-ep2", "moe", ["--moe-grouped-gemm"], c.EP2),
     ("mla-one", "mla", [], c.ONE),
+    ("clipped-cp2", "clipped", [], CP2),
 ]
 
 

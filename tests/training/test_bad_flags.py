@@ -103,7 +103,12 @@ CASES = {
     "--batch-size 4": "--micro-batch-size",
     "--no-pad-vocab-size": "--padded-vocab-size",
     # parameters, gradients, optimizer, checkpoint
-    "--qk-clip": "--qk-clip does not work with --optimizer adamw",
+    "--qk-clip --qk-layernorm": "--qk-layernorm takes their length away",
+    "--qk-clip --optimizer adam": "give an optimizer of this project",
+    "--log-max-attention-logit --optimizer sgd": "give an optimizer of this project",
+    "--qk-clip --qk-clip-alpha 1": "--qk-clip-alpha is 1.0",
+    "--qk-clip --qk-clip-threshold 0": "--qk-clip-threshold is 0.0",
+    "--qk-clip-threshold 50": "no effect without --qk-clip",
     "--fp4-param-gather": "--fp4-format",
     "--tensor-parallel-num-weight-shards 2": "--tensor-parallel-num-weight-shards",
     "--optimizer-offload-fraction 0.5": "without --optimizer-cpu-offload",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_opt.errors import UserError
+from megatron_opt.platform import attention_logits
 
 _CAPABILITY = (9, 0)  # the layers then choose the layouts of Hopper
 
@@ -92,6 +93,7 @@ def attention(
         mask, causal = everyone[None, :] <= mine[:, None] if causal else None, False
     elif attn_mask_type.name not in ("causal", "no_mask"):
         mask = None if attention_mask is None else ~attention_mask
+    attention_logits.record(self, query, key, self.softmax_scale, None if mask is None else ~mask, causal)
     out = F.scaled_dot_product_attention(
         query.permute(1, 2, 0, 3),
         key.permute(1, 2, 0, 3),
@@ -110,7 +112,6 @@ def _check(self: Any, attention_bias: Tensor | None, packed_seq_params: Any) -> 
         "--softmax-type": config.softmax_type != "vanilla",
         "--window-size": config.window_size is not None,
         "--attention-dropout": config.attention_dropout > 0 and self.training,
-        "--qk-clip": config.qk_clip or config.log_max_attention_logit,
         "packed sequences": packed_seq_params is not None,
         "attention biases": attention_bias is not None,
     }

@@ -77,6 +77,7 @@ def model_and_layout(args: Any) -> None:
     if platform.on_cpu() and args.distributed_backend == "nccl":
         raise UserError("--distributed-backend nccl needs GPUs; leave it out on CPU, where ranks talk by gloo.")
     fp8.check_recipe(args)
+    _check_logits(args)
     layout.check_layout(args)
     faults.check(args)
     tokenizers.check_tokenizer(args)
@@ -87,6 +88,19 @@ def model_and_layout(args: Any) -> None:
         raise UserError(
             f"--max-position-embeddings {args.max_position_embeddings} is below --seq-length {args.seq_length}; raise it."
         )
+
+
+def _check_logits(args: Any) -> None:
+    from megatron_opt.distributed import qk_clip
+    from megatron_opt.training.optimizer_flags import MEGATRON_OWN
+
+    qk_clip.check(args)
+    for flag in ("qk_clip", "log_max_attention_logit"):
+        if getattr(args, flag) and args.optimizer in MEGATRON_OWN:
+            raise UserError(
+                f"--{flag.replace('_', '-')} with --optimizer {args.optimizer} would be Megatron's own, which knows nothing of "
+                "sharded main copies; give an optimizer of this project, such as adamw."
+            )
 
 
 def trainable(args: Any) -> None:

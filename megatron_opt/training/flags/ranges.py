@@ -91,8 +91,11 @@ _WORDS: tuple[tuple[Range, str], ...] = (
     (Range(0, 1, open=True), "adam-eps norm-epsilon moe-router-bias-update-rate activation-offload-fraction"),
     (Range(0, 1, open=True), "optimizer-offload-fraction"),
     (PROBABILITY, "hidden-dropout attention-dropout moe-input-jitter-eps moe-router-quantile-balancing-ema"),
+    (BELOW_ONE, "ema-decay"),
     (DEVIATION, "init-method-std embedding-init-method-std"),
     (Range(0, 1, open=True), "rotary-percent"),
+    (Range(0, 1, open=True, below=True), "qk-clip-alpha"),
+    (POSITIVE, "qk-clip-threshold"),
     (FACTOR, """
         rotary-scaling-factor mscale yarn-beta-fast yarn-beta-slow mup-width-mult mup-embedding-mult mup-output-mult
         mup-base-head-dim scalar-lr-ratio muon-extra-scale-factor moe-router-topk-scaling-factor activation-func-clamp-value

@@ -123,7 +123,7 @@ NEEDS_TE = {
     "its kernels are Transformer Engine's": """
         use-transformer-engine-op-fuser fused-residual-rmsnorm use-te-activation-func
         use-fused-weighted-squared-relu
-        qk-l2-norm log-max-attention-logit moe-grouped-gemm use-grouped-gemm-for-shared-expert
+        qk-l2-norm moe-grouped-gemm use-grouped-gemm-for-shared-expert
         use-grouped-gemm-for-dense-mlp moe-permute-fusion
         moe-router-fusion moe-mlp-glu-interleave-size moe-shared-expert-glu-interleave-size mla-down-proj-fusion""",
 }
@@ -137,7 +137,6 @@ BY_OPTIMIZER: dict[str, tuple[tuple[object, ...], str]] = {
     "use-precision-aware-optimizer": ((), "set the state's type by --OPTIMIZER-state-dtype or -momentum-dtype."),
     "overlap-param-gather-with-optimizer-step": ((), "use --overlap-param-gather."),
     "fp4-param-gather": ((), "main copies are written back in bf16; remove the flag."),
-    "qk-clip": ((), "it rescales weights behind the optimizer's main copies; use --qk-layernorm."),
     "ckpt-format": (("torch_dist",), "state is stored by logical matrix, which needs --ckpt-format torch_dist."),
     "optimizer-cuda-graph": (
         (),
@@ -155,7 +154,7 @@ OF_MEGATRONS_OPTIMIZERS = {
         fsdp-manual-registration fsdp-db-use-persist-buf-on-alloc-fail suggested-communication-unit-size megatron-fsdp-*
         torch-fsdp2-no-reshard-after-forward use-torch-optimizer-for-cpu-offload
         overlap-cpu-optimizer-d2h-h2d no-pin-cpu-grads no-pin-cpu-params main-grads-dtype main-params-dtype exp-avg-dtype
-        exp-avg-sq-dtype qk-clip-alpha qk-clip-threshold no-use-layer-wise-param-layout
+        exp-avg-sq-dtype no-use-layer-wise-param-layout
         ddp-param-name-patterns-for-fp32-local-accumulation no-weight-decay-cond-type""",
 }
 

@@ -26,6 +26,7 @@ use-rotary-position-embeddings rotary-base rotary-percent rotary-seq-len-interpo
 no-rope-freq no-position-embedding squared-relu swiglu quick-geglu untie-embeddings-and-output-weights rope-type
 q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim v-head-dim rotary-scaling-factor mscale mscale-all-dim
 use-mup mup-width-mult mup-base-hidden-size mup-embedding-mult mup-output-mult mup-base-head-dim mup-attn-scale-power
+qk-clip qk-clip-alpha qk-clip-threshold log-max-attention-logit
 mtp-num-layers mtp-loss-scaling-factor mtp-use-repeated-layer mtp-detach-heads
 recompute-granularity recompute-method recompute-num-layers recompute-modules recompute-activations
 distribute-saved-activations init-method-xavier-uniform spec
