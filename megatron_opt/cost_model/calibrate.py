@@ -76,6 +76,25 @@ def layer_rates(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
     return found
 
 
+def fp8_rates(device: torch.device) -> dict[int, float]:
+    """The same of E4M3 numbers with one scale, by k; none where the device has no such products."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        return {}
+    found, one = {}, torch.ones((), device=device)
+    for k in _gemm_sizes(device):
+        wide, tall = (
+            _matrix(device, torch.float32, *shape).to(torch.float8_e4m3fn) for shape in ((k, 4 * k), (4 * k, k))
+        )
+        square = _matrix(device, torch.float32, k, k).to(torch.float8_e4m3fn)
+
+        def run(wide: Tensor = wide, tall: Tensor = tall, square: Tensor = square) -> None:
+            torch._scaled_mm(wide, wide.t(), one, one, out_dtype=torch.bfloat16)  # the second operand by column
+            torch._scaled_mm(square, tall.t(), one, one, out_dtype=torch.bfloat16)
+
+        found[k] = 2 * 2.0 * k * k * 4 * k / timed(run, device)
+    return found
+
+
 def _preconditioned(x: Tensor) -> Callable[[], Tensor]:
     """What SOAP does with a stack (B, k, K) of gradients on one side: the factor, symmetric, and two rotations. 6·B·k²·K."""
     factor = x @ x.mT
@@ -191,6 +210,7 @@ def calibrate(ranks: int = 0) -> str:
         types = {"fp32": torch.float32, "bf16": torch.bfloat16}
         rates["attention"] = {name: attention_rate(device, dtype) for name, dtype in types.items()}
         rates["layer"] = {name: layer_rates(device, dtype) for name, dtype in types.items()}
+        rates["layer"] |= {"fp8": found} if (found := fp8_rates(device)) else {}
         passes, reads = pass_rates(device)
         overheads = host_overheads(rule_overheads(device), *engine())
         devices = torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0))
@@ -248,7 +268,9 @@ def _file(
         "  memory_bandwidth: " + _map(passes[0]),
         "  read_bandwidth: " + _map(passes[1]),
     ]
-    if not cuda:
+    if cuda:
+        lines.append("  capability: {}.{}".format(*torch.cuda.get_device_capability()))
+    else:
         lines.append(f"  shared_cores: {devices}")
         lines.append(f"  together: {{compute: {shares[0]:.3g}, memory: {shares[1]:.3g}}}")
     lines.append("rates:")

@@ -11,6 +11,7 @@ import yaml
 
 from megatron_opt import yaml_files
 from megatron_opt.errors import UserError
+from megatron_opt.training.flags.fp8 import check_hardware
 
 CLASSES = ("gemm", "small_gemm", "qr", "eigh", "solve", "attention")
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")
@@ -67,13 +68,30 @@ class Cluster:
     collectives: Mapping[str, float] = field(default_factory=dict)  # share of the links' bandwidth by kind; else 1
     overheads: Overheads = field(default_factory=Overheads)
     sources: tuple[str, ...] = ()
+    capability: tuple[int, int] | None = None  # of CUDA; decides which FP8 recipes there are
     measured: bool = False  # its rates are those of the machine itself (`cost calibrate`), not of data sheets
 
     def rate(self, kind: str, dtype: str, size: float) -> float:
         """Sustained FLOP/s of a kernel class at a size (smaller side of a product, order of a factorization)."""
         by_type = self.rates.get(kind) or self.rates["gemm"]
+        if dtype == "fp8" and dtype not in by_type and kind == LAYER:  # `cost calibrate` measures none
+            by_type = self.rates["gemm"]
         curve = by_type.get(dtype) or by_type.get("fp32") or next(iter(by_type.values()))
         return interpolate(curve, size)
+
+    @property
+    def transposes(self) -> bool:
+        """Whether FP8 products take operands in one order only, so that transposed copies are kept: before Blackwell."""
+        return self.capability is None or self.capability < (10, 0)
+
+    def check_fp8(self, recipe: str) -> None:
+        """Refuse a recipe that these devices lack, and FP8 where the file has no rate of its products."""
+        if not any("fp8" in self.rates.get(kind, {}) for kind in (LAYER, "gemm")):
+            raise UserError(
+                f"cluster {self.name} has no rate of FP8 products; leave out --fp8-format, or add rates.layer.fp8 to its file."
+            )
+        if self.capability is not None:
+            check_hardware(recipe, self.capability)
 
     @property
     def bandwidth(self) -> float:

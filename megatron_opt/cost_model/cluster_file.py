@@ -31,6 +31,7 @@ SECONDS = Range("seconds", 0, 60)
 SHARE = Range("of the whole", 1e-6, 1)
 PART = Range("of the whole", 0, 1)
 RELATIVE = Range("of the links' bandwidth", 1e-6, 1e3)
+CAPABILITY = Range("CUDA's compute capability", 1, 99)
 COUNT = Range("devices", 1, 1e7, whole=True)
 CORES = Range("cores", 0, 1e6, whole=True)
 
@@ -38,7 +39,16 @@ _SHARES = ("elementwise", "node", "network", "step", "optimizer")
 _SECONDS = ("matrix", "fragment", "bucket", "step", "layer", "reduction")
 # section -> its keys
 KEYS: Mapping[str, tuple[str, ...]] = {
-    "device": ("peak", "memory", "reserved", "memory_bandwidth", "read_bandwidth", "shared_cores", "together"),
+    "device": (
+        "peak",
+        "capability",
+        "memory",
+        "reserved",
+        "memory_bandwidth",
+        "read_bandwidth",
+        "shared_cores",
+        "together",
+    ),
     "device.together": ("compute", "memory"),
     "node": ("gpus", "bandwidth", "latency"),
     "network": ("bandwidth", "latency"),
@@ -177,6 +187,9 @@ class Reader:
         memory, reserved = self.get(device, "device", "memory", MEMORY), device.get("reserved", 0)
         if (held := self.number("device.reserved", reserved, RESERVED)) >= memory:
             raise self.refuse("device.reserved", reserved, f"below device.memory, {memory:g}")
+        capability = None
+        if "capability" in device:
+            capability = divmod(round(10 * self.number("device.capability", device["capability"], CAPABILITY)), 10)
         sources, measured = content.get("sources", []), content.get("measured", False)
         if not isinstance(sources, list) or not all(isinstance(item, str) for item in sources):
             raise self.refuse("sources", sources, "a list of lines")
@@ -208,5 +221,6 @@ class Reader:
             collectives={kind: self.number(f"collectives.{kind}", value, RELATIVE) for kind, value in kinds.items()},
             overheads=self.overheads(content),
             sources=tuple(sources),
+            capability=capability,
             measured=measured,
         )

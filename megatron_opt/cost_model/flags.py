@@ -53,6 +53,8 @@ NUMBERS = [
     "moe-router-num-groups",
     "moe-router-group-topk",
     "num-distributed-optimizer-instances",
+    "num-layers-at-start-in-bf16",
+    "num-layers-at-end-in-bf16",
 ]
 WORDS = [
     "optimizer",
@@ -65,6 +67,7 @@ WORDS = [
     "preset",
     "recipe",
     "fp8-format",
+    "fp8-recipe",
     "lr-decay-style",
     "init-style",
     "decay-mode",
@@ -93,6 +96,8 @@ SWITCHES = [
     "account-for-loss-in-pipeline-split",
     "overlap-moe-expert-parallel-comm",
     "activation-func-fp8-input-store",
+    "fp8-param-gather",
+    "first-last-layers-bf16",
 ]
 # Of NUMBERS, those that may be fractions, and those that may be 0; all others are whole and at least 1.
 _REAL = {
@@ -102,7 +107,7 @@ _REAL = {
 _ZERO = {
     "num-experts", "moe-shared-expert-intermediate-size", "moe-first-dense-layers", "moe-layer-freq", "q-lora-rank",
     "recompute-num-layers", "train-iters", "train-samples", "lr-warmup-iters", "lr-warmup-samples",
-    "moe-router-num-groups", "moe-router-group-topk",
+    "moe-router-num-groups", "moe-router-group-topk", "num-layers-at-start-in-bf16", "num-layers-at-end-in-bf16",
 }  # fmt: skip
 _MOST = {"num-layers": 10_000, "num-experts": 10_000, "world-size": 1_000_000}
 _CHOICES = {
@@ -110,6 +115,7 @@ _CHOICES = {
     "recompute-granularity": ("full", "selective"),
     "moe-token-dispatcher-type": ("allgather", "alltoall", "flex"),
     "fp8-format": ("e4m3", "hybrid"),
+    "fp8-recipe": ("delayed", "tensorwise", "blockwise", "mxfp8"),
     "exchange-dtype": ("fp32", "bf16"),
     "matrix-mode": MODES,
     "matrix-instances": INSTANCES,

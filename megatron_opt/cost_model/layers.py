@@ -3,7 +3,9 @@
 import functools
 from dataclasses import dataclass
 
-from megatron_opt.cost_model.model import Model
+from megatron_opt.cost_model.layout import Layout
+from megatron_opt.cost_model.model import Model, Parameter
+from megatron_opt.layout.kinds import find_kind
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,42 @@ class LayerShape:
     up_flops: float  # of MLA's up-projections
     mlp_flops: float  # of the MLP, or of router, routed and shared experts
     expert: int  # elements of one expert
+    weights: "Weights"  # of products, without routers
+    expert_weights: "Weights"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of products: elements that TP cuts and that it copies, and the sum of their rows and columns, as cut and as whole."""
+
+    cut: int = 0
+    copied: int = 0
+    sides_cut: int = 0
+    sides_whole: int = 0
+
+    @staticmethod
+    def of(parameters: "list[Parameter]") -> "Weights":
+        found = [p for p in parameters if len(p.shape) == 2 and _is_hidden(p)]
+        cut = sum(p.shape[p.cut] for p in found if p.cut is not None)
+        return Weights(
+            sum(p.numel for p in found if p.cut is not None),
+            sum(p.numel for p in found if p.cut is None),
+            cut,
+            sum(sum(p.shape) for p in found) - cut,
+        )
+
+    def held(self, tp: int) -> float:
+        """Elements on one of `tp` ranks."""
+        return self.cut / tp + self.copied
+
+    def sides(self, cut_over: int, whole_over: int) -> float:
+        """Elements of a token that products read forward and backward: an input by column, a gradient by row."""
+        return self.sides_cut / cut_over + self.sides_whole / whole_over
+
+
+def _is_hidden(parameter: Parameter) -> bool:
+    kind = find_kind(parameter.name)
+    return kind is not None and kind.kind == "hidden"
 
 
 @functools.lru_cache(maxsize=64)
@@ -23,7 +61,7 @@ def layer_shape(model: Model, expert: bool) -> LayerShape:
     """The shape of the model's dense layers, or of those with experts."""
     layer = next((i for i in range(model.layers) if (i in model.expert_layers) == expert), None)
     if layer is None:
-        return LayerShape(0, 0, 0.0, 0.0, 0.0, 0)
+        return LayerShape(0, 0, 0.0, 0.0, 0.0, 0, Weights(), Weights())
     found = [p for p in model.parameters(layer, layer + 1, range(1)) if p.layer == layer]
     plain = [p for p in found if p.expert is None]
     up = 2.0 * sum(p.numel for p in plain if "up_proj" in p.name and len(p.shape) == 2)
@@ -36,6 +74,8 @@ def layer_shape(model: Model, expert: bool) -> LayerShape:
         up,
         flops - attention,
         sum(p.numel for p in found if p.expert is not None),
+        Weights.of(plain),
+        Weights.of([p for p in found if p.expert is not None]),
     )
 
 
@@ -78,3 +118,29 @@ def held_elements(model: Model, tp: int, etp: int, ep: int, first: int, last: in
     dense += (cut / tp + copied) if first == 0 else 0.0
     dense += after / tp if last == model.layers and (first > 0 or not model.tied) else 0.0
     return dense, experts
+
+
+def quantized_kinds(model: Model, layout: Layout, first: int, last: int) -> tuple[int, int]:
+    """Of `kinds`, the layers whose products are in FP8."""
+    if layout.fp8 is None:
+        return 0, 0
+    begin, end = max(first, layout.fp8.first), min(last, model.layers - layout.fp8.last)
+    return kinds(model, begin, end) if begin < end else (0, 0)
+
+
+def quantized_elements(model: Model, layout: Layout, first: int, last: int) -> tuple[float, float]:
+    """Of `held_elements`, the weights of FP8 products."""
+    dense = experts = 0.0
+    for count, expert in zip(quantized_kinds(model, layout, first, last), (False, True), strict=True):
+        if count:
+            shape = layer_shape(model, expert)
+            dense += count * shape.weights.held(layout.tp)
+            experts += count * shape.expert_weights.held(layout.etp) * model.experts / layout.ep if expert else 0.0
+    if layout.fp8 is not None and last == model.layers:
+        dense += _after(model).cut / layout.tp
+    return dense, experts
+
+
+@functools.lru_cache(maxsize=64)
+def _after(model: Model) -> Weights:
+    return Weights.of(model.mtp_layers(range(0)))

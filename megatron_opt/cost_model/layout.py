@@ -9,6 +9,7 @@ from megatron_opt.cost_model.model import Model
 from megatron_opt.cost_model.pipeline import REMEDY, parse_layout, split_of
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
+from megatron_opt.layout.fp8 import Fp8
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Layout:
     recompute: str = "none"  # none, selective, full
     flash: bool = True
     fused_accumulation: bool = True  # backward adds to the gradient buffer itself
-    fp8: bool = False
+    fp8: Fp8 | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
     split: tuple[int, ...] = ()  # layers of each virtual stage in the model's order; empty: even
     modules: tuple[str, ...] = ()  # what selective recomputation recomputes beside the scores of unfused attention
@@ -87,7 +88,7 @@ class Layout:
             recompute=granularity,
             flash=flags.get("transformer-impl") != "local",
             fused_accumulation=not flags.get("no-gradient-accumulation-fusion"),
-            fp8=bool(flags.get("fp8-format")),
+            fp8=Fp8.of(flags),
             engine=EngineOptions.of({key.replace("-", "_"): value for key, value in flags.items()}),
             split=split_of(flags, model.layers, pp, virtual),
             modules=_modules(flags) if granularity == "selective" else (),
@@ -136,6 +137,11 @@ class Layout:
     def sequence_shards(self) -> int:
         """Tensor-parallel ranks that share what lies between the sharded products of a layer."""
         return self.tp if self.sequence_parallel else 1
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of an element of a product's input that backward keeps: in FP8 the numbers by column."""
+        return 1 if self.fp8 is not None else self.parameter_bytes
 
     def local_tokens(self, model: Model) -> float:
         """Tokens of one micro-batch on one rank."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from megatron_opt.cost_model.cluster import Cluster
-from megatron_opt.cost_model.layers import held_elements, kinds
+from megatron_opt.cost_model.layers import held_elements, kinds, quantized_elements, quantized_kinds
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.model import Model
 from megatron_opt.cost_model.plan import DomainPlan
@@ -18,6 +18,7 @@ class Memory:
     """Bytes on one GPU."""
 
     parameters: float = 0.0
+    fp8_weights: float = 0.0  # numbers by row and by column, and scales
     gradients: float = 0.0
     main_copies: float = 0.0
     optimizer_state: float = 0.0
@@ -57,8 +58,16 @@ def _stage(
             buckets = max(1.0, domain.held / max(40e6, 1e6 * domain.data * layout.instances))
             padding += buckets * 64 * domain.data / 2 * (layout.parameter_bytes + 4)
     kept = activations(model, layout, index) + _weight_gradient(model, layout, index)
+    in_bf16, in_fp8 = held, 0.0
+    if layout.fp8 is not None:
+        quantized = sum(domain.quantized for domain in stage)
+        in_fp8 = quantized * layout.fp8.copies(cluster.transposes) + sum(domain.scales for domain in stage)
+        in_bf16 -= (
+            quantized if layout.fp8.gathered else 0.0
+        )  # else both are there: the cast is kept for all micro-batches
     return Memory(
-        held * layout.parameter_bytes,
+        in_bf16 * layout.parameter_bytes,
+        in_fp8,
         grads,
         main,
         state,
@@ -109,8 +118,10 @@ def layer_activations(model: Model, layout: Layout, expert: bool) -> float:
     if layout.recompute == "full":
         return width * tokens * h / shared
     modules = layout.modules if layout.recompute == "selective" else ()
-    product = 1.0 if layout.fp8 else width  # Transformer Engine keeps the inputs of fp8 products in fp8
-    kept = width * (2.0 if "layernorm" in modules else 4.0) * h / shared  # inputs of the norms, their outputs
+    product = float(layout.product_bytes)
+    kept = width * 2.0 * h / shared  # inputs of the norms
+    if "layernorm" not in modules:  # their outputs; a router and the dispatcher read one as it is
+        kept += (product + (width if expert else product)) * h / shared
     heads = float((model.heads + 2 * model.groups) * model.head_dim)
     if model.mla:
         heads = model.heads * (2.0 * (model.qk_dim + model.rope_dim) + model.v_dim)
@@ -119,7 +130,7 @@ def layer_activations(model: Model, layout: Layout, expert: bool) -> float:
         kept += width * latent
     else:
         kept += width * (heads / t + latent)
-    kept += width * model.heads * (model.v_dim or model.head_dim) / t
+    kept += (width + (product if layout.fp8 else 0.0)) * model.heads * (model.v_dim or model.head_dim) / t
     ffn = (model.expert_ffn * model.topk + model.shared_ffn) if expert else model.ffn
     if ("moe" if expert else "mlp") not in modules:
         act = 0.0 if expert and "moe_act" in modules else ffn
@@ -136,19 +147,17 @@ def layer_activations(model: Model, layout: Layout, expert: bool) -> float:
 def activations(model: Model, layout: Layout, stage: int) -> float:
     """Bytes kept between forward and backward, for the micro-batches that a stage has under way, and logits."""
     first, last = layout.stages(model)[stage]
-    dense, expert = kinds(model, first, last)
-    layers = dense * layer_activations(model, layout, False) if dense else 0.0
-    layers += expert * layer_activations(model, layout, True) if expert else 0.0
+    plain = replace(layout, fp8=None)
+    quantized = quantized_kinds(model, layout, first, last)
+    kept, whole = 0.0, 0.0
+    for expert, (count, in_fp8) in enumerate(zip(kinds(model, first, last), quantized, strict=True)):
+        for number, how in ((in_fp8, layout), (count - in_fp8, plain)):
+            if number:
+                kept += number * layer_activations(model, how, bool(expert))
+                whole = max(whole, layer_activations(model, replace(how, recompute="none"), bool(expert)))
+    total = kept * layout.under_way(stage)
     if layout.recompute == "full":  # one layer at a time is whole again
-        whole = replace(layout, recompute="none")
-        layers_again = (
-            max(layer_activations(model, whole, kind) for count, kind in ((dense, False), (expert, True)) if count)
-            if dense or expert
-            else 0.0
-        )
-    else:
-        layers_again = 0.0
-    total = layers * layout.under_way(stage) + layers_again
+        total += whole
     if stage == layout.pp - 1:  # logits; where they are narrower, in fp32 too, and their gradient
         width = float(layout.parameter_bytes)
         total += layout.local_tokens(model) * model.vocabulary / layout.tp * (width if width == 4 else width + 8.0)
@@ -160,11 +169,16 @@ def least(model: Model, layout: Layout, cluster: Cluster) -> float:
     found = 0.0
     for stage, (first, last) in enumerate(layout.stages(model)):
         dense, experts = held_elements(model, layout.tp, layout.etp, layout.ep, first, last)
-        each = layout.parameter_bytes + (2 if layout.grad_reduce_bf16 else 4)
+        weights = layout.parameter_bytes * (dense + experts)
+        if layout.fp8 is not None:
+            quantized = sum(quantized_elements(model, layout, first, last))
+            weights += quantized * layout.fp8.copies(cluster.transposes)
+            weights -= quantized * layout.parameter_bytes if layout.fp8.gathered else 0.0
+        grads = (2 if layout.grad_reduce_bf16 else 4) * (dense + experts)
         main = 0.0
         if layout.dtype != "fp32":
             data = layout.data_parallel * layout.cp, layout.expert_data_parallel
             cut = [ranks / layout.instances for ranks in data] if layout.distributed else [1, 1]
             main = 4.0 * (dense / cut[0] + experts / cut[1])
-        found = max(found, each * (dense + experts) + main + activations(model, layout, stage))
+        found = max(found, weights + grads + main + activations(model, layout, stage))
     return found + cluster.reserved

@@ -44,6 +44,8 @@ class DomainPlan:
     elements: list[Elements] = field(default_factory=list)
     parameters: int = 0  # of the whole domain
     held: float = 0.0  # of one rank, replicas of tensor parallelism included
+    quantized: float = 0.0  # of those, the weights of FP8 products
+    scales: float = 0.0  # bytes of their scales
     fragments: int = 0  # logical pieces that one rank holds at most
     sent: dict[str, float] | None = None  # bytes of the rank that sends most, where the engine's routes were asked for
 
@@ -86,6 +88,7 @@ def plans(
             last == model.layers,
             len(model.expert_layers & set(range(first, last))),
             symbols,
+            _kept(model, layout, first, last),
         )
         if key not in known:
             known[key] = _stage(model, layout, parameters, group_of, rules, f"layers {first} to {last - 1}")
@@ -95,6 +98,13 @@ def plans(
                 dense.sent = _sent(model, layout, grouping, stages.index((first, last)))
         found.append(known[key])
     return found
+
+
+def _kept(model: Model, layout: Layout, first: int, last: int) -> tuple[bool, ...]:
+    """Which layers of a stage have products in FP8, where only some have."""
+    if layout.fp8 is None or not (layout.fp8.first or layout.fp8.last):
+        return ()
+    return tuple(layout.fp8.quantizes(layer, model.layers) for layer in range(first, last))
 
 
 def _sent(model: Model, layout: Layout, grouping: Sequence[GroupRule], stage: int) -> dict[str, float]:
@@ -157,9 +167,16 @@ def _domain(
     matrix_rules: dict[str, Any] = {}
     elements: dict[str, Elements] = {}
     held, fragments = 0.0, 0
+    quantized, scales, fp8 = 0.0, 0.0, layout.fp8
     for parameter in parameters:
-        held += parameter.numel / (tp if parameter.cut is not None else 1)
-        for info in model.infos(parameter):
+        held += parameter.held(tp)
+        found = model.infos(parameter)
+        if fp8 is not None and fp8.covers(found[0].kind, parameter.shape, parameter.layer, model.layers):
+            quantized += parameter.held(tp)
+            scales += fp8.scale_bytes(
+                [-(-n // (tp if i == parameter.cut else 1)) for i, n in enumerate(parameter.shape)]
+            )
+        for info in found:
             group = group_of[info.name]
             rule = rules[group.name]
             fragments += 1
@@ -192,6 +209,8 @@ def _domain(
         list(elements.values()),
         sum(p.numel for p in parameters),
         held,
+        quantized,
+        scales,
         -(-fragments // data) + 2 if layout.distributed else fragments,
     )
 

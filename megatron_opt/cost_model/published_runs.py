@@ -26,6 +26,8 @@ class Run:
     tflops: float
     source: str
     assumed: str
+    recipe: str = ""  # of FP8
+    held: bool = False  # no rate was fitted to it
 
     @property
     def ratio(self) -> float:
@@ -47,7 +49,7 @@ def published_runs(clusters: Iterable[str] = ()) -> list[Run]:
         found.append(
             Run(
                 f"{row['model']}, {row['gpus']} × {row['cluster']}, {step.layout.name()}"
-                + (", fp8" if step.layout.fp8 else ""),
+                + (f", {step.layout.fp8.recipe}" if step.layout.fp8 else ""),
                 row["cluster"],
                 step.model.experts > 0,
                 step.tokens / row["gpus"] / tokens,
@@ -55,6 +57,8 @@ def published_runs(clusters: Iterable[str] = ()) -> list[Run]:
                 tokens * flops / 1e12,
                 content["sources"][row["source"]],
                 row.get("assumed", ""),
+                step.layout.fp8.recipe if step.layout.fp8 else "",
+                row.get("held", False),
             )
         )
     return found

@@ -1,12 +1,12 @@
 """One training step: seconds, FLOPs, bytes and memory per GPU, broken down."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_opt.cost_model import flags as flag_reader
 from megatron_opt.cost_model.cluster import LAYER, Cluster
-from megatron_opt.cost_model.layers import kinds, layer_shape
+from megatron_opt.cost_model.layers import kinds, layer_shape, quantized_kinds
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.memory import Memory, memory
 from megatron_opt.cost_model.model import Model
@@ -104,6 +104,8 @@ def predict(flags: Mapping[str, Any], cluster: Cluster, world: int, grouping: An
     check_world(cluster, world)
     model = Model.of(flags).priced()
     layout = Layout.of(flags, world, model)
+    if layout.fp8 is not None:
+        cluster.check_fp8(layout.fp8.recipe)
     rules = grouping if grouping is not None else flag_reader.grouping(flags)
     name, decay = str(flags.get("optimizer", "adamw")), str(flags.get("decay-mode", "decoupled"))
     work = optimizer_work(model, layout, cluster, rules, decay, exact)
@@ -228,6 +230,7 @@ def layer_seconds(model: Model, layout: Layout, cluster: Cluster, expert: bool) 
     through = 3.0 * ffn * (model.topk if expert else 1) / layout.tp
     passed = 10.0 * model.hidden / inner + 2.0 * heads / layout.tp + through
     seconds += 3.0 * width * tokens * passed / cluster.bandwidth
+    seconds += cast_seconds(model, layout, cluster, expert)
     if layout.recompute == "full":
         seconds += forward + attend
     elif layout.recompute == "selective":
@@ -244,6 +247,20 @@ def layer_seconds(model: Model, layout: Layout, cluster: Cluster, expert: bool) 
     return seconds
 
 
+def cast_seconds(model: Model, layout: Layout, cluster: Cluster, expert: bool) -> float:
+    """Quantizing the inputs and gradients of a layer's products for one micro-batch, and its share of the weights', once a step."""
+    if layout.fp8 is None:
+        return 0.0
+    shape, tp = layer_shape(model, expert), layout.tp
+    tokens = layout.local_tokens(model)
+    elements = tokens * shape.weights.sides(tp, layout.sequence_shards)
+    weights = shape.weights.held(tp)
+    if expert:
+        elements += tokens * model.topk * shape.expert_weights.sides(layout.etp, 1) / tp * layout.etp
+        weights += shape.expert_weights.held(layout.etp) * model.experts / layout.ep
+    return (elements + weights / layout.microbatches) * layout.fp8.cast_bytes(cluster.transposes) / cluster.bandwidth
+
+
 def head_seconds(model: Model, layout: Layout, cluster: Cluster) -> float:
     """Output layer and loss of one micro-batch."""
     tokens, width = layout.local_tokens(model), layout.parameter_bytes
@@ -254,12 +271,14 @@ def head_seconds(model: Model, layout: Layout, cluster: Cluster) -> float:
 
 def stage_seconds(model: Model, layout: Layout, cluster: Cluster) -> list[float]:
     """Forward and backward of one micro-batch on each pipeline stage, communication aside."""
-    dense = layer_seconds(model, layout, cluster, False) if len(model.expert_layers) < model.layers else 0.0
-    expert = layer_seconds(model, layout, cluster, True) if model.expert_layers else 0.0
     slow = cluster.crowding(layout.world) / cluster.step_efficiency
-    found: list[Any] = []
+    plain = replace(layout, fp8=None)
+    found: list[float] = []
     for first, last in layout.stages(model):
-        plain, routed = kinds(model, first, last)
-        head = head_seconds(model, layout, cluster) if last == model.layers and len(found) == layout.pp - 1 else 0.0
-        found.append((plain * dense + routed * expert + head) * slow)
+        seconds = head_seconds(model, layout, cluster) if last == model.layers and len(found) == layout.pp - 1 else 0.0
+        quantized = quantized_kinds(model, layout, first, last)
+        for expert, (count, in_fp8) in enumerate(zip(kinds(model, first, last), quantized, strict=True)):
+            for number, how in ((in_fp8, layout), (count - in_fp8, plain)):
+                seconds += number * layer_seconds(model, how, cluster, bool(expert)) if number else 0.0
+        found.append(seconds * slow)
     return found

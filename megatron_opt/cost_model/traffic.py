@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from megatron_opt.cost_model.cluster import Cluster
-from megatron_opt.cost_model.layers import held_elements, kinds
+from megatron_opt.cost_model.layers import held_elements, kinds, quantized_elements, quantized_kinds
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.model import Model
 
@@ -43,6 +43,8 @@ def traffic(model: Model, layout: Layout, cluster: Cluster, forward_backward: fl
         each = cluster.ring(volume, t, kind="all_reduce") * crowd
         hidden = 0.6 * overlap if layout.overlap_tp else 0.0
         total = 4 * layers * count * again
+        if layout.sequence_parallel and layout.fp8 is not None:  # of each pair the all-gather carries FP8 numbers
+            total *= 1 - sum(quantized_kinds(model, layout, *fullest)) / layers / 4
         found.add("tensor", each * total, volume * total, each * total * hidden)
     if layout.cp > 1:  # keys and values travel the ring, forward and twice backward
         keys = (
@@ -99,10 +101,15 @@ def _data(
     """Gradients over data-parallel ranks, and parameters back where the distributed optimizer cuts them."""
     ranks = layout.data_parallel * layout.cp
     held = [held_elements(model, layout.tp, layout.etp, layout.ep, *stage) for stage in layout.stages(model)]
-    dense, experts = max(held, key=sum)
+    stage = max(range(layout.pp), key=lambda index: sum(held[index]))
+    (dense, experts), quantized = held[stage], quantized_elements(model, layout, *layout.stages(model)[stage])
+    narrower = layout.parameter_bytes - (layout.fp8.gathered_bytes if layout.fp8 else layout.parameter_bytes)
     grad = 2 if layout.grad_reduce_bf16 else 4
     microbatch = forward_backward / layout.microbatches
-    for kind, numel, size in (("data", dense, ranks), ("expert data", experts, layout.expert_data_parallel)):
+    for kind, numel, in_fp8, size in (
+        ("data", dense, quantized[0], ranks),
+        ("expert data", experts, quantized[1], layout.expert_data_parallel),
+    ):
         if size < 2 or not numel:
             continue
         ways = 1 if layout.distributed else 2
@@ -117,7 +124,7 @@ def _data(
             across = cluster.ring(shared, layout.instances, stride=layout.tp * size, kind="all_reduce") * crowd
             found.add(f"{kind} gradients between instances", across, shared, max(0.0, hidden - seconds))
         if layout.distributed:
-            gathered = (size - 1) / size * numel * layout.parameter_bytes
+            gathered = (size - 1) / size * (numel * layout.parameter_bytes - in_fp8 * narrower)
             seconds = cluster.ring(gathered, size, stride=layout.tp, kind="all_gather") * crowd
             hidden = 1 / 3 * microbatch * cluster.overlap if layout.overlap_param_gather else 0.0
             found.add(f"{kind} parameters", seconds, gathered, hidden)

@@ -16,6 +16,7 @@ NONSENSE = (-1, float("nan"), float("inf"), 1e30, "eight", "", True, None, [1], 
 WHOLE = {
     "name": "full", "title": "a file with every key", "sources": ["made up"], "measured": True, "devices": 64,
     "device": {
+        "capability": 9.0,
         "peak": {"bf16": "1e+15", "fp32": 1e14}, "memory": 8e10, "reserved": 0, "memory_bandwidth": {1000: 1e12, 1e9: 2e12},
         "read_bandwidth": 3e12, "shared_cores": 2, "together": {"compute": 0.9, "memory": 0.5},
     },

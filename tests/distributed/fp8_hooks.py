@@ -144,12 +144,44 @@ def quantizers(case: Case, record: recording.Record, argv: list[str], folder: An
     record.at_end.append(compare)
 
 
+_TENSORS = (
+    *("_data", "_transpose", "_scale_inv"),
+    *(f"_{usage}_{what}" for usage in ("rowwise", "columnwise") for what in ("data", "scale_inv")),
+)
+
+
+def held_bytes(case: Case, record: recording.Record, argv: list[str], folder: Any) -> None:
+    """Record the bytes of the model's parameters, [plain, quantized or cast], as they lie after the last step."""
+
+    def count(record: recording.Record) -> None:
+        from megatron.core.fp8_utils import is_float8tensor
+
+        plain = quantized = 0
+        for chunk in record.optimizer.model_chunks:
+            for param in chunk.parameters():
+                if is_float8tensor(param):
+                    quantized += _bytes(param)
+                else:
+                    plain += param.numel() * param.element_size()
+            for module in chunk.modules():
+                quantized += sum(_bytes(cast) for cast in getattr(module, "_fp8_workspaces", {}).values())
+        record.extra["held_bytes"] = [plain, quantized]
+
+    record.at_end.append(count)
+
+
+def _bytes(tensor: Any) -> int:
+    parts = [getattr(tensor, name, None) for name in _TENSORS]
+    return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+
 def weights(case: Case, record: recording.Record, argv: list[str], folder: Any) -> Any:
-    """As `checkpoint`; after every step record how many FP8 parameters there are, and how many numbers of theirs are not the
-    reference's of the gathered main copies, rounded to bf16.
+    """As `checkpoint` and `held_bytes`; record after every step how many FP8 parameters there are, and how many of their numbers
+    are not the reference's of the gathered main copies, rounded to bf16.
     """
     from tests.distributed import hooks
 
+    held_bytes(case, record, argv, folder)
     record.extra["fp8_weights"] = []
     record.after_step.append(lambda record: record.extra["fp8_weights"].append(_weight_faults(record.optimizer)))
     return hooks.checkpoint(case, record, argv, folder) if case.options else None

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_opt.cost_model.flags import grouping, parse
+from megatron_opt.cost_model.layout import Layout as PlannedLayout
+from megatron_opt.cost_model.model import Model
+from megatron_opt.cost_model.plan import plans
 from tests.distributed import cases as c
 from tests.distributed.cases import Case, Layout, case
 from tests.distributed.pool import Pool, Run
@@ -126,16 +130,39 @@ def pair(recipe: str, optimizer: str, layout: Layout, model: Sequence[str] = GQA
     flags, rule = fp8(model, recipe), OPTIMIZERS[optimizer]
     name = f"{name}{recipe}-{optimizer}-{layout.name}"
     on = case([*flags, *gathered(recipe)], rule, layout, f"{name}-on", steps=STEPS, hook="weights")
-    return case(flags, rule, layout, f"{name}-off", steps=STEPS), on
+    return case(flags, rule, layout, f"{name}-off", steps=STEPS, hook="held_bytes"), on
 
 
 def check_pair(runs: dict[str, Run], off: Case, on: Case) -> None:
     without, with_it = runs[off.name], runs[on.name]
     assert with_it.losses == without.losses and with_it.grad_norms == without.grad_norms, on.name
+    check_plan(without)
+    check_plan(with_it)
     expected = without.weights
     assert all((value == expected[name]).all() for name, value in with_it.weights.items())
     if on.layout is not OVERLAP:  # where other ranks' shards come with the next forward pass
         check_bytes(with_it)
+
+
+def check_plan(run: Run) -> None:
+    """Bytes of parameters, and of FP8 numbers, copies by column and scales, are those that the cost model predicts."""
+    flags, _ = parse(run.case.argv("data"))
+    model = Model.of(flags)
+    layout = PlannedLayout.of(flags, run.case.ranks, model)
+    for stage, ranks in zip(plans(model, layout, grouping(flags)), _by_stage(run), strict=True):
+        assert layout.fp8 is not None
+        quantized = sum(domain.quantized for domain in stage)
+        plain = sum(domain.held for domain in stage) - (quantized if layout.fp8.gathered else 0.0)
+        in_fp8 = quantized * layout.fp8.copies(transposes=True) + sum(domain.scales for domain in stage)
+        for rank in ranks:
+            assert rank["held_bytes"] == [2 * plain, in_fp8], run.case.name
+
+
+def _by_stage(run: Run) -> list[list[dict[str, object]]]:
+    """Ranks of each pipeline stage, whose ranks follow one another."""
+    flags, _ = parse(run.case.argv("data"))
+    size = run.case.ranks // int(flags.get("pipeline-model-parallel-size") or 1)
+    return [run.ranks[first : first + size] for first in range(0, run.case.ranks, size)]
 
 
 def check_bytes(run: Run) -> None:

@@ -107,8 +107,8 @@ def _check_weights(args: Any) -> None:
     args.stream_ckpt_dequant = False  # main copies are loaded, and what is read of FP8 weights is written over
 
 
-def check_hardware(recipe: str, capability: tuple[int, int], cuda: str) -> None:
-    """Refuse a recipe that a GPU of this compute capability, or torch's CUDA, lacks."""
+def check_hardware(recipe: str, capability: tuple[int, int], cuda: str | None = None) -> None:
+    """Refuse a recipe that a GPU of this compute capability, or torch's CUDA where it matters, lacks."""
     lowest, missing, oldest = _HARDWARE[recipe]
     if capability < lowest or (missing is not None and capability >= missing):
         has = [
@@ -120,7 +120,7 @@ def check_hardware(recipe: str, capability: tuple[int, int], cuda: str) -> None:
             f"--fp8-recipe {recipe} is not computed by GPUs of compute capability {capability[0]}.{capability[1]}; "
             + (f"give {' or '.join(has)}." if has else "leave out --fp8-format.")
         )
-    if tuple(map(int, cuda.split(".")[:2])) < tuple(map(int, oldest.split("."))):
+    if cuda is not None and tuple(map(int, cuda.split(".")[:2])) < tuple(map(int, oldest.split("."))):
         raise UserError(f"--fp8-recipe {recipe} needs CUDA {oldest}, torch was built with {cuda}; give another recipe.")
 
 

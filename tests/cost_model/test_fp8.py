@@ -1,0 +1,121 @@
+"""FP8 in the cost model: bytes by hand, layers kept in bf16, gathers, casts, machines that lack a recipe."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_opt.cost_model.cluster import load
+from megatron_opt.cost_model.flags import parse
+from megatron_opt.cost_model.layout import Layout
+from megatron_opt.cost_model.memory import least
+from megatron_opt.cost_model.model import Model
+from megatron_opt.cost_model.step import Step, predict
+from megatron_opt.errors import UserError
+from megatron_opt.layout.fp8 import Fp8
+
+SEVEN = "--preset llama-7b --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --optimizer adamw"
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+
+
+def fp8(recipe: str, *more: str) -> str:
+    return " ".join([SEVEN, "--fp8-format e4m3 --fp8-recipe", recipe, *more])
+
+
+def step(words: str, machine: str = "h100", gpus: int = 64) -> Step:
+    return predict(parse(words.split())[0], load(machine), gpus, exact=False)
+
+
+def weights(step: Step) -> int:
+    """Elements of the layers' matrices."""
+    return sum(p.numel for p in step.model.parameters(0, step.model.layers) if ".linear_" in p.name)
+
+
+def test_scales_by_hand() -> None:
+    """300 × 500: 3 × 4 blocks, which 4 hold; 16 runs in 384 padded rows, and 9 in 512 columns."""
+    assert Fp8("tensorwise").scale_bytes((300, 500)) == Fp8("delayed").scale_bytes((300, 500)) == 4
+    assert Fp8("blockwise").scale_bytes((300, 500)) == 4 * (3 * 4 + 4 * 4)
+    assert Fp8("mxfp8").scale_bytes((300, 512)) == 384 * 16 + 12 * 512
+
+
+def test_weights_gathered_in_fp8_take_two_bytes_in_place_of_two_and_two() -> None:
+    bf16, off, on = step(SEVEN), step(fp8("blockwise")), step(fp8("blockwise", "--fp8-param-gather"))
+    n, quantized = bf16.model.total_parameters, weights(bf16)
+    assert bf16.memory.parameters == off.memory.parameters == 2 * n and bf16.memory.fp8_weights == 0
+    assert on.memory.parameters == 2 * (n - quantized)
+    assert on.memory.fp8_weights == off.memory.fp8_weights == pytest.approx(quantized * (2 + 2 * 4 / 128**2), rel=1e-3)
+    assert on.memory.main_copies == bf16.memory.main_copies and on.memory.gradients == bf16.memory.gradients
+
+
+def test_blackwell_keeps_no_transposed_copies_of_tensors_with_one_scale() -> None:
+    for recipe, bytes_of in (("tensorwise", 1), ("mxfp8", 2 + 2 / 32)):
+        found = step(fp8(recipe, "--fp8-param-gather"), "b200")
+        assert found.memory.fp8_weights == pytest.approx(bytes_of * weights(found), rel=1e-6)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_gather_of_bytes_is_half_as_long_but_for_mxfp8s(recipe: str) -> None:
+    machine = "b200" if recipe == "mxfp8" else "h100"
+    off, on = step(fp8(recipe), machine), step(fp8(recipe, "--fp8-param-gather"), machine)
+    saved = off.traffic.sent["data parameters"] - on.traffic.sent["data parameters"]
+    assert saved == pytest.approx(0 if recipe == "mxfp8" else 63 / 64 * weights(on))
+
+
+def test_layers_kept_in_bf16_lie_between_bf16_and_fp8() -> None:
+    kept = "--first-last-layers-bf16 --num-layers-at-start-in-bf16 {0} --num-layers-at-end-in-bf16 {1}"
+    every, some, none = (step(fp8("tensorwise", kept.format(*ends))) for ends in ((0, 0), (1, 3), (16, 16)))
+    bf16 = step(SEVEN)
+    assert none.forward_backward == pytest.approx(bf16.forward_backward)
+    assert none.memory.total == pytest.approx(bf16.memory.total) and none.memory.fp8_weights == 0
+    assert every.seconds == step(fp8("tensorwise")).seconds
+    layers = every.model.layers
+    share = (every.forward_backward - some.forward_backward) / (every.forward_backward - none.forward_backward)
+    assert share == pytest.approx(4 / layers)
+    assert some.memory.fp8_weights == pytest.approx((1 - 4 / layers) * every.memory.fp8_weights)
+
+
+def test_attention_and_the_output_layer_stay_in_bf16() -> None:
+    """A machine whose FP8 products cost nothing still takes their time, and that of casts."""
+    machine = load("h100")
+    free = {**machine.rates, "gemm": {**machine.rates["gemm"], "fp8": ((128.0, 1e30),)}}
+    s = predict(parse(fp8("tensorwise").split())[0], replace(machine, rates=free), 64, exact=False)
+    tokens = s.tokens / 64
+    attention = 3 * tokens * s.model.layers * s.model.attention_flops() / machine.rate("attention", "bf16", 2048)
+    head = 3 * tokens * s.model.output_flops() / machine.rate("layer", "bf16", 4096)
+    assert s.forward_backward > (attention + head) / machine.step_efficiency
+    assert s.forward_backward < 0.6 * step(SEVEN).forward_backward
+
+
+def test_casts_cost_what_a_recipe_reads_and_writes() -> None:
+    """A scale of the whole tensor is known after one more pass; FP8 gains less than its rate promises."""
+    now, before, bf16 = (step(words).forward_backward for words in (fp8("tensorwise"), fp8("delayed"), SEVEN))
+    assert before < now < bf16 < 2 * now
+    assert Fp8("tensorwise").cast_bytes(True) == 6 and Fp8("tensorwise").cast_bytes(False) == 5
+    assert Fp8("delayed").cast_bytes(True) == 4
+
+
+@pytest.mark.parametrize("words, machine, said", [
+    (fp8("mxfp8"), "h100", "--fp8-recipe mxfp8 is not computed by GPUs of compute capability 9.0"),
+    (fp8("tensorwise"), "a100", "a100 has no rate of FP8 products; leave out --fp8-format"),
+    (fp8("custom"), "h100", "--fp8-recipe"),
+])  # fmt: skip
+def test_what_a_machine_lacks_is_refused(words: str, machine: str, said: str) -> None:
+    with pytest.raises(UserError, match=said.replace("(", r"\(")):
+        step(words, machine)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(RECIPES), st.booleans(), st.booleans(), st.sampled_from(["b200", "gb300"]), st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2]), st.sampled_from(["", "--recompute-granularity full", "--mtp-num-layers 1"]),
+)  # fmt: skip
+def test_a_searchs_lower_bound_holds_in_fp8(
+    recipe: str, gathered: bool, kept: bool, machine: str, tp: int, pp: int, more: str
+) -> None:
+    words = fp8(recipe, "--fp8-param-gather" * gathered, "--first-last-layers-bf16" * kept, more)
+    words += f" --tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}"
+    flags, cluster = parse(words.split())[0], load(machine)
+    model = Model.of(flags)
+    found = predict(flags, cluster, 64, exact=False)
+    assert least(model, Layout.of(flags, 64, model), cluster) <= found.memory.total * (1 + 1e-9)
