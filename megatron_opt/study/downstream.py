@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,41 @@ def arguments(evaluation: Evaluation | None, folder: Path) -> tuple[str, ...]:
         if (value := getattr(evaluation, flag)) is not None:
             words += [f"--{flag.replace('_', '-')}", str(value)]
     return tuple(words)
+
+
+@dataclass(frozen=True)
+class Items:
+    """Whether each item of a task was answered right, in the task's order, and a digest of what the items are."""
+
+    right: tuple[bool, ...]
+    digest: str
+
+
+def file_items(results: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The results with each item of `items.jsonl` as one bit, so that a store can test paired without the runs' folders."""
+    try:
+        lines = [json.loads(line) for line in (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return results
+    bits: dict[str, dict[str, tuple[str, str]]] = {}
+    for line in lines:
+        name = next((one for one in line["metrics"] if one.startswith(_ACCURACIES)), None)
+        value = line["metrics"].get(name)
+        if value in (0, 1):
+            bits.setdefault(line["task"], {}).setdefault(str(line["item"]), (str(int(value)), line["doc_hash"]))
+    if not bits:
+        return results
+    found = {}
+    for task, rows in bits.items():
+        digest = hashlib.sha256(" ".join(name for _, name in rows.values()).encode()).hexdigest()
+        found[task] = {"right": "".join(bit for bit, _ in rows.values()), "digest": digest[:16]}
+    return results | {"items": found}
+
+
+def items(results: dict[str, Any]) -> dict[str, Items]:
+    """Task → its items, of a run's results in the store; empty where they were not kept."""
+    found = results.get("items") or {}
+    return {task: Items(tuple(bit == "1" for bit in one["right"]), one["digest"]) for task, one in found.items()}
 
 
 def last(results: dict[str, Any]) -> dict[str, Any]:

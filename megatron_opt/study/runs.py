@@ -10,7 +10,8 @@ from functools import cached_property
 from typing import Any
 
 from megatron_opt.study.hyperparameters import SCHEDULE, flag_of, schedule_flags
-from megatron_opt.study.spec import Regime, Study
+from megatron_opt.study.models import Model
+from megatron_opt.study.spec import MUP, Regime, Study
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,12 @@ class Run:
 def make_run(study: Study, optimizer: str, regime: Regime, hyper: dict[str, Any], seed: int) -> Run:
     """The run of one optimizer with the given hyperparameters in a regime.
 
-    Iterations = tokens // (sequence · batch), at least one, so that every optimizer sees the same budget.
+    Iterations = tokens // (sequence · batch), at least one, so that every optimizer sees the same budget; of several epochs
+    a multiple, so that each is whole.
     """
     space, model, data = study.optimizers[optimizer], study.models[regime.model], study.data
     batch = int(hyper["batch_size"])
-    iterations = max(1, int(study.tokens(regime) // (study.sequence_length * batch)))
+    iterations = max(1, int(study.tokens(regime) // (study.sequence_length * batch * regime.epochs))) * regime.epochs
     extra = {key.replace("_", "-"): value for key, value in (study.flags | model.flags).items()}
     flags: dict[str, Any] = {"preset": model.preset} if model.preset else {}
     flags |= {key.replace("_", "-"): value for key, value in model.shape.items()}
@@ -63,9 +65,13 @@ def make_run(study: Study, optimizer: str, regime: Regime, hyper: dict[str, Any]
     flags |= extra
     if "eval-iters" in flags and not {"eval-samples", "full-validation"} & set(flags):  # one set for every batch size
         flags["eval-samples"] = int(flags.pop("eval-iters")) * int(study.optimizers[study.baseline].start["batch_size"])
-    flags |= {flag_of(space.optimizer, key): value for key, value in hyper.items() if key not in SCHEDULE}
+    flags |= {flag_of(space.optimizer, key): value for key, value in hyper.items() if key not in (*SCHEDULE, MUP)}
+    if MUP in hyper:
+        flags |= mup_flags(study.models[hyper[MUP]])
     flags["global-batch-size"] = batch
     flags |= schedule_flags(space.optimizer, hyper, iterations)
+    if regime.epochs > 1:
+        flags["train-epochs"] = regime.epochs
 
     place: dict[str, Any] = {
         "tokenizer-type": data.tokenizer_type,
@@ -89,7 +95,15 @@ def make_run(study: Study, optimizer: str, regime: Regime, hyper: dict[str, Any]
         "data": [os.path.basename(prefix) for prefix in data.path or data.train + data.valid],
         "flags": flags,
     }
+    if regime.epochs > 1:  # else runs of earlier studies would have another identity
+        config["epochs"] = regime.epochs
     return Run(optimizer, regime, hyper, seed, config, place)
+
+
+def mup_flags(base: Model) -> dict[str, Any]:
+    """Megatron's µP flags with `base` as the model that was tuned; at its own width they change nothing."""
+    width, heads = base.shape["hidden_size"], base.shape["num_attention_heads"]
+    return {"use-mup": True, "mup-base-hidden-size": width, "mup-base-head-dim": width // heads}
 
 
 def _micro_batch(study: Study, batch: int, flags: dict[str, Any]) -> int:

@@ -165,6 +165,8 @@ class Scheduler:
             return False
         if self.study.evaluation and not results.get("diverged") and not downstream.last(results):
             return False
+        if self.study.evaluation:
+            results = downstream.file_items(results, folder)
         self.store.finish(run, results, curves.to_parquet(curves.read_metrics(folder / "metrics.jsonl")))
         return True
 
@@ -256,6 +258,7 @@ def _check_identity(study: Study, store: Store) -> None:
     store.set_meta("margin", study.adopt)
     store.set_meta("tokens_per_parameter", study.tokens_per_parameter)
     store.set_meta("target", study.target)
+    store.set_meta("cluster", study.cluster)
     store.set_meta("models", {name: model.non_embedding_parameters for name, model in study.models.items()})
     store.set_meta("to_register", [str(r) for phase in study.phases if phase.registered for r in phase.regimes])
     store.set_meta("study_file", study.path.read_text(encoding="utf-8"))

@@ -10,7 +10,17 @@ from megatron_opt.errors import UserError
 from megatron_opt.study import models as model_shapes
 from megatron_opt.study.hyperparameters import PAPER_GRIDS, PAPER_STARTS
 from megatron_opt.study.models import SHAPE_KEYS, Model
-from megatron_opt.study.spec import PHASES, Data, Evaluation, ExecutorSettings, OptimizerSpace, Phase, Regime, Study
+from megatron_opt.study.spec import (
+    PARAMETRIZATIONS,
+    PHASES,
+    Data,
+    Evaluation,
+    ExecutorSettings,
+    OptimizerSpace,
+    Phase,
+    Regime,
+    Study,
+)
 from megatron_opt.study.yaml_lines import LocatedDict, LocatedList, Reader, load
 
 
@@ -30,6 +40,9 @@ def read_study(path: str | os.PathLike) -> Study:
             "baseline",
         )
     ratios = tuple(float(r) for r in top.numbers("ratios", [1], above=0))
+    epochs = top.numbers("epochs", [1], above=0)
+    if any(isinstance(one, float) for one in epochs) or len(set(epochs)) < len(epochs):
+        raise top.error("`epochs:` must be different whole numbers", "epochs")
     thresholds = top.nested("thresholds") or Reader(_empty(), path, "`thresholds:`")
     adopt = thresholds.number("adopt", 3e-3, least=0)
     insensitive = thresholds.number("insensitive", 6.4e-3, least=0)
@@ -37,6 +50,9 @@ def read_study(path: str | os.PathLike) -> Study:
     target = top.nested("target") or Reader(_empty(), path, "`target:`")
     target_n = float(target.number("parameters", 7e9, above=0))
     target_ratios = tuple(float(r) for r in target.numbers("ratios", [1, 2, 4, 8, 16], above=0))
+    cluster = target.text("cluster")
+    if cluster is not None and Path(cluster).suffix in (".yaml", ".yml"):
+        cluster = _path(target, "cluster", cluster)
     target.finish()
     budget = top.nested("budget") or Reader(_empty(), path, "`budget:`")
     max_hours = budget.number("hours", None, above=0)
@@ -53,8 +69,9 @@ def read_study(path: str | os.PathLike) -> Study:
         sequence_length=top.number("sequence_length", required=True, above=0, whole=True),
         tokens_per_parameter=float(top.number("tokens_per_parameter", 20, above=0)),
         ratios=ratios,
+        epochs=tuple(epochs),
         seeds=seeds,
-        phases=_phases(top, models, tuple(optimizers), ratios, len(seeds) > 1),
+        phases=_phases(top, models, tuple(optimizers), ratios, tuple(epochs), len(seeds) > 1),
         adopt=adopt,
         insensitive=insensitive,
         equal_effort=top.choice("effort", ("equal", "free"), "equal") == "equal",
@@ -63,6 +80,7 @@ def read_study(path: str | os.PathLike) -> Study:
         max_runs=max_runs,
         flags=flags,
         target=(target_n, target_ratios),
+        cluster=cluster,
         eval_points=top.number("eval_points", 10, above=0, whole=True),
         checkpoints=top.number("checkpoints", 4, least=0, whole=True),
         evaluation=_evaluation(top),
@@ -241,13 +259,19 @@ def _seeds(top: Reader) -> tuple[int, ...]:
 
 
 def _phases(
-    top: Reader, models: dict[str, Model], optimizers: tuple[str, ...], ratios: tuple[float, ...], several_seeds: bool
+    top: Reader,
+    models: dict[str, Model],
+    optimizers: tuple[str, ...],
+    ratios: tuple[float, ...],
+    epochs: tuple[int, ...],
+    several_seeds: bool,
 ) -> tuple[Phase, ...]:
     """The search uses the first seed; further seeds repeat its winners in a last phase."""
-    everywhere = tuple(Regime(model, ratio) for model in models for ratio in ratios)
+    everywhere = tuple(Regime(model, ratio, one) for model in models for ratio in ratios for one in epochs)
     raw = top.items("phases", ["grid"])
     lines = raw.lines if isinstance(raw, LocatedList) else [top.line_of("phases")] * len(raw)
     listed: list[tuple[str, tuple[Regime, ...] | None, tuple[str, ...], bool, int]] = []
+    proxies: dict[int, tuple[Regime, tuple[str, ...], bool]] = {}
     for item, line in zip(raw, lines):
         if isinstance(item, str):
             listed.append((item, None, (), False, line))
@@ -257,9 +281,12 @@ def _phases(
             unknown = [name for name in names if name not in optimizers]
             if unknown:
                 raise reader.error(f"no optimizer {unknown[0]!r}; there are {', '.join(optimizers)}", "optimizers")
-            listed.append((reader.text("kind", required=True), regimes, names, reader.flag("registered", False), line))
+            kind = reader.text("kind", required=True)
+            listed.append((kind, regimes, names, reader.flag("registered", False), line))
+            if kind == "transfer":
+                proxies[line] = _transfer(reader, models, regimes)
             reader.finish()
-    later = {r for kind, regimes, *_ in listed for r in regimes or () if kind in ("restricted", "predict")}
+    later = {r for kind, regimes, *_ in listed for r in regimes or () if kind in ("restricted", "predict", "transfer")}
     phases: list[Phase] = []
     for kind, regimes, names, registered, line in listed:
         _check_phase(top, kind, regimes, phases, line)
@@ -274,12 +301,36 @@ def _phases(
             )
         if registered and kind != "predict":
             raise UserError(f"{top.path}:{line}: `registered: true` is for a phase of kind predict, not {kind!r}")
+        if registered and any(regime.epochs > 1 for regime in regimes or ()):
+            raise UserError(
+                f"{top.path}:{line}: `registered: true` is for unique tokens; no law here predicts repeated ones"
+            )
         if regimes is None:
             regimes = everywhere if kind == "seeds" else tuple(r for r in everywhere if r not in later)
-        phases.append(Phase(kind, regimes, names, registered))
+        phases.append(Phase(kind, regimes, names, registered, *proxies.get(line, ())))
     if several_seeds and all(phase.kind != "seeds" for phase in phases):
         phases.append(Phase("seeds", everywhere))
     return tuple(phases)
+
+
+def _transfer(
+    reader: Reader, models: dict[str, Model], regimes: tuple[Regime, ...] | None
+) -> tuple[Regime, tuple[str, ...], bool]:
+    """The proxy and the parametrizations of a transfer phase, and whether rates are swept where it carries them."""
+    where = _regimes(reader, models, "proxy", required=True)
+    kinds = tuple(map(str, reader.items("parametrizations", list(PARAMETRIZATIONS))))
+    unknown = [kind for kind in kinds if kind not in PARAMETRIZATIONS]
+    if unknown or len(set(kinds)) < len(kinds):
+        raise reader.error(
+            f"`parametrizations:` must be different ones of {', '.join(PARAMETRIZATIONS)}, not {', '.join(kinds)}",
+            "parametrizations",
+        )
+    if where is None or len(where) > 1:
+        raise reader.error("`proxy:` is one regime, such as small@1x", "proxy")
+    for regime in regimes or ():
+        if models[regime.model].shape["hidden_size"] <= models[where[0].model].shape["hidden_size"]:
+            raise reader.error(f"{regime} is no wider than the proxy {where[0]}; list wider models", "regimes")
+    return where[0], kinds, reader.flag("sweep", True)
 
 
 def _check_phase(top: Reader, kind: str, regimes: tuple[Regime, ...] | None, phases: list[Phase], line: int) -> None:
@@ -287,9 +338,13 @@ def _check_phase(top: Reader, kind: str, regimes: tuple[Regime, ...] | None, pha
     where = f"{top.path}:{line}:"
     if kind not in PHASES:
         raise UserError(f"{where} no phase {kind!r}; there are {', '.join(PHASES)}")
-    if kind in before and kind not in ("predict", "seeds"):  # what waits for a prediction comes after what does not
+    if kind in before and kind not in (
+        "predict",
+        "seeds",
+        "transfer",
+    ):  # what waits for a prediction comes after what does not
         raise UserError(f"{where} phase {kind!r} is listed twice; give it all its regimes at once")
-    if kind in ("restricted", "predict") and regimes is None:
+    if kind in ("restricted", "predict", "transfer") and regimes is None:
         raise UserError(f"{where} phase {kind!r} needs `regimes:`, such as [large@1x]")
     if kind == "restricted" and "descent" not in before:
         raise UserError(f"{where} phase 'restricted' needs a 'descent' before it, which finds what is sensitive")
@@ -297,8 +352,10 @@ def _check_phase(top: Reader, kind: str, regimes: tuple[Regime, ...] | None, pha
         raise UserError(f"{where} phase {kind!r} needs a 'grid' or 'descent' before it")
 
 
-def _regimes(reader: Reader, models: dict[str, Model]) -> tuple[Regime, ...] | None:
-    listed = reader.items("regimes")
+def _regimes(
+    reader: Reader, models: dict[str, Model], key: str = "regimes", required: bool = False
+) -> tuple[Regime, ...] | None:
+    listed = reader.items(key, required=required)
     if listed is None:
         return None
     regimes = []
@@ -306,9 +363,9 @@ def _regimes(reader: Reader, models: dict[str, Model]) -> tuple[Regime, ...] | N
         try:
             regime = Regime.parse(str(text))
         except UserError as error:
-            raise reader.error(str(error), "regimes") from None
+            raise reader.error(str(error), key) from None
         if regime.model not in models:
-            raise reader.error(f"regime {text!r} names no model of `models:` ({', '.join(models)})", "regimes")
+            raise reader.error(f"regime {text!r} names no model of `models:` ({', '.join(models)})", key)
         regimes.append(regime)
     return tuple(regimes)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+from megatron_opt.cost_model import cluster
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
 from megatron_opt.study.hyperparameters import FLAGS, SCHEDULE, flag_of
@@ -34,6 +35,8 @@ def check_study(study: Study) -> None:
     With an executor's own `command:` the optimizers are that program's, and only budgets are looked at.
     """
     _check_budgets(study)
+    if study.cluster is not None:
+        _check_cluster(study.cluster, study)
     if study.executor.command is not None:
         return
     places = _Places(study)
@@ -57,8 +60,17 @@ class _Places:
         return UserError(f"{self._path}:{line}: optimizer `{name}`: {message}")
 
 
+def _check_cluster(name: str, study: Study) -> None:
+    try:
+        cluster.load(name)
+    except UserError as error:
+        line = load(study.path)["target"].lines["cluster"]
+        raise UserError(f"{study.path}:{line}: `cluster: {name}`: {error}") from None
+
+
 def _check_budgets(study: Study) -> None:
-    regimes = dict.fromkeys(regime for phase in study.phases for regime in phase.regimes)
+    proxies = (phase.proxy for phase in study.phases if phase.proxy is not None)
+    regimes = dict.fromkeys([*(regime for phase in study.phases for regime in phase.regimes), *proxies])
     for regime in regimes:
         for space in study.optimizers.values():
             batch = max(int(v) for v in [space.start["batch_size"], *space.grid.get("batch_size", ())])
