@@ -53,7 +53,8 @@ def fits_as_dict(analysis: Analysis) -> dict[str, Any]:
         "wall_clock": _wall_clock(analysis),
         "repetition": {
             "cells": [
-                asdict(one) | {"regime": str(one.regime), "cost": one.cost and one.cost.gain}
+                asdict(one)
+                | {"regime": str(one.regime), "cost": one.cost and one.cost.gain, "again": one.again and one.again.gain}
                 for one in analysis.repetition.cells
             ],
             "r_star": {name: asdict(one) for name, one in analysis.repetition.r_star.items()},

@@ -394,8 +394,10 @@ def _transfer_runs(study: Study, phase: Phase, optimizer: str) -> tuple[int, int
     assert phase.proxy is not None
     space, (first, *fresh) = study.optimizers[optimizer], study.seeds
     start, rates = space.start, space.grid.get("lr", (space.start["lr"],))
-    sample = [make_run(study, optimizer, phase.proxy, start, first)] * _pass(space)
-    sample += [make_run(study, optimizer, phase.proxy, start, seed) for seed in fresh]
+    sample = []
+    if not any(one.proxy == phase.proxy for one in study.phases[: study.phases.index(phase)]):  # else tuned already
+        sample = [make_run(study, optimizer, phase.proxy, start, first)] * _pass(space)
+        sample += [make_run(study, optimizer, phase.proxy, start, seed) for seed in fresh]
     for regime in phase.regimes:
         for kind in phase.parametrizations:
             point = start | ({MUP: phase.proxy.model} if kind == MUP else {})

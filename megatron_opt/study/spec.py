@@ -86,6 +86,11 @@ class Phase:
     sweep: bool = True
     """of a transfer: the learning rate is swept at the wider models too, and not only carried there"""
 
+    @property
+    def title(self) -> str:
+        """The kind, and of transfers, of which there may be several, where to."""
+        return f"transfer to {', '.join(map(str, self.regimes))}" if self.kind == "transfer" else self.kind
+
 
 @dataclass(frozen=True)
 class ExecutorSettings:

@@ -266,7 +266,7 @@ def _phases(
     epochs: tuple[int, ...],
     several_seeds: bool,
 ) -> tuple[Phase, ...]:
-    """The search uses the first seed; further seeds repeat its winners in a last phase."""
+    """The search uses the first seed; further seeds repeat its winners in a last phase, unless transfers do that already."""
     everywhere = tuple(Regime(model, ratio, one) for model in models for ratio in ratios for one in epochs)
     raw = top.items("phases", ["grid"])
     lines = raw.lines if isinstance(raw, LocatedList) else [top.line_of("phases")] * len(raw)
@@ -308,7 +308,7 @@ def _phases(
         if regimes is None:
             regimes = everywhere if kind == "seeds" else tuple(r for r in everywhere if r not in later)
         phases.append(Phase(kind, regimes, names, registered, *proxies.get(line, ())))
-    if several_seeds and all(phase.kind != "seeds" for phase in phases):
+    if several_seeds and not {"seeds", "transfer"} & {phase.kind for phase in phases}:
         phases.append(Phase("seeds", everywhere))
     return tuple(phases)
 

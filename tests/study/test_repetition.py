@@ -63,6 +63,10 @@ def test_the_worth_of_repetitions_is_found_with_an_interval_that_holds_it():
     assert cell.effective.low <= truth <= cell.effective.high and cell.unique == 20 * N and cell.tokens == 160 * N
     assert cell.cost.gain == pytest.approx(law("lion", 160 * N) - law("lion", truth), abs=0.004)
     assert cell.cost.verdict == "worse" and cell.cost.adjusted < 0.05
+    assert cell.again.gain == pytest.approx(law("lion", 20 * N) - law("lion", truth), abs=0.004)
+    assert (
+        cell.again.verdict == "better" and next(c for c in found.cells if c.regime == Regime("m", 2, 8)).again is None
+    )
 
 
 def test_no_law_of_unique_tokens_is_fitted_to_repeated_ones():

@@ -91,7 +91,7 @@ def test_rates_that_are_carried_alone_are_not_swept(make_study, tmp_path):
     text = TRANSFER.replace("wider@1x]", "wider@1x], sweep: false") + "seeds: [1, 2]\n"
     study, known = read_study(make_study(text)), {}
     for _ in range(6):
-        (_, progress) = Planner(study, lambda run: known.get(run.id)).phases()[0]
+        (_, progress) = Planner(study, lambda run, known=known: known.get(run.id)).phases()[0]
         known |= {run.id: 3.0 + run.hyper["lr"] + 0.1 * ("mup" not in run.hyper) for run in progress.wanted}
     assert progress.complete and all(step["best"] is None for step in progress.trace if step["kind"] == "transfer")
     wanted = list({run.id: run for run in progress.wanted}.values())

@@ -67,7 +67,7 @@ def _price(console: Console, study: Study, prices: Prices) -> None:
         for name in study.optimizers:
             least, most, runs = expected_runs(study, phase, name)
             for run in runs:
-                total = totals.setdefault((place, phase.kind, run.regime.model), [0.0, 0.0, 0.0, 0.0])
+                total = totals.setdefault((place, phase.title, run.regime.model), [0.0, 0.0, 0.0, 0.0])
                 hours = prices.hours(study, run) / len(runs)
                 for k, value in enumerate((least / len(runs), most / len(runs), least * hours, most * hours)):
                     total[k] += value

@@ -41,6 +41,8 @@ class RepeatedCell:
     loss: float
     cost: Comparison | None
     """loss of as many unique tokens − this one's, negative where repeating costs; None where those were not run"""
+    again: Comparison | None
+    """loss of one epoch of the same unique tokens − this one's: what further epochs gain; None where that was not run"""
     effective: Estimate | None
     """unique tokens that give this loss, by the optimizer's own law"""
     runs: tuple[str, ...] = ()
@@ -68,7 +70,7 @@ def repetition(
     """Of all regimes of several epochs; `data` are the losses of unique tokens, `sigma` is the noise of one loss."""
     found, rng = Repetition(), np.random.default_rng(seed)
     cells = {key: cell for key, cell in dataset.best().items() if key[1].epochs > 1 and key[0] in data.optimizers}
-    costs = _costs(dataset, cells)
+    compared = _compared(dataset, cells)
     for name in data.optimizers:
         mine = {regime: cell for (other, regime), cell in cells.items() if other == name}
         sizes: dict[float, Law] = {}
@@ -79,7 +81,7 @@ def repetition(
                 found.notes.append(f"No worth of repeated tokens of {name} at {n:,.0f} parameters: {error}.")
         laws = {r: sizes[n] for r, cell in mine.items() if (n := float(cell.record.parameters)) in sizes}
         losses = {regime: _noisy(cell, sigma, rng) for regime, cell in mine.items()}
-        found.cells += [_cell(name, regime, cell, costs, laws.get(regime), losses) for regime, cell in mine.items()]
+        found.cells += [_cell(name, regime, cell, compared, laws.get(regime), losses) for regime, cell in mine.items()]
         if laws:
             found.r_star[name] = fit_r_star(
                 [(float(mine[r].record.unique_tokens), r.epochs, losses[r], law) for r, law in laws.items()]
@@ -133,7 +135,7 @@ def _cell(
     name: str,
     regime: Regime,
     cell: Best,
-    costs: dict[tuple[str, Regime], Comparison],
+    compared: dict[tuple[str, Regime, str], Comparison],
     law: Law | None,
     losses: dict[Regime, np.ndarray],
 ) -> RepeatedCell:
@@ -152,27 +154,28 @@ def _cell(
         float(record.tokens),
         float(record.unique_tokens),
         cell.loss,
-        costs.get((name, regime)),
+        compared.get((name, regime, "cost")),
+        compared.get((name, regime, "again")),
         effective,
         cell.ids,
     )
 
 
-def _costs(dataset: Dataset, cells: dict[tuple[str, Regime], Best]) -> dict[tuple[str, Regime], Comparison]:
-    """Each repeated regime against as many unique tokens, by shared seeds, corrected as one table.
+def _compared(dataset: Dataset, cells: dict[tuple[str, Regime], Best]) -> dict[tuple[str, Regime, str], Comparison]:
+    """Each repeated regime against as many unique tokens (`cost`) and against one epoch of its own (`again`), as one table.
 
     For the comparison an optimizer's epochs count as optimizers of one regime, so that the noise is pooled over all.
     """
     best = dataset.best()
     table: dict[tuple[str, Regime], Seeded] = {}
+    pairs: dict[tuple[str, Regime, str], tuple[str, str, Regime]] = {}
     for name, regime in cells:
-        once = Regime(regime.model, regime.ratio)
-        for one in (regime, once):
-            if (name, one) in best:
-                table[f"{name} {one.epochs}", once] = best[name, one]
-    pairs = {
-        (name, regime): (f"{name} {regime.epochs}", f"{name} 1", Regime(regime.model, regime.ratio))
-        for name, regime in cells
-    }
-    pairs = {key: pair for key, pair in pairs.items() if {(pair[0], pair[2]), (pair[1], pair[2])} <= table.keys()}
+        place = Regime(regime.model, regime.ratio)
+        table[f"{name} {regime.epochs}", place] = best[name, regime]
+        beside = {"cost": place, "again": Regime(regime.model, regime.ratio / regime.epochs)}
+        for what, other in beside.items():
+            key = f"{name} {what}" if what == "cost" else f"{name} {what} {regime.epochs}"
+            if (name, other) in best:
+                table[key, place] = best[name, other]
+                pairs[name, regime, what] = f"{name} {regime.epochs}", key, place
     return dict(zip(pairs, compare_pairs(table, pairs.values(), dataset.looks, dataset.margin)))

@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.fits.repetition import GRID, effective_tokens
-from megatron_opt.study.fits.significance import LEVEL
+from megatron_opt.study.fits.significance import LEVEL, Comparison
 from megatron_opt.study.fits.statement import Estimate
 from megatron_opt.study.report.plots import Plot, Section, Series, Table, colors
 from megatron_opt.study.report.scaling import p_text
@@ -20,8 +20,9 @@ def repeated_data(analysis: Analysis) -> Section:
     section.text = [
         "A regime `-2ep` reads half as many unique tokens twice, in another order; every other section counts its tokens, and no "
         "law of unique tokens is fitted to it. “Against unique” is the loss of as many unique tokens minus this one: below zero, "
-        f"repeating costs ({LEVEL:.0%} intervals over shared seeds, p after Holm's correction over this table). Effective tokens "
-        "are the unique ones that give this loss by the optimizer's own law (90%).",
+        "repeating costs. “Against one epoch” is the loss of its own unique tokens read once, by a schedule of their own, minus "
+        f"this one: what further epochs gain. {LEVEL:.0%} intervals over shared seeds; p after Holm's correction over both. "
+        "Effective tokens are the unique ones that give this loss by the optimizer's own law (90%).",
     ]
     rows = [
         [
@@ -30,17 +31,15 @@ def repeated_data(analysis: Analysis) -> Section:
             f"{one.tokens:.3g}",
             f"{one.unique:.3g}",
             f"{one.loss:.4f}",
-            "–" if one.cost is None else f"{one.cost.gain:+.4f}",
-            "–" if one.cost is None or one.cost.low is None else f"{one.cost.low:+.4f} to {one.cost.high:+.4f}",
-            p_text(one.cost.adjusted) if one.cost else "–",
-            "–" if one.cost is None else one.cost.verdict,
+            *_compared(one.cost),
+            *_compared(one.again),
             "–" if one.effective is None else _tokens(one.effective),
             ", ".join(one.runs),
         ]
         for one in found.cells
     ]
-    header = ["regime", "optimizer", "tokens", "unique tokens", "valid loss", "against unique", "95% interval"]
-    header += ["p (Holm)", "verdict", "effective tokens", "runs"]
+    header = ["regime", "optimizer", "tokens", "unique tokens", "valid loss", "against unique", "p (Holm)"]
+    header += ["against one epoch", "p (Holm)", "effective tokens", "runs"]
     section.tables.append(Table(header, rows))
     if found.r_star:
         epochs = sorted({one.regime.epochs for one in found.cells})
@@ -54,6 +53,13 @@ def repeated_data(analysis: Analysis) -> Section:
         section.plots.append(_plot(analysis))
     section.text += found.notes
     return section
+
+
+def _compared(one: Comparison | None) -> tuple[str, str]:
+    if one is None:
+        return "–", "–"
+    reach = "" if one.low is None else f" ({one.low:+.4f} to {one.high:+.4f})"
+    return f"{one.gain:+.4f}{reach}", p_text(one.adjusted)
 
 
 def _tokens(one: Estimate) -> str:
