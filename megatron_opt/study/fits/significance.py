@@ -61,6 +61,7 @@ class Comparison:
     runs: tuple[str, ...] = ()
     margin: float = 0.0
     """differences within it do not matter"""
+    baseline: str = ""
 
     @property
     def significant(self) -> bool:
@@ -158,9 +159,10 @@ def _compare(cells: Cells, name: str, baseline: str, regime: Regime, margin: flo
         a, b = mine.by_seed, base.by_seed
         gain = float(np.mean([b[seed] - a[seed] for seed in shared]))
         runs = tuple(run for cell in (mine, base) for run, seed in zip(cell.ids, cell.seeds) if seed in shared)
-        return Comparison(name, regime, gain, shared, True, runs=runs, margin=margin)
+        return Comparison(name, regime, gain, shared, True, runs=runs, margin=margin, baseline=baseline)
     seeds = tuple(sorted({*mine.seeds, *base.seeds}))
-    return Comparison(name, regime, base.loss - mine.loss, seeds, runs=(*mine.ids, *base.ids), margin=margin)
+    runs = (*mine.ids, *base.ids)
+    return Comparison(name, regime, base.loss - mine.loss, seeds, runs=runs, margin=margin, baseline=baseline)
 
 
 def _test(one: Comparison, cells: Cells, baseline: str, noise: SeedNoise, looks: int) -> Comparison:
