@@ -15,8 +15,11 @@ _ACCURACIES = ("acc", "exact_match")
 """metrics of which more is better, by their beginning"""
 
 
-def arguments(evaluation: Evaluation | None, folder: Path) -> tuple[str, ...]:
-    """Arguments of `megatron-opt eval` for the last checkpoint of the run in `folder`; none without an evaluation."""
+def arguments(evaluation: Evaluation | None, folder: Path, valid: str | None = None) -> tuple[str, ...]:
+    """Arguments of `megatron-opt eval` for the last checkpoint of the run in `folder`; none without an evaluation.
+
+    `valid`: validation data, over which averaged weights and raw ones get a loss.
+    """
     if evaluation is None:
         return ()
     words = [str(folder / "checkpoints"), "--tasks", ",".join(evaluation.tasks)]
@@ -25,6 +28,8 @@ def arguments(evaluation: Evaluation | None, folder: Path) -> tuple[str, ...]:
     for flag in ("tasks_path", "num_fewshot", "limit"):
         if (value := getattr(evaluation, flag)) is not None:
             words += [f"--{flag.replace('_', '-')}", str(value)]
+    if evaluation.average:
+        words += ["--average", str(evaluation.average)] + (["--loss-on", valid] if valid else [])
     return tuple(words)
 
 
@@ -69,6 +74,15 @@ def last(results: dict[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def mean(results: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """What averaged weights are called, and their tasks; None where none were evaluated."""
+    last_name = folders.name_of(int(results.get("iterations") or 0))
+    for name, tasks in (results.get("evaluation") or {}).items():
+        if name.startswith(f"{last_name} mean of"):
+            return name.removeprefix(f"{last_name} "), tasks
+    return None
+
+
 @dataclass(frozen=True)
 class Score:
     """A task's first accuracy, or else its first metric, as a mean over seeds."""
@@ -83,9 +97,14 @@ class Score:
         return self.metric.startswith(_ACCURACIES)
 
 
-def scores(several: list[dict[str, Any]]) -> dict[str, Score]:
-    """Task → score, from the results of a configuration's runs; only tasks that all of them have."""
+def scores(several: list[dict[str, Any]], averaged: bool = False) -> dict[str, Score]:
+    """Task → score, from the results of a configuration's runs, or of its averaged weights; only tasks that all of them have."""
     evaluated = [last(results) for results in several]
+    if averaged:
+        means = [mean(results) for results in several]
+        evaluated = [found[1] for found in means if found is not None]
+        if len(evaluated) < len(several):
+            return {}
     found = {}
     for task in evaluated[0] if evaluated else ():
         if not all(task in one for one in evaluated):

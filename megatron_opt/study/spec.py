@@ -120,6 +120,8 @@ class Evaluation:
     num_fewshot: int | None = None
     limit: int | None = None
     batch_size: int = 16
+    average: int | None = None
+    """the mean of so many last checkpoints' weights is evaluated too"""
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def read_study(path: str | os.PathLike) -> Study:
     max_hours = budget.number("hours", None, above=0)
     max_runs = budget.number("runs", None, above=0, whole=True)
     budget.finish()
-    seeds = _seeds(top)
+    seeds, checkpoints = _seeds(top), top.number("checkpoints", 4, least=0, whole=True)
     study = Study(
         path=path,
         name=name,
@@ -82,8 +82,8 @@ def read_study(path: str | os.PathLike) -> Study:
         target=(target_n, target_ratios),
         cluster=cluster,
         eval_points=top.number("eval_points", 10, above=0, whole=True),
-        checkpoints=top.number("checkpoints", 4, least=0, whole=True),
-        evaluation=_evaluation(top),
+        checkpoints=checkpoints,
+        evaluation=_evaluation(top, checkpoints),
     )
     top.take("defaults")
     top.finish()
@@ -396,7 +396,7 @@ def _executor(top: Reader) -> ExecutorSettings:
     return settings
 
 
-def _evaluation(top: Reader) -> Evaluation | None:
+def _evaluation(top: Reader, checkpoints: int) -> Evaluation | None:
     reader = top.nested("eval")
     if reader is None:
         return None
@@ -407,8 +407,14 @@ def _evaluation(top: Reader) -> Evaluation | None:
         num_fewshot=reader.number("num_fewshot", None, least=0, whole=True),
         limit=reader.number("limit", None, above=0, whole=True),
         batch_size=reader.number("batch_size", 16, above=0, whole=True),
+        average=reader.number("average", None, least=2, whole=True),
     )
     reader.finish()
+    if found.average and not (checkpoints or 0) >= found.average:
+        raise reader.error(
+            f"`average: {found.average}` wants as many checkpoints and a run writes `checkpoints: {checkpoints}`",
+            "average",
+        )
     return found
 
 

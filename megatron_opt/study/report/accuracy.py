@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import combinations
 
+from megatron_opt.study import downstream
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.downstream import Score, scores
 from megatron_opt.study.fits.paired_items import ItemTest, baseline_tests, disagreements
@@ -34,6 +35,10 @@ def accuracy(dataset: Dataset) -> Section:
         for name, (loss, mine) in sorted(found.items(), key=lambda item: item[1][0]):
             tasks |= dict.fromkeys(mine)
             rows.append((str(regime), name, f"{loss:.4f}", mine))
+            several = [results[run] for run in dataset.best()[name, regime].ids]
+            if averaged := scores(several, averaged=True):
+                known = downstream.mean(several[0])
+                rows.append((str(regime), f"{name}, {known[0] if known else ''}", "–", averaged))
         orders += _disagreements(str(regime), found)
     if not rows:
         return Section("Accuracy on tasks")
