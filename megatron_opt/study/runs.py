@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from megatron_opt.study import batch_ramp
 from megatron_opt.study.hyperparameters import SCHEDULE, flag_of, schedule_flags
 from megatron_opt.study.models import Model
 from megatron_opt.study.spec import MUP, Regime, Study
@@ -36,7 +37,8 @@ class Run:
     @property
     def tokens(self) -> int:
         flags = self.config["flags"]
-        return flags["train-iters"] * flags["global-batch-size"] * flags["seq-length"]
+        samples = flags.get("train-samples") or flags["train-iters"] * flags["global-batch-size"]
+        return int(samples * flags["seq-length"])
 
     @property
     def arguments(self) -> list[str]:
@@ -65,11 +67,18 @@ def make_run(study: Study, optimizer: str, regime: Regime, hyper: dict[str, Any]
     flags |= extra
     if "eval-iters" in flags and not {"eval-samples", "full-validation"} & set(flags):  # one set for every batch size
         flags["eval-samples"] = int(flags.pop("eval-iters")) * int(study.optimizers[study.baseline].start["batch_size"])
-    flags |= {flag_of(space.optimizer, key): value for key, value in hyper.items() if key not in (*SCHEDULE, MUP)}
+    apart = (*SCHEDULE, MUP, batch_ramp.KEY)
+    flags |= {flag_of(space.optimizer, key): value for key, value in hyper.items() if key not in apart}
     if MUP in hyper:
         flags |= mup_flags(study.models[hyper[MUP]])
     flags["global-batch-size"] = batch
-    flags |= schedule_flags(space.optimizer, hyper, iterations)
+    if batch_ramp.KEY in hyper:
+        ramp = batch_ramp.ramp_of(hyper[batch_ramp.KEY], batch, iterations * batch)
+        flags = {key: value for key, value in flags.items() if key not in ("global-batch-size", "train-iters")}
+        flags |= ramp.flags(study.sequence_length) | schedule_flags(space.optimizer, hyper, ramp.samples, batch)
+        iterations = ramp.iterations
+    else:
+        flags |= schedule_flags(space.optimizer, hyper, iterations)
     if regime.epochs > 1:
         flags["train-epochs"] = regime.epochs
 
@@ -77,7 +86,7 @@ def make_run(study: Study, optimizer: str, regime: Regime, hyper: dict[str, Any]
         "tokenizer-type": data.tokenizer_type,
         "tokenizer-model": data.tokenizer,
         "eval-interval": max(1, iterations // study.eval_points),
-        "micro-batch-size": _micro_batch(study, batch, extra),
+        "micro-batch-size": _micro_batch(study, _least_batch(hyper, batch), extra),
         "save-interval": max(1, iterations // study.checkpoints) if study.checkpoints else None,
         "exit-signal-handler": True,
     }
@@ -104,6 +113,10 @@ def mup_flags(base: Model) -> dict[str, Any]:
     """Megatron's µP flags with `base` as the model that was tuned; at its own width they change nothing."""
     width, heads = base.shape["hidden_size"], base.shape["num_attention_heads"]
     return {"use-mup": True, "mup-base-hidden-size": width, "mup-base-head-dim": width // heads}
+
+
+def _least_batch(hyper: dict[str, Any], batch: int) -> int:
+    return batch_ramp.parse(hyper[batch_ramp.KEY], batch)[0][1] if batch_ramp.KEY in hyper else batch
 
 
 def _micro_batch(study: Study, batch: int, flags: dict[str, Any]) -> int:

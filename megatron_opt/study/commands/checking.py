@@ -11,6 +11,7 @@ from typing import Any
 from megatron_opt.cost_model import cluster
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
+from megatron_opt.study import batch_ramp
 from megatron_opt.study.hyperparameters import FLAGS, SCHEDULE, flag_of
 from megatron_opt.study.spec import OptimizerSpace, Regime, Study
 from megatron_opt.study.yaml_lines import LocatedDict, load
@@ -20,7 +21,7 @@ OF_MEGATRON = ("adam", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "wsd", "inverse-square-root")
 LEAST_ITERATIONS = 10
 """a schedule of fewer steps is none"""
-_SHARED = ("lr", "weight_decay", "clip_grad", "batch_size", "init_method_std")
+_SHARED = ("lr", "weight_decay", "clip_grad", "batch_size", "init_method_std", "router_z_loss", batch_ramp.KEY)
 _OF_ADAM = ("beta1", "beta2", "eps")
 _SCHEDULE_RANGES = {
     "warmup": Range(0, 2**31),
@@ -42,6 +43,7 @@ def check_study(study: Study) -> None:
     places = _Places(study)
     for space in study.optimizers.values():
         _check_space(space, places)
+        _check_models(space, study, places)
 
 
 class _Places:
@@ -107,10 +109,37 @@ def _check_space(space: OptimizerSpace, places: _Places) -> None:
             _check_number(space, key, value, places)
 
 
+def _check_models(space: OptimizerSpace, study: Study, places: _Places) -> None:
+    """Values that only some models and runs have a use for."""
+    given = {**space.grid, **space.start}
+    experts = "router_z_loss" in given
+    dense = [name for name, model in study.models.items() if experts and not model.spec.experts]
+    if dense:
+        raise places.error(
+            space.name,
+            "router_z_loss",
+            f"`router_z_loss` is of the routers of experts, the only z-loss that Megatron has, and {dense[0]} has none",
+        )
+    repeated = [r for phase in study.phases for r in phase.regimes if r.epochs > 1]
+    if batch_ramp.KEY in given and repeated:
+        raise places.error(
+            space.name,
+            batch_ramp.KEY,
+            f"`batch_ramp` does not go with {repeated[0]}, whose epochs are whole numbers of steps",
+        )
+
+
 def _check_number(space: OptimizerSpace, key: str, value: Any, places: _Places) -> None:
     if key == "schedule":
         if value not in SCHEDULES:
             raise places.error(space.name, key, f"`schedule: {value}`: {_meant(str(value), SCHEDULES)}")
+        return
+    if key == batch_ramp.KEY:
+        for batch in {space.start["batch_size"], *space.grid.get("batch_size", ())}:
+            try:
+                batch_ramp.parse(value, int(batch))
+            except UserError as error:
+                raise places.error(space.name, key, f"`batch_ramp: {value}`: {error}") from None
         return
     flag = "scalar-lr-ratio" if key == "scalar_lr_ratio" else flag_of(space.optimizer, key)
     limits = _SCHEDULE_RANGES.get(key) or RANGES.get(flag, Range())
