@@ -105,7 +105,7 @@ def evaluate(args: argparse.Namespace) -> Any:
     folder = _run(source.args)
     _check_tokenizer(folder, words)
     output = args.output or (folder and folder / run_files.RESULTS)
-    variants = {source.folder.name: []} | (
+    variants: dict[str, list[Any]] = {source.folder.name: []} | (
         {averaging.name_of(source.folder.name, args.average): earlier} if earlier else {}
     )
     every = []

@@ -54,7 +54,8 @@ def parse(text: Any, final: int) -> list[tuple[float, int]]:
 
 def ramp_of(text: Any, final: int, samples: int) -> Ramp:
     """The ramp of a run of at most `samples`, a multiple of the final batch."""
-    starts, batches = [0], []
+    starts: list[int] = [0]
+    batches: list[int] = []
     for share, batch in parse(text, final):
         if batches:
             steps = max(1, round((share * samples - starts[-1]) / batches[-1]))

@@ -290,7 +290,12 @@ class Planner:
     ) -> None:
         assert phase.proxy is not None
         point = tuned | ({MUP: phase.proxy.model} if kind == MUP else {})
-        entry = {"kind": "transfer", "optimizer": name, "regime": str(regime), "proxy": str(phase.proxy)}
+        entry: dict[str, Any] = {
+            "kind": "transfer",
+            "optimizer": name,
+            "regime": str(regime),
+            "proxy": str(phase.proxy),
+        }
         entry |= {"parametrization": kind, "carried": point}
         if not phase.sweep:
             progress.wanted += [self._run(name, regime, point, seed) for seed in self.study.seeds]

@@ -95,7 +95,7 @@ def build_datasets(num_samples: tuple[int | None, ...], vp_stage: int | None = N
         raise UserError(f"the dataset could not be opened: {text} (is it a Megatron .bin/.idx pair?)") from error
     if epochs_wanted > 1:
         assert num_samples[0] is not None
-        datasets = epochs.repeat(datasets[0], num_samples[0], epochs_wanted, args.seed), *datasets[1:]
+        datasets = [epochs.repeat(datasets[0], num_samples[0], epochs_wanted, args.seed), *datasets[1:]]
     if getattr(args, "log_samples", False) and datasets[0] is not None:  # a script of Megatron's does not know the flag
         return samples.Numbered(datasets[0]), *datasets[1:]
     return datasets

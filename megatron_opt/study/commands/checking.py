@@ -120,7 +120,8 @@ def _check_models(space: OptimizerSpace, study: Study, places: _Places) -> None:
             "router_z_loss",
             f"`router_z_loss` is of the routers of experts, the only z-loss that Megatron has, and {dense[0]} has none",
         )
-    repeated = [r for phase in study.phases for r in phase.regimes if r.epochs > 1]
+    mine = [phase for phase in study.phases if not phase.optimizers or space.name in phase.optimizers]
+    repeated = [regime for phase in mine for regime in phase.regimes if regime.epochs > 1]
     if batch_ramp.KEY in given and repeated:
         raise places.error(
             space.name,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -130,7 +131,7 @@ def _tests(dataset: Dataset, pairs: Iterable[tuple[str, str]]) -> Iterable[ItemT
                 )
 
 
-def _runs(cell: Best, by_id: dict[str, dict]) -> dict[int, dict[str, downstream.Items]]:
+def _runs(cell: Best, by_id: dict[str, dict[str, Any]]) -> dict[int, dict[str, downstream.Items]]:
     return {seed: downstream.items(by_id[run]) for seed, run in zip(cell.seeds, cell.ids)}
 
 

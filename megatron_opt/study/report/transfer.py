@@ -133,9 +133,9 @@ def _curves(found: Transfer) -> list[Plot]:
     for name, kind in _keys(found):
         mine = [one for one in found.rows if (one.optimizer, one.parametrization) == (name, kind) and one.best_lr]
         series = [
-            Series(f"{one.regime}", *map(list, zip(*_finite(one))), PALETTE[i % len(PALETTE)])  # type: ignore[arg-type]
+            Series(str(one.regime), [x for x, _ in points], [y for _, y in points], PALETTE[i % len(PALETTE)])
             for i, one in enumerate(mine)
-            if _finite(one)
+            if (points := [point for point in one.curve if math.isfinite(point[1])])
         ]
         if not series:
             continue
@@ -151,7 +151,3 @@ def _curves(found: Transfer) -> list[Plot]:
             )
         )
     return plots
-
-
-def _finite(one: Carried) -> list[tuple[float, float]]:
-    return [point for point in one.curve if math.isfinite(point[1])]
