@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from megatron_opt.study.fits.statement import Statement, state
 from megatron_opt.study.fits.validation import Prediction, hold_out_largest, leave_one_out
 from megatron_opt.study.fits.wall_clock import ClusterTimes, WallClock, wall_clock
 from megatron_opt.study.prediction import law_of
+from megatron_opt.study.spec import MUP
 
 LAW_HYPERPARAMETERS = ("lr", "batch_size", "warmup", "weight_decay")
 
@@ -168,8 +169,10 @@ def _fit_laws(found: Analysis, resamples: int) -> None:
 
 
 def _fit_hyper_laws(found: Analysis) -> None:
+    # Under µP a rate is that of the base width: such runs follow no law of sizes.
+    plain = replace(found.dataset, records=[r for r in found.dataset.records if MUP not in r.hyper], _best=None)
     for key in LAW_HYPERPARAMETERS:
-        known = {name: optima(found.dataset, name, key, found.noise.sigma) for name in found.data.optimizers}
+        known = {name: optima(plain, name, key, found.noise.sigma) for name in found.data.optimizers}
         # Three regimes make a law; one value everywhere leaves nothing to fit.
         known = {k: v for k, v in known.items() if len(v) >= 3 and len({one.tuned for one in v}) > 1}
         if known:

@@ -67,7 +67,9 @@ class Planner:
 
     def _remember(self, run: Run) -> None:
         loss = self.lookup(run)
-        if loss is not None and run.seed == self.study.seeds[0]:
+        if (
+            loss is not None and run.seed == self.study.seeds[0] and MUP not in run.hyper
+        ):  # laws are of one parametrization
             cell = self.tried[run.optimizer].setdefault(run.regime, [])
             if (run.hyper, loss) not in cell:
                 cell.append((run.hyper, loss))

@@ -122,6 +122,27 @@ def test_intervals_hold_the_truth():
     assert 0.90 <= held / draws / 3 <= 0.99
 
 
+def test_ratios_on_a_cluster_are_the_cost_models_in_each_runs_own_layout(make_study):
+    from megatron_opt.study.commands.pricing import Prices
+    from megatron_opt.study.runs import make_run
+    from megatron_opt.study.study_file import read_study
+    from tests.study.conftest import STUDY
+
+    study, regime = read_study(make_study(STUDY)), Regime("tiny", 1.0)
+    runs = [make_run(study, name, regime, {"lr": 0.008, "batch_size": 4}, 1) for name in ("adamw", "muon")]
+    records = [
+        record(run.optimizer, 1, 3.0, 1.0, regime, arguments=run.arguments, config=run.config, parameters=100)
+        for run in runs
+    ]
+    own = record("mine", 1, 3.0, 1.0, regime, arguments=["--no-such-flag", "1"], config={})
+    prices = Prices("h100")
+    found = prices.beside(Dataset("d", "adamw", [*records, own]), 7e9)
+    base, muon = (prices.step(study, run) for run in runs)
+    assert found.measured == {("muon", regime): pytest.approx(base.tokens_per_second / muon.tokens_per_second)}
+    assert 1.0 < found.target["muon"] < 1.2 and found.target.keys() == {"muon"}
+    assert len(found.notes) == 1 and "No time of mine" in found.notes[0] and "missing" in found.notes[0]
+
+
 def test_a_cluster_that_is_none_is_refused_with_its_line(make_study, capsys, monkeypatch):
     from megatron_opt.errors import UserError
     from tests.study.conftest import STUDY

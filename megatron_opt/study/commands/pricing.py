@@ -89,7 +89,7 @@ class Prices:
             )
             if name not in target and own in registry.rules() and other in registry.rules():
                 target[name] = self._token(own, n) / self._token(other, n)
-        return ClusterTimes(self.cluster.title, measured, target, tuple(notes))
+        return ClusterTimes(self.cluster.name, measured, target, tuple(notes))
 
     def hours(self, study: Study, run: Run) -> float:
         """GPU-hours of a run."""

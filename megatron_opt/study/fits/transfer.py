@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_opt.study.dataset import Dataset, Seeded
 from megatron_opt.study.fits.significance import Cells, Comparison, compare_pairs
-from megatron_opt.study.spec import Regime
+from megatron_opt.study.spec import MUP, Regime
 from megatron_opt.study.store import Record
 
 
@@ -116,7 +116,7 @@ def transfer_of(dataset: Dataset) -> Transfer:
             None,
         )
         drafts.append((row, *keys))
-        tuned = _runs(dataset, name, proxy, {k: v for k, v in step["carried"].items() if k != "mup"})
+        tuned = _runs(dataset, name, proxy, {k: v for k, v in step["carried"].items() if k != MUP})
         if tuned:
             found.proxies[name, proxy] = int(tuned[0].config["flags"]["hidden-size"]), step["carried"]["lr"]
     _compare(found, drafts, table, dataset)
