@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from megatron_opt.study.phases import expected_runs
+from megatron_opt.study.expected import expected_runs
 from megatron_opt.study.runs import Run
 from megatron_opt.study.spec import Study
 from megatron_opt.study.store import Record
