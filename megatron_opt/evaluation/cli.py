@@ -46,6 +46,18 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--output", type=Path, metavar="FILE", help="where results go, by the key evaluation (the run's results.json)"
     )
     parser.add_argument("--items", type=Path, metavar="FILE", help="a JSON line for each item besides")
+    parser.add_argument(
+        "--average",
+        type=number(2, whole=True),
+        metavar="K",
+        help="evaluate the mean of the last K checkpoints' weights too, beside the raw ones",
+    )
+    parser.add_argument(
+        "--loss-on", metavar="PREFIX", help="the loss over an indexed dataset's first sequences too, as validation_loss"
+    )
+    parser.add_argument(
+        "--loss-samples", type=number(1, whole=True), default=256, metavar="N", help="sequences of --loss-on (256)"
+    )
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="in place of the one that the run names")
     parser.add_argument("--tensor-model-parallel-size", type=number(1, whole=True), default=1, metavar="N", help="(1)")
     parser.add_argument(
@@ -80,45 +92,62 @@ def evaluate(args: argparse.Namespace) -> Any:
     from megatron_opt import platform
 
     platform.activate()
-    from megatron_opt.evaluation import model, ranks, results, tasks
+    from megatron_opt.evaluation import averaging, model, ranks, results, tasks
     from megatron_opt.evaluation.scoring import Scorer
     from megatron_opt.export import tokenizer_files
     from megatron_opt.export.reading import Checkpoint
 
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    if args.average and args.weights != "raw":
+        raise UserError(f"--average is of raw weights, --weights {args.weights} is another average; give one of the two.")
     source = Checkpoint(args.checkpoint, args.trust_checkpoint, args.weights)
     model.check_layout(source.args, tp, pp)
+    before = averaging.last_folders(source.folder, args.average)[1:] if args.average else []
+    earlier = [Checkpoint(folder, args.trust_checkpoint) for folder in before]
     words = tokenizer_files.of_run(source.args, args.tokenizer)
     if words is None:
         raise UserError("the run has no tokenizer, and tasks are texts; give one by --tokenizer FILE.")
     folder = _run(source.args)
     _check_tokenizer(folder, words)
     output = args.output or (folder and folder / run_files.RESULTS)
+    first_name = f"{source.folder.name}{'' if source.averages is None else run_files.AVERAGED}"
+    variants: dict[str, list[Any]] = {first_name: []} | (
+        {averaging.name_of(source.folder.name, args.average): earlier} if earlier else {}
+    )
+    every = []
     with ranks.world(tp, pp):
-        loaded: Any = None
-        with ranks.together() as first:
-            if first:
-                _harness()
-                for path in filter(None, (output, args.items)):
-                    make_folder(path.parent)  # what cannot be written is said before the work
-                if output:
-                    results.read(output)
-                loaded = tasks.load(names, args.tasks_path, args.num_fewshot)
-        scorer = Scorer(model.RankModel(source, tp, pp), words, args.batch_size)
-        if not first:
-            scorer.serve()
-            return None
-        with scorer.serving():
-            found = run(scorer, loaded, args.limit)
-    told = results.tidy(found, args.limit)
-    print(results.table(told))
-    if output:
-        averaged = "" if source.averages is None else run_files.AVERAGED
-        results.write(output, f"{source.folder.name}{averaged}", told)
-        print(f"written to {output}")
-    if args.items:
-        results.write_items(args.items, found)
-    return found
+        for name, others in variants.items():
+            loaded: Any = None
+            asked: list[Any] = []
+            with ranks.together() as first:
+                if first:
+                    _harness()
+                    for path in filter(None, (output, args.items)):
+                        make_folder(path.parent)  # what cannot be written is said before the work
+                    if output:
+                        results.read(output)
+                    if args.loss_on:
+                        length, ids = source.args.seq_length, words.vocab_size
+                        asked = averaging.sequences(args.loss_on, length, args.loss_samples, ids)
+                    loaded = tasks.load(names, args.tasks_path, args.num_fewshot)
+            scorer = Scorer(model.RankModel(source, tp, pp, others), words, args.batch_size)
+            if not first:
+                scorer.serve()
+                continue
+            with scorer.serving():
+                found = run(scorer, loaded, args.limit)
+                told = results.tidy(found, args.limit) | (averaging.loss(scorer, asked) if asked else {})
+            every.append(found)
+            if others:
+                print(f"\n{name} checkpoints' weights")
+            print(results.table(told))
+            if output:
+                results.write(output, name, told)
+                print(f"written to {output}")
+            if args.items:
+                where = args.items if not others else args.items.with_name(f"{args.items.stem}-mean{args.items.suffix}")
+                results.write_items(where, found)
+    return every[0] if every else None
 
 
 def _harness() -> None:

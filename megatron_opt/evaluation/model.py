@@ -5,6 +5,7 @@ Megatron's own sharded state dict says which part of each stored tensor this ran
 
 import warnings
 from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,9 +40,9 @@ def check_layout(saved: Any, tp: int, pp: int) -> None:
 class RankModel:
     """This rank's stage and shard of a model; inside `ranks.world`."""
 
-    def __init__(self, source: Any, tp: int, pp: int):
-        """`source`: a `reading.Checkpoint`, of which this rank reads its part."""
-        from megatron.core import dist_checkpointing, mpu, tensor_parallel
+    def __init__(self, source: Any, tp: int, pp: int, earlier: Sequence[Any] = ()):
+        """`source`: a `reading.Checkpoint`, of which this rank reads its part; with `earlier` ones the mean of all, added in fp64."""
+        from megatron.core import mpu, tensor_parallel
 
         from megatron_opt.distributed.meta_model import build_chunks
 
@@ -54,6 +55,22 @@ class RankModel:
         built: list[Any] = build_chunks(args, self.stage, tp=tp, etp=tp, device="cpu")  # Any: not all is a Module's
         (self._model,) = built
         self.first, self.last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
+        total: dict[str, Any] = {}
+        for one in (source, *earlier):
+            for name, value in self._read(one).items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    total[name] = total.get(name, 0.0) + value.double() / (1 + len(earlier))
+                else:
+                    total.setdefault(name, value)
+        self._model.load_state_dict(total)
+        if source.averages is not None:
+            self._take(source, tp)
+        self._model.eval()
+
+    def _read(self, source: Any) -> dict[str, Any]:
+        """This rank's part of a checkpoint's model."""
+        from megatron.core import dist_checkpointing, mpu
+
         metadata = dict(source.content_metadata or {})
         metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
         wanted = {"model": self._model.sharded_state_dict(metadata=metadata)}
@@ -66,10 +83,8 @@ class RankModel:
                 f"the checkpoint {source.folder} cannot be read into the model of its flags: "
                 f"{' '.join(str(error).split())[:200]}"
             ) from error
-        self._model.load_state_dict(found["model"])
-        if source.averages is not None:
-            self._take(source, tp)
-        self._model.eval()
+        model: dict[str, Any] = found["model"]
+        return model
 
     @torch.no_grad()
     def _take(self, source: Any, tp: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,15 @@ from megatron_opt.study.fits.next_runs import NextRun, next_runs
 from megatron_opt.study.fits.noise import NoiseFloor, noise_floor
 from megatron_opt.study.fits.observations import Observations, observations
 from megatron_opt.study.fits.optima import optima
+from megatron_opt.study.fits.repetition import Repetition, repetition
 from megatron_opt.study.fits.scaling import KINDS, Fit, fit_law
 from megatron_opt.study.fits.significance import Comparison, SeedNoise, compare_all, own_noise
 from megatron_opt.study.fits.speedups import Speedup, speedups
 from megatron_opt.study.fits.statement import Statement, state
 from megatron_opt.study.fits.validation import Prediction, hold_out_largest, leave_one_out
+from megatron_opt.study.fits.wall_clock import ClusterTimes, WallClock, wall_clock
 from megatron_opt.study.prediction import law_of
+from megatron_opt.study.spec import MUP
 
 LAW_HYPERPARAMETERS = ("lr", "batch_size", "warmup", "weight_decay")
 
@@ -55,6 +58,10 @@ class Analysis:
     """what is left of a loss after its optimizer and its seed"""
     comparisons: list[Comparison] = field(default_factory=list)
     """each optimizer against the baseline in each regime"""
+    wall: WallClock = field(default_factory=WallClock)
+    """the same speedups in seconds, here and on a cluster"""
+    repetition: Repetition = field(default_factory=Repetition)
+    """what repeated tokens are worth"""
     notes: list[str] = field(default_factory=list)
 
 
@@ -65,9 +72,10 @@ def analyse(
     target: float | None = None,
     ratios: tuple[float, ...] | None = None,
     resamples: int = 200,
+    cluster: ClusterTimes | None = None,
 ) -> Analysis:
     """Fit a data set; raises UserError when there is nothing to compare. Target and ratios: the data
-    set's own.
+    set's own. `cluster`: what steps take elsewhere.
     """
     if optimizers is not None:
         optimizers = [dataset.baseline] + [name for name in optimizers if name != dataset.baseline]
@@ -82,6 +90,8 @@ def analyse(
     _compare(found)
     _fit_ensemble(found)
     found.speedups = speedups(data, noise.sigma, resamples, ensemble=found.ensemble)
+    found.repetition = repetition(dataset, data, noise.sigma, found.ensemble)
+    found.wall = wall_clock(dataset, found.speedups, found.statement, cluster)
     _fit_laws(found, resamples)
     _fit_hyper_laws(found)
     return found
@@ -159,8 +169,10 @@ def _fit_laws(found: Analysis, resamples: int) -> None:
 
 
 def _fit_hyper_laws(found: Analysis) -> None:
+    # Under µP a rate is that of the base width: such runs follow no law of sizes.
+    plain = replace(found.dataset, records=[r for r in found.dataset.records if MUP not in r.hyper], _best=None)
     for key in LAW_HYPERPARAMETERS:
-        known = {name: optima(found.dataset, name, key, found.noise.sigma) for name in found.data.optimizers}
+        known = {name: optima(plain, name, key, found.noise.sigma) for name in found.data.optimizers}
         # Three regimes make a law; one value everywhere leaves nothing to fit.
         known = {k: v for k, v in known.items() if len(v) >= 3 and len({one.tuned for one in v}) > 1}
         if known:

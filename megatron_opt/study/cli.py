@@ -11,6 +11,7 @@ COMMANDS = {
     "status": ("watching.main", "show the runs of a study, live"),
     "report": ("reporting.main", "write the report of a study again"),
     "fit": ("fitting.main", "fit scaling laws to the runs and extrapolate"),
+    "findings": ("findings.main", "say which findings of arXiv 2507.08472 hold in a study, as a page in Markdown"),
     "predict": ("predicting.main", "write predictions of large runs to a dated file, before they are made"),
     "next": ("predicting.rank", "rank further runs by how much each narrows the predicted gain per GPU-hour"),
     "verify": ("verifying.main", "score registered predictions, or put held-out ones beside the outcome"),

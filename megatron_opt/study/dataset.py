@@ -93,6 +93,8 @@ class Dataset:
     tokens_per_parameter: float = 20.0
     target: tuple[float, tuple[float, ...]] = (7e9, (1.0, 2.0, 4.0, 8.0, 16.0))
     """parameters and Chinchilla ratios to extrapolate to"""
+    cluster: str | None = None
+    """a cluster, by name or file, for which reports work out times"""
     effort_known: bool = True
     """all runs that were ever made are here, so that run counts can be compared"""
     looks: int = 1
@@ -115,7 +117,7 @@ class Dataset:
     def regimes(self) -> list[Regime]:
         """By model size, then ratio."""
         size = {record.regime: record.parameters for record in self.records}
-        return sorted(size, key=lambda regime: (size[regime], regime.model, regime.ratio))
+        return sorted(size, key=lambda regime: (size[regime], regime.model, regime.ratio, regime.epochs))
 
     @property
     def models(self) -> list[str]:
@@ -169,6 +171,7 @@ def from_store(store: Store) -> Dataset:
         trace=store.meta("trace", []),
         target=tuple(store.meta("target", Dataset.target)),
         tokens_per_parameter=store.meta("tokens_per_parameter", 20.0),
+        cluster=store.meta("cluster"),
         looks=store.meta("looks", 1),
         margin=store.meta("margin", Dataset.margin),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ _ACCURACIES = ("acc", "exact_match")
 """metrics of which more is better, by their beginning"""
 
 
-def arguments(evaluation: Evaluation | None, folder: Path) -> tuple[str, ...]:
-    """Arguments of `megatron-opt eval` for the last checkpoint of the run in `folder`; none without an evaluation."""
+def arguments(evaluation: Evaluation | None, folder: Path, valid: str | None = None) -> tuple[str, ...]:
+    """Arguments of `megatron-opt eval` for the last checkpoint of the run in `folder`; none without an evaluation.
+
+    `valid`: validation data, over which averaged weights and raw ones get a loss.
+    """
     if evaluation is None:
         return ()
     words = [str(folder / "checkpoints"), "--tasks", ",".join(evaluation.tasks)]
@@ -23,13 +28,59 @@ def arguments(evaluation: Evaluation | None, folder: Path) -> tuple[str, ...]:
     for flag in ("tasks_path", "num_fewshot", "limit"):
         if (value := getattr(evaluation, flag)) is not None:
             words += [f"--{flag.replace('_', '-')}", str(value)]
+    if evaluation.average:
+        words += ["--average", str(evaluation.average)] + (["--loss-on", valid] if valid else [])
     return tuple(words)
+
+
+@dataclass(frozen=True)
+class Items:
+    """Whether each item of a task was answered right, in the task's order, and a digest of what the items are."""
+
+    right: tuple[bool, ...]
+    digest: str
+
+
+def file_items(results: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The results with each item of `items.jsonl` as one bit, so that a store can test paired without the runs' folders."""
+    try:
+        lines = [json.loads(line) for line in (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return results
+    bits: dict[str, dict[str, tuple[str, str]]] = {}
+    for line in lines:
+        name = next((one for one in line["metrics"] if one.startswith(_ACCURACIES)), None)
+        value = line["metrics"].get(name)
+        if value in (0, 1):
+            bits.setdefault(line["task"], {}).setdefault(str(line["item"]), (str(int(value)), line["doc_hash"]))
+    if not bits:
+        return results
+    found = {}
+    for task, rows in bits.items():
+        digest = hashlib.sha256(" ".join(name for _, name in rows.values()).encode()).hexdigest()
+        found[task] = {"right": "".join(bit for bit, _ in rows.values()), "digest": digest[:16]}
+    return results | {"items": found}
+
+
+def items(results: dict[str, Any]) -> dict[str, Items]:
+    """Task → its items, of a run's results in the store; empty where they were not kept."""
+    found = results.get("items") or {}
+    return {task: Items(tuple(bit == "1" for bit in one["right"]), one["digest"]) for task, one in found.items()}
 
 
 def last(results: dict[str, Any]) -> dict[str, Any]:
     """Task → what `megatron-opt eval` wrote of the run's last checkpoint; empty where it was not evaluated."""
     found = (results.get("evaluation") or {}).get(folders.name_of(int(results.get("iterations") or 0)))
     return found if isinstance(found, dict) else {}
+
+
+def mean(results: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """What averaged weights are called, and their tasks; None where none were evaluated."""
+    last_name = folders.name_of(int(results.get("iterations") or 0))
+    for name, tasks in (results.get("evaluation") or {}).items():
+        if name.startswith(f"{last_name} mean of"):
+            return name.removeprefix(f"{last_name} "), tasks
+    return None
 
 
 @dataclass(frozen=True)
@@ -46,9 +97,14 @@ class Score:
         return self.metric.startswith(_ACCURACIES)
 
 
-def scores(several: list[dict[str, Any]]) -> dict[str, Score]:
-    """Task → score, from the results of a configuration's runs; only tasks that all of them have."""
+def scores(several: list[dict[str, Any]], averaged: bool = False) -> dict[str, Score]:
+    """Task → score, from the results of a configuration's runs, or of its averaged weights; only tasks that all of them have."""
     evaluated = [last(results) for results in several]
+    if averaged:
+        means = [mean(results) for results in several]
+        evaluated = [found[1] for found in means if found is not None]
+        if len(evaluated) < len(several):
+            return {}
     found = {}
     for task in evaluated[0] if evaluated else ():
         if not all(task in one for one in evaluated):

@@ -50,6 +50,15 @@ def fits_as_dict(analysis: Analysis) -> dict[str, Any]:
             asdict(item) | {"regime": str(item.regime), "verdict": item.verdict} for item in analysis.comparisons
         ],
         "speedups": [asdict(item) for item in analysis.speedups],
+        "wall_clock": _wall_clock(analysis),
+        "repetition": {
+            "cells": [
+                asdict(one)
+                | {"regime": str(one.regime), "cost": one.cost and one.cost.gain, "again": one.again and one.again.gain}
+                for one in analysis.repetition.cells
+            ],
+            "r_star": {name: asdict(one) for name, one in analysis.repetition.r_star.items()},
+        },
         "prediction": _prediction(analysis),
         "extrapolations": [asdict(item) for item in analysis.statement.predictions] if analysis.statement else [],
         "crossings": [asdict(item) for item in analysis.statement.crossings] if analysis.statement else [],
@@ -81,6 +90,17 @@ def _observations(data: Observations) -> list[dict[str, Any]]:
         {"optimizer": data.optimizers[k], "parameters": n, "tokens": d, "loss": loss, "run": run, "seeds": mine}
         for k, n, d, loss, run, mine in zip(data.index, data.n, data.d, data.loss, data.runs, seeds)
     ]
+
+
+def _wall_clock(analysis: Analysis) -> dict[str, Any]:
+    """Times to the baseline's final loss, and token speedups in time."""
+    wall = analysis.wall
+    return {
+        "to_baseline": [asdict(one) | {"regime": str(one.regime)} for one in wall.reached],
+        "speedups": [asdict(one) for one in wall.speedups],
+        "cluster": wall.cluster.name if wall.cluster else None,
+        "target": [asdict(one) for one in wall.target],
+    }
 
 
 def _prediction(analysis: Analysis) -> dict[str, Any] | None:

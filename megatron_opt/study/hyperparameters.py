@@ -17,6 +17,7 @@ FLAGS = {
     "beta2": "adam-beta2",
     "eps": "adam-eps",
     "init_method_std": "init-method-std",
+    "router_z_loss": "moe-z-loss-coeff",
 }
 """hyperparameter → Megatron flag, for every optimizer that OPTIMIZER_FLAGS does not name"""
 
@@ -206,22 +207,23 @@ def flag_of(optimizer: str, hyperparameter: str) -> str:
     return f"{optimizer}-{hyperparameter}".replace("_", "-")
 
 
-def schedule_flags(optimizer: str, values: dict[str, Any], iterations: int) -> dict[str, Any]:
-    """Megatron's learning-rate flags of a run.
+def schedule_flags(optimizer: str, values: dict[str, Any], length: int, batch: int | None = None) -> dict[str, Any]:
+    """Megatron's learning-rate flags of a run of `length` steps; with a `batch`, of so many samples, a step being that many.
 
     `schedule` cosine | linear | constant | wsd; `warmup` in steps, or as a fraction of the run when below 1;
     `decay` the fraction of the run spent in the linear decay of WSD; `min_lr_ratio` the final lr over lr.
     """
     schedule = values.get("schedule", "wsd" if optimizer in WSD_OPTIMIZERS else "cosine")
     warmup = values.get("warmup", 0)
-    warmup = math.floor(warmup * iterations) if warmup < 1 else int(warmup)
+    warmup = math.floor(warmup * length) if warmup < 1 else int(warmup) * (batch or 1)
+    unit = "samples" if batch else "iters"
     flags: dict[str, Any] = {
         "lr-decay-style": "WSD" if schedule == "wsd" else schedule,
-        "lr-warmup-iters": min(warmup, iterations - 1),
-        "lr-decay-iters": iterations,
+        f"lr-warmup-{unit}": min(warmup, length - 1),
+        f"lr-decay-{unit}": length,
         "min-lr": values["lr"] * values.get("min_lr_ratio", 0.0),
     }
     if schedule == "wsd":
-        flags["lr-wsd-decay-iters"] = max(1, round(values.get("decay", 0.8) * iterations))
+        flags[f"lr-wsd-decay-{unit}"] = max(1, round(values.get("decay", 0.8) * length))
         flags["lr-wsd-decay-style"] = "linear"
     return flags

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from megatron_opt.study.dataset import Seeded
 from megatron_opt.study.descent import Search, descend, refine
 from megatron_opt.study.runs import Run, make_run
 from megatron_opt.study.sensitivity import Sensitivity, Tried, best_of, classify
-from megatron_opt.study.spec import OptimizerSpace, Phase, Regime, Study
+from megatron_opt.study.spec import MUP, OptimizerSpace, Phase, Regime, Study
 
 if TYPE_CHECKING:
     from megatron_opt.study.fits.significance import Comparison
@@ -53,6 +53,7 @@ class Planner:
             "restricted": self._restricted,
             "predict": self._predict,
             "seeds": self._seeds,
+            "transfer": self._transfer,
         }
         found = []
         for phase in self.study.phases:
@@ -66,7 +67,9 @@ class Planner:
 
     def _remember(self, run: Run) -> None:
         loss = self.lookup(run)
-        if loss is not None and run.seed == self.study.seeds[0]:
+        if (
+            loss is not None and run.seed == self.study.seeds[0] and MUP not in run.hyper
+        ):  # laws are of one parametrization
             cell = self.tried[run.optimizer].setdefault(run.regime, [])
             if (run.hyper, loss) not in cell:
                 cell.append((run.hyper, loss))
@@ -164,11 +167,11 @@ class Planner:
         return lambda point: self.lookup(self._run(name, regime, point))
 
     def _nearest(self, name: str, regime: Regime) -> Regime:
-        """The tuned regime closest in log N and log D."""
+        """The tuned regime closest in log N, log D and log epochs."""
 
         def place(one: Regime) -> np.ndarray:
             parameters = self.study.models[one.model].non_embedding_parameters
-            return np.log([parameters, self.study.tokens(one)])
+            return np.log([parameters, self.study.tokens(one), one.epochs])
 
         return min(self.tried[name], key=lambda one: float(np.linalg.norm(place(one) - place(regime))))
 
@@ -194,6 +197,7 @@ class Planner:
 
     def _predicted(self, name: str, regime: Regime) -> tuple[dict[str, Any], list[str]]:
         tuned = {one: best_of(runs)[0] for one, runs in self.tried[name].items() if one != regime}
+        tuned = {one: hyper for one, hyper in tuned.items() if one.epochs == regime.epochs}
         point = dict(best_of(self.tried[name][self._nearest(name, regime)])[0])
         verdicts = {one.hyperparameter: one for one in self.sensitivity.get(name, [])}
         laws = []
@@ -248,6 +252,69 @@ class Planner:
             )
         return progress
 
+    def _transfer(self, phase: Phase) -> Progress:
+        """Tune at the proxy, carry the winner to every wider regime with and without µP, and sweep the rate there too.
+
+        At its own width µP changes nothing, so that one search serves both. Carried and swept winners get all further seeds.
+        """
+        assert phase.proxy is not None
+        spaces = self._spaces(phase)
+        starts = {(name, phase.proxy): (space.start, space.grid) for name, space in spaces.items()}
+        progress = self._search(replace(phase, regimes=(phase.proxy,)), starts)
+        if not progress.complete:
+            return progress
+        found: dict[str, Tried] = {}
+        for run in progress.wanted:
+            loss = self.lookup(run)
+            found.setdefault(run.optimizer, {}).setdefault(phase.proxy, []).append(
+                (run.hyper, math.inf if loss is None else loss)
+            )
+        for name, space in spaces.items():
+            tuned, loss = best_of(found[name][phase.proxy])
+            if not math.isfinite(loss):
+                continue
+            progress.wanted += [self._run(name, phase.proxy, tuned, seed) for seed in self.study.seeds[1:]]
+            for regime in phase.regimes:
+                for kind in phase.parametrizations:
+                    self._carry(progress, phase, name, regime, kind, tuned, space.grid.get("lr", ()))
+        progress.complete &= all(self.lookup(run) is not None for run in progress.wanted)
+        return progress
+
+    def _carry(
+        self,
+        progress: Progress,
+        phase: Phase,
+        name: str,
+        regime: Regime,
+        kind: str,
+        tuned: dict[str, Any],
+        rates: tuple,
+    ) -> None:
+        assert phase.proxy is not None
+        point = tuned | ({MUP: phase.proxy.model} if kind == MUP else {})
+        entry: dict[str, Any] = {
+            "kind": "transfer",
+            "optimizer": name,
+            "regime": str(regime),
+            "proxy": str(phase.proxy),
+        }
+        entry |= {"parametrization": kind, "carried": point}
+        if not phase.sweep:
+            progress.wanted += [self._run(name, regime, point, seed) for seed in self.study.seeds]
+            progress.trace.append(entry | {"best": None})
+            return
+        search = descend(point, {"lr": rates}, self._evaluate(name, regime), self.study.adopt, self.study.max_runs)
+        progress.wanted += [self._run(name, regime, one) for one in search.wanted]
+        progress.complete &= search.complete
+        if not search.complete:
+            return
+        losses = [self._evaluate(name, regime)(one) for one in search.wanted]
+        tried = [(one, math.inf if loss is None else loss) for one, loss in zip(search.wanted, losses)]
+        best, _ = best_of(tried)
+        progress.trace.append(entry | {"best": best})
+        repeated = [one for one, loss in tried if one in (point, best) and math.isfinite(loss)]
+        progress.wanted += [self._run(name, regime, one, seed) for one in repeated for seed in self.study.seeds[1:]]
+
     def _compare(self, repeated: list[Run], phase: Phase) -> list[Comparison]:
         """The table of comparisons as it stands with these runs, which all have a result."""
         from megatron_opt.study.fits.significance import compare_all  # scipy, needed by this phase alone
@@ -298,34 +365,3 @@ def _law_value(
     if max(grid) < 1:
         value = min(value, 0.999)
     return max(1, round(value)) if all(isinstance(v, int) for v in grid) else value
-
-
-def expected_runs(study: Study, phase: Phase, optimizer: str) -> tuple[int, int, list[Run]]:
-    """(least, most, sample) runs of a phase before anything is known; the sample has the sizes of all.
-
-    A descent takes one pass at least; three passes are counted as the most, or the budget of runs.
-    """
-    if phase.optimizers and optimizer not in phase.optimizers:
-        return 0, 0, []
-    space, seed = study.optimizers[optimizer], study.seeds[0]
-    if phase.kind == "seeds":
-        points, seeds = [space.start], study.seeds[1:]
-    elif phase.kind == "grid":
-        points, seeds = space.points(), (seed,)
-    else:
-        points, seeds = [space.start], (seed,)
-    sample = [
-        make_run(study, optimizer, regime, point, one) for regime in phase.regimes for point in points for one in seeds
-    ]
-    if phase.kind == "seeds":
-        return min(2, len(study.seeds) - 1) * len(phase.regimes), len(sample), sample
-    if phase.kind not in ("descent", "restricted"):
-        return len(sample), len(sample), sample
-    one_pass = _pass(space)
-    least, most = (one_pass, 3 * one_pass - 2) if phase.kind == "descent" else (1, 2 * one_pass)
-    limit = study.max_runs or most
-    return min(least, limit) * len(phase.regimes), min(most, limit) * len(phase.regimes), sample
-
-
-def _pass(space: OptimizerSpace) -> int:
-    return 1 + sum(len(values) - 1 for values in space.grid.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from megatron_opt.study.phases import expected_runs
+from megatron_opt.study.expected import expected_runs
 from megatron_opt.study.runs import Run
 from megatron_opt.study.spec import Study
 from megatron_opt.study.store import Record
@@ -37,7 +37,7 @@ def plan_costs(study: Study, records: list[Record]) -> list[PhaseCost]:
             tokens = scale * sum(run.tokens for run in runs)
             flops = scale * sum(run_flops(study, run) for run in runs)
             hours = None if speed is None else flops / speed / 3600
-            costs.append(PhaseCost(phase.kind, name, least, most, tokens, flops, hours))
+            costs.append(PhaseCost(phase.title, name, least, most, tokens, flops, hours))
     return costs
 
 

@@ -74,6 +74,8 @@ def targets_of(store: Store, wanted: Sequence[str] | None, more: Sequence[str] =
         regime = Regime.parse(name)
         if regime.model not in sizes:
             raise UserError(f"{name} names no model of the study; it has {', '.join(sizes)}")
+        if regime.epochs > 1:
+            raise UserError(f"{name} repeats its tokens, and no law here predicts that; name regimes of one epoch")
         n = float(sizes[regime.model])
         found.append(Target(regime, n, regime.ratio * store.meta("tokens_per_parameter", 20.0) * n))
     return found

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from megatron_opt.study import batch_ramp
 from megatron_opt.study.hyperparameters import SCHEDULE, flag_of, schedule_flags
-from megatron_opt.study.spec import Regime, Study
+from megatron_opt.study.models import Model
+from megatron_opt.study.spec import MUP, Regime, Study
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Run:
     @property
     def tokens(self) -> int:
         flags = self.config["flags"]
-        return flags["train-iters"] * flags["global-batch-size"] * flags["seq-length"]
+        samples = flags.get("train-samples") or flags["train-iters"] * flags["global-batch-size"]
+        return int(samples * flags["seq-length"])
 
     @property
     def arguments(self) -> list[str]:
@@ -45,11 +48,12 @@ class Run:
 def make_run(study: Study, optimizer: str, regime: Regime, hyper: dict[str, Any], seed: int) -> Run:
     """The run of one optimizer with the given hyperparameters in a regime.
 
-    Iterations = tokens // (sequence · batch), at least one, so that every optimizer sees the same budget.
+    Iterations = tokens // (sequence · batch), at least one, so that every optimizer sees the same budget; of several epochs
+    a multiple, so that each is whole.
     """
     space, model, data = study.optimizers[optimizer], study.models[regime.model], study.data
     batch = int(hyper["batch_size"])
-    iterations = max(1, int(study.tokens(regime) // (study.sequence_length * batch)))
+    iterations = max(1, int(study.tokens(regime) // (study.sequence_length * batch * regime.epochs))) * regime.epochs
     extra = {key.replace("_", "-"): value for key, value in (study.flags | model.flags).items()}
     flags: dict[str, Any] = {"preset": model.preset} if model.preset else {}
     flags |= {key.replace("_", "-"): value for key, value in model.shape.items()}
@@ -63,15 +67,26 @@ def make_run(study: Study, optimizer: str, regime: Regime, hyper: dict[str, Any]
     flags |= extra
     if "eval-iters" in flags and not {"eval-samples", "full-validation"} & set(flags):  # one set for every batch size
         flags["eval-samples"] = int(flags.pop("eval-iters")) * int(study.optimizers[study.baseline].start["batch_size"])
-    flags |= {flag_of(space.optimizer, key): value for key, value in hyper.items() if key not in SCHEDULE}
+    apart = (*SCHEDULE, MUP, batch_ramp.KEY)
+    flags |= {flag_of(space.optimizer, key): value for key, value in hyper.items() if key not in apart}
+    if MUP in hyper:
+        flags |= mup_flags(study.models[hyper[MUP]])
     flags["global-batch-size"] = batch
-    flags |= schedule_flags(space.optimizer, hyper, iterations)
+    if batch_ramp.KEY in hyper:
+        ramp = batch_ramp.ramp_of(hyper[batch_ramp.KEY], batch, iterations * batch)
+        flags = {key: value for key, value in flags.items() if key not in ("global-batch-size", "train-iters")}
+        flags |= ramp.flags(study.sequence_length) | schedule_flags(space.optimizer, hyper, ramp.samples, batch)
+        iterations = ramp.iterations
+    else:
+        flags |= schedule_flags(space.optimizer, hyper, iterations)
+    if regime.epochs > 1:
+        flags["train-epochs"] = regime.epochs
 
     place: dict[str, Any] = {
         "tokenizer-type": data.tokenizer_type,
         "tokenizer-model": data.tokenizer,
         "eval-interval": max(1, iterations // study.eval_points),
-        "micro-batch-size": _micro_batch(study, batch, extra),
+        "micro-batch-size": _micro_batch(study, _least_batch(hyper, batch), extra),
         "save-interval": max(1, iterations // study.checkpoints) if study.checkpoints else None,
         "exit-signal-handler": True,
     }
@@ -89,7 +104,19 @@ def make_run(study: Study, optimizer: str, regime: Regime, hyper: dict[str, Any]
         "data": [os.path.basename(prefix) for prefix in data.path or data.train + data.valid],
         "flags": flags,
     }
+    if regime.epochs > 1:  # else runs of earlier studies would have another identity
+        config["epochs"] = regime.epochs
     return Run(optimizer, regime, hyper, seed, config, place)
+
+
+def mup_flags(base: Model) -> dict[str, Any]:
+    """Megatron's µP flags with `base` as the model that was tuned; at its own width they change nothing."""
+    width, heads = base.shape["hidden_size"], base.shape["num_attention_heads"]
+    return {"use-mup": True, "mup-base-hidden-size": width, "mup-base-head-dim": width // heads}
+
+
+def _least_batch(hyper: dict[str, Any], batch: int) -> int:
+    return batch_ramp.parse(hyper[batch_ramp.KEY], batch)[0][1] if batch_ramp.KEY in hyper else batch
 
 
 def _micro_batch(study: Study, batch: int, flags: dict[str, Any]) -> int:

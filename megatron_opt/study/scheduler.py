@@ -104,7 +104,7 @@ class Scheduler:
 
     def _job(self, run: str, arguments: list[str]) -> Job:
         folder = (self.output / "runs" / run).resolve()
-        evaluation = downstream.arguments(self.study.evaluation, folder)
+        evaluation = downstream.arguments(self.study.evaluation, folder, next(iter(self.study.data.valid), None))
         return Job(run, folder, arguments, evaluation, trained=bool(evaluation) and _trained(read_results(folder)))
 
     def _fill(self) -> None:
@@ -163,8 +163,12 @@ class Scheduler:
         results = read_results(folder)
         if results is None or not _trained(results):
             return False
-        if self.study.evaluation and not results.get("diverged") and not downstream.last(results):
-            return False
+        if self.study.evaluation and not results.get("diverged"):
+            averaged = not self.study.evaluation.average or downstream.mean(results)
+            if not downstream.last(results) or not averaged:
+                return False
+        if self.study.evaluation:
+            results = downstream.file_items(results, folder)
         self.store.finish(run, results, curves.to_parquet(curves.read_metrics(folder / "metrics.jsonl")))
         return True
 
@@ -256,6 +260,7 @@ def _check_identity(study: Study, store: Store) -> None:
     store.set_meta("margin", study.adopt)
     store.set_meta("tokens_per_parameter", study.tokens_per_parameter)
     store.set_meta("target", study.target)
+    store.set_meta("cluster", study.cluster)
     store.set_meta("models", {name: model.non_embedding_parameters for name, model in study.models.items()})
     store.set_meta("to_register", [str(r) for phase in study.phases if phase.registered for r in phase.regimes])
     store.set_meta("study_file", study.path.read_text(encoding="utf-8"))

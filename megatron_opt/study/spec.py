@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -10,26 +11,35 @@ from typing import Any
 from megatron_opt.errors import UserError
 from megatron_opt.study.models import Model
 
-PHASES = ("grid", "descent", "restricted", "predict", "seeds")
+PHASES = ("grid", "descent", "restricted", "predict", "seeds", "transfer")
+PARAMETRIZATIONS = ("standard", "mup")
+MUP = "mup"
+"""the hyperparameter that names the base model of a run under µP"""
 
 
 @dataclass(frozen=True, order=True)
 class Regime:
-    """One model at one Chinchilla ratio, written `model@4x`."""
+    """One model at one Chinchilla ratio, written `model@4x`; `model@4x-2ep` reads half as many unique tokens twice."""
 
     model: str
     ratio: float
+    epochs: int = 1
 
     def __str__(self) -> str:
-        return f"{self.model}@{self.ratio:g}x"
+        return f"{self.model}@{self.ratio:g}x" + (f"-{self.epochs}ep" if self.epochs > 1 else "")
 
     @classmethod
     def parse(cls, text: str) -> Regime:
-        model, _, ratio = text.rpartition("@")
+        model, _, rest = text.rpartition("@")
+        found = re.fullmatch(r"([^-]+?)x?(?:-([1-9][0-9]*)ep)?", rest)
         try:
-            return cls(model, float(ratio.removesuffix("x")))
+            if found is None:
+                raise ValueError(rest)
+            return cls(model, float(found[1]), int(found[2] or 1))
         except ValueError:
-            raise UserError(f"{text!r} is not a regime; write MODEL@RATIO, such as 130m@4x") from None
+            raise UserError(
+                f"{text!r} is not a regime; write MODEL@RATIO, such as 130m@4x, or 130m@4x-2ep for two epochs"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,16 @@ class Phase:
     """none: all of the study"""
     registered: bool = False
     """no run is started before predictions of these regimes are registered"""
+    proxy: Regime | None = None
+    """of a transfer: where hyperparameters are tuned, to be carried to `regimes`"""
+    parametrizations: tuple[str, ...] = PARAMETRIZATIONS
+    sweep: bool = True
+    """of a transfer: the learning rate is swept at the wider models too, and not only carried there"""
+
+    @property
+    def title(self) -> str:
+        """The kind, and of transfers, of which there may be several, where to."""
+        return f"transfer to {', '.join(map(str, self.regimes))}" if self.kind == "transfer" else self.kind
 
 
 @dataclass(frozen=True)
@@ -100,6 +120,8 @@ class Evaluation:
     num_fewshot: int | None = None
     limit: int | None = None
     batch_size: int = 16
+    average: int | None = None
+    """the mean of so many last checkpoints' weights is evaluated too"""
 
 
 @dataclass(frozen=True)
@@ -114,6 +136,8 @@ class Study:
     sequence_length: int
     tokens_per_parameter: float
     ratios: tuple[float, ...]
+    epochs: tuple[int, ...]
+    """how often a run of each ratio reads its unique tokens: D tokens are E times the first D/E"""
     optimizers: dict[str, OptimizerSpace]
     seeds: tuple[int, ...]
     phases: tuple[Phase, ...]
@@ -129,12 +153,16 @@ class Study:
     flags: dict[str, Any]
     target: tuple[float, tuple[float, ...]]
     """parameters and Chinchilla ratios that fits extrapolate to"""
+    cluster: str | None
+    """a cluster for which reports work out times"""
     eval_points: int
     checkpoints: int
     evaluation: Evaluation | None = None
 
     def regimes(self) -> tuple[Regime, ...]:
-        return tuple(Regime(model, ratio) for model in self.models for ratio in self.ratios)
+        return tuple(
+            Regime(model, ratio, epochs) for model in self.models for ratio in self.ratios for epochs in self.epochs
+        )
 
     @property
     def looks(self) -> int:
@@ -142,5 +170,5 @@ class Study:
         return max(1, len(self.seeds) - 2)
 
     def tokens(self, regime: Regime) -> float:
-        """The token budget of a regime: ratio · tokens_per_parameter · N."""
+        """The token budget of a regime, repeated ones included: ratio · tokens_per_parameter · N."""
         return regime.ratio * self.tokens_per_parameter * self.models[regime.model].non_embedding_parameters

@@ -93,6 +93,11 @@ class Record:
     reason: str | None
     created: float | None = None
 
+    @property
+    def unique_tokens(self) -> int:
+        """Tokens of one epoch."""
+        return self.tokens // self.regime.epochs
+
 
 class Store:
     """The runs of one study; use as a context manager."""
@@ -339,13 +344,14 @@ class Store:
 
 
 def _record(row: sqlite3.Row) -> Record:
+    config = json.loads(row["config"])
     return Record(
         id=row["id"],
         optimizer=row["optimizer"],
-        regime=Regime(row["model"], row["ratio"]),
+        regime=Regime(row["model"], row["ratio"], int(config.get("epochs", 1))),
         seed=row["seed"],
         hyper=json.loads(row["hyper"]),
-        config=json.loads(row["config"]),
+        config=config,
         arguments=json.loads(row["arguments"]),
         parameters=row["parameters"],
         tokens=row["tokens"],

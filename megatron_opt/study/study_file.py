@@ -10,8 +10,9 @@ from megatron_opt.errors import UserError
 from megatron_opt.study import models as model_shapes
 from megatron_opt.study.hyperparameters import PAPER_GRIDS, PAPER_STARTS
 from megatron_opt.study.models import SHAPE_KEYS, Model
-from megatron_opt.study.spec import PHASES, Data, Evaluation, ExecutorSettings, OptimizerSpace, Phase, Regime, Study
-from megatron_opt.study.yaml_lines import LocatedDict, LocatedList, Reader, load
+from megatron_opt.study.phase_list import read_phases
+from megatron_opt.study.spec import Data, Evaluation, ExecutorSettings, OptimizerSpace, Study
+from megatron_opt.study.yaml_lines import LocatedDict, Reader, load
 
 
 def read_study(path: str | os.PathLike) -> Study:
@@ -30,6 +31,9 @@ def read_study(path: str | os.PathLike) -> Study:
             "baseline",
         )
     ratios = tuple(float(r) for r in top.numbers("ratios", [1], above=0))
+    epochs = top.numbers("epochs", [1], above=0)
+    if any(isinstance(one, float) for one in epochs) or len(set(epochs)) < len(epochs):
+        raise top.error("`epochs:` must be different whole numbers", "epochs")
     thresholds = top.nested("thresholds") or Reader(_empty(), path, "`thresholds:`")
     adopt = thresholds.number("adopt", 3e-3, least=0)
     insensitive = thresholds.number("insensitive", 6.4e-3, least=0)
@@ -37,12 +41,15 @@ def read_study(path: str | os.PathLike) -> Study:
     target = top.nested("target") or Reader(_empty(), path, "`target:`")
     target_n = float(target.number("parameters", 7e9, above=0))
     target_ratios = tuple(float(r) for r in target.numbers("ratios", [1, 2, 4, 8, 16], above=0))
+    cluster = target.text("cluster")
+    if cluster is not None and Path(cluster).suffix in (".yaml", ".yml"):
+        cluster = _path(target, "cluster", cluster)
     target.finish()
     budget = top.nested("budget") or Reader(_empty(), path, "`budget:`")
     max_hours = budget.number("hours", None, above=0)
     max_runs = budget.number("runs", None, above=0, whole=True)
     budget.finish()
-    seeds = _seeds(top)
+    seeds, checkpoints = _seeds(top), top.number("checkpoints", 4, least=0, whole=True)
     study = Study(
         path=path,
         name=name,
@@ -53,8 +60,9 @@ def read_study(path: str | os.PathLike) -> Study:
         sequence_length=top.number("sequence_length", required=True, above=0, whole=True),
         tokens_per_parameter=float(top.number("tokens_per_parameter", 20, above=0)),
         ratios=ratios,
+        epochs=tuple(epochs),
         seeds=seeds,
-        phases=_phases(top, models, tuple(optimizers), ratios, len(seeds) > 1),
+        phases=read_phases(top, models, tuple(optimizers), ratios, tuple(epochs), len(seeds) > 1),
         adopt=adopt,
         insensitive=insensitive,
         equal_effort=top.choice("effort", ("equal", "free"), "equal") == "equal",
@@ -63,9 +71,10 @@ def read_study(path: str | os.PathLike) -> Study:
         max_runs=max_runs,
         flags=flags,
         target=(target_n, target_ratios),
+        cluster=cluster,
         eval_points=top.number("eval_points", 10, above=0, whole=True),
-        checkpoints=top.number("checkpoints", 4, least=0, whole=True),
-        evaluation=_evaluation(top),
+        checkpoints=checkpoints,
+        evaluation=_evaluation(top, checkpoints),
     )
     top.take("defaults")
     top.finish()
@@ -240,79 +249,6 @@ def _seeds(top: Reader) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _phases(
-    top: Reader, models: dict[str, Model], optimizers: tuple[str, ...], ratios: tuple[float, ...], several_seeds: bool
-) -> tuple[Phase, ...]:
-    """The search uses the first seed; further seeds repeat its winners in a last phase."""
-    everywhere = tuple(Regime(model, ratio) for model in models for ratio in ratios)
-    raw = top.items("phases", ["grid"])
-    lines = raw.lines if isinstance(raw, LocatedList) else [top.line_of("phases")] * len(raw)
-    listed: list[tuple[str, tuple[Regime, ...] | None, tuple[str, ...], bool, int]] = []
-    for item, line in zip(raw, lines):
-        if isinstance(item, str):
-            listed.append((item, None, (), False, line))
-        else:
-            reader = Reader(item, top.path, "a phase", line)
-            regimes, names = _regimes(reader, models), tuple(map(str, reader.items("optimizers") or ()))
-            unknown = [name for name in names if name not in optimizers]
-            if unknown:
-                raise reader.error(f"no optimizer {unknown[0]!r}; there are {', '.join(optimizers)}", "optimizers")
-            listed.append((reader.text("kind", required=True), regimes, names, reader.flag("registered", False), line))
-            reader.finish()
-    later = {r for kind, regimes, *_ in listed for r in regimes or () if kind in ("restricted", "predict")}
-    phases: list[Phase] = []
-    for kind, regimes, names, registered, line in listed:
-        _check_phase(top, kind, regimes, phases, line)
-        searched = {
-            name for phase in phases if phase.kind in ("grid", "descent") for name in phase.optimizers or optimizers
-        }
-        untuned = set(names or optimizers) - searched
-        if kind in ("restricted", "predict") and untuned:
-            raise UserError(
-                f"{top.path}:{line}: phase {kind!r} takes {', '.join(sorted(untuned))} from an earlier search, which leaves it "
-                "out; name it there too, or list the others under `optimizers:`"
-            )
-        if registered and kind != "predict":
-            raise UserError(f"{top.path}:{line}: `registered: true` is for a phase of kind predict, not {kind!r}")
-        if regimes is None:
-            regimes = everywhere if kind == "seeds" else tuple(r for r in everywhere if r not in later)
-        phases.append(Phase(kind, regimes, names, registered))
-    if several_seeds and all(phase.kind != "seeds" for phase in phases):
-        phases.append(Phase("seeds", everywhere))
-    return tuple(phases)
-
-
-def _check_phase(top: Reader, kind: str, regimes: tuple[Regime, ...] | None, phases: list[Phase], line: int) -> None:
-    before = [phase.kind for phase in phases]
-    where = f"{top.path}:{line}:"
-    if kind not in PHASES:
-        raise UserError(f"{where} no phase {kind!r}; there are {', '.join(PHASES)}")
-    if kind in before and kind not in ("predict", "seeds"):  # what waits for a prediction comes after what does not
-        raise UserError(f"{where} phase {kind!r} is listed twice; give it all its regimes at once")
-    if kind in ("restricted", "predict") and regimes is None:
-        raise UserError(f"{where} phase {kind!r} needs `regimes:`, such as [large@1x]")
-    if kind == "restricted" and "descent" not in before:
-        raise UserError(f"{where} phase 'restricted' needs a 'descent' before it, which finds what is sensitive")
-    if kind in ("predict", "seeds") and not {"grid", "descent"} & set(before):
-        raise UserError(f"{where} phase {kind!r} needs a 'grid' or 'descent' before it")
-
-
-def _regimes(reader: Reader, models: dict[str, Model]) -> tuple[Regime, ...] | None:
-    listed = reader.items("regimes")
-    if listed is None:
-        return None
-    regimes = []
-    for text in listed:
-        try:
-            regime = Regime.parse(str(text))
-        except UserError as error:
-            raise reader.error(str(error), "regimes") from None
-        if regime.model not in models:
-            raise reader.error(f"regime {text!r} names no model of `models:` ({', '.join(models)})", "regimes")
-        regimes.append(regime)
-    return tuple(regimes)
-
-
 def _executor(top: Reader) -> ExecutorSettings:
     reader = top.nested("executor")
     if reader is None:
@@ -339,7 +275,7 @@ def _executor(top: Reader) -> ExecutorSettings:
     return settings
 
 
-def _evaluation(top: Reader) -> Evaluation | None:
+def _evaluation(top: Reader, checkpoints: int) -> Evaluation | None:
     reader = top.nested("eval")
     if reader is None:
         return None
@@ -350,8 +286,14 @@ def _evaluation(top: Reader) -> Evaluation | None:
         num_fewshot=reader.number("num_fewshot", None, least=0, whole=True),
         limit=reader.number("limit", None, above=0, whole=True),
         batch_size=reader.number("batch_size", 16, above=0, whole=True),
+        average=reader.number("average", None, least=2, whole=True),
     )
     reader.finish()
+    if found.average and not (checkpoints or 0) >= found.average:
+        raise reader.error(
+            f"`average: {found.average}` wants as many checkpoints and a run writes `checkpoints: {checkpoints}`",
+            "average",
+        )
     return found
 
 

@@ -25,6 +25,8 @@ class Row:
     runs: int
     diverged: int
     run: str
+    tokens: int = 0
+    unique_tokens: int = 0
 
     def cells(self) -> list[str]:
         return [
@@ -32,6 +34,7 @@ class Row:
             self.optimizer,
             "–" if self.lr is None else f"{self.lr:g}",
             f"{self.loss:.4f}",
+            f"{self.tokens:.3g}" + (f", {self.unique_tokens:.3g} unique" if self.unique_tokens < self.tokens else ""),
             str(self.seeds),
             _number(self.tokens_per_s, ",.0f"),
             _number(self.step_ms, ".1f"),
@@ -48,6 +51,7 @@ HEADER = [
     "optimizer",
     "best lr",
     "valid loss",
+    "tokens",
     "seeds",
     "tokens/s",
     "step ms",
@@ -89,6 +93,8 @@ def summary(dataset: Dataset) -> list[Row]:
                     best.runs,
                     diverged.get((optimizer, regime), 0),
                     " ".join(best.ids),
+                    best.record.tokens,
+                    best.record.unique_tokens,
                 ),
             )
         )

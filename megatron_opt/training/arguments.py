@@ -108,6 +108,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="write the ids of the training samples of each step to OUTPUT/samples-RANK.jsonl, to check a restart by",
     )
     group.add_argument(
+        "--train-epochs",
+        type=int,
+        metavar="E",
+        help="read the first 1/E of the run's training samples E times, each time in another order (1)",
+    )
+    group.add_argument(
         "--plan-world-size",
         type=int,
         metavar="RANKS",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.errors import UserError
-from megatron_opt.training import data_flags, samples, validation
+from megatron_opt.training import data_flags, epochs, samples, validation
 from megatron_opt.training.index_cache import whole_arrays
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
@@ -54,6 +54,9 @@ def build_datasets(num_samples: tuple[int | None, ...], vp_stage: int | None = N
     from megatron_opt.training.dataset import GPTDataset
 
     args = get_args()
+    epochs_wanted = getattr(args, "train_epochs", None) or 1  # a script of Megatron's does not know the flag
+    if epochs_wanted > 1:
+        num_samples = (epochs.unique_samples(num_samples[0], epochs_wanted), *num_samples[1:])
     sources = data_flags.resolve(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -90,6 +93,9 @@ def build_datasets(num_samples: tuple[int | None, ...], vp_stage: int | None = N
     except (AssertionError, ValueError, OSError, IndexError, KeyError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the dataset could not be opened: {text} (is it a Megatron .bin/.idx pair?)") from error
+    if epochs_wanted > 1:
+        assert num_samples[0] is not None
+        datasets = [epochs.repeat(datasets[0], num_samples[0], epochs_wanted, args.seed), *datasets[1:]]
     if getattr(args, "log_samples", False) and datasets[0] is not None:  # a script of Megatron's does not know the flag
         return samples.Numbered(datasets[0]), *datasets[1:]
     return datasets

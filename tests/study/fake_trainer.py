@@ -16,9 +16,9 @@ GAIN = {"adamw": 1.0, "muon": 1.3, "soap": 1.25}
 BETA1 = {"adamw": 0.9, "muon": 0.95, "soap": 0.95}
 
 
-def law(optimizer, parameters, tokens, lr, beta1, weight_decay, seed, noise):
+def law(optimizer, parameters, tokens, lr, beta1, weight_decay, seed, noise, drift=1.0):
     """Final loss of a run, or inf above the cliff at four times the best learning rate."""
-    best = OPTIMUM[optimizer] * (1e6 / parameters) ** 0.1
+    best = OPTIMUM[optimizer] * (1e6 / parameters) ** 0.1 * drift
     if lr > 4.5 * best:
         return math.inf
     loss = 1.8 + 18.0 / parameters**0.25 + 30.0 / (GAIN[optimizer] * tokens) ** 0.3
@@ -39,6 +39,11 @@ def flags_of(words):
         else:
             flags[name] = word
     return flags
+
+
+def drifted(flags):
+    """How far the best rate of a width lies below that of width 32: as (width / 32)^FAKE_DRIFT, with µP not at all."""
+    return 1.0 if "use-mup" in flags else (int(flags["hidden-size"]) / 32) ** float(os.environ["FAKE_DRIFT"])
 
 
 def replace(path, data):
@@ -70,6 +75,8 @@ def main():
         float(flags.get("weight-decay", 0.1)),
         seed,
         noise,
+        # without µP the best rate may move with the width; as here it does not move with the size then
+        1.0 if "FAKE_DRIFT" not in os.environ else (parameters / 1e6) ** 0.1 / drifted(flags),
     )
     os.makedirs(flags["save"], exist_ok=True)
     checkpoint = os.path.join(flags["save"], "latest.json")

@@ -115,3 +115,10 @@ def test_what_is_absent_is_said_before_anything_starts(make_study, tmp_path, mon
     with pytest.raises(UserError, match="fix `eval: tasks_path:`"), scheduler.open_study(study, tmp_path / "out"):
         pass
     assert downstream.arguments(None, SimpleNamespace()) == ()
+
+
+def test_averaging_wants_checkpoints(make_study):
+    average = "eval: {tasks: [mine], average: 3}\n"
+    with pytest.raises(UserError, match=r"study.yaml:18: `average: 3` wants as many checkpoints.*`checkpoints: 2`"):
+        read_study(make_study(STUDY + average + "checkpoints: 2\n"))
+    assert read_study(make_study(STUDY + average)).evaluation.average == 3

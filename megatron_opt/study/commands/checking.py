@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+from megatron_opt.cost_model import cluster
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
+from megatron_opt.study import batch_ramp
 from megatron_opt.study.hyperparameters import FLAGS, SCHEDULE, flag_of
 from megatron_opt.study.spec import OptimizerSpace, Regime, Study
 from megatron_opt.study.yaml_lines import LocatedDict, load
@@ -19,7 +21,7 @@ OF_MEGATRON = ("adam", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "wsd", "inverse-square-root")
 LEAST_ITERATIONS = 10
 """a schedule of fewer steps is none"""
-_SHARED = ("lr", "weight_decay", "clip_grad", "batch_size", "init_method_std")
+_SHARED = ("lr", "weight_decay", "clip_grad", "batch_size", "init_method_std", "router_z_loss", batch_ramp.KEY)
 _OF_ADAM = ("beta1", "beta2", "eps")
 _SCHEDULE_RANGES = {
     "warmup": Range(0, 2**31),
@@ -34,11 +36,14 @@ def check_study(study: Study) -> None:
     With an executor's own `command:` the optimizers are that program's, and only budgets are looked at.
     """
     _check_budgets(study)
+    if study.cluster is not None:
+        _check_cluster(study.cluster, study)
     if study.executor.command is not None:
         return
     places = _Places(study)
     for space in study.optimizers.values():
         _check_space(space, places)
+        _check_models(space, study, places)
 
 
 class _Places:
@@ -57,8 +62,17 @@ class _Places:
         return UserError(f"{self._path}:{line}: optimizer `{name}`: {message}")
 
 
+def _check_cluster(name: str, study: Study) -> None:
+    try:
+        cluster.load(name)
+    except UserError as error:
+        line = load(study.path)["target"].lines["cluster"]
+        raise UserError(f"{study.path}:{line}: `cluster: {name}`: {error}") from None
+
+
 def _check_budgets(study: Study) -> None:
-    regimes = dict.fromkeys(regime for phase in study.phases for regime in phase.regimes)
+    proxies = (phase.proxy for phase in study.phases if phase.proxy is not None)
+    regimes = dict.fromkeys([*(regime for phase in study.phases for regime in phase.regimes), *proxies])
     for regime in regimes:
         for space in study.optimizers.values():
             batch = max(int(v) for v in [space.start["batch_size"], *space.grid.get("batch_size", ())])
@@ -95,10 +109,38 @@ def _check_space(space: OptimizerSpace, places: _Places) -> None:
             _check_number(space, key, value, places)
 
 
+def _check_models(space: OptimizerSpace, study: Study, places: _Places) -> None:
+    """Values that only some models and runs have a use for."""
+    given = {**space.grid, **space.start}
+    experts = "router_z_loss" in given
+    dense = [name for name, model in study.models.items() if experts and not model.spec.experts]
+    if dense:
+        raise places.error(
+            space.name,
+            "router_z_loss",
+            f"`router_z_loss` is of the routers of experts, the only z-loss that Megatron has, and {dense[0]} has none",
+        )
+    mine = [phase for phase in study.phases if not phase.optimizers or space.name in phase.optimizers]
+    repeated = [regime for phase in mine for regime in phase.regimes if regime.epochs > 1]
+    if batch_ramp.KEY in given and repeated:
+        raise places.error(
+            space.name,
+            batch_ramp.KEY,
+            f"`batch_ramp` does not go with {repeated[0]}, whose epochs are whole numbers of steps",
+        )
+
+
 def _check_number(space: OptimizerSpace, key: str, value: Any, places: _Places) -> None:
     if key == "schedule":
         if value not in SCHEDULES:
             raise places.error(space.name, key, f"`schedule: {value}`: {_meant(str(value), SCHEDULES)}")
+        return
+    if key == batch_ramp.KEY:
+        for batch in {space.start["batch_size"], *space.grid.get("batch_size", ())}:
+            try:
+                batch_ramp.parse(value, int(batch))
+            except UserError as error:
+                raise places.error(space.name, key, f"`batch_ramp: {value}`: {error}") from None
         return
     flag = "scalar-lr-ratio" if key == "scalar_lr_ratio" else flag_of(space.optimizer, key)
     limits = _SCHEDULE_RANGES.get(key) or RANGES.get(flag, Range())

@@ -10,13 +10,16 @@ import numpy as np
 from rich.console import Console
 
 from megatron_opt.study.analysis import Analysis, analyse
-from megatron_opt.study.dataset import from_store
+from megatron_opt.study.commands.pricing import cluster_times
+from megatron_opt.study.dataset import Dataset, from_store
 from megatron_opt.study.display import make_console, print_table
 from megatron_opt.study.fit_files import write_fits
 from megatron_opt.study.paper_data import hyperball_dataset, paper_dataset
 from megatron_opt.study.report import write_report
 from megatron_opt.study.report.extrapolation import extrapolation, prediction_error
+from megatron_opt.study.report.repetition import repeated_data
 from megatron_opt.study.report.scaling import significance, speedup_section
+from megatron_opt.study.report.wall_clock import tokens_and_time
 from megatron_opt.study.scheduler import STORE_NAME
 from megatron_opt.study.store import Store
 
@@ -35,6 +38,11 @@ def add_fit_options(parser: argparse.ArgumentParser) -> None:
         help="Chinchilla ratios to extrapolate to (default: the study's, or 1 2 4 8 16)",
     )
     parser.add_argument("--resamples", type=int, default=200, help="bootstrap copies behind every interval")
+    parser.add_argument(
+        "--cluster",
+        metavar="NAME|FILE",
+        help="h100, a cluster file, …: token speedups in time there, by the cost model",
+    )
 
 
 def add_without(parser: argparse.ArgumentParser) -> None:
@@ -47,13 +55,14 @@ def add_without(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def fit_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """The options as arguments of `analyse`."""
+def fit_arguments(options: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
+    """The options as arguments of `analyse`; the cluster is the study's own where none is named."""
     return {
         "optimizers": options.optimizers,
         "target": options.target,
         "ratios": options.ratios and tuple(options.ratios),
         "resamples": options.resamples,
+        "cluster": cluster_times(options.cluster or dataset.cluster, dataset, options.target or dataset.target[0]),
     }
 
 
@@ -66,6 +75,8 @@ def print_analysis(console: Console, analysis: Analysis) -> None:
     for section in (
         significance(analysis),
         speedup_section(analysis),
+        tokens_and_time(analysis.dataset, analysis),
+        repeated_data(analysis),
         prediction_error(analysis),
         extrapolation(analysis),
     ):
@@ -88,7 +99,8 @@ def main(argv: list[str], prog: str) -> int:
     add_fit_options(parser)
     options = parser.parse_args(argv)
     with Store(options.output / STORE_NAME) as store:
-        analysis = analyse(from_store(store).without(options.without), **fit_arguments(options))
+        dataset = from_store(store).without(options.without)
+        analysis = analyse(dataset, **fit_arguments(options, dataset))
         write_fits(analysis, options.output / "fits.json")
     console = make_console()
     print_analysis(console, analysis)
@@ -104,7 +116,7 @@ def demo_paper(argv: list[str], prog: str) -> int:
     add_fit_options(parser)
     options = parser.parse_args(argv)
     dataset = DATASETS[options.data]().without(options.without)
-    analysis = analyse(dataset, **fit_arguments(options))
+    analysis = analyse(dataset, **fit_arguments(options, dataset))
     options.output.mkdir(parents=True, exist_ok=True)
     page = write_report(dataset, options.output, analysis)
     write_fits(analysis, options.output / "fits.json")

@@ -12,7 +12,7 @@ from megatron_opt.study.commands.checking import check_study
 from megatron_opt.study.commands.pricing import Prices, add_price_options, words
 from megatron_opt.study.display import make_console, print_table
 from megatron_opt.study.executors.local import LocalExecutor
-from megatron_opt.study.phases import expected_runs
+from megatron_opt.study.expected import expected_runs
 from megatron_opt.study.planning import plan_costs
 from megatron_opt.study.scheduler import STORE_NAME
 from megatron_opt.study.spec import Study
@@ -67,7 +67,7 @@ def _price(console: Console, study: Study, prices: Prices) -> None:
         for name in study.optimizers:
             least, most, runs = expected_runs(study, phase, name)
             for run in runs:
-                total = totals.setdefault((place, phase.kind, run.regime.model), [0.0, 0.0, 0.0, 0.0])
+                total = totals.setdefault((place, phase.title, run.regime.model), [0.0, 0.0, 0.0, 0.0])
                 hours = prices.hours(study, run) / len(runs)
                 for k, value in enumerate((least / len(runs), most / len(runs), least * hours, most * hours)):
                     total[k] += value

@@ -13,8 +13,12 @@ from megatron_opt.cost_model.report import step_range
 from megatron_opt.cost_model.step import Step, predict
 from megatron_opt.cost_model.tables import CASES, flags_of
 from megatron_opt.errors import UserError
+from megatron_opt.optimizers import registry
+from megatron_opt.study.dataset import Dataset
+from megatron_opt.study.fits.wall_clock import ClusterTimes
 from megatron_opt.study.runs import Run, argument_list
-from megatron_opt.study.spec import Study
+from megatron_opt.study.spec import Regime, Study
+from megatron_opt.study.store import Record
 
 PRICE = 2.5
 """dollars of a GPU-hour where none is given: an assumption, not an offer"""
@@ -40,21 +44,52 @@ class Prices:
 
     def step(self, study: Study, run: Run) -> Step:
         """The predicted step of a run in its own layout; raises UserError for one that does not fit into memory."""
-        keep = {
-            key: value for key, value in (run.config["flags"] | run.place).items() if key not in ("seed", "train-iters")
-        }
-        gpus, words = study.executor.ranks * study.executor.nodes, argument_list(keep)
+        left = ("seed", "train-iters", "train-samples", "step-batch-size-schedule")
+        keep = {key: value for key, value in (run.config["flags"] | run.place).items() if key not in left}
+        keep["global-batch-size"] = run.hyper["batch_size"]  # of a batch that grows its last
+        step = self._step(study.executor.ranks * study.executor.nodes, argument_list(keep))
+        if step.memory.total > self.cluster.memory:
+            raise UserError(
+                f"{run.optimizer} {run.regime} needs {step.memory.total / 1e9:.0f} GB on a GPU of {self.cluster.name} with "
+                f"{self.cluster.memory / 1e9:.0f} GB; give the model other `flags:` or the executor more ranks"
+            )
+        return step
+
+    def _step(self, gpus: int, words: list[str]) -> Step:
         key = f"{gpus} {' '.join(words)}"
         if key not in self._steps:
-            flags, _ = parse(words)
-            step = predict(flags, self.cluster, gpus, exact=False)
-            if step.memory.total > self.cluster.memory:
-                raise UserError(
-                    f"{run.optimizer} {run.regime} needs {step.memory.total / 1e9:.0f} GB on a GPU of {self.cluster.name} with "
-                    f"{self.cluster.memory / 1e9:.0f} GB; give the model other `flags:` or the executor more ranks"
-                )
-            self._steps[key] = step
+            self._steps[key] = predict(parse(words)[0], self.cluster, gpus, exact=False)
         return self._steps[key]
+
+    def seconds_a_token(self, record: Record) -> float:
+        """GPU-seconds of a token of a run that was made, in its own layout; raises UserError where its flags are not known."""
+        if not record.arguments:
+            return self._token(record.config.get("flags", {}).get("optimizer", record.optimizer), record.parameters)
+        gpus = int(record.results.get("world_size") or 1)
+        step = self._step(gpus, _without(record.arguments, ("seed", "train-iters")))
+        return step.layout.world / step.tokens_per_second
+
+    def beside(self, dataset: Dataset, n: float) -> ClusterTimes:
+        """Ratios of step times at a data set's best runs, and at n parameters."""
+        best = dataset.best()
+        base = {regime: cell.record for (name, regime), cell in best.items() if name == dataset.baseline}
+        measured: dict[tuple[str, Regime], float] = {}
+        target: dict[str, float] = {}
+        notes: dict[str, None] = {}
+        for (name, regime), cell in best.items():
+            if name == dataset.baseline or regime not in base:
+                continue
+            try:
+                measured[name, regime] = self.seconds_a_token(cell.record) / self.seconds_a_token(base[regime])
+            except UserError as error:
+                notes[f"No time of {name} on {self.cluster.name}: {error}"] = None
+            own, other = (
+                record.config.get("flags", {}).get("optimizer", record.optimizer)
+                for record in (cell.record, base[regime])
+            )
+            if name not in target and own in registry.rules() and other in registry.rules():
+                target[name] = self._token(own, n) / self._token(other, n)
+        return ClusterTimes(self.cluster.name, measured, target, tuple(notes))
 
     def hours(self, study: Study, run: Run) -> float:
         """GPU-hours of a run."""
@@ -87,6 +122,22 @@ class Prices:
         except UserError:
             # An entry under a name of its own, or an optimizer that the cost model does not know: AdamW's step.
             return predict(flags_of(shape, "adamw"), self.cluster, gpus, exact=False)
+
+
+def _without(words: list[str], names: tuple[str, ...]) -> list[str]:
+    """A command line without some flags and their values."""
+    kept, keep = [], True
+    for word in words:
+        if word.startswith("--"):
+            keep = word.removeprefix("--") not in names
+        if keep:
+            kept.append(word)
+    return kept
+
+
+def cluster_times(cluster: str | None, dataset: Dataset, n: float) -> ClusterTimes | None:
+    """Step times of a data set on a cluster, by name or file; None without one."""
+    return None if cluster is None else Prices(cluster).beside(dataset, n)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ def main(argv: list[str], prog: str) -> int:
     options = parser.parse_args(argv)
     with Store(options.output / STORE_NAME) as store:
         dataset = from_store(store).without(options.without)
-        analysis = analyse_if_possible(dataset, **fit_arguments(options))
+        analysis = analyse_if_possible(dataset, **fit_arguments(options, dataset))
         page = write_report(dataset, options.to or options.output / "report", analysis)
     console = make_console()
     print_summary(console, dataset)

@@ -41,7 +41,12 @@ def main(argv: list[str], prog: str) -> int:
         from megatron_opt.study.report import write_report
 
         dataset = from_store(store)
-        page = write_report(dataset, options.output / "report", analyse_if_possible(dataset))
+        cluster = None
+        if dataset.cluster is not None:
+            from megatron_opt.study.commands.pricing import cluster_times
+
+            cluster = cluster_times(dataset.cluster, dataset, dataset.target[0])
+        page = write_report(dataset, options.output / "report", analyse_if_possible(dataset, cluster=cluster))
         print_summary(console, dataset)
         if scheduler.waiting:
             console.print(

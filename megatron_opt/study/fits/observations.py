@@ -69,7 +69,7 @@ class Observations:
 
 
 def observations(dataset: Dataset, optimizers: list[str] | None = None) -> Observations:
-    """The best final loss of every cell of a dataset, mean over seeds; raises UserError without a
+    """The best final loss of every cell of unique tokens of a dataset, mean over seeds; raises UserError without a
     baseline.
     """
     dataset.check_tokenizers()
@@ -80,7 +80,8 @@ def observations(dataset: Dataset, optimizers: list[str] | None = None) -> Obser
     best = dataset.best()
     if dataset.baseline not in dataset.optimizers:
         raise UserError(f"the baseline {dataset.baseline!r} has no runs; run it, or name another with --baseline")
-    cells = [(name, regime) for name in names for regime in dataset.regimes if (name, regime) in best]
+    once = [regime for regime in dataset.regimes if regime.epochs == 1]  # repeated tokens: fits/repetition.py
+    cells = [(name, regime) for name in names for regime in once if (name, regime) in best]
     for name, regime in cells:
         if (dataset.baseline, regime) not in best:
             raise UserError(

@@ -32,8 +32,9 @@ class Optimum:
 
 
 def optima(dataset: Dataset, optimizer: str, key: str, sigma: float) -> list[Optimum]:
-    """The optimum of each regime in which `key` is a positive number; `sigma` is the noise of one loss."""
+    """The optimum of each regime of unique tokens in which `key` is a positive number; `sigma` is the noise of one loss."""
     best = [cell for (name, _), cell in dataset.best().items() if name == optimizer and _number(cell.record, key)]
+    best = [cell for cell in best if cell.record.regime.epochs == 1]
     slices = [_tried(dataset, cell, key) for cell in best]
     steps = [math.log(b / a) for tried in slices for a, b in zip(sorted(tried), sorted(tried)[1:])]
     step = float(np.median(steps)) if steps else math.log(2)

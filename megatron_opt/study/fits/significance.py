@@ -9,7 +9,7 @@ assumed noise: where nothing was repeated, nothing is said.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -61,6 +61,7 @@ class Comparison:
     runs: tuple[str, ...] = ()
     margin: float = 0.0
     """differences within it do not matter"""
+    baseline: str = ""
 
     @property
     def significant(self) -> bool:
@@ -130,16 +131,24 @@ def compare_all(
     `looks`: how often the table may be looked at before it is final; each look has its share of the level. `plan` adds the
     seeds that each comparison would need.
     """
-    regimes = list(regimes)
-    found = [
-        _compare(cells, name, baseline, regime, margin)
-        for regime in regimes
-        for name in optimizers
-        if name != baseline and (name, regime) in cells and (baseline, regime) in cells
-    ]
+    names = list(optimizers)
+    pairs = [(name, baseline, regime) for regime in regimes for name in names if name != baseline]
+    return compare_pairs(cells, pairs, looks, margin, plan)
+
+
+def compare_pairs(
+    cells: Cells,
+    pairs: Iterable[tuple[str, str, Regime]],
+    looks: int = 1,
+    margin: float = 0.0,
+    plan: bool = False,
+) -> list[Comparison]:
+    """The same for each (optimizer, its baseline, regime) of which both have a result: one table, one noise, one correction."""
+    listed = [(a, b, regime) for a, b, regime in pairs if (a, regime) in cells and (b, regime) in cells]
     own, total = own_noise(cells), total_noise(cells)
-    found = [_test(one, cells, baseline, own if one.paired else total, looks) for one in found]
-    found = _holm(found)
+    compared = [(base, _compare(cells, name, base, regime, margin)) for name, base, regime in listed]
+    found = [_test(one, cells, base, own if one.paired else total, looks) for base, one in compared]
+    found = [replace(one, adjusted=p) for one, p in zip(found, holm([one.p for one in found]))]
     return _needs(found, own, looks) if plan else found
 
 
@@ -150,9 +159,10 @@ def _compare(cells: Cells, name: str, baseline: str, regime: Regime, margin: flo
         a, b = mine.by_seed, base.by_seed
         gain = float(np.mean([b[seed] - a[seed] for seed in shared]))
         runs = tuple(run for cell in (mine, base) for run, seed in zip(cell.ids, cell.seeds) if seed in shared)
-        return Comparison(name, regime, gain, shared, True, runs=runs, margin=margin)
+        return Comparison(name, regime, gain, shared, True, runs=runs, margin=margin, baseline=baseline)
     seeds = tuple(sorted({*mine.seeds, *base.seeds}))
-    return Comparison(name, regime, base.loss - mine.loss, seeds, runs=(*mine.ids, *base.ids), margin=margin)
+    runs = (*mine.ids, *base.ids)
+    return Comparison(name, regime, base.loss - mine.loss, seeds, runs=runs, margin=margin, baseline=baseline)
 
 
 def _test(one: Comparison, cells: Cells, baseline: str, noise: SeedNoise, looks: int) -> Comparison:
@@ -171,13 +181,13 @@ def _test(one: Comparison, cells: Cells, baseline: str, noise: SeedNoise, looks:
     return replace(one, low=one.gain - reach, high=one.gain + reach, p=p)
 
 
-def _holm(found: list[Comparison]) -> list[Comparison]:
-    """Holm's step-down correction over all comparisons that have a p-value."""
-    tested = sorted((i for i, one in enumerate(found) if one.p is not None), key=lambda i: found[i].p or 0.0)
-    so_far, corrected = 0.0, list(found)
-    for place, i in enumerate(tested):
-        so_far = max(so_far, min(1.0, (len(tested) - place) * (found[i].p or 0.0)))
-        corrected[i] = replace(found[i], adjusted=so_far)
+def holm(values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down correction over all p-values that there are."""
+    known = sorted((p, i) for i, p in enumerate(values) if p is not None)
+    so_far, corrected = 0.0, list(values)
+    for place, (p, i) in enumerate(known):
+        so_far = max(so_far, min(1.0, (len(known) - place) * p))
+        corrected[i] = so_far
     return corrected
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from itertools import combinations
 
+from megatron_opt.study import downstream
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.downstream import Score, scores
+from megatron_opt.study.fits.paired_items import ItemTest, baseline_tests, disagreements
+from megatron_opt.study.fits.significance import LEVEL
 from megatron_opt.study.report.plots import Section, Table
+from megatron_opt.study.report.scaling import p_text
 
 
 def accuracy(dataset: Dataset) -> Section:
@@ -31,18 +35,79 @@ def accuracy(dataset: Dataset) -> Section:
         for name, (loss, mine) in sorted(found.items(), key=lambda item: item[1][0]):
             tasks |= dict.fromkeys(mine)
             rows.append((str(regime), name, f"{loss:.4f}", mine))
+            several = [results[run] for run in dataset.best()[name, regime].ids]
+            if averaged := scores(several, averaged=True):
+                known = downstream.mean(several[0])
+                rows.append((str(regime), f"{name}, {known[0] if known else ''}", "–", averaged))
         orders += _disagreements(str(regime), found)
     if not rows:
         return Section("Accuracy on tasks")
     shown = [[*row[:3], *(_cell(row[3].get(task)) for task in tasks)] for row in rows]
     section.tables.append(Table(["regime", "optimizer", "valid loss", *tasks], shown))
     section.text += orders or ["The order by accuracy is the order by loss, on every task."]
-    if orders:
-        section.text.append(
-            "Errors of differences are those of independent items; the items are the same for all, so that a test paired over "
-            "them would tell more."
-        )
+    _paired(section, dataset, bool(orders))
     return section
+
+
+def _paired(section: Section, dataset: Dataset, unequal: bool) -> None:
+    """Tests over the same items, where the store has them."""
+    tests, apart = baseline_tests(dataset), disagreements(dataset)
+    if unequal and not tests and not apart:
+        section.text.append(
+            "Errors of differences are those of independent items; the runs' items were not kept, so that no test is paired."
+        )
+    if not tests and not apart:
+        return
+    section.text.append(
+        "Tests are paired over items: McNemar's exact test, where seeds of one item count together; gained and lost are answers "
+        f"that only one of the two has right. “p (Holm)” is over the table; below {1 - LEVEL:.2g} these trained models differ. "
+        "“Over seeds” asks whether the optimizers would differ in other runs too, by the noise that accuracies have over seeds; "
+        "it needs repeated seeds."
+    )
+    header = ["regime", "task", "optimizer", "accuracy", dataset.baseline, "items", "seeds", "gained", "lost", "p"]
+    rows = [
+        [
+            str(one.regime),
+            one.task,
+            one.second,
+            f"{one.accuracies[1]:.4f}",
+            f"{one.accuracies[0]:.4f}",
+            str(one.items),
+            str(one.seeds),
+            str(one.gained),
+            str(one.lost),
+            p_text(one.p),
+            p_text(one.adjusted),
+            p_text(one.p_seeds),
+            _verdict(one),
+        ]
+        for one in tests
+    ]
+    if rows:
+        header += ["p (Holm)", "over seeds (Holm)", "accuracy is"]
+        section.tables.append(Table(header, rows, f"Against {dataset.baseline}, paired over items."))
+    if apart:
+        rows = [
+            [
+                str(one.regime),
+                one.task,
+                f"{one.first} ({one.losses[0]:.4f}), {one.second} ({one.losses[1]:.4f})",
+                f"{one.second} ({one.accuracies[1]:.4f}), {one.first} ({one.accuracies[0]:.4f})",
+                p_text(one.p),
+                p_text(one.adjusted),
+                "yes" if one.significant else "not settled",
+            ]
+            for one in apart
+        ]
+        header = ["regime", "task", "order by loss", "order by accuracy", "p", "p (Holm)", "accuracies differ"]
+        section.tables.append(Table(header, rows, "Where the orders by loss and by accuracy disagree."))
+
+
+def _verdict(one: ItemTest) -> str:
+    if not one.significant:
+        return "not settled"
+    word = "higher" if one.accuracies[1] > one.accuracies[0] else "lower"
+    return word if one.p_seeds is not None and one.p_seeds < 1 - LEVEL else f"{word} for these runs"
 
 
 def _cell(score: Score | None) -> str:

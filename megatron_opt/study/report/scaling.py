@@ -82,8 +82,9 @@ def gains(analysis: Analysis) -> Section:
     )
     sizes = {record.regime: float(record.parameters) for record in analysis.dataset.records}
     color, fit = colors(analysis.dataset.optimizers), analysis.ensemble
-    for ratio in sorted({c.regime.ratio for c in analysis.comparisons}):
-        mine = [c for c in analysis.comparisons if c.regime.ratio == ratio]
+    once = [c for c in analysis.comparisons if c.regime.epochs == 1]
+    for ratio in sorted({c.regime.ratio for c in once}):
+        mine = [c for c in once if c.regime.ratio == ratio]
         places = np.array(sorted({sizes[c.regime] for c in mine}))
         series = []
         for name in analysis.data.optimizers[1:]:

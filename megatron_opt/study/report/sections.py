@@ -13,10 +13,13 @@ from megatron_opt.study.report.dynamics import dynamics
 from megatron_opt.study.report.extrapolation import extrapolation, prediction_error, verdict
 from megatron_opt.study.report.pitfalls import pitfalls
 from megatron_opt.study.report.plots import Section, Table
+from megatron_opt.study.report.repetition import repeated_data
 from megatron_opt.study.report.scaling import final_losses, gains, significance, speedup_section
 from megatron_opt.study.report.search import search
 from megatron_opt.study.report.sensitivity import lr_sensitivity
+from megatron_opt.study.report.transfer import transfer_over_width
 from megatron_opt.study.report.tuning import hyper_laws, transfer
+from megatron_opt.study.report.wall_clock import tokens_and_time
 from megatron_opt.study.summary import HEADER, summary
 
 TEXT_ALONE = ("What can be said", "Notes")
@@ -31,15 +34,17 @@ def build_sections(dataset: Dataset, analysis: Analysis | str) -> list[Section]:
         lead = [Section("What can be said", [analysis])]
     else:
         fitted = [significance(analysis), gains(analysis), speedup_section(analysis), final_losses(analysis)]
-        fitted += [prediction_error(analysis), extrapolation(analysis)]
+        fitted += [repeated_data(analysis), prediction_error(analysis), extrapolation(analysis)]
         laws, lead = [hyper_laws(analysis)], [verdict(analysis)]
     sections = [
         *lead,
         _results(dataset),
+        tokens_and_time(dataset, analysis),
         accuracy(dataset),
         _pitfalls(dataset),
         *fitted,
         search(dataset),
+        transfer_over_width(dataset),
         lr_sensitivity(dataset),
         *laws,
     ]

@@ -68,7 +68,7 @@ _WORDS: tuple[tuple[Range, str], ...] = (
         moe-shared-expert-glu-interleave-size moe-flex-dispatcher-num-sms moe-deepep-num-sms moe-hybridep-num-sms
         moe-hybridep-num-blocks-permute moe-hybridep-num-blocks-unpermute moe-hybridep-num-sms-preprocessing
         moe-paged-stash-page-size min-offloaded-tensor-size straggler-minmax-count ft-num-warmup-iters
-        plan-world-size muon-num-ns-steps lr-decay-iters lr-decay-samples lr-wsd-decay-iters lr-wsd-decay-samples"""),
+        plan-world-size train-epochs muon-num-ns-steps lr-decay-iters lr-decay-samples lr-wsd-decay-iters lr-wsd-decay-samples"""),
     (COUNT, """
         train-iters train-samples mtp-num-layers
         lr-warmup-iters lr-warmup-samples start-eval-at-iter manual-gc-interval

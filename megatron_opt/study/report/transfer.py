@@ -1,0 +1,153 @@
+"""Transfer over width: the best rate at each, with and without µP, and the loss that carrying the proxy's costs."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_opt.study.dataset import Dataset
+from megatron_opt.study.fits.significance import LEVEL
+from megatron_opt.study.fits.transfer import Carried, Transfer, transfer_of
+from megatron_opt.study.report.plots import PALETTE, Plot, Section, Series, Table, colors
+from megatron_opt.study.report.scaling import p_text
+
+TITLES = {"standard": "without µP", "mup": "µP"}
+
+
+def transfer_over_width(dataset: Dataset) -> Section:
+    """Empty without a transfer phase."""
+    section, found = Section("Transfer over width"), transfer_of(dataset)
+    if not found.rows:
+        return section
+    section.text = [
+        "Hyperparameters tuned at the proxy are carried to wider models, with µP (arXiv 2203.03466; the proxy is its base, where it "
+        "changes nothing) and without; there the learning rate is swept as well. The loss lost is that of the carried values "
+        "minus that of the best rate of the sweep, over seeds other than the one on which that best was chosen; "
+        f"{LEVEL:.0%} intervals over shared seeds, p after Holm's correction over both tables of differences. A sweep finds an "
+        "optimum to about half a step of its grid, and differences of depth between proxy and target are not µP's.",
+    ]
+    section.tables += [_optima(found), _lost(found)]
+    if found.worth:
+        section.tables.append(_worth(found))
+    section.warnings += [
+        f"{one.optimizer}, {one.regime}, {TITLES[one.parametrization]}: the best rate, {one.best_lr:g}, is the last that was tried."
+        for one in found.rows
+        if one.edge
+    ]
+    section.plots += [_over_width(dataset, found), *_curves(found)]
+    return section
+
+
+def _keys(found: Transfer) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((one.optimizer, one.parametrization) for one in found.rows))
+
+
+def _optima(found: Transfer) -> Table:
+    regimes = list(dict.fromkeys(one.regime for one in found.rows if one.optimum is not None))
+    rows = []
+    for name, kind in _keys(found):
+        mine = {one.regime: one for one in found.rows if (one.optimizer, one.parametrization) == (name, kind)}
+        proxy = next((value for (other, _), value in found.proxies.items() if other == name), None)
+        drift = found.drift(name, kind)
+        said = "–" if drift is None else f"{drift[0]:+.2f}" + ("" if math.isnan(drift[1]) else f" ± {drift[1]:.2f}")
+        cells = [_rate(mine[r].optimum if r in mine else None) for r in regimes]
+        rows.append([name, TITLES[kind], "–" if proxy is None else f"{proxy[1]:.3g}", *cells, said])
+    header = ["optimizer", "", "tuned at the proxy", *map(str, regimes), "slope over width"]
+    return Table(header, rows, "The best learning rate at each width, and d log(rate) / d log(width): 0 transfers.")
+
+
+def _lost(found: Transfer) -> Table:
+    rows = []
+    for one in found.rows:
+        lost, test = one.loss_lost, one.lost
+        rows.append(
+            [
+                str(one.regime),
+                one.optimizer,
+                TITLES[one.parametrization],
+                f"{one.carried_lr:g}",
+                _rate(one.best_lr),
+                _loss(one.carried_loss),
+                "–" if one.best_lr is None else _loss(one.best_loss),
+                "not known" if lost is None else "diverged" if math.isinf(lost) else f"{lost:+.4f}",
+                "–" if test is None or test.low is None else f"{test.low:+.4f} to {test.high:+.4f}",
+                p_text(test.adjusted) if test else "–",
+                _verdict(one),
+                ", ".join(test.runs) if test else "–",
+            ]
+        )
+    header = ["regime", "optimizer", "", "carried lr", "best lr there", "loss carried", "loss of the best", "loss lost"]
+    return Table([*header, f"{LEVEL:.0%} interval", "p (Holm)", "", "runs"], rows, "What transfer loses.")
+
+
+def _verdict(one: Carried) -> str:
+    if one.best_lr is None:
+        return "not swept"
+    if one.same:
+        return "the carried rate is the best"
+    if one.lost is None:
+        return ""
+    return {"better": "loses", "worse": "carried is better"}.get(one.lost.verdict, one.lost.verdict) + (
+        f": {one.lost.why}" if one.lost.why else ""
+    )
+
+
+def _rate(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _loss(value: float | None) -> str:
+    return "diverged" if value is None else f"{value:.4f}"
+
+
+def _worth(found: Transfer) -> Table:
+    rows = [
+        [
+            str(one.regime),
+            one.optimizer,
+            f"{one.gain:+.4f}",
+            "–" if one.low is None else f"{one.low:+.4f} to {one.high:+.4f}",
+            p_text(one.adjusted),
+            one.verdict + (f": {one.why}" if one.why else ""),
+        ]
+        for one in found.worth
+    ]
+    header = ["regime", "optimizer", "gain of µP", f"{LEVEL:.0%} interval", "p (Holm)", "µP is"]
+    return Table(header, rows, "Carried with µP against carried without.")
+
+
+def _over_width(dataset: Dataset, found: Transfer) -> Plot:
+    color, series = colors(dataset.optimizers), []
+    for name, kind in _keys(found):
+        mine = [one for one in found.rows if (one.optimizer, one.parametrization) == (name, kind)]
+        points = [value for (other, _), value in found.proxies.items() if other == name]
+        points = sorted([*points, *((one.width, one.optimum) for one in mine if one.optimum)])
+        x, y = [float(w) for w, _ in points], [lr for _, lr in points]
+        series.append(Series(f"{name}, {TITLES[kind]}", x, y, color[name], dash=kind == "standard"))
+    title = "Best learning rate against width (dashed: without µP)"
+    return Plot("transfer-optimum", title, "width", "best learning rate", series, x_log=True, y_log=True)
+
+
+def _curves(found: Transfer) -> list[Plot]:
+    """Loss over the rate at every width, one figure for each optimizer and parametrization; dotted: the carried rate."""
+    plots = []
+    for name, kind in _keys(found):
+        mine = [one for one in found.rows if (one.optimizer, one.parametrization) == (name, kind) and one.best_lr]
+        series = [
+            Series(str(one.regime), [x for x, _ in points], [y for _, y in points], PALETTE[i % len(PALETTE)])
+            for i, one in enumerate(mine)
+            if (points := [point for point in one.curve if math.isfinite(point[1])])
+        ]
+        if not series:
+            continue
+        plots.append(
+            Plot(
+                f"transfer-{name}-{kind}",
+                f"{name}, {TITLES[kind]}: loss over the rate",
+                "learning rate",
+                "final validation loss",
+                series,
+                x_log=True,
+                vertical=[(mine[0].carried_lr, "carried")],
+            )
+        )
+    return plots
