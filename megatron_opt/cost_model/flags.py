@@ -53,6 +53,7 @@ NUMBERS = [
     "moe-router-num-groups",
     "moe-router-group-topk",
     "num-distributed-optimizer-instances",
+    "optimizer-offload-fraction",
 ]
 WORDS = [
     "optimizer",
@@ -78,6 +79,7 @@ SWITCHES = [
     "fp16",
     "sequence-parallel",
     "use-distributed-optimizer",
+    "optimizer-cpu-offload",
     "overlap-grad-reduce",
     "overlap-param-gather",
     "tp-comm-overlap",
@@ -97,7 +99,7 @@ SWITCHES = [
 # Of NUMBERS, those that may be fractions, and those that may be 0; all others are whole and at least 1.
 _REAL = {
     "matrix-balance", "exchange-bucket-mb", "scalar-lr-ratio", "lr", "weight-decay", "clip-grad", "adam-beta1", "adam-beta2",
-    "adam-eps", "lr-warmup-fraction", "min-lr",
+    "adam-eps", "lr-warmup-fraction", "min-lr", "optimizer-offload-fraction",
 }  # fmt: skip
 _ZERO = {
     "num-experts", "moe-shared-expert-intermediate-size", "moe-first-dense-layers", "moe-layer-freq", "q-lora-rank",
