@@ -59,6 +59,7 @@ class Cluster:
     gpus_per_node: int
     node: Link
     network: Link
+    host: Link | None = None  # to the host's memory, each way at once; None: not known
     devices: int | None = None  # limit of the cluster; None: as many as asked for
     step_efficiency: float = 1.0  # share of a step in which kernels run: launch gaps, stragglers
     optimizer_efficiency: float = 1.0

@@ -35,7 +35,7 @@ CAPABILITY = Range("CUDA's compute capability", 1, 99)
 COUNT = Range("devices", 1, 1e7, whole=True)
 CORES = Range("cores", 0, 1e6, whole=True)
 
-_SHARES = ("elementwise", "node", "network", "step", "optimizer")
+_SHARES = ("elementwise", "node", "network", "host", "step", "optimizer")
 _SECONDS = ("matrix", "fragment", "bucket", "step", "layer", "reduction")
 # section -> its keys
 KEYS: Mapping[str, tuple[str, ...]] = {
@@ -52,11 +52,12 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "device.together": ("compute", "memory"),
     "node": ("gpus", "bandwidth", "latency"),
     "network": ("bandwidth", "latency"),
+    "host": ("bandwidth", "latency"),
     "efficiency": (*_SHARES, "overlap"),
     "overheads": _SECONDS,
 }
 _TOP = (
-    "name", "title", "sources", "measured", "devices", "device", "rates", "node", "network", "efficiency", "collectives",
+    "name", "title", "sources", "measured", "devices", "device", "rates", "node", "network", "host", "efficiency", "collectives",
     "overheads", "rule_overheads",
 )  # fmt: skip
 
@@ -209,6 +210,7 @@ class Reader:
             gpus_per_node=int(self.get(node, "node", "gpus", COUNT)),
             node=self.link(content, "node", share["node"]),
             network=self.link(content, "network", share["network"]),
+            host=self.link(content, "host", share["host"]) if "host" in content else None,
             devices=int(self.number("devices", content["devices"], COUNT)) if "devices" in content else None,
             step_efficiency=share["step"],
             optimizer_efficiency=share["optimizer"],

@@ -55,6 +55,7 @@ NUMBERS = [
     "num-distributed-optimizer-instances",
     "num-layers-at-start-in-bf16",
     "num-layers-at-end-in-bf16",
+    "optimizer-offload-fraction",
 ]
 WORDS = [
     "optimizer",
@@ -81,6 +82,7 @@ SWITCHES = [
     "fp16",
     "sequence-parallel",
     "use-distributed-optimizer",
+    "optimizer-cpu-offload",
     "overlap-grad-reduce",
     "overlap-param-gather",
     "tp-comm-overlap",
@@ -102,7 +104,7 @@ SWITCHES = [
 # Of NUMBERS, those that may be fractions, and those that may be 0; all others are whole and at least 1.
 _REAL = {
     "matrix-balance", "exchange-bucket-mb", "scalar-lr-ratio", "lr", "weight-decay", "clip-grad", "adam-beta1", "adam-beta2",
-    "adam-eps", "lr-warmup-fraction", "min-lr",
+    "adam-eps", "lr-warmup-fraction", "min-lr", "optimizer-offload-fraction",
 }  # fmt: skip
 _ZERO = {
     "num-experts", "moe-shared-expert-intermediate-size", "moe-first-dense-layers", "moe-layer-freq", "q-lora-rank",

@@ -83,9 +83,18 @@ _COPIES = ((SpectralOptimizer, 2.0), (FactoredOptimizer, 4.0), (Kron, 4.0))
 
 
 def _workspace(layout: Layout, domain: DomainPlan) -> float:
-    """Bytes that the optimizer's step takes for a while, by the rank that owns most: buffers, messages, a rule's copies."""
+    """Bytes that the optimizer's step takes for a while, by the rank that owns most: buffers, messages, a rule's copies.
+
+    Of state that rests in host memory, two batches.
+    """
+    offloaded, cut = layout.engine.offloaded, domain.data if layout.distributed else 1
+    elements = 0.0
+    for entry in domain.elements if offloaded else ():
+        state = entry.rule.cost(1).state_bytes
+        whole = state * (entry.cut / domain.tp + entry.copied) / cut
+        elements = max(elements, 2 * offloaded * min(whole, max(layout.engine.bucket_bytes, state * entry.largest)))
     if not domain.infos:
-        return 0.0
+        return elements
     owned: dict[int, float] = {}
     copies = 0.0
     for part in domain.plan.parts:
@@ -99,7 +108,8 @@ def _workspace(layout: Layout, domain: DomainPlan) -> float:
     travelling = 0.0
     if domain.ranks > 1:  # buffers in fp32, and the messages that come and go
         travelling = worked_on * (4.0 + 2.0 * layout.communication_bytes)
-    return 4.0 * copies * worked_on + travelling
+    coming = 2.0 * offloaded * max(domain.plan.state_bytes) * min(0.5 if domain.buckets == 1 else 1.0, worked_on / max(owned.values()))
+    return max(elements, 4.0 * copies * worked_on + travelling + coming)
 
 
 def _weight_gradient(model: Model, layout: Layout, stage: int) -> float:

@@ -1,5 +1,6 @@
 """Seconds, FLOPs, bytes and state of the optimizer's part of a step, from its plan and a cluster."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,6 +8,7 @@ from megatron_opt.cost_model.cluster import Cluster
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.plan import DomainPlan, likeness
 from megatron_opt.distributed.parts import cells_of
+from megatron_opt.errors import UserError
 from megatron_opt.optimizers.base import Cost, MatrixInfo
 
 # Bytes that the engine moves for each element that a rank holds, beside what the rules' own costs count:
@@ -33,7 +35,10 @@ class OptimizerTime:
     exchange_hidden: float = 0.0
     sent: dict[str, float] = field(default_factory=dict)
     flops: float = 0.0  # mean over steps, all ranks of the domain
-    state_bytes: float = 0.0  # of the fullest rank
+    offload: float = 0.0  # of state that rests in host memory, what its coming and going adds
+    offload_way: float = 0.0  # seconds of one way; both are taken at once
+    host_bytes: float = 0.0  # at rest in host memory, of the fullest rank
+    state_bytes: float = 0.0  # on the device, of the fullest rank
     state_total: float = 0.0
     imbalance: float = 1.0
     asynchronous: bool = False  # the host runs ahead of its device, so the slower of the two counts
@@ -47,7 +52,7 @@ class OptimizerTime:
     @property
     def ordinary(self) -> float:
         """An ordinary step: refreshes that are staggered are in every step."""
-        base = self.compute + self.exchange - self.exchange_hidden
+        base = self.compute + self.exchange - self.exchange_hidden + self.offload
         return base + (self.refresh / self.refresh_every if self.staggered else 0.0)
 
     @property
@@ -130,9 +135,32 @@ def domain_time(domain: DomainPlan, layout: Layout, cluster: Cluster) -> Optimiz
     )
     found.flops = sum(cost.mean_flops() for cost in domain.costs.values()) * domain.plan.instances
     found.state_bytes = max(domain.plan.state_bytes) + state
+    _offload(found, domain, layout, cluster, state)
     found.state_total = sum(domain.plan.state_bytes) * domain.plan.instances + state * ranks
     found.imbalance = domain.plan.imbalance()
     return found
+
+
+def _offload(found: OptimizerTime, domain: DomainPlan, layout: Layout, cluster: Cluster, state: float) -> None:
+    """State in host memory: a batch's way in and another's way out under the computation of a third.
+
+    Over B batches, the first comes and the last goes under nothing; each other hides under its share of the step's work.
+    """
+    if not layout.engine.offloaded:
+        return
+    if cluster.host is None:
+        raise UserError(
+            f"--optimizer-cpu-offload: cluster {cluster.name} does not say how fast its hosts' memory is reached; add a "
+            "section `host` as in clusters/h100.yaml."
+        )
+    found.host_bytes = layout.engine.offloaded * found.state_bytes
+    found.state_bytes -= found.host_bytes
+    if not found.host_bytes:
+        return
+    batches = domain.buckets + math.ceil(state / layout.engine.bucket_bytes)
+    found.offload_way = found.host_bytes / cluster.host.bandwidth + batches * cluster.host.latency
+    late = max(0.0, found.offload_way - found.compute * cluster.overlap)
+    found.offload = (2 * found.offload_way + (batches - 1) * late) / batches
 
 
 def _element_wise(domain: DomainPlan, layout: Layout, cluster: Cluster) -> tuple[float, float]:

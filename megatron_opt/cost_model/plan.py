@@ -26,6 +26,7 @@ class Elements:
     cut: int = 0
     copied: int = 0
     pieces: int = 0
+    largest: float = 0.0  # elements of one of them on a tensor-parallel rank
 
 
 @dataclass
@@ -185,6 +186,7 @@ def _domain(
                 continue
             entry = elements.setdefault(group.name, Elements(rule))
             entry.pieces += 1
+            entry.largest = max(entry.largest, info.numel / (tp if parameter.cut is not None else 1))
             if parameter.cut is not None:
                 entry.cut += info.numel
             else:

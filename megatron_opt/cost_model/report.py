@@ -97,6 +97,7 @@ def as_dict(step: Step) -> dict[str, Any]:
                 "host": o.host,
                 "exchange": o.exchange,
                 "exchange_hidden": o.exchange_hidden,
+                "offload": o.offload,
             },
         },
         "flops": {
@@ -106,7 +107,7 @@ def as_dict(step: Step) -> dict[str, Any]:
         },
         "bytes_sent": {**t.sent, **o.sent},
         "memory": {**vars(m), "total": m.total, "capacity": step.cluster.memory},
-        "optimizer_state": {"fullest_gpu": o.state_bytes},
+        "optimizer_state": {"fullest_gpu": o.state_bytes, "host_of_fullest_gpu": o.host_bytes},
         "imbalance": o.imbalance,
         "estimate": not step.cluster.measured,
         "step_range_of_published_runs": step_range(step),
@@ -141,6 +142,9 @@ def text(step: Step, ignored: list[str] | None = None) -> str:
     if o.exchange:
         note = f"{o.exchange_hidden / o.exchange:.0%} hidden; sends {size(sum(o.sent.values()))}"
         lines.append(row("optimizer: exchange with owners", o.exchange - o.exchange_hidden, note))
+    if o.offload:
+        note = f"of {seconds(2 * o.offload_way)}, {1 - o.offload / (2 * o.offload_way):.0%} hidden; {size(o.host_bytes)} each way"
+        lines.append(row("optimizer: state in host memory", o.offload, note))
     if o.refresh:
         how = "staggered" if o.staggered else f"a refresh step takes {seconds(step.refresh_step)}"
         lines.append(row("optimizer: refreshes, mean", o.refresh / o.refresh_every, how))
@@ -157,6 +161,9 @@ def text(step: Step, ignored: list[str] | None = None) -> str:
         lines.append(f"  {name.replace('_', ' '):<34}{size(value):>12}{value / m.total:>8.1%}")
     verdict = "fits" if m.total <= step.cluster.memory else "DOES NOT FIT"
     lines.append(f"  {'total':<34}{size(m.total):>12}  {verdict} in {size(step.cluster.memory)}")
+    if o.host_bytes:
+        gpus = min(layout.world, step.cluster.gpus_per_node)
+        lines.append(f"  {'state in host memory, of one GPU':<34}{size(o.host_bytes):>12}  {size(gpus * o.host_bytes)} a node")
     lines += ["", caveat(step)]
     if ignored:
         lines += ["", f"flags that change no cost: {', '.join('--' + name for name in ignored)}"]

@@ -59,6 +59,10 @@ class Domain:
         self.counted = torch.ones(len(self.order), dtype=torch.float64)
         holders = Counter(rect.key for held in self.holdings for _, rect in held)
         check_cover("shards of its ranks", holders, self.infos)
+        near = self.size // self.instances
+        for first in range(0, self.size, near):
+            if {rect.key for held in self.holdings[first : first + near] for _, rect in held} != holders.keys():
+                raise RuntimeError(f"{self.name}: ranks {first} to {first + near - 1} are no instance of its shards")
         self.weight = {key: 1.0 / count for key, count in holders.items()}
         rects = [rect for fragment in self.fragments for rect in fragment.rects]
         self._numbers = torch.tensor([self.order[rect.matrix] for rect in rects], dtype=torch.long)

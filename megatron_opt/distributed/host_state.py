@@ -44,11 +44,9 @@ class HostStates:
         """A new state, its share of tensors in host memory; single numbers stay where they are."""
         home = {}
         for name, tensor in state.items() if self.fraction else ():
-            size = _bytes(tensor)
-            if tensor.numel() == 1 or not tensor.is_contiguous():
-                continue
+            size = _bytes(tensor) if tensor.numel() > 1 else 0
             self._seen += size
-            if self._kept + size / 2 <= self.fraction * self._seen:
+            if size and self._kept + size / 2 <= self.fraction * self._seen:
                 self._kept += size
                 home[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned).copy_(tensor)
         return Resting(state, home) if home else state

@@ -128,17 +128,19 @@ def pack_instances(jobs: Sequence[Job], ranks: int, instances: int, options: Eng
     it once an instance, and send nothing to others. `auto` takes the cheaper, what travels between instances priced as
     between nodes.
     """
-    mode, most = options.matrix_mode, options.matrix_balance
-    across = replace(pack(jobs, ranks, mode, most), offloaded=options.offloaded)
-    if instances == 1 or options.matrix_instances == "across":
-        return across
-    within = replace(pack(jobs, ranks // instances, mode, most), instances=instances, offloaded=options.offloaded)
-    sent = [0.0] * ranks
+
+    def packed(groups: int) -> Plan:
+        plan = pack(jobs, ranks // groups, options.matrix_mode, options.matrix_balance)
+        return replace(plan, instances=groups, offloaded=options.offloaded)
+
+    if instances == 1 or options.matrix_instances != "auto":
+        return packed(instances if options.matrix_instances == "within" else 1)
+    across, within, sent = packed(1), packed(instances), [0.0] * ranks
     for part in across.parts:
         rows, cols = part.buffer_shape
         sent[part.rank] += rows * cols * options.communication_dtype.itemsize * (instances - 1)
     is_cheaper = across.price() + 2 * _SENT * max(sent) <= within.price() * (1 + _MEMORY * (instances - 1))
-    return across if options.matrix_instances == "auto" and is_cheaper else within
+    return across if is_cheaper else within
 
 
 def check_balance(most: float) -> None:

@@ -25,7 +25,8 @@ WHOLE = {
         for kind in ("gemm", "small_gemm", "qr", "eigh", "solve", "attention", "layer")
     },
     "node": {"gpus": 8, "bandwidth": 4e11, "latency": 1e-5}, "network": {"bandwidth": 5e10, "latency": 2e-5},
-    "efficiency": {"elementwise": 0.8, "node": 0.7, "network": 0.7, "step": 0.9, "optimizer": 0.9, "overlap": 0},
+    "host": {"bandwidth": 6e10, "latency": 1e-5},
+    "efficiency": {"elementwise": 0.8, "node": 0.7, "network": 0.7, "host": 0.6, "step": 0.9, "optimizer": 0.9, "overlap": 0},
     "overheads": {"matrix": 1e-4, "fragment": 2e-5, "bucket": 5e-5, "step": 1e-3, "layer": 0, "reduction": 0},
     "rule_overheads": {"muon": 1e-4}, "collectives": {"all_reduce": 0.9, "reduce_scatter": 1, "all_gather": 1.1},
 }  # fmt: skip

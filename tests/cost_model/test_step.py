@@ -19,6 +19,7 @@ from megatron_opt.errors import UserError
 
 SEVEN = "--preset llama-7b --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 
+OFFLOAD = "--optimizer-cpu-offload"
 COPIES = "--num-distributed-optimizer-instances 8"
 
 
@@ -87,6 +88,24 @@ def test_owners_across_instances_compute_once_and_send_to_all() -> None:
     assert auto.optimizer.sent == across.optimizer.sent
     with pytest.raises(UserError, match="not divisible by --num-distributed-optimizer-instances 8"):
         step(f"{SEVEN} --optimizer muon {COPIES}", 12)
+
+
+def test_state_in_host_memory_leaves_the_gpu_and_takes_the_link() -> None:
+    """SOAP's 7B on 8 × 80 GB: all of the state on the host but two batches; what the link takes beyond the step's work shows."""
+    words = f"{SEVEN} --optimizer soap --micro-batch-size 1"
+    here, half, away = (step(f"{words} {x}", 8) for x in ("", f"{OFFLOAD} --optimizer-offload-fraction 0.5", OFFLOAD))
+    state = here.memory.optimizer_state
+    assert away.memory.optimizer_state == 0 and away.optimizer.host_bytes == pytest.approx(state)
+    assert half.optimizer.host_bytes == pytest.approx(state / 2) == pytest.approx(half.memory.optimizer_state)
+    assert away.memory.total < 70e9 < here.memory.total < 80e9
+    way = state / away.cluster.host.bandwidth  # type: ignore[union-attr]
+    assert way - away.optimizer.compute < away.optimizer.offload < 1.2 * way
+    assert away.seconds - here.seconds == pytest.approx(away.optimizer.offload, rel=1e-3)
+    assert "state in host memory" in text(away) and "state in host memory" not in text(here)
+    fast = replace(away.cluster, host=Link(1e13, 0.0))
+    assert step(f"{words} {OFFLOAD}", 8, fast).optimizer.offload < 0.01 * away.optimizer.offload
+    with pytest.raises(UserError, match="section `host`"):
+        step(f"{words} {OFFLOAD}", 8, replace(away.cluster, host=None))
 
 
 def test_without_the_distributed_optimizer_every_rank_keeps_all() -> None:

@@ -13,6 +13,7 @@ from tests.distributed.compare import assert_same_curve
 from tests.distributed.pool import Pool, Run
 
 TP2_EP2 = Layout.of("tp2-ep2", 4, tp=2, ep=2, etp=1, sp=True)
+OFFLOADED = Layout.of("dp2-offloaded", 2, distopt=True, more=("--optimizer-cpu-offload", "--exchange-bucket-mb=0.01"))
 MODELS = {
     "dense": [*c.DENSE, *c.MUON],
     "group": [*c.DENSE, *c.MUON, "--matrix-mode", "group"],
@@ -39,12 +40,13 @@ PAIRS = [
     ("normuon", c.TP2_DP2_DIST, c.PP2), ("soap_h", c.TP2_DP2_DIST, c.ONE), ("soap_h", c.ONE, c.TP2),
     ("bf16", c.DP2_DIST, c.TP2_PP2), ("bf16", c.TP2, c.DP2),
     ("dense", c.DP2X2, c.DP4_DIST), ("dense", c.DP4_DIST, c.DP2X2), ("soap", c.DP2X2_WITHIN, c.ONE),
+    ("soap", c.TP2, OFFLOADED), ("soap", OFFLOADED, c.TP2), ("bf16", c.TP2, OFFLOADED),
     ("soap", c.TP2, c.DP2X2_WITHIN), ("moe", c.ONE, c.EP2X2), ("bf16", c.DP2X2, c.TP2),
 ]  # fmt: skip
 RESUMED = [
     ("dense", c.ONE), ("dense", c.TP2_DP2_DIST), ("moe", c.EP2_DIST), ("soap", c.TP2), ("bf16", c.DP2_DIST),
     ("adamw", c.VPP2), ("int8", c.DP2_DIST), ("group", c.TP2_DP2_DIST), ("blocks", c.TP2), ("normuon", c.DP2_DIST),
-    ("soap_h", c.TP2), ("bf16", c.DP2X2),
+    ("soap_h", c.TP2), ("bf16", c.DP2X2), ("soap", OFFLOADED), ("int8", OFFLOADED),
 ]  # fmt: skip
 TOTAL, STOP = 10, 5
 
