@@ -61,7 +61,7 @@ def test_a_study_of_transfer_epochs_and_a_growing_batch(folder):
     with Store(output / "study.sqlite") as store:
         dataset = from_store(store)
         curves = {record.id: store.curve(record.id) for record in dataset.records}
-    assert len(dataset.records) == 14 and all(record.status == "completed" for record in dataset.records)
+    assert len(dataset.records) >= 14 and all(record.status == "completed" for record in dataset.records)
     assert all(record.results["tokens"] == record.tokens for record in dataset.records)
 
     # Both read the same sequences for an epoch, to the last bit of the loss, and others from there on.
