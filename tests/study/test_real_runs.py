@@ -39,7 +39,7 @@ checkpoints: 1
 def folder(tmp_path):
     draw = random.Random(1)
     words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 5))) for _ in range(60)]
-    for name, count in (("train", 400), ("valid", 60)):
+    for name, count in (("train", 700), ("valid", 60)):
         lines = (json.dumps({"text": " ".join(draw.choices(words, k=60))}) + "\n" for _ in range(count))
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     tokenizer = str(tmp_path / "tokenizer.model")
