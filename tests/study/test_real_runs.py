@@ -28,7 +28,7 @@ optimizers:
 phases:
   - {kind: transfer, proxy: p@1x, regimes: [w@1x]}
   - {kind: transfer, proxy: p@1x, regimes: [w@2x, w@2x-2ep], optimizers: [adamw], parametrizations: [mup], sweep: false}
-executor: {kind: local, jobs: 2, ranks: 1, retries: 0}
+executor: {kind: local, jobs: 1, ranks: 1, retries: 0}
 flags: {eval_iters: 2, log_interval: 5}
 eval_points: 4
 checkpoints: 1
