@@ -127,8 +127,8 @@ def evaluate(args: argparse.Namespace) -> Any:
                     if output:
                         results.read(output)
                     if args.loss_on:
-                        length, ids = source.args.seq_length, words.vocab_size
-                        asked = averaging.sequences(args.loss_on, length, args.loss_samples, ids)
+                        length = getattr(source.args, "seq_length", None) or source.args.max_position_embeddings
+                        asked = averaging.sequences(args.loss_on, length, args.loss_samples, words.vocab_size)
                     loaded = tasks.load(names, args.tasks_path, args.num_fewshot)
             scorer = Scorer(model.RankModel(source, tp, pp, others), words, args.batch_size)
             if not first:

@@ -90,6 +90,10 @@ def make_run(study: Study, optimizer: str, regime: Regime, hyper: dict[str, Any]
         "save-interval": max(1, iterations // study.checkpoints) if study.checkpoints else None,
         "exit-signal-handler": True,
     }
+    if (
+        regime.epochs == 1 and study.repeats
+    ):  # what is called unique is; no part of the identity, as it changes no number
+        place["train-epochs"] = 1
     place |= {key: flags.pop(key) for key in list(place) if key in flags}
     if data.path:
         place |= {"data-path": list(data.path)} | ({"split": data.split} if data.split else {})

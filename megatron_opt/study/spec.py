@@ -165,6 +165,11 @@ class Study:
         )
 
     @property
+    def repeats(self) -> bool:
+        """Some regime reads its tokens more than once, so that the others must not."""
+        return any(regime.epochs > 1 for phase in self.phases for regime in phase.regimes)
+
+    @property
     def looks(self) -> int:
         """How often the seeds phase may look at its results: with two further seeds, and after each one more."""
         return max(1, len(self.seeds) - 2)

@@ -111,7 +111,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--train-epochs",
         type=int,
         metavar="E",
-        help="read the first 1/E of the run's training samples E times, each time in another order (1)",
+        help="read the first 1/E of the run's training samples E times, each time in another order; 1: refuse to repeat any "
+        "(default: repeat where the data end)",
     )
     group.add_argument(
         "--plan-world-size",

@@ -54,8 +54,8 @@ def build_datasets(num_samples: tuple[int | None, ...], vp_stage: int | None = N
     from megatron_opt.training.dataset import GPTDataset
 
     args = get_args()
-    epochs_wanted = getattr(args, "train_epochs", None) or 1  # a script of Megatron's does not know the flag
-    if epochs_wanted > 1:
+    epochs_wanted = getattr(args, "train_epochs", None)  # a script of Megatron's does not know the flag
+    if epochs_wanted is not None:
         num_samples = (epochs.unique_samples(num_samples[0], epochs_wanted), *num_samples[1:])
     sources = data_flags.resolve(args)
     config = GPTDatasetConfig(
@@ -93,7 +93,7 @@ def build_datasets(num_samples: tuple[int | None, ...], vp_stage: int | None = N
     except (AssertionError, ValueError, OSError, IndexError, KeyError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the dataset could not be opened: {text} (is it a Megatron .bin/.idx pair?)") from error
-    if epochs_wanted > 1:
+    if epochs_wanted is not None:
         assert num_samples[0] is not None
         datasets = [epochs.repeat(datasets[0], num_samples[0], epochs_wanted, args.seed), *datasets[1:]]
     if getattr(args, "log_samples", False) and datasets[0] is not None:  # a script of Megatron's does not know the flag

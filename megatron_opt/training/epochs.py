@@ -1,8 +1,8 @@
 """Training data that repeat: `--train-epochs E` reads the first 1/E of the run's samples E times, each time in another order.
 
 Megatron's own GPTDataset repeats documents where a corpus ends: all copies are shuffled together and cut anew, so that a token may
-come back at once and sequences differ from epoch to epoch. Here an epoch is a whole number of steps, every epoch has the same
-sequences, each once, and the first is what a run of one epoch would read.
+come back at once and sequences differ from epoch to epoch; `--train-epochs 1` refuses that. Here an epoch is a whole number of
+steps, every epoch has the same sequences, each once, and the first is what a run of one epoch would read.
 """
 
 from typing import Any
@@ -80,4 +80,4 @@ def repeat(dataset: Any, unique: int, epochs: int, seed: int) -> Any:
             f"--train-epochs {epochs}: an epoch's {unique:,} samples are more than the data have ({short:,} tokens in a file), "
             "so that they would repeat within it; give more data, more epochs or a shorter run."
         )
-    return None if dataset is None else Repeated(dataset, unique, epochs, seed)
+    return dataset if dataset is None or epochs == 1 else Repeated(dataset, unique, epochs, seed)

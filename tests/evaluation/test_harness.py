@@ -75,3 +75,49 @@ def test_every_item_equals_the_hf_backend_of_the_export(items: int, tmp_path: Pa
     assert arc["items"] == items and arc["num_fewshot"] == 1 and 0 < arc["metrics"]["acc"]["value"] < 1
     accuracy = arc["metrics"]["acc"]["value"]
     assert arc["metrics"]["acc"]["stderr"] == pytest.approx((accuracy * (1 - accuracy) / (items - 1)) ** 0.5)
+
+
+@pytest.mark.slow
+def test_averaged_weights_answer_as_a_checkpoint_of_their_mean(tmp_path: Path) -> None:
+    import shutil
+
+    import numpy as np
+    import torch
+
+    from megatron_opt.data import indexed
+    from megatron_opt.export.model import validated
+    from tests.export import models as weights_of
+
+    args = validated([*models.FLAGS.split(), "--padded-vocab-size", str(models.PADDED)], models.IDS)
+    each = [weights_of.weights(args, seed) for seed in (1, 2)]
+    mean = {name: (each[0][name].double() + each[1][name].double()).div(2).to(torch.float32) for name in each[0]}
+    for number, one in enumerate([*each, mean]):
+        saved = weights_of.save(args, one, tmp_path / str(number))
+        where = tmp_path / ("mean" if number == 2 else "run") / "checkpoints" / f"iter_{min(number, 1):07d}"
+        shutil.copytree(saved / "iter_0000000", where)
+    models.tokenizer().save(str(tmp_path / "tokenizer.json"))
+    models.write(tmp_path / "text.jsonl", models.text(60))
+    make_tasks.make([str(tmp_path / "text.jsonl")], tmp_path / "tasks", 20)
+    ids = np.random.default_rng(0).integers(0, models.IDS, 3 * models.LENGTH).astype(np.uint16)
+    (tmp_path / "valid.bin").write_bytes(ids.tobytes())
+    with (tmp_path / "valid.idx").open("wb") as stream:
+        indexed.write_index(stream, np.uint16, np.array([len(ids)]))
+    common = ["--tasks", "heldout", "--tasks-path", tmp_path / "tasks", "--tokenizer", tmp_path / "tokenizer.json"]
+    common += ["--loss-on", tmp_path / "valid"]
+    for run, more in (("run", ["--average", "2"]), ("mean", [])):
+        where = ["--output", tmp_path / run / "results.json", "--items", tmp_path / run / "items.jsonl"]
+        assert cli.main(list(map(str, ["eval", tmp_path / run / "checkpoints", *common, *where, *more]))) == 0
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["evaluation"]
+    expected = json.loads((tmp_path / "mean" / "results.json").read_text())["evaluation"]["iter_0000001"]
+    averaged = found["iter_0000001 mean of 2"]
+    for task, told in expected.items():
+        for name, value in told["metrics"].items():
+            assert averaged[task]["metrics"][name]["value"] == pytest.approx(value["value"], rel=1e-5)
+    raw = found["iter_0000001"]["validation_loss"]["metrics"]["loss"]["value"]
+    assert abs(averaged["validation_loss"]["metrics"]["loss"]["value"] - raw) > 1e-3
+    lines = [
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("run/items-mean.jsonl", "mean/items.jsonl")
+    ]
+    for one, two in zip(*lines, strict=True):
+        assert one["metrics"] == two["metrics"] and one["doc_hash"] == two["doc_hash"]

@@ -85,6 +85,15 @@ def test_a_law_without_noise_is_recovered(kind, kappa):
         assert fit.efficiency("adamw") == (1.0, 1.0)
 
 
+def test_a_law_with_fewer_results_than_parameters_is_refused_and_left_out_ones_are_not_known():
+    n, d = np.array([1e4, 4e4, 1e4, 4e4, 4e4]), np.array([1e4, 4e4, 1.1e4, 4.1e4, 8e4])
+    losses, index = np.array([3.0, 1.8, 2.9, 1.7, 1.6]), np.array([0, 0, 1, 1, 0])
+    data = Observations(("adamw", "lion"), index, n, d, losses)
+    assert np.isnan(leave_one_out(fit_law(data, "shared"))).all()
+    with pytest.raises(UserError, match="7 results and priors do not determine the 8 parameters"):
+        fit_law(data.where(np.arange(5) < 4), "shared")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind,kappa", [("shared", 1.0), ("shared", 0.5)])
 def test_intervals_cover_the_truth_at_their_nominal_rate(kind, kappa):

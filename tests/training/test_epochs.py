@@ -59,4 +59,6 @@ def test_a_corpus_that_is_too_small_for_an_epoch_is_refused():
     assert short_of(Blend(File(100, 90), File(30, 40))) == 30
     with pytest.raises(UserError, match="more than the data have"):
         repeat(File(100, 101), 10, 2, 1)
+    whole = File(100, 90)
+    assert repeat(whole, 10, 1, 1) is whole
     assert isinstance(repeat(File(100, 90), 10, 2, 1), Repeated) and repeat(None, 10, 2, 1) is None

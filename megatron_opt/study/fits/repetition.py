@@ -59,7 +59,7 @@ class Repetition:
 
 
 def effective_tokens(unique: np.ndarray | float, epochs: np.ndarray | float, r_star: np.ndarray | float) -> np.ndarray:
-    """D' = U + U·R*·(1 − e^(−R/R*)), R = epochs − 1 (arXiv 2305.16264, eq. 5)."""
+    """D' = U + U·R*·(1 − e^(−R/R*)), R = epochs − 1 (arXiv 2305.16264)."""
     r_star = np.asarray(r_star, float)
     return np.asarray(unique, float) * (1 - r_star * np.expm1(-(np.asarray(epochs, float) - 1) / r_star))
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import leastsq
 
+from megatron_opt.errors import UserError
+
 Function = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """parameters (p,) → residuals in units of their standard error (n,), Jacobian (n, p)"""
 
@@ -38,10 +40,14 @@ def robust(residuals: np.ndarray, scale: float = HUBER) -> tuple[np.ndarray, np.
 
 
 def solve(function: Function, starts: Iterable[np.ndarray], tolerance: float = 1e-10) -> Solution:
-    """Minimise the robust sum of squares from every start and keep the lowest."""
+    """Minimise the robust sum of squares from every start and keep the lowest; raises UserError for fewer residuals than unknowns."""
     best: Solution | None = None
     with np.errstate(over="ignore", invalid="ignore"):
         for start in starts:
+            if best is None and (count := len(function(start)[0])) < len(start):
+                raise UserError(
+                    f"{count} results and priors do not determine the {len(start)} parameters of a joint law; run more regimes"
+                )
             evaluate = _Once(function)
             try:
                 x, *_ = leastsq(
