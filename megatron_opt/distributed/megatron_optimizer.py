@@ -108,9 +108,7 @@ class MegatronShardedOptimizer(ShardedOptimizer, MegatronOptimizer):
             if param.dtype != torch.float32:
                 fragment.main.copy_(param.detach().view(-1)[fragment.start : fragment.stop])
         if self.step_number == 0:
-            for step in self.matrix_steps:
-                step.states.clear()
-            self.has_states = False
+            self.forget_states()
 
     def _fp8_weights(self) -> list[Any]:
         return [domain.fp8_weights for domain in self.domains if domain.fp8_weights is not None]

@@ -162,6 +162,12 @@ class ShardedOptimizer:
         for element in self.element_steps:
             element.update_curvature([_grad(fragment) for fragment in element.domain.fragments], scale, squared)
 
+    def forget_states(self) -> None:
+        """Let the matrix rules' state be made anew, of weights that have come since."""
+        for step in self.matrix_steps:
+            step.states.clear()
+        self.has_states = False
+
     def ensure_states(self) -> None:
         """Make the matrix rules' state from the current weights where there is none yet."""
         for domain, step in zip(self.domains, self.matrix_steps, strict=True):

@@ -135,6 +135,8 @@ class Optimizer(torch.optim.Optimizer):
         engine = self._engine
         with _as_arguments():
             self._follow()
+            if not engine.step_number:
+                engine.forget_states()  # a look at the state may have made it of other weights
             if not self._has_stepped:
                 check_replicas(engine.domains[0])
                 self._has_stepped = True

@@ -32,7 +32,9 @@ def local_axes(name: str, param: Any) -> list[Tensor]:
     if not isinstance(param, DTensor):
         return axes
     if hasattr(local_of(param), "__create_chunk_list__"):  # says itself where it lies: not where its placements say
-        raise UserError(f"{name} is sharded by Megatron-FSDP, whose shards are not those of its placements; use fully_shard.")
+        raise UserError(
+            f"{name} is sharded by Megatron-FSDP, whose shards are not those of its placements; use fully_shard."
+        )
     where = param.device_mesh.get_coordinate()
     if where is None:
         return [axis[:0] for axis in axes]
@@ -118,7 +120,9 @@ class TensorShard(Fragment):
             self.main = local.view(-1)
             return
         flat = local.reshape(-1)
-        self.main = torch.where(flat == self.main.to(flat.dtype), self.main, flat.float())
+        if self._is_own(local):  # the parameter was fp32 and contiguous before
+            self.main = self.main.clone()
+        torch.where(flat == self.main.to(flat.dtype), self.main, flat.float(), out=self.main)
 
     def _is_own(self, local: Tensor) -> bool:
         return local.data_ptr() == self.main.data_ptr()

@@ -1,5 +1,6 @@
 """A small model, its training, and what ranks of the tests do with them."""
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -286,6 +287,16 @@ def complaints() -> dict[str, str]:
     whole = make_optimizer(saved, "muon")
     train(saved, whole, 0, 1)
     tried("one rank's file", lambda: torch.save(whole.state_dict(), "/dev/null"))
+    replicas = make_optimizer(saved, "adamw")
+    train(saved, replicas, 0, 2)
+    file = io.BytesIO()
+    torch.save(replicas.state_dict(), file)
+    file.seek(0)
+    lone = make_model()
+    alone_again = make_optimizer(lone, "adamw", process_group=dist.new_group([rank], use_local_synchronization=True))
+    alone_again.load_state_dict(torch.load(file, weights_only=True))
+    lone.load_state_dict(saved.module.state_dict())
+    found["replicas' file"] = str(train(lone, alone_again, 2, 4) == train(saved, replicas, 2, 4))
     before = make_model()
     early = make_optimizer(before, "adamw")
     fully_shard(before)

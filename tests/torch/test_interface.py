@@ -216,6 +216,17 @@ def test_weights_that_are_not_contiguous_are_trained() -> None:
     assert not turned.is_contiguous() and torch.equal(turned, plain)
 
 
+def test_a_look_at_the_state_does_not_bind_it_to_the_weights_of_then() -> None:
+    model, optimizer = _two("muon_h")
+    assert len(optimizer.state) == len(list(model.parameters()))
+    model.load_state_dict({name: 3.0 * value for name, value in model.state_dict().items()})
+    norms = {name: float(p.norm()) for name, p in model.named_parameters()}
+    cases.train(model, optimizer, 0, 2)
+    for name, param in model.named_parameters():
+        if name.startswith("layers") and name.endswith("proj.weight"):
+            assert float(param.norm()) == pytest.approx(norms[name], rel=1e-5)
+
+
 def test_sophia_asks_for_its_curvature() -> None:
     model = cases.make_model()
     optimizer = Optimizer(model, "sophia", lr=1e-3, curvature_every=2)
@@ -314,5 +325,6 @@ def test_ranks_refuse_alike() -> None:
         assert "ranks disagree on the names" in found["names"]
         assert "DistributedDataParallel" in found["not averaged"]
         assert "full_state_dict" in found["one rank's file"]
+        assert found["replicas' file"] == "True"
         assert "after the model is wrapped" in found["wrapped later"]
         assert found["replicated"] == "[0, 1, 2]"
