@@ -194,7 +194,7 @@ def _engine_seconds(rule: str, count: int) -> float:
     from megatron_opt.distributed.domain import Domain
     from megatron_opt.distributed.exchange import Exchange
     from megatron_opt.distributed.fragments import Fragment, Rect
-    from megatron_opt.distributed.sharded_optimizer import ShardedOptimizer
+    from megatron_opt.distributed.megatron_optimizer import MegatronShardedOptimizer
 
     infos = [MatrixInfo(f"decoder.layers.{index}.weight", (8, 8)) for index in range(count)]
     fragments = []
@@ -206,7 +206,7 @@ def _engine_seconds(rule: str, count: int) -> float:
     holdings = [[(index, fragment.rects[0]) for index, fragment in enumerate(fragments)]]
     domain = Domain("", None, 0, 1, fragments, holdings, {info.name: info for info in infos}, Exchange(None, 0, 1))
     ddp = SimpleNamespace(use_distributed_optimizer=False, overlap_param_gather=False)
-    optimizer = ShardedOptimizer(
+    optimizer = MegatronShardedOptimizer(
         OptimizerConfig(optimizer="adam", lr=1e-6, clip_grad=1.0),
         [SimpleNamespace(ddp_config=ddp)],
         [domain],

@@ -10,7 +10,7 @@ from megatron_opt.distributed.domain import Domain, agree, gather_objects, proce
 from megatron_opt.distributed.exchange import Exchange
 from megatron_opt.distributed.fp8_weights import Fp8Weights
 from megatron_opt.distributed.fragments import make_fragments
-from megatron_opt.distributed.sharded_optimizer import ShardedOptimizer
+from megatron_opt.distributed.megatron_optimizer import MegatronShardedOptimizer
 from megatron_opt.distributed.weight_average import WeightAverage
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.layout.matrices import declare
@@ -72,7 +72,7 @@ def build_optimizer(
     rules: Sequence[GroupRule],
     options: EngineOptions | None = None,
     width_ratio: float | None = None,
-) -> ShardedOptimizer:
+) -> MegatronShardedOptimizer:
     """The optimizer for Megatron's (wrapped) model chunks with the given grouping."""
     from megatron.core.utils import get_model_config, unwrap_model
 
@@ -80,7 +80,7 @@ def build_optimizer(
     distributed = bool(chunks[0].ddp_config.use_distributed_optimizer)
     domains = build_domains(chunks, distributed, options)
     groups = assign(all_matrices(domains), rules, options.decay_mode, width_ratio)
-    optimizer = ShardedOptimizer(config, chunks, domains, groups, options)
+    optimizer = MegatronShardedOptimizer(config, chunks, domains, groups, options)
     for domain, step in zip(domains, optimizer.matrix_steps, strict=True):
         agree(f"optimizer plan of {domain.name}", step.placed.plan.digest(), domain.group, domain.size)
     keeps_norm = {

@@ -21,7 +21,7 @@ from megatron_opt.distributed.parts import Cell, Part, cells_of, shape2d
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 from megatron_opt.kernels import multi_tensor
-from megatron_opt.kernels.host import on_device, sum_by_index
+from megatron_opt.kernels.host import current_device, on_device, sum_by_index
 from megatron_opt.kernels.multi_tensor import Coefficients, Sum
 from megatron_opt.layout.region import Region, cover_matrix
 from megatron_opt.optimizers.base import MatrixInfo
@@ -53,6 +53,7 @@ class Domain:
     exchange: Exchange
     fp8_weights: Any = None  # Fp8Weights, where the model keeps some in FP8
     instances: int = 1  # of the distributed optimizer: equal runs of ranks, of which each holds everything
+    own_device: torch.device | None = None  # where it is not CUDA's current one
 
     def __post_init__(self) -> None:
         self.order = {name: index for index, name in enumerate(sorted(self.infos))}
@@ -77,13 +78,13 @@ class Domain:
     @property
     def device(self) -> torch.device:
         """Where this rank's tensors are, also where it holds no fragment."""
-        return torch.device(torch.cuda.current_device())
+        return self.own_device or current_device()
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """All-reduce over the domain; values are float64, and stay where they are, on the CPU or this rank's device."""
         if self.size == 1:
             return values
-        moved = values.to(torch.cuda.current_device(), copy=True)
+        moved = values.to(self.device, copy=True)
         dist.all_reduce(moved, group=self.group)
         return moved.to(values.device)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.parts import Part
 from megatron_opt.kernels.copies import copy_all
+from megatron_opt.kernels.host import current_device
 from megatron_opt.layout.region import Region
 
 
@@ -157,8 +158,15 @@ class Trip:
 class Exchange:
     """All-to-all trips over one process group (None where the group is this rank alone)."""
 
-    def __init__(self, group: Any, rank: int, size: int, dtype: torch.dtype = torch.float32) -> None:
-        self.group, self.rank, self.size, self.dtype = group, rank, size, dtype
+    def __init__(
+        self,
+        group: Any,
+        rank: int,
+        size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        self.group, self.rank, self.size, self.dtype, self.device = group, rank, size, dtype, device
         self.traffic = Traffic()
 
     def start(
@@ -178,7 +186,7 @@ class Exchange:
         send = [t for r in others for t in outgoing[r]]
         in_splits = [sum(t.numel() for t in outgoing[r]) if r != self.rank else 0 for r in range(self.size)]
         out_splits = [sum(counts[r]) if r != self.rank else 0 for r in range(self.size)]
-        device = send[0].device if send else torch.device(torch.cuda.current_device())  # an index on CUDA
+        device = send[0].device if send else self.device or current_device()
         message = torch.empty(sum(in_splits), dtype=dtype, device=device)
         pieces = message.split([t.numel() for t in send])
         copy_all([piece.view(t.shape) for piece, t in zip(pieces, send, strict=True)], send)

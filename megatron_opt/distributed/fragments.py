@@ -68,6 +68,10 @@ class Fragment:
     state: dict[str, Tensor] = field(default_factory=dict)
     quantized: bool = False  # the parameter is FP8: published by fp8_weights.py alone
 
+    def has_grad(self) -> bool:
+        """Whether the parameter got a gradient."""
+        return getattr(self.view.param, "main_grad", None) is not None or self.view.param.grad is not None
+
     def grad(self) -> Tensor | None:
         """The reduced gradient of the interval in fp32, or None where the parameter got none.
 

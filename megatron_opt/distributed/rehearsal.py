@@ -20,8 +20,8 @@ from megatron_opt.distributed import sharded_optimizer as optimizer_module
 from megatron_opt.distributed.domain import Domain
 from megatron_opt.distributed.exchange import Exchange, Holdings
 from megatron_opt.distributed.fragments import Fragment, rectangles
+from megatron_opt.distributed.megatron_optimizer import MegatronShardedOptimizer
 from megatron_opt.distributed.planning import Layout, _intervals
-from megatron_opt.distributed.sharded_optimizer import ShardedOptimizer
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.kernels import dispatch, symmetric
 from megatron_opt.layout.matrices import ParamView, split_param
@@ -37,6 +37,9 @@ class _Silence:
 
     def __init__(self, size: int, count: Count) -> None:
         self.size, self.count = size, count
+
+    def is_initialized(self) -> bool:
+        return True
 
     def get_world_size(self, group: Any = None) -> int:
         return self.size
@@ -58,7 +61,7 @@ class _Silence:
 class Rehearsal:
     """A rank's optimizer, its parameters, and what is counted."""
 
-    optimizer: ShardedOptimizer
+    optimizer: MegatronShardedOptimizer
     params: list[torch.Tensor]
     count: Count
 
@@ -164,7 +167,7 @@ def rehearsal(
         fragments = _fragments(*mine)
         domain = Domain("rehearsal", None, rank, size, fragments, holdings, infos, Exchange(None, rank, size), instances=layout.instances)
         domain.counted.fill_(1.0)  # one stage: every matrix counts once
-        optimizer = ShardedOptimizer(config, [chunk], [domain], groups, options)
+        optimizer = MegatronShardedOptimizer(config, [chunk], [domain], groups, options)
         _shares.cache_clear()  # no tensor of another rehearsal, nor one of this in a run
         stack.callback(_shares.cache_clear)
         yield Rehearsal(optimizer, [fragment.main for fragment in fragments], count)

@@ -1,4 +1,4 @@
-"""The optimizer that Megatron's training loop sees: one for all parameters, layouts and rules."""
+"""The engine: one optimizer for all parameters, layouts and rules, whatever the source of its shards."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_opt.distributed.domain import Domain, MatrixPlan
@@ -16,52 +15,49 @@ from megatron_opt.distributed.host_state import HostStates
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.post_steps import PostStep
-from megatron_opt.distributed.state import common_state, load_state, sharded_state
 from megatron_opt.distributed.weight_average import WeightAverage
 from megatron_opt.distributed.weights import WeightStep
 from megatron_opt.engine_options import EngineOptions
-from megatron_opt.errors import UserError
 from megatron_opt.kernels.host import on_device, sum_by_index
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixOptimizer
 from megatron_opt.optimizers.groups import Group
 
 
-class ShardedOptimizer(MegatronOptimizer):
+class ShardedOptimizer:
     """Steps every logical matrix once, wherever its shards are.
 
-    Gradients come reduced from Megatron's buffers, whole or as the distributed optimizer's shard. Element-wise rules
-    work on them in place; matrix rules on whole matrices at their owners. Megatron's scheduler sets every group's `lr` and
-    `weight_decay`; it knows no factor on the first, so steps take `learning_rate`. Norms for clipping are sums over
-    logical matrices, so no layout counts an element twice.
+    Gradients come reduced, whole or as this rank's shard: from Megatron's buffers (`megatron_optimizer.py`) or a torch
+    model's parameters (`megatron_opt.torch`). Element-wise rules work on them in place; matrix rules on whole matrices
+    at their owners. `param_groups`, one of each group, are set by that source: a scheduler writes their `lr` and
+    `weight_decay`, and steps take `learning_rate`. Norms for clipping are sums over logical matrices, so no layout counts
+    an element twice; they are over the ranks of `world`, torch's default group where it is None.
     """
-
-    is_stub_optimizer = False
 
     def __init__(
         self,
-        config: Any,
-        chunks: Sequence[Any],
         domains: Sequence[Domain],
         groups: Sequence[Group],
         options: EngineOptions | None = None,
+        *,
+        clip_grad: float = 0.0,
+        world: Any = None,
     ) -> None:
-        super().__init__(_Groups(), config)
         options = options or EngineOptions()
-        self.model_chunks, self.domains, self.groups = list(chunks), list(domains), list(groups)
-        self.distributed = bool(chunks[0].ddp_config.use_distributed_optimizer)
-        self.overlap_param_gather = bool(chunks[0].ddp_config.overlap_param_gather)
+        self.domains, self.groups = list(domains), list(groups)
+        self.param_groups: list[dict[str, Any]] = []
+        self.clip_grad, self.world = clip_grad, world
+        self.world_size = dist.get_world_size(world) if dist.is_initialized() else 1
         self.step_number = 0
         self.health = Health(options.on_bad_matrix)
         self.stats: dict[str, dict[str, float]] | None = None  # filled by a step when `want_stats` is set
         self.want_stats = False
         self.has_states = False  # on every rank
-        self.device = torch.device(torch.cuda.current_device())  # an index on CUDA
+        self.device = self.domains[0].device
         self.host = HostStates(self.device, options.offloaded, options.bucket_bytes)
         self.post_steps: list[PostStep] = []
         self.average: WeightAverage | None = None  # one of them
         self.stored: list[Any] = []  # state on its way from a checkpoint, between the two calls of Megatron's loading
-        self._scale_one = torch.ones(1, dtype=torch.float32, device=self.device)
         self.rules = [registry.build(group.optimizer, dict(group.options)) for group in self.groups]
         group_of = {info.name: index for index, group in enumerate(self.groups) for info in group.infos}
         self.group_of = group_of
@@ -84,72 +80,6 @@ class ShardedOptimizer(MegatronOptimizer):
             torch.tensor([group_of[name] for name in domain.order], dtype=torch.long) for domain in self.domains
         ]
         self._tables_on_device: list[list[Tensor]] = []
-        self.param_groups = self._make_param_groups()
-
-    def _make_param_groups(self) -> list[dict[str, Any]]:
-        made = []
-        for index, group in enumerate(self.groups):
-            params = [
-                fragment.main
-                for domain in self.domains
-                for fragment in domain.fragments
-                if any(self.group_of[rect.matrix] == index for rect in fragment.rects)
-            ]
-            made.append(
-                {
-                    "params": params,
-                    "name": group.name,
-                    "lr": self.config.lr or 0.0,
-                    "weight_decay": self.config.weight_decay,
-                    "lr_scale": group.lr_scale,
-                    "is_expert_parallel": False,
-                    "default_config": index == 0,  # whose learning rate Megatron logs
-                    **_decay_of(group),
-                }
-            )
-        return made
-
-    # Megatron's interface
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = value
-
-    def get_loss_scale(self) -> Tensor:
-        return self._scale_one
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop autograd's own gradients; the main ones are zeroed with Megatron's buffers."""
-        for fragment in self.fragments():
-            fragment.view.param.grad = None
-        for post in self.post_steps:
-            post.begin()
-
-    def prepare_grads(self) -> bool:
-        return False
-
-    def step_with_ready_grads(self) -> bool:
-        return bool(self.step()[0])
-
-    def reload_model_params(self, state_dict: Any = None) -> None:
-        """Take the model's parameters as the new main copies (after a load without optimizer state)."""
-        if self._fp8_weights():
-            raise UserError(
-                "main copies of weights in FP8 come from a checkpoint's optimizer state, which this one lacks; load it without "
-                "--fp8-param-gather."
-            )
-        for fragment in self.fragments():
-            param = fragment.view.param
-            if param.dtype != torch.float32:
-                fragment.main.copy_(param.detach().view(-1)[fragment.start : fragment.stop])
-        if self.step_number == 0:
-            for step in self.matrix_steps:
-                step.states.clear()
-            self.has_states = False
 
     def get_grad_norm(self) -> float:
         grads = [[_grad(fragment) for fragment in domain.fragments] for domain in self.domains]
@@ -171,11 +101,13 @@ class ShardedOptimizer(MegatronOptimizer):
     # The step
 
     @torch.no_grad()
-    def step(self) -> tuple[bool, float, float | None]:
-        """Clip, update all parameters, run the post-steps, publish; returns (True, gradient norm, zeros or None)."""
+    def update(self) -> float:
+        """Clip, update all parameters, run the post-steps, write all to the model; returns the gradient norm.
+
+        A parameter without gradient is left as it is.
+        """
         if not self.has_states:
             self.ensure_states()
-        zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
         grads = [[_grad(fragment) for fragment in domain.fragments] for domain in self.domains]
         for post in self.post_steps:
             post.prepare()
@@ -190,37 +122,15 @@ class ShardedOptimizer(MegatronOptimizer):
             self.health.report(names, self.step_number, domain.rank == 0)
         before = self._weights_before()
         self._step_matrices(grads, squares, coefficients, bad)
-        self._step_elements(grads, coefficients, bad)
+        still = [names | _without_gradient(domain) for domain, names in zip(self.domains, bad, strict=True)]
+        self._step_elements(grads, coefficients, still)
         changed = {id(fragment) for post in self.post_steps for fragment in post.run(self.step_number)}
         if before is not None:
             self._record(before)
         for fragment in self.fragments():
             if id(fragment) in changed or not self.publishes(fragment):
                 fragment.publish()
-        for weights in self._fp8_weights():
-            weights.publish()
-        if self.distributed and not self.overlap_param_gather:
-            for chunk in self.model_chunks:
-                chunk.start_param_sync()
-        return True, grad_norm, zeros
-
-    def _fp8_weights(self) -> list[Any]:
-        return [domain.fp8_weights for domain in self.domains if domain.fp8_weights is not None]
-
-    def publish_fp8(self) -> None:
-        """Weights in FP8 from the main copies, on every rank whole; outside a step, where nothing else is to be published."""
-        if self._fp8_weights():
-            self.publish()
-
-    def publish(self) -> None:
-        """All weights from the main copies, on every rank whole; outside a step."""
-        for fragment in self.fragments():
-            fragment.publish()
-        for weights in self._fp8_weights():
-            weights.publish()
-        if self.distributed:
-            for chunk in self.model_chunks:
-                chunk.start_param_sync(force_sync=True)
+        return grad_norm
 
     def publishes(self, fragment: Any) -> bool:
         """Whether the steps themselves write all of a fragment to the model."""
@@ -260,6 +170,12 @@ class ShardedOptimizer(MegatronOptimizer):
         """Take what is now in the gradient buffers, squared or not, times `scale`, as a curvature estimate."""
         for element in self.element_steps:
             element.update_curvature([_grad(fragment) for fragment in element.domain.fragments], scale, squared)
+
+    def forget_states(self) -> None:
+        """Let the matrix rules' state be made anew, of weights that have come since."""
+        for step in self.matrix_steps:
+            step.states.clear()
+        self.has_states = False
 
     def ensure_states(self) -> None:
         """Make the matrix rules' state from the current weights where there is none yet."""
@@ -302,23 +218,23 @@ class ShardedOptimizer(MegatronOptimizer):
         return self._tables_on_device
 
     def _clip_factor(self, norms: dict[str, float], group: Group) -> float:
-        limit = self.config.clip_grad
+        limit = self.clip_grad
         if limit <= 0 or group.clip_scope is None:
             return 1.0
         return min(1.0, limit / (norms[group.clip_scope] + 1e-6))
 
     def _sum_over_domains(self, sums: Sequence[Tensor]) -> Tensor:
         """Over the whole model, of what each domain has summed over its ranks."""
-        if all(domain.size == dist.get_world_size() for domain in self.domains):
+        if all(domain.size == self.world_size for domain in self.domains):
             return torch.stack(list(sums)).sum(0) if len(sums) > 1 else sums[0]
         shares = [value / domain.size for value, domain in zip(sums, self.domains, strict=True)]
         return self._sum_over_world(torch.stack(shares).sum(0))
 
     def _sum_over_world(self, values: Tensor) -> Tensor:
-        if dist.get_world_size() == 1:
+        if self.world_size == 1:
             return values
-        moved = values.to(torch.cuda.current_device(), copy=True)
-        dist.all_reduce(moved)
+        moved = values.to(self.device, copy=True)
+        dist.all_reduce(moved, group=self.world)
         return moved.to(values.device)
 
     # Statistics for the log
@@ -348,34 +264,10 @@ class ShardedOptimizer(MegatronOptimizer):
         """Fragments of all domains."""
         return [fragment for domain in self.domains for fragment in domain.fragments]
 
-    # Checkpoints: see state.py
 
-    def state_dict(self, is_loading: bool = False) -> dict[str, Any]:
-        return common_state(self)
-
-    def sharded_state_dict(
-        self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        return sharded_state(self)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        load_state(self, state_dict)
-        self.publish_fp8()
-
-
-def _decay_of(group: Group) -> dict[str, float]:
-    """Megatron's scheduler keys: the run's weight decay, none, or a value of the group's own."""
-    if isinstance(group.weight_decay, bool):
-        return {"wd_mult": float(group.weight_decay)}
-    return {"wd_mult": 1.0, "start_wd": group.weight_decay, "end_wd": group.weight_decay}
-
-
-class _Groups:
-    """What Megatron reaches through `optimizer.optimizer`: the parameter groups."""
-
-    def __init__(self) -> None:
-        self.param_groups: list[dict[str, Any]] = []
-        self.state: dict[Any, Any] = {}
+def _without_gradient(domain: Domain) -> set[str]:
+    """Matrices whose parameter got no gradient: matrix rules see the zeros in its place, others would decay it."""
+    return {rect.matrix for fragment in domain.fragments if not fragment.has_grad() for rect in fragment.rects}
 
 
 def _grad(fragment: Any) -> Tensor:

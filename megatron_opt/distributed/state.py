@@ -63,6 +63,12 @@ class Piece:
     codes: packed_state.Codes | None = None
     replica: int = 0
 
+    def take(self, value: Tensor) -> None:
+        """A checkpoint's value into the state."""
+        self.tensor.copy_(value)
+        if self.codes is not None:
+            self.codes.encode(self.tensor.view(-1))
+
     @property
     def name(self) -> str:
         """Its name on this rank."""
@@ -132,8 +138,8 @@ def _stack(
             start = at
 
 
-def collect(optimizer: Keeper, index: int) -> list[Piece]:
-    """Everything that this rank keeps of domain `index`; collective, to number what several ranks hold alike."""
+def local_pieces(optimizer: Keeper, index: int) -> list[Piece]:
+    """Everything that this rank keeps of domain `index`; what several parts have alike, once for each."""
     domain = optimizer.domains[index]
     found = []
     for fragment in domain.fragments:
@@ -156,6 +162,12 @@ def collect(optimizer: Keeper, index: int) -> list[Piece]:
             found.append(Piece(key, name, tensor.detach(), replica=number + again))
         else:
             found.append(_placed(key, place, tensor, whole))
+    return found
+
+
+def collect(optimizer: Keeper, index: int) -> list[Piece]:
+    """As `local_pieces`; collective, to number what several ranks hold alike."""
+    domain, found = optimizer.domains[index], local_pieces(optimizer, index)
     places = [None if piece.rect is None else (piece.key, *piece.rect.key) for piece in found]
     holders: dict[Any, int] = {}
     for rank, theirs in enumerate(gather_objects(places, domain.group, domain.size)):
@@ -249,9 +261,7 @@ def load_state(optimizer: Keeper, state: dict[str, Any]) -> None:
         )
     optimizer.step_number = int(state["step"])
     for piece in (piece for pieces in optimizer.stored for piece in pieces):
-        piece.tensor.copy_(state["tensors"][piece.name])
-        if piece.codes is not None:
-            piece.codes.encode(piece.tensor.view(-1))
+        piece.take(state["tensors"][piece.name])
     optimizer.stored = []
     for fragment in optimizer.fragments():
         fragment.publish()

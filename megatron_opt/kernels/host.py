@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def current_device() -> torch.device:
+    """CUDA's current one, with its index; the CPU where the platform answers for CUDA."""
+    return torch.device(torch.cuda.current_device())
+
+
 def on_device(values: Sequence[float] | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Numbers of the host on a device; the host goes on at once."""
     found = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)

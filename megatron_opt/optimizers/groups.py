@@ -148,17 +148,24 @@ def load_rules(path: str | Path, flags: Mapping[str, Options] | None = None) -> 
     entries = content.get("groups") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path} has no list `groups`; write one entry (match, optimizer, …) for each group.")
+    return read_rules(str(path), entries, flags)
+
+
+def read_rules(
+    where: str, entries: Sequence[Mapping[str, Any]], flags: Mapping[str, Options] | None = None
+) -> list[GroupRule]:
+    """Rules from the entries of a file's list `groups`; `where` is what complaints name."""
     known = {item.name for item in fields(GroupRule)}
     rules = []
     for number_of, entry in enumerate(entries, 1):
-        if not isinstance(entry, dict) or not {"match", "optimizer"} <= set(entry):
-            raise UserError(f"{path}, group {number_of}: give at least `match` and `optimizer`.")
+        if not isinstance(entry, Mapping) or not {"match", "optimizer"} <= set(entry):
+            raise UserError(f"{where}, group {number_of}: give at least `match` and `optimizer`.")
         if unknown := sorted(set(entry) - known):
-            raise UserError(f"{path}, group {number_of} has no key {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+            raise UserError(f"{where}, group {number_of} has no key {unknown[0]!r}; it has {', '.join(sorted(known))}.")
         try:
             rules.append(_read_rule(entry, flags or {}))
         except UserError as error:
-            raise UserError(f"{path}, group {number_of}: {error}") from error
+            raise UserError(f"{where}, group {number_of}: {error}") from error
     return rules
 
 

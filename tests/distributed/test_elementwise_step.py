@@ -37,7 +37,8 @@ def _train(domains: list[tuple[str, ...]], rule: Any, grouped: bool) -> dict[str
         ]
         holdings = [[(i, fragment.rects[0]) for i, fragment in enumerate(fragments)]]
         infos = {n: MatrixInfo(n, SHAPES[n]) for n in names}
-        domain = Domain("", None, 0, 1, fragments, holdings, infos, None)  # type: ignore[arg-type]
+        cpu = torch.device("cpu")
+        domain = Domain("", None, 0, 1, fragments, holdings, infos, None, own_device=cpu)  # type: ignore[arg-type]
         steps.append(ElementwiseStep(domain, groups, [rule, rule], group_of))
     for number in range(1, 4):
         grads = {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}

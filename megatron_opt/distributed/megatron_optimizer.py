@@ -1,0 +1,160 @@
+"""The engine as Megatron's training loop sees it: gradients and parameters in Megatron's buffers, checkpoints in its format."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from megatron_opt.distributed.domain import Domain
+from megatron_opt.distributed.sharded_optimizer import ShardedOptimizer
+from megatron_opt.distributed.state import common_state, load_state, sharded_state
+from megatron_opt.engine_options import EngineOptions
+from megatron_opt.errors import UserError
+from megatron_opt.optimizers.groups import Group
+
+
+class MegatronShardedOptimizer(ShardedOptimizer, MegatronOptimizer):
+    """Steps what Megatron's buffers hold, whole or as the distributed optimizer's shard.
+
+    Megatron's scheduler sets every group's `lr` and `weight_decay`; it knows no factor on the first, so steps take
+    `learning_rate`.
+    """
+
+    is_stub_optimizer = False
+
+    def __init__(
+        self,
+        config: Any,
+        chunks: Sequence[Any],
+        domains: Sequence[Domain],
+        groups: Sequence[Group],
+        options: EngineOptions | None = None,
+    ) -> None:
+        MegatronOptimizer.__init__(self, _Groups(), config)
+        ShardedOptimizer.__init__(self, domains, groups, options, clip_grad=config.clip_grad)
+        self.model_chunks = list(chunks)
+        self.distributed = bool(chunks[0].ddp_config.use_distributed_optimizer)
+        self.overlap_param_gather = bool(chunks[0].ddp_config.overlap_param_gather)
+        self._scale_one = torch.ones(1, dtype=torch.float32, device=self.device)
+        self.param_groups = self._make_param_groups()
+
+    def _make_param_groups(self) -> list[dict[str, Any]]:
+        made = []
+        for index, group in enumerate(self.groups):
+            params = [
+                fragment.main
+                for domain in self.domains
+                for fragment in domain.fragments
+                if any(self.group_of[rect.matrix] == index for rect in fragment.rects)
+            ]
+            made.append(
+                {
+                    "params": params,
+                    "name": group.name,
+                    "lr": self.config.lr or 0.0,
+                    "weight_decay": self.config.weight_decay,
+                    "lr_scale": group.lr_scale,
+                    "is_expert_parallel": False,
+                    "default_config": index == 0,  # whose learning rate Megatron logs
+                    **_decay_of(group),
+                }
+            )
+        return made
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    def get_loss_scale(self) -> Tensor:
+        return self._scale_one
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop autograd's own gradients; the main ones are zeroed with Megatron's buffers."""
+        for fragment in self.fragments():
+            fragment.view.param.grad = None
+        for post in self.post_steps:
+            post.begin()
+
+    def prepare_grads(self) -> bool:
+        return False
+
+    def step_with_ready_grads(self) -> bool:
+        return bool(self.step()[0])
+
+    def step(self) -> tuple[bool, float, float | None]:
+        """Update all parameters and publish them; returns (True, gradient norm, zeros or None)."""
+        zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
+        grad_norm = self.update()
+        for weights in self._fp8_weights():
+            weights.publish()
+        if self.distributed and not self.overlap_param_gather:
+            for chunk in self.model_chunks:
+                chunk.start_param_sync()
+        return True, grad_norm, zeros
+
+    def reload_model_params(self, state_dict: Any = None) -> None:
+        """Take the model's parameters as the new main copies (after a load without optimizer state)."""
+        if self._fp8_weights():
+            raise UserError(
+                "main copies of weights in FP8 come from a checkpoint's optimizer state, which this one lacks; load it without "
+                "--fp8-param-gather."
+            )
+        for fragment in self.fragments():
+            param = fragment.view.param
+            if param.dtype != torch.float32:
+                fragment.main.copy_(param.detach().view(-1)[fragment.start : fragment.stop])
+        if self.step_number == 0:
+            self.forget_states()
+
+    def _fp8_weights(self) -> list[Any]:
+        return [domain.fp8_weights for domain in self.domains if domain.fp8_weights is not None]
+
+    def publish_fp8(self) -> None:
+        """Weights in FP8 from the main copies, on every rank whole; outside a step, where nothing else is to be published."""
+        if self._fp8_weights():
+            self.publish()
+
+    def publish(self) -> None:
+        """All weights from the main copies, on every rank whole; outside a step."""
+        for fragment in self.fragments():
+            fragment.publish()
+        for weights in self._fp8_weights():
+            weights.publish()
+        if self.distributed:
+            for chunk in self.model_chunks:
+                chunk.start_param_sync(force_sync=True)
+
+    # Checkpoints: see state.py
+
+    def state_dict(self, is_loading: bool = False) -> dict[str, Any]:
+        return common_state(self)
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return sharded_state(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        load_state(self, state_dict)
+        self.publish_fp8()
+
+
+def _decay_of(group: Group) -> dict[str, float]:
+    """Megatron's scheduler keys: the run's weight decay, none, or a value of the group's own."""
+    if isinstance(group.weight_decay, bool):
+        return {"wd_mult": float(group.weight_decay)}
+    return {"wd_mult": 1.0, "start_wd": group.weight_decay, "end_wd": group.weight_decay}
+
+
+class _Groups:
+    """What Megatron reaches through `optimizer.optimizer`: the parameter groups."""
+
+    def __init__(self) -> None:
+        self.param_groups: list[dict[str, Any]] = []
+        self.state: dict[Any, Any] = {}

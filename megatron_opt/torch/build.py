@@ -1,0 +1,123 @@
+"""From named torch parameters to the engine's domain: declare, hold, agree."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_opt.distributed.domain import Domain, agree, gather_objects
+from megatron_opt.distributed.exchange import Exchange
+from megatron_opt.distributed.fragments import rectangles
+from megatron_opt.engine_options import EngineOptions
+from megatron_opt.errors import UserError
+from megatron_opt.layout.matrices import ParamView
+from megatron_opt.optimizers.base import MatrixOptimizer
+from megatron_opt.optimizers.groups import Group
+from megatron_opt.optimizers.registry import known
+from megatron_opt.torch.matrices import Declared, Declarer
+from megatron_opt.torch.shards import TensorShard, check_parameters, local_axes
+
+
+@dataclass
+class Source:
+    """Parameters in their order, what each declares, and the domain that they make."""
+
+    named: list[tuple[str, Any]]
+    declared: list[Declared]
+    domain: Domain
+
+    @property
+    def param_of(self) -> dict[str, str]:
+        """Name of a logical matrix -> its parameter's."""
+        return {info.name: each.name for each in self.declared for info in each.infos}
+
+
+def ranks_of(group: Any) -> tuple[Any, int, int]:
+    """The ranks that share the parameters, this one's place among them, and their number; one process needs no group."""
+    if not dist.is_available() or not dist.is_initialized():
+        if group is not None:
+            raise UserError("process_group is given, but torch.distributed is not initialized; leave it out.")
+        return None, 0, 1
+    group = group or dist.group.WORLD
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise UserError("this rank is not in process_group, whose ranks share the parameters.")
+    return group, rank, dist.get_world_size(group)
+
+
+def build_source(
+    named: list[tuple[str, Any]], declarer: Declarer, options: EngineOptions, process_group: Any
+) -> Source:
+    """Declare the parameters and find who holds what of them; collective over the group."""
+    group, rank, size = ranks_of(process_group)
+    complaint = None
+    try:
+        device, declared, fragments = _declare(named, declarer)
+    except UserError as error:  # perhaps on this rank alone, and others would wait for it
+        complaint = str(error)
+    for said in gather_objects(complaint, group, size):
+        if said:
+            raise UserError(said)
+    what = str([(each.name, each.shape, each.infos) for each in declared]).encode()
+    agree("names, shapes and matrices of the parameters", hashlib.sha256(what).hexdigest()[:16], group, size)
+    mine = [(index, rect) for index, fragment in enumerate(fragments) for rect in fragment.rects]
+    infos = {info.name: info for each in declared for info in each.infos}
+    if len(infos) != sum(len(each.infos) for each in declared):
+        raise UserError("two matrices have the same name; give the suffixes of split other names.")
+    exchange = Exchange(group, rank, size, options.communication_dtype, device)
+    holdings = gather_objects(mine, group, size)
+    try:
+        domain = Domain("the model", group, rank, size, list(fragments), holdings, infos, exchange, own_device=device)
+    except RuntimeError as error:
+        raise UserError(f"{error}; shard a parameter alike on all ranks of process_group.") from error
+    return Source(named, declared, domain)
+
+
+def _declare(
+    named: list[tuple[str, Any]], declarer: Declarer
+) -> tuple[torch.device, list[Declared], list[TensorShard]]:
+    """The device of the parameters, their declarations, and this rank's fragments."""
+    device = check_parameters(named)
+    declared = [declarer.declare(name, param) for name, param in named]
+    declarer.finish()
+    fragments = []
+    for each, (name, param) in zip(declared, named, strict=True):
+        pieces, rows, cols = each.pieces(local_axes(name, param))
+        if pieces:
+            view = ParamView(name, param, rows, cols, pieces, False, False)
+            fragments.append(TensorShard.of(view, rectangles(view, 0, rows * cols)))
+    return device, declared, fragments
+
+
+def check_groups(source: Source, groups: Sequence[Group]) -> None:
+    """Refuse a matrix rule on what nobody has said is a matrix."""
+    rules = {info.name: group.optimizer for group in groups for info in group.infos}
+    for each in source.declared:
+        if each.guessed and issubclass(known(rules[each.infos[0].name]), MatrixOptimizer):
+            raise UserError(
+                f"{each.name} has {len(each.shape)} sides {list(each.shape)}, and {rules[each.infos[0].name]} trains matrices; "
+                f"say split={{{each.name!r}: 'stack'}} (a matrix of the last two sides for each of the others) or 'flatten'."
+            )
+
+
+def check_replicas(domain: Domain) -> None:
+    """Refuse gradients that differ between ranks that hold the same: nobody has averaged them. Collective."""
+    shared = []
+    for fragment in domain.fragments:
+        grad = fragment.grad()
+        for rect in fragment.rects:
+            if domain.weight[rect.key] < 1.0:
+                size = 0.0 if grad is None else float(torch.linalg.vector_norm(rect.run(grad).double()))
+                shared.append((rect.key, size))
+    found: dict[Any, float] = {}
+    for rank, theirs in enumerate(gather_objects(shared, domain.group, domain.size)):
+        for key, size in theirs:
+            other = found.setdefault(key, size)
+            if abs(size - other) > 1e-3 * max(size, other):
+                raise UserError(
+                    f"rank {rank} has another gradient of {key[0]} than other ranks that hold the same of it; wrap the model "
+                    "in DistributedDataParallel or fully_shard, or name the ranks that train together (process_group)."
+                )

@@ -1,0 +1,164 @@
+"""Optimizer state by parameter name, in whole-matrix coordinates: torch.distributed.checkpoint reshards it."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from megatron_opt.distributed.domain import gather_objects
+from megatron_opt.distributed.sharded_optimizer import ShardedOptimizer
+from megatron_opt.distributed.state import Piece, local_pieces
+from megatron_opt.errors import UserError
+
+_WHERE = (
+    "this tensor of the optimizer's state lies in shards on several ranks, and this rank has only its own: save it by "
+    "torch.distributed.checkpoint on all ranks, or take optimizer.full_state_dict() on all ranks and save that."
+)
+
+
+class ShardedState(torch.Tensor):
+    """A tensor of the state of which this rank has some rectangles, as torch.distributed.checkpoint takes it.
+
+    It has the whole's shape and no values of its own: whatever would read them as if it had is refused.
+    """
+
+    parts: list[tuple[tuple[int, ...], Tensor]]  # first indices in the whole, and the live tensor
+
+    @staticmethod
+    def __new__(cls, shape: Sequence[int], parts: Sequence[tuple[tuple[int, ...], Tensor]]) -> "ShardedState":
+        first = parts[0][1]
+        made = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=first.dtype, device=first.device)
+        made.parts = list(parts)
+        return made  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
+        raise TypeError(_WHERE)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(_WHERE)
+
+    def __deepcopy__(self, memo: Any) -> "ShardedState":
+        return ShardedState(self.shape, [(at, copy.deepcopy(tensor, memo)) for at, tensor in self.parts])
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"ShardedState({tuple(self.shape)}, {[(at, tuple(t.shape)) for at, t in self.parts]})"
+
+    # torch.distributed.checkpoint's protocol of checkpointable tensors
+
+    def __create_write_items__(self, fqn: str, whole: Any) -> list[WriteItem]:
+        return [
+            WriteItem(
+                MetadataIndex(fqn, chunk.offsets),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, TensorProperties.create_from_tensor(tensor), self.shape),
+            )
+            for chunk, (_, tensor) in zip(self.__create_chunk_list__(), self.parts, strict=True)
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(at), tensor.shape) for at, tensor in self.parts]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return next(tensor for at, tensor in self.parts if torch.Size(at) == index.offset)
+
+
+def _place(piece: Piece) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A piece's first indices in its whole, and the whole's shape."""
+    if piece.rect is None:
+        return (0,) * piece.tensor.ndim, tuple(piece.tensor.shape)
+    return (piece.rect.region.row0, piece.rect.region.col0), piece.shape
+
+
+def _key(piece: Piece, param: str) -> str:
+    """Its name among the state of its parameter: the tensor's, after the matrix's where the parameter has several."""
+    suffix = piece.matrix.removeprefix(param).lstrip(".")
+    return f"{suffix}.{piece.key}" if suffix else piece.key
+
+
+def entries(engine: ShardedOptimizer, param_of: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
+    """The state by parameter name and key.
+
+    Plain tensors where every rank has the whole (one process; element-wise rules on replicas), else ShardedState.
+    """
+    domain, matrices = engine.domains[0], engine.matrix_steps[0].infos
+    parts: dict[tuple[str, str], dict[tuple[int, ...], Tensor]] = {}
+    shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+    everywhere: dict[tuple[str, str], bool] = {}
+    for piece in local_pieces(engine, 0):
+        param = param_of[piece.matrix]
+        name, (at, shape) = (param, _key(piece, param)), _place(piece)
+        parts.setdefault(name, {}).setdefault(at, piece.tensor)
+        shapes[name] = shape
+        copies = 1 if piece.rect is None or piece.matrix in matrices else round(1.0 / domain.weight[piece.rect.key])
+        everywhere[name] = copies == domain.size and tuple(piece.tensor.shape) == shape
+    found: dict[str, dict[str, Tensor]] = {}
+    for (param, key), held in sorted(parts.items()):
+        whole = everywhere[param, key]
+        found.setdefault(param, {})[key] = (
+            held[(0,) * len(shapes[param, key])] if whole else ShardedState(shapes[param, key], list(held.items()))
+        )
+    return found
+
+
+def load_entries(
+    engine: ShardedOptimizer, param_of: Mapping[str, str], given: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Take state by parameter name: whole tensors, or the shards that `entries` has laid out and a checkpoint filled."""
+    for piece in local_pieces(engine, 0):
+        param = param_of[piece.matrix]
+        key = _key(piece, param)
+        entry = given.get(param, {}).get(key)
+        if entry is None:
+            raise UserError(
+                f"the state to be loaded has no {key} of {param}; it is another optimizer's, or one rank's share of it "
+                "(see full_state_dict)."
+            )
+        piece.take(_part(entry, piece, f"{key} of {param}"))
+    for fragment in engine.fragments():
+        fragment.publish()
+
+
+def _part(entry: Tensor, piece: Piece, what: str) -> Tensor:
+    """A piece's share of an entry."""
+    at, shape = _place(piece)
+    if tuple(entry.shape) != shape:
+        raise UserError(
+            f"the state to be loaded has {what} as {list(entry.shape)}, not {list(shape)}: another model's."
+        )
+    if isinstance(entry, ShardedState):
+        held = [tensor for first, tensor in entry.parts if first == at and tensor.shape == piece.tensor.shape]
+        if not held:
+            raise UserError(
+                f"the state to be loaded has another share of {what} than this rank's; load it by "
+                "torch.distributed.checkpoint, or from full_state_dict()."
+            )
+        return held[0]
+    return entry[tuple(slice(first, first + size) for first, size in zip(at, piece.tensor.shape))]
+
+
+def whole_entries(
+    engine: ShardedOptimizer, params: Sequence[str], found: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """Entries with every tensor whole, on the CPU of every rank; collective, one parameter after another."""
+    domain = engine.domains[0]
+    whole: dict[str, dict[str, Tensor]] = {}
+    for param in params:
+        mine = {
+            key: (tuple(t.shape), [(at, p.cpu()) for at, p in _parts(t)]) for key, t in found.get(param, {}).items()
+        }
+        for theirs in gather_objects(mine, domain.group, domain.size):
+            for key, (shape, parts) in theirs.items():
+                into = whole.setdefault(param, {})
+                for at, part in parts:
+                    into.setdefault(key, torch.zeros(shape, dtype=part.dtype))
+                    into[key][tuple(slice(a, a + n) for a, n in zip(at, part.shape))] = part
+    return whole
+
+
+def _parts(tensor: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
+    return tensor.parts if isinstance(tensor, ShardedState) else [((0,) * tensor.ndim, tensor)]
