@@ -11,6 +11,7 @@ from megatron_opt.cost_model.plan import DomainPlan
 from megatron_opt.optimizers.factored import FactoredOptimizer
 from megatron_opt.optimizers.kron import Kron
 from megatron_opt.optimizers.muon import SpectralOptimizer
+from megatron_opt.optimizers.narrow import is_narrow
 
 
 @dataclass
@@ -80,6 +81,7 @@ def _stage(
 
 # fp32 copies that a rule makes of the matrices of one bucket while it works on them: directions, momenta, blocks
 _COPIES = ((SpectralOptimizer, 2.0), (FactoredOptimizer, 4.0), (Kron, 4.0))
+_WIDENED = 6.0  # moments, factors and bases of narrow state, in fp32 while they are worked on
 
 
 def _workspace(layout: Layout, domain: DomainPlan) -> float:
@@ -100,7 +102,10 @@ def _workspace(layout: Layout, domain: DomainPlan) -> float:
     for part in domain.plan.parts:
         rows, columns = part.buffer_shape
         owned[part.rank] = owned.get(part.rank, 0.0) + rows * columns
-        copies = max(copies, next((n for kind, n in _COPIES if isinstance(domain.rules[part.matrix], kind)), 1.0))
+        rule = getattr(domain.rules[part.matrix], "inner", domain.rules[part.matrix])
+        copies = max(
+            copies, next((n + _WIDENED * is_narrow(rule) for kind, n in _COPIES if isinstance(rule, kind)), 1.0)
+        )
     bucket = max(
         layout.engine.bucket_bytes / layout.communication_bytes, max(info.numel for info in domain.infos.values())
     )

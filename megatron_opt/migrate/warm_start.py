@@ -17,6 +17,7 @@ from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer, State
 from megatron_opt.optimizers.hyperball import Hyperball
 from megatron_opt.optimizers.kron import Kron
 from megatron_opt.optimizers.muon import SpectralOptimizer
+from megatron_opt.optimizers.narrow import NarrowOptimizer, widened
 from megatron_opt.optimizers.shampoo import Shampoo
 from megatron_opt.optimizers.soap import Soap
 
@@ -101,6 +102,13 @@ def _fill_spectral(rule: SpectralOptimizer, state: State, m: Tensor) -> None:
 def moments_of_matrix(rule: Any, info: MatrixInfo, state: State, tokens: float = 1.0) -> tuple[Tensor, Tensor]:
     """(m, v) of a whole matrix from its state, in fp32."""
     rule = _inner(rule)
+    if isinstance(rule, NarrowOptimizer):
+        with widened([state], torch.float32) as (wide,):
+            return _wide_moments(rule, info, wide, tokens)
+    return _wide_moments(rule, info, state, tokens)
+
+
+def _wide_moments(rule: Any, info: MatrixInfo, state: State, tokens: float) -> tuple[Tensor, Tensor]:
     if isinstance(rule, SpectralOptimizer):
         return _spectral_moments(rule, state)
     if isinstance(rule, Soap):
@@ -117,6 +125,13 @@ def moments_of_matrix(rule: Any, info: MatrixInfo, state: State, tokens: float =
 def fill_matrix(rule: Any, info: MatrixInfo, state: State, m: Tensor, v: Tensor, tokens: float = 1.0) -> None:
     """State of a whole matrix from its moments, in place; a Hyperball radius stays that of the current weights."""
     rule = _inner(rule)
+    if isinstance(rule, NarrowOptimizer):
+        with widened([state], torch.float32) as (wide,):
+            return _fill_wide(rule, info, wide, m, v, tokens)
+    return _fill_wide(rule, info, state, m, v, tokens)
+
+
+def _fill_wide(rule: Any, info: MatrixInfo, state: State, m: Tensor, v: Tensor, tokens: float) -> None:
     if isinstance(rule, SpectralOptimizer):
         _fill_spectral(rule, state, m)
     elif isinstance(rule, Soap):

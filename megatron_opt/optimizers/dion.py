@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron_opt.errors import UserError
-from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, Scalars, State, StateKind, StateSpec
+from megatron_opt.optimizers.base import Cost, MatrixInfo, Scalars, State, StateKind, StateSpec
 from megatron_opt.optimizers.muon import SCALE_MODES, Muon, shape_scale
+from megatron_opt.optimizers.narrow import NarrowOptimizer, moment_option
 from megatron_opt.optimizers.options import check, choice, decay, epsilon, option
 from megatron_opt.optimizers.registry import register
 
@@ -33,12 +34,14 @@ class DionConfig:
     scale_mode: str = choice("unit_rms_norm", SCALE_MODES, "factor by the matrix's shape (out, in)")
     extra_scale_factor: float = option(1.0, "further factor on the update", above=0, high=1e6)
 
+    moment_dtype: str = moment_option()
+
     def __post_init__(self) -> None:
         check(self)
 
 
 @register
-class Dion(MatrixOptimizer):
+class Dion(NarrowOptimizer):
     """B = M + G;  P = qr(B Q);  R = BᵀP;  M ← B − (1−μ)·P Rᵀ;  Q ← R/(‖R_j‖ + ε);  u = √(out/in)·P Qᵀ, rank r."""
 
     name: ClassVar[str] = "dion"
@@ -56,12 +59,12 @@ class Dion(MatrixOptimizer):
             )
         generator = torch.Generator().manual_seed(zlib.crc32(info.name.encode()))  # alike on every layout and device
         right = torch.randn(info.shape[1], self.rank(info), generator=generator)
-        return {"momentum_buffer": torch.zeros_like(weight), "right_factor": right.to(weight)}
+        return self.moments(weight, ("momentum_buffer",)) | {"right_factor": right.to(weight)}
 
     def state_spec(self, info: MatrixInfo) -> StateSpec:
-        return {"momentum_buffer": StateKind.MATRIX, "right_factor": StateKind.SHARED}
+        return self.moments_spec(("momentum_buffer",)) | {"right_factor": StateKind.SHARED}
 
-    def update(
+    def directions(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
     ) -> list[Tensor]:
         return [self._direction(grad, state, info) for grad, state, info in zip(grads, states, infos)]
@@ -87,10 +90,11 @@ class Dion(MatrixOptimizer):
     def cost(self, info: MatrixInfo) -> Cost:
         (rows, columns), rank = info.shape, self.rank(info)
         kind = "gemm" if min(info.shape) > 128 else "small_gemm"
-        return Cost(
+        cost = Cost(
             # B·Q, Bᵀ·P, P·Rᵀ, P·Qᵀ; geqrf and householder_product of (out, r)
             flops={kind: 8.0 * rows * columns * rank, "qr": 4.0 * rows * rank**2 - 4.0 / 3.0 * rank**3},
             # momentum and gradient summed 3, norm 1, read by two products 2, deflated 2, direction 1
             elementwise_bytes=4.0 * (9 * rows * columns + 8 * columns * rank + 4 * rows * rank),
-            state_bytes=4.0 * (rows * columns + columns * rank),
+            state_bytes=self.moment_bytes(rows * columns) + 4.0 * columns * rank,
         )
+        return self.with_conversion(cost)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from megatron_opt.kernels import products
 from megatron_opt.optimizers.asking import Asking, together
-from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer, Shape, State, StateKind, StateSpec
+from megatron_opt.optimizers.base import MatrixInfo, Shape, State, StateKind, StateSpec
 from megatron_opt.optimizers.blocks import Grid, apart, as_matrix, batched, put_back
 from megatron_opt.optimizers.families import SMALL, Family, Planner
+from megatron_opt.optimizers.narrow import NarrowOptimizer, moment_option
 from megatron_opt.optimizers.options import check, choice, decay, option
 from megatron_opt.optimizers.partition import Partition
 
@@ -35,8 +36,11 @@ class FactoredConfig:
     precondition_1d: bool = option(True, "a factor for vectors too")
     stagger: bool = option(False, "spread refreshes over steps by a hash of the matrix's name")
     factor_precision: str = choice(
-        "fp32", ("fp32", "fp64"), "dtype of the factors; fp64 keeps small eigenvectors exact"
+        "fp32",
+        ("bf16", "fp32", "fp64"),
+        "dtype of the factors; fp64 keeps small eigenvectors exact; bf16: of bases and roots too",
     )
+    moment_dtype: str = moment_option()
 
     def __post_init__(self) -> None:
         check(self)
@@ -94,7 +98,7 @@ class Blocks:
         return Blocks(chosen(self.grads), states, factors, derived, self.step, self.due, names)
 
 
-class FactoredOptimizer(MatrixOptimizer):
+class FactoredOptimizer(NarrowOptimizer):
     """A rule with a factor for each side of each block; the subclass says what is derived from it and used how."""
 
     block_keys: ClassVar[tuple[str, ...]]  # states of the matrix's shape that a block step reads and writes
@@ -153,13 +157,14 @@ class FactoredOptimizer(MatrixOptimizer):
     def state_spec(self, info: MatrixInfo) -> StateSpec:
         regions = range(len(self.grid(info).shapes()))
         stacks = [f"{kind}_{region}_{side}" for region in regions for side in self.sides(info) for kind in ("gg", "q")]
-        spec: StateSpec = dict.fromkeys(self.block_keys, StateKind.MATRIX)
-        return spec | {"ready": StateKind.FLAG} | dict.fromkeys(stacks, StateKind.BLOCKS)
+        return self.moments_spec(self.moment_keys) | {"ready": StateKind.FLAG} | dict.fromkeys(stacks, StateKind.BLOCKS)
 
     def init_factors(self, info: MatrixInfo, device: torch.device, dtype: torch.dtype) -> State:
         """Factors of all blocks and what is derived from them."""
         state = {}
-        wide = torch.float64 if self.config.factor_precision == "fp64" else dtype
+        wide, dtype = {"fp64": (torch.float64, dtype), "bf16": (torch.bfloat16, torch.bfloat16)}.get(
+            self.config.factor_precision, (dtype, dtype)
+        )
         for region, (count, *block) in enumerate(self.grid(info).shapes()):
             for side in self.sides(info):
                 shape = (count, block[side], block[side])
@@ -169,7 +174,17 @@ class FactoredOptimizer(MatrixOptimizer):
 
     def init_moments(self, weight: Tensor) -> State:
         """States of the weight's shape."""
-        return {key: torch.zeros_like(weight) for key in self.block_keys}
+        return self.moments(weight, self.moment_keys)
+
+    @property
+    def moment_keys(self) -> tuple[str, ...]:
+        """States of the matrix's shape."""
+        return self.block_keys
+
+    @property
+    def factor_bytes(self) -> float:
+        """Bytes of an element of a factor and of what is derived from it."""
+        return {"bf16": 4.0, "fp32": 8.0, "fp64": 12.0}[self.config.factor_precision]
 
     def init_flag(self, dtype: torch.dtype) -> State:
         """Whether the matrix has begun."""
@@ -184,12 +199,12 @@ class FactoredOptimizer(MatrixOptimizer):
         (_, rows, columns), *_ = self.grid(info).shapes()
         return rows, columns
 
-    def partition(self, info: MatrixInfo) -> Partition | None:
+    def parts(self, info: MatrixInfo) -> Partition | None:
         return FactoredPartition(self, info, self.tile(info))
 
     # One step on whole matrices
 
-    def update(
+    def directions(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
     ) -> list[Tensor]:
         ready = torch.cat([state["ready"] for state in states]).tolist()

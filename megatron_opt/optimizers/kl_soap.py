@@ -76,9 +76,9 @@ class KlSoap(Soap):
         seen = values.amax(-1, keepdim=True) > _LEAST
         return torch.where(seen, values.maximum(floor).rsqrt(), torch.ones_like(values))
 
-    def partition(self, info: MatrixInfo) -> Partition | None:
+    def parts(self, info: MatrixInfo) -> Partition | None:
         """Blocks; a block stays whole."""
-        return FactoredOptimizer.partition(self, info)
+        return FactoredOptimizer.parts(self, info)
 
     def cost(self, info: MatrixInfo) -> Cost:
         cost, more = super().cost(info), 0.0

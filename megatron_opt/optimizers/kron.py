@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_opt.kernels import preconditioner, products, projection
-from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, State, StateKind, StateSpec
+from megatron_opt.optimizers.base import Cost, MatrixInfo, State, StateKind, StateSpec
 from megatron_opt.optimizers.blocks import Grid, apart, as_matrix, batched
 from megatron_opt.optimizers.families import SMALL, Planner
+from megatron_opt.optimizers.narrow import NarrowOptimizer, moment_option
 from megatron_opt.optimizers.options import OptionError, check, choice, decay, option
 from megatron_opt.optimizers.registry import register
 
@@ -42,6 +43,8 @@ class KronConfig:
     max_update_rms: float = option(1.1, "matrices' directions are scaled down to this RMS; 0: not", low=0, high=1e9)
     balance_every: int = option(100, "updates of the factors between balancing them; 0: never", low=0, high=10**12)
     update_form: str = choice("triangular", ("triangular", "procrustes"), "how factors are updated")
+    factor_precision: str = choice("fp32", ("bf16", "fp32"), "dtype of the factors")
+    moment_dtype: str = moment_option()
 
     def __post_init__(self) -> None:
         check(self)
@@ -84,7 +87,7 @@ class _Item:
 
 
 @register
-class Kron(MatrixOptimizer):
+class Kron(NarrowOptimizer):
     """m ← EMA(g/‖g‖), bias-corrected;  Q₀, Q₁ learnt so that QᵀQ whitens m;  direction = Q₀ᵀQ₀·m·Q₁ᵀQ₁, RMS ≤ 1.1."""
 
     name: ClassVar[str] = "kron"
@@ -113,19 +116,20 @@ class Kron(MatrixOptimizer):
         return Grid.of(shape, tuple(size if size and not flat else side for side, flat in zip(shape, diagonal)))
 
     def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
-        state = {"exp_avg": torch.zeros_like(weight)}
+        state = self.moments(weight, ("exp_avg",))
+        kept = torch.bfloat16 if self.config.factor_precision == "bf16" else weight.dtype
         scale = self.config.preconditioner_init_scale ** (1 / len(info.shape))
         for region, (count, *block) in enumerate(self.grid(info).shapes()):
             for side, flat in enumerate(self.diagonal(info)):
                 eye = weight.new_ones(block[side])
                 eye = eye if flat else torch.eye(block[side], dtype=weight.dtype, device=weight.device)
-                state[f"q_{region}_{side}"] = (scale * eye).expand(count, *eye.shape).contiguous()
+                state[f"q_{region}_{side}"] = (scale * eye).expand(count, *eye.shape).to(kept).contiguous()
                 if self.config.update_form == "procrustes":
                     state[f"bound_{region}_{side}"] = weight.new_ones(count)
         return state
 
     def state_spec(self, info: MatrixInfo) -> StateSpec:
-        spec = {"exp_avg": StateKind.MATRIX}
+        spec = self.moments_spec(("exp_avg",))
         for region in range(len(self.grid(info).shapes())):
             for side, flat in enumerate(self.diagonal(info)):
                 spec[f"q_{region}_{side}"] = StateKind.SHARED if flat else StateKind.BLOCKS
@@ -152,7 +156,7 @@ class Kron(MatrixOptimizer):
         torch._foreach_div_(grads, 1 - self.config.beta1**step)
         return [as_matrix(grad) for grad in grads]
 
-    def update(
+    def directions(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
     ) -> list[Tensor]:
         cfg, number, plan = self.config, self.schedule(step), self.plan(grads, infos)
@@ -266,11 +270,14 @@ class Kron(MatrixOptimizer):
     def cost(self, info: MatrixInfo) -> Cost:
         apply, refresh, state = 0.0, {"gemm": 0.0, "solve": 0.0}, 0.0
         rows, columns = (*info.shape, 1)[:2]
-        procrustes = self.config.update_form == "procrustes"
+        procrustes, wide = (
+            self.config.update_form == "procrustes",
+            2.0 if self.config.factor_precision == "bf16" else 4.0,
+        )
         for count, *block in self.grid(info).shapes():
             for side, flat in enumerate(self.diagonal(info)):
                 size, other = block[side], block[1 - side]
-                state += 4.0 * count * (size if flat else size * size) + 4.0 * count * procrustes
+                state += wide * count * (size if flat else size * size) + 4.0 * count * procrustes
                 if flat:
                     continue
                 apply += 4.0 * count * size * size * other
@@ -280,10 +287,11 @@ class Kron(MatrixOptimizer):
                     refresh["gemm"] += count * (6.0 * size * size * other + 2.0 * size**3 + 4.0 * size**2)
                     refresh["solve"] += count * float(size * size * other)
         large = max(max(shape[1:]) for shape in self.grid(info).shapes()) > SMALL
-        return Cost(
+        cost = Cost(
             flops={"gemm" if large else "small_gemm": apply} if apply else {},
             refresh={key: value for key, value in refresh.items() if value},
             refresh_every=1 / self.config.update_probability,
             elementwise_bytes=4.0 * 14 * rows * columns,
-            state_bytes=state + 4.0 * rows * columns,
+            state_bytes=state + self.moment_bytes(rows * columns),
         )
+        return self.with_conversion(cost)

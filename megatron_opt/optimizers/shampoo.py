@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_opt.kernels import preconditioner
 from megatron_opt.optimizers.asking import Asking, joined
-from megatron_opt.optimizers.base import Cost, MatrixInfo, State, StateKind, StateSpec
+from megatron_opt.optimizers.base import Cost, MatrixInfo, State
 from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer
 from megatron_opt.optimizers.guarded import guarded
 from megatron_opt.optimizers.options import choice, decay, epsilon, option
@@ -39,15 +39,9 @@ class Shampoo(FactoredOptimizer):
     Config: ClassVar[type] = ShampooConfig
     block_keys: ClassVar[tuple[str, ...]] = ("exp_avg",)
 
-    def init_state(self, weight: Tensor, info: MatrixInfo) -> State:
-        state = super().init_state(weight, info)
-        if self.config.grafting == "adam":
-            state["graft_sq"] = torch.zeros_like(weight)
-        return state
-
-    def state_spec(self, info: MatrixInfo) -> StateSpec:
-        grafted = {"graft_sq": StateKind.MATRIX} if self.config.grafting == "adam" else {}
-        return super().state_spec(info) | grafted
+    @property
+    def moment_keys(self) -> tuple[str, ...]:
+        return (*self.block_keys, "graft_sq") if self.config.grafting == "adam" else self.block_keys
 
     def before_blocks(self, grad: Tensor, state: State) -> None:
         state["exp_avg"].lerp_(grad, 1 - self.config.beta1)
@@ -79,11 +73,11 @@ class Shampoo(FactoredOptimizer):
             for block in failed:
                 self.failed(blocks.names[block])
 
-    def update(
+    def directions(
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
     ) -> list[Tensor]:
         cfg = self.config
-        directions = super().update(grads, states, step, infos)
+        directions = super().directions(grads, states, step, infos)
         for u, g, state in zip(directions, grads, states):
             if cfg.grafting == "adam":
                 second = state["graft_sq"].mul_(cfg.graft_beta2).addcmul_(g, g, value=1 - cfg.graft_beta2)
@@ -93,9 +87,9 @@ class Shampoo(FactoredOptimizer):
                 u.mul_(torch.where(norm > 0, length / norm, torch.zeros_like(norm)))
         return directions
 
-    def partition(self, info: MatrixInfo) -> Partition | None:
+    def parts(self, info: MatrixInfo) -> Partition | None:
         """Blocks; none where the direction's length is AdamW's, a norm of the whole matrix."""
-        return super().partition(info) if self.config.grafting == "none" else None
+        return super().parts(info) if self.config.grafting == "none" else None
 
     def width_exponent(self) -> float:
         """As SOAP's with the length of AdamW's step; without it the step keeps its spectral norm."""
@@ -104,20 +98,20 @@ class Shampoo(FactoredOptimizer):
     def cost(self, info: MatrixInfo) -> Cost:
         gemm, refresh, state = 0.0, 0.0, 4.0
         numel = torch.Size(info.shape).numel()
-        wide = 8.0 if self.config.factor_precision == "fp64" else 4.0
         for count, *block in self.grid(info).shapes():
             for side in self.sides(info):
                 size, other = block[side], block[1 - side]
                 gemm += count * 4.0 * size * size * other  # factor 2, root 2
                 refresh += count * float(size**3)
-                state += count * size * size * (wide + 4.0)
+                state += count * size * size * self.factor_bytes
         grafted = self.config.grafting == "adam"
         newton = self.config.root == "newton"
-        return Cost(
+        cost = Cost(
             flops={"gemm" if self.is_large(info) else "small_gemm": gemm} if gemm else {},
             # eigh: V·Λ·Vᵀ beside the decomposition; Newton: about 20 iterations of two squarings and two products
             refresh={"gemm": 160.0 * refresh} if newton else {"eigh": 9.0 * refresh, "gemm": 2.0 * refresh},
             refresh_every=self.config.precondition_frequency,
             elementwise_bytes=4.0 * (10 + 8 * grafted) * numel,
-            state_bytes=state + 4.0 * (1 + grafted) * numel,
+            state_bytes=state + self.moment_bytes(numel, 1 + grafted),
         )
+        return self.with_conversion(cost)

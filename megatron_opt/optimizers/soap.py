@@ -76,7 +76,7 @@ class Soap(FactoredOptimizer):
     def is_due(self, info: MatrixInfo, step: int) -> bool:
         return super().is_due(info, step - 1 if self.authors else step)
 
-    def partition(self, info: MatrixInfo) -> Partition | None:
+    def parts(self, info: MatrixInfo) -> Partition | None:
         return SoapPartition(self, info, self.tile(info), self.shard_dim(info))
 
     def shard_dim(self, info: MatrixInfo) -> int | None:
@@ -299,12 +299,13 @@ class Soap(FactoredOptimizer):
                 gemm += count * 6.0 * size * size * other  # factor 2, rotations of g in and of u out 4
                 refresh["gemm"] += count * (4.0 * size * size * other + 2.0 * size**3)  # m to the new basis; A·Q
                 refresh["qr"] += count * 8.0 / 3.0 * size**3  # geqrf 4/3 and householder_product 4/3
-                state += count * size * size * (12.0 if self.config.factor_precision == "fp64" else 8.0)
+                state += count * size * size * self.factor_bytes
         kind = "gemm" if self.is_large(info) else "small_gemm"
-        return Cost(
+        cost = Cost(
             flops={kind: gemm} if gemm else {},
             refresh=refresh if gemm else {},
             refresh_every=self.config.precondition_frequency,
             elementwise_bytes=4.0 * 16 * rows * columns,
-            state_bytes=state + 8.0 * rows * columns,
+            state_bytes=state + self.moment_bytes(rows * columns, 2),
         )
+        return self.with_conversion(cost)

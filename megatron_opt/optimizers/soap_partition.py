@@ -17,6 +17,7 @@ from megatron_opt.optimizers.blocks import as_matrix
 from megatron_opt.optimizers.factored import FactoredPartition
 from megatron_opt.optimizers.guarded import guarded
 from megatron_opt.optimizers.message import Message
+from megatron_opt.optimizers.narrow import widened
 from megatron_opt.optimizers.partition import Collective, ShardStep, all_gather, reduce_scatter, shares, to_first
 
 if TYPE_CHECKING:
@@ -82,6 +83,10 @@ class SoapPartition(FactoredPartition):
     def step(
         self, grad: Tensor, state: State, shared: State, step: int, index: int, edges: tuple[int, ...]
     ) -> ShardStep:
+        with widened([state, shared], grad.dtype) as (wide, factors):
+            return (yield from self._step(grad, wide, factors, step, index))
+
+    def _step(self, grad: Tensor, state: State, shared: State, step: int, index: int) -> ShardStep:
         sums, answer, begun = self.sums(), self.answer(grad.dtype), bool(state["ready"].item())
         total = yield sums.pack(**self._shares(grad, state, first=not begun or step <= 2))
         mine = grad.new_empty(0, 1, dtype=answer.dtype)
@@ -241,7 +246,7 @@ class SoapPartition(FactoredPartition):
             count, size, _ = self._factors(region)
             alone["gemm"] += count * 2.0 * size**3
             alone["qr"] += count * 8.0 / 3.0 * size**3
-            held += count * size * size * (12.0 if self.optimizer.config.factor_precision == "fp64" else 8.0)
+            held += count * size * size * self.optimizer.factor_bytes
         spread = replace(
             whole,
             refresh={kind: value - alone[kind] for kind, value in whole.refresh.items()},

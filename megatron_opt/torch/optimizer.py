@@ -69,6 +69,10 @@ class Optimizer(torch.optim.Optimizer):
                 _check_number(what, value)
             if options.split_heads:
                 raise UserError("split_heads is for Megatron's layers; give split={pattern: {'q0': rows, …}}.")
+            if options.ema_decay:
+                raise UserError("ema_decay is for Megatron jobs; use torch.optim.swa_utils.AveragedModel.")
+            if options.optimizer_cpu_offload:
+                raise UserError("optimizer_cpu_offload is for Megatron jobs; use fully_shard's CPUOffloadPolicy.")
             rules = _rules(name, config, partner, scalar_lr_ratio, groups)
             embeddings = embeddings_of(params) if isinstance(params, nn.Module) else []
             named = _named(params)

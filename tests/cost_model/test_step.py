@@ -108,6 +108,17 @@ def test_state_in_host_memory_leaves_the_gpu_and_takes_the_link() -> None:
         step(f"{words} {OFFLOAD}", 8, replace(away.cluster, host=None))
 
 
+def test_soap_in_bf16_fits_where_adamw_in_fp32_does() -> None:
+    """7B on four H100, 2,048 tokens a micro-batch: SOAP in fp32 does not."""
+    narrow = "--soap-factor-precision bf16 --soap-moment-dtype bf16"
+    found = {
+        name: step(f"{SEVEN} --seq-length 2048 --global-batch-size 64 --optimizer {name}", 4, exact=False).memory.total
+        for name in ("adamw", "soap", f"soap {narrow}")
+    }
+    adamw, wide, small = found.values()
+    assert small < adamw < load("h100").memory < wide
+
+
 def test_without_the_distributed_optimizer_every_rank_keeps_all() -> None:
     s = step("--preset llama-130m --optimizer adamw", 8)
     assert s.memory.optimizer_state == 8 * s.model.total_parameters

@@ -14,6 +14,9 @@ from tests.distributed.pool import Pool, Run
 
 TP2_EP2 = Layout.of("tp2-ep2", 4, tp=2, ep=2, etp=1, sp=True)
 OFFLOADED = Layout.of("dp2-offloaded", 2, distopt=True, more=("--optimizer-cpu-offload", "--exchange-bucket-mb=0.01"))
+NARROW = [*c.SOAP_BLOCKS, *"--soap-factor-precision bf16 --soap-moment-dtype bf16 --matrix-mode group".split()]
+CODES = "--optimizer kron --kron-factor-precision bf16 --kron-moment-dtype int8".split()
+ROUNDED = ("bf16", "int8", "narrow", "codes")  # another layout's rounding parts runs
 MODELS = {
     "dense": [*c.DENSE, *c.MUON],
     "group": [*c.DENSE, *c.MUON, "--matrix-mode", "group"],
@@ -26,6 +29,8 @@ MODELS = {
     "soap": [*c.DENSE, *c.SOAP],
     "adamw": [*c.DENSE, *c.ADAMW],
     "bf16": [*c.DENSE, *c.MUON, "--bf16"],
+    "narrow": [*c.DENSE, *NARROW],
+    "codes": [*c.DENSE, *CODES],
     "int8": [*c.DENSE, *c.ADAMW, "--adamw-state-dtype", "int8"],
 }
 PAIRS = [
@@ -38,7 +43,7 @@ PAIRS = [
     ("group", c.TP2_DP2_DIST, c.ONE), ("group", c.ONE, c.DP2), ("group", c.TP2, c.DP4_DIST),
     ("sharded", c.TP2_DP2, c.PP2), ("blocks", c.TP2_DP2, c.ONE), ("blocks", c.ONE, c.DP2_DIST), ("blocks", c.TP4, c.TP2),
     ("normuon", c.TP2_DP2_DIST, c.PP2), ("soap_h", c.TP2_DP2_DIST, c.ONE), ("soap_h", c.ONE, c.TP2),
-    ("bf16", c.DP2_DIST, c.TP2_PP2), ("bf16", c.TP2, c.DP2),
+    ("bf16", c.DP2_DIST, c.TP2_PP2), ("bf16", c.TP2, c.DP2), ("narrow", c.TP2_DP2_DIST, c.ONE), ("codes", c.TP2, c.PP2),
     ("dense", c.DP2X2, c.DP4_DIST), ("dense", c.DP4_DIST, c.DP2X2), ("soap", c.DP2X2_WITHIN, c.ONE),
     ("soap", c.TP2, OFFLOADED), ("soap", OFFLOADED, c.TP2), ("bf16", c.TP2, OFFLOADED),
     ("soap", c.TP2, c.DP2X2_WITHIN), ("moe", c.ONE, c.EP2X2), ("bf16", c.DP2X2, c.TP2),
@@ -46,7 +51,7 @@ PAIRS = [
 RESUMED = [
     ("dense", c.ONE), ("dense", c.TP2_DP2_DIST), ("moe", c.EP2_DIST), ("soap", c.TP2), ("bf16", c.DP2_DIST),
     ("adamw", c.VPP2), ("int8", c.DP2_DIST), ("group", c.TP2_DP2_DIST), ("blocks", c.TP2), ("normuon", c.DP2_DIST),
-    ("soap_h", c.TP2), ("bf16", c.DP2X2), ("soap", OFFLOADED), ("int8", OFFLOADED),
+    ("soap_h", c.TP2), ("bf16", c.DP2X2), ("soap", OFFLOADED), ("int8", OFFLOADED), ("narrow", c.TP2),
 ]  # fmt: skip
 TOTAL, STOP = 10, 5
 
@@ -65,7 +70,7 @@ def _saved(model: str, layout: Layout) -> str:
 def runs(pool: Pool) -> dict[str, Run]:
     sources = dict.fromkeys([(m, a) for m, a, _ in PAIRS] + RESUMED)
     saving = [_case(m, layout, "save", save=_saved(m, layout), interval=STOP, stop=STOP) for m, layout in sources]
-    whole = dict.fromkeys([(m, c.ONE) for m in MODELS if m not in ("bf16", "int8")] + RESUMED)
+    whole = dict.fromkeys([(m, c.ONE) for m in MODELS if m not in ROUNDED] + RESUMED)
     found = pool.run([*saving, *(_case(m, layout, "whole") for m, layout in whole)])
     loading = [_case(m, b, f"load-{a.name}", load=_saved(m, a)) for m, a, b in PAIRS]
     resuming = [_case(m, layout, "resume", load=_saved(m, layout)) for m, layout in RESUMED]
@@ -99,7 +104,7 @@ def test_any_layout_loads_any_other(runs: dict[str, Run], model: str, a: Layout,
     for key in state:
         blocks = [block for rank in loaded.ranks for block in rank["loaded_state"].get(key, [])]
         _assert_equal(recording.whole(blocks), state[key], key)
-    if model != "bf16":
+    if model not in ROUNDED:
         reference = runs[f"whole-{model}-one"]
         tail = Run(
             reference.case,

@@ -99,6 +99,21 @@ def test_learns(name, text):
     assert end < 2.9, f"{start:.2f} -> {end:.2f}"
 
 
+BF16 = {"factor_precision": "bf16", "moment_dtype": "bf16"}
+NARROW = [("soap", BF16, 0.01), ("kl_soap", BF16, 0.01), ("shampoo", BF16, 0.01), ("kron", BF16, 0.01)]
+NARROW += [
+    ("dion", {"moment_dtype": "int8"}, 0.01),
+    ("soap", {"factor_precision": "bf16", "moment_dtype": "int8"}, 0.03),
+]
+
+
+@pytest.mark.parametrize("name, options, bound", NARROW, ids=[f"{n}-{o['moment_dtype']}" for n, o, _ in NARROW])
+def test_narrow_state_learns_as_well(name, options, bound, text):
+    lr = LEARNING_RATES.get(name, 0.02)
+    wide, narrow = (sum(losses(name, text, lr, options=each)[-10:]) for each in ({}, options))
+    assert narrow != wide and narrow < (1 + bound) * wide
+
+
 ROUNDED = [(name, {}) for name in sorted(registry.rules())] + [
     ("soap", dict(precondition_frequency=1, power_shift=1e-3, factor_precision="fp64")),
     ("soap", dict(precondition_frequency=2, power_shift=1e-3)),
