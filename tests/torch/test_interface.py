@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_opt.engine_options import EngineOptions
 from megatron_opt.torch import GroupRule, Optimizer
 from tests.torch import cases, ranks
 
@@ -289,6 +290,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "vectors",
     ),
     "mode": (dict(process_group=object()), "not initialized"),
+    "average": (dict(engine=EngineOptions(ema_decay=0.9)), "AveragedModel"),
+    "offload": (dict(engine=EngineOptions(optimizer_cpu_offload=True)), "CPUOffloadPolicy"),
 }
 
 
