@@ -195,11 +195,11 @@ class Layout:
             )
         if self.instances > 1 and not self.distributed:
             return f"{self.instances} instances of the distributed optimizer need --use-distributed-optimizer"
-        if self.cp * self.data_parallel % self.instances or model.experts and self.expert_data_parallel % self.instances:
-            return (
-                f"CP {self.cp} × DP {self.data_parallel} or the experts' DP {self.expert_data_parallel} is not divisible by "
-                f"--num-distributed-optimizer-instances {self.instances}"
-            )
+        cut = {f"CP {self.cp} × DP {self.data_parallel}": self.cp * self.data_parallel}
+        cut |= {f"the experts' DP {self.expert_data_parallel}": self.expert_data_parallel} if model.experts else {}
+        for what, ranks in cut.items():
+            if ranks % self.instances:
+                return f"{what} is not divisible by --num-distributed-optimizer-instances {self.instances}"
         if self.global_batch % (self.micro_batch * self.data_parallel) or not self.microbatches:
             return (
                 f"global batch {self.global_batch} is not a multiple of micro-batch {self.micro_batch} × "

@@ -113,7 +113,12 @@ def _workspace(layout: Layout, domain: DomainPlan) -> float:
     travelling = 0.0
     if domain.ranks > 1:  # buffers in fp32, and the messages that come and go
         travelling = worked_on * (4.0 + 2.0 * layout.communication_bytes)
-    coming = 2.0 * offloaded * max(domain.plan.state_bytes) * min(0.5 if domain.buckets == 1 else 1.0, worked_on / max(owned.values()))
+    coming = (
+        2.0
+        * offloaded
+        * max(domain.plan.state_bytes)
+        * min(0.5 if domain.buckets == 1 else 1.0, worked_on / max(owned.values()))
+    )
     return max(elements, 4.0 * copies * worked_on + travelling + coming)
 
 

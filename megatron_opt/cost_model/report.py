@@ -163,7 +163,9 @@ def text(step: Step, ignored: list[str] | None = None) -> str:
     lines.append(f"  {'total':<34}{size(m.total):>12}  {verdict} in {size(step.cluster.memory)}")
     if o.host_bytes:
         gpus = min(layout.world, step.cluster.gpus_per_node)
-        lines.append(f"  {'state in host memory, of one GPU':<34}{size(o.host_bytes):>12}  {size(gpus * o.host_bytes)} a node")
+        lines.append(
+            f"  {'state in host memory, of one GPU':<34}{size(o.host_bytes):>12}  {size(gpus * o.host_bytes)} a node"
+        )
     lines += ["", caveat(step)]
     if ignored:
         lines += ["", f"flags that change no cost: {', '.join('--' + name for name in ignored)}"]

@@ -68,7 +68,9 @@ class Step:
         """FLOPs of the optimizer in a mean step over all GPUs."""
         stages = [
             sum(
-                sum(c.mean_flops() for c in domain.costs.values()) * domain.plan.instances * _copies(domain, self.layout)
+                sum(c.mean_flops() for c in domain.costs.values())
+                * domain.plan.instances
+                * _copies(domain, self.layout)
                 for domain in stage
             )
             for stage in self.plans

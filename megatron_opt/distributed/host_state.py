@@ -63,9 +63,7 @@ class HostStates:
         if not any(sizes):
             yield from range(len(batches))
             return
-        halves = [
-            torch.empty(max(sizes[half::2], default=0), dtype=torch.uint8, device=self.device) for half in (0, 1)
-        ]
+        halves = [torch.empty(max(sizes[half::2], default=0), dtype=torch.uint8, device=self.device) for half in (0, 1)]
         arrived: list[Any] = []
         left: list[Any] = []
         self._follow(*self._streams)  # the buffers' memory, and what the step has done so far

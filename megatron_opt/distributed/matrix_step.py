@@ -158,8 +158,8 @@ class MatrixStep:
         """Scale matrices in per-fragment tensors (weights, directions) to the norm that their rule keeps (Hyperball)."""
         squares = self.domain.squared_norms(flats)
         factors = torch.zeros_like(squares)
-        for (name, part), state in self.states.items():
-            if part == 0 and self.rules[name].projects and self.placed.counts:  # its rank has the norm, and need not hold any of the matrix
+        for (name, part), state in self.states.items() if self.placed.counts else ():
+            if part == 0 and self.rules[name].projects:  # its rank has the norm, and need not hold any of the matrix
                 at = self.domain.order[name]
                 factors[at] = self.rules[name].projection(squares[at], state)
         found = self.domain.sum_over_ranks(factors)

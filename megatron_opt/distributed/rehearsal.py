@@ -165,7 +165,8 @@ def rehearsal(
             stack.enter_context(mock.patch.object(module, "native_available", lambda device="cpu": native))
         stack.enter_context(mock.patch.object(symmetric, "_library", lambda: None))  # Triton asks for a driver
         fragments = _fragments(*mine)
-        domain = Domain("rehearsal", None, rank, size, fragments, holdings, infos, Exchange(None, rank, size), instances=layout.instances)
+        domain = Domain("rehearsal", None, rank, size, fragments, holdings, infos, Exchange(None, rank, size))
+        domain.instances = layout.instances
         domain.counted.fill_(1.0)  # one stage: every matrix counts once
         optimizer = MegatronShardedOptimizer(config, [chunk], [domain], groups, options)
         _shares.cache_clear()  # no tensor of another rehearsal, nor one of this in a run

@@ -92,7 +92,9 @@ def _check(args: Any) -> None:
     if args.optimizer in MEGATRON_OWN:
         raise UserError(f"--optimizer {args.optimizer} is Megatron's own; write for adamw, which trains the same.")
     if args.optimizer_cpu_offload:
-        raise UserError("--optimizer-cpu-offload: a warm start is written without it; leave it out, and give it to the run.")
+        raise UserError(
+            "--optimizer-cpu-offload: a warm start is written without it; leave it out, and give it to the run."
+        )
     if args.fp8_param_gather:
         raise UserError(
             "--fp8-param-gather: a warm start is written from bf16 weights; leave it out, and give it to the run."

@@ -194,7 +194,9 @@ def work(case: Case, record: recording.Record, argv: list[str], folder: Path) ->
             sum(t.numel() * t.element_size() for s in (*m.states.values(), *m.shared.values()) for t in s.values())
             for m in steps
         ]
-        plans = [(step.placed.plan, d.rank % len(step.placed.plan.load)) for step, d in zip(steps, domains, strict=True)]
+        plans = [
+            (step.placed.plan, d.rank % len(step.placed.plan.load)) for step, d in zip(steps, domains, strict=True)
+        ]
         record.extra["planned"] = [plan.state_bytes[rank] for plan, rank in plans]
         record.extra["planned_flops"] = [plan.flops[rank] for plan, rank in plans]
 

@@ -58,7 +58,10 @@ def test_every_byte_comes_and_goes_once_a_step(runs: dict[str, Run], way: str, s
     for rank in runs[f"{way}-{share}"].ranks:
         of = rank["offload"]
         assert of["resting"] > 0 and len(of["batches"]) > 2
-        assert of["moved"] == {"to the device": STEPS * again[0] * of["resting"], "to the host": STEPS * again[1] * of["resting"]}
+        assert of["moved"] == {
+            "to the device": STEPS * again[0] * of["resting"],
+            "to the host": STEPS * again[1] * of["resting"],
+        }
         pairs = [sum(of["batches"][at : at + 2]) for at in range(len(of["batches"]))]
         assert max(of["batches"]) <= of["most"] <= max(pairs)
         assert of["most"] < of["resting"]

@@ -13,7 +13,14 @@ from tests.distributed.pool import Pool
 
 MADE = [
     case(c.DENSE, [*c.MUON, "--matrix-mode", "sharded"], c.TP2_DP2_DIST, "nccl-muon", steps=2, hook="nccl"),
-    case(c.DENSE, [*c.MUON, "--matrix-mode", "sharded", "--overlap-grad-reduce"], c.DP2X2, "nccl-instances", steps=2, hook="nccl"),
+    case(
+        c.DENSE,
+        [*c.MUON, "--matrix-mode", "sharded", "--overlap-grad-reduce"],
+        c.DP2X2,
+        "nccl-instances",
+        steps=2,
+        hook="nccl",
+    ),
     case(c.MOE, c.SOAP_STRIPS, c.EP2_DIST, "nccl-soap", steps=2, hook="nccl"),
 ]
 

@@ -43,7 +43,9 @@ class Held:
         self.domain = Domain("", None, 0, 1, fragments, holdings, self.infos, None)  # type: ignore[arg-type]
         self.rule = registry.build(rule, {})
         states = {(n, 0): self.rule.init_state(w, self.infos[n]) for n, w in self.weights().items()}
-        matrix: Any = SimpleNamespace(domain=self.domain, infos=self.infos, states=states, placed=SimpleNamespace(counts=True))
+        matrix: Any = SimpleNamespace(
+            domain=self.domain, infos=self.infos, states=states, placed=SimpleNamespace(counts=True)
+        )
         matrix.rules, matrix.rescale = dict.fromkeys(self.infos, self.rule), partial(MatrixStep.rescale, matrix)
         groups: Any = [SimpleNamespace(decay_mode=mode)]
         self.step = WeightStep(self.domain, matrix, groups, [self.rule], dict.fromkeys(self.infos, 0))

@@ -39,7 +39,8 @@ moe-router-load-balancing-type moe-router-quantile-balancing-ema moe-router-forc
 moe-aux-loss-coeff moe-z-loss-coeff moe-input-jitter-eps moe-token-dispatcher-type moe-expert-capacity-factor
 moe-pad-expert-input-to-capacity moe-token-drop-policy moe-apply-probs-on-input moe-layer-recompute
 
-optimizer optimizer-cpu-offload optimizer-offload-fraction weight-decay clip-grad adam-beta1 adam-beta2 adam-eps lion-beta1 lion-beta2 muon-momentum
+optimizer optimizer-cpu-offload optimizer-offload-fraction
+weight-decay clip-grad adam-beta1 adam-beta2 adam-eps lion-beta1 lion-beta2 muon-momentum
 muon-nesterov muon-scale-mode muon-fp32-matmul-prec muon-coefficient-type muon-num-ns-steps muon-extra-scale-factor
 lr min-lr lr-decay-style lr-wsd-decay-style lr-decay-iters lr-decay-samples lr-wsd-decay-iters lr-wsd-decay-samples
 lr-warmup-fraction lr-warmup-iters lr-warmup-samples lr-warmup-init start-weight-decay end-weight-decay
