@@ -40,6 +40,7 @@ NUMBERS = [
     "adam-beta1",
     "adam-beta2",
     "adam-eps",
+    "ema-decay",
     "train-iters",
     "train-samples",
     "lr-warmup-iters",
@@ -94,7 +95,7 @@ SWITCHES = [
 # Of NUMBERS, those that may be fractions, and those that may be 0; all others are whole and at least 1.
 _REAL = {
     "matrix-balance", "exchange-bucket-mb", "scalar-lr-ratio", "lr", "weight-decay", "clip-grad", "adam-beta1", "adam-beta2",
-    "adam-eps", "lr-warmup-fraction", "min-lr",
+    "adam-eps", "lr-warmup-fraction", "min-lr", "ema-decay",
 }  # fmt: skip
 _ZERO = {
     "num-experts", "moe-shared-expert-intermediate-size", "moe-first-dense-layers", "moe-layer-freq", "q-lora-rank",
