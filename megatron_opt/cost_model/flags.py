@@ -41,6 +41,7 @@ NUMBERS = [
     "adam-beta1",
     "adam-beta2",
     "adam-eps",
+    "ema-decay",
     "train-iters",
     "train-samples",
     "lr-warmup-iters",
@@ -104,7 +105,7 @@ SWITCHES = [
 # Of NUMBERS, those that may be fractions, and those that may be 0; all others are whole and at least 1.
 _REAL = {
     "matrix-balance", "exchange-bucket-mb", "scalar-lr-ratio", "lr", "weight-decay", "clip-grad", "adam-beta1", "adam-beta2",
-    "adam-eps", "lr-warmup-fraction", "min-lr", "optimizer-offload-fraction",
+    "adam-eps", "lr-warmup-fraction", "min-lr", "optimizer-offload-fraction", "ema-decay",
 }  # fmt: skip
 _ZERO = {
     "num-experts", "moe-shared-expert-intermediate-size", "moe-first-dense-layers", "moe-layer-freq", "q-lora-rank",

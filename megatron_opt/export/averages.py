@@ -31,13 +31,14 @@ class Averages:
     def __init__(self, folder: Path, geometry: Geometry) -> None:
         """Raises UserError where the checkpoint has no average."""
         from torch.distributed.checkpoint import FileSystemReader, load
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
         reader = FileSystemReader(folder)
         stored = reader.read_metadata().state_dict_metadata
         found: dict[str, Any] = {
             key: torch.empty(item.size, dtype=item.properties.dtype)
             for key, item in stored.items()
-            if key.startswith(_PREFIX)
+            if isinstance(item, TensorStorageMetadata) and key.startswith(_PREFIX)
         }
         if not found:
             raise UserError(f"--weights {KEY}: the checkpoint {folder} is of a run without --ema-decay; leave it out.")

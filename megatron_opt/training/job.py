@@ -135,8 +135,9 @@ def make_optimizer(config: Any, model_chunks: Sequence[Any], **ignored: Any) -> 
         EngineOptions.of(vars(args)),
         width_ratio=width_ratio(get_model_config(model_chunks[0])),
     )
-    if found := next((post for post in optimizer.post_steps if isinstance(post, QkClip)), None):
-        patches.wrap("megatron.training.training.clip_qk", "training/job.py", found.in_place_of_megatrons)
+    for post in optimizer.post_steps:
+        if isinstance(post, QkClip):
+            patches.wrap("megatron.training.training.clip_qk", "training/job.py", post.in_place_of_megatrons)
     if args.rank == 0:
         console.say(describe(optimizer.groups, args.weight_decay))
     if args.print_optimizer_plan:

@@ -61,6 +61,9 @@ def test_memory_of_adamw_by_hand() -> None:
     assert s.memory.parameters == 2 * n and s.memory.gradients == 4 * n
     assert s.memory.main_copies == pytest.approx(4 * n / 64)
     assert s.memory.optimizer_state == pytest.approx(8 * n / 64)
+    averaged = step(f"{SEVEN} --optimizer adamw --ema-decay 0.999", 64)
+    assert averaged.memory.optimizer_state == pytest.approx(12 * n / 64)
+    assert averaged.optimizer.element_wise > s.optimizer.element_wise
 
 
 def test_instances_of_the_distributed_optimizer_by_hand() -> None:
