@@ -228,6 +228,18 @@ def test_a_look_at_the_state_does_not_bind_it_to_the_weights_of_then() -> None:
             assert float(param.norm()) == pytest.approx(norms[name], rel=1e-5)
 
 
+def test_gradients_may_be_given_up() -> None:
+    """The same step without a copy of them; their memory then holds directions."""
+    model, optimizer = _two(overwrite_grads=True)
+    reference, twin = _two()
+    for each, steps in ((model, optimizer), (reference, twin)):
+        _backward(each)
+        steps.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters()))
+    given, kept = model.layers[0].up.weight.grad, reference.layers[0].up.weight.grad  # type: ignore[union-attr]
+    assert not torch.equal(given, kept)  # type: ignore[arg-type]
+
+
 def test_sophia_asks_for_its_curvature() -> None:
     model = cases.make_model()
     optimizer = Optimizer(model, "sophia", lr=1e-3, curvature_every=2)
