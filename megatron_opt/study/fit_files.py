@@ -35,7 +35,7 @@ def fits_as_dict(analysis: Analysis) -> dict[str, Any]:
                 "log rho_N, log rho_D of each further optimizer",
             ],
             "optimizers": fit.optimizers,
-            "leave_one_out_rmse": float(np.sqrt(np.nanmean(analysis.left_out[kind] ** 2))),
+            "leave_one_out_rmse": _rms(analysis.left_out[kind]),
             "held_out_rmse": None if held is None else held.rmse,
             "efficiency": {name: fit.efficiency(name) for name in fit.optimizers} if kind == "shared" else None,
             "diagnosis": fit.diagnosis(),
@@ -80,6 +80,11 @@ def fits_as_dict(analysis: Analysis) -> dict[str, Any]:
         ],
         "notes": analysis.notes,
     }
+
+
+def _rms(errors: np.ndarray) -> float | None:
+    """Over what is known; None where nothing is."""
+    return None if np.isnan(errors).all() else float(np.sqrt(np.nanmean(errors**2)))
 
 
 def _observations(data: Observations) -> list[dict[str, Any]]:

@@ -61,6 +61,7 @@ def test_a_study_of_transfer_epochs_and_a_growing_batch(folder):
     with Store(output / "study.sqlite") as store:
         dataset = from_store(store)
         curves = {record.id: store.curve(record.id) for record in dataset.records}
+    dataset.curve = curves.__getitem__
     assert len(dataset.records) >= 14 and all(record.status == "completed" for record in dataset.records)
     assert all(record.results["tokens"] == record.tokens for record in dataset.records)
 

@@ -69,7 +69,7 @@ def prediction_error(analysis: Analysis) -> Section:
                 "–" if held is None else f"{held.coverage:.0%}",
                 "–",
                 "–",
-                f"{np.sqrt(np.nanmean(errors**2)):.4f}",
+                "–" if np.isnan(errors).all() else f"{np.sqrt(np.nanmean(errors**2)):.4f}",
             ]
         )
         if held is not None:
