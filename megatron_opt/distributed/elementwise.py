@@ -121,8 +121,8 @@ class ElementwiseStep:
             device = values.device if pieces else self.domain.device
             shares = on_device([piece.share for piece in pieces], device, torch.float64)
             shared = on_device(values, device, torch.float64) * shares * on_device(counted, device, torch.float64)
-            summands = torch.cat([sums.get(rule.name, shared.new_zeros(())).view(1), shared])  # one after another
-            sums[rule.name] = sum_by_index(summands, torch.zeros_like(summands, dtype=torch.long), 1)[0]
+            addends = torch.cat([sums.get(rule.name, shared.new_zeros(())).view(1), shared])  # one after another
+            sums[rule.name] = sum_by_index(addends, torch.zeros_like(addends, dtype=torch.long), 1)[0]
 
     def step(
         self,

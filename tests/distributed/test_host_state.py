@@ -80,14 +80,14 @@ def test_what_rests_is_what_the_plan_says(runs: dict[str, Run], way: str, share:
         assert of["of matrices"] == pytest.approx(of["planned"], abs=of["largest"] / 2 + of["numbers"])
 
 
-@pytest.mark.parametrize("rule", ["muon", "soap", "mars", "adamw"])
-def test_a_gpu_steps_what_rests_on_the_host(rule: str) -> None:
+@pytest.mark.parametrize("name", ["muon", "soap", "mars", "adamw"])
+def test_a_gpu_steps_what_rests_on_the_host(name: str) -> None:
     """On tensors that say `cuda`: at rest on the CPU, in a step on the GPU, no wait of the host more, the same weights."""
     found = []
     for offload in (False, True):
         torch.manual_seed(1)
         options = EngineOptions(optimizer_cpu_offload=offload, exchange_bucket_mb=0.005)
-        with rehearsal(MODEL, ONE, default_rules(rule), meta=False, options=options) as made:
+        with rehearsal(MODEL, ONE, default_rules(name), meta=False, options=options) as made:
             for _ in range(2):
                 made.step()
             assert made.step()[0].waits == {"copy to the host": NORMS}

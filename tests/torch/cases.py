@@ -172,15 +172,15 @@ def split_batches(case: str, steps: int) -> dict[str, Any]:
     model = DistributedDataParallel(make_model())
     optimizer = make_optimizer(model, case)
     computed: list[str] = []
-    for rule in optimizer._engine.rules:
-        inner = rule.update
+    for each in optimizer._engine.rules:
+        inner = each.update
 
         def update(grads: Any, *rest: Any, inner: Any = inner) -> Any:
             computed.extend(info.name for info in rest[-1])
             return inner(grads, *rest)
 
-        if registry.known("muon") is type(rule):
-            rule.update = update
+        if registry.known("muon") is type(each):
+            each.update = update
     losses = train(model, optimizer, 0, steps, slice(rank * 8 // size, (rank + 1) * 8 // size))
     return {"losses": losses, "computed": computed, "weights": weights_of(model)}
 
