@@ -17,6 +17,7 @@ from megatron_opt.distributed.subgroups import pack_subgroups
 from megatron_opt.distributed.wraparound import pack_wraparound
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
+from megatron_opt.optimizers.base import Cost
 
 BALANCED = (
     EngineOptions.matrix_balance
@@ -25,6 +26,7 @@ _LATE = 1.15  # load over the mean that is not exceeded for more even state
 _WORTH = 1e9  # FLOPs by which the most loaded rank is late, from which a cut pays for its exchanges
 _WORTH_BYTES = 2.0**20  # the same of state
 _SENT = 5e3  # FLOPs (a GPU's, bf16) in half the time that a byte takes to another node
+_FACTORIZED = 1e3  # times that a FLOP of a factorization (QR, eigh, solve) takes longer than a product's
 _MEMORY = 0.3  # share of time that twice the state on the fullest rank is worth
 _ROOM = (1.0, 0.8, 0.6, 0.4, 0.2)  # shares of what `auto` allows above the mean, to which subgroups are filled
 
@@ -126,7 +128,7 @@ def pack_instances(jobs: Sequence[Job], ranks: int, instances: int, options: Eng
 
     Owners across instances compute a matrix once and send its direction to every instance; owners within compute and keep
     it once an instance, and send nothing to others. `auto` takes the cheaper, what travels between instances priced as
-    between nodes.
+    between nodes, factorizations at their own rate.
     """
 
     def packed(groups: int) -> Plan:
@@ -139,8 +141,17 @@ def pack_instances(jobs: Sequence[Job], ranks: int, instances: int, options: Eng
     for part in across.parts:
         rows, cols = part.buffer_shape
         sent[part.rank] += rows * cols * options.communication_dtype.itemsize * (instances - 1)
-    is_cheaper = across.price() + 2 * _SENT * max(sent) <= within.price() * (1 + _MEMORY * (instances - 1))
+    slow = _FACTORIZED * sum(_factorized(job.cost) for job in jobs) / ranks
+    apart = (within.price() + slow * instances) * (1 + _MEMORY * (instances - 1))
+    is_cheaper = across.price() + slow + 2 * _SENT * max(sent) <= apart
     return across if is_cheaper else within
+
+
+def _factorized(cost: Cost) -> float:
+    """Mean FLOPs of a step in factorizations."""
+    return sum(
+        cost.flops.get(kind, 0.0) + cost.refresh.get(kind, 0.0) / cost.refresh_every for kind in ("qr", "eigh", "solve")
+    )
 
 
 def check_balance(most: float) -> None:

@@ -87,8 +87,9 @@ def test_owners_across_instances_compute_once_and_send_to_all() -> None:
     hidden = 4 * sum(info.numel for info in across.plans[0][0].infos.values())
     assert across.optimizer.sent["updates to shards"] == pytest.approx(hidden / 64 * 8, rel=0.1)
     assert within.optimizer.sent["updates to shards"] == pytest.approx(hidden / 8 * 7 / 8, rel=0.1)
-    auto = step(f"{SEVEN} --optimizer muon {COPIES}")
-    assert auto.optimizer.sent == across.optimizer.sent
+    for name in ("muon", "soap"):
+        auto, other = (step(f"{SEVEN} --optimizer {name} {COPIES} {x}") for x in ("", "--matrix-instances within"))
+        assert auto.plans[0][0].plan.instances == 1 and auto.optimizer.mean < 0.6 * other.optimizer.mean
     with pytest.raises(UserError, match="not divisible by --num-distributed-optimizer-instances 8"):
         step(f"{SEVEN} --optimizer muon {COPIES}", 12)
 
