@@ -31,9 +31,9 @@ def local_axes(name: str, param: Any) -> list[Tensor]:
     axes = [torch.arange(size) for size in param.shape]
     if not isinstance(param, DTensor):
         return axes
-    if hasattr(local_of(param), "__create_chunk_list__"):  # says itself where it lies: not where its placements say
+    if hasattr(param, "megatron_fsdp_dist_index") or hasattr(param, "_megatron_fsdp_model"):
         raise UserError(
-            f"{name} is sharded by Megatron-FSDP, whose shards are not those of its placements; use fully_shard."
+            f"{name} is sharded by Megatron-FSDP, whose shards do not lie where their placements say; use torch's fully_shard."
         )
     where = param.device_mesh.get_coordinate()
     if where is None:
@@ -48,7 +48,7 @@ def local_axes(name: str, param: Any) -> list[Tensor]:
         axis = axes[placement.dim]
         runs: Sequence[Tensor] = [axis]
         if isinstance(placement, _StridedShard):
-            runs = _chunks(axis, placement.split_factor)
+            runs = _chunks(axis, int(placement.split_factor))
         axes[placement.dim] = torch.cat([_chunks(run, int(ranks))[at] for run in runs])
     held = tuple(local_of(param).shape)
     if held != tuple(len(axis) for axis in axes):

@@ -270,9 +270,9 @@ def complaints() -> dict[str, str]:
 
     partial = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Partial()]))
     tried("partial", lambda: Optimizer([("a.weight", partial)], "muon", lr=0.1))
-    uneven = DTensor.from_local(torch.ones(2, 4), mesh, [Shard(0)])
-    uneven._local_tensor.__create_chunk_list__ = list  # type: ignore[attr-defined]
-    tried("megatron-fsdp", lambda: Optimizer([("a.weight", nn.Parameter(uneven))], "muon", lr=0.1))
+    marked: Any = nn.Parameter(DTensor.from_local(torch.ones(2, 4), mesh, [Shard(0)]))
+    marked.megatron_fsdp_dist_index = None  # as Megatron-FSDP leaves it on its parameters
+    tried("megatron-fsdp", lambda: Optimizer([("a.weight", marked)], "muon", lr=0.1))
     rank = dist.get_rank()
     alone = DTensor.from_local(torch.ones(4 - rank, 4), mesh, [Shard(0)], shape=(7, 4), stride=(4, 1))
     other = DTensor.from_local(torch.ones(2 + rank, 4), mesh, [Shard(0)], shape=(5, 4), stride=(4, 1))
