@@ -72,7 +72,7 @@ def test_what_is_false_or_cannot_be_told_is_not_made_true():
 def test_the_page_says_what_was_not_run():
     whole = world()
     text = page(whole)
-    assert "| Lion is the fastest | gpt |" in text and "**holds**" in text and "## Repeated data" in text
+    assert "| Lion is the fastest | gpt-l@1x |" in text and "**holds**" in text and "## Repeated data" in text
     part = Dataset("budget", "adamw", [r for r in whole.records if r.regime.model.endswith("-s")])
     found = verdicts(part)
     assert found["AdamW is the best downstream", "gpt"] == MISSING and found["Epochs help", "llama"] == MISSING

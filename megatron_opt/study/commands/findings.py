@@ -53,7 +53,10 @@ def page(dataset: Dataset) -> str:
         *_table(
             Table(
                 ["finding", "where", "evidence", "verdict"],
-                [[one.claim, one.family, "; ".join(one.evidence) or "–", f"**{one.verdict}**"] for one in found],
+                [
+                    [one.claim, one.regime or one.family, "; ".join(one.evidence) or "–", f"**{one.verdict}**"]
+                    for one in found
+                ],
             )
         ),
     ]

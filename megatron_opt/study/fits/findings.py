@@ -33,6 +33,8 @@ class Finding:
     family: str
     evidence: tuple[str, ...]
     verdict: str
+    regime: str = ""
+    """where it is judged"""
 
 
 def findings(dataset: Dataset) -> list[Finding]:
@@ -44,12 +46,8 @@ def findings(dataset: Dataset) -> list[Finding]:
     for family, regimes in families.items():
         once = [regime for regime in regimes if regime.epochs == 1 and regime.model == regimes[-1].model]
         target = min(once, key=lambda regime: regime.ratio, default=regimes[-1])
-        found += [
-            _fastest(dataset, family, target),
-            _lowest(dataset, family, target),
-            _downstream(dataset, family, target),
-            *_epochs(dataset, family, regimes),
-        ]
+        judged = [one(dataset, family, target) for one in (_fastest, _lowest, _downstream)]
+        found += [replace(one, regime=str(target)) for one in judged] + _epochs(dataset, family, regimes)
     return found + _rates(dataset, families)
 
 
@@ -58,7 +56,8 @@ def _fastest(dataset: Dataset, family: str, target: Regime) -> Finding:
     claim = "Lion is the fastest"
     ratios = step_ratios(replace(dataset, baseline="lion", _best=None))
     mine = {name: one for (name, regime), one in ratios.items() if regime == target}
-    said = tuple(f"a step of {name} takes {one.text(3)} times Lion's" for name, one in mine.items())
+    shown = {name: f"{one.value:.3f}" if math.isnan(one.low) else one.text(3) for name, one in mine.items()}
+    said = tuple(f"a step of {name} takes {text} times Lion's" for name, text in shown.items())
     if not mine:
         return Finding(claim, family, (), MISSING)
     if any(math.isnan(one.low) for one in mine.values()):

@@ -44,14 +44,17 @@ def accuracy(dataset: Dataset) -> Section:
         return Section("Accuracy on tasks")
     shown = [[*row[:3], *(_cell(row[3].get(task)) for task in tasks)] for row in rows]
     section.tables.append(Table(["regime", "optimizer", "valid loss", *tasks], shown))
-    section.text += orders or ["The order by accuracy is the order by loss, on every task."]
-    _paired(section, dataset, bool(orders))
+    tests, apart = baseline_tests(dataset), disagreements(dataset)
+    if not orders:
+        section.text.append("The order by accuracy is the order by loss, on every task.")
+    elif not apart:
+        section.text += orders
+    _paired(section, dataset, tests, apart, bool(orders))
     return section
 
 
-def _paired(section: Section, dataset: Dataset, unequal: bool) -> None:
+def _paired(section: Section, dataset: Dataset, tests: list[ItemTest], apart: list[ItemTest], unequal: bool) -> None:
     """Tests over the same items, where the store has them."""
-    tests, apart = baseline_tests(dataset), disagreements(dataset)
     if unequal and not tests and not apart:
         section.text.append(
             "Errors of differences are those of independent items; the runs' items were not kept, so that no test is paired."
