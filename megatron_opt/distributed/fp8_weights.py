@@ -62,16 +62,21 @@ class Fp8Weights:
                 buffer.param_data[first : first + main.numel()].copy_(main)
 
 
+def conflict(recipe: str, overlap_param_gather: bool) -> str | None:
+    """The flags, among those that decide how weights in FP8 are published, that these would be published wrong with."""
+    if recipe == "delayed":
+        return "--fp8-recipe delayed"
+    if recipe == "mxfp8" and overlap_param_gather:
+        return "--overlap-param-gather with --fp8-recipe mxfp8"
+    return None
+
+
 def _check(param: Any, ddp_config: Any) -> None:
-    """Refuse what would be published wrong, also where flags are not this project's (the plugin)."""
-    if type(param._get_quantizer()).__name__ == "Float8Quantizer":
-        raise UserError(
-            "--fp8-param-gather does not go with --fp8-recipe delayed; give tensorwise, blockwise or mxfp8."
-        )
-    if _is_mx(param) and ddp_config.overlap_param_gather:
-        raise UserError(
-            "--fp8-param-gather with --fp8-recipe mxfp8 does not go with --overlap-param-gather; leave it out."
-        )
+    """Refuse them also where flags are not this project's (the plugin)."""
+    delayed = type(param._get_quantizer()).__name__ == "Float8Quantizer"
+    recipe = "delayed" if delayed else "mxfp8" if _is_mx(param) else "tensorwise"
+    if found := conflict(recipe, bool(ddp_config.overlap_param_gather)):
+        raise UserError(f"--fp8-param-gather does not go with {found}; remove one of them.")
 
 
 def _has_one_scale(param: Any) -> bool:

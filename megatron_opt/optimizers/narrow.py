@@ -6,6 +6,7 @@ is derived from them in bf16. A moving average with 1 − β above the roundings
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +20,10 @@ _NARROW = (torch.bfloat16, torch.int8)
 _SCALE = "_absmax"  # maxima of an 8-bit state's blocks
 
 
-def moment_option() -> str:
+def moment_option() -> Any:
     """The field `moment_dtype` of a rule's configuration."""
     meaning = "moments in fp32 or bf16; int8: the first in 8-bit blocks of 2048, others in bf16"
-    return choice("fp32", ("fp32", "bf16", "int8"), meaning)  # type: ignore[no-any-return]
+    return choice("fp32", ("fp32", "bf16", "int8"), meaning)
 
 
 @contextmanager
@@ -54,9 +55,8 @@ def _wide(state: State, key: str, dtype: torch.dtype) -> Tensor:
 
 def is_narrow(rule: object) -> bool:
     """Whether some of a rule's state is widened while it steps."""
-    config = getattr(rule, "config", None)
     return isinstance(rule, NarrowOptimizer) and (
-        config.moment_dtype != "fp32" or getattr(config, "factor_precision", "fp32") == "bf16"  # type: ignore[attr-defined]
+        rule.config.moment_dtype != "fp32" or getattr(rule.config, "factor_precision", "fp32") == "bf16"
     )
 
 

@@ -9,6 +9,7 @@ from megatron_opt.cost_model.flags import grouping, parse
 from megatron_opt.cost_model.layout import Layout as PlannedLayout
 from megatron_opt.cost_model.model import Model
 from megatron_opt.cost_model.plan import plans
+from megatron_opt.optimizers import registry
 from tests.distributed import cases as c
 from tests.distributed.cases import Case, Layout, case
 from tests.distributed.pool import Pool, Run
@@ -119,6 +120,7 @@ PP2 = Layout.of("pp2", 2, pp=2, distopt=True)
 OVERLAP = Layout.of("dp2-overlap", 2, distopt=True, more=("--overlap-grad-reduce", "--overlap-param-gather"))
 OPTIMIZERS = {"adamw": c.ADAMW, "muon": c.MUON, "soap": c.SOAP}
 RECIPES = ("tensorwise", "blockwise", "mxfp8")
+RULES = sorted(registry.rules())
 
 
 def gathered(recipe: str) -> list[str]:
@@ -127,7 +129,7 @@ def gathered(recipe: str) -> list[str]:
 
 def pair(recipe: str, optimizer: str, layout: Layout, model: Sequence[str] = GQA, name: str = "") -> tuple[Case, Case]:
     """The run without the flag and with it."""
-    flags, rule = fp8(model, recipe), OPTIMIZERS[optimizer]
+    flags, rule = fp8(model, recipe), OPTIMIZERS.get(optimizer, ["--optimizer", optimizer])
     name = f"{name}{recipe}-{optimizer}-{layout.name}"
     on = case([*flags, *gathered(recipe)], rule, layout, f"{name}-on", steps=STEPS, hook="weights")
     return case(flags, rule, layout, f"{name}-off", steps=STEPS, hook="held_bytes"), on
@@ -205,6 +207,34 @@ def test_a_weights_scale_is_the_whole_matrixs_under_tensor_parallelism(fp8_weigh
 def test_weights_in_fp8_resume_bit_for_bit(fp8_weights: dict[str, Run]) -> None:
     assert fp8_weights["resumed"].losses == fp8_weights["tp2"].losses[STOP:]
     check_bytes(fp8_weights["resumed"])
+
+
+def test_weights_in_fp8_change_nothing_for_every_rule(pool: Pool) -> None:
+    """One layer on one rank with the distributed optimizer."""
+    pairs = [pair("tensorwise", rule, ONE, [*GQA, "--num-layers", "1"]) for rule in RULES]
+    found = pool.run([one for both in pairs for one in both])
+    for both in pairs:
+        check_pair(found, *both)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    made = Pool(tmp_path_factory.mktemp("fp8-four"), 4, PACKAGES, transformer_engine=True)
+    yield made
+    made.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+def test_weights_in_fp8_change_nothing_for_every_rule_recipe_and_layout(four: Pool, rule: str) -> None:
+    """Under TP a tensorwise scale is the whole matrix's with the flag, a shard's without: those runs differ."""
+    layouts = {"tensorwise": (c.DP2_DIST, PP2, c.PP2_DP2_DIST), "blockwise": (c.DP2_DIST, TP2, PP2, c.TP2_DP2_DIST),
+               "mxfp8": (c.DP2_DIST, TP2, PP2, c.TP2_DP2_DIST)}  # fmt: skip
+    pairs = [pair(recipe, rule, layout) for recipe in RECIPES for layout in layouts[recipe]]
+    pairs += [pair(recipe, rule, c.EP2_DIST, MOE, "moe-") for recipe in RECIPES]
+    found = four.run([one for both in pairs for one in both])
+    for both in pairs:
+        check_pair(found, *both)
 
 
 @pytest.mark.slow

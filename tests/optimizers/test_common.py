@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer, StateKind, norm_of
+from megatron_opt.optimizers.narrow import is_narrow
 from tests.optimizers.slicing import step_together
 
 # name of the case -> (rule, options); whatever a rule can be switched to has a line
@@ -252,8 +253,9 @@ def test_slices_equal_the_whole(case, shape, dtype, pieces):
     join_norms(rule, slices, cut(weight), info)
     shared = partition.init_shared(weight.device, dtype)
     assert set(whole) == {key for held in slices for key in held} | set(shared)
-    exact = getattr(rule.config, "fp32_matmul_prec", "high") == "high"
+    exact, narrow = getattr(rule.config, "fp32_matmul_prec", "high") == "high", is_narrow(rule)
     tolerance = (1e-9 if dtype == torch.float64 else 1e-4) if exact else 0.05
+    tolerance = 1e-2 if narrow else tolerance  # a number between two of bf16's falls either way
     for t, g in enumerate(gradients(shape, 6, dtype), 1):
         (expected,) = rule.update([g.clone()], [whole], t, [info])
         parts = [part.clone() for part in cut(g)]
@@ -270,7 +272,9 @@ def test_slices_equal_the_whole(case, shape, dtype, pieces):
             joined = shared[key] if key in shared else torch.cat([state[key] for state in slices], dim)
         assert joined.shape == value.shape
         difference = float((joined.double() - value.double()).norm())
-        near = 1e-4 if exact or kind is not StateKind.ROWS else tolerance  # rows are of the iteration's results
+        near = (
+            1e-2 if narrow else 1e-4 if exact or kind is not StateKind.ROWS else tolerance
+        )  # rows are of the iteration's results
         assert difference <= near * float(value.double().norm()) + 1e-12, key
 
 

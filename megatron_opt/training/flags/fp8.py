@@ -77,6 +77,7 @@ def _check_weights(args: Any) -> None:
                 "--reuse-grad-buf-for-mxfp8-param-ag has no effect without --fp8-param-gather; give both or neither."
             )
         return
+    from megatron_opt.distributed.fp8_weights import conflict
     from megatron_opt.training.optimizer_flags import MEGATRON_OWN
 
     if args.optimizer in MEGATRON_OWN:
@@ -93,17 +94,15 @@ def _check_weights(args: Any) -> None:
     refused = {
         "fp32 training (without --bf16)": not args.bf16,
         "whole parameters on every rank (without --use-distributed-optimizer)": not args.use_distributed_optimizer,
-        "--fp8-recipe delayed": args.fp8_recipe == "delayed",
-        "--overlap-param-gather with --fp8-recipe mxfp8": mx and args.overlap_param_gather,
         "--moe-single-grouped-weight": bool(getattr(args, "moe_single_grouped_weight", False)),
         "--megatron-init": args.megatron_init,
         "--async-save": args.async_save,
         "--no-load-optim": args.no_load_optim,
         "--finetune": args.finetune,
     }
-    for what, found in refused.items():
-        if found:
-            raise UserError(f"--fp8-param-gather does not go with {what}; remove one of them.")
+    wrong = conflict(args.fp8_recipe, bool(args.overlap_param_gather))
+    for what in [name for name, given in refused.items() if given] + ([wrong] if wrong else []):
+        raise UserError(f"--fp8-param-gather does not go with {what}; remove one of them.")
     args.stream_ckpt_dequant = False  # main copies are loaded, and what is read of FP8 weights is written over
 
 
