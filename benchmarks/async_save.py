@@ -76,7 +76,7 @@ def child(mode: str, every: int, target: str, flags: list[str]) -> None:
     from megatron_opt import platform
     from megatron_opt.training import entry
 
-    entry.alone()
+    entry.set_single_process_env()
     platform.activate()
     from megatron.training import async_utils, training
 
@@ -112,14 +112,14 @@ def child(mode: str, every: int, target: str, flags: list[str]) -> None:
     finally:
         if timed.saves:
             Path(target).write_text(json.dumps(timed.summary()))
-    entry.leave(0)
+    entry.exit_process(0)
 
 
 def _with_torch(running: dict[int, Any], save: Path, mode: str) -> Any:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save
 
-    from megatron_opt.distributed.state import live_tensors
+    from megatron_opt.distributed.state import tensors_in_place
 
     kind = AsyncCheckpointerType.PROCESS if mode == "torch-process" else AsyncCheckpointerType.THREAD
 
@@ -129,7 +129,7 @@ def _with_torch(running: dict[int, Any], save: Path, mode: str) -> Any:
         state = {
             name: value for chunk in model for name, value in chunk.state_dict().items() if hasattr(value, "shape")
         }
-        state |= {f"optimizer.{n}": value for n, value in enumerate(live_tensors(optimizer))}
+        state |= {f"optimizer.{n}": value for n, value in enumerate(tensors_in_place(optimizer))}
         folder = save / f"iter_{iteration:07d}"
         writer = dcp.FileSystemWriter(folder, single_file_per_rank=True)
         running[iteration] = async_save(state, storage_writer=writer, async_checkpointer_type=kind)

@@ -144,17 +144,29 @@ def correctness(report: Report) -> Any:
 def steps(report: Report) -> Any:
     """Optimizer steps beside peers."""
     cases = ["tiny"] if report.args.smoke else ["130m", "300m", "1b"]
-    rules = ["adamw", "muon"] if report.args.smoke else ["adamw", "lion", "mars", "cautious", "muon", "soap", "kron"]
+    optimizers = (
+        ["adamw", "muon"] if report.args.smoke else ["adamw", "lion", "mars", "cautious", "muon", "soap", "kron"]
+    )
     found: dict[str, Any] = {"rows": [], "unreached": []}
     for case in cases:
-        for rule in rules:
+        for optimizer in optimizers:
             with tempfile.TemporaryDirectory() as folder:
                 target = Path(folder) / "steps.json"
                 rounds = ["--rounds", "1"] if report.args.smoke else []
-                words = ["--device", report.args.device, "--cases", case, "--rules", rule, "--json", target, *rounds]
+                words = [
+                    "--device",
+                    report.args.device,
+                    "--cases",
+                    case,
+                    "--rules",
+                    optimizer,
+                    "--json",
+                    target,
+                    *rounds,
+                ]
                 done = report.run("benchmarks/optimizer_step.py", *words)
                 if done is None or done.returncode:
-                    found["unreached"].append(f"{rule} on {case}: {_last(done)}")
+                    found["unreached"].append(f"{optimizer} on {case}: {_last(done)}")
                     continue
                 measured = json.loads(target.read_text())
                 found["rows"] += measured.pop("rows")

@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_opt.distributed.planning import Layout
 from megatron_opt.distributed.rehearsal import rehearsal
 from megatron_opt.layout.spec import ModelSpec
-from megatron_opt.optimizers.groups import default_rules
+from megatron_opt.optimizers.groups import default_group_configs
 from megatron_opt.presets import names, read
 
 REFRESH = ("soap", "shampoo")
@@ -24,13 +24,13 @@ VOCABULARY = 32000
 RULES = ["adamw", "mars", "cautious", "lion", "muon", "scion", "soap", "shampoo", "kron", "muon_h"]
 
 
-def measure(model: ModelSpec, layout: Layout, rule: str, rank: int, native: bool) -> dict[str, dict]:
+def measure(model: ModelSpec, layout: Layout, optimizer: str, rank: int, native: bool) -> dict[str, dict]:
     """Counts of an ordinary step and, where there is one, of a step with a refresh."""
     found = {}
-    with rehearsal(model, layout, default_rules(rule), rank, native=native) as made:
+    with rehearsal(model, layout, default_group_configs(optimizer), rank, native=native) as made:
         made.step()  # states are made, first bases found
         made.optimizer.step_number = 2  # SOAP's slices ask once more in the second
-        for kind in ("step", "refresh") if rule in REFRESH else ("step",):
+        for kind in ("step", "refresh") if optimizer in REFRESH else ("step",):
             if kind == "refresh":
                 made.optimizer.step_number = 9
             count, seconds = made.step()
@@ -64,13 +64,13 @@ def main() -> int:
     print("| rule | step | launches | of them copies | collectives | MB moved | waits | host ms |")
     print("|---|---|---|---|---|---|---|---|")
     everything = {}
-    for rule in args.rules:
-        by_rank = {rank: measure(model, layout, rule, rank, not args.reference) for rank in ranks}
-        everything[rule] = by_rank
+    for optimizer in args.rules:
+        by_rank = {rank: measure(model, layout, optimizer, rank, not args.reference) for rank in ranks}
+        everything[optimizer] = by_rank
         for kind in by_rank[ranks[0]]:
             most = max((counts[kind] for counts in by_rank.values()), key=lambda count: count["launches"])
             cells = [most[key] for key in ("launches", "copies", "collectives", "megabytes", "waits", "host_ms")]
-            print(f"| {rule} | {kind} | {' | '.join(f'{cell:,}' for cell in cells)} |", flush=True)
+            print(f"| {optimizer} | {kind} | {' | '.join(f'{cell:,}' for cell in cells)} |", flush=True)
     if args.json:
         args.json.write_text(json.dumps(everything, indent=1))
     return 0

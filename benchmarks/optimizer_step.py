@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.kernels import multi_tensor, products
-from megatron_opt.kernels.multi_tensor import Coefficients, Rule
+from megatron_opt.kernels.multi_tensor import Coefficients, UpdateKind
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import ElementwiseOptimizer, MatrixInfo
 
@@ -90,29 +90,29 @@ class Ours:
     """Our rule with the parameter update it ends in, as the engine runs it on one process."""
 
     def __init__(self, name: str, params: list[Tensor], grads: list[Tensor]) -> None:
-        self.params, self.grads, self.rule, self.number = params, grads, registry.build(name, {}), 0
-        self.elementwise = isinstance(self.rule, ElementwiseOptimizer)
+        self.params, self.grads, self.optimizer, self.number = params, grads, registry.build(name, {}), 0
+        self.elementwise = isinstance(self.optimizer, ElementwiseOptimizer)
         self.infos = [MatrixInfo(f"w{i}", tuple(p.shape)) for i, p in enumerate(params)]
         if self.elementwise:
-            self.states = [self.rule.init_state(p) for p in params]
+            self.states = [self.optimizer.init_state(p) for p in params]
         else:
-            self.states = [self.rule.init_state(p, info) for p, info in zip(params, self.infos)]
+            self.states = [self.optimizer.init_state(p, info) for p, info in zip(params, self.infos)]
 
     def step(self) -> None:
         self.number += 1
         if self.elementwise:
-            self.rule.update(self.params, self.grads, self.states, self.number, LR, WD)
+            self.optimizer.update(self.params, self.grads, self.states, self.number, LR, WD)
             return
-        directions = self.rule.update(self.grads, self.states, self.number, self.infos)
-        multi_tensor.update(Rule.APPLY, self.params, directions, (), Coefficients(lr=LR, shrink=LR * WD))
+        directions = self.optimizer.update(self.grads, self.states, self.number, self.infos)
+        multi_tensor.update(UpdateKind.APPLY, self.params, directions, (), Coefficients(lr=LR, decay_factor=LR * WD))
 
     def cost(self) -> tuple[float, dict[str, float]]:
         """(bytes, FLOPs by kernel class) of a mean step."""
         if self.elementwise:
-            return sum(self.rule.cost(p.numel()).elementwise_bytes for p in self.params), {}
+            return sum(self.optimizer.cost(p.numel()).elementwise_bytes for p in self.params), {}
         total_bytes, flops = 0.0, dict[str, float]()
         for p, info in zip(self.params, self.infos):
-            cost = self.rule.cost(info)
+            cost = self.optimizer.cost(info)
             total_bytes += cost.elementwise_bytes + 12.0 * p.numel()
             for kind, amount in cost.flops.items():
                 flops[kind] = flops.get(kind, 0.0) + amount
@@ -173,7 +173,7 @@ PEERS: dict[str, dict[str, Factory]] = {
 }  # fmt: skip
 
 
-def contenders(rule: str, shapes: list[tuple[int, int]], peers: bool = True) -> dict[str, Any]:
+def contenders(optimizer: str, shapes: list[tuple[int, int]], peers: bool = True) -> dict[str, Any]:
     """Ours and the peers that are installed, each with its own parameters and the gradients of all."""
     start, grads = _random(shapes, 0), _random(shapes, 100)
 
@@ -184,15 +184,15 @@ def contenders(rule: str, shapes: list[tuple[int, int]], peers: bool = True) -> 
         return params
 
     found: dict[str, Any] = {}
-    if rule in registry.rules():
-        found["ours"] = Ours(rule, [p.detach() for p in parameters()], [g.clone() for g in grads])
-    for name, build in PEERS.get(rule, {}).items() if peers else ():
+    if optimizer in registry.optimizers():
+        found["ours"] = Ours(optimizer, [p.detach() for p in parameters()], [g.clone() for g in grads])
+    for name, build in PEERS.get(optimizer, {}).items() if peers else ():
         params = parameters()
         try:
             peer = Peer(build(params), params)
             peer.step()
         except (ImportError, RuntimeError) as error:  # not installed, or out of memory on these shapes
-            print(f"{rule}: {name} left out: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"{optimizer}: {name} left out: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
         found[name] = peer
     return found
@@ -278,7 +278,7 @@ def main() -> int:
     args = parser.parse_args()
     global DEVICE
     DEVICE = torch.device(args.device)
-    rules = args.rules or [rule for family in args.families for rule in FAMILIES[family]]
+    optimizers = args.rules or [optimizer for family in args.families for optimizer in FAMILIES[family]]
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
     rates = {
@@ -300,24 +300,24 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|---|")
     for case in args.cases:
         training = training_ms(CASES[case], args.tokens, args.threads)
-        for rule in rules:
+        for optimizer in optimizers:
             gc.collect()
-            found = contenders(rule, CASES[case], peers=not args.share)
-            fresh = rule in FRESH
+            found = contenders(optimizer, CASES[case], peers=not args.share)
+            fresh = optimizer in FRESH
             gradients = Gradients(CASES[case], 4 if fresh else 3 if DEVICE.type == "cuda" else 0)
-            rounds = max(1, args.rounds // 4) if rule in FRESH else args.rounds
-            measured = measure(found, rounds, args.threads, PERIOD.get(rule, 1), gradients)
+            rounds = max(1, args.rounds // 4) if optimizer in FRESH else args.rounds
+            measured = measure(found, rounds, args.threads, PERIOD.get(optimizer, 1), gradients)
             times = {name: statistics.median(values) for name, values in measured.items()}
             peers = {name: value for name, value in times.items() if name != "ours"}
             ours, best = times.get("ours"), min(peers.values(), default=None)
             bound = None
             if ours is not None:
                 moved, flops = found["ours"].cost()
-                rate = rates["bf16" if rule in ("muon", "scion") else "fp32"]
+                rate = rates["bf16" if optimizer in ("muon", "scion") else "fp32"]
                 bound = 1e3 * (moved / bandwidth + sum(flops.values()) / rate)
             listed = ", ".join(f"{name} {value:.2f}" for name, value in sorted(peers.items(), key=lambda i: i[1]))
             cells = [
-                rule,
+                optimizer,
                 case,
                 f"{ours:.2f}" if ours else "–",
                 listed or "–",
@@ -327,7 +327,7 @@ def main() -> int:
                 f"{ours / (ours + training):.1%}" if ours else "–",
             ]
             print(f"| {' | '.join(cells)} |", flush=True)
-            found_json["rows"].append({"rule": rule, "case": case, "ours": ours, "bound": bound, "peers": peers})
+            found_json["rows"].append({"rule": optimizer, "case": case, "ours": ours, "bound": bound, "peers": peers})
     if args.json:
         args.json.write_text(json.dumps(found_json, indent=1))
     return 0

@@ -115,12 +115,12 @@ def make_optimizer(kind: str, model: Any) -> Any:
     if kind in OURS:
         from megatron_opt.distributed.build import build_optimizer
         from megatron_opt.engine_options import EngineOptions
-        from megatron_opt.optimizers.groups import default_rules
+        from megatron_opt.optimizers.groups import default_group_configs
 
         mode, distributed = OURS[kind]
         options = {"muon": {"momentum": 0.95, "fp32_matmul_prec": "high"}}
         config = OptimizerConfig(optimizer="adam", use_distributed_optimizer=distributed, **common)
-        return build_optimizer(config, [model], default_rules("muon", options), EngineOptions(matrix_mode=mode))
+        return build_optimizer(config, [model], default_group_configs("muon", options), EngineOptions(matrix_mode=mode))
     layer_wise = kind.endswith("layer-wise")
     config = OptimizerConfig(
         optimizer="muon",

@@ -87,16 +87,16 @@ def train(text, seed, steps, frequency, options, lr=0.003):
     """Mean loss on 20 held-out batches after `steps` steps."""
     torch.manual_seed(seed)
     model, generator = Model(), torch.Generator().manual_seed(seed)
-    rule = registry.build("soap", dict(block_size=0, precondition_frequency=frequency, **options))
+    optimizer = registry.build("soap", dict(block_size=0, precondition_frequency=frequency, **options))
     params = dict(model.named_parameters())
     infos = [MatrixInfo(name, tuple(p.shape)) for name, p in params.items()]
-    states = [rule.init_state(p.data, info) for p, info in zip(params.values(), infos)]
+    states = [optimizer.init_state(p.data, info) for p, info in zip(params.values(), infos)]
     for step in range(1, steps + 1):
         inputs, targets = batch(text, generator)
         loss = nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         grads = torch.autograd.grad(loss, list(params.values()))
         rate = lr * min(1.0, step / 20) * (1 - step / (steps + 1))
-        for p, u in zip(params.values(), rule.update([g.clone() for g in grads], states, step, infos)):
+        for p, u in zip(params.values(), optimizer.update([g.clone() for g in grads], states, step, infos)):
             p.data.add_(u, alpha=-rate)
     held_out = torch.Generator().manual_seed(12345)
     with torch.no_grad():

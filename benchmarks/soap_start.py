@@ -33,19 +33,19 @@ class Recorder:
 
         update = Soap.update
 
-        def recorded(rule: Any, grads: Any, states: Any, step: int, infos: Any) -> Any:
+        def recorded(optimizer: Any, grads: Any, states: Any, step: int, infos: Any) -> Any:
             for grad, state, info in zip(grads, states, infos, strict=True):
-                self.see(rule, grad, state, info)
-            return update(rule, grads, states, step, infos)
+                self.see(optimizer, grad, state, info)
+            return update(optimizer, grads, states, step, infos)
 
         Soap.update = recorded  # type: ignore[method-assign]
 
-    def see(self, rule: Any, grad: Tensor, state: dict[str, Tensor], info: Any) -> None:
+    def see(self, optimizer: Any, grad: Tensor, state: dict[str, Tensor], info: Any) -> None:
         if info.kind != "hidden":
             return
         count = self.steps[info.name] = self.steps.get(info.name, 0) + 1
         names = {2: "1 step", 11: "10 steps", 21: "20 steps", 41: "40 steps"}
-        for side in rule.sides(info):
+        for side in optimizer.sides(info):
             key = (info.name, side)
             if count in names:
                 self.bases.setdefault(names[count], {})[key] = state[f"q_0_{side}"][0].clone()

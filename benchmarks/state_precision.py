@@ -57,16 +57,16 @@ def gradients() -> list[Tensor]:
 
 def directions(name: str, options: dict[str, str]) -> tuple[Tensor, float, float | None]:
     """The last direction; bytes of state a parameter; ‖QᵀQ − I‖/√k of SOAP's left basis."""
-    rule = registry.build(name, options | ({"fp32_matmul_prec": "high"} if name == "muon" else {}))
+    optimizer = registry.build(name, options | ({"fp32_matmul_prec": "high"} if name == "muon" else {}))
     info, param = MatrixInfo("w", (SIDE, SIDE)), torch.zeros(SIDE, SIDE)
-    state = rule.init_state(param, info) if isinstance(rule, MatrixOptimizer) else rule.init_state(param)
+    state = optimizer.init_state(param, info) if isinstance(optimizer, MatrixOptimizer) else optimizer.init_state(param)
     u = param
     for t, grad in enumerate(gradients(), 1):
-        if isinstance(rule, MatrixOptimizer):
-            u = rule.update([grad], [state], t, [info])[0]
+        if isinstance(optimizer, MatrixOptimizer):
+            u = optimizer.update([grad], [state], t, [info])[0]
         else:
             u = torch.zeros(SIDE, SIDE)
-            rule.update([u], [grad], [state], t, 1.0, 0.0)
+            optimizer.update([u], [grad], [state], t, 1.0, 0.0)
     oblique = None
     if name.endswith("soap"):
         basis = state["q_0_0"][0].double()

@@ -98,8 +98,8 @@ class Experiment:
     def branch(self, branch: Branch) -> tuple[float, float, float, float]:
         """(spike, early, excess of validation loss, end) of a branch."""
         folder, left = self.folder / branch.name, self.iterations - self.switch
-        rule, rate = RULES[branch.target]
-        flags = [*self.common, *rule.split(), "--lr", f"{rate * branch.share:g}", "--override-opt_param-scheduler"]
+        optimizer, rate = RULES[branch.target]
+        flags = [*self.common, *optimizer.split(), "--lr", f"{rate * branch.share:g}", "--override-opt_param-scheduler"]
         flags += [
             "--lr-decay-iters",
             str(left),

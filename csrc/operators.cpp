@@ -94,37 +94,37 @@ void read_coefficients(at::ArrayRef<double> values, Options& options) {
   for (int i = 0; i < kCoefficients; ++i) to[i] = static_cast<float>(values[i]);
 }
 
-// Tensors that each rule needs, by Rule: states, and whether it writes an output instead of parameters.
-constexpr int kRuleStates[] = {2, 3, 2, 1, 1, 2, 1, 0};
-constexpr bool kRuleOutput[] = {false, false, false, false, false, false, true, false};
+// Tensors that each rule needs, by UpdateKind: states, and whether it writes an output instead of parameters.
+constexpr int kUpdateStates[] = {2, 3, 2, 1, 1, 2, 1, 0};
+constexpr bool kUpdateOutput[] = {false, false, false, false, false, false, true, false};
 
-Tensor update(int64_t rule, Tensors params, Tensors grads, Tensors state0, Tensors state1, Tensors state2,
+Tensor update(int64_t kind, Tensors params, Tensors grads, Tensors state0, Tensors state1, Tensors state2,
               Tensors copies, Tensors absmax0, Tensors absmax1, const std::optional<Tensor>& scales,
               at::ArrayRef<double> coefficients, const std::optional<Tensor>& device_coefficients, bool cautious_decay,
-              bool stochastic, int64_t seed, int64_t step, at::IntArrayRef firsts, bool with_sums) {
-  TORCH_CHECK(rule >= 0 && rule < 8, "there is no rule ", rule, ".");
+              bool stochastic, int64_t seed, int64_t step, at::IntArrayRef element_offsets, bool with_sums) {
+  TORCH_CHECK(kind >= 0 && kind < 8, "there is no rule ", kind, ".");
   const size_t count = grads.size();
   const Tensors states[] = {state0, state1, state2};
   for (int k = 0; k < 3; ++k) {
-    TORCH_CHECK(states[k].size() == (k < kRuleStates[rule] ? count : 0), "state", k, " has ", states[k].size(),
-                " tensors, grads ", count, "; the rule has ", kRuleStates[rule], " states.");
+    TORCH_CHECK(states[k].size() == (k < kUpdateStates[kind] ? count : 0), "state", k, " has ", states[k].size(),
+                " tensors, grads ", count, "; the rule has ", kUpdateStates[kind], " states.");
   }
-  TORCH_CHECK(params.size() == (kRuleOutput[rule] ? 0 : count), "params has ", params.size(), " tensors, grads ", count, ".");
-  TORCH_CHECK(!kRuleOutput[rule] || copies.size() == count, "outputs has ", copies.size(), " tensors, grads ", count, ".");
+  TORCH_CHECK(params.size() == (kUpdateOutput[kind] ? 0 : count), "params has ", params.size(), " tensors, grads ", count, ".");
+  TORCH_CHECK(!kUpdateOutput[kind] || copies.size() == count, "outputs has ", copies.size(), " tensors, grads ", count, ".");
   List list(grads);
   list.add(kParam, params, "params");
   for (int k = 0; k < 3; ++k) list.add(kState0 + k, states[k], "states");
-  list.add(kCopy, copies, kRuleOutput[rule] ? "outputs" : "copies");
+  list.add(kCopy, copies, kUpdateOutput[kind] ? "outputs" : "copies");
   list.add_absmax(kState0, absmax0, "absmax0");
   list.add_absmax(kState1, absmax1, "absmax1");
   for (const Piece& piece : list.pieces) {
-    TORCH_CHECK(kRuleOutput[rule] || piece.format[kCopy] == Format::absent || piece.format[kCopy] == Format::bf16,
+    TORCH_CHECK(kUpdateOutput[kind] || piece.format[kCopy] == Format::absent || piece.format[kCopy] == Format::bf16,
                 "copies must be bfloat16.");
   }
-  TORCH_CHECK(firsts.empty() || firsts.size() == count, "firsts has ", firsts.size(), " numbers, grads ", count, ".");
+  TORCH_CHECK(element_offsets.empty() || element_offsets.size() == count, "element_offsets has ", element_offsets.size(), " numbers, grads ", count, ".");
   uint64_t first = 0;
   for (size_t i = 0; i < count; ++i) {
-    list.pieces[i].first = firsts.empty() ? first : static_cast<uint64_t>(firsts[i]);
+    list.pieces[i].first = element_offsets.empty() ? first : static_cast<uint64_t>(element_offsets[i]);
     first += static_cast<uint64_t>(list.pieces[i].numel);
   }
   Options options{};
@@ -150,7 +150,7 @@ Tensor update(int64_t rule, Tensors params, Tensors grads, Tensors state0, Tenso
   if (list.device.is_cuda()) {
     const c10::cuda::CUDAGuard guard(list.device);
     const Tensor workspace = at::empty({with_sums ? workspace_cuda(list.pieces) : 0}, sums.options());
-    update_cuda(static_cast<Rule>(rule), options, list.pieces, with_sums ? workspace.mutable_data_ptr<double>() : nullptr,
+    update_cuda(static_cast<UpdateKind>(kind), options, list.pieces, with_sums ? workspace.mutable_data_ptr<double>() : nullptr,
                 c10::cuda::getCurrentCUDAStream());
     return sums;
   }
@@ -158,7 +158,7 @@ Tensor update(int64_t rule, Tensors params, Tensors grads, Tensors state0, Tenso
   if (options.device_coefficients != nullptr) {
     std::memcpy(&options.coefficients, options.device_coefficients, sizeof(Coefficients));
   }
-  update_cpu(static_cast<Rule>(rule), options, list.pieces, at::get_num_threads());
+  update_cpu(static_cast<UpdateKind>(kind), options, list.pieces, at::get_num_threads());
   return sums;
 }
 

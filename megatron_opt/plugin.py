@@ -73,7 +73,7 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def get_megatron_optimizer(config: Any, model_chunks: Sequence[Any], *rest: Any, **named: Any) -> Any:
-        if config.optimizer in MEGATRON_OWN or config.optimizer not in registry.rules():
+        if config.optimizer in MEGATRON_OWN or config.optimizer not in registry.optimizers():
             return original(config, model_chunks, *rest, **named)
         from megatron.training import global_vars
 
@@ -83,9 +83,9 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
 
             return make_optimizer(config, model_chunks)
         from megatron_opt.distributed.build import build_optimizer
-        from megatron_opt.optimizers.groups import default_rules
+        from megatron_opt.optimizers.groups import default_group_configs
 
-        return build_optimizer(config, model_chunks, default_rules(config.optimizer))
+        return build_optimizer(config, model_chunks, default_group_configs(config.optimizer))
 
     return get_megatron_optimizer
 

@@ -18,7 +18,7 @@ def run(argv: Sequence[str]) -> None:
     signals.die_with_launcher()
     for said in ("(Apex|Transformer Engine|transformer-engine)", "Could not determine rank", "'pin_memory' argument"):
         warnings.filterwarnings("ignore", message=f".*{said}.*")
-    entry.alone()
+    entry.set_single_process_env()
     from megatron_opt import platform
     from megatron_opt.platform import transformer_engine
 
@@ -40,17 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         said = naming(str(error), sys.argv[1:] if argv is None else argv)
-        return entry.refused("megatron_opt.pretrain", UserError(said))
+        return entry.print_user_error("megatron_opt.pretrain", UserError(said))
     except ModuleNotFoundError as error:
         missing = missing_package(error)
         if missing is None:
             raise
-        return entry.refused("megatron_opt.pretrain", missing)
+        return entry.print_user_error("megatron_opt.pretrain", missing)
     except OSError as error:
         sentence = full(error)
         if sentence is None:
             raise
-        return entry.refused("megatron_opt.pretrain", sentence)
+        return entry.print_user_error("megatron_opt.pretrain", sentence)
     except RuntimeError as error:
         if not _PEER_GONE.search(str(error)):
             raise
@@ -60,14 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         gone = UserError(
             "another rank is gone, see its own lines and `megatron-opt status`; the launcher starts all again."
         )
-        entry.refused("megatron_opt.pretrain", gone)
+        entry.print_user_error("megatron_opt.pretrain", gone)
         return 1
     except SystemExit as leaving:
         code = signals.exit_code(leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code)))
     if not code:  # also by --exit-interval and its like
-        entry.part()
+        entry.destroy_process_group()
     return code
 
 
 if __name__ == "__main__":
-    entry.leave(main())
+    entry.exit_process(main())

@@ -154,16 +154,16 @@ ENVIRONMENTS = {
 def test_variables_of_a_launcher_that_cannot_be_meant(given, monkeypatch, capsys):
     _environment(monkeypatch, given)
     with pytest.raises(UserError, match="torchrun") as error:
-        entry.alone()
+        entry.set_single_process_env()
     assert ENVIRONMENTS[given] in str(error.value)
-    assert entry.refused("job", error.value) == 2 and capsys.readouterr().err.count("\n") == 1
+    assert entry.print_user_error("job", error.value) == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_variables_of_a_launcher_that_are_taken(monkeypatch):
     _environment(monkeypatch, "WORLD_SIZE=4 RANK=3 LOCAL_RANK=1 MASTER_ADDR=h MASTER_PORT=29500")
     assert entry.check_launcher() == (3, 4)
     _environment(monkeypatch, "")
-    entry.alone()
+    entry.set_single_process_env()
     assert os.environ["MASTER_PORT"] == "0" and entry.check_launcher() == (0, 1)
 
 
@@ -195,13 +195,13 @@ def test_a_line_of_metrics_with_words_for_numbers_is_left_out(tmp_path):
 
 def test_a_key_that_is_given_twice_is_refused_in_every_file(tmp_path):
     from megatron_opt.cost_model import cluster, flags
-    from megatron_opt.optimizers.groups import load_rules
+    from megatron_opt.optimizers.groups import load_group_configs
 
     file = tmp_path / "twice.yaml"
     for text, read in (
         ("lr: 1e-3\nlr: 1e-2\n", flags.from_run),
         ("name: a\nname: b\n", lambda path: cluster.load(str(path))),
-        ("groups:\n- {match: x, optimizer: adamw, match: y}\n", lambda path: load_rules(str(path), {})),
+        ("groups:\n- {match: x, optimizer: adamw, match: y}\n", lambda path: load_group_configs(str(path), {})),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=r"twice\.yaml.*is given twice"):
@@ -212,12 +212,12 @@ def test_a_key_that_is_given_twice_is_refused_in_every_file(tmp_path):
     "content", [b"", b"\xff\xfe\x00", b"- 1", b"7", b"groups: [", b"groups: {}", b"groups: 3", b"groups:\n- 1"]
 )
 def test_a_groups_file_that_is_none_is_one_sentence(content, tmp_path):
-    from megatron_opt.optimizers.groups import load_rules
+    from megatron_opt.optimizers.groups import load_group_configs
 
     file = tmp_path / "gruppen ü.yaml"
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"gruppen ü\.yaml") as error:
-        load_rules(str(file), {})
+        load_group_configs(str(file), {})
     assert "\n" not in str(error.value)
 
 
@@ -229,7 +229,7 @@ def test_a_disk_that_fills_while_training(tmp_path, capsys):
     from megatron_opt.training import console, monitoring
 
     (tmp_path / run_files.METRICS).symlink_to("/dev/full")
-    run = SimpleNamespace(folder=tmp_path, speaks=True)
+    run = SimpleNamespace(folder=tmp_path, is_logging_rank=True)
     with pytest.raises(UserError, match=r"--output-dir .*metrics\.jsonl cannot be written \(No space left on device\)"):
         monitoring.Monitor._append(run, {"loss": 1.0})
     log = console._Log("/dev/full")

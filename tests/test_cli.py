@@ -57,9 +57,9 @@ def test_optimizers_are_listed_with_their_flags(capsys):
 
     assert main(["optimizers"]) == 0
     listed = capsys.readouterr().out
-    for name, rule in registry.rules().items():
+    for name, optimizer in registry.optimizers().items():
         assert f"\n{name} " in f"\n{listed}"
         assert main(["optimizers", name]) == 0
         one = capsys.readouterr().out
-        for field, option in rule.Config.__dataclass_fields__.items():
+        for field, option in optimizer.Config.__dataclass_fields__.items():
             assert f"--{name}-{field}".replace("_", "-") + f"  (default {option.default}" in one

@@ -169,7 +169,7 @@ static void adam_block(const Coefficients& c, const float* g, float* m, float* v
   const float scale = block_scale(squares, n, *v, c);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const float moment = c.beta1 * m[i] + c.gain1 * g[i];
+    const float moment = c.beta1 * m[i] + c.input_weight1 * g[i];
     m[i] = moment;
     u[i] = moment * scale;
   }

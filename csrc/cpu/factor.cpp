@@ -125,15 +125,15 @@ bool cholesky(float* g, int64_t ld, int64_t k, float* scratch) {
 double sum_of_seconds(const RotatedAdam& c, const float* x, const float* v, int64_t count) {
   double sum = 0.0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(c.beta2 * v[i] + c.gain2 * (x[i] * x[i]));
+  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(c.beta2 * v[i] + c.input_weight2 * (x[i] * x[i]));
   return sum;
 }
 
 void rotated_adam(const RotatedAdam& c, float least, float* x, float* m, float* v, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    m[i] += c.gain1 * (x[i] - m[i]);
-    v[i] = c.beta2 * v[i] + c.gain2 * (x[i] * x[i]);
+    m[i] += c.input_weight1 * (x[i] - m[i]);
+    v[i] = c.beta2 * v[i] + c.input_weight2 * (x[i] * x[i]);
     const float root = sqrtf(v[i]);
     x[i] = c.scale * m[i] / ((root < least ? least : root) + c.eps);
   }

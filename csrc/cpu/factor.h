@@ -23,7 +23,7 @@ bool cholesky(float* g, int64_t ld, int64_t k, float* scratch);
 
 // Adam on a rotated gradient: both moments advance, u = scale·m/(max(√v, least) + ε) replaces x.
 struct RotatedAdam {
-  float gain1, beta2, gain2, eps, scale, floor;  // least √v in a block over √mean(v)
+  float input_weight1, beta2, input_weight2, eps, scale, floor;  // least √v in a block over √mean(v)
 };
 void rotated_adam(const RotatedAdam& c, float least, float* x, float* m, float* v, int64_t count);
 // Sum of the second moments that rotated_adam is about to leave.

@@ -15,7 +15,7 @@ using AdamBlock = void (*)(const Coefficients&, const float* g, float* m, float*
 
 struct Kernels {
   const char* name;
-  UpdateBlock update[8];  // by Rule
+  UpdateBlock update[8];  // by UpdateKind
   SumBlock sum[4];        // by Sum
   AdamBlock block_adam;
 };

@@ -74,8 +74,8 @@ void add_chunks(const std::vector<int64_t>& first, const std::vector<double>& pa
 
 }  // namespace
 
-void update_cpu(Rule rule, const Options& options, const std::vector<Piece>& pieces, int threads) {
-  const UpdateBlock update = chosen_kernels().update[static_cast<int>(rule)];
+void update_cpu(UpdateKind kind, const Options& options, const std::vector<Piece>& pieces, int threads) {
+  const UpdateBlock update = chosen_kernels().update[static_cast<int>(kind)];
   const std::vector<int64_t> first = first_chunks(pieces);
   std::vector<double> partial(options.sums != nullptr ? 3 * first.back() : 0, 0.0);
   for_chunks(pieces, first, threads, [&](int index, int64_t start, int64_t count, int64_t chunk) {

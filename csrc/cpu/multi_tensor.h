@@ -7,7 +7,7 @@
 
 namespace megatron_opt {
 
-void update_cpu(Rule rule, const Options& options, const std::vector<Piece>& pieces, int threads);
+void update_cpu(UpdateKind kind, const Options& options, const std::vector<Piece>& pieces, int threads);
 
 // Three sums a piece into `sums`.
 void sum_cpu(Sum kind, const Options& options, const std::vector<Piece>& pieces, double* sums, int threads);

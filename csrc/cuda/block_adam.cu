@@ -55,16 +55,16 @@ __global__ void __launch_bounds__(kThreads) block_adam_kernel(const __grid_const
       for (int64_t i = threadIdx.x; i < size / 4; i += kThreads) {
         const float4 x = reinterpret_cast<const float4*>(g)[i];
         float4 moment = reinterpret_cast<const float4*>(m)[i];
-        moment.x = c.beta1 * moment.x + c.gain1 * x.x;
-        moment.y = c.beta1 * moment.y + c.gain1 * x.y;
-        moment.z = c.beta1 * moment.z + c.gain1 * x.z;
-        moment.w = c.beta1 * moment.w + c.gain1 * x.w;
+        moment.x = c.beta1 * moment.x + c.input_weight1 * x.x;
+        moment.y = c.beta1 * moment.y + c.input_weight1 * x.y;
+        moment.z = c.beta1 * moment.z + c.input_weight1 * x.z;
+        moment.w = c.beta1 * moment.w + c.input_weight1 * x.w;
         reinterpret_cast<float4*>(m)[i] = moment;
         reinterpret_cast<float4*>(u)[i] = {moment.x * scale, moment.y * scale, moment.z * scale, moment.w * scale};
       }
     } else {
       for (int64_t i = threadIdx.x; i < size; i += kThreads) {
-        const float moment = c.beta1 * m[i] + c.gain1 * g[i];
+        const float moment = c.beta1 * m[i] + c.input_weight1 * g[i];
         m[i] = moment;
         u[i] = moment * scale;
       }

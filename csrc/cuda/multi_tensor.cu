@@ -289,12 +289,12 @@ void launch(Kernel kernel, const Options& options, const std::vector<Piece>& pie
 
 int64_t workspace_cuda(const std::vector<Piece>& pieces) { return kSums * total_blocks(pieces); }
 
-void update_cuda(Rule rule, const Options& options, const std::vector<Piece>& pieces, double* workspace,
+void update_cuda(UpdateKind kind, const Options& options, const std::vector<Piece>& pieces, double* workspace,
                  cudaStream_t stream) {
   static constexpr Kernel kernels[] = {update_kernel<Adam>,   update_kernel<Mars>,     update_kernel<Cautious>,
                                        update_kernel<Lion>,   update_kernel<Signum>,   update_kernel<Sophia>,
                                        update_kernel<Momentum>, update_kernel<Apply>};
-  launch(kernels[static_cast<int>(rule)], options, pieces, options.sums != nullptr ? workspace : nullptr, options.sums,
+  launch(kernels[static_cast<int>(kind)], options, pieces, options.sums != nullptr ? workspace : nullptr, options.sums,
          stream);
 }
 

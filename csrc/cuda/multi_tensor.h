@@ -13,7 +13,7 @@ namespace megatron_opt {
 int64_t workspace_cuda(const std::vector<Piece>& pieces);
 
 // On `stream`, without synchronising or allocating; `workspace` may be null where options.sums is.
-void update_cuda(Rule rule, const Options& options, const std::vector<Piece>& pieces, double* workspace,
+void update_cuda(UpdateKind kind, const Options& options, const std::vector<Piece>& pieces, double* workspace,
                  cudaStream_t stream);
 
 // Three sums a piece into `sums` (device memory).

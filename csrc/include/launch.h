@@ -9,21 +9,21 @@ namespace megatron_opt {
 // megatron_opt/kernels/multi_tensor.py.
 struct Coefficients {
   float lr;          // learning rate
-  float shrink;      // weight decay of this step (lr·wd when decoupled)
+  float decay_factor;      // weight decay of this step (lr·wd when decoupled)
   float grad_scale;  // multiplies the gradient: clipping, loss scale
   float beta1;       // kept share of the first state
-  float gain1;       // share of g that enters it (1 − β1; 1 for a momentum that is a sum)
+  float input_weight1;       // share of g that enters it (1 − β1; 1 for a momentum that is a sum)
   float beta2;
-  float gain2;
+  float input_weight2;
   float eps;
-  float mean_m;   // u's numerator is mean_m·m + mean_g·g: bias correction and Nesterov's form live here
-  float mean_g;
-  float root_v;   // 1/√(1 − β2^t)
+  float momentum_weight;   // u's numerator is momentum_weight·m + gradient_weight·g: bias correction and Nesterov's form live here
+  float gradient_weight;
+  float inv_sqrt_correction2;   // 1/√(1 − β2^t)
   float gamma;    // Mars: γβ1/(1 − β1); Sophia: γ
 };
 constexpr int kCoefficients = sizeof(Coefficients) / sizeof(float);
 
-enum class Rule : int { adam, mars, cautious, lion, signum, sophia, momentum, apply };
+enum class UpdateKind : int { adam, mars, cautious, lion, signum, sophia, momentum, apply };
 enum class Sum : int { gradient_norm, cautious_mask, mars_norm, products };
 enum class Format : uint8_t { absent, f32, bf16, signed8, unsigned8 };
 

@@ -93,10 +93,10 @@ class Writer:
         plan: Items,
         strings: Sequence[Any],
         tensors: Sequence[Any],
-        still: Sequence[bool],
+        constant_until_step: Sequence[bool],
         notes: dict[str, str] | None = None,
     ) -> None:
-        """Hand a save over: tensors that keep `still` until `settle` are copied meanwhile, others (and a GPU's) at once.
+        """Hand a save over: tensors that are `constant_until_step` until `settle` are copied meanwhile, others (and a GPU's) at once.
 
         `strings` and `tensors` are in the order of the plan's items; the same plan object is sent once. An earlier save
         is waited for. `notes` are small files, by name.
@@ -105,7 +105,7 @@ class Writer:
             self._receive(block=True)
         if plan is not self._plan:
             self._lay(plan, tensors)
-        later = [keeps and not tensor.is_cuda for keeps, tensor in zip(still, tensors, strict=True)]
+        later = [keeps and not tensor.is_cuda for keeps, tensor in zip(constant_until_step, tensors, strict=True)]
         for view, tensor, wait in zip(self._views, tensors, later, strict=True):
             if not wait:
                 view.copy_(tensor)
@@ -285,7 +285,7 @@ def _serve(connection: socket.socket, nice: int) -> None:
             answer = " ".join(str(error).split())[:300] or type(error).__name__
         _send(connection, pickle.dumps((kind, answer)))
         if kind == "publish" and isinstance(answer, dict):
-            folders.sweep(rest[0].save)
+            folders.delete_discarded(rest[0].save)
 
 
 def _write(
@@ -312,13 +312,13 @@ def _write(
     transforms = [_StorageWriterTransforms()]
 
     def write(number: int) -> list[Any]:
-        _, found = FileSystemWriterAsync.write_preloaded_data(transforms, number, buckets[number], None, None, True)
-        if isinstance(found, Exception):
-            raise found
-        return found
+        _, written = FileSystemWriterAsync.write_preloaded_data(transforms, number, buckets[number], None, None, True)
+        if isinstance(written, Exception):
+            raise written
+        return written
 
     with ThreadPoolExecutor(max(len(buckets), 1)) as pool:  # --dist-ckpt-workers files
-        results = [result for found in pool.map(write, range(len(buckets))) for result in found]
+        results = [result for written in pool.map(write, range(len(buckets))) for result in written]
     folders.sum_files(folder, rank)
     rows = [
         (one.index.fqn, one.index.offset and [*one.index.offset], one.index.index, one.size_in_bytes,
@@ -342,7 +342,7 @@ def _read_results(path: Path) -> list[Any]:
 
 def _wait_for_all(what: Publication, connection: socket.socket) -> None:
     """Until the files of all ranks are there; a message meanwhile says that one will not come."""
-    folder = what.save / folders.ASIDE / folders.name_of(what.iteration)
+    folder = what.save / folders.STAGING / folders.name_of(what.iteration)
     wanted = {f"{_RESULTS}{rank}" for rank in range(what.ranks)}
     while not wanted <= set(os.listdir(folder)):
         if select.select([connection], [], [], _LOOK)[0]:
@@ -353,7 +353,7 @@ def _publish(what: Publication, metadata: Any) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.core import save_config
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    folder = what.save / folders.ASIDE / folders.name_of(what.iteration)
+    folder = what.save / folders.STAGING / folders.name_of(what.iteration)
     parts = [folder / f"{_RESULTS}{rank}" for rank in range(what.ranks)]
     FileSystemWriterAsync(folder).finish(metadata, [_read_results(part) for part in parts])
     for part in parts:

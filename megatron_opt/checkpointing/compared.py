@@ -94,13 +94,15 @@ def check(folder: Path, saved: Any, args: Any) -> None:
     if not args.finetune:
         names += [*RUN, *(() if args.no_load_optim else OPTIMIZER)]
     accepted = set(getattr(args, "accept_changed", None) or ())
-    found = [one for one in differences(saved, args, names) if not accepted & {one.name, option(one.name)}]
-    if not found:
+    differing = [one for one in differences(saved, args, names) if not accepted & {one.name, option(one.name)}]
+    if not differing:
         return
-    kind = "model" if found[0].name in FUNCTION else "run"
-    said = "; ".join(f"its --{option(one.name)} is {one.theirs}, this run's is {one.ours}" for one in found[:_SHOWN])
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    wanted = " ".join(option(one.name) for one in found)
+    kind = "model" if differing[0].name in FUNCTION else "run"
+    said = "; ".join(
+        f"its --{option(one.name)} is {one.theirs}, this run's is {one.ours}" for one in differing[:_SHOWN]
+    )
+    more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+    wanted = " ".join(option(one.name) for one in differing)
     raise UserError(
         f"the checkpoint {folder} is of another {kind}: {said}{more}; give the same flags, or want the change by "
         f"--accept-changed {wanted}{'' if kind == 'model' else ', or begin another run from its weights by --finetune'}."
@@ -109,22 +111,22 @@ def check(folder: Path, saved: Any, args: Any) -> None:
 
 def value(args: Any, name: str) -> Any:
     """A flag's value such that equal ones compare equal in any run: folders of data may have moved."""
-    found = getattr(args, name)
+    given = getattr(args, name)
     if name == "num_query_groups" and not getattr(args, "group_query_attention", False):
         return getattr(args, "num_attention_heads", None)  # Megatron leaves 1 or the number of heads there
     if name == "bias_gelu_fusion":  # tanh's GELU in place of the exact one, where there is a GELU
-        return bool(found) and not any(getattr(args, one, False) for one in ("swiglu", "squared_relu"))
-    if name == "hybrid_layer_pattern" and found:
-        return found.replace("|", "")  # bars are where pipeline stages meet
-    if isinstance(found, (list, tuple)):
-        return [_plain(one) for one in found]
-    return _plain(found)
+        return bool(given) and not any(getattr(args, one, False) for one in ("swiglu", "squared_relu"))
+    if name == "hybrid_layer_pattern" and given:
+        return given.replace("|", "")  # bars are where pipeline stages meet
+    if isinstance(given, (list, tuple)):
+        return [_plain(one) for one in given]
+    return _plain(given)
 
 
-def _plain(found: Any) -> Any:
-    if isinstance(found, enum.Enum):
-        return found.name
-    return Path(found).name if isinstance(found, str) and "/" in found else found
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.name
+    return Path(value).name if isinstance(value, str) and "/" in value else value
 
 
 _options: dict[str, str] = {}

@@ -17,8 +17,8 @@ from megatron_opt.files import sha256, write_atomic
 
 MANIFEST = "integrity.json"  # Megatron's own name and format, so that its --verify-integrity reads ours
 TRACKER = "latest_checkpointed_iteration.txt"
-ASIDE = ".saving"
-DOOMED = ".deleting"
+STAGING = ".saving"
+TRASH = ".deleting"
 MISMATCH = "does not match its checksum"
 _SUMS = ".sums-"
 _NAME = re.compile(r"iter_(\d{7,})")
@@ -33,8 +33,8 @@ def iterations(save: Path) -> list[int]:
     """Published iterations, newest first."""
     if not save.is_dir():
         return []
-    found = (_NAME.fullmatch(entry.name) for entry in save.iterdir() if entry.is_dir())
-    return sorted((int(match.group(1)) for match in found if match), reverse=True)
+    matches = (_NAME.fullmatch(entry.name) for entry in save.iterdir() if entry.is_dir())
+    return sorted((int(match.group(1)) for match in matches if match), reverse=True)
 
 
 def tracked(save: Path) -> str | None:
@@ -84,7 +84,7 @@ def publish(save: Path, iteration: int) -> int:
 
     Files that no rank has digested are digested here. Every name is on disk before the rename makes it visible.
     """
-    folder = save / ASIDE / name_of(iteration)
+    folder = save / STAGING / name_of(iteration)
     sums: dict[str, str] = {}
     for part in folder.glob(f"{_SUMS}*"):
         sums.update(json.loads(part.read_text()))
@@ -110,10 +110,10 @@ def publish(save: Path, iteration: int) -> int:
 
 
 def discard(save: Path, iteration: int) -> None:
-    """Take a checkpoint out of sight at once; `sweep` deletes it."""
-    doomed = save / DOOMED
-    doomed.mkdir(exist_ok=True)
-    target = doomed / name_of(iteration)
+    """Take a checkpoint out of sight at once; `delete_discarded` deletes it."""
+    trash = save / TRASH
+    trash.mkdir(exist_ok=True)
+    target = trash / name_of(iteration)
     if target.exists():
         shutil.rmtree(target, ignore_errors=True)
     os.rename(save / name_of(iteration), target)
@@ -126,25 +126,25 @@ def set_apart(save: Path, iteration: int) -> None:
         os.rename(source, source.with_name(f"{source.name}.damaged"))
 
 
-def sweep(save: Path, aside: bool = False) -> None:
-    """Delete discarded checkpoints, and with `aside` what a killed save has left."""
-    for name in (DOOMED, ASIDE) if aside else (DOOMED,):
+def delete_discarded(save: Path, staging: bool = False) -> None:
+    """Delete discarded checkpoints, and with `staging` what a killed save has left."""
+    for name in (TRASH, STAGING) if staging else (TRASH,):
         shutil.rmtree(save / name, ignore_errors=True)
 
 
-def retained(found: list[int], last: int, every: int) -> set[int]:
+def retained(numbers: list[int], last: int, every: int) -> set[int]:
     """Iterations to keep of `found`: the newest `last` and multiples of `every`; 0 for `last` keeps all."""
     if not last:
-        return set(found)
-    newest = sorted(found, reverse=True)[:last]
-    return set(newest) | {n for n in found if every and n % every == 0}
+        return set(numbers)
+    newest = sorted(numbers, reverse=True)[:last]
+    return set(newest) | {n for n in numbers if every and n % every == 0}
 
 
 def prune(save: Path, last: int, every: int) -> list[int]:
     """Discard what is not retained, links left alone; returns what went."""
-    found = iterations(save)
+    numbers = iterations(save)
     gone = []
-    for iteration in sorted(set(found) - retained(found, last, every)):
+    for iteration in sorted(set(numbers) - retained(numbers, last, every)):
         if not (save / name_of(iteration)).is_symlink():
             with contextlib.suppress(OSError):
                 discard(save, iteration)

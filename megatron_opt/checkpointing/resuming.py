@@ -53,7 +53,7 @@ def _load(
     if foreign:
         options.no_load_optim = True
     try:
-        found = original(model, optimizer, scheduler, *args, **kwargs)
+        loaded = original(model, optimizer, scheduler, *args, **kwargs)
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
@@ -79,7 +79,7 @@ def _load(
         scheduler.step(
             increment=0
         )  # Megatron's load sets rates and decay before it takes the checkpoint's weight decay
-    return found
+    return loaded
 
 
 def _short(error: BaseException) -> str:

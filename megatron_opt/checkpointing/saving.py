@@ -21,8 +21,8 @@ from megatron_opt import patches
 from megatron_opt.checkpointing import compared, folders, run_state
 from megatron_opt.checkpointing.agreement import agree, each_anywhere, first_error, last_rank, rank
 from megatron_opt.checkpointing.background import Writer
+from megatron_opt.checkpointing.pending_save import PendingSave
 from megatron_opt.checkpointing.snapshot import Request, Snapshots
-from megatron_opt.checkpointing.under_way import UnderWay
 from megatron_opt.checkpointing.verification import load_newest_sound
 from megatron_opt.errors import UserError
 from megatron_opt.files import write_atomic
@@ -104,7 +104,7 @@ class Saver:
         self.started: dict[int, float] = {}  # when a save began, by iteration
         self.stalls: dict[int, float] = {}  # seconds for which a background save has held training up, by iteration
         self.announcements: list[Callable[[], None]] = []  # Weights & Biases, told of a checkpoint once it is published
-        self.under_way: UnderWay | None = None  # with --async-save
+        self.pending_save: PendingSave | None = None  # with --async-save
         self.snapshots = Snapshots()
 
     def install(self) -> None:
@@ -121,7 +121,7 @@ class Saver:
         wrap("training.training.load_checkpoint", lambda load: functools.partial(load_newest_sound, load))
         if args.async_save:
             writer = Writer(args.async_ckpt_cpu_priority)  # forks: threads and process groups come later
-            self.under_way = UnderWay(writer)
+            self.pending_save = PendingSave(writer)
             self.snapshots.install(writer)
             wrap("training.checkpointing.schedule_async_save", lambda _: self._begin)
         else:  # Megatron's queue is a process of its own, which outlives a killed rank
@@ -136,7 +136,7 @@ class Saver:
         @functools.wraps(original)
         def named(checkpoints_path: Any, *args: Any, **kwargs: Any) -> str:
             if self.saving is not None and checkpoints_path == self.saving:
-                checkpoints_path = os.path.join(checkpoints_path, folders.ASIDE)
+                checkpoints_path = os.path.join(checkpoints_path, folders.STAGING)
             return original(checkpoints_path, *args, **kwargs)
 
         return named
@@ -180,9 +180,9 @@ class Saver:
         if not isinstance(request, Request):  # something else to be done in the background
             request.execute_sync()
             return
-        assert self.under_way is not None and self.saving is not None
+        assert self.pending_save is not None and self.saving is not None
         notes = {run_state.FILE: run_state.current()} if last_rank() else {}
-        self.under_way.begin(request, notes, Path(self.saving), self.iteration, flags.keep_last, flags.keep_every)
+        self.pending_save.begin(request, notes, Path(self.saving), self.iteration, flags.keep_last, flags.keep_every)
 
     def _save(self, original: Callable[..., Any], iteration: int, *args: Any, **kwargs: Any) -> None:
         """Save aside, digest, publish, prune; a failure ends or is passed over as --on-save-failure says."""
@@ -198,12 +198,12 @@ class Saver:
         began = time.monotonic()
         self._conclude(flags, blocking=True)
         trouble = self._prepare(save, iteration) if rank() == 0 else None
-        repeatable = self.under_way is not None and self.snapshots.repeatable(args[1])
+        repeatable = self.pending_save is not None and self.snapshots.repeatable(args[1])
         troubled, new = each_anywhere(trouble is not None, not repeatable)
         if troubled:
             self._failed(flags, iteration, agree(trouble))
             return
-        if self.under_way is not None:
+        if self.pending_save is not None:
             self.snapshots.prepare(args[0], args[1], repeat=not new)
         self.saving, self.iteration, self.error = flags.save, iteration, None
         self.started[iteration] = began
@@ -225,7 +225,7 @@ class Saver:
             return
         if self.error is None:
             try:
-                folder = save / folders.ASIDE / folders.name_of(iteration)
+                folder = save / folders.STAGING / folders.name_of(iteration)
                 if last_rank():
                     write_atomic(folder / run_state.FILE, run_state.current())
                 folders.sum_files(folder, rank())
@@ -235,7 +235,7 @@ class Saver:
 
     def _prepare(self, save: Path, iteration: int) -> str | None:
         """Rank 0, before anything is written: an empty folder aside and room for as much as last time, or what is wrong."""
-        folder = save / folders.ASIDE / folders.name_of(iteration)
+        folder = save / folders.STAGING / folders.name_of(iteration)
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -261,7 +261,7 @@ class Saver:
 
     def _conclude(self, flags: Any, blocking: bool, since: float | None = None) -> None:
         """Collective: hear how the background save ended; the time `since` then is its stall."""
-        ended = self.under_way.look(blocking) if self.under_way is not None else None
+        ended = self.pending_save.look(blocking) if self.pending_save is not None else None
         if since is not None:
             seconds = time.monotonic() - since + self.snapshots.waited()
             for iteration in self.stalls:
@@ -281,7 +281,7 @@ class Saver:
         except OSError as error:
             return f"{error.strerror or error} ({error.filename or save})"
         self._record(iteration, size, folders.prune(save, flags.keep_last, flags.keep_every))
-        threading.Thread(target=folders.sweep, args=(save,)).start()
+        threading.Thread(target=folders.delete_discarded, args=(save,)).start()
         return None
 
     def _record(self, iteration: int, size: int, pruned: list[int]) -> None:
@@ -305,7 +305,7 @@ class Saver:
     def _failed(self, flags: Any, iteration: int, trouble: str) -> None:
         """Every rank: what is half written goes, earlier checkpoints stay."""
         if rank() == 0:
-            shutil.rmtree(Path(flags.save) / folders.ASIDE / folders.name_of(iteration), ignore_errors=True)
+            shutil.rmtree(Path(flags.save) / folders.STAGING / folders.name_of(iteration), ignore_errors=True)
             newest = folders.iterations(Path(flags.save))[:1]
             kept = f"the newest whole one is of iteration {newest[0]}" if newest else "there is none yet"
             events.record("save_failed", iteration=iteration, reason=trouble)

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_opt import patches
 from megatron_opt.checkpointing import agreement
 from megatron_opt.checkpointing.background import Writer
-from megatron_opt.distributed.state import live_tensors
+from megatron_opt.distributed.state import tensors_in_place
 
 _CONSTANT_PREFIX = "optimizer."  # state that only the optimizer's step changes
 
@@ -40,8 +40,8 @@ class Plan:
     structure: dict[str, list[Any]]
     metadata: Any  # torch's, on rank 0
     constants: dict[str, bytes]  # objects as they were when this was planned
-    live: list[Any] | None = None  # the tensors, where all are the model's and the optimizer's own memory
-    still: list[bool] = field(default_factory=list)
+    in_place: list[Any] | None = None  # the tensors, where all are the model's and the optimizer's own memory
+    constant_until_step: list[bool] = field(default_factory=list)
     addresses: list[int] = field(default_factory=list)  # of that memory
 
 
@@ -53,7 +53,7 @@ class Request:
     plan: Plan
     strings: list[bytes]
     tensors: list[Any]
-    still: list[bool]
+    constant_until_step: list[bool]
     config: Any  # Megatron's note on the format
     finalize_fns: list[Callable[[], None]] = field(default_factory=list)  # collective, and done by rank 0's writer
     announcements: list[Callable[[], None]] = field(default_factory=list)  # once it is published
@@ -95,9 +95,9 @@ class Snapshots:
         self.model: list[Any] = []  # the model's parameters and buffers
         self.parameters: set[int] = set()  # storages of the parameters, which the optimizer's step alone changes
         self.optimizer: Any = None
-        self.hollow = False  # whether all the model's own objects are empty
+        self.has_only_empty_objects = False  # whether all the model's own objects are empty
         self.seen: dict[Any, Any] = {}  # a plan's tensors by index, as Megatron finds them
-        self.nothing: dict[int, bytes] = {}  # what is saved of n empty objects
+        self.saved_empty_objects: dict[int, bytes] = {}  # what is saved of n empty objects
 
     def install(self, writer: Writer) -> None:
         """Put plans that last in the place of Megatron's; before process groups are there."""
@@ -116,7 +116,9 @@ class Snapshots:
     def repeatable(self, optimizer: Any) -> bool:
         """Whether the next save may be the last one again: the same tensors at the same places."""
         return (
-            self.plan is not None and self.plan.live is not None and self._addresses(optimizer) == self.plan.addresses
+            self.plan is not None
+            and self.plan.in_place is not None
+            and self._addresses(optimizer) == self.plan.addresses
         )
 
     def prepare(self, model: Any, optimizer: Any, repeat: bool) -> None:
@@ -136,9 +138,9 @@ class Snapshots:
 
     def waited(self) -> float:
         """Seconds that steps have waited for a copy since the last call."""
-        found = sum(self.waits)
+        seconds = sum(self.waits)
         self.waits.clear()
-        return found
+        return seconds
 
     def _settled(self, original: Callable[..., Any], writer: Writer) -> Callable[..., Any]:
         """Megatron's schedules, after which the optimizer may change what is being copied."""
@@ -149,11 +151,11 @@ class Snapshots:
 
             @functools.wraps(schedule)
             def run(*positional: Any, **named: Any) -> Any:
-                found = schedule(*positional, **named)
+                losses = schedule(*positional, **named)
                 began = time.monotonic()
                 writer.settle()
                 self.waits.append(time.monotonic() - began)
-                return found
+                return losses
 
             return run
 
@@ -161,7 +163,7 @@ class Snapshots:
 
     def _addresses(self, optimizer: Any) -> list[int]:
         """Of everything that the model and the optimizer keep."""
-        return [tensor.data_ptr() for tensor in (*self.model, *live_tensors(optimizer))]
+        return [tensor.data_ptr() for tensor in (*self.model, *tensors_in_place(optimizer))]
 
     def _shortened(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Megatron's `generate_state_dict`: without model and tensors where a save repeats the last one."""
@@ -172,20 +174,22 @@ class Snapshots:
         def generate(args: Any, model: Any, optimizer: Any, *rest: Any, **named: Any) -> Any:
             if self.repeats:
                 return original(args, [], _Rest(optimizer), *rest, **named)
-            found = original(args, model, optimizer, *rest, **named)
-            models = [value for key, value in found.items() if key.startswith("model")]
-            self.hollow = all(entry.data is None for entry in nested_values(models) if isinstance(entry, ShardedObject))
-            return found
+            state = original(args, model, optimizer, *rest, **named)
+            models = [value for key, value in state.items() if key.startswith("model")]
+            self.has_only_empty_objects = all(
+                entry.data is None for entry in nested_values(models) if isinstance(entry, ShardedObject)
+            )
+            return state
 
         return generate
 
     def _noting(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def resolve_data(planner: Any, item: Any) -> Any:
-            found = original(planner, item)
-            if hasattr(found, "data_ptr"):
-                self.seen[item.index] = found.detach()
-            return found
+            resolved = original(planner, item)
+            if hasattr(resolved, "data_ptr"):
+                self.seen[item.index] = resolved.detach()
+            return resolved
 
         return resolve_data
 
@@ -199,18 +203,25 @@ class Snapshots:
             config = CheckpointingConfig(strategy.backend, strategy.version)
             flat, _, _ = strategies._replace_state_dict_keys_with_sharded_keys(state, strategy.keep_only_main_replica)
             if self.repeats:
-                assert self.plan is not None and self.plan.live is not None
+                assert self.plan is not None and self.plan.in_place is not None
                 os.makedirs(folder, exist_ok=True)
                 return Request(
-                    Path(folder), self.plan, self._objects(self.plan, flat), self.plan.live, self.plan.still, config
+                    Path(folder),
+                    self.plan,
+                    self._objects(self.plan, flat),
+                    self.plan.in_place,
+                    self.plan.constant_until_step,
+                    config,
                 )
             structure = _structure(flat)
             if self.plan is not None and not agreement.anywhere(
                 self.plan.sources is None or self.plan.structure != structure
             ):
                 os.makedirs(folder, exist_ok=True)
-                tensors, still = self._filled(self.plan, flat)
-                return Request(Path(folder), self.plan, self._objects(self.plan, flat), tensors, still, config)
+                tensors, constant_until_step = self._filled(self.plan, flat)
+                return Request(
+                    Path(folder), self.plan, self._objects(self.plan, flat), tensors, constant_until_step, config
+                )
             sources = {
                 (e.data.data_ptr(), e.data.dtype, e.data.numel()): (key, number)
                 for key, entries in flat.items()
@@ -219,7 +230,7 @@ class Snapshots:
             }
             self.seen.clear()
             planned: list[Any] = []
-            strategy._get_save_and_finalize_callbacks = lambda *found: planned.extend(found)
+            strategy._get_save_and_finalize_callbacks = lambda *callbacks: planned.extend(callbacks)
             try:
                 original(strategy, state, folder, async_strategy)
             finally:
@@ -227,7 +238,9 @@ class Snapshots:
             writer, (_, metadata, _), _ = planned
             self.plan, tensors = self._planned(writer.write_buckets or [], sources, structure, metadata)
             self.seen.clear()
-            return Request(Path(folder), self.plan, self._objects(self.plan, flat), tensors, self.plan.still, config)
+            return Request(
+                Path(folder), self.plan, self._objects(self.plan, flat), tensors, self.plan.constant_until_step, config
+            )
 
         return async_save
 
@@ -238,29 +251,31 @@ class Snapshots:
         import torch
 
         plan = Plan([], [], structure, metadata, {})
-        tensors, found = [], []
+        tensors, originals = [], []
         for _, name, (objects, values) in buckets:
             plan.items.append((name, [item for item, _ in objects], [item for item, _ in values]))
             plan.constants.update({item.index.fqn: data.getvalue() for item, data in objects})
             tensors += [tensor for _, tensor in values]
-            found += [self.seen.get(item.index) for item, _ in values]
+            originals += [self.seen.get(item.index) for item, _ in values]
         names = [item.index.fqn for _, _, items in plan.items for item in items]
         origins = [
             None if tensor is None or not tensor.data_ptr()
-            else sources.get((tensor.data_ptr(), tensor.dtype, tensor.numel())) for tensor in found
+            else sources.get((tensor.data_ptr(), tensor.dtype, tensor.numel())) for tensor in originals
         ]  # fmt: skip
         plan.sources = None if None in origins else [
             _Source(*origin, tuple(tensor.shape))
-            for origin, tensor in zip(origins, found, strict=True) if origin is not None and tensor is not None
+            for origin, tensor in zip(origins, originals, strict=True) if origin is not None and tensor is not None
         ]  # fmt: skip
-        if self.hollow and hasattr(self.optimizer, "element_steps"):
-            kept = {tensor.untyped_storage().data_ptr() for tensor in (*self.model, *live_tensors(self.optimizer))}
+        if self.has_only_empty_objects and hasattr(self.optimizer, "element_steps"):
+            kept = {tensor.untyped_storage().data_ptr() for tensor in (*self.model, *tensors_in_place(self.optimizer))}
             plain = all(
-                type(tensor) is torch.Tensor for tensor in found
+                type(tensor) is torch.Tensor for tensor in originals
             )  # quantized parameters are saved as other values
-            if plain and all(tensor.untyped_storage().data_ptr() in kept for tensor in found if tensor is not None):
-                plan.live, plan.addresses, tensors = found, self._addresses(self.optimizer), found
-        plan.still = [self._keeps_still(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
+            if plain and all(tensor.untyped_storage().data_ptr() in kept for tensor in originals if tensor is not None):
+                plan.in_place, plan.addresses, tensors = originals, self._addresses(self.optimizer), originals
+        plan.constant_until_step = [
+            self._is_constant_until_step(name, tensor) for name, tensor in zip(names, tensors, strict=True)
+        ]
         return plan, tensors
 
     def _objects(self, plan: Plan, flat: dict[str, list[Any]]) -> list[bytes]:
@@ -275,22 +290,22 @@ class Snapshots:
                 continue
             values = [entry.data for entry in entries]
             empty = len(values) if all(value is None for value in values) else 0
-            if empty not in self.nothing:
+            if empty not in self.saved_empty_objects:
                 stream = io.BytesIO()
                 torch.save(values, stream)
                 strings.append(stream.getvalue())
                 if empty:
-                    self.nothing[empty] = strings[-1]
+                    self.saved_empty_objects[empty] = strings[-1]
             else:
-                strings.append(self.nothing[empty])
+                strings.append(self.saved_empty_objects[empty])
         return strings
 
     def _filled(self, plan: Plan, flat: dict[str, list[Any]]) -> tuple[list[Any], list[bool]]:
-        tensors, still = [], []
+        tensors, constant_until_step = [], []
         for source in plan.sources or []:
             tensors.append(flat[source.key][source.number].data.detach().view(source.shape))
-            still.append(self._keeps_still(source.key, tensors[-1]))
-        return tensors, still
+            constant_until_step.append(self._is_constant_until_step(source.key, tensors[-1]))
+        return tensors, constant_until_step
 
-    def _keeps_still(self, name: str, tensor: Any) -> bool:
+    def _is_constant_until_step(self, name: str, tensor: Any) -> bool:
         return name.startswith(_CONSTANT_PREFIX) or tensor.untyped_storage().data_ptr() in self.parameters

@@ -135,12 +135,12 @@ def _is_torch_type(name: str) -> bool:
 def _refused(stream: Any) -> set[str]:
     reader = _Names(stream)
     reader.load()
-    found = {
+    refused = {
         f"{module}.{name}"
         for module, name in reader.names
         if name not in _ALLOWED.get(module, ()) and not (module == "torch" and _is_torch_type(name))
     }
-    return found.union(*(_refused_in_saved(data) for data in reader.saved))
+    return refused.union(*(_refused_in_saved(data) for data in reader.saved))
 
 
 def _refused_in_saved(data: bytes) -> set[str]:
@@ -157,14 +157,14 @@ def _refused_in_extra_state(data: bytes) -> set[str]:
 
     with torch.serialization.safe_globals([io.BytesIO]):
         values = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    found: set[str] = set()
+    refused: set[str] = set()
     for value in values if isinstance(values, (list, tuple)) else [values]:
         if isinstance(value, torch.Tensor) and value.numel():
-            found |= _refused(io.BytesIO(value.numpy().tobytes()))
+            refused |= _refused(io.BytesIO(value.numpy().tobytes()))
         elif isinstance(value, io.BytesIO):
             for part in _pickles_of_zip(value.getvalue()):
-                found |= _refused(io.BytesIO(part))
-    return found
+                refused |= _refused(io.BytesIO(part))
+    return refused
 
 
 @contextlib.contextmanager
@@ -205,7 +205,7 @@ def refused_names(folder: Path) -> dict[str, set[str]]:
 
     An object that cannot be read as a pickle at all is refused too, as "unreadable".
     """
-    found: dict[str, set[str]] = {}
+    refused: dict[str, set[str]] = {}
 
     def look(where: str, stream: Any, read: Any = _refused) -> None:
         try:
@@ -213,13 +213,13 @@ def refused_names(folder: Path) -> dict[str, set[str]]:
         except Exception:  # a damaged or hostile pickle may raise anything
             names = {"unreadable"}
         if names:
-            found[where] = names
+            refused[where] = names
 
     if (folder / ".metadata").is_file():
         with (folder / ".metadata").open("rb") as stream:
             look(".metadata", stream)
-        if found:
-            return found
+        if refused:
+            return refused
         for name, data in _objects(folder):
             try:
                 parts = list(_pickles_of_zip(data))
@@ -227,7 +227,7 @@ def refused_names(folder: Path) -> dict[str, set[str]]:
                 parts = [data]
             for part in parts:
                 look(name, io.BytesIO(part))
-            if _EXTRA_STATE in name and name not in found:
+            if _EXTRA_STATE in name and name not in refused:
                 look(name, data, _refused_in_extra_state)
     for path in sorted(folder.rglob("*.pt")):
         try:
@@ -236,7 +236,7 @@ def refused_names(folder: Path) -> dict[str, set[str]]:
             parts = [path.read_bytes()]
         for part in parts:
             look(path.name, io.BytesIO(part))
-    return found
+    return refused
 
 
 def refusal(folder: Path) -> str | None:

@@ -19,7 +19,7 @@ def load_newest_sound(original: Callable[..., Any], *args: Any, **kwargs: Any) -
     flags = get_args()
     load = getattr(flags, kwargs.get("load_arg", "load"))
     if flags.save and rank() == 0:
-        folders.sweep(Path(flags.save), aside=True)
+        folders.delete_discarded(Path(flags.save), staging=True)
     if load is None or kwargs.get("load_arg", "load") != "load":
         return original(*args, **kwargs)
     wanted = getattr(flags, "ckpt_step", None)
@@ -50,12 +50,12 @@ def _choose(load: Path, wanted: int | None, trust: bool, own: bool) -> int | Non
     """The newest sound iteration, agreed by all ranks; None leaves the matter to Megatron (nothing there, release)."""
     import torch
 
-    found, unusable = agree(_candidates(load, wanted) if rank() == 0 else None)
+    candidates, unusable = agree(_candidates(load, wanted) if rank() == 0 else None)
     if unusable:
         raise UserError(unusable)
     refusals: list[str] = []
     damaged: list[int] = []
-    for iteration in found:
+    for iteration in candidates:
         files, trouble = agree(_inspect(load, iteration, trust) if rank() == 0 else None)
         if trouble is None and files:
             share, shares = rank(), torch.distributed.get_world_size()

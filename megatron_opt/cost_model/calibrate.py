@@ -162,14 +162,14 @@ def pass_rates(device: torch.device) -> tuple[dict[int, float], dict[int, float]
     """Bytes a second of a fused AdamW step and of a sum of squares over a list of pieces that no cache still holds, by the
     bytes that they move in all.
     """
-    rule, updates, reads = registry.build("adamw", {}), {}, {}
+    optimizer, updates, reads = registry.build("adamw", {}), {}, {}
     evict = partial(forget, torch.zeros(CACHE_BYTES // 4, device=device))
     for count in PASS_SIZES:
         piece = min(count, PIECE)
         weights = [torch.zeros(piece, device=device) for _ in range(count // piece)]
-        grads, states = [torch.ones_like(w) for w in weights], [rule.init_state(w) for w in weights]
-        moved = int(rule.cost(count).elementwise_bytes)
-        update = partial(rule.update, weights, grads, states, 1, 1e-3, 0.1)
+        grads, states = [torch.ones_like(w) for w in weights], [optimizer.init_state(w) for w in weights]
+        moved = int(optimizer.cost(count).elementwise_bytes)
+        update = partial(optimizer.update, weights, grads, states, 1, 1e-3, 0.1)
         updates[moved] = moved / timed(update, device, before=evict)
         read = partial(multi_tensor.sums, Sum.GRADIENT_NORM, grads, Coefficients())
         reads[4 * count] = 4 * count / timed(read, device, before=evict)
@@ -181,18 +181,18 @@ def rule_overheads(device: torch.device) -> dict[str, float]:
     found = {}
     infos = [MatrixInfo(f"w{i}", (8, 8)) for i in range(32)]
     evict = partial(forget, torch.zeros(CACHE_BYTES // 4))
-    for name in sorted(registry.rules()):
-        rule = registry.build(name, {})
+    for name in sorted(registry.optimizers()):
+        optimizer = registry.build(name, {})
         weights = [_matrix(device, torch.float32, *info.shape) for info in infos]
         run: Callable[[], Any]
-        if isinstance(rule, MatrixOptimizer):
-            states = [rule.init_state(weight, info) for weight, info in zip(weights, infos)]
-            rule.update([weight.clone() for weight in weights], states, 1, infos)
-            run = lambda r=rule, w=weights, s=states: r.update([x.clone() for x in w], s, 11, infos)  # type: ignore[misc]  # noqa: E731
+        if isinstance(optimizer, MatrixOptimizer):
+            states = [optimizer.init_state(weight, info) for weight, info in zip(weights, infos)]
+            optimizer.update([weight.clone() for weight in weights], states, 1, infos)
+            run = lambda r=optimizer, w=weights, s=states: r.update([x.clone() for x in w], s, 11, infos)  # type: ignore[misc]  # noqa: E731
         else:
             flats = [weight.flatten() for weight in weights]
-            states = [rule.init_state(flat) for flat in flats]
-            run = partial(rule.update, flats, [flat.clone() for flat in flats], states, 11, 1e-6, 0.0)
+            states = [optimizer.init_state(flat) for flat in flats]
+            run = partial(optimizer.update, flats, [flat.clone() for flat in flats], states, 11, 1e-6, 0.0)
         found[name] = timed(run, device, before=evict) / len(infos)
     return found
 
@@ -224,14 +224,16 @@ def calibrate(ranks: int = 0) -> str:
     return _file(cuda, devices, rates, (passes, reads), shares, overheads, linked)
 
 
-def host_overheads(by_rule: dict[str, float], step: float, element: float, matrix: float, layer: float) -> Overheads:
+def host_overheads(
+    by_optimizer: dict[str, float], step: float, element: float, matrix: float, layer: float
+) -> Overheads:
     """The engine's share of what an element-wise rule's matrix (Lion's) and a matrix rule's (Muon's) take in a step."""
-    fragment = max(0.0, element - by_rule["lion"])
-    own = max(0.0, matrix - fragment - by_rule["muon"])
-    matrices = {name for name, rule in registry.rules().items() if issubclass(rule, MatrixOptimizer)}
-    by_rule = {name: seconds + (own if name in matrices else 0.0) for name, seconds in by_rule.items()}
-    median = statistics.median(by_rule[name] for name in matrices)
-    return Overheads(matrix=median, fragment=fragment, step=step, layer=layer, by_rule=by_rule)
+    fragment = max(0.0, element - by_optimizer["lion"])
+    own = max(0.0, matrix - fragment - by_optimizer["muon"])
+    matrices = {name for name, optimizer in registry.optimizers().items() if issubclass(optimizer, MatrixOptimizer)}
+    by_optimizer = {name: seconds + (own if name in matrices else 0.0) for name, seconds in by_optimizer.items()}
+    median = statistics.median(by_optimizer[name] for name in matrices)
+    return Overheads(matrix=median, fragment=fragment, step=step, layer=layer, by_optimizer=by_optimizer)
 
 
 def _map(values: Mapping[Any, float]) -> str:
@@ -285,6 +287,6 @@ def _file(
         + ("1.0}" if cuda else "0.0}"),
         f"overheads: {{matrix: {host.matrix:.3g}, fragment: {host.fragment:.3g}, bucket: {4 * host.matrix:.3g}, "
         f"step: {host.step:.3g}, layer: {0.0 if cuda else host.layer:.3g}, reduction: {reduction:.3g}}}",
-        f"rule_overheads: {_map(host.by_rule)}",
+        f"rule_overheads: {_map(host.by_optimizer)}",
     ]
     return "\n".join(lines) + "\n"

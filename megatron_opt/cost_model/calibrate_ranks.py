@@ -78,8 +78,8 @@ def together(ranks: int) -> tuple[float, float]:
 def _alone_and_together(rank: int, ranks: int, barrier: Any, results: Any) -> None:
     torch.set_num_threads(1)
     x = torch.randn(512, 512)
-    rule, weight = registry.build("adamw", {}), torch.zeros(1 << 23)
-    grad, state = torch.ones_like(weight), rule.init_state(weight)
+    optimizer, weight = registry.build("adamw", {}), torch.zeros(1 << 23)
+    grad, state = torch.ones_like(weight), optimizer.init_state(weight)
 
     def seconds(work: Callable[[], Any], times: int) -> float:
         begin = time.perf_counter()
@@ -88,7 +88,7 @@ def _alone_and_together(rank: int, ranks: int, barrier: Any, results: Any) -> No
         return (time.perf_counter() - begin) / times
 
     multiply = partial(products.matmul, x, x)
-    update = partial(rule.update, [weight], [grad], [state], 1, 1e-3, 0.1)
+    update = partial(optimizer.update, [weight], [grad], [state], 1, 1e-3, 0.1)
     multiply()
     update()
     crowded, alone, passing = [], [], []
@@ -101,7 +101,7 @@ def _alone_and_together(rank: int, ranks: int, barrier: Any, results: Any) -> No
                 alone.append(seconds(multiply, 50))
         barrier.wait()
         passing.append(seconds(update, 10))
-    moved = rule.cost(weight.numel()).elementwise_bytes
+    moved = optimizer.cost(weight.numel()).elementwise_bytes
     results.put((min(alone) / statistics.median(crowded), moved / statistics.median(passing)))
 
 
@@ -180,37 +180,43 @@ def _engine_steps(rank: int, ranks: int, barrier: Any, results: Any, port: int) 
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=0, world_size=1)
     few, many = ENGINE_MATRICES
-    seconds = {(rule, count): _engine_seconds(rule, count) for rule in ("lion", "muon") for count in (few, many)}
-    slopes = {rule: (seconds[rule, many] - seconds[rule, few]) / (many - few) for rule in ("lion", "muon")}
+    seconds = {
+        (optimizer, count): _engine_seconds(optimizer, count) for optimizer in ("lion", "muon") for count in (few, many)
+    }
+    slopes = {
+        optimizer: (seconds[optimizer, many] - seconds[optimizer, few]) / (many - few) for optimizer in ("lion", "muon")
+    }
     step = seconds["lion", few] - slopes["lion"] * few
     results.put((max(step, 0.0), slopes["lion"], slopes["muon"], _layer_seconds()))
     dist.destroy_process_group()
 
 
-def _engine_seconds(rule: str, count: int) -> float:
+def _engine_seconds(name: str, count: int) -> float:
     """Median seconds of the engine's step on `count` matrices of 8×8, each a fragment, from cold caches."""
     from megatron.core.optimizer import OptimizerConfig
 
-    from megatron_opt.distributed.domain import Domain
     from megatron_opt.distributed.exchange import Exchange
-    from megatron_opt.distributed.fragments import Fragment, Rect
     from megatron_opt.distributed.megatron_optimizer import MegatronShardedOptimizer
+    from megatron_opt.distributed.param_shards import ParamShard, Rect
+    from megatron_opt.distributed.shard_group import ShardGroup
 
     infos = [MatrixInfo(f"decoder.layers.{index}.weight", (8, 8)) for index in range(count)]
-    fragments = []
+    param_shards = []
     for info in infos:
         param = torch.nn.Parameter(torch.ones(info.shape))
         param.main_grad = torch.ones(info.shape)  # type: ignore[attr-defined]
         view: Any = SimpleNamespace(param=param, counts=True)
-        fragments.append(Fragment(view, 0, 64, param.detach().view(-1), [Rect(info.name, Region(0, 8, 0, 8))]))
-    holdings = [[(index, fragment.rects[0]) for index, fragment in enumerate(fragments)]]
-    domain = Domain("", None, 0, 1, fragments, holdings, {info.name: info for info in infos}, Exchange(None, 0, 1))
+        param_shards.append(ParamShard(view, 0, 64, param.detach().view(-1), [Rect(info.name, Region(0, 8, 0, 8))]))
+    holdings = [[(index, param_shard.rects[0]) for index, param_shard in enumerate(param_shards)]]
+    shard_group = ShardGroup(
+        "", None, 0, 1, param_shards, holdings, {info.name: info for info in infos}, Exchange(None, 0, 1)
+    )
     ddp = SimpleNamespace(use_distributed_optimizer=False, overlap_param_gather=False)
     optimizer = MegatronShardedOptimizer(
         OptimizerConfig(optimizer="adam", lr=1e-6, clip_grad=1.0),
         [SimpleNamespace(ddp_config=ddp)],
-        [domain],
-        [Group("all", rule, {}, 1.0, True, "decoupled", "all", tuple(infos))],
+        [shard_group],
+        [Group("all", name, {}, 1.0, True, "decoupled", "all", tuple(infos))],
     )
     other = torch.zeros(CACHE_BYTES // 4)
     optimizer.step()

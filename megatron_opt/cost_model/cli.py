@@ -82,17 +82,17 @@ def _flags(args: argparse.Namespace, rest: Sequence[str]) -> tuple[dict[str, Any
     given, ignored = parse(rest)
     base = from_run(args.source) if args.source else {}
     flags = {**base, **given}
-    _check_rules(flags, given, getattr(args, "against", None))
+    _check_given_options(flags, given, getattr(args, "against", None))
     if args.json:
         check_writable(Path(args.json))
     return flags, ignored
 
 
-def _check_rules(flags: dict[str, Any], given: dict[str, Any], against: str | None) -> None:
+def _check_given_options(flags: dict[str, Any], given: dict[str, Any], against: str | None) -> None:
     """Refuse options of an optimizer that no parameter is trained by."""
     from megatron_opt.cost_model.flags import grouping, options
 
-    used = {rule.optimizer for rule in grouping(flags)} | {against}
+    used = {group_config.optimizer for group_config in grouping(flags)} | {against}
     for name in options(given):
         if name not in used:
             raise UserError(
@@ -114,8 +114,8 @@ def _step(args: argparse.Namespace, rest: Sequence[str]) -> None:
     if args.plan:
         from megatron_opt.distributed.ownership import plan_table
 
-        for domain in {id(d): d for stage in step.plans for d in stage}.values():
-            print(plan_table(domain.plan, title=f"optimizer plan, {domain.name}"))
+        for shard_group in {id(d): d for stage in step.plans for d in stage}.values():
+            print(plan_table(shard_group.plan, title=f"optimizer plan, {shard_group.name}"))
     print(report.text(step, ignored))
     content = report.as_dict(step)
     if args.against:
@@ -161,8 +161,8 @@ def _tables(args: argparse.Namespace, rest: Sequence[str]) -> None:
 
     names = [name.strip() for name in args.optimizers.split(",")]
     for name in names:
-        if name not in registry.rules():
-            known = sorted(registry.rules())
+        if name not in registry.optimizers():
+            known = sorted(registry.optimizers())
             raise UserError(
                 f"--optimizers has {name!r}, which is none of {', '.join(known)}.{did_you_mean(name, known)}"
             )

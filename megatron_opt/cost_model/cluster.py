@@ -37,11 +37,13 @@ class Overheads:
     step: float = 0.0
     layer: float = 0.0  # each layer of each micro-batch, forward and backward
     reduction: float = 0.0  # an all-reduce of a few numbers amid other work, where that takes longer than its latency
-    by_rule: Mapping[str, float] = field(default_factory=dict)  # a matrix's or slice's, where a rule's own was measured
+    by_optimizer: Mapping[str, float] = field(
+        default_factory=dict
+    )  # a matrix's or slice's, where a rule's own was measured
 
-    def of_matrix(self, rule: str) -> float:
+    def of_matrix(self, optimizer: str) -> float:
         """Host seconds of one matrix of a rule."""
-        return self.by_rule.get(rule, self.matrix)
+        return self.by_optimizer.get(optimizer, self.matrix)
 
 
 @dataclass(frozen=True)

@@ -163,11 +163,13 @@ class Reader:
 
     def overheads(self, content: Mapping[str, Any]) -> Overheads:
         general = self.section(content, "overheads", optional=True)
-        by_rule = self.section(content, "rule_overheads", optional=True)
-        self.known("rule_overheads", by_rule, sorted(registry.rules()))
+        by_optimizer = self.section(content, "rule_overheads", optional=True)
+        self.known("rule_overheads", by_optimizer, sorted(registry.optimizers()))
         return Overheads(
             **{key: self.get(general, "overheads", key, SECONDS, 0.0) for key in _SECONDS},
-            by_rule={name: self.number(f"rule_overheads.{name}", value, SECONDS) for name, value in by_rule.items()},
+            by_optimizer={
+                name: self.number(f"rule_overheads.{name}", value, SECONDS) for name, value in by_optimizer.items()
+            },
         )
 
     def cluster(self, content: Any, name: str) -> Cluster:

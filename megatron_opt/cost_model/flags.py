@@ -14,7 +14,7 @@ from megatron_opt.engine_options import INSTANCES, MODES
 from megatron_opt.errors import UserError, did_you_mean
 from megatron_opt.layout import flags as structure
 from megatron_opt.optimizers import registry
-from megatron_opt.optimizers.groups import GroupRule, default_rules, load_rules
+from megatron_opt.optimizers.groups import ParamGroupConfig, default_group_configs, load_group_configs
 from megatron_opt.presets import read as preset
 from megatron_opt.training.flags.ranges import RANGES
 
@@ -175,17 +175,17 @@ def normalized(flags: Mapping[str, Any]) -> Flags:
 
 
 def _known(name: str) -> bool:
-    return name in _KNOWN or _rule_option(name) is not None
+    return name in _KNOWN or _optimizer_option(name) is not None
 
 
-def _rule_option(name: str) -> tuple[str, str] | None:
+def _optimizer_option(name: str) -> tuple[str, str] | None:
     """(optimizer, option) of a flag such as `muon-num-ns-steps`; the longest optimizer name wins."""
-    for rule, cls in sorted(registry.rules().items(), key=lambda item: -len(item[0])):
-        prefix = rule.replace("_", "-") + "-"
+    for optimizer, cls in sorted(registry.optimizers().items(), key=lambda item: -len(item[0])):
+        prefix = optimizer.replace("_", "-") + "-"
         if name.startswith(prefix):
             option = name.removeprefix(prefix).replace("-", "_")
             if option in {field.name for field in fields(cls.Config)}:  # type: ignore[attr-defined]
-                return rule, option
+                return optimizer, option
     return None
 
 
@@ -229,9 +229,9 @@ def _value(name: str, values: Sequence[Any]) -> Any:
         if name in _CHOICES and str(value) not in _CHOICES[name]:
             raise UserError(f"--{name} is {value!r}; it must be one of {', '.join(_CHOICES[name])}.")
         return str(value)
-    plain, hit = _plain(value), _rule_option(name)
+    plain, hit = _plain(value), _optimizer_option(name)
     if hit is not None:
-        default = registry.rules()[hit[0]].Config.__dataclass_fields__[hit[1]].default  # type: ignore[attr-defined]
+        default = registry.optimizers()[hit[0]].Config.__dataclass_fields__[hit[1]].default  # type: ignore[attr-defined]
         if type(default) in (int, float) and (isinstance(plain, bool) or not isinstance(plain, (int, float))):
             raise UserError(f"--{name} is {value!r}; it must be a number.")
     return plain
@@ -281,10 +281,10 @@ def _without_defaults(flags: Flags) -> Flags:
 
 
 def _is_default(name: str, value: Any) -> bool:
-    hit = None if name in _KNOWN else _rule_option(name)
+    hit = None if name in _KNOWN else _optimizer_option(name)
     if hit is None:
         return False
-    default = registry.rules()[hit[0]].Config.__dataclass_fields__[hit[1]].default  # type: ignore[attr-defined]
+    default = registry.optimizers()[hit[0]].Config.__dataclass_fields__[hit[1]].default  # type: ignore[attr-defined]
     return bool(value == default)
 
 
@@ -292,23 +292,23 @@ def options(flags: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Options of optimizers among the flags, by optimizer."""
     found: dict[str, dict[str, Any]] = {}
     for name, value in flags.items():
-        if name not in _KNOWN and (hit := _rule_option(name)):
+        if name not in _KNOWN and (hit := _optimizer_option(name)):
             found.setdefault(hit[0], {})[hit[1]] = value
     return found
 
 
-def grouping(flags: Mapping[str, Any]) -> list[GroupRule]:
+def grouping(flags: Mapping[str, Any]) -> list[ParamGroupConfig]:
     """The grouping that a run with these flags has; Megatron's own `adam` counts as adamw."""
     name = {"adam": "adamw"}.get(flags.get("optimizer", "adamw"), flags.get("optimizer", "adamw"))
     given = options(flags)
     if flags.get("optimizer-groups"):
-        return load_rules(flags["optimizer-groups"], given)
-    if name not in registry.rules():
+        return load_group_configs(flags["optimizer-groups"], given)
+    if name not in registry.optimizers():
         raise UserError(
-            f"--optimizer: there is no optimizer {name!r}; there are {', '.join(sorted(registry.rules()))}."
-            f"{did_you_mean(str(name), registry.rules())}"
+            f"--optimizer: there is no optimizer {name!r}; there are {', '.join(sorted(registry.optimizers()))}."
+            f"{did_you_mean(str(name), registry.optimizers())}"
         )
-    return default_rules(name, given, flags.get("scalar-lr-ratio"))
+    return default_group_configs(name, given, flags.get("scalar-lr-ratio"))
 
 
 def required(flags: Mapping[str, Any], names: Iterable[str]) -> None:

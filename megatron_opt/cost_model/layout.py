@@ -110,7 +110,7 @@ class Layout:
 
     @property
     def dense_ranks(self) -> int:
-        """Ranks that share one stage's dense parameters: the domain of its optimizer."""
+        """Ranks that share one stage's dense parameters: the shard group of its optimizer."""
         return self.tp * self.cp * self.data_parallel
 
     @property
@@ -147,7 +147,7 @@ class Layout:
         """Tokens of one micro-batch on one rank."""
         return self.micro_batch * model.sequence / self.cp
 
-    def under_way(self, stage: int) -> float:
+    def in_flight(self, stage: int) -> float:
         """Micro-batches whose activations a stage keeps at once (1F1B, interleaved with virtual stages)."""
         if self.pp == 1:
             return 1.0

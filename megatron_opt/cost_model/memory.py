@@ -7,7 +7,7 @@ from megatron_opt.cost_model.cluster import Cluster
 from megatron_opt.cost_model.layers import held_elements, kinds, quantized_elements, quantized_kinds
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.model import Model
-from megatron_opt.cost_model.plan import DomainPlan
+from megatron_opt.cost_model.plan import ShardGroupPlan
 from megatron_opt.optimizers.factored import FactoredOptimizer
 from megatron_opt.optimizers.kron import Kron
 from megatron_opt.optimizers.muon import SpectralOptimizer
@@ -35,34 +35,38 @@ class Memory:
 
 
 def memory(
-    model: Model, layout: Layout, cluster: Cluster, domains: Sequence[Sequence[DomainPlan]], states: Sequence[float]
+    model: Model,
+    layout: Layout,
+    cluster: Cluster,
+    shard_groups: Sequence[Sequence[ShardGroupPlan]],
+    states: Sequence[float],
 ) -> Memory:
     """The stage that needs most."""
     found = [
         _stage(model, layout, cluster, index, stage, state)
-        for index, (stage, state) in enumerate(zip(domains, states, strict=True))
+        for index, (stage, state) in enumerate(zip(shard_groups, states, strict=True))
     ]
     return max(found, key=lambda item: item.total)
 
 
 def _stage(
-    model: Model, layout: Layout, cluster: Cluster, index: int, stage: Sequence[DomainPlan], state: float
+    model: Model, layout: Layout, cluster: Cluster, index: int, stage: Sequence[ShardGroupPlan], state: float
 ) -> Memory:
-    held = sum(domain.held for domain in stage)
-    cut = sum(domain.held / (domain.data if layout.distributed else 1) for domain in stage)
+    held = sum(shard_group.held for shard_group in stage)
+    cut = sum(shard_group.held / (shard_group.data if layout.distributed else 1) for shard_group in stage)
     main = 4.0 * cut if layout.dtype != "fp32" else 0.0
     grads = (2 if layout.grad_reduce_bf16 else 4) * held
     # Megatron pads each of its buckets so that the shards of all ranks are equal and aligned to 64 elements
     padding = 0.0
     if layout.distributed:
-        for domain in stage:
-            buckets = max(1.0, domain.held / max(40e6, 1e6 * domain.data * layout.instances))
-            padding += buckets * 64 * domain.data / 2 * (layout.parameter_bytes + 4)
+        for shard_group in stage:
+            buckets = max(1.0, shard_group.held / max(40e6, 1e6 * shard_group.data * layout.instances))
+            padding += buckets * 64 * shard_group.data / 2 * (layout.parameter_bytes + 4)
     kept = activations(model, layout, index) + _weight_gradient(model, layout, index)
     in_bf16, in_fp8 = held, 0.0
     if layout.fp8 is not None:
-        quantized = sum(domain.quantized for domain in stage)
-        in_fp8 = quantized * layout.fp8.copies(cluster.transposes) + sum(domain.scales for domain in stage)
+        quantized = sum(shard_group.quantized for shard_group in stage)
+        in_fp8 = quantized * layout.fp8.copies(cluster.transposes) + sum(shard_group.scales for shard_group in stage)
         in_bf16 -= (
             quantized if layout.fp8.gathered else 0.0
         )  # else both are there: the cast is kept for all micro-batches
@@ -73,7 +77,7 @@ def _stage(
         main,
         state,
         kept,
-        max(0.0, max(_workspace(layout, domain) for domain in stage) - kept),
+        max(0.0, max(_workspace(layout, shard_group) for shard_group in stage) - kept),
         padding,
         cluster.reserved,
     )
@@ -84,40 +88,41 @@ _COPIES = ((SpectralOptimizer, 2.0), (FactoredOptimizer, 4.0), (Kron, 4.0))
 _WIDENED = 6.0  # moments, factors and bases of narrow state, in fp32 while they are worked on
 
 
-def _workspace(layout: Layout, domain: DomainPlan) -> float:
+def _workspace(layout: Layout, shard_group: ShardGroupPlan) -> float:
     """Bytes that the optimizer's step takes for a while, by the rank that owns most: buffers, messages, a rule's copies.
 
     Of state that rests in host memory, two batches.
     """
-    offloaded, cut = layout.engine.offloaded, domain.data if layout.distributed else 1
+    offloaded, cut = layout.engine.offloaded, shard_group.data if layout.distributed else 1
     elements = 0.0
-    for entry in domain.elements if offloaded else ():
-        state = entry.rule.cost(1).state_bytes
-        whole = state * (entry.cut / domain.tp + entry.copied) / cut
+    for entry in shard_group.elements if offloaded else ():
+        state = entry.optimizer.cost(1).state_bytes
+        whole = state * (entry.cut / shard_group.tp + entry.copied) / cut
         elements = max(elements, 2 * offloaded * min(whole, max(layout.engine.bucket_bytes, state * entry.largest)))
-    if not domain.infos:
+    if not shard_group.infos:
         return elements
     owned: dict[int, float] = {}
     copies = 0.0
-    for part in domain.plan.parts:
+    for part in shard_group.plan.parts:
         rows, columns = part.buffer_shape
         owned[part.rank] = owned.get(part.rank, 0.0) + rows * columns
-        rule = getattr(domain.rules[part.matrix], "inner", domain.rules[part.matrix])
+        optimizer = getattr(shard_group.optimizers[part.matrix], "inner", shard_group.optimizers[part.matrix])
         copies = max(
-            copies, next((n + _WIDENED * is_narrow(rule) for kind, n in _COPIES if isinstance(rule, kind)), 1.0)
+            copies,
+            next((n + _WIDENED * is_narrow(optimizer) for kind, n in _COPIES if isinstance(optimizer, kind)), 1.0),
         )
     bucket = max(
-        layout.engine.bucket_bytes / layout.communication_bytes, max(info.numel for info in domain.infos.values())
+        layout.engine.bucket_bytes / layout.communication_bytes, max(info.numel for info in shard_group.infos.values())
     )
     worked_on = min(max(owned.values()), bucket)
     travelling = 0.0
-    if domain.ranks > 1:  # buffers in fp32, and the messages that come and go
+    if shard_group.ranks > 1:  # buffers in fp32, and the messages that come and go
         travelling = worked_on * (4.0 + 2.0 * layout.communication_bytes)
     coming = (
         2.0
         * offloaded
-        * max(domain.plan.state_bytes)
-        * min(0.5 if domain.buckets == 1 else 1.0, worked_on / max(owned.values()))
+        * max(shard_group.plan.state_bytes)
+        * min(0.5 if shard_group.buckets == 1 else 1.0, worked_on / max(owned.values()))
     )
     return max(elements, 4.0 * copies * worked_on + travelling + coming)
 
@@ -175,7 +180,7 @@ def activations(model: Model, layout: Layout, stage: int) -> float:
             if number:
                 kept += number * layer_activations(model, how, bool(expert))
                 whole = max(whole, layer_activations(model, replace(how, recompute="none"), bool(expert)))
-    total = kept * layout.under_way(stage)
+    total = kept * layout.in_flight(stage)
     if layout.recompute == "full":  # one layer at a time is whole again
         total += whole
     if stage == layout.pp - 1:  # logits; where they are narrower, in fp32 too, and their gradient

@@ -6,8 +6,8 @@ from typing import Any
 
 from megatron_opt.cost_model.cluster import Cluster
 from megatron_opt.cost_model.layout import Layout
-from megatron_opt.cost_model.plan import DomainPlan, likeness
-from megatron_opt.distributed.parts import cells_of
+from megatron_opt.cost_model.plan import ShardGroupPlan, likeness
+from megatron_opt.distributed.compute_shards import submatrices_of
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers.base import Cost, MatrixInfo
 
@@ -34,7 +34,7 @@ class OptimizerTime:
     exchange: float = 0.0
     exchange_hidden: float = 0.0
     sent: dict[str, float] = field(default_factory=dict)
-    flops: float = 0.0  # mean over steps, all ranks of the domain
+    flops: float = 0.0  # mean over steps, all ranks of the shard group
     offload: float = 0.0  # of state that rests in host memory, what its coming and going adds
     offload_way: float = 0.0  # seconds of one way; both are taken at once
     host_bytes: float = 0.0  # at rest in host memory, of the fullest rank
@@ -66,16 +66,16 @@ class OptimizerTime:
         return self.ordinary + (0.0 if self.staggered else self.refresh / self.refresh_every)
 
 
-def dtype_of(rule: Any) -> str:
+def dtype_of(optimizer: Any) -> str:
     """The type in which a rule's products run: what its configuration says, else fp32."""
-    precision = getattr(rule.config, "fp32_matmul_prec", None)
+    precision = getattr(optimizer.config, "fp32_matmul_prec", None)
     return "bf16" if precision == "medium" else "fp32"
 
 
-def size_of(rule: Any, info: MatrixInfo) -> float:
+def size_of(optimizer: Any, info: MatrixInfo) -> float:
     """The side that decides a kernel's speed: the shorter one, or the rule's block."""
     side = min(info.shape) if len(info.shape) == 2 else info.shape[0]
-    block = getattr(rule.config, "block_size", 0) or side
+    block = getattr(optimizer.config, "block_size", 0) or side
     return float(min(side, block))
 
 
@@ -83,28 +83,28 @@ def _seconds(flops: dict[str, float], cluster: Cluster, dtype: str, size: float)
     return {kind: count / cluster.rate(kind, dtype, size) for kind, count in flops.items() if count}
 
 
-def matrix_seconds(rule: Any, info: MatrixInfo, cost: Cost, cluster: Cluster) -> tuple[dict[str, float], float]:
+def matrix_seconds(optimizer: Any, info: MatrixInfo, cost: Cost, cluster: Cluster) -> tuple[dict[str, float], float]:
     """Seconds of one whole matrix on one device: by kernel class in an ordinary step, and what a refresh adds."""
-    dtype, size = dtype_of(rule), size_of(rule, info)
+    dtype, size = dtype_of(optimizer), size_of(optimizer, info)
     ordinary = _seconds(cost.flops, cluster, dtype, size)
     ordinary["element-wise"] = cluster.pass_seconds(cost.elementwise_bytes)
-    ordinary["host"] = cluster.overheads.of_matrix(rule.name)
+    ordinary["host"] = cluster.overheads.of_matrix(optimizer.name)
     return ordinary, sum(_seconds(cost.refresh, cluster, dtype, size).values())
 
 
-def domain_time(domain: DomainPlan, layout: Layout, cluster: Cluster) -> OptimizerTime:
-    """One domain's step, by its slowest rank."""
-    ranks = domain.ranks
+def shard_group_time(shard_group: ShardGroupPlan, layout: Layout, cluster: Cluster) -> OptimizerTime:
+    """One shard group's step, by its slowest rank."""
+    ranks = shard_group.ranks
     seconds: list[dict[str, float]] = [{} for _ in range(ranks)]
     refresh, owned = [0.0] * ranks, [0.0] * ranks
     found = OptimizerTime(asynchronous=not cluster.shared_cores)
     timed: dict[tuple[Any, ...], tuple[dict[str, float], float]] = {}
-    for part in domain.plan.parts:
+    for part in shard_group.plan.parts:
         name = part.matrix
-        info, rule, cost = domain.infos[name], domain.rules[name], domain.costs[name]
-        key = likeness(rule, info)
+        info, optimizer, cost = shard_group.infos[name], shard_group.optimizers[name], shard_group.costs[name]
+        key = likeness(optimizer, info)
         if key not in timed:
-            timed[key] = matrix_seconds(rule, info, cost, cluster)
+            timed[key] = matrix_seconds(optimizer, info, cost, cluster)
         ordinary, extra = timed[key]
         rows, columns = part.buffer_shape
         share = rows * columns / (part.shape[0] * part.shape[1])
@@ -114,34 +114,38 @@ def domain_time(domain: DomainPlan, layout: Layout, cluster: Cluster) -> Optimiz
         owned[part.rank] += share * part.shape[0] * part.shape[1]
         if extra:
             found.refresh_every = max(found.refresh_every, cost.refresh_every)
-        found.staggered = found.staggered or bool(getattr(rule.config, "stagger", False))
+        found.staggered = found.staggered or bool(getattr(optimizer.config, "stagger", False))
     every = found.refresh_every
     slowest = max(range(ranks), key=lambda rank: sum(seconds[rank].values()) + refresh[rank] / every)
     work = dict(seconds[slowest])
-    element, state = _element_wise(domain, layout, cluster)
+    element, state = _element_wise(shard_group, layout, cluster)
     found.element_wise = work.pop("element-wise", 0.0) + element
     over = cluster.overheads
-    cut_over = domain.data if layout.distributed else 1
-    shards = sum(over.by_rule.get(entry.rule.name, 0.0) * entry.pieces / cut_over for entry in domain.elements)
-    found.host = work.pop("host", 0.0) + shards + over.fragment * domain.fragments + over.bucket * domain.buckets
+    cut_over = shard_group.data if layout.distributed else 1
+    shards = sum(
+        over.by_optimizer.get(entry.optimizer.name, 0.0) * entry.pieces / cut_over for entry in shard_group.elements
+    )
+    found.host = (
+        work.pop("host", 0.0) + shards + over.fragment * shard_group.param_shards + over.bucket * shard_group.buckets
+    )
     found.by_class, found.refresh = work, refresh[slowest]
-    _exchange(found, domain, layout, cluster, max(owned))
+    _exchange(found, shard_group, layout, cluster, max(owned))
     slow = cluster.crowding(layout.world) / cluster.optimizer_efficiency
     found.by_class = {kind: value * slow for kind, value in found.by_class.items()}
     found.host, found.refresh = found.host * slow, found.refresh * slow
     found.element_wise *= cluster.crowding(layout.world, memory=True) / cluster.optimizer_efficiency
     found.exchange_hidden = min(
-        found.exchange * cluster.overlap * max(0, domain.buckets - 1) / max(1, domain.buckets), found.compute
+        found.exchange * cluster.overlap * max(0, shard_group.buckets - 1) / max(1, shard_group.buckets), found.compute
     )
-    found.flops = sum(cost.mean_flops() for cost in domain.costs.values()) * domain.plan.instances
-    found.state_bytes = max(domain.plan.state_bytes) + state
-    _offload(found, domain, layout, cluster, state)
-    found.state_total = sum(domain.plan.state_bytes) * domain.plan.instances + state * ranks
-    found.imbalance = domain.plan.imbalance()
+    found.flops = sum(cost.mean_flops() for cost in shard_group.costs.values()) * shard_group.plan.instances
+    found.state_bytes = max(shard_group.plan.state_bytes) + state
+    _offload(found, shard_group, layout, cluster, state)
+    found.state_total = sum(shard_group.plan.state_bytes) * shard_group.plan.instances + state * ranks
+    found.imbalance = shard_group.plan.imbalance()
     return found
 
 
-def _offload(found: OptimizerTime, domain: DomainPlan, layout: Layout, cluster: Cluster, state: float) -> None:
+def _offload(found: OptimizerTime, shard_group: ShardGroupPlan, layout: Layout, cluster: Cluster, state: float) -> None:
     """State in host memory: a batch's way in and another's way out under the computation of a third.
 
     Over B batches, the first comes and the last goes under nothing; each other hides under its share of the step's work.
@@ -157,50 +161,52 @@ def _offload(found: OptimizerTime, domain: DomainPlan, layout: Layout, cluster: 
     found.state_bytes -= found.host_bytes
     if not found.host_bytes:
         return
-    batches = domain.buckets + math.ceil(state / layout.engine.bucket_bytes)
+    batches = shard_group.buckets + math.ceil(state / layout.engine.bucket_bytes)
     found.offload_way = found.host_bytes / cluster.host.bandwidth + batches * cluster.host.latency
     late = max(0.0, found.offload_way - found.compute * cluster.overlap)
     found.offload = (2 * found.offload_way + (batches - 1) * late) / batches
 
 
-def _element_wise(domain: DomainPlan, layout: Layout, cluster: Cluster) -> tuple[float, float]:
+def _element_wise(shard_group: ShardGroupPlan, layout: Layout, cluster: Cluster) -> tuple[float, float]:
     """Seconds and state bytes, on each rank, of element-wise rules and of the engine's passes."""
-    cut_over = domain.data if layout.distributed else 1
-    moved = domain.held / cut_over * (layout.parameter_bytes if layout.dtype != "fp32" else 0.0)
+    cut_over = shard_group.data if layout.distributed else 1
+    moved = shard_group.held / cut_over * (layout.parameter_bytes if layout.dtype != "fp32" else 0.0)
     state = 0.0
-    for entry in domain.elements:
-        count = (entry.cut / domain.tp + entry.copied) / cut_over
-        cost = entry.rule.cost(1)
+    for entry in shard_group.elements:
+        count = (entry.cut / shard_group.tp + entry.copied) / cut_over
+        cost = entry.optimizer.cost(1)
         moved += count * cost.elementwise_bytes
         state += count * cost.state_bytes
     if layout.engine.ema_decay:
-        moved += domain.held / cut_over * AVERAGE_BYTES
-        state += domain.held / cut_over * 4.0
-    matrices = domain.matrix_numel / domain.tp / cut_over
-    moved += matrices * (APPLY_BYTES + (TRAVEL_BYTES if domain.ranks > 1 else 0.0))
-    projected = sum(info.numel for name, info in domain.infos.items() if domain.rules[name].projects)
-    moved += projected / domain.tp / cut_over * PROJECT_BYTES
-    return cluster.pass_seconds(moved) + cluster.read_seconds(domain.held / cut_over * NORM_BYTES), state
+        moved += shard_group.held / cut_over * AVERAGE_BYTES
+        state += shard_group.held / cut_over * 4.0
+    matrices = shard_group.matrix_numel / shard_group.tp / cut_over
+    moved += matrices * (APPLY_BYTES + (TRAVEL_BYTES if shard_group.ranks > 1 else 0.0))
+    projected = sum(info.numel for name, info in shard_group.infos.items() if shard_group.optimizers[name].projects)
+    moved += projected / shard_group.tp / cut_over * PROJECT_BYTES
+    return cluster.pass_seconds(moved) + cluster.read_seconds(shard_group.held / cut_over * NORM_BYTES), state
 
 
-def _exchange(found: OptimizerTime, domain: DomainPlan, layout: Layout, cluster: Cluster, owned: float) -> None:
+def _exchange(
+    found: OptimizerTime, shard_group: ShardGroupPlan, layout: Layout, cluster: Cluster, owned: float
+) -> None:
     """Bytes that the fullest sender sends, and their seconds: shards to owners, updates back, factors of cut matrices."""
-    ranks = domain.ranks
-    if ranks == 1 or not domain.infos:
+    ranks = shard_group.ranks
+    if ranks == 1 or not shard_group.infos:
         return
-    found.sent = dict(domain.sent) if domain.sent is not None else _estimated(domain, layout, owned)
-    among = dict.fromkeys(found.sent, ranks // domain.plan.instances)
+    found.sent = dict(shard_group.sent) if shard_group.sent is not None else _estimated(shard_group, layout, owned)
+    among = dict.fromkeys(found.sent, ranks // shard_group.plan.instances)
     if "gradients to owners" in among:  # which every instance has
         among["gradients to owners"] = ranks // layout.instances
     found.exchange = sum(cluster.transfer(value, among[what]) for what, value in found.sent.items())
-    found.exchange += 2 * max(0, domain.buckets - 1) * cluster.link(ranks)[0].latency
+    found.exchange += 2 * max(0, shard_group.buckets - 1) * cluster.link(ranks)[0].latency
 
 
-def _estimated(domain: DomainPlan, layout: Layout, owned: float) -> dict[str, float]:
+def _estimated(shard_group: ShardGroupPlan, layout: Layout, owned: float) -> dict[str, float]:
     """Bytes as if nothing that a shard needs lay on its rank already."""
-    ranks, total, tp = len(domain.plan.load), domain.matrix_numel, domain.tp
+    ranks, total, tp = len(shard_group.plan.load), shard_group.matrix_numel, shard_group.tp
     if layout.distributed:  # each element is held once an instance; an owner has a share of them itself
-        copies = layout.instances // domain.plan.instances
+        copies = layout.instances // shard_group.plan.instances
         to_owners = total / ranks * (1 - copies / ranks)
         to_shards = owned * (copies - copies / ranks)
     else:  # every data-parallel rank holds its tensor-parallel shard: an owner has one, every holder gets a copy back
@@ -208,18 +214,20 @@ def _estimated(domain: DomainPlan, layout: Layout, owned: float) -> dict[str, fl
         to_shards = owned * (ranks / tp - 1 / tp)
     width = layout.communication_bytes
     sent = {"gradients to owners": to_owners * width, "updates to shards": to_shards * width}
-    factors = _factor_bytes(domain)
+    factors = _factor_bytes(shard_group)
     return sent | ({"between shards": max(factors.values())} if factors else {})
 
 
-def _factor_bytes(domain: DomainPlan) -> dict[int, float]:
+def _factor_bytes(shard_group: ShardGroupPlan) -> dict[int, float]:
     """Bytes that each rank sends to the other shards of what is cut."""
     sent: dict[int, float] = {}
-    for cell in cells_of(domain.plan.parts):
-        if len(cell.parts) == 1:
+    for submatrix in submatrices_of(shard_group.plan.parts):
+        if len(submatrix.parts) == 1:
             continue
-        name = cell.key[0]
-        for collective in domain.rules[name].partition(cell.info(domain.infos[name])).collectives(cell.edges):
-            for index, part in enumerate(cell.parts):
+        name = submatrix.key[0]
+        for collective in (
+            shard_group.optimizers[name].partition(submatrix.info(shard_group.infos[name])).collectives(submatrix.edges)
+        ):
+            for index, part in enumerate(submatrix.parts):
                 sent[part.rank] = sent.get(part.rank, 0.0) + collective.sent_bytes(index)
     return sent

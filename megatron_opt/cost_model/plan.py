@@ -1,4 +1,4 @@
-"""The optimizer's own plan for a layout: the rules' `cost()` and the engine's packing, domain by domain."""
+"""The optimizer's own plan for a layout: the rules' `cost()` and the engine's packing, group by group."""
 
 import logging
 import warnings
@@ -13,16 +13,16 @@ from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.ownership import Plan, make_buckets, pack_instances
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer
-from megatron_opt.optimizers.groups import Group, GroupRule, assign
+from megatron_opt.optimizers.groups import Group, ParamGroupConfig, assign
 
-ROUTED = 1024  # ranks of a domain up to which routes are followed: beyond, that takes longer than a command should
+ROUTED = 1024  # ranks of a shard group up to which routes are followed: beyond, that takes longer than a command should
 
 
 @dataclass
 class Elements:
     """Parameters that one element-wise rule trains: elements that tensor parallelism cuts, and those it copies."""
 
-    rule: Any
+    optimizer: Any
     cut: int = 0
     copied: int = 0
     pieces: int = 0
@@ -30,24 +30,24 @@ class Elements:
 
 
 @dataclass
-class DomainPlan:
-    """One domain of ranks: who owns which matrix, and the elements of element-wise rules."""
+class ShardGroupPlan:
+    """One shard group of ranks: who owns which matrix, and the elements of element-wise rules."""
 
     name: str
     ranks: int
     tp: int
     data: int  # ranks over which the distributed optimizer cuts
     plan: Plan
-    rules: dict[str, Any]
+    optimizers: dict[str, Any]
     infos: dict[str, MatrixInfo]
     costs: dict[str, Cost]
     buckets: int
     elements: list[Elements] = field(default_factory=list)
-    parameters: int = 0  # of the whole domain
+    parameters: int = 0  # of the whole shard group
     held: float = 0.0  # of one rank, replicas of tensor parallelism included
     quantized: float = 0.0  # of those, the weights of FP8 products
     scales: float = 0.0  # bytes of their scales
-    fragments: int = 0  # logical pieces that one rank holds at most
+    param_shards: int = 0  # parameter shards that one rank holds at most
     sent: dict[str, float] | None = None  # bytes of the rank that sends most, where the engine's routes were asked for
 
     @property
@@ -59,11 +59,11 @@ class DomainPlan:
 def plans(
     model: Model,
     layout: Layout,
-    grouping: Sequence[GroupRule],
+    grouping: Sequence[ParamGroupConfig],
     decay_mode: str = "decoupled",
     exact: bool = False,
-) -> list[list[DomainPlan]]:
-    """Domains of every pipeline stage: dense parameters, then the experts of one expert-parallel rank.
+) -> list[list[ShardGroupPlan]]:
+    """Shard groups of every pipeline stage: dense parameters, then the experts of one expert-parallel rank.
 
     Stages of equal shape share one plan, and so do all expert-parallel ranks of a stage. `exact` follows the engine's
     routes for the traffic of dense parameters, up to `ROUTED` ranks.
@@ -78,8 +78,8 @@ def plans(
                 seen.setdefault(info.name, info)
     groups = assign([seen[name] for name in sorted(seen)], grouping, decay_mode)
     group_of = {info.name: group for group in groups for info in group.infos}
-    rules = {group.name: registry.build(group.optimizer, dict(group.options)) for group in groups}
-    known: dict[tuple[Any, ...], list[DomainPlan]] = {}
+    optimizers = {group.name: registry.build(group.optimizer, dict(group.options)) for group in groups}
+    known: dict[tuple[Any, ...], list[ShardGroupPlan]] = {}
     found = []
     for (first, last), parameters in zip(stages, held, strict=True):
         symbols = tuple(model.symbol(layer) for layer in range(first, last)) if model.pattern else ()
@@ -92,7 +92,7 @@ def plans(
             _kept(model, layout, first, last),
         )
         if key not in known:
-            known[key] = _stage(model, layout, parameters, group_of, rules, f"layers {first} to {last - 1}")
+            known[key] = _stage(model, layout, parameters, group_of, optimizers, f"layers {first} to {last - 1}")
             dense = known[key][0]
             # the engine cuts stages evenly: uneven ones keep the estimate
             if exact and not layout.split and dense.infos and 1 < dense.ranks <= ROUTED:
@@ -108,7 +108,7 @@ def _kept(model: Model, layout: Layout, first: int, last: int) -> tuple[bool, ..
     return tuple(layout.fp8.quantizes(layer, model.layers) for layer in range(first, last))
 
 
-def _sent(model: Model, layout: Layout, grouping: Sequence[GroupRule], stage: int) -> dict[str, float]:
+def _sent(model: Model, layout: Layout, grouping: Sequence[ParamGroupConfig], stage: int) -> dict[str, float]:
     """Bytes that the fullest sender of a stage's dense parameters sends in a step, along the engine's own routes."""
     replicas = layout.data_parallel * layout.cp
     bucket = max(40_000_000, 1_000_000 * replicas) if layout.overlap_grad_reduce and layout.pp == 1 else None
@@ -131,9 +131,9 @@ def _sent(model: Model, layout: Layout, grouping: Sequence[GroupRule], stage: in
     return {kind: values[fullest] for kind, values in found.sent.items() if values[fullest]}
 
 
-def _without_experts(grouping: Sequence[GroupRule]) -> list[GroupRule]:
+def _without_experts(grouping: Sequence[ParamGroupConfig]) -> list[ParamGroupConfig]:
     """The same rules, which may now match nothing: the experts are left out."""
-    return [replace(rule, optional=True) for rule in grouping]
+    return [replace(group_config, optional=True) for group_config in grouping]
 
 
 def _stage(
@@ -141,33 +141,33 @@ def _stage(
     layout: Layout,
     parameters: Sequence[Parameter],
     group_of: dict[str, Group],
-    rules: dict[str, Any],
+    optimizers: dict[str, Any],
     name: str,
-) -> list[DomainPlan]:
+) -> list[ShardGroupPlan]:
     apart = layout.ep > 1 or layout.etp != layout.tp  # as Megatron decides whether experts have groups of their own
     dense = [p for p in parameters if p.expert is None or not apart]
     experts = [p for p in parameters if p.expert is not None and apart]
-    found = [_domain(model, layout, dense, group_of, rules, name, layout.dense_ranks, layout.tp)]
+    found = [_shard_group(model, layout, dense, group_of, optimizers, name, layout.dense_ranks, layout.tp)]
     if experts:
         title = f"experts of {name}"
-        found.append(_domain(model, layout, experts, group_of, rules, title, layout.expert_ranks, layout.etp))
+        found.append(_shard_group(model, layout, experts, group_of, optimizers, title, layout.expert_ranks, layout.etp))
     return found
 
 
-def _domain(
+def _shard_group(
     model: Model,
     layout: Layout,
     parameters: Sequence[Parameter],
     group_of: dict[str, Group],
-    rules: dict[str, Any],
+    optimizers: dict[str, Any],
     name: str,
     ranks: int,
     tp: int,
-) -> DomainPlan:
+) -> ShardGroupPlan:
     infos: dict[str, MatrixInfo] = {}
-    matrix_rules: dict[str, Any] = {}
+    matrix_optimizers: dict[str, Any] = {}
     elements: dict[str, Elements] = {}
-    held, fragments = 0.0, 0
+    held, param_shards = 0.0, 0
     quantized, scales, fp8 = 0.0, 0.0, layout.fp8
     for parameter in parameters:
         held += parameter.held(tp)
@@ -179,32 +179,32 @@ def _domain(
             )
         for info in found:
             group = group_of[info.name]
-            rule = rules[group.name]
-            fragments += 1
-            if isinstance(rule, MatrixOptimizer):
-                infos[info.name], matrix_rules[info.name] = info, rule
+            optimizer = optimizers[group.name]
+            param_shards += 1
+            if isinstance(optimizer, MatrixOptimizer):
+                infos[info.name], matrix_optimizers[info.name] = info, optimizer
                 continue
-            entry = elements.setdefault(group.name, Elements(rule))
+            entry = elements.setdefault(group.name, Elements(optimizer))
             entry.pieces += 1
             entry.largest = max(entry.largest, info.numel / (tp if parameter.cut is not None else 1))
             if parameter.cut is not None:
                 entry.cut += info.numel
             else:
                 entry.copied += info.numel
-    costs = {key: _cost(matrix_rules[key], info) for key, info in infos.items()}
-    jobs = [Job.of(info, matrix_rules[key], costs[key]) for key, info in infos.items()]
+    costs = {key: _cost(matrix_optimizers[key], info) for key, info in infos.items()}
+    jobs = [Job.of(info, matrix_optimizers[key], costs[key]) for key, info in infos.items()]
     plan = pack_instances(jobs, ranks, layout.instances, layout.engine)
     buckets = len(
         make_buckets(plan.parts, ranks // plan.instances, layout.engine.bucket_bytes, layout.communication_bytes)
     )
     data = max(1, ranks // tp // layout.instances)
-    return DomainPlan(
+    return ShardGroupPlan(
         name,
         ranks,
         tp,
         data,
         plan,
-        matrix_rules,
+        matrix_optimizers,
         infos,
         costs,
         buckets,
@@ -213,21 +213,21 @@ def _domain(
         held,
         quantized,
         scales,
-        -(-fragments // data) + 2 if layout.distributed else fragments,
+        -(-param_shards // data) + 2 if layout.distributed else param_shards,
     )
 
 
-def likeness(rule: Any, info: MatrixInfo) -> tuple[Any, ...]:
+def likeness(optimizer: Any, info: MatrixInfo) -> tuple[Any, ...]:
     """Equal for matrices that cost a rule the same."""
-    return id(rule), info.shape, info.kind, info.role, info.heads
+    return id(optimizer), info.shape, info.kind, info.role, info.heads
 
 
-def _cost(rule: Any, info: MatrixInfo) -> Cost:
-    key = likeness(rule, info)
+def _cost(optimizer: Any, info: MatrixInfo) -> Cost:
+    key = likeness(optimizer, info)
     if key not in _costs:
         if len(_costs) > 4096:
             _costs.clear()
-        _costs[key] = (rule, rule.cost(info))  # the rule is kept so that its id stays its own
+        _costs[key] = (optimizer, optimizer.cost(info))  # the rule is kept so that its id stays its own
     return _costs[key][1]
 
 

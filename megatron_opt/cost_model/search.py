@@ -36,7 +36,7 @@ SIBLING = "another micro-batch, virtual stages or recomputation of a layout show
 
 
 @dataclass
-class Found:
+class SearchResult:
     """Layouts that fit, the fastest first; the others' reasons with how many share each, and examples."""
 
     steps: list[Step]
@@ -133,7 +133,7 @@ def candidates(model: Model, base: Layout, cluster: Cluster, world: int) -> Iter
 
 def search(
     flags: Mapping[str, Any], cluster: Cluster, world: int, *, top: int = 10, progress: TextIO | None = None
-) -> Found:
+) -> SearchResult:
     """Rank all candidate layouts by tokens per second; every other one is counted by the reason why it falls out.
 
     Two passes: memory without the optimizer's state and time without its step, which are lower bounds, for all; the
@@ -141,9 +141,9 @@ def search(
     """
     check_world(cluster, world)
     model, base = _base(flags, cluster)
-    rules = flag_reader.grouping(flags)
+    group_configs = flag_reader.grouping(flags)
     name, decay = str(flags.get("optimizer", "adamw")), str(flags.get("decay-mode", "decoupled"))
-    found, report = Found([], Counter()), _Progress(progress)
+    found, report = SearchResult([], Counter()), _Progress(progress)
     fitting: list[tuple[float, int, Layout]] = []
     for layout in candidates(model, base, cluster, world):
         found.tried += 1
@@ -176,8 +176,8 @@ def search(
             layout.stages(model)[-1],
         )
         if key not in works:
-            works[key] = optimizer_work(model, layout, cluster, rules, decay)
-        step = predict_layout(model, layout, cluster, rules, name, decay, works[key])
+            works[key] = optimizer_work(model, layout, cluster, group_configs, decay)
+        step = predict_layout(model, layout, cluster, group_configs, name, decay, works[key])
         other = best.get(_sizes(layout))
         if step.memory.total > cluster.memory:
             found.refuse(MEMORY, layout, f"needs {step.memory.total / 1e9:.0f} GB of {cluster.memory / 1e9:.0f} GB")
@@ -241,7 +241,7 @@ def _reason(problem: str) -> str:
     return " ".join(word for word in problem.split() if not any(c.isdigit() for c in word))
 
 
-def table(found: Found, top: int = 10) -> str:
+def table(found: SearchResult, top: int = 10) -> str:
     """Ranked layouts, the flags of uneven cuts, then what fell out and why."""
     head = (
         "rank",

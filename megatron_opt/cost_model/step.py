@@ -10,8 +10,8 @@ from megatron_opt.cost_model.layers import kinds, layer_shape, quantized_kinds
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.memory import Memory, memory
 from megatron_opt.cost_model.model import Model
-from megatron_opt.cost_model.optimizer_time import OptimizerTime, domain_time
-from megatron_opt.cost_model.plan import DomainPlan, plans
+from megatron_opt.cost_model.optimizer_time import OptimizerTime, shard_group_time
+from megatron_opt.cost_model.plan import ShardGroupPlan, plans
 from megatron_opt.cost_model.traffic import Traffic, traffic
 from megatron_opt.errors import UserError
 
@@ -31,7 +31,7 @@ class Step:
     traffic: Traffic
     optimizer: OptimizerTime
     memory: Memory
-    plans: list[list[DomainPlan]] = field(repr=False, default_factory=list)
+    plans: list[list[ShardGroupPlan]] = field(repr=False, default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -68,10 +68,10 @@ class Step:
         """FLOPs of the optimizer in a mean step over all GPUs."""
         stages = [
             sum(
-                sum(c.mean_flops() for c in domain.costs.values())
-                * domain.plan.instances
-                * _copies(domain, self.layout)
-                for domain in stage
+                sum(c.mean_flops() for c in shard_group.costs.values())
+                * shard_group.plan.instances
+                * _copies(shard_group, self.layout)
+                for shard_group in stage
             )
             for stage in self.plans
         ]
@@ -93,9 +93,9 @@ class Step:
         return self.tokens / self.seconds
 
 
-def _copies(domain: DomainPlan, layout: Layout) -> int:
-    """Domains with this plan in one stage: one for dense parameters, one for each expert-parallel rank's experts."""
-    return layout.ep if domain.name.startswith("experts") else 1
+def _copies(shard_group: ShardGroupPlan, layout: Layout) -> int:
+    """Shard groups with this plan in one stage: one for dense parameters, one for each expert-parallel rank's experts."""
+    return layout.ep if shard_group.name.startswith("experts") else 1
 
 
 def predict(flags: Mapping[str, Any], cluster: Cluster, world: int, grouping: Any = None, exact: bool = True) -> Step:
@@ -108,10 +108,10 @@ def predict(flags: Mapping[str, Any], cluster: Cluster, world: int, grouping: An
     layout = Layout.of(flags, world, model)
     if layout.fp8 is not None:
         cluster.check_fp8(layout.fp8.recipe)
-    rules = grouping if grouping is not None else flag_reader.grouping(flags)
+    group_configs = grouping if grouping is not None else flag_reader.grouping(flags)
     name, decay = str(flags.get("optimizer", "adamw")), str(flags.get("decay-mode", "decoupled"))
-    work = optimizer_work(model, layout, cluster, rules, decay, exact)
-    return predict_layout(model, layout, cluster, rules, name, decay, work)
+    work = optimizer_work(model, layout, cluster, group_configs, decay, exact)
+    return predict_layout(model, layout, cluster, group_configs, name, decay, work)
 
 
 def check_world(cluster: Cluster, world: int) -> None:
@@ -128,39 +128,47 @@ def check_world(cluster: Cluster, world: int) -> None:
 class OptimizerWork:
     """What the optimizer does in a layout: it depends on TP, PP, EP and ranks, not on micro-batches."""
 
-    domains: list[list[DomainPlan]]
+    shard_groups: list[list[ShardGroupPlan]]
     slowest: OptimizerTime
     states: list[float]  # bytes of the fullest rank of each stage
 
 
 def optimizer_work(
-    model: Model, layout: Layout, cluster: Cluster, rules: Any, decay_mode: str = "decoupled", exact: bool = False
+    model: Model,
+    layout: Layout,
+    cluster: Cluster,
+    group_configs: Any,
+    decay_mode: str = "decoupled",
+    exact: bool = False,
 ) -> OptimizerWork:
     """The optimizer's plan and the time of the slowest stage; `exact` follows the engine's routes."""
-    domains = plans(model, layout, rules, decay_mode, exact)
+    shard_groups = plans(model, layout, group_configs, decay_mode, exact)
     timed = {
-        id(stage): _merge([domain_time(domain, layout, cluster) for domain in stage], cluster) for stage in domains
+        id(stage): _merge([shard_group_time(shard_group, layout, cluster) for shard_group in stage], cluster)
+        for stage in shard_groups
     }
-    for key, stage in {id(stage): stage for stage in domains}.items():
-        waits = sum(cluster.reduction(domain.ranks) for domain in stage)  # norms by matrix, then of all that is trained
-        if any(domain.ranks != layout.world for domain in stage):
+    for key, stage in {id(stage): stage for stage in shard_groups}.items():
+        waits = sum(
+            cluster.reduction(shard_group.ranks) for shard_group in stage
+        )  # norms by matrix, then of all that is trained
+        if any(shard_group.ranks != layout.world for shard_group in stage):
             waits += cluster.reduction(layout.world)
         timed[key].exchange += waits
     slowest = max(timed.values(), key=lambda item: item.mean)
-    return OptimizerWork(domains, slowest, [timed[id(stage)].state_bytes for stage in domains])
+    return OptimizerWork(shard_groups, slowest, [timed[id(stage)].state_bytes for stage in shard_groups])
 
 
 def predict_layout(
     model: Model,
     layout: Layout,
     cluster: Cluster,
-    rules: Any,
+    group_configs: Any,
     name: str,
     decay_mode: str = "decoupled",
     work: OptimizerWork | None = None,
 ) -> Step:
     """The step of a model in a layout that is known to fit it; `work` spares working out the optimizer's part again."""
-    work = work or optimizer_work(model, layout, cluster, rules, decay_mode)
+    work = work or optimizer_work(model, layout, cluster, group_configs, decay_mode)
     forward_backward, bubble = pipeline_seconds(model, layout, cluster)
     return Step(
         model,
@@ -171,8 +179,8 @@ def predict_layout(
         bubble,
         traffic(model, layout, cluster, forward_backward),
         work.slowest,
-        memory(model, layout, cluster, work.domains, work.states),
-        work.domains,
+        memory(model, layout, cluster, work.shard_groups, work.states),
+        work.shard_groups,
     )
 
 

@@ -80,12 +80,12 @@ def bound(step: Step) -> str:
 
 def unconditioned(step: Step) -> float:
     """Share of the matrix rules' parameters that cost no FLOPs, such as SOAP's where both sides exceed its limit."""
-    domains = [domain for stage in step.plans for domain in stage]
-    total = sum(domain.matrix_numel for domain in domains)
+    shard_groups = [shard_group for stage in step.plans for shard_group in stage]
+    total = sum(shard_group.matrix_numel for shard_group in shard_groups)
     idle = sum(
-        domain.infos[name].shape[0] * domain.infos[name].shape[-1]
-        for domain in domains
-        for name, cost in domain.costs.items()
+        shard_group.infos[name].shape[0] * shard_group.infos[name].shape[-1]
+        for shard_group in shard_groups
+        for name, cost in shard_group.costs.items()
         if not cost.flops
     )
     return idle / total if total else 0.0

@@ -1,6 +1,6 @@
 """Moves rectangles of logical matrices between the ranks that hold their shards and the ranks that compute them.
 
-A route is worked out once, alike on every rank, from who holds what and who computes what. A trip is one all-to-all
+A route is worked out once, alike on every rank, from who holds what and who computes what. A transfer is one all-to-all
 in which each pair of ranks sends one flat message; what a rank needs from itself is copied and never sent.
 """
 
@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opt.distributed.fragments import Rect
-from megatron_opt.distributed.parts import Part
+from megatron_opt.distributed.compute_shards import ComputeShard
+from megatron_opt.distributed.param_shards import Rect
 from megatron_opt.kernels.copies import copy_all
 from megatron_opt.kernels.host import current_device
 from megatron_opt.layout.region import Region
@@ -22,10 +22,10 @@ from megatron_opt.layout.region import Region
 
 @dataclass(frozen=True)
 class Item:
-    """One region on its way between a fragment and a part."""
+    """One region on its way between a parameter shard and a part."""
 
-    fragment: int  # index on the holder
-    offset: int  # of the held rectangle in the fragment
+    param_shard: int  # index on the holder
+    offset: int  # of the held rectangle in the parameter shard
     held: tuple[int, int]  # its shape
     inside: Region  # what of it travels, counted from its corner
     part: tuple[str, int]
@@ -35,7 +35,7 @@ class Item:
     def numel(self) -> int:
         return self.inside.numel
 
-    def of_fragment(self, flat: Tensor) -> Tensor:
+    def of_param_shard(self, flat: Tensor) -> Tensor:
         rows, cols = self.held
         r0, r1, c0, c1 = self.inside
         if c1 - c0 == cols:  # whole rows: contiguous
@@ -47,7 +47,7 @@ class Item:
 
 
 def _update_of(item: Item, updates: Sequence[Tensor]) -> Tensor:
-    return item.of_fragment(updates[item.fragment])
+    return item.of_param_shard(updates[item.param_shard])
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Route:
     scatter_in: list[list[Item]]
 
 
-# One rank's holdings: (fragment index, rectangle) of every rectangle that it holds.
+# One rank's holdings: (parameter shard index, rectangle) of every rectangle that it holds.
 Holdings = list[tuple[int, Rect]]
 
 
@@ -73,20 +73,24 @@ def _empty(size: int) -> list[list[Item]]:
 
 
 def find_routes(
-    holdings: Sequence[Holdings], parts: Sequence[Part], rank: int, buckets: Sequence[Sequence[str]], near: int = 0
+    holdings: Sequence[Holdings],
+    parts: Sequence[ComputeShard],
+    rank: int,
+    buckets: Sequence[Sequence[str]],
+    near: int = 0,
 ) -> list[Route]:
     """Routes of one rank, one per bucket of matrices; gradients come from among the owner's own `near` ranks (0: of all)."""
     size = len(holdings)
     near = near or size
-    by_matrix: dict[str, list[Part]] = {}
+    by_matrix: dict[str, list[ComputeShard]] = {}
     for part in parts:
         by_matrix.setdefault(part.matrix, []).append(part)
     where = {name: index for index, bucket in enumerate(buckets) for name in bucket}
     held: dict[str, dict[Region, list[tuple[int, int, Rect]]]] = {}
     for holder, rects in enumerate(holdings):
-        for fragment, rect in rects:
+        for param_shard, rect in rects:
             if rect.matrix in where:
-                held.setdefault(rect.matrix, {}).setdefault(rect.region, []).append((holder, fragment, rect))
+                held.setdefault(rect.matrix, {}).setdefault(rect.region, []).append((holder, param_shard, rect))
     routes = [Route(_empty(size), _empty(size), _empty(size), _empty(size)) for _ in buckets]
     for name in sorted(held):
         route = routes[where[name]]
@@ -99,10 +103,10 @@ def find_routes(
                 around = [entry for entry in holders if entry[0] // near == part.rank // near]
                 source = own[0] if own else around[part.rank % len(around)]
                 for entry in holders:
-                    holder, fragment, rect = entry
+                    holder, param_shard, rect = entry
                     if rank not in (holder, part.rank):
                         continue
-                    item = _item(rect, fragment, part, met)
+                    item = _item(rect, param_shard, part, met)
                     if entry is source:
                         if holder == rank:
                             route.gather_out[part.rank].append(item)
@@ -115,9 +119,9 @@ def find_routes(
     return routes
 
 
-def _item(rect: Rect, fragment: int, part: Part, met: Region) -> Item:
+def _item(rect: Rect, param_shard: int, part: ComputeShard, met: Region) -> Item:
     inside, buffer = met.relative_to(rect.region), met.relative_to(part.bounds)
-    return Item(fragment, rect.offset, rect.region.shape, inside, part.key, buffer)
+    return Item(param_shard, rect.offset, rect.region.shape, inside, part.key, buffer)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -138,7 +142,7 @@ class Traffic:
         return sum(self.sent.values())
 
 
-class Trip:
+class AsyncTransfer:
     """An all-to-all under way; `finish` waits and hands out what arrived."""
 
     def __init__(self, work: Any, received: Tensor | None, places: list[tuple[Callable[[], Tensor], int]]) -> None:
@@ -156,7 +160,7 @@ class Trip:
 
 
 class Exchange:
-    """All-to-all trips over one process group (None where the group is this rank alone)."""
+    """All-to-all transfers over one process group (None where the group is this rank alone)."""
 
     def __init__(
         self,
@@ -176,11 +180,11 @@ class Exchange:
         counts: Sequence[Sequence[int]],
         what: str,
         dtype: torch.dtype | None = None,
-    ) -> Trip:
+    ) -> AsyncTransfer:
         """Send tensors `outgoing[d]` to rank d and put what comes from rank s into `incoming[s]`, sizes `counts[s]`."""
         copy_all([place() for place in incoming[self.rank]], outgoing[self.rank])
         if self.size == 1:
-            return Trip(None, None, [])
+            return AsyncTransfer(None, None, [])
         dtype = dtype or self.dtype
         others = [r for r in range(self.size) if r != self.rank]
         send = [t for r in others for t in outgoing[r]]
@@ -194,7 +198,7 @@ class Exchange:
         self.traffic.add(what, message.numel() * message.element_size())
         work = dist.all_to_all_single(received, message, out_splits, in_splits, group=self.group, async_op=True)
         places = [(place, count) for r in others for place, count in zip(incoming[r], counts[r], strict=True)]
-        return Trip(work, received, places)
+        return AsyncTransfer(work, received, places)
 
     def gather(
         self,
@@ -202,10 +206,10 @@ class Exchange:
         grads: Sequence[Tensor],
         buffers: dict[tuple[str, int], Tensor],
         what: str = "gradients to owners",
-    ) -> Trip:
+    ) -> AsyncTransfer:
         """Shards of gradients to the parts that need them."""
         return self.start(
-            [[item.of_fragment(grads[item.fragment]) for item in items] for items in route.gather_out],
+            [[item.of_param_shard(grads[item.param_shard]) for item in items] for items in route.gather_out],
             [[lambda item=item: item.of_buffer(buffers[item.part]) for item in items] for items in route.gather_in],  # type: ignore[misc]
             [[item.numel for item in items] for items in route.gather_in],
             what,
@@ -218,7 +222,7 @@ class Exchange:
         updates: Sequence[Tensor],
         what: str = "updates to shards",
         dtype: torch.dtype | None = None,
-    ) -> Trip:
+    ) -> AsyncTransfer:
         """Updates of parts back to every rank that holds a shard of them; in `dtype` where it is not --exchange-dtype's."""
         return self.start(
             [[item.of_buffer(buffers[item.part]) for item in items] for items in route.scatter_out],

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_opt.distributed.fragments import Fragment
+from megatron_opt.distributed.param_shards import ParamShard
 from megatron_opt.errors import UserError
 from megatron_opt.layout.matrices import ParamView
 from megatron_opt.layout.quantized import is_quantized
@@ -19,7 +19,7 @@ from megatron_opt.layout.quantized import is_quantized
 
 @dataclass
 class Fp8Weights:
-    """Quantized parameters of a domain, the same in the same order on every rank, and this rank's shards of their main copies."""
+    """Quantized parameters of a shard group, the same in the same order on every rank, and this rank's shards of their main copies."""
 
     params: list[Any]
     mains: list[Tensor | None]  # None: no shard of it lies here
@@ -29,22 +29,22 @@ class Fp8Weights:
 
     @staticmethod
     def of(
-        views: Iterable[ParamView], fragments: Sequence[Fragment], chunks: Sequence[Any], group: Any
+        views: Iterable[ParamView], param_shards: Sequence[ParamShard], chunks: Sequence[Any], group: Any
     ) -> "Fp8Weights | None":
-        """Of a domain's parameters; None where it has none in FP8. `group`: the domain's ranks."""
+        """Of a shard group's parameters; None where it has none in FP8. `group`: the shard group's ranks."""
         quantized = [view for view in views if is_quantized(view.param)]
         if not quantized:
             return None
         _check(quantized[0].param, chunks[0].ddp_config)
-        held = {id(fragment.view.param): fragment for fragment in fragments}
-        found = [held.get(id(view.param)) for view in quantized]
+        held = {id(param_shard.view.param): param_shard for param_shard in param_shards}
+        chosen = [held.get(id(view.param)) for view in quantized]
         buffers = [_buffer(chunks[view.chunk], view.param) for view in quantized]
         if not _has_one_scale(quantized[0].param):  # blocks of another TP rank's shard are other blocks
             group = buffers[0].data_parallel_group
         return Fp8Weights(
             [view.param for view in quantized],
-            [None if fragment is None else fragment.main for fragment in found],
-            [None if fragment is None else fragment.start for fragment in found],
+            [None if param_shard is None else param_shard.main for param_shard in chosen],
+            [None if param_shard is None else param_shard.start for param_shard in chosen],
             group,
             buffers if _is_mx(quantized[0].param) else [],
         )

@@ -16,7 +16,7 @@ class Health:
     skipped: dict[str, int] = field(default_factory=dict)
 
     def report(self, bad: set[str], step: int, is_logging_rank: bool) -> None:
-        """Count matrices with a non-finite gradient; every rank of the domain calls this with the same set."""
+        """Count matrices with a non-finite gradient; every rank of the shard group calls this with the same set."""
         for name in sorted(bad):
             self.skipped[name] = self.skipped.get(name, 0) + 1
             if is_logging_rank:

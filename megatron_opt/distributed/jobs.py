@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from megatron_opt.distributed.parts import Part, shape2d, with_shape
+from megatron_opt.distributed.compute_shards import ComputeShard, shape2d, with_shape
 from megatron_opt.layout.region import Region
 from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer
 from megatron_opt.optimizers.partition import Collective, Partition
@@ -41,31 +41,31 @@ class Job:
     tile: tuple[int, int]
     shard_dim: int | None
     cost: Cost
-    cell_cost: Callable[[tuple[int, int]], Cost]  # of a rectangle of whole tiles
+    submatrix_cost: Callable[[tuple[int, int]], Cost]  # of a rectangle of whole tiles
     shard_costs: Callable[[tuple[int, int], tuple[int, ...]], list[Cost]]  # of a tile
     collectives: Callable[[tuple[int, int], tuple[int, ...]], Sequence[Collective]]  # of a tile's shards
     weights: dict[tuple[int, int], Weight] = field(default_factory=dict, compare=False)
 
     @staticmethod
-    def of(info: MatrixInfo, rule: MatrixOptimizer, cost: Cost | None = None) -> "Job":
+    def of(info: MatrixInfo, optimizer: MatrixOptimizer, cost: Cost | None = None) -> "Job":
         """The job of a matrix under its rule."""
         shape = shape2d(info)
 
-        def partition(cell: tuple[int, int]) -> Partition:
-            found = rule.partition(with_shape(info, cell))
-            assert found is not None
-            return found
+        def partition(submatrix: tuple[int, int]) -> Partition:
+            made = optimizer.partition(with_shape(info, submatrix))
+            assert made is not None
+            return made
 
-        whole = rule.partition(info)
+        whole = optimizer.partition(info)
         return Job(
             info.name,
             shape,
             (whole.tile if whole else None) or shape,
             whole.shard_dim if whole else None,
-            cost or rule.cost(info),
-            functools.cache(lambda cell: rule.cost(with_shape(info, cell))),
-            functools.cache(lambda cell, edges: partition(cell).costs(edges)),
-            lambda cell, edges: partition(cell).collectives(edges),
+            cost or optimizer.cost(info),
+            functools.cache(lambda submatrix: optimizer.cost(with_shape(info, submatrix))),
+            functools.cache(lambda submatrix, edges: partition(submatrix).costs(edges)),
+            lambda submatrix, edges: partition(submatrix).collectives(edges),
         )
 
     @property
@@ -102,7 +102,7 @@ class Job:
         """What a tile weighs."""
         shape = self.area(tile, tile).shape
         if shape not in self.weights:
-            cost, depth = self.cell_cost(shape), self.depth
+            cost, depth = self.submatrix_cost(shape), self.depth
             weight = Weight(load_of(cost), cost.state_bytes)
             if depth > 1:
                 rest = self.shard_costs(shape, (0, depth - depth // 2, depth))[1]
@@ -111,10 +111,12 @@ class Job:
             self.weights[shape] = weight
         return self.weights[shape]
 
-    def parts(self, runs: Sequence[Run]) -> list[tuple[Part, Cost]]:
+    def parts(self, runs: Sequence[Run]) -> list[tuple[ComputeShard, Cost]]:
         """Parts for runs in ascending order that cover all places, and their costs."""
         depth, side = self.depth, self.shard_dim or 0
-        cells: list[tuple[Region, list[Run]]] = []  # rows or columns of a cell by rank, counted from its first
+        submatrices: list[
+            tuple[Region, list[Run]]
+        ] = []  # rows or columns of a submatrix by rank, counted from its first
         sharded: dict[int, list[Run]] = {}
         for rank, start, stop in runs:
             (first, low), (last, high) = divmod(start, depth), divmod(stop, depth)
@@ -124,34 +126,39 @@ class Job:
             if high and first <= last:
                 sharded.setdefault(last, []).append((rank, low if first == last else 0, high))
             for area in self._rectangles(first, last):
-                cells.append((area, [(rank, 0, area.shape[side])]))
-        cells += [(self.area(tile, tile), pieces) for tile, pieces in sharded.items()]
-        made: list[tuple[Part, Cost]] = []
-        for area, pieces in sorted(cells, key=lambda cell: (cell[0][0], cell[0][2])):
+                submatrices.append((area, [(rank, 0, area.shape[side])]))
+        submatrices += [(self.area(tile, tile), pieces) for tile, pieces in sharded.items()]
+        made: list[tuple[ComputeShard, Cost]] = []
+        for area, pieces in sorted(submatrices, key=lambda submatrix: (submatrix[0][0], submatrix[0][2])):
             shape, first = area.shape, area[2 * side]
-            cell = None if shape == self.shape else area
+            submatrix = None if shape == self.shape else area
             if len(pieces) > 1:
                 costs = self.shard_costs(shape, (0, *[high for _, _, high in pieces]))
             else:
-                costs = [self.cell_cost(shape) if cell else self.cost]
+                costs = [self.submatrix_cost(shape) if submatrix else self.cost]
             for (rank, low, high), cost in zip(pieces, costs, strict=True):
                 made.append(
-                    (Part(self.matrix, len(made), rank, side, first + low, first + high, self.shape, cell), cost)
+                    (
+                        ComputeShard(
+                            self.matrix, len(made), rank, side, first + low, first + high, self.shape, submatrix
+                        ),
+                        cost,
+                    )
                 )
         return made
 
     def _rectangles(self, first: int, stop: int) -> list[Region]:
         """Tiles [first, stop), row by row, as few rectangles."""
-        columns, found = self.grid[1], []
+        columns, regions = self.grid[1], []
         while first < stop:
             column = first % columns
             if column or stop - first < columns:
                 count = min(columns - column, stop - first)
             else:
                 count = (stop - first) // columns * columns
-            found.append(self.area(first, first + count - 1))
+            regions.append(self.area(first, first + count - 1))
             first += count
-        return found
+        return regions
 
 
 def even(job: Job, ranks: int) -> list[Run]:

@@ -7,7 +7,7 @@ import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from megatron_opt.distributed.domain import Domain
+from megatron_opt.distributed.shard_group import ShardGroup
 from megatron_opt.distributed.sharded_optimizer import ShardedOptimizer
 from megatron_opt.distributed.state import common_state, load_state, sharded_state
 from megatron_opt.engine_options import EngineOptions
@@ -28,12 +28,12 @@ class MegatronShardedOptimizer(ShardedOptimizer, MegatronOptimizer):
         self,
         config: Any,
         chunks: Sequence[Any],
-        domains: Sequence[Domain],
+        shard_groups: Sequence[ShardGroup],
         groups: Sequence[Group],
         options: EngineOptions | None = None,
     ) -> None:
         MegatronOptimizer.__init__(self, _Groups(), config)
-        ShardedOptimizer.__init__(self, domains, groups, options, clip_grad=config.clip_grad)
+        ShardedOptimizer.__init__(self, shard_groups, groups, options, clip_grad=config.clip_grad)
         self.model_chunks = list(chunks)
         self.distributed = bool(chunks[0].ddp_config.use_distributed_optimizer)
         self.overlap_param_gather = bool(chunks[0].ddp_config.overlap_param_gather)
@@ -44,10 +44,10 @@ class MegatronShardedOptimizer(ShardedOptimizer, MegatronOptimizer):
         made = []
         for index, group in enumerate(self.groups):
             params = [
-                fragment.main
-                for domain in self.domains
-                for fragment in domain.fragments
-                if any(self.group_of[rect.matrix] == index for rect in fragment.rects)
+                param_shard.main
+                for shard_group in self.shard_groups
+                for param_shard in shard_group.param_shards
+                if any(self.group_of[rect.matrix] == index for rect in param_shard.rects)
             ]
             made.append(
                 {
@@ -76,8 +76,8 @@ class MegatronShardedOptimizer(ShardedOptimizer, MegatronOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop autograd's own gradients; the main ones are zeroed with Megatron's buffers."""
-        for fragment in self.fragments():
-            fragment.view.param.grad = None
+        for param_shard in self.param_shards():
+            param_shard.view.param.grad = None
         for post in self.post_steps:
             post.begin()
 
@@ -105,15 +105,15 @@ class MegatronShardedOptimizer(ShardedOptimizer, MegatronOptimizer):
                 "main copies of weights in FP8 come from a checkpoint's optimizer state, which this one lacks; load it without "
                 "--fp8-param-gather."
             )
-        for fragment in self.fragments():
-            param = fragment.view.param
+        for param_shard in self.param_shards():
+            param = param_shard.view.param
             if param.dtype != torch.float32:
-                fragment.main.copy_(param.detach().view(-1)[fragment.start : fragment.stop])
+                param_shard.main.copy_(param.detach().view(-1)[param_shard.start : param_shard.stop])
         if self.step_number == 0:
             self.forget_states()
 
     def _fp8_weights(self) -> list[Any]:
-        return [domain.fp8_weights for domain in self.domains if domain.fp8_weights is not None]
+        return [shard_group.fp8_weights for shard_group in self.shard_groups if shard_group.fp8_weights is not None]
 
     def publish_fp8(self) -> None:
         """Weights in FP8 from the main copies, on every rank whole; outside a step, where nothing else is to be published."""
@@ -122,8 +122,8 @@ class MegatronShardedOptimizer(ShardedOptimizer, MegatronOptimizer):
 
     def publish(self) -> None:
         """All weights from the main copies, on every rank whole; outside a step."""
-        for fragment in self.fragments():
-            fragment.publish()
+        for param_shard in self.param_shards():
+            param_shard.publish()
         for weights in self._fp8_weights():
             weights.publish()
         if self.distributed:

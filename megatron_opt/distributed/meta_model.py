@@ -97,7 +97,7 @@ def stage_parameters(args: Any, stage: int) -> list[list[Parameter]]:
 
 
 def _parameters(chunk: torch.nn.Module) -> list[Parameter]:
-    found, unknown = [], []
+    parameters, unknown = [], []
     for name, param in global_names(chunk, 0):
         kind = find_kind(name)
         if kind is None:
@@ -106,7 +106,7 @@ def _parameters(chunk: torch.nn.Module) -> list[Parameter]:
         whole = kind.maybe_whole and not getattr(param, "tensor_model_parallel", False)
         layer = re.search(r"^decoder\.layers\.(\d+)\.", name)
         expert = re.search(r"\.experts\.(\d+)\.", name)
-        found.append(
+        parameters.append(
             Parameter(
                 name,
                 tuple(param.shape),
@@ -118,4 +118,4 @@ def _parameters(chunk: torch.nn.Module) -> list[Parameter]:
         )
     if unknown:
         raise UserError(f"{len(unknown)} parameters have no declaration ({', '.join(unknown[:5])}).")
-    return found
+    return parameters

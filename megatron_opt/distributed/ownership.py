@@ -11,8 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_opt.distributed.compute_shards import ComputeShard, submatrices_of
 from megatron_opt.distributed.jobs import Job, Run, even, load_of
-from megatron_opt.distributed.parts import Part, cells_of
 from megatron_opt.distributed.subgroups import pack_subgroups
 from megatron_opt.distributed.wraparound import pack_wraparound
 from megatron_opt.engine_options import EngineOptions
@@ -35,7 +35,7 @@ _ROOM = (1.0, 0.8, 0.6, 0.4, 0.2)  # shares of what `auto` allows above the mean
 class Plan:
     """Parts of all matrices, and per rank the load and bytes of state."""
 
-    parts: list[Part]
+    parts: list[ComputeShard]
     owner: dict[str, int]
     load: list[float]
     flops: list[float]
@@ -84,12 +84,12 @@ def _whole(jobs: Sequence[Job], ranks: int, both: bool = False) -> dict[str, lis
     state = (sum(job.cost.state_bytes for job in jobs) or 1.0) if both else float("inf")
     sizes = {job.matrix: (job.load / load + job.cost.state_bytes / state) for job in jobs}
     heap = [(0.0, 0.0, rank) for rank in range(ranks)]  # size, bytes of state, rank
-    found: dict[str, list[Run]] = {}
+    runs: dict[str, list[Run]] = {}
     for job in sorted(jobs, key=lambda job: (-sizes[job.matrix], job.matrix)):
         size, held, rank = heapq.heappop(heap)
-        found[job.matrix] = [(rank, 0, job.places)]
+        runs[job.matrix] = [(rank, 0, job.places)]
         heapq.heappush(heap, (size + sizes[job.matrix], held + job.cost.state_bytes, rank))
-    return found
+    return runs
 
 
 def _wrapped(jobs: Sequence[Job], ranks: int, both: bool) -> dict[str, list[Run]]:
@@ -104,15 +104,15 @@ def _wrapped(jobs: Sequence[Job], ranks: int, both: bool) -> dict[str, list[Run]
 
 
 def _plan(jobs: Sequence[Job], ranks: int, placed: dict[str, list[Run]]) -> Plan:
-    parts: list[Part] = []
+    parts: list[ComputeShard] = []
     load, flops, state, sent = ([0.0] * ranks for _ in range(4))
     owner = {}
     for job in jobs:
         made = job.parts(placed[job.matrix])
-        for cell in cells_of(part for part, _ in made) if len(made) > 1 else ():
-            if len(cell.parts) > 1:
-                for collective in job.collectives(cell.area.shape, cell.edges):
-                    for index, part in enumerate(cell.parts):
+        for submatrix in submatrices_of(part for part, _ in made) if len(made) > 1 else ():
+            if len(submatrix.parts) > 1:
+                for collective in job.collectives(submatrix.area.shape, submatrix.edges):
+                    for index, part in enumerate(submatrix.parts):
                         sent[part.rank] += collective.sent_bytes(index)
         owner[job.matrix] = made[0][0].rank
         for part, cost in made:
@@ -161,7 +161,7 @@ def check_balance(most: float) -> None:
 
 
 def pack(jobs: Sequence[Job], ranks: int, mode: str = "auto", most: float = BALANCED) -> Plan:
-    """Place every matrix: whole on one rank, or in cells and shards on several where its rule allows it.
+    """Place every matrix: whole on one rank, or in submatrices and shards on several where its rule allows it.
 
     `owner` cuts nothing, `sharded` cuts over all ranks, `group` fills every rank to the mean. `auto` is `owner` where
     no rank then has more load or state than `most` times the mean; else, among ways to cut that keep to this, what is
@@ -193,9 +193,11 @@ def pack(jobs: Sequence[Job], ranks: int, mode: str = "auto", most: float = BALA
     return min(plans, key=lambda plan: (max(plan.imbalance(), _LATE), plan.state_imbalance()))
 
 
-def make_buckets(parts: Sequence[Part], ranks: int, bucket_bytes: float, element_bytes: float = 4) -> list[list[str]]:
+def make_buckets(
+    parts: Sequence[ComputeShard], ranks: int, bucket_bytes: float, element_bytes: float = 4
+) -> list[list[str]]:
     """Matrices in travelling order: buckets in which no rank receives more than `bucket_bytes`, every rank has a share."""
-    by_rank: dict[int, list[Part]] = {}
+    by_rank: dict[int, list[ComputeShard]] = {}
     for part in parts:
         by_rank.setdefault(part.rank, []).append(part)
     depth: dict[str, int] = {}

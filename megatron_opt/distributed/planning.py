@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from megatron_opt.distributed.fragments import Rect, rectangles
+from megatron_opt.distributed.compute_shards import ComputeShard, Submatrix, submatrices_of
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.meta_model import model_config, stage_parameters
 from megatron_opt.distributed.ownership import Plan, make_buckets, pack_instances, plan_table
-from megatron_opt.distributed.parts import Cell, Part, cells_of
+from megatron_opt.distributed.param_shards import Rect, rectangles
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 from megatron_opt.files import write_atomic
@@ -28,7 +28,7 @@ from megatron_opt.layout.parameter import Parameter
 from megatron_opt.layout.region import Region
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
-from megatron_opt.optimizers.groups import GroupRule, assign
+from megatron_opt.optimizers.groups import ParamGroupConfig, assign
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Layout:
 
 
 @dataclass
-class DomainPlan:
-    """One domain: the packing, and bytes that each rank sends in a step, by what they are for."""
+class ShardGroupPlan:
+    """One shard group: the packing, and bytes that each rank sends in a step, by what they are for."""
 
     name: str
     plan: Plan
@@ -76,7 +76,7 @@ def _intervals(numels: Sequence[int], split: Sequence[bool], ranks: int, layout:
         param.shared_embedding = own  # type: ignore[attr-defined]
     ddp = SimpleNamespace(pad_buckets_for_high_nccl_busbw=False)
     laid = DistributedOptimizer._compute_per_buffer_param_layout(params, layout.bucket_size, ranks, ddp)
-    found = []
+    intervals = []
     for rank in range(ranks):
         mine = []
         for param in params:
@@ -85,29 +85,29 @@ def _intervals(numels: Sequence[int], split: Sequence[bool], ranks: int, layout:
             shard = (high - low) // ranks
             start, stop = max(first, low + rank * shard), min(last, low + (rank + 1) * shard)
             mine.append((start - first, stop - first) if start < stop else (0, 0))
-        found.append(mine)
-    return found * layout.instances
+        intervals.append(mine)
+    return intervals * layout.instances
 
 
 # A place and the ranks that hold it.
-Held = dict[str, list[tuple[Rect, list[int]]]]
+Holders = dict[str, list[tuple[Rect, list[int]]]]
 
 
 def _holdings(
     chunks: Sequence[Sequence[Parameter]], layout: Layout, geometry: Geometry, expert: int | None, experts: int
-) -> tuple[Held, dict[str, MatrixInfo], int]:
-    """Who holds what in a domain; ranks count tensor-parallel first, as Megatron's do."""
+) -> tuple[Holders, dict[str, MatrixInfo], int]:
+    """Who holds what in a shard group; ranks count tensor-parallel first, as Megatron's do."""
     is_expert = expert is not None
     tp = layout.etp if is_expert else layout.tp
     replicas = layout.dp * layout.tp // (layout.ep * layout.etp) if is_expert else layout.dp
-    found: dict[str, dict[Region, tuple[Rect, list[int]]]] = {}
+    holders_of: dict[str, dict[Region, tuple[Rect, list[int]]]] = {}
     infos: dict[str, MatrixInfo] = {}
 
-    def domain_of(p: Parameter) -> int | None:
+    def shard_group_of(p: Parameter) -> int | None:
         return p.expert * layout.ep // experts if p.expert is not None and layout.experts_apart else None
 
     for chunk in chunks:
-        mine = [p for p in chunk if domain_of(p) == expert]
+        mine = [p for p in chunk if shard_group_of(p) == expert]
         numels = [math.prod(p.local_shape(tp)) for p in mine]
         # Megatron gives an embedding that stages share a bucket of its own
         intervals = _intervals(numels, [p.copy for p in mine], replicas, layout)
@@ -127,16 +127,16 @@ def _holdings(
                         groups.setdefault((index, interval), []).append(replica * tp + rank)
             for (index, (start, stop)), holders in groups.items():
                 for rect in rectangles(views[index], start, stop):
-                    entry = found.setdefault(rect.matrix, {}).setdefault(rect.region, (rect, []))
+                    entry = holders_of.setdefault(rect.matrix, {}).setdefault(rect.region, (rect, []))
                     entry[1].extend(holders)
-    held = {name: [(rect, sorted(ranks)) for rect, ranks in places.values()] for name, places in found.items()}
-    return held, infos, tp * replicas
+    listed = {name: [(rect, sorted(ranks)) for rect, ranks in places.values()] for name, places in holders_of.items()}
+    return listed, infos, tp * replicas
 
 
 def _sent(
-    held: Held,
+    holders_of: Holders,
     plan: Plan,
-    rules: dict[str, Any],
+    optimizers: dict[str, Any],
     infos: dict[str, MatrixInfo],
     buckets: Sequence[Sequence[str]],
     width: int,
@@ -148,11 +148,11 @@ def _sent(
     ranks = len(plan.load)
     kinds = ("gradients to owners", "updates to shards", "between shards")
     sent = {kind: [0.0] * ranks for kind in kinds}
-    parts: dict[str, list[Part]] = {}
+    parts: dict[str, list[ComputeShard]] = {}
     for part in plan.parts:
         parts.setdefault(part.matrix, []).append(part)
     for name, mine in parts.items():
-        for rect, holding in held[name]:
+        for rect, holding in holders_of[name]:
             holders, region = [rank for rank in holding if rank < ranks], rect.region
             among = set(holders)
             for part in mine:
@@ -164,39 +164,39 @@ def _sent(
                     around = [rank for rank in holders if rank // near == part.rank // near]
                     sent["gradients to owners"][around[part.rank % len(around)]] += count
                 sent["updates to shards"][part.rank] += count * (len(holders) - own)
-    cells: dict[str, list[Cell]] = {}
-    for cell in cells_of(plan.parts):
-        cells.setdefault(cell.key[0], []).append(cell)
+    submatrices: dict[str, list[Submatrix]] = {}
+    for submatrix in submatrices_of(plan.parts):
+        submatrices.setdefault(submatrix.key[0], []).append(submatrix)
     for bucket in buckets:
-        for cell in (cell for name in bucket for cell in cells[name] if len(cell.parts) > 1):
-            partition = rules[cell.key[0]].partition(cell.info(infos[cell.key[0]]))
-            for collective in partition.collectives(cell.edges):
-                for index, part in enumerate(cell.parts):
+        for submatrix in (submatrix for name in bucket for submatrix in submatrices[name] if len(submatrix.parts) > 1):
+            partition = optimizers[submatrix.key[0]].partition(submatrix.info(infos[submatrix.key[0]]))
+            for collective in partition.collectives(submatrix.edges):
+                for index, part in enumerate(submatrix.parts):
                     sent["between shards"][part.rank] += collective.sent_bytes(index)
     return sent
 
 
-def sent_in_a_step(domain: Any, step: Any) -> dict[str, list[float]]:
-    """The same of a run's domain and its matrix step."""
-    held: dict[str, dict[Region, tuple[Rect, list[int]]]] = {}
-    for rank, rects in enumerate(domain.holdings):
+def sent_in_a_step(shard_group: Any, step: Any) -> dict[str, list[float]]:
+    """The same of a run's shard group and its matrix step."""
+    holders_of: dict[str, dict[Region, tuple[Rect, list[int]]]] = {}
+    for rank, rects in enumerate(shard_group.holdings):
         for _, rect in rects:
             if rect.matrix in step.infos:
-                held.setdefault(rect.matrix, {}).setdefault(rect.region, (rect, []))[1].append(rank)
-    places = {name: list(each.values()) for name, each in held.items()}
-    width, near = domain.exchange.dtype.itemsize, domain.size // domain.instances
-    return _sent(places, step.placed.plan, step.rules, step.infos, step.placed.buckets, width, near)
+                holders_of.setdefault(rect.matrix, {}).setdefault(rect.region, (rect, []))[1].append(rank)
+    places = {name: list(each.values()) for name, each in holders_of.items()}
+    width, near = shard_group.exchange.dtype.itemsize, shard_group.size // shard_group.instances
+    return _sent(places, step.placed.plan, step.optimizers, step.infos, step.placed.buckets, width, near)
 
 
 def plan_model(
     stages: Mapping[int, Sequence[Sequence[Parameter]]],
     geometry: Geometry,
     layout: Layout,
-    rules: Sequence[GroupRule],
+    group_configs: Sequence[ParamGroupConfig],
     options: EngineOptions | None = None,
     which: Sequence[int] | None = None,
-) -> list[DomainPlan]:
-    """Plans of the domains of the stages in `which` (all by default), in the order in which a run makes them.
+) -> list[ShardGroupPlan]:
+    """Plans of the shard groups of the stages in `which` (all by default), in the order in which a run makes them.
 
     `stages` has the chunks of every pipeline stage, each a list of whole parameters in Megatron's order.
     """
@@ -207,27 +207,29 @@ def plan_model(
     experts = 1 + max(
         (p.expert for chunks in stages.values() for chunk in chunks for p in chunk if p.expert is not None), default=-1
     )
-    groups = assign([whole[name] for name in sorted(whole)], rules)
+    groups = assign([whole[name] for name in sorted(whole)], group_configs)
     built = [registry.build(group.optimizer, dict(group.options)) for group in groups]
-    rule_of = {info.name: rule for group, rule in zip(groups, built, strict=True) for info in group.infos}
-    width, found = options.communication_dtype.itemsize, []
+    optimizer_of = {
+        info.name: optimizer for group, optimizer in zip(groups, built, strict=True) for info in group.infos
+    }
+    width, plans = options.communication_dtype.itemsize, []
     for stage in sorted(stages) if which is None else which:
-        domains: list[int | None] = [None, *(range(layout.ep) if experts else [])]
-        for expert in domains:
-            held, infos, ranks = _holdings(stages[stage], layout, geometry, expert, experts)
-            taken = {name: infos[name] for name in sorted(infos) if isinstance(rule_of[name], MatrixOptimizer)}
-            jobs = [Job.of(info, rule_of[name]) for name, info in taken.items()]
+        shard_groups: list[int | None] = [None, *(range(layout.ep) if experts else [])]
+        for expert in shard_groups:
+            holders_of, infos, ranks = _holdings(stages[stage], layout, geometry, expert, experts)
+            taken = {name: infos[name] for name in sorted(infos) if isinstance(optimizer_of[name], MatrixOptimizer)}
+            jobs = [Job.of(info, optimizer_of[name]) for name, info in taken.items()]
             plan = pack_instances(jobs, ranks, layout.instances, options)
             buckets = make_buckets(plan.parts, ranks // plan.instances, options.bucket_bytes, width)
             name = f"stage {stage}" if expert is None else f"experts of stage {stage}, expert rank {expert}"
-            sent = _sent(held, plan, rule_of, taken, buckets, width, ranks // layout.instances)
-            found.append(DomainPlan(name, plan, sent))
-    return found
+            sent = _sent(holders_of, plan, optimizer_of, taken, buckets, width, ranks // layout.instances)
+            plans.append(ShardGroupPlan(name, plan, sent))
+    return plans
 
 
 def from_args(
-    args: Any, world: int, rules: Sequence[GroupRule], which: Sequence[int] | None = None
-) -> list[DomainPlan]:
+    args: Any, world: int, group_configs: Sequence[ParamGroupConfig], which: Sequence[int] | None = None
+) -> list[ShardGroupPlan]:
     """Plans for Megatron flags as `world` ranks would make them, from Megatron's own model on the `meta` device."""
     options = EngineOptions.of(vars(args))
     tp, pp, ep = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.expert_model_parallel_size
@@ -249,22 +251,22 @@ def from_args(
         {stage: stage_parameters(args, stage) for stage in range(pp)},
         Geometry.of(model_config(args).transformer, options.split_heads),
         layout,
-        rules,
+        group_configs,
         options,
         which,
     )
 
 
-def show(plans: Sequence[DomainPlan], folder: str | None = None) -> None:
+def show(plans: Sequence[ShardGroupPlan], folder: str | None = None) -> None:
     """Print tables, and leave `optimizer_plan.DOMAIN.json` with owner and shards of every matrix in a folder."""
-    for found in plans:
-        sent = found.sent_by_rank()
-        print(plan_table(found.plan, sent, title=f"optimizer plan, {found.name}"), flush=True)
+    for group_plan in plans:
+        sent = group_plan.sent_by_rank()
+        print(plan_table(group_plan.plan, sent, title=f"optimizer plan, {group_plan.name}"), flush=True)
         if not folder:
             continue
-        plan = found.plan
+        plan = group_plan.plan
         content = {
-            "domain": found.name,
+            "domain": group_plan.name,
             "digest": plan.digest(),
             "flops": plan.flops,
             "state_bytes": plan.state_bytes,
@@ -272,8 +274,8 @@ def show(plans: Sequence[DomainPlan], folder: str | None = None) -> None:
             "load": plan.load,
             "imbalance": plan.imbalance(),
             "instances": plan.instances,
-            "sent_bytes": found.sent,
+            "sent_bytes": group_plan.sent,
             "parts": [[p.matrix, p.rank, *p.bounds] for p in plan.parts],  # rows, columns
         }
-        path = Path(folder) / f"optimizer_plan.{found.name.replace(' ', '_').replace(',', '')}.json"
+        path = Path(folder) / f"optimizer_plan.{group_plan.name.replace(' ', '_').replace(',', '')}.json"
         write_atomic(path, json.dumps(content))

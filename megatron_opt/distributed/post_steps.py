@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megatron_opt.distributed.fragments import Fragment
+from megatron_opt.distributed.param_shards import ParamShard
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class PostStep(Protocol):
     def prepare(self) -> None:
         """With the gradients there and the weights still old: what must travel may set out."""
 
-    def run(self, step: int) -> Collection[Fragment]:
-        """With the new weights in the main copies: change some; the fragments whose main copy has changed."""
+    def run(self, step: int) -> Collection[ParamShard]:
+        """With the new weights in the main copies: change some; the parameter shards whose main copy has changed."""
 
     def report(self) -> Report | None:
         """What to log; forgets it."""

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opt.distributed.domain import Domain, gather_objects
-from megatron_opt.distributed.fragments import Fragment
+from megatron_opt.distributed.param_shards import ParamShard
 from megatron_opt.distributed.post_steps import Report
+from megatron_opt.distributed.shard_group import ShardGroup, gather_objects
 from megatron_opt.errors import UserError
 from megatron_opt.layout.heads import HeadRows, head_rows
 from megatron_opt.layout.kinds import Geometry
@@ -87,7 +87,7 @@ class QkClip:
     """A post-step: one all-reduce of (layers, heads) maxima over all ranks, then rows of this rank's main copies."""
 
     def __init__(
-        self, attentions: Sequence[Attention], domains: Sequence[Domain], options: Options, tp_rank: int
+        self, attentions: Sequence[Attention], shard_groups: Sequence[ShardGroup], options: Options, tp_rank: int
     ) -> None:
         self.attentions, self.options, self.tp_rank = list(attentions), options, tp_rank
         names: set[str] = set()
@@ -95,11 +95,11 @@ class QkClip:
             names.update(part)
         self.layers = sorted(names, key=_natural)
         self.row_of = {name: index for index, name in enumerate(self.layers)}
-        self.held: dict[str, list[tuple[Fragment, Any]]] = {}  # rectangles of this rank by matrix
-        for domain in domains:
-            for fragment in domain.fragments:
-                for rect in fragment.rects:
-                    self.held.setdefault(rect.matrix, []).append((fragment, rect))
+        self.held: dict[str, list[tuple[ParamShard, Any]]] = {}  # rectangles of this rank by matrix
+        for shard_group in shard_groups:
+            for param_shard in shard_group.param_shards:
+                for rect in param_shard.rects:
+                    self.held.setdefault(rect.matrix, []).append((param_shard, rect))
         self.latest = 0.0  # the largest logit of the last step, what Megatron logs
         self._packed: Tensor | None = None
         self._since: Tensor | None = None  # largest by layer and head since the last report
@@ -129,7 +129,7 @@ class QkClip:
             dist.all_reduce(packed, op=dist.ReduceOp.MAX)
         self._packed = packed.to("cpu", non_blocking=True)  # read after the wait for the norms, in the same stream
 
-    def run(self, step: int) -> Collection[Fragment]:
+    def run(self, step: int) -> Collection[ParamShard]:
         """Scale the rows of heads whose largest logit is above the threshold; heads with one that is not finite are left alone."""
         assert self._packed is not None
         maxima, self._packed = self._packed, None
@@ -138,7 +138,7 @@ class QkClip:
         if self.options.threshold is None:
             return ()
         largest = maxima.view(len(self.layers), self.options.groups, -1).amax(-1).tolist()  # by key
-        changed: dict[int, Fragment] = {}
+        changed: dict[int, ParamShard] = {}
         for attention in self.attentions:
             found = largest[self.row_of[attention.name]]
             for rows in attention.rows:
@@ -146,14 +146,14 @@ class QkClip:
                     self._scale(rows, self.options.threshold / found[rows.group], changed)
         return changed.values()
 
-    def _scale(self, rows: HeadRows, gamma: float, changed: dict[int, Fragment]) -> None:
+    def _scale(self, rows: HeadRows, gamma: float, changed: dict[int, ParamShard]) -> None:
         factor = gamma ** self.options.power(rows.part)
-        for fragment, rect in self.held.get(rows.matrix, ()):
+        for param_shard, rect in self.held.get(rows.matrix, ()):
             first, stop = max(rows.start, rect.region.row0), min(rows.stop, rect.region.row1)
             if first < stop:
-                here = rect.run(fragment.main).view(rect.region.shape)
+                here = rect.run(param_shard.main).view(rect.region.shape)
                 here[first - rect.region.row0 : stop - rect.region.row0].mul_(factor)
-                changed[id(fragment)] = fragment
+                changed[id(param_shard)] = param_shard
 
     def in_place_of_megatrons(self, original: Any) -> Any:
         """Megatron's `clip_qk`, which its loop calls after the step: nothing is left to do, the largest logit to say."""
@@ -182,7 +182,7 @@ class QkClip:
 
 
 def make(
-    chunks: Sequence[Any], domains: Sequence[Domain], keeps_norm: Collection[str], config: Any, per_head: bool
+    chunks: Sequence[Any], shard_groups: Sequence[ShardGroup], keeps_norm: Collection[str], config: Any, per_head: bool
 ) -> QkClip | None:
     """For a model whose configuration asks for it; `keeps_norm`: matrices whose rules would undo a scaling."""
     from megatron.core import parallel_state as ps
@@ -192,7 +192,7 @@ def make(
     check(config)
     options, geometry = Options.of(config), Geometry.of(config, per_head)
     attentions = [found for chunk in chunks for found in _attentions(chunk, geometry)]
-    trained = {name for domain in domains for name in domain.infos}
+    trained = {name for shard_group in shard_groups for name in shard_group.infos}
     wanted = {rows.matrix for attention in attentions for rows in attention.rows}
     if options.threshold is not None:
         if frozen := sorted(wanted - trained):
@@ -202,7 +202,7 @@ def make(
                 f"--qk-clip shrinks q and k, and the optimizer of {kept[0]} gives every weight its first norm back; train q "
                 "and k by another (--optimizer-groups), or give --qk-layernorm instead."
             )
-    made = QkClip(attentions, domains, options, ps.get_tensor_model_parallel_rank())
+    made = QkClip(attentions, shard_groups, options, ps.get_tensor_model_parallel_rank())
     if not made.layers:
         raise UserError("--qk-clip and --log-max-attention-logit need a model with attention; leave them out.")
     return made

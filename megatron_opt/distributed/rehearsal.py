@@ -14,20 +14,20 @@ from unittest import mock
 
 import torch
 
-from megatron_opt.distributed import domain as domain_module
 from megatron_opt.distributed import exchange as exchange_module
+from megatron_opt.distributed import shard_group as shard_group_module
 from megatron_opt.distributed import sharded_optimizer as optimizer_module
-from megatron_opt.distributed.domain import Domain
 from megatron_opt.distributed.exchange import Exchange, Holdings
-from megatron_opt.distributed.fragments import Fragment, rectangles
 from megatron_opt.distributed.megatron_optimizer import MegatronShardedOptimizer
+from megatron_opt.distributed.param_shards import ParamShard, rectangles
 from megatron_opt.distributed.planning import Layout, _intervals
+from megatron_opt.distributed.shard_group import ShardGroup
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.kernels import dispatch, symmetric
 from megatron_opt.layout.matrices import ParamView, split_param
 from megatron_opt.layout.spec import ModelSpec
 from megatron_opt.optimizers.base import MatrixInfo
-from megatron_opt.optimizers.groups import GroupRule, assign
+from megatron_opt.optimizers.groups import ParamGroupConfig, assign
 from megatron_opt.optimizers.sharded_orthogonalization import _shares
 from megatron_opt.platform.pretended_gpu import GPU, Count, pretended_gpu
 
@@ -67,16 +67,16 @@ class Rehearsal:
 
     def step(self) -> tuple[Count, float]:
         """One step's count and the seconds of the processor that it took, this counting included; gradients are fresh."""
-        for fragment in self.optimizer.fragments():
-            fragment.view.param.main_grad.normal_()
+        for param_shard in self.optimizer.param_shards():
+            param_shard.view.param.main_grad.normal_()
         for name in ("waits", "launches"):
             getattr(self.count, name).clear()
         self.count.bytes = 0.0
         began = time.process_time()
         self.optimizer.step()
         seconds = time.process_time() - began
-        found = Count(+self.count.waits, +self.count.launches, self.count.bytes)
-        return found, seconds
+        counts = Count(+self.count.waits, +self.count.launches, self.count.bytes)
+        return counts, seconds
 
 
 def _views(model: ModelSpec, layout: Layout, tp_rank: int, bf16: bool) -> tuple[list[ParamView], dict[str, MatrixInfo]]:
@@ -97,9 +97,9 @@ def _intervals_of(views: Sequence[ParamView], layout: Layout) -> list[list[tuple
     return _intervals([v.rows * v.cols for v in views], [False] * len(views), layout.dp, layout)
 
 
-def _fragments(views: Sequence[ParamView], mine: Sequence[tuple[int, int]]) -> list[Fragment]:
-    """Fragments with parameters and gradients on the current pretended GPU."""
-    found: list[Fragment] = []
+def _param_shards(views: Sequence[ParamView], mine: Sequence[tuple[int, int]]) -> list[ParamShard]:
+    """Parameter shards with parameters and gradients on the current pretended GPU."""
+    made: list[ParamShard] = []
     for view, (start, stop) in zip(views, mine, strict=True):
         dtype = view.param.dtype
         if start == stop:
@@ -109,13 +109,13 @@ def _fragments(views: Sequence[ParamView], mine: Sequence[tuple[int, int]]) -> l
         shard = param.to(dtype)
         main = shard if dtype == torch.float32 else param
         held = SimpleNamespace(dtype=dtype, data=shard, grad=None, main_grad=torch.randn(stop - start, device=GPU))
-        flat = ParamView(view.name, held, view.rows, view.cols, view.pieces, False, view.tp_replicated)  # type: ignore[arg-type]
-        found.append(_Interval(flat, start, stop, main, rectangles(view, start, stop)))
-    return found
+        flat = ParamView(view.name, held, view.rows, view.cols, view.mappings, False, view.tp_replicated)  # type: ignore[arg-type]
+        made.append(_Interval(flat, start, stop, main, rectangles(view, start, stop)))
+    return made
 
 
-class _Interval(Fragment):
-    """A fragment whose parameter is its interval alone."""
+class _Interval(ParamShard):
+    """A parameter shard whose parameter is its interval alone."""
 
     def grad(self) -> torch.Tensor | None:
         return self.view.param.main_grad.float()  # type: ignore[attr-defined]
@@ -129,7 +129,7 @@ class _Interval(Fragment):
 def rehearsal(
     model: ModelSpec,
     layout: Layout,
-    rules: Sequence[GroupRule],
+    group_configs: Sequence[ParamGroupConfig],
     rank: int = 0,
     *,
     meta: bool = True,
@@ -151,7 +151,7 @@ def rehearsal(
             holdings[replica * layout.tp + tp_rank] = [(i, rect) for i, rects in enumerate(cut) for rect in rects]
         if rank % layout.tp == tp_rank:
             mine = views, intervals[rank // layout.tp]
-    groups = assign([infos[name] for name in sorted(infos)], rules)
+    groups = assign([infos[name] for name in sorted(infos)], group_configs)
     chunk = SimpleNamespace(
         ddp_config=SimpleNamespace(use_distributed_optimizer=layout.distributed, overlap_param_gather=True)
     )
@@ -159,16 +159,18 @@ def rehearsal(
     with ExitStack() as stack:
         count = stack.enter_context(pretended_gpu(meta))
         silence = _Silence(size, count)
-        for module in (domain_module, exchange_module, optimizer_module):
+        for module in (shard_group_module, exchange_module, optimizer_module):
             stack.enter_context(mock.patch.object(module, "dist", silence))
         for module in (dispatch, symmetric):
             stack.enter_context(mock.patch.object(module, "native_available", lambda device="cpu": native))
         stack.enter_context(mock.patch.object(symmetric, "_library", lambda: None))  # Triton asks for a driver
-        fragments = _fragments(*mine)
-        domain = Domain("rehearsal", None, rank, size, fragments, holdings, infos, Exchange(None, rank, size))
-        domain.instances = layout.instances
-        domain.counted.fill_(1.0)  # one stage: every matrix counts once
-        optimizer = MegatronShardedOptimizer(config, [chunk], [domain], groups, options)
+        param_shards = _param_shards(*mine)
+        shard_group = ShardGroup(
+            "rehearsal", None, rank, size, param_shards, holdings, infos, Exchange(None, rank, size)
+        )
+        shard_group.instances = layout.instances
+        shard_group.counted.fill_(1.0)  # one stage: every matrix counts once
+        optimizer = MegatronShardedOptimizer(config, [chunk], [shard_group], groups, options)
         _shares.cache_clear()  # no tensor of another rehearsal, nor one of this in a run
         stack.callback(_shares.cache_clear)
-        yield Rehearsal(optimizer, [fragment.main for fragment in fragments], count)
+        yield Rehearsal(optimizer, [param_shard.main for param_shard in param_shards], count)

@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opt.distributed.domain import Domain, MatrixPlan
 from megatron_opt.distributed.elementwise import ElementwiseStep
 from megatron_opt.distributed.health import Health
 from megatron_opt.distributed.host_state import HostStates
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.matrix_step import MatrixStep
 from megatron_opt.distributed.post_steps import PostStep
+from megatron_opt.distributed.shard_group import MatrixPlan, ShardGroup
 from megatron_opt.distributed.weight_average import WeightAverage
 from megatron_opt.distributed.weights import WeightStep
 from megatron_opt.engine_options import EngineOptions
@@ -36,7 +36,7 @@ class ShardedOptimizer:
 
     def __init__(
         self,
-        domains: Sequence[Domain],
+        shard_groups: Sequence[ShardGroup],
         groups: Sequence[Group],
         options: EngineOptions | None = None,
         *,
@@ -44,7 +44,7 @@ class ShardedOptimizer:
         world: Any = None,
     ) -> None:
         options = options or EngineOptions()
-        self.domains, self.groups = list(domains), list(groups)
+        self.shard_groups, self.groups = list(shard_groups), list(groups)
         self.param_groups: list[dict[str, Any]] = []
         self.clip_grad, self.world = clip_grad, world
         self.world_size = dist.get_world_size(world) if dist.is_initialized() else 1
@@ -53,50 +53,57 @@ class ShardedOptimizer:
         self.stats: dict[str, dict[str, float]] | None = None  # filled by a step when `want_stats` is set
         self.want_stats = False
         self.has_states = False  # on every rank
-        self.device = self.domains[0].device
+        self.device = self.shard_groups[0].device
         self.host = HostStates(self.device, options.offloaded, options.bucket_bytes)
         self.post_steps: list[PostStep] = []
         self.average: WeightAverage | None = None  # one of them
         self.stored: list[Any] = []  # state on its way from a checkpoint, between the two calls of Megatron's loading
-        self.rules = [registry.build(group.optimizer, dict(group.options)) for group in self.groups]
+        self.group_optimizers = [registry.build(group.optimizer, dict(group.options)) for group in self.groups]
         group_of = {info.name: index for index, group in enumerate(self.groups) for info in group.infos}
         self.group_of = group_of
         self.matrix_steps: list[MatrixStep] = []
         self.weight_steps: list[WeightStep] = []
         self.element_steps: list[ElementwiseStep] = []
-        for domain in self.domains:
-            matrix_names = [n for n in sorted(domain.infos) if isinstance(self.rules[group_of[n]], MatrixOptimizer)]
-            infos = {name: domain.infos[name] for name in matrix_names}
-            rules = {name: self.rules[group_of[name]] for name in matrix_names}
-            jobs = [Job.of(info, rules[name]) for name, info in infos.items()]
-            placed = MatrixPlan.make(domain, jobs, options)
-            self.matrix_steps.append(MatrixStep(domain, placed, rules, infos, host=self.host))
-            self.weight_steps.append(WeightStep(domain, self.matrix_steps[-1], self.groups, self.rules, group_of))
-            self.element_steps.append(ElementwiseStep(domain, self.groups, self.rules, group_of, self.host))
+        for shard_group in self.shard_groups:
+            matrix_names = [
+                n for n in sorted(shard_group.infos) if isinstance(self.group_optimizers[group_of[n]], MatrixOptimizer)
+            ]
+            infos = {name: shard_group.infos[name] for name in matrix_names}
+            matrix_optimizers = {name: self.group_optimizers[group_of[name]] for name in matrix_names}
+            jobs = [Job.of(info, matrix_optimizers[name]) for name, info in infos.items()]
+            placed = MatrixPlan.make(shard_group, jobs, options)
+            self.matrix_steps.append(MatrixStep(shard_group, placed, matrix_optimizers, infos, host=self.host))
+            self.weight_steps.append(
+                WeightStep(shard_group, self.matrix_steps[-1], self.groups, self.group_optimizers, group_of)
+            )
+            self.element_steps.append(
+                ElementwiseStep(shard_group, self.groups, self.group_optimizers, group_of, self.host)
+            )
         self.writes_model = set[int]().union(
             *(w.writes_model for w in self.weight_steps), *(e.writes_model for e in self.element_steps)
         )
-        self.groups_of = [  # index of each matrix's group, by domain
-            torch.tensor([group_of[name] for name in domain.order], dtype=torch.long) for domain in self.domains
+        self.groups_of = [  # index of each matrix's group, by shard group
+            torch.tensor([group_of[name] for name in shard_group.order], dtype=torch.long)
+            for shard_group in self.shard_groups
         ]
         self._tables_on_device: list[list[Tensor]] = []
 
     def get_grad_norm(self) -> float:
-        grads = [[_grad(fragment) for fragment in domain.fragments] for domain in self.domains]
+        grads = [[_grad(param_shard) for param_shard in shard_group.param_shards] for shard_group in self.shard_groups]
         return self._norms(grads)[0]
 
     def count_zeros(self) -> float:
         """Zeros in the gradients, each element counted once."""
-        found = []
-        for domain in self.domains:
+        totals = []
+        for shard_group in self.shard_groups:
             zeros = [
-                float((r.run(grad) == 0).sum()) if (grad := fragment.grad()) is not None else 0.0
-                for fragment in domain.fragments
-                for r in fragment.rects
+                float((r.run(grad) == 0).sum()) if (grad := param_shard.grad()) is not None else 0.0
+                for param_shard in shard_group.param_shards
+                for r in param_shard.rects
             ]
-            sums = domain.sum_per_matrix(torch.tensor(zeros, dtype=torch.float64))
-            found.append((sums * domain.counted).sum())
-        return float(self._sum_over_domains(found))
+            sums = shard_group.sum_per_matrix(torch.tensor(zeros, dtype=torch.float64))
+            totals.append((sums * shard_group.counted).sum())
+        return float(self._sum_over_shard_groups(totals))
 
     # The step
 
@@ -108,50 +115,52 @@ class ShardedOptimizer:
         """
         if not self.has_states:
             self.ensure_states()
-        grads = [[_grad(fragment) for fragment in domain.fragments] for domain in self.domains]
+        grads = [[_grad(param_shard) for param_shard in shard_group.param_shards] for shard_group in self.shard_groups]
         for post in self.post_steps:
             post.prepare()
         grad_norm, scopes, squares = self._norms(grads)
         coefficients = [self._clip_factor(scopes, group) for group in self.groups]
         self.step_number += 1
         bad = [
-            {name for name, square in zip(domain.order, found, strict=True) if not math.isfinite(square)}
-            for domain, found in zip(self.domains, squares, strict=True)
+            {name for name, square in zip(shard_group.order, found, strict=True) if not math.isfinite(square)}
+            for shard_group, found in zip(self.shard_groups, squares, strict=True)
         ]
-        for domain, names in zip(self.domains, bad, strict=True):
-            self.health.report(names, self.step_number, domain.rank == 0)
+        for shard_group, names in zip(self.shard_groups, bad, strict=True):
+            self.health.report(names, self.step_number, shard_group.rank == 0)
         before = self._weights_before()
         self._step_matrices(grads, squares, coefficients, bad)
-        still = [names | _without_gradient(domain) for domain, names in zip(self.domains, bad, strict=True)]
+        still = [
+            names | _without_gradient(shard_group) for shard_group, names in zip(self.shard_groups, bad, strict=True)
+        ]
         self._step_elements(grads, coefficients, still)
-        changed = {id(fragment) for post in self.post_steps for fragment in post.run(self.step_number)}
+        changed = {id(param_shard) for post in self.post_steps for param_shard in post.run(self.step_number)}
         if before is not None:
             self._record(before)
-        for fragment in self.fragments():
-            if id(fragment) in changed or not self.publishes(fragment):
-                fragment.publish()
+        for param_shard in self.param_shards():
+            if id(param_shard) in changed or not self.publishes(param_shard):
+                param_shard.publish()
         return grad_norm
 
-    def publishes(self, fragment: Any) -> bool:
-        """Whether the steps themselves write all of a fragment to the model."""
-        return all(self.group_of[rect.matrix] in self.writes_model for rect in fragment.rects)
+    def publishes(self, param_shard: Any) -> bool:
+        """Whether the steps themselves write all of a parameter shard to the model."""
+        return all(self.group_of[rect.matrix] in self.writes_model for rect in param_shard.rects)
 
     def _step_matrices(
         self, grads: list[list[Tensor]], squares: list[list[float]], factors: list[float], bad: list[set[str]]
     ) -> None:
-        """Matrix rules of all domains; their gradients' memory (Megatron's own, for fp32) then holds directions."""
-        for domain, matrix, weight, flats, found, skip in zip(
-            self.domains, self.matrix_steps, self.weight_steps, grads, squares, bad, strict=True
+        """Matrix rules of all shard groups; their gradients' memory (Megatron's own, for fp32) then holds directions."""
+        for shard_group, matrix, weight, flats, norms, skip in zip(
+            self.shard_groups, self.matrix_steps, self.weight_steps, grads, squares, bad, strict=True
         ):
             if not matrix.infos:
                 continue
-            skip = skip | {name for name in matrix.infos if found[domain.order[name]] == 0.0}
+            skip = skip | {name for name in matrix.infos if norms[shard_group.order[name]] == 0.0}
             scale = {name: factors[self.group_of[name]] for name in matrix.infos}
             directions = matrix.step(flats, scale, skip, self.step_number)
             weight.step(directions, skip, self.param_groups)
 
     def _step_elements(self, grads: list[list[Tensor]], factors: list[float], bad: list[set[str]]) -> None:
-        """Element-wise rules of all domains; what a rule sums over all that it trains is summed first."""
+        """Element-wise rules of all shard groups; what a rule sums over all that it trains is summed first."""
         sums: dict[str, Tensor] = {}
         for element, flats, skip in zip(self.element_steps, grads, bad, strict=True):
             element.add_global_sum_terms(sums, flats, factors, skip, self.step_number)
@@ -163,13 +172,17 @@ class ShardedOptimizer:
 
     def curvature_due(self, step: int) -> bool:
         """Whether a rule wants a curvature estimate after step `step`."""
-        return any(hasattr(rule, "curvature_due") and rule.curvature_due(step) for rule in self.rules)
+        return any(
+            hasattr(optimizer, "curvature_due") and optimizer.curvature_due(step) for optimizer in self.group_optimizers
+        )
 
     @torch.no_grad()
     def update_curvature(self, scale: float, squared: bool) -> None:
         """Take what is now in the gradient buffers, squared or not, times `scale`, as a curvature estimate."""
         for element in self.element_steps:
-            element.update_curvature([_grad(fragment) for fragment in element.domain.fragments], scale, squared)
+            element.update_curvature(
+                [_grad(param_shard) for param_shard in element.shard_group.param_shards], scale, squared
+            )
 
     def forget_states(self) -> None:
         """Let the matrix rules' state be made anew, of weights that have come since."""
@@ -179,41 +192,43 @@ class ShardedOptimizer:
 
     def ensure_states(self) -> None:
         """Make the matrix rules' state from the current weights where there is none yet."""
-        for domain, step in zip(self.domains, self.matrix_steps, strict=True):
-            wanted = domain.sum_over_ranks(
+        for shard_group, step in zip(self.shard_groups, self.matrix_steps, strict=True):
+            wanted = shard_group.sum_over_ranks(
                 torch.tensor([float(len(step.states) < len(step.mine))], dtype=torch.float64)
             )
             if float(wanted) > 0:
-                step.init_states([fragment.main for fragment in domain.fragments])
+                step.init_states([param_shard.main for param_shard in shard_group.param_shards])
         self.has_states = True
 
     # Norms
 
     def _norms(self, grads: list[list[Tensor]]) -> tuple[float, dict[str, float], list[list[float]]]:
-        """The global norm, the norm of each clipping scope, and squared norms by matrix of each domain.
+        """The global norm, the norm of each clipping scope, and squared norms by matrix of each shard group.
 
         Matrices whose norm is not finite are left out of the sums: they will be skipped. A step's one wait for the device.
         """
         scopes = sorted({group.clip_scope for group in self.groups if group.clip_scope})
-        squares = [domain.squared_norms(flats) for domain, flats in zip(self.domains, grads, strict=True)]
+        squares = [
+            shard_group.squared_norms(flats) for shard_group, flats in zip(self.shard_groups, grads, strict=True)
+        ]
         totals = []
-        for found, (counted, groups, scope_of) in zip(squares, self._tables(scopes), strict=True):
-            finite = torch.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0) * counted
+        for of_group, (counted, groups, scope_of) in zip(squares, self._tables(scopes), strict=True):
+            finite = torch.nan_to_num(of_group, nan=0.0, posinf=0.0, neginf=0.0) * counted
             by_group = sum_by_index(finite, groups, len(self.groups))
             by_scope = sum_by_index(by_group, scope_of, len(scopes) + 1)[:-1]  # the last: groups that are not clipped
             totals.append(torch.cat([finite.sum().view(1), by_scope]))
-        norms = self._sum_over_domains(totals).sqrt()
-        lengths = [len(norms), *(len(found) for found in squares)]
+        norms = self._sum_over_shard_groups(totals).sqrt()
+        lengths = [len(norms), *(len(of_group) for of_group in squares)]
         first, *rest = (part.tolist() for part in torch.cat([norms, *squares]).cpu().split(lengths))
         return first[0], dict(zip(scopes, first[1:], strict=True)), rest
 
     def _tables(self, scopes: list[str]) -> list[list[Tensor]]:
-        """By domain, on the device: whether a matrix counts, its group, and each group's clipping scope."""
+        """By shard group, on the device: whether a matrix counts, its group, and each group's clipping scope."""
         if not self._tables_on_device:
             scope_of = [scopes.index(group.clip_scope) if group.clip_scope else len(scopes) for group in self.groups]
             self._tables_on_device = [
-                [on_device(table, self.device) for table in (domain.counted, groups, torch.tensor(scope_of))]
-                for domain, groups in zip(self.domains, self.groups_of, strict=True)
+                [on_device(table, self.device) for table in (shard_group.counted, groups, torch.tensor(scope_of))]
+                for shard_group, groups in zip(self.shard_groups, self.groups_of, strict=True)
             ]
         return self._tables_on_device
 
@@ -223,11 +238,11 @@ class ShardedOptimizer:
             return 1.0
         return min(1.0, limit / (norms[group.clip_scope] + 1e-6))
 
-    def _sum_over_domains(self, sums: Sequence[Tensor]) -> Tensor:
-        """Over the whole model, of what each domain has summed over its ranks."""
-        if all(domain.size == self.world_size for domain in self.domains):
+    def _sum_over_shard_groups(self, sums: Sequence[Tensor]) -> Tensor:
+        """Over the whole model, of what each shard group has summed over its ranks."""
+        if all(shard_group.size == self.world_size for shard_group in self.shard_groups):
             return torch.stack(list(sums)).sum(0) if len(sums) > 1 else sums[0]
-        shares = [value / domain.size for value, domain in zip(sums, self.domains, strict=True)]
+        shares = [value / shard_group.size for value, shard_group in zip(sums, self.shard_groups, strict=True)]
         return self._sum_over_world(torch.stack(shares).sum(0))
 
     def _sum_over_world(self, values: Tensor) -> Tensor:
@@ -242,34 +257,41 @@ class ShardedOptimizer:
     def _weights_before(self) -> list[list[Tensor]] | None:
         if not self.want_stats:
             return None
-        return [[fragment.main.clone() for fragment in domain.fragments] for domain in self.domains]
+        return [
+            [param_shard.main.clone() for param_shard in shard_group.param_shards] for shard_group in self.shard_groups
+        ]
 
     def _record(self, before: list[list[Tensor]]) -> None:
         """Norms of weights and updates by group."""
         totals = []
-        for domain, old, groups in zip(self.domains, before, self.groups_of, strict=True):
+        for shard_group, old, groups in zip(self.shard_groups, before, self.groups_of, strict=True):
             sums = torch.zeros(len(self.groups), 2, dtype=torch.float64)
-            mains = [fragment.main for fragment in domain.fragments]
+            mains = [param_shard.main for param_shard in shard_group.param_shards]
             moved = [main - past for main, past in zip(mains, old, strict=True)]
             for what, flats in enumerate((mains, moved)):
-                found = domain.squared_norms(flats).cpu() * domain.counted
-                sums[:, what].index_add_(0, groups, found)
+                squared = shard_group.squared_norms(flats).cpu() * shard_group.counted
+                sums[:, what].index_add_(0, groups, squared)
             totals.append(sums)
         self.stats = {
             group.name: {"weight_norm": math.sqrt(max(w, 0.0)), "update_norm": math.sqrt(max(u, 0.0))}
-            for group, (w, u) in zip(self.groups, self._sum_over_domains(totals).tolist(), strict=True)
+            for group, (w, u) in zip(self.groups, self._sum_over_shard_groups(totals).tolist(), strict=True)
         }
 
-    def fragments(self) -> list[Any]:
-        """Fragments of all domains."""
-        return [fragment for domain in self.domains for fragment in domain.fragments]
+    def param_shards(self) -> list[Any]:
+        """Parameter shards of all shard groups."""
+        return [param_shard for shard_group in self.shard_groups for param_shard in shard_group.param_shards]
 
 
-def _without_gradient(domain: Domain) -> set[str]:
+def _without_gradient(shard_group: ShardGroup) -> set[str]:
     """Matrices whose parameter got no gradient: matrix rules see the zeros in its place, others would decay it."""
-    return {rect.matrix for fragment in domain.fragments if not fragment.has_grad() for rect in fragment.rects}
+    return {
+        rect.matrix
+        for param_shard in shard_group.param_shards
+        if not param_shard.has_grad()
+        for rect in param_shard.rects
+    }
 
 
-def _grad(fragment: Any) -> Tensor:
-    grad = fragment.grad()
-    return torch.zeros_like(fragment.main) if grad is None else grad
+def _grad(param_shard: Any) -> Tensor:
+    grad = param_shard.grad()
+    return torch.zeros_like(param_shard.main) if grad is None else grad

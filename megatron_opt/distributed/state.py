@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from megatron_opt.distributed import packed_state
-from megatron_opt.distributed.domain import Domain, gather_objects
+from megatron_opt.distributed.compute_shards import shape2d
 from megatron_opt.distributed.elementwise import ElementwiseStep
-from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.host_state import HostStates
 from megatron_opt.distributed.matrix_step import MatrixStep
-from megatron_opt.distributed.parts import shape2d
+from megatron_opt.distributed.param_shards import Rect
+from megatron_opt.distributed.shard_group import ShardGroup, gather_objects
 from megatron_opt.distributed.weight_average import WeightAverage
 from megatron_opt.errors import UserError
 from megatron_opt.layout.region import Region
@@ -33,11 +33,11 @@ _PADDED = ("embedding", "output")  # their rows depend on how the vocabulary is 
 
 
 class Keeper(Protocol):
-    """What is saved of an optimizer, by domain and by group."""
+    """What is saved of an optimizer, by shard group and by group."""
 
     groups: list[Group]
     param_groups: list[dict[str, Any]]
-    domains: list[Domain]
+    shard_groups: list[ShardGroup]
     element_steps: list[ElementwiseStep]
     matrix_steps: list[MatrixStep]
     stored: list[Any]
@@ -48,11 +48,11 @@ class Keeper(Protocol):
 
     def ensure_states(self) -> None: ...
 
-    def fragments(self) -> list[Any]: ...
+    def param_shards(self) -> list[Any]: ...
 
 
 @dataclass
-class Piece:
+class StateEntry:
     """What one entry of a checkpoint holds of this rank's state."""
 
     key: str
@@ -78,9 +78,9 @@ class Piece:
 
 def _placed(
     key: str, rect: Rect, flat: Tensor, shape: tuple[int, int], codes: packed_state.Codes | None = None
-) -> Piece:
+) -> StateEntry:
     tensor = flat.detach().view(rect.region.shape)
-    return Piece(key, rect.matrix, tensor, rect, shape, codes)
+    return StateEntry(key, rect.matrix, tensor, rect, shape, codes)
 
 
 def whole_places(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int, int] | None, Rect | None, int]]:
@@ -91,7 +91,7 @@ def whole_places(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int
     """
     for key_of, state in sorted(step.states.items()):
         (name, index), part, info = key_of, step.mine[key_of], step.infos[key_of[0]]
-        stacks, spec = _places(step, key_of), step.rules[name].state_spec(step.cell_infos[key_of])
+        stacks, spec = _places(step, key_of), step.optimizers[name].state_spec(step.submatrix_infos[key_of])
         region, (rows, cols) = part.bounds, shape2d(info)
         for key, tensor in sorted(state.items()):
             match spec[key]:
@@ -104,7 +104,7 @@ def whole_places(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int
                 case _:
                     yield key, name, tensor, None, None, index
     for (name, index), state in sorted(step.shared.items()):
-        stacks, spec = _places(step, (name, index)), step.rules[name].state_spec(step.cell_infos[name, index])
+        stacks, spec = _places(step, (name, index)), step.optimizers[name].state_spec(step.submatrix_infos[name, index])
         for key, tensor in sorted(state.items()):
             if spec[key] is StateKind.BLOCKS:
                 yield from _stack(name, key, tensor, stacks, index)
@@ -118,10 +118,12 @@ Places = dict[
 
 
 def _places(step: MatrixStep, key: tuple[str, int]) -> Places:
-    """Where the stacks of a part's cell lie in the matrix's; nothing where the cell is the matrix."""
-    cell = step.cells[key]
-    partition = None if cell.is_whole else step.rules[key[0]].partition(step.infos[key[0]])
-    return partition.block_positions((cell.area.row0, cell.area.col0), cell.area.shape) if partition else {}
+    """Where the stacks of a part's submatrix lie in the matrix's; nothing where the submatrix is the matrix."""
+    submatrix = step.submatrices[key]
+    partition = None if submatrix.is_whole else step.optimizers[key[0]].partition(step.infos[key[0]])
+    return (
+        partition.block_positions((submatrix.area.row0, submatrix.area.col0), submatrix.area.shape) if partition else {}
+    )
 
 
 def _stack(
@@ -138,19 +140,24 @@ def _stack(
             start = at
 
 
-def local_pieces(optimizer: Keeper, index: int) -> list[Piece]:
-    """Everything that this rank keeps of domain `index`; what several parts have alike, once for each."""
-    domain = optimizer.domains[index]
+def local_pieces(optimizer: Keeper, index: int) -> list[StateEntry]:
+    """Everything that this rank keeps of shard group `index`; what several parts have alike, once for each."""
+    shard_group = optimizer.shard_groups[index]
     found = []
-    for fragment in domain.fragments:
-        if fragment.view.param.dtype != torch.float32:
-            for rect in fragment.rects:
-                found.append(_placed("fp32_param", rect, rect.run(fragment.main), shape2d(domain.infos[rect.matrix])))
-        for key, flat in fragment.state.items() if optimizer.average is None or optimizer.average.stored else ():
-            found += [_placed(key, rect, rect.run(flat), shape2d(domain.infos[rect.matrix])) for rect in fragment.rects]
+    for param_shard in shard_group.param_shards:
+        if param_shard.view.param.dtype != torch.float32:
+            for rect in param_shard.rects:
+                found.append(
+                    _placed("fp32_param", rect, rect.run(param_shard.main), shape2d(shard_group.infos[rect.matrix]))
+                )
+        for key, flat in param_shard.state.items() if optimizer.average is None or optimizer.average.stored else ():
+            found += [
+                _placed(key, rect, rect.run(flat), shape2d(shard_group.infos[rect.matrix]))
+                for rect in param_shard.rects
+            ]
     for slices in optimizer.element_steps[index].slices.values():
         for part in slices:
-            shape = shape2d(domain.infos[part.matrix])
+            shape = shape2d(shard_group.infos[part.matrix])
             for key, tensor in part.state.items():
                 if codes := packed_state.find(part.state, key):
                     found.append(_placed(key, part.rect, codes.decode(), shape, codes))
@@ -158,39 +165,39 @@ def local_pieces(optimizer: Keeper, index: int) -> list[Piece]:
                     found.append(_placed(key, part.rect, tensor, shape))
     for key, name, tensor, whole, place, number in whole_places(optimizer.matrix_steps[index]):
         if place is None or whole is None:
-            again = 0 if optimizer.matrix_steps[index].placed.counts else domain.size
-            found.append(Piece(key, name, tensor.detach(), replica=number + again))
+            again = 0 if optimizer.matrix_steps[index].placed.counts else shard_group.size
+            found.append(StateEntry(key, name, tensor.detach(), replica=number + again))
         else:
             found.append(_placed(key, place, tensor, whole))
     return found
 
 
-def collect(optimizer: Keeper, index: int) -> list[Piece]:
+def collect(optimizer: Keeper, index: int) -> list[StateEntry]:
     """As `local_pieces`; collective, to number what several ranks hold alike."""
-    domain, found = optimizer.domains[index], local_pieces(optimizer, index)
-    places = [None if piece.rect is None else (piece.key, *piece.rect.key) for piece in found]
+    shard_group, entries = optimizer.shard_groups[index], local_pieces(optimizer, index)
+    places = [None if entry.rect is None else (entry.key, *entry.rect.key) for entry in entries]
     holders: dict[Any, int] = {}
-    for rank, theirs in enumerate(gather_objects(places, domain.group, domain.size)):
+    for rank, theirs in enumerate(gather_objects(places, shard_group.group, shard_group.size)):
         for number, held in enumerate(theirs):
             if held is not None:
-                if rank == domain.rank:
-                    found[number].replica = holders.get(held, 0)
+                if rank == shard_group.rank:
+                    entries[number].replica = holders.get(held, 0)
                 holders[held] = holders.get(held, 0) + 1
-    for piece in found:  # the two stages of a tied embedding keep equal state: the second is a replica
-        piece.replica += 0 if bool(domain.counted[domain.order[piece.matrix]]) else domain.size
-    return found
+    for entry in entries:  # the two stages of a tied embedding keep equal state: the second is a replica
+        entry.replica += 0 if bool(shard_group.counted[shard_group.order[entry.matrix]]) else shard_group.size
+    return entries
 
 
-def live_tensors(optimizer: Keeper) -> Iterator[Tensor]:
+def tensors_in_place(optimizer: Keeper) -> Iterator[Tensor]:
     """All that the optimizer keeps between steps, where it lies."""
-    for domain in optimizer.domains:
-        for fragment in domain.fragments:
-            yield fragment.main
-            yield from fragment.state.values()
+    for shard_group in optimizer.shard_groups:
+        for param_shard in shard_group.param_shards:
+            yield param_shard.main
+            yield from param_shard.state.values()
     for element in optimizer.element_steps:
-        for pieces in element.slices.values():
-            for piece in pieces:
-                yield from piece.state.values()
+        for state_entries in element.slices.values():
+            for state_entry in state_entries:
+                yield from state_entry.state.values()
     for step in optimizer.matrix_steps:
         for state in (*step.states.values(), *step.shared.values()):
             yield from state.values()
@@ -225,31 +232,31 @@ def sharded_state(optimizer: Keeper) -> dict[str, Any]:
     optimizer.host.settle()
     if optimizer.average is not None:
         optimizer.average.settle()
-    optimizer.stored = [collect(optimizer, index) for index in range(len(optimizer.domains))]
+    optimizer.stored = [collect(optimizer, index) for index in range(len(optimizer.shard_groups))]
     tensors = {
-        piece.name: _sharded(piece, domain)
-        for domain, pieces in zip(optimizer.domains, optimizer.stored, strict=True)
-        for piece in pieces
+        state_entry.name: _sharded(state_entry, shard_group)
+        for shard_group, state_entries in zip(optimizer.shard_groups, optimizer.stored, strict=True)
+        for state_entry in state_entries
     }
     return {**common_state(optimizer), "tensors": tensors}
 
 
-def _sharded(piece: Piece, domain: Domain) -> Any:
+def _sharded(state_entry: StateEntry, shard_group: ShardGroup) -> Any:
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    entry = f"optimizer.state.{piece.key}.{piece.matrix}"
-    if piece.rect is None:
-        return ShardedTensor.from_rank_offsets(entry, piece.tensor, replica_id=piece.replica)
+    entry = f"optimizer.state.{state_entry.key}.{state_entry.matrix}"
+    if state_entry.rect is None:
+        return ShardedTensor.from_rank_offsets(entry, state_entry.tensor, replica_id=state_entry.replica)
     return ShardedTensor(
         entry,
-        piece.tensor,
-        piece.tensor.dtype,
-        tuple(piece.tensor.shape),
-        piece.shape,
-        (piece.rect.region.row0, piece.rect.region.col0),
+        state_entry.tensor,
+        state_entry.tensor.dtype,
+        tuple(state_entry.tensor.shape),
+        state_entry.shape,
+        (state_entry.rect.region.row0, state_entry.rect.region.col0),
         axis_fragmentations=None,  # no regular grid
-        replica_id=piece.replica,
-        allow_shape_mismatch=domain.infos[piece.matrix].kind in _PADDED,
+        replica_id=state_entry.replica,
+        allow_shape_mismatch=shard_group.infos[state_entry.matrix].kind in _PADDED,
     )
 
 
@@ -260,11 +267,11 @@ def load_state(optimizer: Keeper, state: dict[str, Any]) -> None:
             "the checkpoint's optimizer state was not written by this optimizer; load the model alone by --no-load-optim."
         )
     optimizer.step_number = int(state["step"])
-    for piece in (piece for pieces in optimizer.stored for piece in pieces):
-        piece.take(state["tensors"][piece.name])
+    for state_entry in (state_entry for state_entries in optimizer.stored for state_entry in state_entries):
+        state_entry.take(state["tensors"][state_entry.name])
     optimizer.stored = []
-    for fragment in optimizer.fragments():
-        fragment.publish()
+    for param_shard in optimizer.param_shards():
+        param_shard.publish()
     _restore_groups(optimizer.param_groups, state["param_groups"])
     if optimizer.average is not None:
         optimizer.average.loaded()

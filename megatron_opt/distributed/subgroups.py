@@ -51,13 +51,13 @@ class _Kind:
 
     def splits(self, most: float) -> list[_Split]:
         """Ways to make subgroups, of ever more cuts and ever fewer ranks."""
-        found, count = [], len(self.jobs)
+        made, count = [], len(self.jobs)
         for matrices in range(1, min(count, _MATRICES) + 1):
             full, rest = divmod(count, matrices)
             subgroups = [self.subgroup(matrices, most)] * full + [self.subgroup(rest, most)] * (rest > 0)
-            found.append(_Split(matrices, sum(subgroups), sum(subgroups) - len(subgroups)))
+            made.append(_Split(matrices, sum(subgroups), sum(subgroups) - len(subgroups)))
         ordered: list[_Split] = []
-        for split in sorted(found, key=lambda split: (split.cuts, -split.ranks, split.matrices)):
+        for split in sorted(made, key=lambda split: (split.cuts, -split.ranks, split.matrices)):
             if not ordered or (split.ranks < ordered[-1].ranks and self.jobs[0].places > 1):
                 ordered.append(split)
         return ordered
@@ -163,11 +163,11 @@ def _place_small(kind: _Kind, loads: list[float], states: list[float]) -> dict[s
     """Whole jobs, each to the rank that is then the least full; adds them to what ranks have."""
     heap = [(max(load + kind.load, state + kind.state), rank) for rank, (load, state) in enumerate(zip(loads, states))]
     heapq.heapify(heap)
-    found: dict[str, list[Run]] = {}
+    runs: dict[str, list[Run]] = {}
     for job in kind.jobs:
         rank = heap[0][1]
-        found[job.matrix] = [(rank, 0, job.places)]
+        runs[job.matrix] = [(rank, 0, job.places)]
         loads[rank] += kind.load
         states[rank] += kind.state
         heapq.heapreplace(heap, (max(loads[rank] + kind.load, states[rank] + kind.state), rank))
-    return found
+    return runs

@@ -8,25 +8,25 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_opt.distributed.domain import Domain
-from megatron_opt.distributed.fragments import Fragment
+from megatron_opt.distributed.param_shards import ParamShard
 from megatron_opt.distributed.post_steps import Report
+from megatron_opt.distributed.shard_group import ShardGroup
 
-KEY = "ema"  # among what a fragment keeps
+KEY = "ema"  # among what a parameter shard keeps
 
 
 class WeightAverage:
     """A post-step that changes no weight; for an evaluation the average and the weights change places."""
 
-    def __init__(self, domains: Sequence[Domain], decay: float) -> None:
+    def __init__(self, shard_groups: Sequence[ShardGroup], decay: float) -> None:
         self.decay = decay
         self.begun = False  # whether it is an average yet, by a step or from a checkpoint
         self.stored = True  # whether the checkpoint that is loaded has one
-        fragments = [fragment for domain in domains for fragment in domain.fragments]
-        self._mains = [fragment.main for fragment in fragments]
-        for fragment in fragments:
-            fragment.state[KEY] = fragment.main.clone()
-        self._averages = [fragment.state[KEY] for fragment in fragments]
+        param_shards = [param_shard for shard_group in shard_groups for param_shard in shard_group.param_shards]
+        self._mains = [param_shard.main for param_shard in param_shards]
+        for param_shard in param_shards:
+            param_shard.state[KEY] = param_shard.main.clone()
+        self._averages = [param_shard.state[KEY] for param_shard in param_shards]
 
     def begin(self) -> None:
         """Nothing to forget."""
@@ -34,7 +34,7 @@ class WeightAverage:
     def prepare(self) -> None:
         """Nothing travels."""
 
-    def run(self, step: int) -> Collection[Fragment]:
+    def run(self, step: int) -> Collection[ParamShard]:
         """One pass over both."""
         if self.begun and self._mains:
             torch._foreach_lerp_(self._averages, self._mains, 1.0 - self.decay)

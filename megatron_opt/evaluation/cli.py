@@ -99,7 +99,9 @@ def evaluate(args: argparse.Namespace) -> Any:
 
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     if args.average and args.weights != "raw":
-        raise UserError(f"--average is of raw weights, --weights {args.weights} is another average; give one of the two.")
+        raise UserError(
+            f"--average is of raw weights, --weights {args.weights} is another average; give one of the two."
+        )
     source = Checkpoint(args.checkpoint, args.trust_checkpoint, args.weights)
     model.check_layout(source.args, tp, pp)
     before = averaging.last_folders(source.folder, args.average)[1:] if args.average else []

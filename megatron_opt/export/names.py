@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.errors import UserError
-from megatron_opt.layout.kinds import find_kind, parts_of
+from megatron_opt.layout.kinds import find_kind, splits_of
 from megatron_opt.layout.parameter import Parameter
 from megatron_opt.layout.spec import ModelSpec
 
@@ -98,7 +98,7 @@ def logical(parameter: Parameter, spec: ModelSpec) -> dict[str, list[tuple[int, 
     if kind is None:
         raise LookupError(parameter.name)
     found: dict[str, list[tuple[int, int, int]]] = {}
-    for part in parts_of(kind, parameter.name, spec.geometry, parameter.shape[0]):
+    for part in splits_of(kind, parameter.name, spec.geometry, parameter.shape[0]):
         name = f"{parameter.name}.{part.suffix}" if part.suffix else parameter.name
         found.setdefault(name, []).append((part.start, part.stop, part.row))
     return {name: sorted(spans, key=lambda span: span[2]) for name, spans in found.items()}

@@ -20,9 +20,9 @@ def write(args: Namespace, weights: Callable[[str], Tensor], save: Path) -> Path
 
     if folders.iterations(save) or (save / folders.TRACKER).exists():
         raise UserError(f"--output {save} holds checkpoints already; give another folder.")
-    aside = save / folders.ASIDE / folders.name_of(0)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    staging = save / folders.STAGING / folders.name_of(0)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
     # the vocabulary is the embedding's; that of a tokenizer, which a run brings, is no part of the function
     known = {name: getattr(args, name) for name in compared.FUNCTION if hasattr(args, name) and name != "vocab_size"}
     known |= {"max_position_embeddings": args.max_position_embeddings, "bf16": args.bf16, "fp16": args.fp16}
@@ -38,9 +38,9 @@ def write(args: Namespace, weights: Callable[[str], Tensor], save: Path) -> Path
             "num_floating_point_operations_so_far": 0,
             "model": model.to(args.params_dtype).sharded_state_dict(metadata=metadata),
         }
-        dist_checkpointing.save(state, str(aside), content_metadata=content, async_strategy=args.async_strategy)
+        dist_checkpointing.save(state, str(staging), content_metadata=content, async_strategy=args.async_strategy)
     folders.publish(save, 0)
-    shutil.rmtree(save / folders.ASIDE, ignore_errors=True)
+    shutil.rmtree(save / folders.STAGING, ignore_errors=True)
     return save / folders.name_of(0)
 
 

@@ -21,9 +21,9 @@ def _reference(
     for g, m, v, u in zip(grads, moments, seconds, directions, strict=True):
         blocks, count = v.numel(), g.numel() // max(v.numel(), 1)
         mean = torch.linalg.vector_norm(g.reshape(blocks, count), dim=1).square() / max(count, 1)
-        v.mul_(c.beta2).add_(c.gain2 * mean.view(v.shape))
-        m.mul_(c.beta1).add_(g, alpha=c.gain1)
-        scale = c.mean_m / (v.sqrt() * c.root_v + c.eps)
+        v.mul_(c.beta2).add_(c.input_weight2 * mean.view(v.shape))
+        m.mul_(c.beta1).add_(g, alpha=c.input_weight1)
+        scale = c.momentum_weight / (v.sqrt() * c.inv_sqrt_correction2 + c.eps)
         u.copy_((m.reshape(blocks, count) * scale.view(blocks, 1)).view(g.shape))
 
 

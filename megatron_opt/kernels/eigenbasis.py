@@ -63,20 +63,20 @@ def _cholesky_qr_reference(columns: Tensor, noise: float) -> tuple[Tensor, Tenso
     lengths = torch.linalg.vector_norm(columns, dim=-2)
     sound = lengths.isfinite() & (lengths > tiny)
     q = columns / torch.where(sound, lengths, torch.ones_like(lengths)).unsqueeze(-2)
-    found, oblique = sound.all(-1), torch.full_like(lengths[..., 0], torch.inf)
+    success, oblique = sound.all(-1), torch.full_like(lengths[..., 0], torch.inf)
     eye = torch.eye(size, dtype=columns.dtype, device=columns.device)
     for turn in range(2):
         again = oblique > size * torch.finfo(columns.dtype).eps
         lower, failed = torch.linalg.cholesky_ex(q.mT @ q)
         if turn == 0:
             diagonal = lower.diagonal(dim1=-2, dim2=-1) * lengths
-            found = found & (failed == 0) & (diagonal.amin(-1) > noise * diagonal.amax(-1))
+            success = success & (failed == 0) & (diagonal.amin(-1) > noise * diagonal.amax(-1))
         else:
-            found = found & (~again | (oblique < 0.5) & (failed == 0))
+            success = success & (~again | (oblique < 0.5) & (failed == 0))
         solved = torch.linalg.solve_triangular(lower.mT, q, upper=True, left=False)
         q = torch.where(again.view(-1, 1, 1), solved, q)
         oblique = torch.linalg.matrix_norm(q.mT @ q - eye)
-    return q, found
+    return q, success
 
 
 _cholesky_qr = Operation(
@@ -104,9 +104,9 @@ def orthonormalize(columns: Tensor, doubts: list[Tensor] | None = None) -> Tenso
     """`complete` of (B, K, K): by Cholesky QR where it is the faster one and holds, block by block."""
     if not products.available(columns):
         return complete(columns, doubts=doubts)
-    basis, found = cholesky_qr(columns)
-    if not bool(found.all()):
-        basis[~found] = complete(columns[~found])
+    basis, success = cholesky_qr(columns)
+    if not bool(success.all()):
+        basis[~success] = complete(columns[~success])
     return basis
 
 
@@ -182,7 +182,7 @@ def _refresh_reference(
         moment, second = (x if x.ndim == 3 else x.unsqueeze(0) for x in (m, v))
         old: list[Tensor | None] = [None, None]
         new: list[Tensor | None] = [None, None]
-        found, reordered = torch.ones(len(moment), dtype=torch.bool, device=m.device), second
+        success, reordered = torch.ones(len(moment), dtype=torch.bool, device=m.device), second
         held = ((lefts, left_factors, left_noise), (rights, right_factors, right_noise))
         for side, (bases, factors, noise) in enumerate(held):
             if not bases:
@@ -195,14 +195,14 @@ def _refresh_reference(
             image = (image + (shift * largest).unsqueeze(-1) * basis).gather(-1, order.unsqueeze(-2).expand_as(image))
             old[side] = basis
             new[side], held_here = _cholesky_qr_reference(image, noise)
-            found = found & (values > floor * largest).all(-1) & held_here
+            success = success & (values > floor * largest).all(-1) & held_here
             index = order.unsqueeze(-1) if side == 0 else order.unsqueeze(-2)
             reordered = reordered.gather(side + 1, index.expand_as(reordered))
         turned = rotate(rotate(moment, old[0], old[1], back=True), new[0], new[1])
         for to, value in ((moment, turned), (second, reordered), *zip(old, new)):
             if to is not None and value is not None:
-                to.copy_(torch.where(found.view(-1, 1, 1), value, to))
-        flags.append(found)
+                to.copy_(torch.where(success.view(-1, 1, 1), value, to))
+        flags.append(success)
     return torch.cat(flags) if flags else torch.empty(0, dtype=torch.bool)
 
 

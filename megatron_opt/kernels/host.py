@@ -13,8 +13,8 @@ def current_device() -> torch.device:
 
 def on_device(values: Sequence[float] | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Numbers of the host on a device; the host goes on at once."""
-    found = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
-    return found.to(device=device, dtype=dtype, non_blocking=True)
+    tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
+    return tensor.to(device=device, dtype=dtype, non_blocking=True)
 
 
 def sum_by_index(values: Tensor, numbers: Tensor, count: int) -> Tensor:

@@ -1,7 +1,7 @@
 """One fused multi-tensor update for the whole element-wise family, and the sums that some of its rules need
 first.
 
-p ← (p − lr·u − shrink·p)·factor with the direction u of a rule; rules and coefficients are those of
+p ← (p − lr·u − decay_factor·p)·factor with the direction u of a rule; rules and coefficients are those of
 csrc/include/updates.h, here beside their reference in plain torch.
 """
 
@@ -18,7 +18,7 @@ from megatron_opt.kernels.dispatch import Operation
 Tensors = Sequence[Tensor]
 
 
-class Rule(IntEnum):
+class UpdateKind(IntEnum):
     """Directions; the comment gives the states."""
 
     ADAM = 0  # m, v
@@ -44,16 +44,16 @@ class Coefficients(NamedTuple):
     """What a step's arithmetic needs beyond the tensors; the order of csrc/include/launch.h."""
 
     lr: float = 1.0
-    shrink: float = 0.0  # weight decay of this step: lr·wd where it is decoupled
+    decay_factor: float = 0.0  # weight decay of this step: lr·wd where it is decoupled
     grad_scale: float = 1.0  # multiplies the gradient
     beta1: float = 0.0
-    gain1: float = 1.0  # share of g that enters the first state
+    input_weight1: float = 1.0  # share of g that enters the first state
     beta2: float = 0.0
-    gain2: float = 1.0
+    input_weight2: float = 1.0
     eps: float = 0.0
-    mean_m: float = 1.0  # u's numerator is mean_m·m + mean_g·g
-    mean_g: float = 0.0
-    root_v: float = 1.0  # 1/√(1 − β2^t)
+    momentum_weight: float = 1.0  # u's numerator is momentum_weight·m + gradient_weight·g
+    gradient_weight: float = 0.0
+    inv_sqrt_correction2: float = 1.0  # 1/√(1 − β2^t)
     gamma: float = 0.0  # Mars: γβ1/(1 − β1); Sophia: γ
 
 
@@ -62,46 +62,52 @@ def _agree(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _adam(g: Tensor, m: Tensor, v: Tensor, c: Coefficients) -> Tensor:
-    m.mul_(c.beta1).add_(c.gain1 * g)
-    v.mul_(c.beta2).add_(c.gain2 * g * g)
-    return (c.mean_m * m + c.mean_g * g) / (v.sqrt() * c.root_v + c.eps)
+    m.mul_(c.beta1).add_(c.input_weight1 * g)
+    v.mul_(c.beta2).add_(c.input_weight2 * g * g)
+    return (c.momentum_weight * m + c.gradient_weight * g) / (v.sqrt() * c.inv_sqrt_correction2 + c.eps)
 
 
 def _cautious_mask(g: Tensor, m: Tensor, c: Coefficients) -> Tensor:
-    following = c.beta1 * m + c.gain1 * g
-    return _agree(c.mean_m * following + c.mean_g * g, g)
+    following = c.beta1 * m + c.input_weight1 * g
+    return _agree(c.momentum_weight * following + c.gradient_weight * g, g)
 
 
 def _mars_correction(g: Tensor, previous: Tensor, c: Coefficients) -> Tensor:
     return g + c.gamma * (g - previous)
 
 
-def _direction(rule: Rule, g: Tensor, states: list[Tensor], scale: Tensor | float, c: Coefficients) -> Tensor:
+def _direction(kind: UpdateKind, g: Tensor, states: list[Tensor], scale: Tensor | float, c: Coefficients) -> Tensor:
     """Direction of one tensor; `states` change in place. All in one floating type."""
-    if rule == Rule.ADAM:
+    if kind == UpdateKind.ADAM:
         return _adam(g, states[0], states[1], c)
-    if rule == Rule.MARS:
+    if kind == UpdateKind.MARS:
         corrected = _mars_correction(g, states[2], c) * scale
         states[2].copy_(g)
         return _adam(corrected, states[0], states[1], c)
-    if rule == Rule.CAUTIOUS:
+    if kind == UpdateKind.CAUTIOUS:
         mask = _cautious_mask(g, states[0], c)
         return _adam(g, states[0], states[1], c) * torch.where(mask, scale, 0.0)
-    if rule == Rule.APPLY:
+    if kind == UpdateKind.APPLY:
         return g * scale
     m = states[0]
-    if rule == Rule.LION:
-        u = torch.sign(c.beta1 * m + c.gain1 * g)
-        m.mul_(c.beta2).add_(c.gain2 * g)
+    if kind == UpdateKind.LION:
+        u = torch.sign(c.beta1 * m + c.input_weight1 * g)
+        m.mul_(c.beta2).add_(c.input_weight2 * g)
         return u
-    m.mul_(c.beta1).add_(c.gain1 * g)
-    if rule == Rule.SOPHIA:
-        return (c.mean_m * m / torch.clamp(c.gamma * states[1], min=c.eps)).clamp(-1.0, 1.0)
-    u = c.mean_m * m + c.mean_g * g
-    return torch.sign(u) if rule == Rule.SIGNUM else u
+    m.mul_(c.beta1).add_(c.input_weight1 * g)
+    if kind == UpdateKind.SOPHIA:
+        return (c.momentum_weight * m / torch.clamp(c.gamma * states[1], min=c.eps)).clamp(-1.0, 1.0)
+    u = c.momentum_weight * m + c.gradient_weight * g
+    return torch.sign(u) if kind == UpdateKind.SIGNUM else u
 
 
-_STATES = {Rule.ADAM: 2, Rule.MARS: 3, Rule.CAUTIOUS: 2, Rule.SOPHIA: 2, Rule.APPLY: 0}  # others: 1
+_STATES = {
+    UpdateKind.ADAM: 2,
+    UpdateKind.MARS: 3,
+    UpdateKind.CAUTIOUS: 2,
+    UpdateKind.SOPHIA: 2,
+    UpdateKind.APPLY: 0,
+}  # others: 1
 
 
 def _check(lists: dict[str, Tensors], grads: Tensors) -> None:
@@ -142,7 +148,7 @@ def _close(value: Tensor, x: Tensor, absmax: Tensor | None, draw: Callable[[], T
 
 @torch.no_grad()
 def _update_reference(
-    rule: int,
+    kind: int,
     params: Tensors,
     grads: Tensors,
     state0: Tensors,
@@ -158,14 +164,14 @@ def _update_reference(
     stochastic: bool,
     seed: int,
     step: int,
-    firsts: Sequence[int],
+    element_offsets: Sequence[int],
     with_sums: bool,
 ) -> Tensor:
-    rule = Rule(rule)
+    kind = UpdateKind(kind)
     values = coefficients if device_coefficients is None else device_coefficients.tolist()
     c = Coefficients(*values)
-    count, writes_output = len(grads), rule == Rule.MOMENTUM
-    states = [state0, state1, state2][: _STATES.get(rule, 1)]
+    count, writes_output = len(grads), kind == UpdateKind.MOMENTUM
+    states = [state0, state1, state2][: _STATES.get(kind, 1)]
     lists = {"grads": grads, "copies": copies} if copies else {"grads": grads}
     _check(lists | {f"states[{k}]": s for k, s in enumerate(states)}, grads)
     if not writes_output:
@@ -174,20 +180,20 @@ def _update_reference(
     absmax = [absmax0, absmax1, ()]
     following = 0
     for i, grad in enumerate(grads):
-        first = firsts[i] if firsts else following
+        first = element_offsets[i] if element_offsets else following
         following += grad.numel()
         dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
         raw = _open(grad, None, dtype)
         blocks = [a[i] if a else None for a in absmax]
         opened = [_open(s[i], blocks[k], dtype) for k, s in enumerate(states)]
         scale = scales.view(-1, 2)[i, 0] if scales is not None else 1.0
-        u = _direction(rule, raw * c.grad_scale, opened, scale, c)
+        u = _direction(kind, raw * c.grad_scale, opened, scale, c)
 
         def draw(slot: int, first: int = first, grad: Tensor = grad) -> Callable[[], Tensor]:
             return lambda: philox.draws(seed, step, slot, first, grad.numel(), grad.device)
 
         for k, state in enumerate(states):
-            if rule == Rule.SOPHIA and k == 1:
+            if kind == UpdateKind.SOPHIA and k == 1:
                 continue
             noisy = stochastic or state[i].dtype == torch.uint8
             _close(opened[k], state[i], blocks[k], draw(2 + k) if noisy else None)
@@ -200,7 +206,11 @@ def _update_reference(
                 sums[i, 2] = u.double().square().sum()
             continue
         p = _open(params[i], None, dtype)
-        decay = c.shrink * p if not cautious_decay else torch.where(u * p >= 0, c.shrink * p, torch.zeros_like(p))
+        decay = (
+            c.decay_factor * p
+            if not cautious_decay
+            else torch.where(u * p >= 0, c.decay_factor * p, torch.zeros_like(p))
+        )
         p = p - (c.lr * u + decay)
         if scales is not None:
             p = p * scales.view(-1, 2)[i, 1]
@@ -241,13 +251,13 @@ def _sum_reference(
 
 _update = Operation(
     "multi_tensor_update",
-    "(int rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state0, Tensor(c!)[] state1, "
+    "(int kind, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state0, Tensor(c!)[] state1, "
     "Tensor(d!)[] state2, Tensor(e!)[] copies, Tensor(f!)[] absmax0, Tensor(g!)[] absmax1, Tensor? scales, "
     "float[] coefficients, Tensor? device_coefficients, bool cautious_decay, bool stochastic, int seed, "
-    "int step, int[] firsts, "
+    "int step, int[] element_offsets, "
     "bool with_sums) -> Tensor",
     _update_reference,
-    lambda rule, params, grads, *rest: grads[0].new_empty((len(grads) if rest[-1] else 0, 3), dtype=torch.float64),
+    lambda kind, params, grads, *rest: grads[0].new_empty((len(grads) if rest[-1] else 0, 3), dtype=torch.float64),
 )
 _sum = Operation(
     "multi_tensor_sum",
@@ -263,7 +273,7 @@ def _native(grads: Tensors) -> bool:
 
 
 def update(
-    rule: Rule,
+    kind: UpdateKind,
     params: Tensors,
     grads: Tensors,
     states: Sequence[Tensors],
@@ -277,17 +287,17 @@ def update(
     stochastic: bool = False,
     seed: int = 0,
     step: int = 0,
-    firsts: Sequence[int] = (),
+    element_offsets: Sequence[int] = (),
     with_sums: bool = False,
 ) -> Tensor:
     """One step of `rule` on many contiguous tensors, in place; fp32 and bf16 may be mixed at will.
 
     `states` are the rule's state lists; 8-bit ones (int8 for signed, uint8 for non-negative) come with block
-    maxima in `absmax`. `copies` are bf16 images of the new parameters, or the outputs of Rule.MOMENTUM.
+    maxima in `absmax`. `copies` are bf16 copies of the new parameters, or the outputs of UpdateKind.MOMENTUM.
     `scales` (n, 2) fp32 has the rule's scale and a factor on the new parameter for each tensor.
     `device_coefficients` (12,) fp32 on the tensors' device replaces `coefficients`, so that a captured CUDA
     graph can be replayed with others. `stochastic` rounds bf16 parameters and states and int8 states by bits
-    drawn from (seed, step, element number); `firsts` numbers each tensor's first element. Returns Σg², the
+    drawn from (seed, step, element number); `element_offsets` numbers each tensor's first element. Returns Σg², the
     count of Inf and NaN in g, and Σu² where u is an output: (n, 3) fp64, or (0, 3) without `with_sums`.
     Raises RuntimeError on tensors that are not contiguous or do not fit together.
     """
@@ -296,7 +306,7 @@ def update(
     state0, state1, state2 = [*states, (), (), ()][:3]
     arguments = (
         *(
-            int(rule),
+            int(kind),
             params,
             grads,
             state0,
@@ -308,7 +318,7 @@ def update(
             scales,
             coefficients,
         ),
-        *(device_coefficients, cautious_decay, stochastic, seed, step, firsts, with_sums),
+        *(device_coefficients, cautious_decay, stochastic, seed, step, element_offsets, with_sums),
     )
     if not _native(grads):
         return _update.reference(*arguments)

@@ -159,8 +159,8 @@ def _native(
             calls.setdefault((bf16, native_segment(k, K, work, table)), []).append(index)
     for (bf16, gram), indices in calls.items():
         given = [matrices[index].contiguous() for index in indices]
-        found = products.orthogonalize(given, table, eps, add_eps=norm_form == "add", bf16=bf16, gram=gram)
-        for index, result in zip(indices, found):
+        computed = products.orthogonalize(given, table, eps, add_eps=norm_form == "add", bf16=bf16, gram=gram)
+        for index, result in zip(indices, computed):
             results[index] = result
     return results
 

@@ -80,14 +80,14 @@ def triangular_update(factors: Factors, g: Tensor, v: Tensor, lr: float | Tensor
     a, b = whiten(g, factors, triangular=True), _unwhiten(v, factors)
     for side, q in factors.items():
         diagonal = q.ndim == 2
-        found, wanted = _moment(a, side, diagonal), _moment(b, side, diagonal)
+        moment, wanted = _moment(a, side, diagonal), _moment(b, side, diagonal)
         tiny = torch.finfo(q.dtype).tiny
         if diagonal:
             rate = lr.view(-1, 1) if isinstance(lr, Tensor) else lr
-            q.sub_((found - wanted) * q * (rate / (found + wanted).amax(-1, keepdim=True).clamp_min(tiny)))
+            q.sub_((moment - wanted) * q * (rate / (moment + wanted).amax(-1, keepdim=True).clamp_min(tiny)))
         else:
-            step = lr / norm_bound(found + wanted).clamp_min(tiny)
-            turn = (found - wanted).triu_().mul_(step.view(-1, 1, 1))
+            step = lr / norm_bound(moment + wanted).clamp_min(tiny)
+            turn = (moment - wanted).triu_().mul_(step.view(-1, 1, 1))
             q.sub_(products.matmul(turn, q, a_shape="upper", b_shape="upper"))
 
 

@@ -39,7 +39,7 @@ _UNKNOWN_LAYERS = {"G": "gated delta net", "D": "sparse attention", "+": "MLA"}
 
 def structural(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Those flags that decide the parameters, numbers given as words turned into numbers; `true`/`false` into switches."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, value in flags.items():
         kind = {**FLAGS, **REFUSED}.get(name)
         if kind is None or value is None:
@@ -50,8 +50,8 @@ def structural(flags: Mapping[str, Any]) -> dict[str, Any]:
             value = int(value)
         elif kind is float and not isinstance(value, int) and name != "moe-layer-freq":
             raise UserError(f"--{name} is {value!r}; it must be a whole number.")
-        found[name] = value
-    return found
+        fields[name] = value
+    return fields
 
 
 def refuse_unknown(flags: Mapping[str, Any]) -> None:
@@ -93,17 +93,17 @@ def expert_layers(flags: Mapping[str, Any], layers: int) -> frozenset[int]:
 
 def _pattern_list(text: str, layers: int) -> list[int]:
     """[0]*3+[1]*58 without eval."""
-    found: list[int] = []
+    pattern: list[int] = []
     for term in text.strip("()").replace(" ", "").split("+"):
         inside, _, times = term.strip("()").partition("*")
         try:
-            found += [int(item) for item in inside.strip("[]").split(",")] * int(times or 1)
+            pattern += [int(item) for item in inside.strip("[]").split(",")] * int(times or 1)
         except ValueError:
             raise UserError(f"--moe-layer-freq {text!r} is not a number nor like [0]*1+[1]*26.") from None
-    return _checked(found, text, layers)
+    return _checked(pattern, text, layers)
 
 
-def _checked(found: list[int], text: str, layers: int) -> list[int]:
-    if len(found) != layers:
-        raise UserError(f"--moe-layer-freq {text!r} names {len(found)} layers, the model has {layers}.")
-    return found
+def _checked(pattern: list[int], text: str, layers: int) -> list[int]:
+    if len(pattern) != layers:
+        raise UserError(f"--moe-layer-freq {text!r} names {len(pattern)} layers, the model has {layers}.")
+    return pattern

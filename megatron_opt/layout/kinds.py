@@ -58,7 +58,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Part:
+class FusedSplit:
     """Rows [start, stop) of a whole fused tensor are rows [row, …) of the logical matrix with this suffix."""
 
     suffix: str
@@ -68,71 +68,71 @@ class Part:
     heads: int = 1
 
 
-Splitter = Callable[[Geometry, int], list[Part]]
+Splitter = Callable[[Geometry, int], list[FusedSplit]]
 
 
-def _qkv(g: Geometry, rows: int) -> list[Part]:
+def _qkv(g: Geometry, rows: int) -> list[FusedSplit]:
     """Megatron keeps the query heads, key and value of one group together, group after group."""
     per_group, d = g.num_heads // g.num_groups, g.head_dim
     widths = [("q", per_group * d)] + ([("gate", per_group * d)] if g.output_gate else []) + [("k", d), ("v", d)]
-    parts, start = [], 0
+    splits, start = [], 0
     for group in range(g.num_groups):
         for suffix, width in widths:
             heads = width // d
             if g.per_head:
                 for head in range(heads):
                     at = start + head * d
-                    parts.append(Part(f"{suffix}{group * heads + head}", at, at + d, 0))
+                    splits.append(FusedSplit(f"{suffix}{group * heads + head}", at, at + d, 0))
             else:
                 # q's natural block is the group of heads that share one key (Adam-mini averages over it)
-                parts.append(Part(suffix, start, start + width, group * width, g.num_groups))
+                splits.append(FusedSplit(suffix, start, start + width, group * width, g.num_groups))
             start += width
-    return parts
+    return splits
 
 
-def _kv_up(g: Geometry, rows: int) -> list[Part]:
+def _kv_up(g: Geometry, rows: int) -> list[FusedSplit]:
     """MLA: per head, the key without its rotary part, then the value."""
-    parts, start = [], 0
+    splits, start = [], 0
     for head in range(g.num_heads):
         for suffix, width in (("k", g.qk_head_dim), ("v", g.v_head_dim)):
             name, row = (f"{suffix}{head}", 0) if g.per_head else (suffix, head * width)
-            parts.append(Part(name, start, start + width, row, 1 if g.per_head else g.num_heads))
+            splits.append(FusedSplit(name, start, start + width, row, 1 if g.per_head else g.num_heads))
             start += width
-    return parts
+    return splits
 
 
-def _in_order(*widths: tuple[str, int]) -> list[Part]:
-    parts, start = [], 0
+def _in_order(*widths: tuple[str, int]) -> list[FusedSplit]:
+    splits, start = [], 0
     for suffix, width in widths:
-        parts.append(Part(suffix, start, start + width, 0))
+        splits.append(FusedSplit(suffix, start, start + width, 0))
         start += width
-    return parts
+    return splits
 
 
-def _kv_down(g: Geometry, rows: int) -> list[Part]:
+def _kv_down(g: Geometry, rows: int) -> list[FusedSplit]:
     return _in_order(("latent", g.kv_lora_rank), ("k_rope", g.rope_dim))
 
 
-def _qkv_down(g: Geometry, rows: int) -> list[Part]:
+def _qkv_down(g: Geometry, rows: int) -> list[FusedSplit]:
     return _in_order(("q", g.q_lora_rank), ("latent", g.kv_lora_rank), ("k_rope", g.rope_dim))
 
 
-def _whole(g: Geometry, rows: int) -> list[Part]:
-    return [Part("", 0, rows, 0)]
+def _whole(g: Geometry, rows: int) -> list[FusedSplit]:
+    return [FusedSplit("", 0, rows, 0)]
 
 
-def _gate_up(g: Geometry, rows: int) -> list[Part]:
+def _gate_up(g: Geometry, rows: int) -> list[FusedSplit]:
     return _in_order(("gate", rows // 2), ("up", rows // 2)) if g.gated_mlp else _whole(g, rows)
 
 
-def _mamba_in(g: Geometry, rows: int) -> list[Part]:
+def _mamba_in(g: Geometry, rows: int) -> list[FusedSplit]:
     """Mamba 2's input projection: gate z, input x, input and output matrices B and C, step dt."""
     return _in_order(
         ("z", g.ssm_inner), ("x", g.ssm_inner), ("B", g.ssm_state), ("C", g.ssm_state), ("dt", g.ssm_heads)
     )
 
 
-def _mamba_conv(g: Geometry, rows: int) -> list[Part]:
+def _mamba_conv(g: Geometry, rows: int) -> list[FusedSplit]:
     return _in_order(("x", g.ssm_inner), ("B", g.ssm_state), ("C", g.ssm_state))
 
 
@@ -201,20 +201,20 @@ def find_kind(name: str) -> Kind | None:
     return None
 
 
-def parts_of(kind: Kind, name: str, geometry: Geometry, rows: int) -> list[Part]:
+def splits_of(kind: Kind, name: str, geometry: Geometry, rows: int) -> list[FusedSplit]:
     """The parts of a whole parameter of `rows` rows; they cover it, and every logical matrix, exactly once.
 
     Raises UserError where the shape does not fit what the model's geometry says.
     """
-    parts = kind.split(geometry, rows)
+    splits = kind.split(geometry, rows)
     spans: dict[str, list[tuple[int, int]]] = {}
-    for part in parts:
-        spans.setdefault(part.suffix, []).append((part.row, part.row + part.stop - part.start))
-    whole = cover_once([(part.start, part.stop) for part in parts], rows)
+    for split in splits:
+        spans.setdefault(split.suffix, []).append((split.row, split.row + split.stop - split.start))
+    whole = cover_once([(split.start, split.stop) for split in splits], rows)
     if not whole or not all(cover_once(mine, max(stop for _, stop in mine)) for mine in spans.values()):
-        covered = sum(part.stop - part.start for part in parts)
+        covered = sum(split.stop - split.start for split in splits)
         raise UserError(
             f"{name}: {covered} of {rows} rows are declared; its shape does not fit the model's head counts, so this "
             "kind of layer is not known here."
         )
-    return parts
+    return splits

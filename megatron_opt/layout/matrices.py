@@ -13,14 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from megatron_opt.errors import UserError
-from megatron_opt.layout.kinds import Geometry, Kind, find_kind, parts_of
+from megatron_opt.layout.kinds import Geometry, Kind, find_kind, splits_of
 from megatron_opt.layout.names import global_names
 from megatron_opt.layout.region import cover_once
 from megatron_opt.optimizers.base import MatrixInfo
 
 
 @dataclass(frozen=True)
-class Piece:
+class RegionMapping:
     """Rows [local_row, local_row + rows) of a local parameter are rows [row, row + rows) of a matrix, from column `col`."""
 
     matrix: str
@@ -32,13 +32,13 @@ class Piece:
 
 @dataclass
 class ParamView:
-    """A local parameter and the pieces of logical matrices in it; `replicas` ranks of its group hold the same shard."""
+    """A local parameter and the mappings of its rows to logical matrices; `replicas` ranks of its group hold the same shard."""
 
     name: str  # global and canonical
     param: Tensor
     rows: int
     cols: int
-    pieces: list[Piece]
+    mappings: list[RegionMapping]
     is_expert: bool
     tp_replicated: bool
     counts: bool = True  # False for the second copy of a tied embedding: its gradient is counted with the first
@@ -47,7 +47,7 @@ class ParamView:
 
 @dataclass
 class Declaration:
-    """All trainable parameters of this rank and the logical matrices that they hold pieces of."""
+    """All trainable parameters of this rank and the logical matrices that they hold regions of."""
 
     views: list[ParamView] = field(default_factory=list)
     matrices: dict[str, MatrixInfo] = field(default_factory=dict)
@@ -61,10 +61,10 @@ def split_param(
     tp_rank: int,
     tp_size: int,
     partition_dim: int | None,
-) -> tuple[list[MatrixInfo], list[Piece], int, int]:
-    """Logical matrices and pieces of one local parameter of `shape`; also its (r, c).
+) -> tuple[list[MatrixInfo], list[RegionMapping], int, int]:
+    """Logical matrices and region mappings of one local parameter of `shape`; also its (r, c).
 
-    `partition_dim` is the side that tensor parallelism cuts, or None where every rank holds the whole. The pieces cover
+    `partition_dim` is the side that tensor parallelism cuts, or None where every rank holds the whole. The mappings cover
     the local parameter, and those of all ranks every matrix, exactly once. Raises LookupError for an unknown kind and
     UserError for a shape that does not fit the model's geometry.
     """
@@ -78,28 +78,28 @@ def split_param(
     rows, all_rows, all_cols = shape[0] * each, shape[0] * row_shards, width * col_shards
     col = tp_rank * width if col_shards > 1 else 0
     shard = tp_rank if row_shards > 1 else 0
-    parts = parts_of(kind, name, geometry, all_rows)
+    splits = splits_of(kind, name, geometry, all_rows)
     one_dim = kind.flat or len(shape) == 1
     infos: dict[str, MatrixInfo] = {}
-    pieces, local = [], 0
-    for part in parts:
-        info = _info(kind, name, part.suffix, one_dim, all_cols, part.heads)
-        height = (part.row + part.stop - part.start) * each
+    mappings, local = [], 0
+    for split in splits:
+        info = _info(kind, name, split.suffix, one_dim, all_cols, split.heads)
+        height = (split.row + split.stop - split.start) * each
         if known := infos.get(info.name):
             height = max(height, known.shape[0])
         infos[info.name] = replace(info, shape=(height, *info.shape[1:]))
         if kind.stacked:  # every rank holds its share of each part, one above the other
-            share = (part.stop - part.start) * each // row_shards
-            pieces.append(Piece(info.name, local, share, part.row * each + shard * share, col))
+            share = (split.stop - split.start) * each // row_shards
+            mappings.append(RegionMapping(info.name, local, share, split.row * each + shard * share, col))
             local += share
             continue
-        start, stop = max(part.start * each, shard * rows), min(part.stop * each, (shard + 1) * rows)
+        start, stop = max(split.start * each, shard * rows), min(split.stop * each, (shard + 1) * rows)
         if start < stop:
-            row = part.row * each + start - part.start * each
-            pieces.append(Piece(info.name, start - shard * rows, stop - start, row, col))
-    if not cover_once([(piece.local_row, piece.local_row + piece.rows) for piece in pieces], rows):
+            row = split.row * each + start - split.start * each
+            mappings.append(RegionMapping(info.name, start - shard * rows, stop - start, row, col))
+    if not cover_once([(mapping.local_row, mapping.local_row + mapping.rows) for mapping in mappings], rows):
         raise UserError(f"{name}: {tp_size} tensor-parallel ranks do not cut it into equal shares of its matrices.")
-    return list(infos.values()), _joined(pieces), rows, width
+    return list(infos.values()), _joined(mappings), rows, width
 
 
 def _info(kind: Kind, name: str, suffix: str, one_dim: bool, cols: int, heads: int) -> MatrixInfo:
@@ -108,20 +108,20 @@ def _info(kind: Kind, name: str, suffix: str, one_dim: bool, cols: int, heads: i
     return MatrixInfo(full, (0,) if one_dim else (0, cols), kind.kind, role, heads)
 
 
-def _joined(pieces: Iterable[Piece]) -> list[Piece]:
-    """Neighbours that continue each other become one piece."""
-    joined: list[Piece] = []
-    for piece in pieces:
+def _joined(mappings: Iterable[RegionMapping]) -> list[RegionMapping]:
+    """Neighbours that continue each other become one mapping."""
+    joined: list[RegionMapping] = []
+    for mapping in mappings:
         last = joined[-1] if joined else None
         if (
             last
-            and last.matrix == piece.matrix
-            and last.local_row + last.rows == piece.local_row
-            and last.row + last.rows == piece.row
+            and last.matrix == mapping.matrix
+            and last.local_row + last.rows == mapping.local_row
+            and last.row + last.rows == mapping.row
         ):
-            joined[-1] = replace(last, rows=last.rows + piece.rows)
+            joined[-1] = replace(last, rows=last.rows + mapping.rows)
         else:
-            joined.append(piece)
+            joined.append(mapping)
     return joined
 
 
@@ -137,13 +137,13 @@ def cut_side(name: str, param: Any, is_expert: bool, shards: int) -> int | None:
         return None
     marked = bool(getattr(param, "tensor_model_parallel", False))
     marked = marked or (is_expert and getattr(param, "partition_dim", -1) >= 0)
-    found = param.partition_dim if marked else None
-    if found == kind.cut or (found is None and kind.maybe_whole):
-        return found
-    if found is None and kind.role == "softmax_offset":  # Megatron cuts it by heads without marking it
+    side = param.partition_dim if marked else None
+    if side == kind.cut or (side is None and kind.maybe_whole):
+        return side
+    if side is None and kind.role == "softmax_offset":  # Megatron cuts it by heads without marking it
         return kind.cut
     raise UserError(
-        f"{name} is cut along side {found} by Megatron and along {kind.cut} by the table of this project; its kind in "
+        f"{name} is cut along side {side} by Megatron and along {kind.cut} by the table of this project; its kind in "
         "megatron_opt/layout/kinds.py does not fit this Megatron."
     )
 
@@ -154,7 +154,7 @@ def declare(chunks: Iterable[Any], config: Any, *, per_head: bool = False) -> De
 
     geometry = Geometry.of(config, per_head)
     ep_rank = ps.get_expert_model_parallel_rank()
-    found, unknown = Declaration(), []
+    declaration, unknown = Declaration(), []
     for chunk_index, chunk in enumerate(chunks):
         for name, param in global_names(chunk, ep_rank):
             if not param.requires_grad:
@@ -166,20 +166,20 @@ def declare(chunks: Iterable[Any], config: Any, *, per_head: bool = False) -> De
                 size, rank = ps.get_tensor_model_parallel_world_size(), ps.get_tensor_model_parallel_rank()
             try:
                 dim = cut_side(name, param, is_expert, size)
-                infos, pieces, rows, cols = split_param(
+                infos, mappings, rows, cols = split_param(
                     name, tuple(param.shape), geometry, tp_rank=rank, tp_size=size, partition_dim=dim
                 )
             except LookupError:
                 unknown.append(f"{name} {tuple(param.shape)}")
                 continue
-            found.matrices.update({info.name: info for info in infos})
-            found.views.append(
+            declaration.matrices.update({info.name: info for info in infos})
+            declaration.views.append(
                 ParamView(
                     name,
                     param,
                     rows,
                     cols,
-                    pieces,
+                    mappings,
                     is_expert,
                     dim is None,
                     counts=not getattr(param, "shared", False),
@@ -191,4 +191,4 @@ def declare(chunks: Iterable[Any], config: Any, *, per_head: bool = False) -> De
             f"{len(unknown)} parameters have no declaration ({', '.join(unknown[:5])}); "
             "add their kind to KINDS in megatron_opt/layout/kinds.py, or freeze them."
         )
-    return found
+    return declaration

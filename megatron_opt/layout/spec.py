@@ -231,17 +231,17 @@ class ModelSpec:
 
     def _layer_shapes(self, symbol: str, experts: Sequence[int]) -> Iterator[tuple[Shape, int | None]]:
         """Of a layer: `*` attention, `-` MLP, `E` experts, `M` Mamba, or two of them in one as in GPT."""
-        found: list[Shape] = []
+        shapes: list[Shape] = []
         if "M" in symbol:
-            found += [(f"mixer.{name}", shape) for name, shape in self._mamba()] + self._norm("norm", self.hidden)
+            shapes += [(f"mixer.{name}", shape) for name, shape in self._mamba()] + self._norm("norm", self.hidden)
         if "*" in symbol:
-            found += self._norm("input_layernorm", self.hidden)
-            found += [(f"self_attention.{name}", shape) for name, shape in self._attention()]
+            shapes += self._norm("input_layernorm", self.hidden)
+            shapes += [(f"self_attention.{name}", shape) for name, shape in self._attention()]
         if "-" in symbol or "E" in symbol:
-            found += self._norm("pre_mlp_layernorm", self.hidden)
+            shapes += self._norm("pre_mlp_layernorm", self.hidden)
         if "-" in symbol:
-            found += [(f"mlp.{name}", shape) for name, shape in self._mlp(self.ffn, self.bias)]
-        yield from ((shape, None) for shape in found)
+            shapes += [(f"mlp.{name}", shape) for name, shape in self._mlp(self.ffn, self.bias)]
+        yield from ((shape, None) for shape in shapes)
         if "E" in symbol:
             yield from (((f"mlp.{name}", shape), expert) for (name, shape), expert in self._moe(experts))
 
@@ -269,7 +269,7 @@ class ModelSpec:
     def mtp_layers(self, experts: Sequence[int] | None = None) -> list[Parameter]:
         """Of the layers that predict tokens after the next."""
         which = range(self.experts) if experts is None else experts
-        found: list[Parameter] = []
+        parameters: list[Parameter] = []
         for depth in range(min(self.mtp, 1) if self.mtp_shared else self.mtp):
             base = f"mtp.layers.{depth}"
             head = [
@@ -277,25 +277,25 @@ class ModelSpec:
                 *self._norm("hnorm", self.hidden),
                 *self._linear("eh_proj", self.hidden, 2 * self.hidden, False),
             ]
-            found += self._declared(base, self.layers, ((shape, None) for shape in head))
+            parameters += self._declared(base, self.layers, ((shape, None) for shape in head))
             if self.pattern:
                 for index, symbol in enumerate(self.mtp_pattern):
                     inner = self._layer_shapes(symbol, which)
-                    found += self._declared(f"{base}.mtp_model_layer.layers.{index}", self.layers, inner)
+                    parameters += self._declared(f"{base}.mtp_model_layer.layers.{index}", self.layers, inner)
             else:
                 inner = self._layer_shapes(self.symbol(self.layers - 1), which)
-                found += self._declared(f"{base}.mtp_model_layer", self.layers, inner)
+                parameters += self._declared(f"{base}.mtp_model_layer", self.layers, inner)
             norm = self._norm("final_layernorm", self.hidden)
-            found += self._declared(base, self.layers, ((shape, None) for shape in norm))
-        return found
+            parameters += self._declared(base, self.layers, ((shape, None) for shape in norm))
+        return parameters
 
     def _embedding(self, layer: int, copy: bool) -> list[Parameter]:
         h = self.hidden
-        found = [Parameter("embedding.word_embeddings.weight", (self.vocabulary, h), 0, layer, copy=copy)]
+        parameters = [Parameter("embedding.word_embeddings.weight", (self.vocabulary, h), 0, layer, copy=copy)]
         if self.learned_positions:
             name = "embedding.position_embeddings.weight"
-            found.append(Parameter(name, (self.learned_positions, h), None, layer))
-        return found
+            parameters.append(Parameter(name, (self.learned_positions, h), None, layer))
+        return parameters
 
     def parameters(
         self, first: int, last: int, experts: Sequence[int] | None = None, copy: bool = False
@@ -303,24 +303,24 @@ class ModelSpec:
         """Of layers [first, last) and of what lies before and after them; `copy`: with what the last stage repeats."""
         several = copy and not (first == 0 and last == self.layers)
         shared = several and (self.tied or self.mtp > 0)
-        found = self._embedding(-1, shared) if first == 0 else []
+        listed = self._embedding(-1, shared) if first == 0 else []
         ends = last == self.layers
         if ends and shared and self.mtp and first > 0:
-            found += self._embedding(self.layers, True)
+            listed += self._embedding(self.layers, True)
         for layer in range(first, last):
-            found += self.layer(layer, experts)
+            listed += self.layer(layer, experts)
         if ends:
             norm = "decoder.final_norm" if self.pattern else "decoder.final_layernorm"
-            found += self._declared("", self.layers, ((shape, None) for shape in self._norm(norm, self.hidden)))
-            found += self.mtp_layers(experts)
+            listed += self._declared("", self.layers, ((shape, None) for shape in self._norm(norm, self.hidden)))
+            listed += self.mtp_layers(experts)
             if not self.tied or (
                 shared and first > 0 and self.mtp
             ):  # with MTP Megatron allocates it, and uses the copy
                 name = "output_layer.weight"
-                found.append(Parameter(name, (self.vocabulary, self.hidden), 0, self.layers))
+                listed.append(Parameter(name, (self.vocabulary, self.hidden), 0, self.layers))
             elif shared and first > 0:
-                found += self._embedding(self.layers, True)[:1]
-        return found
+                listed += self._embedding(self.layers, True)[:1]
+        return listed
 
     def stages(self, pp: int, virtual: int = 1) -> list[list[list[Parameter]]]:
         """Parameters of every pipeline stage, chunk by chunk; layers are spread evenly unless a pattern says otherwise."""

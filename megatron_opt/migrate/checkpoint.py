@@ -28,7 +28,7 @@ class _Done(BaseException):
 
 @dataclass
 class Moments:
-    """m, v and the fp32 weights of every fragment of one domain, flat."""
+    """m, v and the fp32 weights of every parameter shard of one shard group, flat."""
 
     m: list[Tensor]
     v: list[Tensor]
@@ -40,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         convert(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        return entry.refused("megatron-opt migrate checkpoint", error)
+        return entry.print_user_error("megatron-opt migrate checkpoint", error)
     return 0
 
 
 def convert(argv: Sequence[str]) -> None:
     """`argv` are the flags of the run to come: its model, layout and optimizer, --load and --save."""
-    entry.alone()
+    entry.set_single_process_env()
     from megatron_opt import platform
 
     platform.activate()
@@ -77,7 +77,7 @@ def convert(argv: Sequence[str]) -> None:
         if args.rank == 0:
             _tell(args, rate_left)
         torch.distributed.barrier()
-        entry.part()
+        entry.destroy_process_group()
     finally:
         training.setup_model_and_optimizer = original
 
@@ -152,25 +152,25 @@ def _source(args: Any) -> Source:
 def _warm(args: Any, source: Source, model: list[Any], optimizer: Any) -> None:
     """Fill the new optimizer's state and main copies from the source's."""
     optimizer.ensure_states()
-    for group, rule in zip(optimizer.groups, optimizer.rules, strict=True):
-        warm_start.check(group.optimizer, rule)
-    before = {id(f): f.view.param.detach().clone() for f in optimizer.fragments()}
+    for group, update_rule in zip(optimizer.groups, optimizer.group_optimizers, strict=True):
+        warm_start.check(group.optimizer, update_rule)
+    before = {id(f): f.view.param.detach().clone() for f in optimizer.param_shards()}
     found = _from_ours(args, source, model, optimizer) if source.ours else _from_megatron(source, model, optimizer)
     for index, moments in enumerate(found):
         _fill(optimizer, index, moments, source.tokens)
     step = int(source.common["optimizer"]["step"]) if source.ours else int(args.iteration)
     optimizer.step_number = max(step, 1)
-    for fragment in optimizer.fragments():
-        fragment.publish()
-        if not torch.equal(before[id(fragment)], fragment.view.param.detach()):
+    for param_shard in optimizer.param_shards():
+        param_shard.publish()
+        if not torch.equal(before[id(param_shard)], param_shard.view.param.detach()):
             raise UserError(
-                f"{fragment.view.name}: weights and main copies disagree in {source.folder}; "
+                f"{param_shard.view.name}: weights and main copies disagree in {source.folder}; "
                 "resume the source once and save again."
             )
 
 
 def _from_megatron(source: Source, model: list[Any], optimizer: Any) -> list[Moments]:
-    """Megatron's own Adam, saved by parameter: read each of this rank's parameters, then cut its fragments out."""
+    """Megatron's own Adam, saved by parameter: read each of this rank's parameters, then cut its parameter shards out."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -184,7 +184,7 @@ def _from_megatron(source: Source, model: list[Any], optimizer: Any) -> list[Mom
         sharded.update({item.data.data_ptr(): item for item in nested_values(tensors) if item.data is not None})
     wanted: dict[str, Any] = {}
     room: dict[tuple[str, int], Tensor] = {}
-    views = {id(f.view.param): f.view for f in optimizer.fragments()}
+    views = {id(f.view.param): f.view for f in optimizer.param_shards()}
     for number, view in views.items():
         item = sharded.get(view.param.data_ptr())
         if item is None:
@@ -197,11 +197,11 @@ def _from_megatron(source: Source, model: list[Any], optimizer: Any) -> list[Mom
     loaded = dist_checkpointing.load(wanted, str(source.folder), validate_access_integrity=False)
     whole = {key: loaded[f"{key[0]}.{views[key[1]].name}.{key[1]}"] for key in room}
     return [
-        Moments([_cut(whole["exp_avg", id(f.view.param)], f) for f in domain.fragments],
-                [_cut(whole["exp_avg_sq", id(f.view.param)], f) for f in domain.fragments],
+        Moments([_cut(whole["exp_avg", id(f.view.param)], f) for f in shard_group.param_shards],
+                [_cut(whole["exp_avg_sq", id(f.view.param)], f) for f in shard_group.param_shards],
                 [_cut(whole["fp32_param", id(f.view.param)], f) if f.view.param.dtype != torch.float32 else f.main
-                 for f in domain.fragments])
-        for domain in optimizer.domains
+                 for f in shard_group.param_shards])
+        for shard_group in optimizer.shard_groups
     ]  # fmt: skip
 
 
@@ -217,8 +217,8 @@ def _prefix(source: Source, key: str, kind: str) -> str:
     )
 
 
-def _cut(tensor: Tensor, fragment: Any) -> Tensor:
-    return tensor.reshape(-1)[fragment.start : fragment.stop].float().contiguous()
+def _cut(tensor: Tensor, param_shard: Any) -> Tensor:
+    return tensor.reshape(-1)[param_shard.start : param_shard.stop].float().contiguous()
 
 
 def _from_ours(args: Any, source: Source, model: list[Any], optimizer: Any) -> list[Moments]:
@@ -227,63 +227,63 @@ def _from_ours(args: Any, source: Source, model: list[Any], optimizer: Any) -> l
 
     from megatron_opt.distributed.build import build_optimizer
     from megatron_opt.distributed.state import contents
-    from megatron_opt.training.optimizer_flags import group_rules
+    from megatron_opt.training.optimizer_flags import read_group_configs
 
     saved = source.common.get("args")
     if saved is None or not hasattr(saved, "given_flags"):
         raise UserError(
             f"{source.folder} does not say with which flags it was trained; no warm start from it is possible."
         )
-    weights = [[f.main.clone() for f in domain.fragments] for domain in optimizer.domains]
+    weights = [[f.main.clone() for f in shard_group.param_shards] for shard_group in optimizer.shard_groups]
     old = build_optimizer(
         optimizer.config,
         model,
-        group_rules(saved),
+        read_group_configs(saved),
         EngineOptions(matrix_mode="owner", split_heads=saved.split_heads, decay_mode=saved.decay_mode),
     )
     if contents(old) != source.common["optimizer"]["contents"]:
         raise UserError(
             f"{source.folder} was written by other parameter groups than its flags give; resume it once and save."
         )
-    for group, rule in zip(old.groups, old.rules, strict=True):
-        warm_start.check(group.optimizer, rule, source=True)
+    for group, update_rule in zip(old.groups, old.group_optimizers, strict=True):
+        warm_start.check(group.optimizer, update_rule, source=True)
     state = old.sharded_state_dict(None, is_loading=True)
     tensors = dist_checkpointing.load({"tensors": state["tensors"]}, str(source.folder))["tensors"]
     old.load_state_dict({**state, "step": source.common["optimizer"]["step"], "tensors": tensors})
     found = []
-    for index, domain in enumerate(old.domains):
+    for index, shard_group in enumerate(old.shard_groups):
         same = all(
             torch.equal(f.main, w) or f.view.param.dtype != torch.float32
-            for f, w in zip(domain.fragments, weights[index], strict=True)
+            for f, w in zip(shard_group.param_shards, weights[index], strict=True)
         )
         if not same:
             raise UserError(f"{source.folder}: the model's weights changed while its state was read; report this.")
-        m, v = ([torch.zeros_like(f.main) for f in domain.fragments] for _ in range(2))
+        m, v = ([torch.zeros_like(f.main) for f in shard_group.param_shards] for _ in range(2))
         _read(old, index, m, v, source.tokens)
-        found.append(Moments(m, v, [f.main.clone() for f in domain.fragments]))
+        found.append(Moments(m, v, [f.main.clone() for f in shard_group.param_shards]))
     return found
 
 
 def _read(old: Any, index: int, m: list[Tensor], v: list[Tensor], tokens: float) -> None:
-    """Moments of one domain, back at the fragments that hold the shards."""
-    domain, matrices = old.domains[index], old.matrix_steps[index]
+    """Moments of one shard group, back at the parameter shards that hold the shards."""
+    shard_group, matrices = old.shard_groups[index], old.matrix_steps[index]
     for group, pieces in old.element_steps[index].slices.items():
         for piece in pieces:
-            mean, square = warm_start.moments_of_elements(old.rules[group], _decoded(piece.state), tokens)
+            mean, square = warm_start.moments_of_elements(old.group_optimizers[group], _decoded(piece.state), tokens)
             piece.of(m).copy_(mean)
             piece.of(v).copy_(square)
     means: dict[Any, Tensor] = {}
     squares: dict[Any, Tensor] = {}
     for key, state in matrices.states.items():
         info = matrices.infos[key[0]]
-        mean, square = warm_start.moments_of_matrix(matrices.rules[key[0]], info, state, tokens)
+        mean, square = warm_start.moments_of_matrix(matrices.optimizers[key[0]], info, state, tokens)
         shape = matrices.mine[key].buffer_shape
         means[key], squares[key] = mean.reshape(shape).contiguous(), square.reshape(shape).contiguous()
     for flats, slabs, what in ((m, means, "first moments"), (v, squares, "second moments")):
         for names, route in zip(matrices.placed.buckets, matrices.placed.routes, strict=True):
             wanted = set(names)
             some = {key: slab for key, slab in slabs.items() if key[0] in wanted}
-            domain.exchange.scatter(route, some, flats, what, torch.float32).finish()
+            shard_group.exchange.scatter(route, some, flats, what, torch.float32).finish()
 
 
 def _decoded(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -300,23 +300,23 @@ def _decoded(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fill(optimizer: Any, index: int, moments: Moments, tokens: float) -> None:
-    """State of one domain from its moments, and its fp32 main copies."""
-    domain, matrices = optimizer.domains[index], optimizer.matrix_steps[index]
-    for fragment, weight in zip(domain.fragments, moments.weights, strict=True):
-        if fragment.view.param.dtype != torch.float32:
-            fragment.main.copy_(weight)
+    """State of one shard group from its moments, and its fp32 main copies."""
+    shard_group, matrices = optimizer.shard_groups[index], optimizer.matrix_steps[index]
+    for param_shard, weight in zip(shard_group.param_shards, moments.weights, strict=True):
+        if param_shard.view.param.dtype != torch.float32:
+            param_shard.main.copy_(weight)
     for group, pieces in optimizer.element_steps[index].slices.items():
         for piece in pieces:
             values = _decoded(piece.state)
             mean, square = piece.of(moments.m), piece.of(moments.v)
-            warm_start.fill_elements(optimizer.rules[group], values, mean, square, tokens)
+            warm_start.fill_elements(optimizer.group_optimizers[group], values, mean, square, tokens)
             _encode(piece.state, values)
     m, v = (matrices.gather(flats) for flats in (moments.m, moments.v))
     for key, state in matrices.states.items():
         info = matrices.infos[key[0]]
-        rule: MatrixOptimizer = matrices.rules[key[0]]
+        update_rule: MatrixOptimizer = matrices.optimizers[key[0]]
         mean, square = m[key].reshape(info.shape), v[key].reshape(info.shape)
-        warm_start.fill_matrix(rule, info, state, mean, square, tokens)
+        warm_start.fill_matrix(update_rule, info, state, mean, square, tokens)
 
 
 def _encode(state: dict[str, Tensor], values: dict[str, Tensor]) -> None:
@@ -350,4 +350,4 @@ def _tell(args: Any, rate_left: float | None) -> None:
 
 
 if __name__ == "__main__":
-    entry.leave(main())
+    entry.exit_process(main())

@@ -24,9 +24,9 @@ def _factor(mean: Tensor, variance: Tensor, side: int) -> Tensor:
     return outer + torch.diag_embed(variance.sum(2 - side))
 
 
-def _blocks(rule: Soap | Shampoo | Kron, info: MatrixInfo, m: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _blocks(optimizer: Soap | Shampoo | Kron, info: MatrixInfo, m: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(mean, variance) of each region's blocks in fp64."""
-    grid = rule.grid(info)
+    grid = optimizer.grid(info)
     mean, variance = as_matrix(m).double(), as_matrix((v - m.square()).clamp_min(0)).double()
     return list(zip(grid.cut(mean), grid.cut(variance), strict=True))
 
@@ -34,26 +34,26 @@ def _blocks(rule: Soap | Shampoo | Kron, info: MatrixInfo, m: Tensor, v: Tensor)
 # SOAP
 
 
-def fill_soap(rule: Soap, info: MatrixInfo, state: State, m: Tensor, v: Tensor) -> None:
+def fill_soap(optimizer: Soap, info: MatrixInfo, state: State, m: Tensor, v: Tensor) -> None:
     """Both moments, which the first gradient's bases will turn, and a little of the factors that Adam knows of: what the
     first gradients do not reach has an order then, and the same in every layout.
     """
-    for region, (mean, variance) in enumerate(_blocks(rule, info, m, v)):
-        for side in rule.sides(info):
+    for region, (mean, variance) in enumerate(_blocks(optimizer, info, m, v)):
+        for side in optimizer.sides(info):
             state[f"gg_{region}_{side}"].copy_(_SEED * _factor(mean, variance, side))
     state["exp_avg"].copy_(m)
     state["exp_avg_sq"].copy_(v)
-    state["ready"].fill_(0.0 if rule.sides(info) else 1.0)
+    state["ready"].fill_(0.0 if optimizer.sides(info) else 1.0)
 
 
-def soap_moments(rule: Soap, info: MatrixInfo, state: State) -> tuple[Tensor, Tensor]:
+def soap_moments(optimizer: Soap, info: MatrixInfo, state: State) -> tuple[Tensor, Tensor]:
     """Both moments turned back from the eigenbasis, if they are in one."""
     if not state["ready"].any():
         return state["exp_avg"].float(), state["exp_avg_sq"].float()
-    grid = rule.grid(info)
+    grid = optimizer.grid(info)
     turned = [grid.cut(as_matrix(state[key].float())) for key in ("exp_avg", "exp_avg_sq")]
     regions = range(len(turned[0]))
-    bases = [{side: state[f"q_{region}_{side}"].float() for side in rule.sides(info)} for region in regions]
+    bases = [{side: state[f"q_{region}_{side}"].float() for side in optimizer.sides(info)} for region in regions]
     first, second = (torch.empty_like(state[key], dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq"))
     grid.join([rotate(m, q, back=True) for m, q in zip(turned[0], bases, strict=True)], as_matrix(first))
     grid.join([rotate_squares(v, q, back=True) for v, q in zip(turned[1], bases, strict=True)], as_matrix(second))
@@ -63,25 +63,27 @@ def soap_moments(rule: Soap, info: MatrixInfo, state: State) -> tuple[Tensor, Te
 # Shampoo
 
 
-def fill_shampoo(rule: Shampoo, info: MatrixInfo, state: State, m: Tensor, v: Tensor) -> None:
+def fill_shampoo(optimizer: Shampoo, info: MatrixInfo, state: State, m: Tensor, v: Tensor) -> None:
     """Factors, the first moment and the grafted second one; the first step takes the factors' roots."""
-    for region, (mean, variance) in enumerate(_blocks(rule, info, m, v)):
-        for side in rule.sides(info):
+    for region, (mean, variance) in enumerate(_blocks(optimizer, info, m, v)):
+        for side in optimizer.sides(info):
             state[f"gg_{region}_{side}"].copy_(_factor(mean, variance, side))
     state["exp_avg"].copy_(m)
     if "graft_sq" in state:
         state["graft_sq"].copy_(v)
 
 
-def shampoo_moments(rule: Shampoo, info: MatrixInfo, state: State) -> tuple[Tensor, Tensor]:
+def shampoo_moments(optimizer: Shampoo, info: MatrixInfo, state: State) -> tuple[Tensor, Tensor]:
     """The first moment; the second is the grafted rule's, or L_ii·R_jj/tr(L) from the factors' diagonals."""
     m = state["exp_avg"].float()
     if "graft_sq" in state:
         return m, state["graft_sq"].float()
-    grid, found = rule.grid(info), []
+    grid, found = optimizer.grid(info), []
     for region, block in enumerate(grid.cut(as_matrix(m))):
         square = torch.ones_like(block)
-        diagonals = {side: state[f"gg_{region}_{side}"].float().diagonal(dim1=1, dim2=2) for side in rule.sides(info)}
+        diagonals = {
+            side: state[f"gg_{region}_{side}"].float().diagonal(dim1=1, dim2=2) for side in optimizer.sides(info)
+        }
         for side, diagonal in diagonals.items():
             square = square * diagonal.unsqueeze(2 - side)
         total = square.sum((1, 2), keepdim=True).clamp_min(torch.finfo(m.dtype).tiny)
@@ -102,17 +104,17 @@ def _root(factor: Tensor, power: float) -> Tensor:
     return (vectors * (values**power).unsqueeze(-2)) @ vectors.mT
 
 
-def fill_kron(rule: Kron, info: MatrixInfo, state: State, m: Tensor, v: Tensor) -> None:
+def fill_kron(optimizer: Kron, info: MatrixInfo, state: State, m: Tensor, v: Tensor) -> None:
     """Q₀, Q₁ that whiten the momentum: QᵀQ = L^(−1/2)·tr^(1/4), R^(−1/2)·tr^(1/4), L and R the momentum's E[M·Mᵀ].
 
     M has mean m and the share (1 − β)/(1 + β) of a gradient's variance. Gradients are divided by their norm first
     where the rule does so: by √Σv.
     """
-    cfg, diagonal = rule.config, rule.diagonal(info)
+    cfg, diagonal = optimizer.config, optimizer.diagonal(info)
     scale = v.double().sum().sqrt().clamp_min(torch.finfo(torch.float32).tiny) if cfg.normalize_grads else 1.0
     m, v = m.double() / scale, v.double() / scale**2
     noise = (1 - cfg.beta1) / (1 + cfg.beta1)
-    for region, (mean, variance) in enumerate(_blocks(rule, info, m, v)):
+    for region, (mean, variance) in enumerate(_blocks(optimizer, info, m, v)):
         variance = variance * noise
         total = mean.square().sum((1, 2)) + variance.sum((1, 2))
         alive = total > 0

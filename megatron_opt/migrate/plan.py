@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_opt.cost_model.cluster import Cluster
-from megatron_opt.cost_model.search import Found, search
+from megatron_opt.cost_model.search import SearchResult, search
 from megatron_opt.cost_model.step import Step, predict
 from megatron_opt.errors import UserError
 from megatron_opt.migrate.evidence import (
@@ -34,7 +34,7 @@ class Plan:
     flags: dict[str, Any]
     given: Mapping[str, Any]
     refused: list[str] = field(default_factory=list)
-    layouts: Found | None = None  # a search, where the target does not fit into the present layout
+    layouts: SearchResult | None = None  # a search, where the target does not fit into the present layout
 
     @property
     def ratio(self) -> float:
@@ -152,7 +152,7 @@ def _without_optimizers(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The flags of model, layout and batch."""
     from megatron_opt.cost_model.flags import options
 
-    owned = {f"{rule}-{name}".replace("_", "-") for rule, given in options(flags).items() for name in given}
+    owned = {f"{optimizer}-{name}".replace("_", "-") for optimizer, given in options(flags).items() for name in given}
     dropped = owned | {"optimizer", "adam-beta1", "adam-beta2", "adam-eps", "scalar-lr-ratio", "optimizer-groups"}
     return {key: value for key, value in flags.items() if key not in dropped}
 

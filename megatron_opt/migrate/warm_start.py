@@ -24,11 +24,11 @@ from megatron_opt.optimizers.soap import Soap
 _ELEMENTWISE = ("adamw", "nadamw", "cautious", "mars", "lion", "signum", "sophia")
 
 
-def check(name: str, rule: Any, source: bool = False) -> None:
+def check(name: str, optimizer: Any, source: bool = False) -> None:
     """Raise UserError where a rule's state cannot be filled, or, for a `source`, not be read."""
-    inner = _inner(rule)
+    inner = _inner(optimizer)
     kinds = (SpectralOptimizer, Soap, Shampoo, AdamMini, Kron)
-    known = isinstance(inner, kinds) if isinstance(rule, MatrixOptimizer) else False
+    known = isinstance(inner, kinds) if isinstance(optimizer, MatrixOptimizer) else False
     if not known and getattr(inner, "name", name) not in _ELEMENTWISE:
         raise UserError(
             f"a warm start to or from {name} is not possible: its state does not follow from Adam's moments; "
@@ -55,10 +55,10 @@ def rewarm_steps(left: int) -> int:
     return min(steps, left // 2) if left else steps
 
 
-def _inner(rule: Any) -> Any:
+def _inner(optimizer: Any) -> Any:
     """The rule that Hyperball wraps, or an element-wise rule inside a matrix rule; else the rule itself."""
-    rule = rule.inner if isinstance(rule, Hyperball) else rule
-    return getattr(rule, "inner", rule)
+    optimizer = optimizer.inner if isinstance(optimizer, Hyperball) else optimizer
+    return getattr(optimizer, "inner", optimizer)
 
 
 def rank_one(m: Tensor, momentum: float) -> Tensor:
@@ -75,21 +75,21 @@ def rank_one(m: Tensor, momentum: float) -> Tensor:
 # Spectral rules: Muon, Scion
 
 
-def _gain(rule: SpectralOptimizer) -> float:
+def _gain(optimizer: SpectralOptimizer) -> float:
     """What a constant gradient of 1 becomes in the momentum: 1/(1 − μ) for a sum, 1 for an average."""
-    return 1 / (1 - rule.config.momentum) if getattr(rule.config, "momentum_form", "ema") == "sum" else 1.0
+    return 1 / (1 - optimizer.config.momentum) if getattr(optimizer.config, "momentum_form", "ema") == "sum" else 1.0
 
 
-def _spectral_moments(rule: SpectralOptimizer, state: State) -> tuple[Tensor, Tensor]:
+def _spectral_moments(optimizer: SpectralOptimizer, state: State) -> tuple[Tensor, Tensor]:
     buffer = state["momentum_buffer"]
     if buffer.dtype == torch.int8:
         buffer = quantize.decode_signed(buffer, state["momentum_absmax"])
-    m = buffer.float() / _gain(rule)
-    return m, rank_one(m, rule.config.momentum)
+    m = buffer.float() / _gain(optimizer)
+    return m, rank_one(m, optimizer.config.momentum)
 
 
-def _fill_spectral(rule: SpectralOptimizer, state: State, m: Tensor) -> None:
-    buffer, value = state["momentum_buffer"], m * _gain(rule)
+def _fill_spectral(optimizer: SpectralOptimizer, state: State, m: Tensor) -> None:
+    buffer, value = state["momentum_buffer"], m * _gain(optimizer)
     if buffer.dtype == torch.int8:
         state["momentum_absmax"].copy_(quantize.block_absmax(value))
         value = quantize.encode_signed(value, state["momentum_absmax"])
@@ -99,67 +99,67 @@ def _fill_spectral(rule: SpectralOptimizer, state: State, m: Tensor) -> None:
 # Both ways, by kind of rule; `tokens` is what one gradient of the source was the mean over
 
 
-def moments_of_matrix(rule: Any, info: MatrixInfo, state: State, tokens: float = 1.0) -> tuple[Tensor, Tensor]:
+def moments_of_matrix(optimizer: Any, info: MatrixInfo, state: State, tokens: float = 1.0) -> tuple[Tensor, Tensor]:
     """(m, v) of a whole matrix from its state, in fp32."""
-    rule = _inner(rule)
-    if isinstance(rule, NarrowOptimizer):
+    optimizer = _inner(optimizer)
+    if isinstance(optimizer, NarrowOptimizer):
         with widened([state], torch.float32) as (wide,):
-            return _wide_moments(rule, info, wide, tokens)
-    return _wide_moments(rule, info, state, tokens)
+            return _wide_moments(optimizer, info, wide, tokens)
+    return _wide_moments(optimizer, info, state, tokens)
 
 
-def _wide_moments(rule: Any, info: MatrixInfo, state: State, tokens: float) -> tuple[Tensor, Tensor]:
-    if isinstance(rule, SpectralOptimizer):
-        return _spectral_moments(rule, state)
-    if isinstance(rule, Soap):
-        return kronecker.soap_moments(rule, info, state)
-    if isinstance(rule, Shampoo):
-        return kronecker.shampoo_moments(rule, info, state)
-    if isinstance(rule, AdamMini):
+def _wide_moments(optimizer: Any, info: MatrixInfo, state: State, tokens: float) -> tuple[Tensor, Tensor]:
+    if isinstance(optimizer, SpectralOptimizer):
+        return _spectral_moments(optimizer, state)
+    if isinstance(optimizer, Soap):
+        return kronecker.soap_moments(optimizer, info, state)
+    if isinstance(optimizer, Shampoo):
+        return kronecker.shampoo_moments(optimizer, info, state)
+    if isinstance(optimizer, AdamMini):
         m = state["exp_avg"].float()
         blocks = state["exp_avg_sq"].float().view(-1, 1)
         return m, blocks.expand(-1, m.numel() // len(blocks)).reshape(m.shape)
-    return moments_of_elements(rule, state, tokens)
+    return moments_of_elements(optimizer, state, tokens)
 
 
-def fill_matrix(rule: Any, info: MatrixInfo, state: State, m: Tensor, v: Tensor, tokens: float = 1.0) -> None:
+def fill_matrix(optimizer: Any, info: MatrixInfo, state: State, m: Tensor, v: Tensor, tokens: float = 1.0) -> None:
     """State of a whole matrix from its moments, in place; a Hyperball radius stays that of the current weights."""
-    rule = _inner(rule)
-    if isinstance(rule, NarrowOptimizer):
+    optimizer = _inner(optimizer)
+    if isinstance(optimizer, NarrowOptimizer):
         with widened([state], torch.float32) as (wide,):
-            return _fill_wide(rule, info, wide, m, v, tokens)
-    return _fill_wide(rule, info, state, m, v, tokens)
+            return _fill_wide(optimizer, info, wide, m, v, tokens)
+    return _fill_wide(optimizer, info, state, m, v, tokens)
 
 
-def _fill_wide(rule: Any, info: MatrixInfo, state: State, m: Tensor, v: Tensor, tokens: float) -> None:
-    if isinstance(rule, SpectralOptimizer):
-        _fill_spectral(rule, state, m)
-    elif isinstance(rule, Soap):
-        kronecker.fill_soap(rule, info, state, m, v)
-    elif isinstance(rule, Shampoo):
-        kronecker.fill_shampoo(rule, info, state, m, v)
-    elif isinstance(rule, Kron):
-        kronecker.fill_kron(rule, info, state, m, v)
-    elif isinstance(rule, AdamMini):
+def _fill_wide(optimizer: Any, info: MatrixInfo, state: State, m: Tensor, v: Tensor, tokens: float) -> None:
+    if isinstance(optimizer, SpectralOptimizer):
+        _fill_spectral(optimizer, state, m)
+    elif isinstance(optimizer, Soap):
+        kronecker.fill_soap(optimizer, info, state, m, v)
+    elif isinstance(optimizer, Shampoo):
+        kronecker.fill_shampoo(optimizer, info, state, m, v)
+    elif isinstance(optimizer, Kron):
+        kronecker.fill_kron(optimizer, info, state, m, v)
+    elif isinstance(optimizer, AdamMini):
         state["exp_avg"].copy_(m)
         second = state["exp_avg_sq"]
         second.copy_(v.reshape(len(second), -1).mean(1).view_as(second))
     else:
-        fill_elements(rule, state, m, v, tokens)
+        fill_elements(optimizer, state, m, v, tokens)
 
 
-def moments_of_elements(rule: Any, state: State, tokens: float = 1.0) -> tuple[Tensor, Tensor]:
+def moments_of_elements(optimizer: Any, state: State, tokens: float = 1.0) -> tuple[Tensor, Tensor]:
     """(m, v) of a slice; where a rule keeps no squares, v is even over the slice."""
     m = state["exp_avg"].float()
     if "exp_avg_sq" in state:
         return m, state["exp_avg_sq"].float()
     if "hessian" in state:
         return m, m.square() + state["hessian"].float() / tokens
-    beta: float = rule.config.beta2 if rule.name == "lion" else rule.config.beta1
+    beta: float = optimizer.config.beta2 if optimizer.name == "lion" else optimizer.config.beta1
     return m, rank_one(m.view(-1), beta).view_as(m)
 
 
-def fill_elements(rule: Any, state: State, m: Tensor, v: Tensor, tokens: float = 1.0) -> None:
+def fill_elements(optimizer: Any, state: State, m: Tensor, v: Tensor, tokens: float = 1.0) -> None:
     """State of a slice from its moments; Mars' last gradient is taken to be the mean one.
 
     Sophia's h is tokens·(v − m²), the variance of one token's gradient: the Fisher matrix's diagonal on the true labels,

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from megatron_opt.optimizers.base import State
-from megatron_opt.optimizers.direction_rule import DirectionRule
+from megatron_opt.optimizers.direction_optimizer import DirectionOptimizer
 from megatron_opt.optimizers.options import check, decay, epsilon, option
 from megatron_opt.optimizers.registry import register
 
@@ -31,7 +31,7 @@ class AdEMAMixConfig:
 
 
 @register
-class AdEMAMix(DirectionRule):
+class AdEMAMix(DirectionOptimizer):
     """u = (m̂₁ + α·m₂)/(√v̂ + ε); m₁, m₂ are EMAs of g by β1 and β3, v of g²; m₂ is not bias-corrected (arXiv 2409.03137)."""
 
     name = "ademamix"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.optimizers.base import State
-from megatron_opt.optimizers.direction_rule import DirectionRule
+from megatron_opt.optimizers.direction_optimizer import DirectionOptimizer
 from megatron_opt.optimizers.options import check, decay, epsilon, option
 from megatron_opt.optimizers.registry import register
 
@@ -26,7 +26,7 @@ class AdoptConfig:
 
 
 @register
-class Adopt(DirectionRule):
+class Adopt(DirectionOptimizer):
     """u = m, m ← EMA(clip(g/max(√v₋₁, ε), ±(t−1)^¼)), then v ← EMA(g²); step 1 only sets v = g² (arXiv 2411.02853)."""
 
     name = "adopt"

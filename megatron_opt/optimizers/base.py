@@ -37,7 +37,7 @@ DECAY_MODES = ("decoupled", "independent", "cautious")
 _OTHER_TABLES = ("position", "tokentype")  # embeddings of something else than words
 
 
-def shrinkage(lr: float, weight_decay: float, mode: str) -> float:
+def decay_factor(lr: float, weight_decay: float, mode: str) -> float:
     """Share of a weight that decay takes in a step: lr·wd, or wd where it is independent; UserError for another mode."""
     if mode not in DECAY_MODES:
         raise UserError(f"there is no decay mode {mode!r}; there are {', '.join(DECAY_MODES)}.")
@@ -200,7 +200,7 @@ class Step:
 
     number: int
     lr: float
-    shrink: float  # weight decay of this step: lr·wd where it is decoupled
+    decay_factor: float  # weight decay of this step: lr·wd where it is decoupled
     grad_scale: float
     cautious_decay: bool
     copies: Sequence[Tensor]
@@ -258,7 +258,7 @@ class ElementwiseOptimizer:
         how = Step(
             step,
             lr,
-            shrinkage(lr, weight_decay, decay_mode),
+            decay_factor(lr, weight_decay, decay_mode),
             grad_scale,
             decay_mode == "cautious",
             copies,

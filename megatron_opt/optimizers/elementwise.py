@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_opt.kernels import multi_tensor, quantize
 from megatron_opt.kernels.host import on_device
-from megatron_opt.kernels.multi_tensor import Coefficients, Rule, Sum
+from megatron_opt.kernels.multi_tensor import Coefficients, Sum, UpdateKind
 from megatron_opt.optimizers.base import Cost, ElementwiseOptimizer, Reducer, State, Step
 from megatron_opt.optimizers.options import check, choice, decay, epsilon, option
 from megatron_opt.optimizers.registry import register
@@ -33,10 +33,10 @@ class ElementwiseConfig:
         check(self)
 
 
-class FusedRule(ElementwiseOptimizer):
+class FusedOptimizer(ElementwiseOptimizer):
     """A rule of the fused kernel: a subclass names it and its states, and computes a step's coefficients."""
 
-    rule: ClassVar[Rule]
+    update_kind: ClassVar[UpdateKind]
     summed: ClassVar[tuple[str, ...]] = ()  # what the sums before the update read: "grad" or a state
     written: ClassVar[int | None] = None  # states that the update writes, from the first; None: all
     quantizable: ClassVar[dict[str, torch.dtype]] = {}  # states that may be 8-bit: int8 signed, uint8 non-negative
@@ -74,9 +74,9 @@ class FusedRule(ElementwiseOptimizer):
     def apply(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], how: Step, reducer: Reducer
     ) -> None:
-        c = self.coefficients(how.number)._replace(lr=how.lr, shrink=how.shrink, grad_scale=how.grad_scale)
+        c = self.coefficients(how.number)._replace(lr=how.lr, decay_factor=how.decay_factor, grad_scale=how.grad_scale)
         multi_tensor.update(
-            self.rule,
+            self.update_kind,
             params,
             grads,
             [[state[key] for state in states] for key in self.state_keys],
@@ -88,7 +88,7 @@ class FusedRule(ElementwiseOptimizer):
             stochastic=self.config.rounding == "stochastic",
             seed=self.config.rounding_seed,
             step=how.number,
-            firsts=how.element_offsets,
+            element_offsets=how.element_offsets,
         )
 
     def _absmax(self, states: Sequence[State], key: str) -> list[Tensor]:
@@ -113,12 +113,12 @@ def adam_coefficients(beta1: float, beta2: float, eps: float, step: int) -> Coef
     """m̂/(√v̂ + ε) with both moments bias-corrected."""
     return Coefficients(
         beta1=beta1,
-        gain1=1.0 - beta1,
+        input_weight1=1.0 - beta1,
         beta2=beta2,
-        gain2=1.0 - beta2,
+        input_weight2=1.0 - beta2,
         eps=eps,
-        mean_m=1.0 / (1.0 - beta1**step),
-        root_v=(1.0 - beta2**step) ** -0.5,
+        momentum_weight=1.0 / (1.0 - beta1**step),
+        inv_sqrt_correction2=(1.0 - beta2**step) ** -0.5,
     )
 
 
@@ -138,12 +138,12 @@ class AdamWConfig(ElementwiseConfig):
 
 
 @register
-class AdamW(FusedRule):
+class AdamW(FusedOptimizer):
     """u = m̂/(√v̂ + ε); m, v are EMAs of g and g² (arXiv 1711.05101)."""
 
     name = "adamw"
     Config: ClassVar[type] = AdamWConfig
-    rule = Rule.ADAM
+    update_kind = UpdateKind.ADAM
     state_keys: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     quantizable: ClassVar[dict[str, torch.dtype]] = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
 
@@ -188,9 +188,12 @@ class NAdamW(AdamW):
         if o.form == "torch":
             now, following = (_scheduled_momentum(o.beta1, o.momentum_decay, t) for t in (step, step + 1))
             product = _momentum_product(o.beta1, o.momentum_decay, step)
-            return c._replace(mean_m=following / (1.0 - product * following), mean_g=(1.0 - now) / (1.0 - product))
+            return c._replace(
+                momentum_weight=following / (1.0 - product * following), gradient_weight=(1.0 - now) / (1.0 - product)
+            )
         return c._replace(
-            mean_m=o.beta1 / (1.0 - o.beta1 ** (step + 1)), mean_g=(1.0 - o.beta1) / (1.0 - o.beta1**step)
+            momentum_weight=o.beta1 / (1.0 - o.beta1 ** (step + 1)),
+            gradient_weight=(1.0 - o.beta1) / (1.0 - o.beta1**step),
         )
 
 
@@ -216,7 +219,7 @@ class Mars(AdamW):
     name = "mars"
     Config: ClassVar[type] = MarsConfig
     clip = False
-    rule = Rule.MARS
+    update_kind = UpdateKind.MARS
     state_keys = ("exp_avg", "exp_avg_sq", "prev_grad")
     summed = ("grad", "prev_grad")
 
@@ -268,7 +271,7 @@ class Cautious(AdamW):
 
     name = "cautious"
     Config: ClassVar[type] = CautiousConfig
-    rule = Rule.CAUTIOUS
+    update_kind = UpdateKind.CAUTIOUS
     summed = ("grad", "exp_avg")
 
     def scales(
@@ -292,18 +295,18 @@ class LionConfig(ElementwiseConfig):
 
 
 @register
-class Lion(FusedRule):
+class Lion(FusedOptimizer):
     """u = sign(β1·m + (1 − β1)·g), then m ← β2·m + (1 − β2)·g (arXiv 2302.06675)."""
 
     name = "lion"
     Config: ClassVar[type] = LionConfig
-    rule = Rule.LION
+    update_kind = UpdateKind.LION
     state_keys = ("exp_avg",)
     quantizable: ClassVar[dict[str, torch.dtype]] = {"exp_avg": torch.int8}
 
     def coefficients(self, step: int) -> Coefficients:
         o = self.config
-        return Coefficients(beta1=o.beta1, gain1=1.0 - o.beta1, beta2=o.beta2, gain2=1.0 - o.beta2)
+        return Coefficients(beta1=o.beta1, input_weight1=1.0 - o.beta1, beta2=o.beta2, input_weight2=1.0 - o.beta2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,16 +318,16 @@ class SignumConfig(ElementwiseConfig):
 
 
 @register
-class Signum(FusedRule):
+class Signum(FusedOptimizer):
     """u = sign(m), m an EMA of g (arXiv 1802.04434)."""
 
     name = "signum"
     Config: ClassVar[type] = SignumConfig
-    rule = Rule.SIGNUM
+    update_kind = UpdateKind.SIGNUM
     state_keys = ("exp_avg",)
     quantizable: ClassVar[dict[str, torch.dtype]] = {"exp_avg": torch.int8}
 
     def coefficients(self, step: int) -> Coefficients:
         o = self.config
-        c = Coefficients(beta1=o.beta1, gain1=1.0 - o.beta1)
-        return c._replace(mean_m=o.beta1, mean_g=1.0 - o.beta1) if o.nesterov else c
+        c = Coefficients(beta1=o.beta1, input_weight1=1.0 - o.beta1)
+        return c._replace(momentum_weight=o.beta1, gradient_weight=1.0 - o.beta1) if o.nesterov else c

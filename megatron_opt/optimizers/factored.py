@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron_opt.kernels import products
-from megatron_opt.optimizers.asking import Asking, together
 from megatron_opt.optimizers.base import MatrixInfo, Shape, State, StateKind, StateSpec
+from megatron_opt.optimizers.block_batches import SMALL, BlockBatch, Planner
 from megatron_opt.optimizers.blocks import Grid, apart, as_matrix, batched, put_back
-from megatron_opt.optimizers.families import SMALL, Family, Planner
+from megatron_opt.optimizers.flag_coroutines import FlagCoroutine, together
 from megatron_opt.optimizers.narrow import NarrowOptimizer, moment_option
 from megatron_opt.optimizers.options import check, choice, decay, option
 from megatron_opt.optimizers.partition import Partition
@@ -110,7 +110,7 @@ class FactoredOptimizer(NarrowOptimizer):
         self.failures: Counter[str] = Counter()  # decompositions that failed twice, by matrix; the old one was kept
         self.plan = Planner(self.grid, self.sides)
 
-    def begin(self, grad: Tensor, state: State, info: MatrixInfo) -> Asking[bool]:
+    def begin(self, grad: Tensor, state: State, info: MatrixInfo) -> FlagCoroutine[bool]:
         """Before a matrix's first step, its flag too; False where that step moves nothing."""
         state["ready"].fill_(float((yield grad.any().view(1))[0]))
         return True
@@ -119,7 +119,7 @@ class FactoredOptimizer(NarrowOptimizer):
         """Whether `block_step` takes blocks where they lie, rather than one stack of all."""
         return False
 
-    def block_step(self, blocks: Blocks) -> Asking[list[Tensor]]:
+    def block_step(self, blocks: Blocks) -> FlagCoroutine[list[Tensor]]:
         """Directions, which may replace gradients; states, factors and what is derived from them change in place."""
         raise NotImplementedError
 
@@ -219,12 +219,12 @@ class FactoredOptimizer(NarrowOptimizer):
         plan = self.plan(grads, infos)
         cuts = {i: self._cut(grads[i], states[i], infos[i]) for i in plan.cut if started[i]}
         every, runs = [], []
-        for family in plan.families:
+        for batch in plan.batches:
             for due in (False, True):
-                members = [place for place in family.members if dues[place[0]] == due and started[place[0]]]
+                members = [place for place in batch.members if dues[place[0]] == due and started[place[0]]]
                 if members:
                     every += members
-                    runs.append(self._step_members(members, family, grads, cuts, states, infos, step, due))
+                    runs.append(self._step_members(members, batch, grads, cuts, states, infos, step, due))
         found = dict(zip(every, chain.from_iterable(together(runs))))
         directions = []
         for index, (grad, state, info) in enumerate(zip(grads, states, infos)):
@@ -252,12 +252,12 @@ class FactoredOptimizer(NarrowOptimizer):
         state: State,
         info: MatrixInfo,
         cut: list[list[Tensor]],
-        found: dict[tuple[int, int], Tensor],
+        block_directions: dict[tuple[int, int], Tensor],
         index: int,
     ) -> Tensor:
         """The direction of a matrix of several blocks; its states get theirs back."""
         grid, direction = self.grid(info), torch.empty_like(grad)
-        grid.join([found[index, region] for region in range(len(cut[0]))], as_matrix(direction))
+        grid.join([block_directions[index, region] for region in range(len(cut[0]))], as_matrix(direction))
         for name, stacks in zip(self.block_keys, cut[1:]):
             grid.join(stacks, as_matrix(state[name]))
         return direction
@@ -268,16 +268,16 @@ class FactoredOptimizer(NarrowOptimizer):
     def _step_members(
         self,
         members: list[tuple[int, int]],
-        family: Family,
+        batch: BlockBatch,
         grads: Sequence[Tensor],
         cuts: dict[int, list[list[Tensor]]],
         states: Sequence[State],
         infos: Sequence[MatrixInfo],
         step: int,
         due: bool,
-    ) -> Asking[Sequence[Tensor]]:
-        """One step of some regions of a family."""
-        if family.whole:
+    ) -> FlagCoroutine[Sequence[Tensor]]:
+        """One step of some regions of a batch."""
+        if batch.whole:
             parts = [[as_matrix(grads[i]) for i, _ in members]]
             parts += [[as_matrix(states[i][key]) for i, _ in members] for key in self.block_keys]
         else:
@@ -285,10 +285,10 @@ class FactoredOptimizer(NarrowOptimizer):
         regions = range(1 + max(region for _, region in members))
         held: dict[str, BySide] = {"gg": {}, "q": {}}
         for kind, by_side in held.items():
-            for side in family.kind:
+            for side in batch.kind:
                 keys = [f"{kind}_{region}_{side}" for region in regions]
                 by_side[side] = [states[i][keys[region]] for i, region in members]
-        names = family.part(members).names(parts[0], infos)
+        names = batch.part(members).names(parts[0], infos)
         blocks = Blocks(parts[0], parts[1:], held["gg"], held["q"], step, due, names)
         if self.works_in_place(blocks):
             return (yield from self.block_step(replace(blocks, in_place=True)))
@@ -317,8 +317,8 @@ class FactoredPartition(Partition):
     def block_positions(self, corner: tuple[int, int], shape: tuple[int, int]) -> dict[str, tuple[str, list[int], int]]:
         positions, whole, (row0, column0) = {}, self.optimizer.grid(self.info), corner
         for region, starts in enumerate(self.optimizer.grid(self.info, shape).starts()):
-            found = [whole.find(row0 + row, column0 + column) for row, column in starts]
-            of, numbers = found[0][0], [number for _, number in found]
+            whole_blocks = [whole.find(row0 + row, column0 + column) for row, column in starts]
+            of, numbers = whole_blocks[0][0], [number for _, number in whole_blocks]
             for side in self.optimizer.sides(self.info):
                 for kind in ("gg", "q"):
                     positions[f"{kind}_{region}_{side}"] = f"{kind}_{of}_{side}", numbers, whole.shapes()[of][0]

@@ -22,7 +22,7 @@ Options = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class GroupRule:
+class ParamGroupConfig:
     """One line of a grouping.
 
     `match`: a regular expression searched in the global name, or `kind=hidden,router`, or `role=q,k`.
@@ -61,10 +61,10 @@ class GroupRule:
 
     def _number(self, key: str, more: str = "") -> float:
         """A factor of the run's value."""
-        found = number(getattr(self, key))
-        if found is None or not 0 <= found <= _MOST:
+        value = number(getattr(self, key))
+        if value is None or not 0 <= value <= _MOST:
             self._refuse(key, f"a number from 0 to {_MOST:g}{more}")
-        return float(found)
+        return float(value)
 
     def _refuse(self, key: str, wanted: str) -> NoReturn:
         raise UserError(f"group {self.match!r}: {key} is {getattr(self, key)!r}; it must be {wanted}.")
@@ -102,9 +102,9 @@ class Group:
         return sum(info.numel for info in self.infos)
 
 
-def default_rules(
+def default_group_configs(
     optimizer: str, flags: Mapping[str, Options] | None = None, scalar_lr_scale: float | None = None
-) -> list[GroupRule]:
+) -> list[ParamGroupConfig]:
     """The study's grouping for an optimizer.
 
     `flags` holds the options the user gave, by optimizer name; they win over the study's values. `scalar_lr_scale` is
@@ -119,26 +119,28 @@ def default_rules(
     if cls.scalars is None:
         if scalar_lr_scale is not None:
             raise UserError(f"{optimizer} takes all parameters: there is no other group for a learning-rate factor.")
-        everything = GroupRule(".*", optimizer, options(optimizer))
+        everything = ParamGroupConfig(".*", optimizer, options(optimizer))
         if not cls.clipped_kinds:
             return [everything]
         kinds = f"kind={','.join(cls.clipped_kinds)}"
         return [replace(everything, match=kinds, clip=True, optional=True), replace(everything, clip=False)]
 
-    def rest(clip: bool | str, decay: float | None = None) -> GroupRule:
+    def rest(clip: bool | str, decay: float | None = None) -> ParamGroupConfig:
         name, tuned = cls.scalars.optimizer, options(cls.scalars.optimizer, cls.scalars.options)
         scale = cls.scalars.lr_scale if scalar_lr_scale is None else scalar_lr_scale
-        return GroupRule(".*", name, tuned, scale, weight_decay=decay, clip=clip, optional=True)
+        return ParamGroupConfig(".*", name, tuned, scale, weight_decay=decay, clip=clip, optional=True)
 
-    hidden = GroupRule("kind=hidden", optimizer, options(optimizer), clip=False)
+    hidden = ParamGroupConfig("kind=hidden", optimizer, options(optimizer), clip=False)
     if cls.projects:
-        output = GroupRule("kind=output", "adam_h", options("adam_h"), weight_decay=False, clip="output", optional=True)
+        output = ParamGroupConfig(
+            "kind=output", "adam_h", options("adam_h"), weight_decay=False, clip="output", optional=True
+        )
         return [replace(hidden, weight_decay=False, clip="hidden"), output, rest(clip="rest")]
     decay = {"constrained": 1.0, "unconstrained": 0.0}.get(hidden.options.get("form", ""))
     return [replace(hidden, weight_decay=decay), rest(clip=True, decay=decay)]
 
 
-def load_rules(path: str | Path, flags: Mapping[str, Options] | None = None) -> list[GroupRule]:
+def load_group_configs(path: str | Path, flags: Mapping[str, Options] | None = None) -> list[ParamGroupConfig]:
     """Rules from a YAML file with a list `groups`; `flags` are the command line's options, which rules override."""
     try:
         content = yaml_files.load(Path(path).read_text())
@@ -153,33 +155,35 @@ def load_rules(path: str | Path, flags: Mapping[str, Options] | None = None) -> 
 
 def read_rules(
     where: str, entries: Sequence[Mapping[str, Any]], flags: Mapping[str, Options] | None = None
-) -> list[GroupRule]:
+) -> list[ParamGroupConfig]:
     """Rules from the entries of a file's list `groups`; `where` is what complaints name."""
-    known = {item.name for item in fields(GroupRule)}
-    rules = []
+    known = {item.name for item in fields(ParamGroupConfig)}
+    group_configs = []
     for number_of, entry in enumerate(entries, 1):
         if not isinstance(entry, Mapping) or not {"match", "optimizer"} <= set(entry):
             raise UserError(f"{where}, group {number_of}: give at least `match` and `optimizer`.")
         if unknown := sorted(set(entry) - known):
             raise UserError(f"{where}, group {number_of} has no key {unknown[0]!r}; it has {', '.join(sorted(known))}.")
         try:
-            rules.append(_read_rule(entry, flags or {}))
+            group_configs.append(_read_group_config(entry, flags or {}))
         except UserError as error:
             raise UserError(f"{where}, group {number_of}: {error}") from error
-    return rules
+    return group_configs
 
 
-def _read_rule(entry: Mapping[str, Any], flags: Mapping[str, Options]) -> GroupRule:
+def _read_group_config(entry: Mapping[str, Any], flags: Mapping[str, Options]) -> ParamGroupConfig:
     """An entry's rule; its options win over the command line's, and what is wrong with it is refused here."""
-    rule = GroupRule(**{**entry, "options": entry.get("options") or {}})
-    options = registry.read_options(rule.optimizer, {**flags.get(rule.optimizer, {}), **rule.options})
-    registry.build(rule.optimizer, options)
-    return replace(rule, options=options)
+    group_config = ParamGroupConfig(**{**entry, "options": entry.get("options") or {}})
+    options = registry.read_options(
+        group_config.optimizer, {**flags.get(group_config.optimizer, {}), **group_config.options}
+    )
+    registry.build(group_config.optimizer, options)
+    return replace(group_config, options=options)
 
 
 def assign(
     infos: Sequence[MatrixInfo],
-    rules: Sequence[GroupRule],
+    group_configs: Sequence[ParamGroupConfig],
     decay_mode: str = "decoupled",
     width_ratio: float | None = None,
 ) -> list[Group]:
@@ -189,10 +193,10 @@ def assign(
     Raises UserError for matrices that no rule takes, rules that take none, and rules that cannot take what they match.
     """
     taken: dict[tuple[int, bool | float, float], list[MatrixInfo]] = {}
-    built = [registry.build(rule.optimizer, dict(rule.options)) for rule in rules]
-    left, hits, matched = [], [0] * len(rules), [0] * len(rules)
+    built = [registry.build(group_config.optimizer, dict(group_config.options)) for group_config in group_configs]
+    left, hits, matched = [], [0] * len(group_configs), [0] * len(group_configs)
     for info in infos:
-        takers = [index for index, rule in enumerate(rules) if rule.takes(info)]
+        takers = [index for index, group_config in enumerate(group_configs) if group_config.takes(info)]
         for index in takers:
             matched[index] += 1
         if not takers:
@@ -200,34 +204,34 @@ def assign(
             continue
         first = takers[0]
         hits[first] += 1
-        rule = rules[first]
-        decay = rule.weight_decay if rule.weight_decay is not None else info.kind not in UNDECAYED
-        scale = rule.lr_scale * mup.lr_multiplier(built[first], info, width_ratio or 1.0)
+        group_config = group_configs[first]
+        decay = group_config.weight_decay if group_config.weight_decay is not None else info.kind not in UNDECAYED
+        scale = group_config.lr_scale * mup.lr_multiplier(built[first], info, width_ratio or 1.0)
         taken.setdefault((first, decay, scale), []).append(info)
     if left:
         raise UserError(
             f"no group takes {len(left)} parameters ({_some(left)}); add a group that matches them, such as '.*', last."
         )
-    for index, rule in enumerate(rules):
-        if not hits[index] and not rule.optional:
+    for index, group_config in enumerate(group_configs):
+        if not hits[index] and not group_config.optional:
             why = "earlier groups take all it matches" if matched[index] else "no parameter has such a name"
             names = _some([info.name for info in infos])
-            raise UserError(f"group {rule.match!r} is empty: {why}; mend or remove it. Names are like {names}.")
+            raise UserError(f"group {group_config.match!r} is empty: {why}; mend or remove it. Names are like {names}.")
     groups: list[Group] = []
     for (index, decay, scale), members in sorted(
         taken.items(), key=lambda item: (item[0][0], -item[0][1], -item[0][2])
     ):
-        rule = rules[index]
-        _check_members(rule, built[index], members, decay)
-        clip = built[index].clip if rule.clip is None else rule.clip
+        group_config = group_configs[index]
+        _check_members(group_config, built[index], members, decay)
+        clip = built[index].clip if group_config.clip is None else group_config.clip
         groups.append(
             Group(
-                name=f"{rule.optimizer}.{index}.{len(groups)}",
-                optimizer=rule.optimizer,
-                options=rule.options,
+                name=f"{group_config.optimizer}.{index}.{len(groups)}",
+                optimizer=group_config.optimizer,
+                options=group_config.options,
                 lr_scale=scale,
                 weight_decay=decay,
-                decay_mode=rule.decay_mode or decay_mode,
+                decay_mode=group_config.decay_mode or decay_mode,
                 clip_scope=("global" if clip is True else clip) or None,
                 infos=tuple(members),
             )
@@ -235,18 +239,20 @@ def assign(
     return groups
 
 
-def _check_members(rule: GroupRule, optimizer: Any, members: Sequence[MatrixInfo], decay: bool | float) -> None:
+def _check_members(
+    group_config: ParamGroupConfig, optimizer: Any, members: Sequence[MatrixInfo], decay: bool | float
+) -> None:
     if not isinstance(optimizer, MatrixOptimizer):
         return
     vectors = [info.name for info in members if len(info.shape) != 2]
     if vectors and not optimizer.vectors:
         raise UserError(
-            f"{rule.optimizer} works on matrices, and group {rule.match!r} gives it vectors ({_some(vectors)}); "
+            f"{group_config.optimizer} works on matrices, and group {group_config.match!r} gives it vectors ({_some(vectors)}); "
             "put a group for them first, such as kind=norm,bias with adamw."
         )
     if optimizer.projects and decay:
         raise UserError(
-            f"{rule.optimizer} keeps each weight's norm, so weight decay means nothing on group {rule.match!r}; "
+            f"{group_config.optimizer} keeps each weight's norm, so weight decay means nothing on group {group_config.match!r}; "
             "set its weight_decay to false."
         )
 

@@ -62,12 +62,12 @@ class KlSoap(Soap):
 
     def whitened(self, grad: Tensor, blocks: Blocks) -> dict[int, Tensor]:
         """The gradient (B, b, c) whitened on the other side, in its basis, for each side's factor."""
-        found = {}
+        factors = {}
         for side, (factor,) in blocks.factors.items():
             g, basis = grad.to(factor.dtype), blocks.derived[side][0].to(factor.dtype)
             roots = self.inverse_roots(factor, basis)
-            found[1 - side] = (basis.mT @ g) * roots.unsqueeze(-1) if side == 0 else (g @ basis) * roots.unsqueeze(-2)
-        return found
+            factors[1 - side] = (basis.mT @ g) * roots.unsqueeze(-1) if side == 0 else (g @ basis) * roots.unsqueeze(-2)
+        return factors
 
     def inverse_roots(self, factor: Tensor, basis: Tensor) -> Tensor:
         """(B, K): one over the root of each eigenvalue, bounded from below; 1 where there has been no gradient."""

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megatron_opt.kernels import preconditioner, products, projection
 from megatron_opt.optimizers.base import Cost, MatrixInfo, State, StateKind, StateSpec
+from megatron_opt.optimizers.block_batches import SMALL, Planner
 from megatron_opt.optimizers.blocks import Grid, apart, as_matrix, batched
-from megatron_opt.optimizers.families import SMALL, Planner
 from megatron_opt.optimizers.narrow import NarrowOptimizer, moment_option
 from megatron_opt.optimizers.options import OptionError, check, choice, decay, option
 from megatron_opt.optimizers.registry import register
@@ -172,19 +172,19 @@ class Kron(NarrowOptimizer):
         cuts = {i: self._cut(i, moments[i], means[i], learn[i], infos[i], step) for i in plan.cut}
         chunk = _CHUNK if moments and products.available(moments[0]) else max(len(moments), 1)
         found: dict[tuple[int, int], Tensor] = {}
-        for family in plan.families:
+        for batch in plan.batches:
             for learns in (False, True):
-                members = [place for place in family.members if learn[place[0]] == learns]
+                members = [place for place in batch.members if learn[place[0]] == learns]
                 for first in range(0, len(members), chunk):
                     items = []
                     for index, region in members[first : first + chunk]:
-                        if family.whole:
+                        if batch.whole:
                             moment, mean = moments[index], means[index]
                             noise = self.noise(infos[index], step, moment) if learns else None
                             items.append(_Item(index, region, moment, noise, _DAMPING * mean))
                         else:
                             items.append(cuts[index][region])
-                    self._step_items(items, family.kind, states, number, found)
+                    self._step_items(items, batch.kind, states, number, found)
         for index in plan.cut:
             blocks = [found[index, region] for region in range(len(cuts[index]))]
             self.grid(infos[index]).join(blocks, moments[index])
@@ -215,7 +215,7 @@ class Kron(NarrowOptimizer):
         flat: tuple[bool, ...],
         states: Sequence[State],
         number: int,
-        found: dict[tuple[int, int], Tensor],
+        block_directions: dict[tuple[int, int], Tensor],
     ) -> None:
         """Preconditioned momentum of equal blocks of many matrices to `found`; factors change in place."""
         procrustes = self.config.update_form == "procrustes"
@@ -234,7 +234,7 @@ class Kron(NarrowOptimizer):
         if not procrustes and flat == (False, False) and projection.taken([*moments, *noises], matrices):
             dampings = [float(item.damping) for item in items if item.noise is not None]
             preconditioner.kron_step(held["q", 0], held["q", 1], moments, noises, dampings, lr)
-            found.update({(item.matrix, item.region): item.moment for item in items})
+            block_directions.update({(item.matrix, item.region): item.moment for item in items})
             return
         tensors = {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in held.items()}
         factors = {side: tensors["q", side] for side in range(len(flat))}
@@ -261,7 +261,7 @@ class Kron(NarrowOptimizer):
                 if len(parts) > 1:
                     torch._foreach_copy_(parts, list(tensors[key].split([len(part) for part in parts])))
         result = preconditioner.precondition(moment, factors, not procrustes)
-        found.update(zip([(item.matrix, item.region) for item in items], apart(result, moments)))
+        block_directions.update(zip([(item.matrix, item.region) for item in items], apart(result, moments)))
 
     def width_exponent(self) -> float:
         """Whitened: a flat spectrum with elements of about 1, whose norm grows by √r."""

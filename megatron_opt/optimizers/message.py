@@ -50,8 +50,8 @@ class Message:
 
     def unpack(self, column: Tensor) -> dict[str, Tensor]:
         """The fields of a message (n, 1), views of it."""
-        found = {}
+        fields = {}
         parts = column.view(-1).split(self._lengths())
         for (name, (shape, dtype)), part in zip(self.fields.items(), parts, strict=True):
-            found[name] = part.view(dtype)[: math.prod(shape)].view(shape)
-        return found
+            fields[name] = part.view(dtype)[: math.prod(shape)].view(shape)
+        return fields

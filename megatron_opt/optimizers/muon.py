@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_opt.errors import UserError
 from megatron_opt.kernels import multi_tensor, quantize
 from megatron_opt.kernels import orthogonalize as ns
-from megatron_opt.kernels.multi_tensor import Coefficients, Rule
+from megatron_opt.kernels.multi_tensor import Coefficients, UpdateKind
 from megatron_opt.optimizers import sharded_orthogonalization as sharded
 from megatron_opt.optimizers.base import Cost, MatrixInfo, MatrixOptimizer, Scalars, Shape, State, StateKind, StateSpec
 from megatron_opt.optimizers.options import OptionError, check, choice, decay, epsilon, number, option
@@ -113,8 +113,8 @@ class SpectralOptimizer(MatrixOptimizer):
 
     def direction(self, grad: Tensor, buffer: Tensor) -> Tensor:
         """What is orthogonalized, from the gradient and the new momentum."""
-        _, _, mean_m, mean_g = self.weights()
-        return (mean_g * grad).add_(buffer, alpha=mean_m) if mean_g else buffer
+        _, _, momentum_weight, gradient_weight = self.weights()
+        return (gradient_weight * grad).add_(buffer, alpha=momentum_weight) if gradient_weight else buffer
 
     @property
     def eps(self) -> float:
@@ -171,10 +171,12 @@ class SpectralOptimizer(MatrixOptimizer):
         held = [state["momentum_buffer"] for state in states]
         if any(h.dtype != g.dtype or not g.is_contiguous() for h, g in zip(held, grads)):
             return [self.advance(grad, state) for grad, state in zip(grads, states)]
-        keep, gain, mean_m, mean_g = self.weights()
+        keep, gain, momentum_weight, gradient_weight = self.weights()
         moments = [torch.empty_like(grad) for grad in grads]
-        c = Coefficients(beta1=keep, gain1=gain, mean_m=mean_m, mean_g=mean_g)
-        multi_tensor.update(Rule.MOMENTUM, (), grads, [held], c, copies=moments)
+        c = Coefficients(
+            beta1=keep, input_weight1=gain, momentum_weight=momentum_weight, gradient_weight=gradient_weight
+        )
+        multi_tensor.update(UpdateKind.MOMENTUM, (), grads, [held], c, copies=moments)
         return moments
 
     def rescale(self, x: Tensor, state: State, info: MatrixInfo) -> Tensor:

@@ -9,11 +9,11 @@ multiplied by 1/r by Megatron's own code (`--use-mup`), so that the output layer
 from megatron_opt.optimizers.base import ElementwiseOptimizer, MatrixInfo, MatrixOptimizer
 
 
-def lr_multiplier(rule: MatrixOptimizer | ElementwiseOptimizer, info: MatrixInfo, ratio: float) -> float:
+def lr_multiplier(optimizer: MatrixOptimizer | ElementwiseOptimizer, info: MatrixInfo, ratio: float) -> float:
     """Factor on the learning rate at r = `ratio`: hidden matrices and routers by the exponent, others as they are."""
     if ratio == 1.0 or info.kind not in ("hidden", "router"):
         return 1.0
-    return float(ratio ** rule.width_exponent())
+    return float(ratio ** optimizer.width_exponent())
 
 
 def init_multiplier(info: MatrixInfo, ratio: float) -> float:

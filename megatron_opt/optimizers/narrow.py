@@ -53,10 +53,10 @@ def _wide(state: State, key: str, dtype: torch.dtype) -> Tensor:
     return state[key].to(dtype)
 
 
-def is_narrow(rule: object) -> bool:
+def is_narrow(optimizer: object) -> bool:
     """Whether some of a rule's state is widened while it steps."""
-    return isinstance(rule, NarrowOptimizer) and (
-        rule.config.moment_dtype != "fp32" or getattr(rule.config, "factor_precision", "fp32") == "bf16"
+    return isinstance(optimizer, NarrowOptimizer) and (
+        optimizer.config.moment_dtype != "fp32" or getattr(optimizer.config, "factor_precision", "fp32") == "bf16"
     )
 
 

@@ -66,14 +66,14 @@ def _read(name: str, default: Any, value: Any) -> Any:
         if not isinstance(value, bool):
             raise OptionError(name, f"is {value!r}; it must be true or false.")
     elif isinstance(default, int | float):
-        found = number(value)
-        if found is None or not math.isfinite(found):
+        parsed = number(value)
+        if parsed is None or not math.isfinite(parsed):
             raise OptionError(name, f"is {value!r}; it must be a finite number.")
         if isinstance(default, float):
-            return float(found)
-        if found != int(found):
+            return float(parsed)
+        if parsed != int(parsed):
             raise OptionError(name, f"is {value!r}; it must be a whole number.")
-        return int(found)
+        return int(parsed)
     return value
 
 

@@ -74,13 +74,13 @@ def all_reduce(count: int, width: int, dtype: torch.dtype) -> Collective:
 
 @dataclass(frozen=True)
 class Partition:
-    """How one matrix may be computed in parts; `info` is the matrix, or a cell: a rectangle of whole tiles of one.
+    """How one matrix may be computed in parts; `info` is the matrix, or a submatrix: a rectangle of whole tiles of one.
 
     Tiles of `tile` = (rows, columns), a vector being one column, need nothing of each other (None: the matrix is one),
-    so that a cell is stepped by `optimizer` as a matrix of its own. A tile may besides be cut along side `shard_dim` (0
+    so that a submatrix is stepped by `optimizer` as a matrix of its own. A tile may besides be cut along side `shard_dim` (0
     or 1, None: it may not) into shards whose ranks step together and exchange what `collectives` says; `update` on the
     whole equals all shards' steps together. The whole's state is the union of the shards' (cut along the same side, in
-    proportion) and the shared one, and the matrix's that of its cells; stacks of blocks go where `block_positions` says.
+    proportion) and the shared one, and the matrix's that of its submatrices; stacks of blocks go where `block_positions` says.
     The caller fills states of kind NORM, and scales directions of optimizers that project to the whole's norm. No part
     sees a matrix without a gradient.
     """
@@ -118,9 +118,9 @@ class Partition:
         return direction
 
     def block_positions(self, corner: tuple[int, int], shape: tuple[int, int]) -> dict[str, tuple[str, list[int], int]]:
-        """Of each stack of blocks in a cell's state: its key in the matrix's state, its blocks' numbers there, of how many.
+        """Of each stack of blocks in a submatrix's state: its key in the matrix's state, its blocks' numbers there, of how many.
 
-        `corner` is the cell's first row and column.
+        `corner` is the submatrix's first row and column.
         """
         return {}
 

@@ -11,26 +11,26 @@ from megatron_opt.errors import UserError
 from megatron_opt.optimizers.options import OptionError, check_given, flag, read
 
 ENTRY_POINTS = "megatron_opt.optimizers"  # the group of entry points of rules in other packages
-_RULES: dict[str, type] = {}
+_OPTIMIZERS: dict[str, type] = {}
 
 
 def register(cls: type) -> type:
     """Class decorator: makes the rule known under its `name`."""
     name = cls.name  # type: ignore[attr-defined]
-    if name in _RULES:
-        raise UserError(f"optimizer {name!r} is registered twice, by {_RULES[name]} and {cls}; rename one.")
-    _RULES[name] = cls
+    if name in _OPTIMIZERS:
+        raise UserError(f"optimizer {name!r} is registered twice, by {_OPTIMIZERS[name]} and {cls}; rename one.")
+    _OPTIMIZERS[name] = cls
     return cls
 
 
-def rules() -> dict[str, type]:
+def optimizers() -> dict[str, type]:
     """All rules by name, importing their files, and those of other packages' entry points, once."""
     package = importlib.import_module("megatron_opt.optimizers")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"megatron_opt.optimizers.{module.name}")
     for entry in _entries():
         _load(entry)
-    return dict(_RULES)
+    return dict(_OPTIMIZERS)
 
 
 @functools.cache
@@ -43,19 +43,19 @@ def _entries() -> tuple[metadata.EntryPoint, ...]:
 def _load(entry: metadata.EntryPoint) -> None:
     """A rule of another package: a class, which may register itself, or a module whose classes do."""
     try:
-        found = entry.load()
+        loaded = entry.load()
     except Exception as error:
         raise UserError(
             f"the entry point {entry.name!r} = {entry.value!r} of {ENTRY_POINTS} cannot be loaded: {error}; "
             "mend or uninstall its package."
         ) from error
-    if isinstance(found, type) and _RULES.get(getattr(found, "name", "")) is not found:
-        register(found)
+    if isinstance(loaded, type) and _OPTIMIZERS.get(getattr(loaded, "name", "")) is not loaded:
+        register(loaded)
 
 
 def known(name: str) -> Any:
     """The class of an optimizer; UserError for an unknown name."""
-    classes = rules()
+    classes = optimizers()
     if name not in classes:
         raise UserError(f"there is no optimizer {name!r}; there are {', '.join(sorted(classes))}.")
     return classes[name]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from megatron_opt.kernels import preconditioner
-from megatron_opt.optimizers.asking import Asking, joined
 from megatron_opt.optimizers.base import Cost, MatrixInfo, State
+from megatron_opt.optimizers.decomposition import decompose_or_keep
 from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer
-from megatron_opt.optimizers.guarded import guarded
+from megatron_opt.optimizers.flag_coroutines import FlagCoroutine, joined
 from megatron_opt.optimizers.options import choice, decay, epsilon, option
 from megatron_opt.optimizers.partition import Partition
 from megatron_opt.optimizers.registry import register
@@ -46,7 +46,7 @@ class Shampoo(FactoredOptimizer):
     def before_blocks(self, grad: Tensor, state: State) -> None:
         state["exp_avg"].lerp_(grad, 1 - self.config.beta1)
 
-    def block_step(self, blocks: Blocks) -> Asking[list[Tensor]]:
+    def block_step(self, blocks: Blocks) -> FlagCoroutine[list[Tensor]]:
         ((moment,),) = blocks.states
         direction = moment / (1 - self.config.beta1**blocks.step)
         for side, (factor,) in blocks.factors.items():
@@ -57,7 +57,7 @@ class Shampoo(FactoredOptimizer):
             direction = root @ direction if side == 0 else direction @ root
         return [direction]
 
-    def refresh(self, blocks: Blocks) -> Asking[None]:
+    def refresh(self, blocks: Blocks) -> FlagCoroutine[None]:
         """New roots from the factors."""
         cfg, order = self.config, 2 * len(blocks.factors)
 
@@ -67,8 +67,10 @@ class Shampoo(FactoredOptimizer):
 
         means = {side: factor / (1 - cfg.shampoo_beta**blocks.step) for side, (factor,) in blocks.factors.items()}
         olds = [old for (old,) in blocks.derived.values()]
-        found = yield from joined([guarded(root, (mean,), keep=(old,)) for mean, old in zip(means.values(), olds)])
-        for ((new,), failed), old in zip(found, olds):
+        computed = yield from joined(
+            [decompose_or_keep(root, (mean,), keep=(old,)) for mean, old in zip(means.values(), olds)]
+        )
+        for ((new,), failed), old in zip(computed, olds):
             old.copy_(new)
             for block in failed:
                 self.failed(blocks.names[block])

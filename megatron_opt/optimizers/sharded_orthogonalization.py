@@ -22,11 +22,11 @@ def collectives(k: int, K: int, rows: tuple[int, ...], dtype: torch.dtype, table
     if not ns.uses_gram_form(k, K, dtype, table):
         gathered = all_gather(rows, _half(k), dtype)
         return [reduce_scatter(rows, _half(k), dtype), gathered, gathered] * len(table)
-    found = []
+    planned = []
     for length in ns.segments(len(table), dtype):
         gathered = all_gather(rows, _half(k), _wide(dtype))
-        found += [reduce_scatter(rows, _half(k), _wide(dtype)), *[gathered] * (2 * length + (length > 2))]
-    return found
+        planned += [reduce_scatter(rows, _half(k), _wide(dtype)), *[gathered] * (2 * length + (length > 2))]
+    return planned
 
 
 def iterate(x: Tensor, K: int, rows: tuple[int, ...], index: int, table: Coefficients) -> ShardStep:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from megatron_opt.kernels import eigenbasis, projection
-from megatron_opt.optimizers.asking import Asking, joined
 from megatron_opt.optimizers.base import Cost, MatrixInfo, State
 from megatron_opt.optimizers.bases import both, follow, rotate_moments
+from megatron_opt.optimizers.block_batches import SMALL
 from megatron_opt.optimizers.blocks import as_matrix
+from megatron_opt.optimizers.decomposition import Decomposition, decompose_or_keep
 from megatron_opt.optimizers.factored import Blocks, FactoredConfig, FactoredOptimizer
-from megatron_opt.optimizers.families import SMALL
-from megatron_opt.optimizers.guarded import Found, guarded
+from megatron_opt.optimizers.flag_coroutines import FlagCoroutine, joined
 from megatron_opt.optimizers.options import choice, decay, epsilon, option
 from megatron_opt.optimizers.partition import Partition
 from megatron_opt.optimizers.registry import register
@@ -88,7 +88,7 @@ class Soap(FactoredOptimizer):
 
     # Beginning
 
-    def begin(self, grad: Tensor, state: State, info: MatrixInfo) -> Asking[bool]:
+    def begin(self, grad: Tensor, state: State, info: MatrixInfo) -> FlagCoroutine[bool]:
         """Factors of the first gradient and their bases; nothing moves. A warm start's moments are turned into them."""
         sides, grid = self.sides(info), self.grid(info)
         moved, *flags = yield torch.stack([grad.any(), *self.seeds(state, info)])
@@ -101,9 +101,11 @@ class Soap(FactoredOptimizer):
         for region, stack in enumerate(stacks[0]):
             factors, bases = self.factors_of(state, sides, region)
 
-            def first(stack: Tensor = stack, bases: dict[int, Tensor] = bases) -> Asking[dict[int, Tensor]]:
-                found = yield from guarded(eigenbasis.first_bases, (stack,), sides, keep=tuple(bases.values()))
-                return dict(zip(sides, self.kept(found, [info.name] * len(stack), bases=len(sides))))
+            def first(stack: Tensor = stack, bases: dict[int, Tensor] = bases) -> FlagCoroutine[dict[int, Tensor]]:
+                decomposition = yield from decompose_or_keep(
+                    eigenbasis.first_bases, (stack,), sides, keep=tuple(bases.values())
+                )
+                return dict(zip(sides, self.kept(decomposition, [info.name] * len(stack), bases=len(sides))))
 
             def advance(factor: Tensor, side: int, stack: Tensor = stack) -> None:
                 self.advance(factor, stack, side)
@@ -140,34 +142,37 @@ class Soap(FactoredOptimizer):
         factors: dict[int, Tensor],
         bases: dict[int, Tensor],
         seeded: bool,
-        first: Callable[[], Asking[dict[int, Tensor]]],
+        first: Callable[[], FlagCoroutine[dict[int, Tensor]]],
         advance: Callable[[Tensor, int], None],
         names: Sequence[str],
-    ) -> Asking[None]:
+    ) -> FlagCoroutine[None]:
         """First bases (B, K, K) of a stack of blocks.
 
         `advance` takes the first gradient into the factor of a side; `first` finds bases of that gradient alone. A warm
         start's factors have full rank: its bases are theirs.
         """
-        found = (yield from first()) if factors and not seeded else {}
+        initial = (yield from first()) if factors and not seeded else {}
         for side, factor in factors.items():
             advance(factor, side)
         if seeded:
             compute = eigenbasis.first_basis_of_factor
             sizes = {side: (basis.shape[-1], basis.dtype) for side, basis in bases.items()}
-            runs = [guarded(compute, (x.double(),), *sizes[side], keep=(bases[side],)) for side, x in factors.items()]
-            found = dict(zip(factors, (self.kept(each, names)[0] for each in (yield from joined(runs)))))
+            runs = [
+                decompose_or_keep(compute, (x.double(),), *sizes[side], keep=(bases[side],))
+                for side, x in factors.items()
+            ]
+            initial = dict(zip(factors, (self.kept(each, names)[0] for each in (yield from joined(runs)))))
         for side, basis in bases.items():
-            basis.copy_(found[side])
+            basis.copy_(initial[side])
 
-    def kept(self, found: Found, names: Sequence[str], bases: int = 1) -> tuple[Tensor, ...]:
+    def kept(self, decomposition: Decomposition, names: Sequence[str], bases: int = 1) -> tuple[Tensor, ...]:
         """Its parts, the first ones bases (B, K, K); where a block failed it is counted, and a basis not yet begun is I."""
-        for block in found.failed:
-            for basis in found.parts[:bases]:
+        for block in decomposition.failed:
+            for basis in decomposition.parts[:bases]:
                 self.failed(names[block])
                 if not basis[block].any():
                     basis[block] = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
-        return found.parts
+        return decomposition.parts
 
     # A step
 
@@ -176,7 +181,7 @@ class Soap(FactoredOptimizer):
         held = [several[0] for tensors in (blocks.factors, blocks.derived) for several in tensors.values()]
         return projection.taken([*blocks.grads, *itertools.chain(*blocks.states)], held)
 
-    def block_step(self, blocks: Blocks) -> Asking[list[Tensor]]:
+    def block_step(self, blocks: Blocks) -> FlagCoroutine[list[Tensor]]:
         late = blocks.due and not self.authors  # the refresh sees the factors from before this step
         fused = blocks.in_place and not late  # the kernel advances factors too
         directions = blocks.grads if fused else [grad.clone() for grad in blocks.grads]
@@ -224,13 +229,13 @@ class Soap(FactoredOptimizer):
 
     # Refreshing
 
-    def refresh(self, blocks: Blocks) -> Asking[None]:
+    def refresh(self, blocks: Blocks) -> FlagCoroutine[None]:
         """New bases from the factors; moments follow. Small blocks with full factors where they lie, others stacked."""
         full = all(self.seen(blocks.step) * blocks.shape[1 - side] >= blocks.shape[side] for side in blocks.factors)
         if blocks.in_place and full and self.config.adaptive_tol == 0 and max(blocks.shape) <= SMALL:
             firsts, seconds = blocks.states
-            found = eigenbasis.refresh_bases(firsts, seconds, blocks.derived, blocks.factors, self.config.power_shift)
-            left = (~found).nonzero().flatten().tolist()
+            success = eigenbasis.refresh_bases(firsts, seconds, blocks.derived, blocks.factors, self.config.power_shift)
+            left = (~success).nonzero().flatten().tolist()
             if not left:
                 return
             blocks = blocks.select(left)
@@ -250,18 +255,20 @@ class Soap(FactoredOptimizer):
         shape: tuple[int, int],
         step: int,
         names: Sequence[str],
-    ) -> Asking[tuple[dict[int, Tensor], dict[int, Tensor]]]:
+    ) -> FlagCoroutine[tuple[dict[int, Tensor], dict[int, Tensor]]]:
         """By side of blocks of this shape: bases (B, K, K) refreshed from their factors, the order of the old columns (B, K)."""
         runs = [
             self._new_basis(factor, bases[side], self.seen(step) * shape[1 - side], step, names)
             for side, factor in factors.items()
         ]
-        found = dict(zip(factors, (yield from joined(runs))))
-        return {side: basis for side, (basis, _) in found.items()}, {side: order for side, (_, order) in found.items()}
+        results = dict(zip(factors, (yield from joined(runs))))
+        return {side: basis for side, (basis, _) in results.items()}, {
+            side: order for side, (_, order) in results.items()
+        }
 
     def _new_basis(
         self, factor: Tensor, basis: Tensor, rank: int, step: int, names: Sequence[str]
-    ) -> Asking[tuple[Tensor, Tensor]]:
+    ) -> FlagCoroutine[tuple[Tensor, Tensor]]:
         size = basis.shape[-1]
         order = torch.arange(size, device=basis.device).repeat(len(basis), 1)
         wide, chosen = basis.to(factor.dtype), list(range(len(basis)))
@@ -276,8 +283,10 @@ class Soap(FactoredOptimizer):
         if len(chosen) < len(basis):
             given = [torch.stack([x[block] for block in chosen]) for x in given]
         rank, shift = min(rank, size), self.config.power_shift
-        found = yield from guarded(eigenbasis.power_step, (given[0], given[1]), rank, shift, keep=(given[2], given[3]))
-        new, columns_of = self.kept(found, [names[block] for block in chosen])
+        decomposition = yield from decompose_or_keep(
+            eigenbasis.power_step, (given[0], given[1]), rank, shift, keep=(given[2], given[3])
+        )
+        new, columns_of = self.kept(decomposition, [names[block] for block in chosen])
         if len(chosen) < len(basis):
             parts, (new, order) = (new, columns_of), (basis.clone(), order)
             for at, block in enumerate(chosen):

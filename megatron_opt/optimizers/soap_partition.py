@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from megatron_opt.kernels import eigenbasis
-from megatron_opt.optimizers.asking import Asking, together
 from megatron_opt.optimizers.base import Cost, State
 from megatron_opt.optimizers.bases import follow, rotate_moments
 from megatron_opt.optimizers.blocks import as_matrix
+from megatron_opt.optimizers.decomposition import decompose_or_keep
 from megatron_opt.optimizers.factored import FactoredPartition
-from megatron_opt.optimizers.guarded import guarded
+from megatron_opt.optimizers.flag_coroutines import FlagCoroutine, together
 from megatron_opt.optimizers.message import Message
 from megatron_opt.optimizers.narrow import widened
 from megatron_opt.optimizers.partition import Collective, ShardStep, all_gather, reduce_scatter, shares, to_first
@@ -98,43 +98,43 @@ class SoapPartition(FactoredPartition):
 
     def _shares(self, grad: Tensor, state: State, first: bool) -> dict[str, Tensor]:
         """This shard's part of what is summed; `first`: moments may be zero."""
-        found, side, beta2 = {}, self.side, self.optimizer.config.beta2
+        fields, side, beta2 = {}, self.side, self.optimizer.config.beta2
         grad, second = as_matrix(grad), as_matrix(state["exp_avg_sq"])
         grid = self.optimizer.grid(self.info, tuple(grad.shape))
         # the first factor is decomposed: its small eigenvalues count
         exact = first and side is not None and not bool(second.any())
         for number, (g, v) in enumerate(zip(grid.cut(grad), grid.cut(second))):
             squares = g.double().square().sum((-2, -1))
-            found[f"squares_{number}"] = beta2 * v.double().sum((-2, -1)) + (1 - beta2) * squares
+            fields[f"squares_{number}"] = beta2 * v.double().sum((-2, -1)) + (1 - beta2) * squares
             if side is not None:
                 g = g.double() if exact else g
-                found[f"factors_{number}"] = (g @ g.mT if side == 0 else g.mT @ g).double()
-        return found
+                fields[f"factors_{number}"] = (g @ g.mT if side == 0 else g.mT @ g).double()
+        return fields
 
     def _answered(self, sums: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """The answer's flags, of a matrix that has begun, and mean squares."""
         regions = self._regions()
-        found = {"flags": sums["squares_0"].new_zeros(1 + len(regions), dtype=torch.bool)}
-        found["flags"][0].fill_(True)
+        fields = {"flags": sums["squares_0"].new_zeros(1 + len(regions), dtype=torch.bool)}
+        fields["flags"][0].fill_(True)
         for number, (_, rows, columns) in enumerate(regions):
             squares = sums[f"squares_{number}"]
-            found[f"mean_{number}"] = (squares / squares.new_full((), rows * columns)).to(dtype)
-        return found
+            fields[f"mean_{number}"] = (squares / squares.new_full((), rows * columns)).to(dtype)
+        return fields
 
     def _advance_shared(
         self, sums: dict[str, Tensor], shared: State, step: int, dtype: torch.dtype
     ) -> dict[str, Tensor]:
         """Factors and bases of shard 0; the answer to all."""
-        soap, side, found = self.optimizer, self.side, self._answered(sums, dtype)
+        soap, side, fields = self.optimizer, self.side, self._answered(sums, dtype)
         if side is None:
-            return found
+            return fields
         due, regions = soap.is_due(self.info, step), self._regions()
         held = [soap.factors_of(shared, [side], number) for number in range(len(regions))]
         orders = [torch.arange(q[side].shape[-1], device=q[side].device).repeat(len(q[side]), 1) for _, q in held]
         if soap.authors:
             self._advance_all(held, sums)
         for number, (_, q) in enumerate(held):
-            found[f"old_{number}"] = q[side].clone()
+            fields[f"old_{number}"] = q[side].clone()
         if due:
             runs = [
                 soap.new_bases(gg, q, (rows, columns), step, [self.info.name] * count)
@@ -146,15 +146,15 @@ class SoapPartition(FactoredPartition):
         if not soap.authors:
             self._advance_all(held, sums)
         for number, (_, q) in enumerate(held):
-            found |= {f"new_{number}": q[side], f"order_{number}": orders[number].int()}
-        return found
+            fields |= {f"new_{number}": q[side], f"order_{number}": orders[number].int()}
+        return fields
 
     def _begin_shared(self, sums: dict[str, Tensor], shared: State, step: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """The first factors and bases of shard 0; the answer to all."""
         soap, side, regions = self.optimizer, self.side, self._regions()
-        found = self._answered(sums, dtype)
+        fields = self._answered(sums, dtype)
         if side is None:
-            return found
+            return fields
         held = [soap.factors_of(shared, [side], number) for number in range(len(regions))]
         shares = [sums[f"factors_{number}"] for number in range(len(regions))]
         flags = [*(share.any() for share in shares), *soap.seeds(shared, self.info)]
@@ -165,7 +165,7 @@ class SoapPartition(FactoredPartition):
             return {name: shares[0].new_zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
         for number, (_, q) in enumerate(held):
             order = torch.arange(q[side].shape[-1], device=q[side].device).repeat(len(q[side]), 1)
-            found |= {f"old_{number}": q[side].clone(), f"order_{number}": order.int()}
+            fields |= {f"old_{number}": q[side].clone(), f"order_{number}": order.int()}
         together(
             [
                 self._begin(gg, q, warm, share, step, (rows, columns), [self.info.name] * count)
@@ -173,10 +173,10 @@ class SoapPartition(FactoredPartition):
             ]
         )
         for number, (_, q) in enumerate(held):
-            found[f"new_{number}"] = q[side]
+            fields[f"new_{number}"] = q[side]
         for at, flag in enumerate((moved, *seeded)):
-            found["flags"][at].fill_(flag)
-        return found
+            fields["flags"][at].fill_(flag)
+        return fields
 
     def _begin(
         self,
@@ -187,15 +187,15 @@ class SoapPartition(FactoredPartition):
         step: int,
         shape: tuple[int, int],
         names: list[str],
-    ) -> Asking[None]:
+    ) -> FlagCoroutine[None]:
         ((side, basis),) = bases.items()
         size = basis.shape[-1]
         rank = min(size, self.optimizer.seen(step) * shape[1 - side]) or size
 
-        def first() -> Asking[dict[int, Tensor]]:
+        def first() -> FlagCoroutine[dict[int, Tensor]]:
             compute = eigenbasis.first_basis_of_factor
-            found = yield from guarded(compute, (share,), rank, basis.dtype, keep=(basis,))
-            return {side: self.optimizer.kept(found, names)[0]}
+            decomposition = yield from decompose_or_keep(compute, (share,), rank, basis.dtype, keep=(basis,))
+            return {side: self.optimizer.kept(decomposition, names)[0]}
 
         def advance(factor: Tensor, side: int) -> None:
             self._advance(factor, share)

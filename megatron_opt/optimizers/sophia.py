@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from megatron_opt.kernels import multi_tensor
-from megatron_opt.kernels.multi_tensor import Coefficients, Rule
+from megatron_opt.kernels.multi_tensor import Coefficients, UpdateKind
 from megatron_opt.optimizers.base import State
-from megatron_opt.optimizers.elementwise import ElementwiseConfig, FusedRule
+from megatron_opt.optimizers.elementwise import ElementwiseConfig, FusedOptimizer
 from megatron_opt.optimizers.options import choice, decay, epsilon, option
 from megatron_opt.optimizers.registry import register
 
@@ -31,7 +31,7 @@ class SophiaConfig(ElementwiseConfig):
 
 
 @register
-class Sophia(FusedRule):
+class Sophia(FusedOptimizer):
     """u = clip(m̂/max(γ·h, ε), ±1); m is an EMA of g, h one of the Hessian diagonal's estimates, uncorrected.
 
     An estimate made after step t (t a multiple of `curvature_every`) is first used at t + 1: h = 0 and
@@ -40,15 +40,17 @@ class Sophia(FusedRule):
 
     name = "sophia"
     Config: ClassVar[type] = SophiaConfig
-    rule = Rule.SOPHIA
+    update_kind = UpdateKind.SOPHIA
     state_keys = ("exp_avg", "hessian")
     written = 1
     quantizable: ClassVar[dict[str, torch.dtype]] = {"exp_avg": torch.int8}
 
     def coefficients(self, step: int) -> Coefficients:
         o = self.config
-        mean_m = 1.0 / (1.0 - o.beta1**step) if o.form == "study" else 1.0
-        return Coefficients(beta1=o.beta1, gain1=1.0 - o.beta1, eps=o.eps, mean_m=mean_m, gamma=o.gamma)
+        momentum_weight = 1.0 / (1.0 - o.beta1**step) if o.form == "study" else 1.0
+        return Coefficients(
+            beta1=o.beta1, input_weight1=1.0 - o.beta1, eps=o.eps, momentum_weight=momentum_weight, gamma=o.gamma
+        )
 
     def curvature_due(self, step: int) -> bool:
         """Whether an estimate is to be made after step `step` (from 1)."""
@@ -65,5 +67,5 @@ class Sophia(FusedRule):
         gain = 1.0 - self.config.beta2
         values = [estimate.square() if squared else estimate for estimate in estimates]
         hessian = [state["hessian"] for state in states]
-        c = Coefficients(lr=-gain, shrink=gain, grad_scale=scale)  # h − (−gain·scale·estimate + gain·h)
-        multi_tensor.update(Rule.APPLY, hessian, values, (), c)
+        c = Coefficients(lr=-gain, decay_factor=gain, grad_scale=scale)  # h − (−gain·scale·estimate + gain·h)
+        multi_tensor.update(UpdateKind.APPLY, hessian, values, (), c)

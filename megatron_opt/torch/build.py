@@ -1,4 +1,4 @@
-"""From named torch parameters to the engine's domain: declare, hold, agree."""
+"""From named torch parameters to the engine's shard group: declare, hold, agree."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_opt.distributed.domain import Domain, agree, gather_objects
 from megatron_opt.distributed.exchange import Exchange
-from megatron_opt.distributed.fragments import rectangles
+from megatron_opt.distributed.param_shards import rectangles
+from megatron_opt.distributed.shard_group import ShardGroup, agree, gather_objects
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 from megatron_opt.layout.matrices import ParamView
@@ -23,11 +23,11 @@ from megatron_opt.torch.shards import TensorShard, check_parameters, local_axes
 
 @dataclass
 class Source:
-    """Parameters in their order, what each declares, and the domain that they make."""
+    """Parameters in their order, what each declares, and the shard group that they make."""
 
     named: list[tuple[str, Any]]
     declared: list[Declared]
-    domain: Domain
+    shard_group: ShardGroup
 
     @property
     def param_of(self) -> dict[str, str]:
@@ -55,7 +55,7 @@ def build_source(
     group, rank, size = ranks_of(process_group)
     complaint = None
     try:
-        device, declared, fragments = _declare(named, declarer)
+        device, declared, param_shards = _declare(named, declarer)
     except UserError as error:  # perhaps on this rank alone, and others would wait for it
         complaint = str(error)
     for said in gather_objects(complaint, group, size):
@@ -63,57 +63,59 @@ def build_source(
             raise UserError(said)
     what = str([(each.name, each.shape, each.infos) for each in declared]).encode()
     agree("names, shapes and matrices of the parameters", hashlib.sha256(what).hexdigest()[:16], group, size)
-    mine = [(index, rect) for index, fragment in enumerate(fragments) for rect in fragment.rects]
+    mine = [(index, rect) for index, param_shard in enumerate(param_shards) for rect in param_shard.rects]
     infos = {info.name: info for each in declared for info in each.infos}
     if len(infos) != sum(len(each.infos) for each in declared):
         raise UserError("two matrices have the same name; give the suffixes of split other names.")
     exchange = Exchange(group, rank, size, options.communication_dtype, device)
     holdings = gather_objects(mine, group, size)
     try:
-        domain = Domain("the model", group, rank, size, list(fragments), holdings, infos, exchange, own_device=device)
+        shard_group = ShardGroup(
+            "the model", group, rank, size, list(param_shards), holdings, infos, exchange, own_device=device
+        )
     except RuntimeError as error:
         raise UserError(f"{error}; shard a parameter alike on all ranks of process_group.") from error
-    return Source(named, declared, domain)
+    return Source(named, declared, shard_group)
 
 
 def _declare(
     named: list[tuple[str, Any]], declarer: Declarer
 ) -> tuple[torch.device, list[Declared], list[TensorShard]]:
-    """The device of the parameters, their declarations, and this rank's fragments."""
+    """The device of the parameters, their declarations, and this rank's parameter shards."""
     device = check_parameters(named)
     declared = [declarer.declare(name, param) for name, param in named]
     declarer.finish()
-    fragments = []
+    param_shards = []
     for each, (name, param) in zip(declared, named, strict=True):
         pieces, rows, cols = each.pieces(local_axes(name, param))
         if pieces:
             view = ParamView(name, param, rows, cols, pieces, False, False)
-            fragments.append(TensorShard.of(view, rectangles(view, 0, rows * cols)))
-    return device, declared, fragments
+            param_shards.append(TensorShard.of(view, rectangles(view, 0, rows * cols)))
+    return device, declared, param_shards
 
 
 def check_groups(source: Source, groups: Sequence[Group]) -> None:
     """Refuse a matrix rule on what nobody has said is a matrix."""
-    rules = {info.name: group.optimizer for group in groups for info in group.infos}
+    optimizers = {info.name: group.optimizer for group in groups for info in group.infos}
     for each in source.declared:
-        if each.guessed and issubclass(known(rules[each.infos[0].name]), MatrixOptimizer):
+        if each.guessed and issubclass(known(optimizers[each.infos[0].name]), MatrixOptimizer):
             raise UserError(
-                f"{each.name} has {len(each.shape)} sides {list(each.shape)}, and {rules[each.infos[0].name]} trains matrices; "
+                f"{each.name} has {len(each.shape)} sides {list(each.shape)}, and {optimizers[each.infos[0].name]} trains matrices; "
                 f"say split={{{each.name!r}: 'stack'}} (a matrix of the last two sides for each of the others) or 'flatten'."
             )
 
 
-def check_replicas(domain: Domain) -> None:
+def check_replicas(shard_group: ShardGroup) -> None:
     """Refuse gradients that differ between ranks that hold the same: nobody has averaged them. Collective."""
     shared = []
-    for fragment in domain.fragments:
-        grad = fragment.grad()
-        for rect in fragment.rects:
-            if domain.weight[rect.key] < 1.0:
+    for param_shard in shard_group.param_shards:
+        grad = param_shard.grad()
+        for rect in param_shard.rects:
+            if shard_group.weight[rect.key] < 1.0:
                 size = 0.0 if grad is None else float(torch.linalg.vector_norm(rect.run(grad).double()))
                 shared.append((rect.key, size))
     found: dict[Any, float] = {}
-    for rank, theirs in enumerate(gather_objects(shared, domain.group, domain.size)):
+    for rank, theirs in enumerate(gather_objects(shared, shard_group.group, shard_group.size)):
         for key, size in theirs:
             other = found.setdefault(key, size)
             if abs(size - other) > 1e-3 * max(size, other):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from megatron_opt.distributed.domain import gather_objects
+from megatron_opt.distributed.shard_group import gather_objects
 from megatron_opt.distributed.sharded_optimizer import ShardedOptimizer
 from megatron_opt.distributed.state import Piece, local_pieces
 from megatron_opt.errors import UserError
@@ -85,7 +85,7 @@ def entries(engine: ShardedOptimizer, param_of: Mapping[str, str]) -> dict[str, 
 
     Plain tensors where every rank has the whole (one process; element-wise rules on replicas), else ShardedState.
     """
-    domain, matrices = engine.domains[0], engine.matrix_steps[0].infos
+    shard_group, matrices = engine.shard_groups[0], engine.matrix_steps[0].infos
     parts: dict[tuple[str, str], dict[tuple[int, ...], Tensor]] = {}
     shapes: dict[tuple[str, str], tuple[int, ...]] = {}
     everywhere: dict[tuple[str, str], bool] = {}
@@ -94,8 +94,10 @@ def entries(engine: ShardedOptimizer, param_of: Mapping[str, str]) -> dict[str, 
         name, (at, shape) = (param, _key(piece, param)), _place(piece)
         parts.setdefault(name, {}).setdefault(at, piece.tensor)
         shapes[name] = shape
-        copies = 1 if piece.rect is None or piece.matrix in matrices else round(1.0 / domain.weight[piece.rect.key])
-        everywhere[name] = copies == domain.size and tuple(piece.tensor.shape) == shape
+        copies = (
+            1 if piece.rect is None or piece.matrix in matrices else round(1.0 / shard_group.weight[piece.rect.key])
+        )
+        everywhere[name] = copies == shard_group.size and tuple(piece.tensor.shape) == shape
     found: dict[str, dict[str, Tensor]] = {}
     for (param, key), held in sorted(parts.items()):
         whole = everywhere[param, key]
@@ -119,8 +121,8 @@ def load_entries(
                 "(see full_state_dict)."
             )
         piece.take(_part(entry, piece, f"{key} of {param}"))
-    for fragment in engine.fragments():
-        fragment.publish()
+    for param_shard in engine.param_shards():
+        param_shard.publish()
 
 
 def _part(entry: Tensor, piece: Piece, what: str) -> Tensor:
@@ -145,13 +147,13 @@ def whole_entries(
     engine: ShardedOptimizer, params: Sequence[str], found: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, dict[str, Tensor]]:
     """Entries with every tensor whole, on the CPU of every rank; collective, one parameter after another."""
-    domain = engine.domains[0]
+    shard_group = engine.shard_groups[0]
     whole: dict[str, dict[str, Tensor]] = {}
     for param in params:
         mine = {
             key: (tuple(t.shape), [(at, p.cpu()) for at, p in _parts(t)]) for key, t in found.get(param, {}).items()
         }
-        for theirs in gather_objects(mine, domain.group, domain.size):
+        for theirs in gather_objects(mine, shard_group.group, shard_group.size):
             for key, (shape, parts) in theirs.items():
                 into = whole.setdefault(param, {})
                 for at, part in parts:

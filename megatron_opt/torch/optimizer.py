@@ -10,18 +10,26 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from megatron_opt.distributed.domain import agree
 from megatron_opt.distributed.ownership import plan_table
+from megatron_opt.distributed.shard_group import agree
 from megatron_opt.distributed.sharded_optimizer import ShardedOptimizer
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
-from megatron_opt.optimizers.groups import Group, GroupRule, assign, default_rules, describe, load_rules, read_rules
+from megatron_opt.optimizers.groups import (
+    Group,
+    ParamGroupConfig,
+    assign,
+    default_group_configs,
+    describe,
+    load_group_configs,
+    read_rules,
+)
 from megatron_opt.torch.build import build_source, check_groups, check_replicas
 from megatron_opt.torch.checkpoint import entries, load_entries, whole_entries
 from megatron_opt.torch.matrices import Declarer, Split, canonical_names, embeddings_of
 
-Groups = str | Path | Sequence[GroupRule | Mapping[str, Any]]
+Groups = str | Path | Sequence[ParamGroupConfig | Mapping[str, Any]]
 
 
 class ArgumentError(UserError, ValueError):
@@ -73,19 +81,21 @@ class Optimizer(torch.optim.Optimizer):
                 raise UserError("ema_decay is for Megatron jobs; use torch.optim.swa_utils.AveragedModel.")
             if options.optimizer_cpu_offload:
                 raise UserError("optimizer_cpu_offload is for Megatron jobs; use fully_shard's CPUOffloadPolicy.")
-            rules = _rules(name, config, partner, scalar_lr_ratio, groups)
+            optimizers = _rules(name, config, partner, scalar_lr_ratio, groups)
             embeddings = embeddings_of(params) if isinstance(params, nn.Module) else []
             named = _named(params)
             self._source = build_source(named, Declarer(kinds, split, embeddings), options, process_group)
-            domain = self._source.domain
-            made = assign([domain.infos[n] for n in sorted(domain.infos)], rules, options.decay_mode)
+            shard_group = self._source.shard_group
+            made = assign([shard_group.infos[n] for n in sorted(shard_group.infos)], optimizers, options.decay_mode)
             check_groups(self._source, made)
-            self._engine = ShardedOptimizer([domain], made, options, clip_grad=float(clip_grad), world=domain.group)
+            self._engine = ShardedOptimizer(
+                [shard_group], made, options, clip_grad=float(clip_grad), world=shard_group.group
+            )
             plan = self._engine.matrix_steps[0].placed.plan
-            agree("optimizer's plan", f"{plan.digest()} {[g.name for g in made]}", domain.group, domain.size)
-        for fragment in domain.fragments:
-            fragment.overwritten = not overwrite_grads and any(  # type: ignore[attr-defined]
-                rect.matrix in self._engine.matrix_steps[0].infos for rect in fragment.rects
+            agree("optimizer's plan", f"{plan.digest()} {[g.name for g in made]}", shard_group.group, shard_group.size)
+        for param_shard in shard_group.param_shards:
+            param_shard.overwritten = not overwrite_grads and any(  # type: ignore[attr-defined]
+                rect.matrix in self._engine.matrix_steps[0].infos for rect in param_shard.rects
             )
         self._curvature_of = 0  # the step after which the last estimate was made
         self._has_stepped = self._complete = False
@@ -142,7 +152,7 @@ class Optimizer(torch.optim.Optimizer):
             if not engine.step_number:
                 engine.forget_states()  # a look at the state may have made it of other weights
             if not self._has_stepped:
-                check_replicas(engine.domains[0])
+                check_replicas(engine.shard_groups[0])
                 self._has_stepped = True
             if engine.curvature_due(engine.step_number) and self._curvature_of != engine.step_number > 0:
                 raise UserError(
@@ -161,8 +171,8 @@ class Optimizer(torch.optim.Optimizer):
                 "(fully_shard, DistributedDataParallel, accelerate)."
             )
         self._engine.param_groups = self.param_groups
-        for fragment in self._engine.fragments():
-            fragment.refresh()
+        for param_shard in self._engine.param_shards():
+            param_shard.refresh()
 
     def curvature_due(self) -> bool:
         """Whether the rule (Sophia) wants a curvature estimate now, after the last step."""
@@ -271,22 +281,22 @@ def _rules(
     partner: Mapping[str, Any] | None,
     scalar_lr_ratio: float | None,
     groups: Groups | None,
-) -> list[GroupRule]:
+) -> list[ParamGroupConfig]:
     if groups is not None:
         if name is not None or config or partner or scalar_lr_ratio is not None:
             raise UserError("groups name optimizers and their options themselves; leave out the name and its options.")
         if isinstance(groups, str | Path):
-            return load_rules(groups)
-        return [g if isinstance(g, GroupRule) else read_rules("groups", [g])[0] for g in groups]
+            return load_group_configs(groups)
+        return [g if isinstance(g, ParamGroupConfig) else read_rules("groups", [g])[0] for g in groups]
     if name is None:
-        raise UserError(f"give the name of an optimizer: {', '.join(sorted(registry.rules()))}; or groups.")
+        raise UserError(f"give the name of an optimizer: {', '.join(sorted(registry.optimizers()))}; or groups.")
     scalars = registry.known(name).scalars
     if partner and scalars is None:
         raise UserError(f"{name} trains all parameters, so that it has no partner; give its options alone.")
     options = {name: registry.read_options(name, config)}
     if scalars is not None:
         options[scalars.optimizer] = registry.read_options(scalars.optimizer, partner or {})
-    return default_rules(name, options, scalar_lr_ratio)
+    return default_group_configs(name, options, scalar_lr_ratio)
 
 
 def _check_number(what: str, value: Any) -> None:
@@ -301,6 +311,6 @@ def _as_arguments() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        names = "|".join(sorted((n.replace("_", "-") for n in registry.rules()), key=len, reverse=True))
+        names = "|".join(sorted((n.replace("_", "-") for n in registry.optimizers()), key=len, reverse=True))
         sentence = re.sub(rf"--(?:(?:{names})-)?([a-z][\w-]*)", lambda found: found[1].replace("-", "_"), str(error))
         raise ArgumentError(sentence.replace("optimizer_groups", "groups")) from error

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from megatron_opt.distributed.fragments import Fragment
+from megatron_opt.distributed.param_shards import ParamShard
 from megatron_opt.errors import UserError
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -67,7 +67,7 @@ def _chunks(axis: Tensor, count: int) -> Sequence[Tensor]:
 
 
 @dataclass(eq=False)
-class TensorShard(Fragment):
+class TensorShard(ParamShard):
     """A whole local tensor of a torch parameter.
 
     The fp32 main copy is the parameter's own memory where it is fp32 and contiguous. Values that the model got from

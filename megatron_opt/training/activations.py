@@ -126,14 +126,14 @@ def _forked(target: Path, argv: list[str]) -> int:
 
 def main(folder: Path) -> int:
     """All runs of the plan in order; the first failure's exit code."""
-    entry.alone()
+    entry.set_single_process_env()
     from megatron_opt import platform
 
     platform.activate()
     import megatron_opt.training.job  # noqa: F401  # before the first fork
     from megatron_opt.optimizers import registry
 
-    registry.rules()
+    registry.optimizers()
     import megatron.training.training  # noqa: F401
 
     for name, argv in json.loads((folder / "plan.json").read_text()).items():

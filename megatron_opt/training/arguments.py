@@ -205,11 +205,11 @@ def parse(argv: Sequence[str]) -> Any:
 
 def _print_plan(args: Any) -> None:
     from megatron_opt.distributed import planning
-    from megatron_opt.training.optimizer_flags import MEGATRON_OWN, group_rules
+    from megatron_opt.training.optimizer_flags import MEGATRON_OWN, read_group_configs
 
     if args.optimizer in MEGATRON_OWN:
         raise UserError(f"--plan-world-size plans this project's optimizers; {args.optimizer} is Megatron's.")
-    planning.show(planning.from_args(args, args.plan_world_size, group_rules(args)), args.output_dir)
+    planning.show(planning.from_args(args, args.plan_world_size, read_group_configs(args)), args.output_dir)
 
 
 def _quietly(function: Callable[..., Any], *args: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import NoReturn
 from megatron_opt.errors import UserError
 
 
-def alone() -> None:
+def set_single_process_env() -> None:
     """Addresses for torch.distributed where there is one process, which needs no launcher."""
     if check_launcher()[1] == 1:
         os.environ.setdefault("MASTER_ADDR", "localhost")
@@ -40,7 +40,7 @@ def _whole(name: str, low: int, high: int, default: str) -> int:
     return value
 
 
-def refused(program: str, error: Exception) -> int:
+def print_user_error(program: str, error: Exception) -> int:
     """Print why this rank stops, with its number where there are several; returns the exit code of bad input."""
     rank = os.environ.get("RANK", "0")
     where = f" [rank {rank}]" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
@@ -48,7 +48,7 @@ def refused(program: str, error: Exception) -> int:
     return 2
 
 
-def part() -> None:
+def destroy_process_group() -> None:
     """End this rank's process group, whose threads may otherwise abort the process at its end (gloo)."""
     import torch
 
@@ -56,7 +56,7 @@ def part() -> None:
         torch.distributed.destroy_process_group()
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End the process without taking the interpreter down: threads of gloo and torch abort a rank now and then while their
     libraries are unloaded, and a launcher would start a finished job again. A failed rank ends at once, since others may
     wait for it in a collective until torchrun ends them; a good end lets loggers write first.

@@ -217,7 +217,7 @@ def rollback(save: Path, iteration: int, steps: int) -> int | None:
     for newer in (n for n in found if n > target):
         folders.discard(save, newer)
     write_atomic(save / folders.TRACKER, str(target))
-    folders.sweep(save)
+    folders.delete_discarded(save)
     return target
 
 

@@ -119,13 +119,22 @@ def initialize(chunks: Sequence[Any], config: Any, seed: int, style: str) -> Non
         quantized = is_quantized(view.param)
         values = torch.empty(view.param.shape, dtype=view.param.dtype) if quantized else view.param
         local = values.view(view.rows, view.cols)
-        for piece in view.pieces:
-            info = declaration.matrices[piece.matrix]
-            block = local[piece.local_row : piece.local_row + piece.rows]
+        for mapping in view.mappings:
+            info = declaration.matrices[mapping.matrix]
+            block = local[mapping.local_row : mapping.local_row + mapping.rows]
             if kind.kind == "ssm":
-                index = torch.arange(piece.rows, dtype=torch.int64) + piece.row
+                index = torch.arange(mapping.rows, dtype=torch.int64) + mapping.row
                 block.copy_(ssm_values(kind.role, uniform(seed, info.name, index))[:, None])
                 continue
-            _fill(block, seed, info.name, piece.row, piece.col, info.shape[-1], scale_of(info, style, config), truncate)
+            _fill(
+                block,
+                seed,
+                info.name,
+                mapping.row,
+                mapping.col,
+                info.shape[-1],
+                scale_of(info, style, config),
+                truncate,
+            )
         if quantized:
             set_initial_values(view.param, values)

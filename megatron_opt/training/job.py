@@ -8,7 +8,7 @@ from megatron_opt.checkpointing import saving
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 from megatron_opt.training import console, data_flags, events, faults, foresight, record, signals
-from megatron_opt.training.optimizer_flags import MEGATRON_OWN, curvature_kind, group_rules
+from megatron_opt.training.optimizer_flags import MEGATRON_OWN, curvature_kind, read_group_configs
 
 
 def train(args: Any, look_at_model: Callable[[list[Any]], Any] | None = None) -> None:
@@ -62,7 +62,7 @@ def _train(args: Any, look_at_model: Callable[[list[Any]], Any] | None) -> None:
     events.start(args)
     record.write(args)
     foresight.tell(args)
-    if args.optimizer not in MEGATRON_OWN and (kind := curvature_kind(group_rules(args))):
+    if args.optimizer not in MEGATRON_OWN and (kind := curvature_kind(read_group_configs(args))):
         curvature.install(training, args, kind, monitor.clock)
     config = model_config(args)
     if not args.megatron_init:
@@ -131,7 +131,7 @@ def make_optimizer(config: Any, model_chunks: Sequence[Any], **ignored: Any) -> 
     optimizer = build_optimizer(
         config,
         model_chunks,
-        group_rules(args),
+        read_group_configs(args),
         EngineOptions.of(vars(args)),
         width_ratio=width_ratio(get_model_config(model_chunks[0])),
     )
@@ -141,9 +141,11 @@ def make_optimizer(config: Any, model_chunks: Sequence[Any], **ignored: Any) -> 
     if args.rank == 0:
         console.say(describe(optimizer.groups, args.weight_decay))
     if args.print_optimizer_plan:
-        for domain, step in zip(optimizer.domains, optimizer.matrix_steps, strict=True):
-            if domain.rank == 0:
-                found = planning.DomainPlan(domain.name, step.placed.plan, planning.sent_in_a_step(domain, step))
+        for shard_group, step in zip(optimizer.shard_groups, optimizer.matrix_steps, strict=True):
+            if shard_group.rank == 0:
+                found = planning.ShardGroupPlan(
+                    shard_group.name, step.placed.plan, planning.sent_in_a_step(shard_group, step)
+                )
                 with console.showing():
                     planning.show([found], args.output_dir)
     return optimizer

@@ -56,7 +56,7 @@ class Monitor:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     @property
-    def speaks(self) -> bool:
+    def is_logging_rank(self) -> bool:
         """The last rank has the loss, as for Megatron's own log."""
         return self.args.rank == self.args.world_size - 1
 
@@ -124,7 +124,7 @@ class Monitor:
         self._since, self._since_samples = time.perf_counter(), self.args.consumed_train_samples
         if self.folder:
             path = self.folder / run_files.METRICS
-            if self.speaks:
+            if self.is_logging_rank:
                 rows = run_files.forget_after(path, iteration)
             else:
                 rows = [row for row in run_files.metrics(path) if row["iteration"] <= iteration]
@@ -137,7 +137,7 @@ class Monitor:
         self._wall_before = self.progress.wall
         self._table = console.Table(self.args.train_iters, console.peak_flops(self.args))
         record.write(self.args, getattr(self.optimizer, "groups", None))
-        if self.speaks and (writer := sinks.writer()) is not None and writer.wandb is not None:
+        if self.is_logging_rank and (writer := sinks.writer()) is not None and writer.wandb is not None:
             writer.wandb.config.update(
                 {"validation": getattr(self.args, "validation_identity", None)}, allow_val_change=True
             )
@@ -157,9 +157,9 @@ class Monitor:
         for chunk in chunks:
             chunk.finish_grad_sync = self.clock.timed("communication", chunk.finish_grad_sync)
             chunk.start_param_sync = self.clock.timed("communication", chunk.start_param_sync)
-        from megatron_opt.distributed.exchange import Trip
+        from megatron_opt.distributed.exchange import AsyncTransfer
 
-        Trip.finish = self.clock.timed("communication", Trip.finish)  # type: ignore[method-assign]
+        AsyncTransfer.finish = self.clock.timed("communication", AsyncTransfer.finish)  # type: ignore[method-assign]
 
     # Events
 
@@ -200,7 +200,7 @@ class Monitor:
         reports = [found for post in getattr(self.optimizer, "post_steps", ()) if (found := post.report())]
         entry |= {found.key: found.entry for found in reports}
         self._append(entry)
-        if self.speaks:
+        if self.is_logging_rank:
             assert self._table is not None
             row = (iteration, loss, lr, grad_norm, seconds, tokens_per_s, flops / elapsed)
             console.say(self._table.row(*row, args.world_size, _peak_memory()))
@@ -241,7 +241,7 @@ class Monitor:
     def on_eval(self, split: str, iteration: int, loss: float) -> None:
         """After an evaluation, on the ranks that have the loss."""
         self.losses[split] = loss
-        if not self.speaks:
+        if not self.is_logging_rank:
             return
         tokens = self.args.consumed_train_samples * self.args.seq_length
         row = {"kind": "eval", "iteration": iteration, "time": round(time.time(), 3), "tokens": tokens, "loss": loss}
@@ -255,7 +255,7 @@ class Monitor:
         console.say(f"{name + ' at ' + str(iteration):>15}  {loss:>8.4f}  perplexity {math.exp(min(20.0, loss)):.2f}")
 
     def _append(self, entry: dict[str, Any]) -> None:
-        if self.folder and self.speaks:
+        if self.folder and self.is_logging_rank:
             try:
                 with open(self.folder / run_files.METRICS, "a") as file:
                     file.write(json.dumps(entry) + "\n")
@@ -270,7 +270,7 @@ class Monitor:
     def _series(
         self, iteration: int, tokens_per_s: float, seconds: float, spans: dict[str, float], stats: Any, reports: Any
     ) -> None:
-        writer = sinks.writer() if self.speaks else None
+        writer = sinks.writer() if self.is_logging_rank else None
         if writer is None:
             return
         writer.add_scalar("tokens-per-second", tokens_per_s, iteration)
@@ -305,7 +305,7 @@ class Monitor:
         peak = torch.tensor([float(_peak_memory())], dtype=torch.float64, device=torch.cuda.current_device())
         if dist.get_world_size() > 1:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        if not self.speaks:
+        if not self.is_logging_rank:
             return
         result = self._result(status, reason, int(peak.item()))
         if self.folder:

@@ -11,7 +11,7 @@ from megatron_opt.distributed.ownership import check_balance
 from megatron_opt.engine_options import MEGATRONS, EngineOptions
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
-from megatron_opt.optimizers.groups import GroupRule, default_rules, load_rules
+from megatron_opt.optimizers.groups import ParamGroupConfig, default_group_configs, load_group_configs
 from megatron_opt.optimizers.sophia import SophiaConfig
 from megatron_opt.training.flags.refused import WITHOUT_MEANING
 from megatron_opt.training.flags.table import unsupported
@@ -39,12 +39,14 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
 
     Where Megatron has the same flag (`--muon-momentum`), ours takes its place.
     """
-    rules = registry.rules()
+    optimizer_classes = registry.optimizers()
     for action in parser._actions:
         if action.dest == "optimizer":
-            action.choices, action.default = [*MEGATRON_OWN, *sorted(rules)], "adamw"
+            action.choices, action.default = [*MEGATRON_OWN, *sorted(optimizer_classes)], "adamw"
             action.help = "optimizer; adam and sgd are Megatron's own, the others megatron_opt's"
-    divided = [name for name, rule in sorted(rules.items()) if rule.scalars is not None]  # type: ignore[attr-defined]
+    divided = [
+        name for name, optimizer_class in sorted(optimizer_classes.items()) if optimizer_class.scalars is not None
+    ]  # type: ignore[attr-defined]
     shared = parser.add_argument_group("optimizers")
     shared.conflict_handler = "resolve"
     shared.add_argument(
@@ -54,10 +56,10 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="learning rate of the parameters that a matrix optimizer leaves to an element-wise one, over --lr",
     )
-    for name, rule in sorted(rules.items()):
-        group = parser.add_argument_group(f"optimizer {name}", (rule.__doc__ or "").split("\n")[0])
+    for name, optimizer_class in sorted(optimizer_classes.items()):
+        group = parser.add_argument_group(f"optimizer {name}", (optimizer_class.__doc__ or "").split("\n")[0])
         group.conflict_handler = "resolve"
-        for field in dataclasses.fields(rule.Config):  # type: ignore[attr-defined]
+        for field in dataclasses.fields(optimizer_class.Config):  # type: ignore[attr-defined]
             flag = f"--{name}-{field.name}".replace("_", "-")
             text = f"{field.metadata.get('help', '')} (default {field.default})".replace("%", "%%")
             kind: Any = type(field.default)
@@ -76,7 +78,7 @@ _MEGATRON_WORDS: dict[str, dict[str, str]] = {"--muon-fp32-matmul-prec": {"low":
 
 def _adam_target(optimizer: str) -> str:
     """Whom Megatron's --adam-beta1, -beta2 and -eps speak to: the rule of the scalars where there is one."""
-    scalars = getattr(registry.rules().get(optimizer), "scalars", None)
+    scalars = getattr(registry.optimizers().get(optimizer), "scalars", None)
     return scalars.optimizer if scalars else optimizer
 
 
@@ -84,8 +86,8 @@ def given_options(args: Any, given: set[str]) -> dict[str, dict[str, Any]]:
     """Options that the user gave, by optimizer."""
     found: dict[str, dict[str, Any]] = {}
     adam = _adam_target(args.optimizer)
-    for name, rule in registry.rules().items():
-        fields = {field.name for field in dataclasses.fields(rule.Config)}  # type: ignore[attr-defined]
+    for name, optimizer_class in registry.optimizers().items():
+        fields = {field.name for field in dataclasses.fields(optimizer_class.Config)}  # type: ignore[attr-defined]
         options = {}
         if name == adam:
             options = {
@@ -104,17 +106,21 @@ def given_options(args: Any, given: set[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def group_rules(args: Any) -> list[GroupRule]:
+def read_group_configs(args: Any) -> list[ParamGroupConfig]:
     """The run's grouping: the study's for `--optimizer`, or the file of `--optimizer-groups`."""
     options = given_options(args, args.given_flags)
     if args.optimizer_groups:
-        return load_rules(args.optimizer_groups, options)
-    return default_rules(args.optimizer, options, args.scalar_lr_ratio)
+        return load_group_configs(args.optimizer_groups, options)
+    return default_group_configs(args.optimizer, options, args.scalar_lr_ratio)
 
 
-def curvature_kind(rules: Sequence[GroupRule]) -> str | None:
+def curvature_kind(group_configs: Sequence[ParamGroupConfig]) -> str | None:
     """The estimate that the run's Sophia groups want; None where there is no such group."""
-    kinds = {rule.options.get("curvature", SophiaConfig.curvature) for rule in rules if rule.optimizer == "sophia"}
+    kinds = {
+        group_config.options.get("curvature", SophiaConfig.curvature)
+        for group_config in group_configs
+        if group_config.optimizer == "sophia"
+    }
     if len(kinds) > 1:
         raise UserError("one Sophia group wants curvature gnb, another hutchinson; choose one for both.")
     return str(kinds.pop()) if kinds else None
@@ -126,14 +132,14 @@ def check_optimizer_arguments(args: Any) -> None:
     if args.optimizer in MEGATRON_OWN:
         _refuse_ours(args)
         return
-    rules = group_rules(args)
-    for rule in rules:
-        built = registry.build(rule.optimizer, dict(rule.options))
+    group_configs = read_group_configs(args)
+    for group_config in group_configs:
+        built = registry.build(group_config.optimizer, dict(group_config.options))
         if getattr(args, "use_mup", False):
             built.width_exponent()
-    if kind := curvature_kind(rules):
+    if kind := curvature_kind(group_configs):
         check_curvature(args, kind)
-    used = {rule.optimizer for rule in rules}
+    used = {group_config.optimizer for group_config in group_configs}
     for name in given_options(args, args.given_flags):
         if name not in used:
             raise UserError(
@@ -179,8 +185,8 @@ def _refuse_ours(args: Any) -> None:
     ours |= {"optimizer-groups", "print-optimizer-plan", "scalar-lr-ratio"}
     ours |= {
         f"{name}-{field.name}".replace("_", "-")
-        for name, rule in registry.rules().items()
-        for field in dataclasses.fields(rule.Config)  # type: ignore[attr-defined]
+        for name, optimizer_class in registry.optimizers().items()
+        for field in dataclasses.fields(optimizer_class.Config)  # type: ignore[attr-defined]
     }
     for flag in sorted(ours & args.given_flags):
         raise UserError(

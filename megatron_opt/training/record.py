@@ -81,7 +81,7 @@ def layout(args: Any) -> dict[str, int]:
 def groups(args: Any, built: Any = None) -> list[dict[str, Any]]:
     """The parameter groups with every option of their rules; with `built`, the optimizer's groups, what they hold too."""
     from megatron_opt.optimizers import registry
-    from megatron_opt.training.optimizer_flags import MEGATRON_OWN, group_rules
+    from megatron_opt.training.optimizer_flags import MEGATRON_OWN, read_group_configs
 
     if args.optimizer in MEGATRON_OWN:
         names = {"adam": ("adam_beta1", "adam_beta2", "adam_eps"), "sgd": ("sgd_momentum",)}[args.optimizer]
@@ -116,16 +116,16 @@ def groups(args: Any, built: Any = None) -> list[dict[str, Any]]:
         ]
     return [
         {
-            "match": rule.match,
-            "optimizer": rule.optimizer,
-            "options": options_of(rule.optimizer, rule.options),
-            "lr": lr(rule.lr_scale),
-            "lr_scale": rule.lr_scale,
-            "weight_decay": rule.weight_decay,
-            "decay_mode": rule.decay_mode or args.decay_mode,
-            "clip": rule.clip,
+            "match": group_config.match,
+            "optimizer": group_config.optimizer,
+            "options": options_of(group_config.optimizer, group_config.options),
+            "lr": lr(group_config.lr_scale),
+            "lr_scale": group_config.lr_scale,
+            "weight_decay": group_config.weight_decay,
+            "decay_mode": group_config.decay_mode or args.decay_mode,
+            "clip": group_config.clip,
         }
-        for rule in group_rules(args)
+        for group_config in read_group_configs(args)
     ]
 
 
@@ -143,9 +143,9 @@ def config(args: Any, found: list[dict[str, Any]]) -> dict[str, Any]:
     for name in ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum"):
         values.pop(name, None)
     for name in {group["optimizer"] for group in found}:
-        rules = [group["options"] for group in found if group["optimizer"] == name]
-        for key, value in rules[0].items():
-            if all(rule[key] == value for rule in rules):  # else only the groups can say
+        options = [group["options"] for group in found if group["optimizer"] == name]
+        for key, value in options[0].items():
+            if all(each[key] == value for each in options):  # else only the groups can say
                 values[f"rule_{name}_{key}"] = value
     if values.get("optimizer_groups"):
         values["optimizer_groups"] = str(Path(values["optimizer_groups"]).resolve())

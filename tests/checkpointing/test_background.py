@@ -52,7 +52,7 @@ def test_values_are_those_of_the_save_whatever_comes_after(tmp_path, writer):
         folder = tmp_path / str(number)
         folder.mkdir()
         expected = [tensor.clone() for tensor in live]
-        writer.save(folder, 0, plan, [b"%02d" % number], live, still=[True, False] * 3)
+        writer.save(folder, 0, plan, [b"%02d" % number], live, constant_until_step=[True, False] * 3)
         for tensor in live[1::2]:  # those that were not promised to keep still
             tensor.add_(1)
         writer.settle()

@@ -12,7 +12,7 @@ from megatron_opt.checkpointing import folders
 
 def write(save, iteration, ranks=2):
     """A save by several ranks, not yet published."""
-    folder = save / folders.ASIDE / folders.name_of(iteration)
+    folder = save / folders.STAGING / folders.name_of(iteration)
     folder.mkdir(parents=True)
     for rank in range(ranks):
         (folder / f"__{rank}_0.distcp").write_bytes(os.urandom(1000 + rank))
@@ -84,7 +84,7 @@ def test_publishing_again_replaces(tmp_path):
     folders.publish(tmp_path, 5)
     after = folders.manifest(tmp_path, 5)
     assert before != after and folders.damage(tmp_path / "iter_0000005", after) is None
-    folders.sweep(tmp_path, aside=True)
+    folders.delete_discarded(tmp_path, staging=True)
     assert sorted(os.listdir(tmp_path)) == ["iter_0000005", folders.TRACKER]
 
 
@@ -110,7 +110,7 @@ def test_prune_keeps_links_and_the_damaged(tmp_path):
     os.rename(tmp_path / "iter_0000010", elsewhere)
     os.symlink(elsewhere, tmp_path / "iter_0000010")
     assert folders.prune(tmp_path, 1, 0) == [20]
-    folders.sweep(tmp_path, aside=True)
+    folders.delete_discarded(tmp_path, staging=True)
     left = sorted(os.listdir(tmp_path))
     assert left == ["elsewhere", "iter_0000010", "iter_0000030.damaged", "iter_0000040", folders.TRACKER]
 

@@ -185,7 +185,7 @@ def undisturbed(folder: Path, flags: list[str], seconds: float) -> dict[tuple[st
 
 def saving(save: Path) -> bool:
     """Whether a checkpoint is being written at this moment."""
-    return any((save / folders.ASIDE).glob("iter_*/*")) if save.is_dir() else False
+    return any((save / folders.STAGING).glob("iter_*/*")) if save.is_dir() else False
 
 
 def _strike(run: Run, target: str, draw: random.Random, save: Path, limit: float) -> bool:

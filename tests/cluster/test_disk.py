@@ -43,7 +43,7 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(job, disk, reference):
     assert run.finish(LIMIT) == 2, run.tail()
     assert "could not be saved" in run.tail() and "--on-save-failure continue" in run.tail()
     kept = sound(disk / "checkpoints")
-    assert kept and not list((disk / "checkpoints" / folders.ASIDE).glob("*"))
+    assert kept and not list((disk / "checkpoints" / folders.STAGING).glob("*"))
     subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True, timeout=30)
     assert run.finish(LIMIT) == 0, run.tail()
     assert run.events("resume")[0]["iteration"] == kept[0]

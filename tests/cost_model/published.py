@@ -73,11 +73,11 @@ def flop_share(model: str, optimizer: str, tokens: float, whole: bool = False) -
     ranks = max(1, shape.experts)
     layout = Layout(ranks, ep=ranks, etp=1, global_batch=ranks)
     total = sum(
-        cost.mean_flops() * (ranks if domain.name.startswith("experts") else 1)
+        cost.mean_flops() * (ranks if shard_group.name.startswith("experts") else 1)
         for stage in plans(shape, layout, grouping(given))
-        for domain in stage
-        for name, cost in domain.costs.items()
-        if domain.infos[name].kind == "hidden"
+        for shard_group in stage
+        for name, cost in shard_group.costs.items()
+        if shard_group.infos[name].kind == "hidden"
     )
     met = shape.hidden_parameters - shape.expert_parameters(0, shape.layers, shape.experts - shape.topk)
     return 100 * total / ((shape.step_flops_per_token if whole else 6.0 * met) * tokens)
@@ -88,19 +88,19 @@ def step(model: str, more: str, machine: str, gpus: int) -> Step:
 
 
 def state_per_parameter(optimizer: str, rows: int, columns: int, **options: object) -> float:
-    rule = registry.build(optimizer, options)
-    if isinstance(rule, MatrixOptimizer):
-        return rule.cost(MatrixInfo("w", (rows, columns))).state_bytes / (rows * columns)
-    return rule.cost(1).state_bytes
+    built = registry.build(optimizer, options)
+    if isinstance(built, MatrixOptimizer):
+        return built.cost(MatrixInfo("w", (rows, columns))).state_bytes / (rows * columns)
+    return built.cost(1).state_bytes
 
 
 def fused_experts(tokens: float) -> float:
     """Kimi K2's Newton–Schulz share where gate and up are one matrix, as Megatron orthogonalizes them; per cent."""
     model = Model.of(flags("kimi-k2", "--optimizer muon"))
-    rule = registry.build("muon", {"fp32_matmul_prec": "high"})
+    optimizer = registry.build("muon", {"fp32_matmul_prec": "high"})
     layers = len(model.expert_layers)
-    fused = rule.cost(MatrixInfo("w", (2 * model.expert_ffn, model.hidden))).mean_flops()
-    down = rule.cost(MatrixInfo("w", (model.hidden, model.expert_ffn))).mean_flops()
+    fused = optimizer.cost(MatrixInfo("w", (2 * model.expert_ffn, model.hidden))).mean_flops()
+    down = optimizer.cost(MatrixInfo("w", (model.hidden, model.expert_ffn))).mean_flops()
     return 100 * layers * model.experts * (fused + down) / (model.step_flops_per_token * tokens)
 
 
@@ -132,8 +132,8 @@ def figures() -> list[Figure]:
         )
     ]
     found += [
-        Figure("state table", f"{name}, bytes a parameter", value, state_per_parameter(rule, m, n, **options), 1.25)
-        for name, rule, m, n, value, options in (
+        Figure("state table", f"{name}, bytes a parameter", value, state_per_parameter(built, m, n, **options), 1.25)
+        for name, built, m, n, value, options in (
             ("AdamW", "adamw", 4096, 4096, 8.0, {}),
             ("Lion", "lion", 4096, 4096, 4.0, {}),
             ("Muon", "muon", 4096, 4096, 4.0, {}),

@@ -32,7 +32,10 @@ def test_measured_file_reads_back_and_predicts(quick: None, tmp_path: Path) -> N
     assert torch.get_num_threads() == threads
     found = cluster.load(str(file))
     assert set(found.rates) == {*cluster.CLASSES, cluster.LAYER} and "calibrate" in found.sources[0]
-    assert [rate > 0 for _, rate in found.passes] == [True, True] and set(found.overheads.by_rule) >= {"muon", "soap"}
+    assert [rate > 0 for _, rate in found.passes] == [True, True] and set(found.overheads.by_optimizer) >= {
+        "muon",
+        "soap",
+    }
     assert all(rate > 1e5 for by in found.rates.values() for curve in by.values() for _, rate in curve)
     assert found.ring(1e6, 2, kind="all_gather") == pytest.approx(2e6 / 1e9 + 1e-4)
     assert found.ring(1e6, 2, kind="all_reduce") == pytest.approx(1e6 / 1e9 + 1e-4)

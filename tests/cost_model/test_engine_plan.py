@@ -6,17 +6,19 @@ from megatron_opt.cost_model.cluster import load
 from megatron_opt.cost_model.flags import grouping, parse
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.model import Model
-from megatron_opt.cost_model.optimizer_time import domain_time
+from megatron_opt.cost_model.optimizer_time import shard_group_time
 from megatron_opt.cost_model.plan import plans
 from megatron_opt.distributed import planning
 from megatron_opt.engine_options import EngineOptions
 
 
-def engine_plans(model: Model, layout: Layout, rules: list) -> list[planning.DomainPlan]:
+def engine_plans(model: Model, layout: Layout, group_configs: list) -> list[planning.ShardGroupPlan]:
     sizes = planning.Layout(
         layout.tp, layout.pp, layout.data_parallel, distributed=layout.distributed, instances=layout.instances
     )
-    return planning.plan_model(dict(enumerate(model.stages(layout.pp))), model.geometry, sizes, rules, layout.engine)
+    return planning.plan_model(
+        dict(enumerate(model.stages(layout.pp))), model.geometry, sizes, group_configs, layout.engine
+    )
 
 
 @pytest.mark.parametrize("name", ["muon", "soap"])
@@ -36,18 +38,18 @@ def test_of_instances_too(owners: str) -> None:
 
 def assert_the_engines(name: str, layout: Layout) -> None:
     flags, _ = parse(f"--preset llama-130m --num-layers 8 --optimizer {name}".split())
-    model, rules = Model.of(flags), grouping(flags)
-    mine = [domain for stage in plans(model, layout, rules, exact=True) for domain in stage]
-    theirs = engine_plans(model, layout, rules)
+    model, group_configs = Model.of(flags), grouping(flags)
+    mine = [shard_group for stage in plans(model, layout, group_configs, exact=True) for shard_group in stage]
+    theirs = engine_plans(model, layout, group_configs)
     assert len(mine) == len(theirs) == layout.pp
-    estimated = [domain for stage in plans(model, layout, rules) for domain in stage]
+    estimated = [shard_group for stage in plans(model, layout, group_configs) for shard_group in stage]
     for ours, guess, exact in zip(mine, estimated, theirs, strict=True):
         assert sorted(ours.plan.load) == pytest.approx(sorted(exact.plan.load))
         assert sorted(ours.plan.state_bytes) == pytest.approx(sorted(exact.plan.state_bytes))
-        sent = domain_time(ours, layout, load("h100")).sent
+        sent = shard_group_time(ours, layout, load("h100")).sent
         assert sum(sent.values()) == pytest.approx(max(exact.sent_by_rank().values()))
         # the estimate without routes: near where matrices stay whole, up to twice where slices fall to ranks that hold them
-        bound, most = domain_time(guess, layout, load("h100")).sent, 2.0 if name == "soap" else 1.1
+        bound, most = shard_group_time(guess, layout, load("h100")).sent, 2.0 if name == "soap" else 1.1
         for kind, tolerance in (("gradients to owners", 0.9), ("updates to shards", 0.85)):
             each = exact.sent[kind]
             assert tolerance * sum(each) / len(each) <= bound.get(kind, 0.0) <= most * max(each) * 1.05

@@ -89,14 +89,14 @@ def test_no_layout_changes_the_work_or_the_state(name: str, tp: int, pp: int, dp
     """FLOPs over all owners, and state where it is cut without copies, are those of one process."""
     given_flags, _ = parse(f"--preset llama-130m --num-layers 4 --optimizer {name}".split())
     shape = Model.of(given_flags)
-    rules = grouping(given_flags)
+    group_configs = grouping(given_flags)
 
     def totals(layout: Layout) -> tuple[float, float]:
         flops = state = 0.0
-        for stage in plans(shape, layout, rules):
-            for domain in stage:
-                flops += sum(domain.plan.flops)
-                state += sum(domain.plan.state_bytes)
+        for stage in plans(shape, layout, group_configs):
+            for shard_group in stage:
+                flops += sum(shard_group.plan.flops)
+                state += sum(shard_group.plan.state_bytes)
         return flops, state
 
     one = totals(Layout(1, global_batch=8))

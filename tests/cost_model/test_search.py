@@ -10,7 +10,7 @@ from megatron_opt.cost_model import search as searching
 from megatron_opt.cost_model.cluster import load
 from megatron_opt.cost_model.flags import parse
 from megatron_opt.cost_model.layout import Layout
-from megatron_opt.cost_model.search import Found, candidates, search, table
+from megatron_opt.cost_model.search import SearchResult, candidates, search, table
 from megatron_opt.cost_model.step import predict_layout
 from tests.cost_model.published import LLAMA, MODELS
 
@@ -31,11 +31,11 @@ LLAMA_8B = MODELS["llama3-8b"] + " --bf16 --global-batch-size 128 --grad-reduce-
 GPT_175B = MODELS["gpt-175b"] + " --bf16"
 
 
-def found(words: str, machine: str, gpus: int, top: int = 10) -> Found:
+def found(words: str, machine: str, gpus: int, top: int = 10) -> SearchResult:
     return search(parse(words.split())[0], load(machine), gpus, top=top)
 
 
-def rank(result: Found, **sizes: int) -> int:
+def rank(result: SearchResult, **sizes: int) -> int:
     """Place of the first layout with these sizes, from 1; 99 where there is none."""
     places = [
         place
@@ -87,12 +87,12 @@ def test_bounds_never_hide_the_best() -> None:
     machine = load("h100")
     result = search(flags, machine, 4, top=5)
     model, base = searching._base(flags, machine)
-    rules = searching.flag_reader.grouping(flags)
+    group_configs = searching.flag_reader.grouping(flags)
     best: dict[tuple[int, ...], float] = {}
     for layout in candidates(model, base, machine, 4):
         if layout.problem(model) or layout.pp > 2:
             continue
-        step = predict_layout(model, layout, machine, rules, "muon")
+        step = predict_layout(model, layout, machine, group_configs, "muon")
         if step.memory.total <= machine.memory:
             key = layout.tp, layout.cp, layout.pp, layout.ep
             best[key] = min(best.get(key, 1e9), step.seconds)

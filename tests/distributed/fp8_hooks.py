@@ -194,13 +194,16 @@ def _weight_faults(optimizer: Any) -> tuple[int, int]:
 
     rank = ps.get_tensor_model_parallel_rank()
     mine = [
-        (f.view.name, rank, f.start, f.main.clone()) for f in optimizer.fragments() if is_float8tensor(f.view.param)
+        (f.view.name, rank, f.start, f.main.clone()) for f in optimizer.param_shards() if is_float8tensor(f.view.param)
     ]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     found = [part for theirs in everyone for part in theirs]
     params = {
-        v.name: v.param for d in optimizer.domains for v in (f.view for f in d.fragments) if is_float8tensor(v.param)
+        v.name: v.param
+        for d in optimizer.shard_groups
+        for v in (f.view for f in d.param_shards)
+        if is_float8tensor(v.param)
     }
     faults = 0
     for name, param in params.items():

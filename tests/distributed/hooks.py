@@ -31,7 +31,7 @@ def _record_loaded(record: recording.Record) -> None:
     train = training.train
 
     def training_with(*args: Any, **kwargs: Any) -> Any:
-        if hasattr(record.optimizer, "domains"):
+        if hasattr(record.optimizer, "shard_groups"):
             record.extra["loaded_weights"] = recording.weights(record.optimizer)
             record.extra["loaded_state"] = recording.states(record.optimizer)
             record.extra["loaded_step"] = record.optimizer.step_number
@@ -55,18 +55,23 @@ def plan(case: Case, record: recording.Record, argv: list[str], folder: Path) ->
     def compare(record: recording.Record) -> None:
         from megatron_opt.distributed import planning
 
-        files = {domain.name: domain.name.replace(" ", "_").replace(",", "") for domain in record.optimizer.domains}
+        files = {
+            shard_group.name: shard_group.name.replace(" ", "_").replace(",", "")
+            for shard_group in record.optimizer.shard_groups
+        }
         record.extra["domains"] = [
             {
-                "name": domain.name,
-                "rank": domain.rank,
-                "known": {what: v[domain.rank % len(v)] for what, v in planning.sent_in_a_step(domain, step).items()},
-                "sent": dict(domain.exchange.traffic.sent),
+                "name": shard_group.name,
+                "rank": shard_group.rank,
+                "known": {
+                    what: v[shard_group.rank % len(v)] for what, v in planning.sent_in_a_step(shard_group, step).items()
+                },
+                "sent": dict(shard_group.exchange.traffic.sent),
                 "digest": step.placed.plan.digest(),
                 "parts": [(p.matrix, p.rank, *p.bounds) for p in step.placed.plan.parts],
-                "file": json.loads((output / f"optimizer_plan.{files[domain.name]}.json").read_text()),
+                "file": json.loads((output / f"optimizer_plan.{files[shard_group.name]}.json").read_text()),
             }
-            for domain, step in zip(record.optimizer.domains, record.optimizer.matrix_steps, strict=True)
+            for shard_group, step in zip(record.optimizer.shard_groups, record.optimizer.matrix_steps, strict=True)
         ]
 
     record.at_end.append(compare)
@@ -84,10 +89,10 @@ def poison(case: Case, record: recording.Record, argv: list[str], folder: Path) 
 
         def poisoned() -> Any:
             if optimizer.step_number + 1 == options["step"]:
-                for fragment in optimizer.fragments():
-                    for rect in fragment.rects:
+                for param_shard in optimizer.param_shards():
+                    for rect in param_shard.rects:
                         if rect.matrix == options["matrix"]:
-                            grad = fragment.view.param.main_grad.view(-1)[fragment.start : fragment.stop]
+                            grad = param_shard.view.param.main_grad.view(-1)[param_shard.start : param_shard.stop]
                             held = grad[rect.offset : rect.offset + rect.numel]
                             if options["value"] == "zero":
                                 held.zero_()
@@ -189,13 +194,13 @@ def work(case: Case, record: recording.Record, argv: list[str], folder: Path) ->
         optimizer.step = counted
 
     def compare(record: recording.Record) -> None:
-        steps, domains = record.optimizer.matrix_steps, record.optimizer.domains
+        steps, shard_groups = record.optimizer.matrix_steps, record.optimizer.shard_groups
         record.extra["held"] = [
             sum(t.numel() * t.element_size() for s in (*m.states.values(), *m.shared.values()) for t in s.values())
             for m in steps
         ]
         plans = [
-            (step.placed.plan, d.rank % len(step.placed.plan.load)) for step, d in zip(steps, domains, strict=True)
+            (step.placed.plan, d.rank % len(step.placed.plan.load)) for step, d in zip(steps, shard_groups, strict=True)
         ]
         record.extra["planned"] = [plan.state_bytes[rank] for plan, rank in plans]
         record.extra["planned_flops"] = [plan.flops[rank] for plan, rank in plans]
@@ -233,12 +238,15 @@ def die(case: Case, record: recording.Record, argv: list[str], folder: Path) -> 
 
 
 def images(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
-    """Record how many fragments the kernel wrote to the model, and whether every parameter is its main copy, rounded."""
+    """Record how many parameter shards the kernel wrote to the model, and whether every parameter is its main copy, rounded."""
 
     def compare(record: recording.Record) -> None:
         found = [
-            (record.optimizer.publishes(fragment), bool((fragment.model_copy() == fragment.main.bfloat16()).all()))
-            for fragment in record.optimizer.fragments()
+            (
+                record.optimizer.publishes(param_shard),
+                bool((param_shard.model_copy() == param_shard.main.bfloat16()).all()),
+            )
+            for param_shard in record.optimizer.param_shards()
         ]
         record.extra["images"] = found
 
@@ -276,7 +284,7 @@ def offload(case: Case, record: recording.Record, argv: list[str], folder: Path)
             "resting": home(state for states in (*matrices, *elements) for state in states),
             "of matrices": home(state for states in matrices for state in states),
             "planned": sum(
-                m.placed.plan.offloaded * m.placed.plan.state_bytes[m.domain.rank % len(m.placed.plan.load)]
+                m.placed.plan.offloaded * m.placed.plan.state_bytes[m.shard_group.rank % len(m.placed.plan.load)]
                 for m in optimizer.matrix_steps
             ),
             "state": size(t for t in tensors if t.numel() > 1),
@@ -286,6 +294,8 @@ def offload(case: Case, record: recording.Record, argv: list[str], folder: Path)
         }
 
     record.at_end.append(compare)
+
+
 def logits(case: Case, record: recording.Record, argv: list[str], folder: Path) -> list[str]:
     """Record the largest logit of each head of each step, worked out in float64 from what goes into the attentions, and
     the first step's weights before post-steps. Option `microbatches`: of a last step's batch of so many, the logits once more
@@ -351,9 +361,9 @@ def average(case: Case, record: recording.Record, argv: list[str], folder: Path)
 
     def kept() -> list[Any]:
         return [
-            (r.matrix, *r.region, r.run(fragment.state["ema"]).detach().clone().view(r.region.shape))
-            for fragment in record.optimizer.fragments()
-            for r in fragment.rects
+            (r.matrix, *r.region, r.run(param_shard.state["ema"]).detach().clone().view(r.region.shape))
+            for param_shard in record.optimizer.param_shards()
+            for r in param_shard.rects
         ]
 
     def follow(record: recording.Record) -> None:

@@ -49,7 +49,7 @@ class Rules:
 
     calls: dict[str, list[str]] = field(default_factory=dict)  # by the group's ranks: collective, type, sizes
     broken: list[str] = field(default_factory=list)
-    under_way: list[Under] = field(default_factory=list)
+    in_flight: list[Under] = field(default_factory=list)
     is_on_gpu: Callable[[Tensor], bool] = lambda tensor: True
 
     def begin(self, name: str, tensors: list[Tensor], group: Any) -> Under:
@@ -63,25 +63,25 @@ class Rules:
                 self.broken.append(f"{call}: a tensor {tuple(tensor.shape)} with strides {tensor.stride()}")
             if not self.is_on_gpu(tensor):
                 self.broken.append(f"{call}: a tensor {tuple(tensor.shape)} of the CPU on a group of GPUs")
-            for other in self.under_way:
+            for other in self.in_flight:
                 if any(_overlap(tensor, busy) for busy in other.tensors):
                     self.broken.append(f"{call}: a tensor of {other.call}, which nobody has waited for")
         under = Under(call, tensors, [t._version for t in tensors])
-        self.under_way.append(under)
+        self.in_flight.append(under)
         return under
 
     def end(self, under: Under) -> None:
         """Waited for: nothing may have been written meanwhile."""
-        if under not in self.under_way:
+        if under not in self.in_flight:
             return
-        self.under_way.remove(under)
+        self.in_flight.remove(under)
         for tensor, version in zip(under.tensors, under.versions, strict=True):
             if tensor._version != version:
                 self.broken.append(f"{under.call}: a tensor {tuple(tensor.shape)} was written while it travelled")
 
     def finish(self) -> dict[str, list[str]]:
         """Calls by group; raises AssertionError where a rule was broken or a collective was never waited for."""
-        broken = self.broken + [f"{under.call}: nobody has waited for it" for under in self.under_way]
+        broken = self.broken + [f"{under.call}: nobody has waited for it" for under in self.in_flight]
         assert not broken, "; ".join(broken[:5])
         return self.calls
 

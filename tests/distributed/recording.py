@@ -49,19 +49,19 @@ class Record:
         for callback in self.at_end:
             callback(self)
         found = self.partial()
-        if hasattr(self.optimizer, "domains"):
+        if hasattr(self.optimizer, "shard_groups"):
             found |= {"weights": weights(self.optimizer), "state": states(self.optimizer)}
-            found["sent"] = [dict(domain.exchange.traffic.sent) for domain in self.optimizer.domains]
+            found["sent"] = [dict(shard_group.exchange.traffic.sent) for shard_group in self.optimizer.shard_groups]
         return found
 
 
 def weights(optimizer: Any) -> list[Block]:
     """This rank's rectangles of the fp32 weights."""
     return [
-        (r.matrix, *r.region, r.run(fragment.main).detach().clone().view(r.region.shape))
-        for domain in optimizer.domains
-        for fragment in domain.fragments
-        for r in fragment.rects
+        (r.matrix, *r.region, r.run(param_shard.main).detach().clone().view(r.region.shape))
+        for shard_group in optimizer.shard_groups
+        for param_shard in shard_group.param_shards
+        for r in param_shard.rects
     ]
 
 

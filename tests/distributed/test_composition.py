@@ -57,8 +57,8 @@ def _rule(name: str) -> list[str]:
 
 WORK_LAYOUTS = [c.ONE, c.TP2, c.DP2_DIST, c.TP2_DP2_DIST]
 WORK = [
-    case(c.DENSE, [*rule, "--matrix-mode", mode], layout, f"work-{kind}-{mode}-{layout.name}", steps=3, hook="work")
-    for kind, rule in (
+    case(c.DENSE, [*optimizer, "--matrix-mode", mode], layout, f"work-{kind}-{mode}-{layout.name}", steps=3, hook="work")
+    for kind, optimizer in (
         ("muon", c.MUON), ("soap", c.SOAP), ("blocks", c.SOAP_BLOCKS), ("one-sided", c.SOAP_ONE_SIDED),
     )
     for mode in ("owner", "sharded", "group")
@@ -68,8 +68,8 @@ WORK = [
     for mode in ("sharded", "group")
     for layout in (c.ONE, c.TP2_DP2_DIST)
 ] + [
-    case(c.DENSE, [*rule, "--matrix-mode", "sharded"], layout, f"work-{kind}-sharded-{layout.name}", steps=3, hook="work")
-    for kind, rule in (("normuon", c.NORMUON), ("muon_h", c.MUON_H), ("soap_h", c.SOAP_H))
+    case(c.DENSE, [*optimizer, "--matrix-mode", "sharded"], layout, f"work-{kind}-sharded-{layout.name}", steps=3, hook="work")
+    for kind, optimizer in (("normuon", c.NORMUON), ("muon_h", c.MUON_H), ("soap_h", c.SOAP_H))
     for layout in (c.ONE, c.TP2_DP2_DIST)
 ] + [
     case(c.DENSE, [*c.MUON, "--matrix-mode", "owner"], layout, f"work-muon-owner-{layout.name}", steps=3, hook="work")

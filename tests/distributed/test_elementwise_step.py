@@ -1,4 +1,4 @@
-"""Sums over all that a rule trains span groups and domains: experts are a domain of their own on some layouts only."""
+"""Sums over all that a rule trains span groups and shard groups: experts are a shard group of their own on some layouts only."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_opt.distributed.domain import Domain
 from megatron_opt.distributed.elementwise import ElementwiseStep
-from megatron_opt.distributed.fragments import Rect
+from megatron_opt.distributed.param_shards import Rect
+from megatron_opt.distributed.shard_group import ShardGroup
 from megatron_opt.layout.region import Region
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
@@ -17,7 +17,7 @@ SHAPES = {"expert": (4, 6), "hidden": (5, 6), "norm": (6, 1)}
 PLACES = {"one": [("expert", "hidden", "norm")], "experts apart": [("hidden", "norm"), ("expert",)]}
 
 
-def _train(domains: list[tuple[str, ...]], rule: Any, grouped: bool) -> dict[str, torch.Tensor]:
+def _train(shard_groups: list[tuple[str, ...]], optimizer: Any, grouped: bool) -> dict[str, torch.Tensor]:
     """Weights after three steps, decayed and undecayed matrices in groups of their own."""
     draw = torch.Generator().manual_seed(1)
     weights = {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
@@ -25,8 +25,8 @@ def _train(domains: list[tuple[str, ...]], rule: Any, grouped: bool) -> dict[str
     groups: Any = [SimpleNamespace(decay_mode="decoupled")] * 2
     param_groups = [{"lr": 0.1, "lr_scale": 1.0, "weight_decay": 0.0}] * 2
     steps = []
-    for names in domains:
-        fragments: Any = [
+    for names in shard_groups:
+        param_shards: Any = [
             SimpleNamespace(
                 view=SimpleNamespace(counts=True, param=weights[n]),
                 main=weights[n].view(-1),
@@ -35,14 +35,14 @@ def _train(domains: list[tuple[str, ...]], rule: Any, grouped: bool) -> dict[str
             )
             for n in names
         ]
-        holdings = [[(i, fragment.rects[0]) for i, fragment in enumerate(fragments)]]
+        holdings = [[(i, param_shard.rects[0]) for i, param_shard in enumerate(param_shards)]]
         infos = {n: MatrixInfo(n, SHAPES[n]) for n in names}
         cpu = torch.device("cpu")
-        domain = Domain("", None, 0, 1, fragments, holdings, infos, None, own_device=cpu)  # type: ignore[arg-type]
-        steps.append(ElementwiseStep(domain, groups, [rule, rule], group_of))
+        shard_group = ShardGroup("", None, 0, 1, param_shards, holdings, infos, None, own_device=cpu)  # type: ignore[arg-type]
+        steps.append(ElementwiseStep(shard_group, groups, [optimizer, optimizer], group_of))
     for number in range(1, 4):
         grads = {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
-        flats = [[grads[name].view(-1) for name in names] for names in domains]
+        flats = [[grads[name].view(-1) for name in names] for names in shard_groups]
         sums: dict[str, torch.Tensor] = {}
         for step, mine in zip(steps, flats, strict=True):
             step.add_global_sum_terms(sums, mine, [1.0, 1.0], set(), number)
@@ -52,11 +52,11 @@ def _train(domains: list[tuple[str, ...]], rule: Any, grouped: bool) -> dict[str
 
 
 @pytest.mark.parametrize("scope", ["global", "matrix"])
-def test_mars_clips_by_one_norm_whatever_the_domains_and_groups(scope: str) -> None:
-    rule = registry.build("mars", {"eps": 1e-1, "clip_scope": scope})
-    reference = _train(PLACES["one"], rule, grouped=False)
-    for domains in PLACES.values():
-        found = _train(domains, rule, grouped=True)
+def test_mars_clips_by_one_norm_whatever_the_shard_groups_and_groups(scope: str) -> None:
+    optimizer = registry.build("mars", {"eps": 1e-1, "clip_scope": scope})
+    reference = _train(PLACES["one"], optimizer, grouped=False)
+    for shard_groups in PLACES.values():
+        found = _train(shard_groups, optimizer, grouped=True)
         for name, value in reference.items():
             torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
     unclipped = _train(PLACES["one"], registry.build("mars", {"eps": 1e-1, "max_grad_norm": 0.0}), grouped=False)

@@ -4,18 +4,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_opt.distributed.compute_shards import ComputeShard
 from megatron_opt.distributed.exchange import Holdings, Route, find_routes
-from megatron_opt.distributed.fragments import Rect
-from megatron_opt.distributed.parts import Part
+from megatron_opt.distributed.param_shards import Rect
 from megatron_opt.layout.region import Region
 
 
 @st.composite
-def situations(draw: st.DrawFn) -> tuple[list[Holdings], list[Part], dict[str, tuple[int, int]]]:
+def situations(draw: st.DrawFn) -> tuple[list[Holdings], list[ComputeShard], dict[str, tuple[int, int]]]:
     """Matrices cut into rectangles that random ranks hold (some twice), and cut into parts that random ranks compute."""
     ranks = draw(st.integers(1, 5))
     holdings: list[Holdings] = [[] for _ in range(ranks)]
-    parts: list[Part] = []
+    parts: list[ComputeShard] = []
     shapes = {}
     for number in range(draw(st.integers(1, 4))):
         name = f"m{number}"
@@ -29,15 +29,19 @@ def situations(draw: st.DrawFn) -> tuple[list[Holdings], list[Part], dict[str, t
                     index = len(holdings[holder])
                     holdings[holder].append((index, Rect(name, Region(r0, r1, c0, c1))))
         middle, index = draw(st.integers(0, rows)), 0
-        for top, bottom in ((0, middle), (middle, rows)):  # two cells, each cut along a side of its own
+        for top, bottom in ((0, middle), (middle, rows)):  # two submatrices, each cut along a side of its own
             if top == bottom:
                 continue
-            cell = None if bottom - top == rows else Region(top, bottom, 0, cols)
+            submatrix = None if bottom - top == rows else Region(top, bottom, 0, cols)
             dim = draw(st.integers(0, 1))
             first, last = ((top, bottom), (0, cols))[dim]
             edges = sorted({first, last, *draw(st.lists(st.integers(first, last), max_size=3))})
             for start, stop in zip(edges[:-1], edges[1:], strict=True):
-                parts.append(Part(name, index, draw(st.integers(0, ranks - 1)), dim, start, stop, (rows, cols), cell))
+                parts.append(
+                    ComputeShard(
+                        name, index, draw(st.integers(0, ranks - 1)), dim, start, stop, (rows, cols), submatrix
+                    )
+                )
                 index += 1
     return holdings, parts, shapes
 
@@ -49,7 +53,7 @@ def block_of(whole: torch.Tensor, rect: Rect) -> torch.Tensor:
 @settings(deadline=None)
 @given(situations(), st.integers(1, 3))
 def test_parts_get_all_and_every_holder_gets_it_back(
-    situation: tuple[list[Holdings], list[Part], dict[str, tuple[int, int]]], bucket_count: int
+    situation: tuple[list[Holdings], list[ComputeShard], dict[str, tuple[int, int]]], bucket_count: int
 ) -> None:
     holdings, parts, shapes = situation
     ranks = len(holdings)
@@ -67,7 +71,7 @@ def test_parts_get_all_and_every_holder_gets_it_back(
                 sent, taken = here[source].gather_out[target], here[target].gather_in[source]
                 assert [item.numel for item in sent] == [item.numel for item in taken]
                 for out, arrived in zip(sent, taken, strict=True):
-                    arrived.of_buffer(buffers[arrived.part]).copy_(out.of_fragment(flats[source][out.fragment]))
+                    arrived.of_buffer(buffers[arrived.part]).copy_(out.of_param_shard(flats[source][out.param_shard]))
     for key, buffer in buffers.items():
         r0, r1, c0, c1 = of_part[key].bounds
         assert torch.equal(buffer, whole[key[0]][r0:r1, c0:c1])
@@ -79,7 +83,7 @@ def test_parts_get_all_and_every_holder_gets_it_back(
                 taken = routes[target][bucket].scatter_in[source]
                 assert [item.numel for item in sent] == [item.numel for item in taken]
                 for out, arrived in zip(sent, taken, strict=True):
-                    arrived.of_fragment(flats[target][arrived.fragment]).copy_(out.of_buffer(buffers[out.part]))
+                    arrived.of_param_shard(flats[target][arrived.param_shard]).copy_(out.of_buffer(buffers[out.part]))
     for held, mine in zip(holdings, flats, strict=True):
         for (_, rect), flat in zip(held, mine, strict=True):
             assert torch.equal(flat, -block_of(whole[rect.matrix], rect).reshape(-1))

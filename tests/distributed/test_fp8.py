@@ -120,7 +120,7 @@ PP2 = Layout.of("pp2", 2, pp=2, distopt=True)
 OVERLAP = Layout.of("dp2-overlap", 2, distopt=True, more=("--overlap-grad-reduce", "--overlap-param-gather"))
 OPTIMIZERS = {"adamw": c.ADAMW, "muon": c.MUON, "soap": c.SOAP}
 RECIPES = ("tensorwise", "blockwise", "mxfp8")
-RULES = sorted(registry.rules())
+RULES = sorted(registry.optimizers())
 
 
 def gathered(recipe: str) -> list[str]:
@@ -129,10 +129,10 @@ def gathered(recipe: str) -> list[str]:
 
 def pair(recipe: str, optimizer: str, layout: Layout, model: Sequence[str] = GQA, name: str = "") -> tuple[Case, Case]:
     """The run without the flag and with it."""
-    flags, rule = fp8(model, recipe), OPTIMIZERS.get(optimizer, ["--optimizer", optimizer])
+    flags, optimizer_name = fp8(model, recipe), OPTIMIZERS.get(optimizer, ["--optimizer", optimizer])
     name = f"{name}{recipe}-{optimizer}-{layout.name}"
-    on = case([*flags, *gathered(recipe)], rule, layout, f"{name}-on", steps=STEPS, hook="weights")
-    return case(flags, rule, layout, f"{name}-off", steps=STEPS, hook="held_bytes"), on
+    on = case([*flags, *gathered(recipe)], optimizer_name, layout, f"{name}-on", steps=STEPS, hook="weights")
+    return case(flags, optimizer_name, layout, f"{name}-off", steps=STEPS, hook="held_bytes"), on
 
 
 def check_pair(runs: dict[str, Run], off: Case, on: Case) -> None:
@@ -153,9 +153,9 @@ def check_plan(run: Run) -> None:
     layout = PlannedLayout.of(flags, run.case.ranks, model)
     for stage, ranks in zip(plans(model, layout, grouping(flags)), _by_stage(run), strict=True):
         assert layout.fp8 is not None
-        quantized = sum(domain.quantized for domain in stage)
-        plain = sum(domain.held for domain in stage) - (quantized if layout.fp8.gathered else 0.0)
-        in_fp8 = quantized * layout.fp8.copies(transposes=True) + sum(domain.scales for domain in stage)
+        quantized = sum(shard_group.quantized for shard_group in stage)
+        plain = sum(shard_group.held for shard_group in stage) - (quantized if layout.fp8.gathered else 0.0)
+        in_fp8 = quantized * layout.fp8.copies(transposes=True) + sum(shard_group.scales for shard_group in stage)
         for rank in ranks:
             assert rank["held_bytes"] == [2 * plain, in_fp8], run.case.name
 
@@ -211,7 +211,7 @@ def test_weights_in_fp8_resume_bit_for_bit(fp8_weights: dict[str, Run]) -> None:
 
 def test_weights_in_fp8_change_nothing_for_every_rule(pool: Pool) -> None:
     """One layer on one rank with the distributed optimizer."""
-    pairs = [pair("tensorwise", rule, ONE, [*GQA, "--num-layers", "1"]) for rule in RULES]
+    pairs = [pair("tensorwise", optimizer, ONE, [*GQA, "--num-layers", "1"]) for optimizer in RULES]
     found = pool.run([one for both in pairs for one in both])
     for both in pairs:
         check_pair(found, *both)
@@ -225,13 +225,13 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", RULES)
-def test_weights_in_fp8_change_nothing_for_every_rule_recipe_and_layout(four: Pool, rule: str) -> None:
+@pytest.mark.parametrize("optimizer", RULES)
+def test_weights_in_fp8_change_nothing_for_every_rule_recipe_and_layout(four: Pool, optimizer: str) -> None:
     """Under TP a tensorwise scale is the whole matrix's with the flag, a shard's without: those runs differ."""
     layouts = {"tensorwise": (c.DP2_DIST, PP2, c.PP2_DP2_DIST), "blockwise": (c.DP2_DIST, TP2, PP2, c.TP2_DP2_DIST),
                "mxfp8": (c.DP2_DIST, TP2, PP2, c.TP2_DP2_DIST)}  # fmt: skip
-    pairs = [pair(recipe, rule, layout) for recipe in RECIPES for layout in layouts[recipe]]
-    pairs += [pair(recipe, rule, c.EP2_DIST, MOE, "moe-") for recipe in RECIPES]
+    pairs = [pair(recipe, optimizer, layout) for recipe in RECIPES for layout in layouts[recipe]]
+    pairs += [pair(recipe, optimizer, c.EP2_DIST, MOE, "moe-") for recipe in RECIPES]
     found = four.run([one for both in pairs for one in both])
     for both in pairs:
         check_pair(found, *both)

@@ -7,7 +7,7 @@ from megatron_opt.distributed.host_state import HostStates, Resting
 from megatron_opt.distributed.planning import Layout as Sizes
 from megatron_opt.distributed.rehearsal import rehearsal
 from megatron_opt.engine_options import EngineOptions
-from megatron_opt.optimizers.groups import default_rules
+from megatron_opt.optimizers.groups import default_group_configs
 from megatron_opt.platform.pretended_gpu import OnGpu, cpu
 from tests.distributed import cases as c
 from tests.distributed.cases import case
@@ -87,7 +87,7 @@ def test_a_gpu_steps_what_rests_on_the_host(name: str) -> None:
     for offload in (False, True):
         torch.manual_seed(1)
         options = EngineOptions(optimizer_cpu_offload=offload, exchange_bucket_mb=0.005)
-        with rehearsal(MODEL, ONE, default_rules(name), meta=False, options=options) as made:
+        with rehearsal(MODEL, ONE, default_group_configs(name), meta=False, options=options) as made:
             for _ in range(2):
                 made.step()
             assert made.step()[0].waits == {"copy to the host": NORMS}

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from megatron_opt.distributed import exchange as exchange_module
 from megatron_opt.distributed import state
-from megatron_opt.distributed.domain import Domain, MatrixPlan
+from megatron_opt.distributed.compute_shards import shape2d
 from megatron_opt.distributed.exchange import Exchange
-from megatron_opt.distributed.fragments import Rect
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.matrix_step import MatrixStep
-from megatron_opt.distributed.parts import shape2d
+from megatron_opt.distributed.param_shards import Rect
 from megatron_opt.distributed.planning import sent_in_a_step
+from megatron_opt.distributed.shard_group import MatrixPlan, ShardGroup
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.layout.region import Region
 from megatron_opt.optimizers import registry
@@ -67,7 +67,7 @@ class Mailbox:
 
     @property
     def sum_over_ranks(self) -> Any:
-        return lambda domain, values: torch.stack(self.gather_objects(values, None, 0)).sum(0)
+        return lambda shard_group, values: torch.stack(self.gather_objects(values, None, 0)).sum(0)
 
     def gather_objects(self, value: Any, group: Any, size: int) -> list[Any]:
         self.posted[self.local.rank] = value
@@ -88,7 +88,7 @@ class Ranks:
         self.size, self.mailbox = size, Mailbox(size)
         patch.setattr(exchange_module.dist, "all_to_all_single", self.mailbox.all_to_all_single)
         patch.setattr(torch.cuda, "current_device", lambda: "cpu")
-        patch.setattr(Domain, "sum_over_ranks", self.mailbox.sum_over_ranks)
+        patch.setattr(ShardGroup, "sum_over_ranks", self.mailbox.sum_over_ranks)
         patch.setattr(state, "gather_objects", self.mailbox.gather_objects)
         self.name, self.mode, self.bucket_bytes = name, mode, bucket_bytes
         self.infos = {key: MatrixInfo(key, shape) for key, shape in _shapes(name).items()}
@@ -103,18 +103,20 @@ class Ranks:
 
     def _make(self, rank: int) -> MatrixStep:
         rule_name, options = RULES[self.name]
-        rule = registry.build(rule_name, options)
-        fragments: Any = [
+        optimizer = registry.build(rule_name, options)
+        param_shards: Any = [
             SimpleNamespace(view=SimpleNamespace(counts=True, param=SimpleNamespace(dtype=torch.float32)), rects=[rect])
             for _, rect in self.holdings[rank]
         ]
-        trips = Exchange(self.mailbox, rank, self.size)
-        domain = Domain("threads", self.mailbox, rank, self.size, fragments, self.holdings, self.infos, trips)
-        jobs = [Job.of(info, rule) for info in self.infos.values()]
-        placed = MatrixPlan.make(
-            domain, jobs, EngineOptions(matrix_mode=self.mode, exchange_bucket_mb=self.bucket_bytes / 2**20)
+        exchange = Exchange(self.mailbox, rank, self.size)
+        shard_group = ShardGroup(
+            "threads", self.mailbox, rank, self.size, param_shards, self.holdings, self.infos, exchange
         )
-        return MatrixStep(domain, placed, dict.fromkeys(self.infos, rule), self.infos)
+        jobs = [Job.of(info, optimizer) for info in self.infos.values()]
+        placed = MatrixPlan.make(
+            shard_group, jobs, EngineOptions(matrix_mode=self.mode, exchange_bucket_mb=self.bucket_bytes / 2**20)
+        )
+        return MatrixStep(shard_group, placed, dict.fromkeys(self.infos, optimizer), self.infos)
 
     def run(self, function: Callable[[int], Any]) -> list[Any]:
         """The function's results on all ranks at once."""
@@ -162,13 +164,13 @@ class Ranks:
         """What the saving and loading of state sees of an optimizer."""
         step = self.steps[rank]
         return SimpleNamespace(
-            ensure_states=lambda: None, domains=[step.domain], matrix_steps=[step], groups=[], param_groups=[], stored=[],
-            element_steps=[SimpleNamespace(slices={})], step_number=5, device=torch.device("cpu"), fragments=lambda: [],
+            ensure_states=lambda: None, shard_groups=[step.shard_group], matrix_steps=[step], groups=[], param_groups=[], stored=[],
+            element_steps=[SimpleNamespace(slices={})], step_number=5, device=torch.device("cpu"), param_shards=lambda: [],
         )  # fmt: skip
 
 
 def _shapes(name: str) -> dict[str, tuple[int, ...]]:
-    return SHAPES | (VECTORS if registry.rules()[RULES[name][0]].vectors else {})
+    return SHAPES | (VECTORS if registry.optimizers()[RULES[name][0]].vectors else {})
 
 
 def _matrices(draw: torch.Generator, name: str) -> dict[str, Tensor]:
@@ -187,12 +189,16 @@ def test_every_mode_repeats_the_whole(
     ranks = Ranks(monkeypatch, name, 7, mode, bucket_bytes)  # more ranks than the shortest side is long
     ranks.begin(weights)
     if mode != "owner" and name != "adam_mini":
-        cut = {cell.key[0] for cell in ranks.steps[0].placed.cells if len(cell.parts) > 1 or not cell.is_whole}
+        cut = {
+            submatrix.key[0]
+            for submatrix in ranks.steps[0].placed.submatrices
+            if len(submatrix.parts) > 1 or not submatrix.is_whole
+        }
         assert cut and (mode == "group" or cut >= set(SHAPES))
     for step in ranks.steps:
-        step.domain.exchange.traffic.sent.clear()
-    rule = registry.build(*RULES[name])
-    states = {key: rule.init_state(weights[key].clone(), info) for key, info in ranks.infos.items()}
+        step.shard_group.exchange.traffic.sent.clear()
+    optimizer = registry.build(*RULES[name])
+    states = {key: optimizer.init_state(weights[key].clone(), info) for key, info in ranks.infos.items()}
     tolerance = 0.05 if "bf16" in name else 1e-4
     for number, grads in enumerate(steps, 1):
         skip = {"e"} if number == 2 else set()
@@ -202,15 +208,15 @@ def test_every_mode_repeats_the_whole(
                 assert not found[key].any()
                 continue
             grad = grads[key] * (0.5 if key == "b" else 1.0)
-            (wanted,) = rule.update([grad.clone()], [states[key]], number, [info])
+            (wanted,) = optimizer.update([grad.clone()], [states[key]], number, [info])
             assert float((found[key] - wanted).norm()) <= tolerance * float(wanted.norm()) + 1e-12, (key, number)
     for rank, step in enumerate(ranks.steps):
         skipped = (
             {"between shards"} if "e" in {name for name, _ in step.sharded} else set()
         )  # step 2 has nothing of "e" to exchange
-        for what, counts in sent_in_a_step(step.domain, step).items():
+        for what, counts in sent_in_a_step(step.shard_group, step).items():
             if what not in skipped:
-                assert step.domain.exchange.traffic.sent.get(what, 0) == len(steps) * counts[rank], what
+                assert step.shard_group.exchange.traffic.sent.get(what, 0) == len(steps) * counts[rank], what
 
 
 def test_the_next_bucket_travels_while_this_one_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +225,7 @@ def test_the_next_bucket_travels_while_this_one_is_computed(monkeypatch: pytest.
     ranks = Ranks(monkeypatch, "muon", 2, "owner", 100.0)
     ranks.begin(_matrices(draw, "muon"))
     step, events = ranks.steps[0], []
-    exchange = step.domain.exchange
+    exchange = step.shard_group.exchange
     for name in ("gather", "scatter"):
         inner = getattr(exchange, name)
 
@@ -235,14 +241,14 @@ def test_the_next_bucket_travels_while_this_one_is_computed(monkeypatch: pytest.
         return compute(*args)
 
     monkeypatch.setattr(step, "_compute", computed)
-    finish = exchange_module.Trip.finish
+    finish = exchange_module.AsyncTransfer.finish
 
-    def finished(trip: Any) -> None:
+    def finished(transfer: Any) -> None:
         if ranks.mailbox.local.rank == 0:
             events.append("wait")
-        finish(trip)
+        finish(transfer)
 
-    monkeypatch.setattr(exchange_module.Trip, "finish", finished)
+    monkeypatch.setattr(exchange_module.AsyncTransfer, "finish", finished)
     ranks.step(_matrices(draw, "muon"), {}, set(), 1)
     buckets = len(step.placed.buckets)
     assert buckets > 2
@@ -253,7 +259,7 @@ def test_the_next_bucket_travels_while_this_one_is_computed(monkeypatch: pytest.
 @pytest.mark.parametrize("name", RULES)
 def test_state_moves_to_another_way_of_computing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Slices on four ranks, whole matrices on three, slices on five: every tensor by value, the next steps the same."""
-    monkeypatch.setattr(state, "_sharded", lambda piece, domain: piece)
+    monkeypatch.setattr(state, "_sharded", lambda piece, shard_group: piece)
     draw = torch.Generator().manual_seed(4)
     weights = _matrices(draw, name)
     source = Ranks(monkeypatch, name, 4, "group")
@@ -294,7 +300,7 @@ def test_state_moves_to_another_way_of_computing(monkeypatch: pytest.MonkeyPatch
         source = target
 
 
-def _within(whole: Tensor, piece: state.Piece) -> Tensor:
+def _within(whole: Tensor, piece: state.StateEntry) -> Tensor:
     """Where a piece lies in its whole."""
     if piece.rect is None:
         return whole
@@ -305,5 +311,5 @@ def _again(patch: pytest.MonkeyPatch, ranks: Ranks) -> Ranks:
     """The threads whose turn it is."""
     patch.setattr(exchange_module.dist, "all_to_all_single", ranks.mailbox.all_to_all_single)
     patch.setattr(state, "gather_objects", ranks.mailbox.gather_objects)
-    patch.setattr(Domain, "sum_over_ranks", ranks.mailbox.sum_over_ranks)
+    patch.setattr(ShardGroup, "sum_over_ranks", ranks.mailbox.sum_over_ranks)
     return ranks

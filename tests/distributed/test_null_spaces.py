@@ -23,35 +23,37 @@ DEEP_LAYOUTS = [
 ]
 
 
-def _case(model: str, rule: str, layout: Layout) -> Case:
+def _case(model: str, optimizer: str, layout: Layout) -> Case:
     flags = {"gqa": c.GQA, "deep": DEEP}[model]
-    refresh = [] if rule == "kron" else [f"--{rule.replace('_', '-')}-precondition-frequency", "5"]
-    name = f"{model}-{rule}-{layout.name}"
-    return case(flags, ["--optimizer", rule, *refresh], layout, name, steps=STEPS, hook="mock_data")
+    refresh = [] if optimizer == "kron" else [f"--{optimizer.replace('_', '-')}-precondition-frequency", "5"]
+    name = f"{model}-{optimizer}-{layout.name}"
+    return case(flags, ["--optimizer", optimizer, *refresh], layout, name, steps=STEPS, hook="mock_data")
 
 
 @pytest.fixture(scope="module")
 def runs(pool: Pool) -> dict[str, Run]:
-    return pool.run([_case("gqa", rule, layout) for rule in RULES for layout in [c.ONE, *QUICK]])
+    return pool.run([_case("gqa", optimizer, layout) for optimizer in RULES for layout in [c.ONE, *QUICK]])
 
 
 @pytest.fixture(scope="module")
 def deep_runs(big_pool: Pool) -> dict[str, Run]:
-    return big_pool.run([_case("deep", rule, each) for rule in RULES for each in [c.ONE, *DEEP_LAYOUTS]])
+    return big_pool.run([_case("deep", optimizer, each) for optimizer in RULES for each in [c.ONE, *DEEP_LAYOUTS]])
 
 
 @pytest.mark.parametrize("layout", QUICK, ids=lambda layout: layout.name)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("optimizer", RULES)
 def test_rules_repeat_one_process_where_gradients_have_null_spaces(
-    runs: dict[str, Run], rule: str, layout: Layout
+    runs: dict[str, Run], optimizer: str, layout: Layout
 ) -> None:
-    assert_same_curve(runs[f"gqa-{rule}-{layout.name}"], runs[f"gqa-{rule}-one"], steps=STEPS)
+    assert_same_curve(runs[f"gqa-{optimizer}-{layout.name}"], runs[f"gqa-{optimizer}-one"], steps=STEPS)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("layout", DEEP_LAYOUTS, ids=lambda layout: layout.name)
-@pytest.mark.parametrize("rule", RULES)
-def test_deep_models_repeat_one_process(deep_runs: dict[str, Run], rule: str, layout: Layout) -> None:
+@pytest.mark.parametrize("optimizer", RULES)
+def test_deep_models_repeat_one_process(deep_runs: dict[str, Run], optimizer: str, layout: Layout) -> None:
     """Small directions carry the rounding of the largest: docs/distributed.md, "Exactness"."""
-    assert_same_curve(deep_runs[f"deep-{rule}-{layout.name}"], deep_runs[f"deep-{rule}-one"], 1e-4, steps=STEPS)
+    assert_same_curve(
+        deep_runs[f"deep-{optimizer}-{layout.name}"], deep_runs[f"deep-{optimizer}-one"], 1e-4, steps=STEPS
+    )

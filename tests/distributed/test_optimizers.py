@@ -31,7 +31,7 @@ OPTIONS = {
     "--shampoo-precondition-frequency 3".split(),
 }
 LAYOUTS = [c.TP2, c.DP2_DIST, c.EP2, c.PP2, c.TP2_DP2_DIST]
-NAMES = sorted(registry.rules())
+NAMES = sorted(registry.optimizers())
 
 
 def _quick(name: str) -> list[c.Layout]:

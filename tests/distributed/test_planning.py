@@ -13,17 +13,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_opt.distributed.compute_shards import submatrices_of
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.ownership import Plan, pack
-from megatron_opt.distributed.parts import cells_of
-from megatron_opt.distributed.planning import DomainPlan, Layout, from_args, plan_model
+from megatron_opt.distributed.planning import Layout, ShardGroupPlan, from_args, plan_model
 from megatron_opt.distributed.subgroups import pack_subgroups
 from megatron_opt.engine_options import MODES, EngineOptions
 from megatron_opt.layout.spec import ModelSpec
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
-from megatron_opt.optimizers.groups import default_rules
-from megatron_opt.training.optimizer_flags import group_rules
+from megatron_opt.optimizers.groups import default_group_configs
+from megatron_opt.training.optimizer_flags import read_group_configs
 from tests.distributed import cases as c
 from tests.distributed.cases import case
 from tests.distributed.pool import Pool, Run
@@ -55,8 +55,8 @@ MADE = [
         ("moe", c.MOE, c.EP2X2, ["--matrix-instances=auto"]),
     )
 ] + [
-    case(c.DENSE, [*rule, "--matrix-mode", mode], c.TP2_DP2_DIST, f"{name}-{mode}", steps=STEPS, hook="plan")
-    for name, rule in (("blocks", c.SOAP_BLOCKS), ("strips", c.SOAP_STRIPS))
+    case(c.DENSE, [*optimizer, "--matrix-mode", mode], c.TP2_DP2_DIST, f"{name}-{mode}", steps=STEPS, hook="plan")
+    for name, optimizer in (("blocks", c.SOAP_BLOCKS), ("strips", c.SOAP_STRIPS))
     for mode in ("sharded", "group")
 ]
 
@@ -72,18 +72,18 @@ def test_a_run_is_what_was_planned_part_for_part_and_byte_for_byte(runs: dict[st
     run = runs[made.name]
     assert run.losses
     args = parsed(made.argv("data"), made.ranks)
-    planned = {each.name: each for each in from_args(args, made.ranks, group_rules(args))}
-    assert {domain["name"] for rank in run.ranks for domain in rank["domains"]} == set(planned)
+    planned = {each.name: each for each in from_args(args, made.ranks, read_group_configs(args))}
+    assert {shard_group["name"] for rank in run.ranks for shard_group in rank["domains"]} == set(planned)
     for rank in run.ranks:
-        for domain in rank["domains"]:
-            mine = planned[domain["name"]]
-            assert domain["parts"] == [(p.matrix, p.rank, *p.bounds) for p in mine.plan.parts]
-            assert domain["digest"] == mine.plan.digest() == domain["file"]["digest"]
-            assert len(domain["file"]["load"]) == len(domain["file"]["flops"])
-            counts = {what: values[domain["rank"] % len(values)] for what, values in mine.sent.items()}
-            assert counts == domain["known"]
+        for shard_group in rank["domains"]:
+            mine = planned[shard_group["name"]]
+            assert shard_group["parts"] == [(p.matrix, p.rank, *p.bounds) for p in mine.plan.parts]
+            assert shard_group["digest"] == mine.plan.digest() == shard_group["file"]["digest"]
+            assert len(shard_group["file"]["load"]) == len(shard_group["file"]["flops"])
+            counts = {what: values[shard_group["rank"] % len(values)] for what, values in mine.sent.items()}
+            assert counts == shard_group["known"]
             for what, count in counts.items():
-                assert domain["sent"].get(what, 0) == STEPS * count, (what, rank)
+                assert shard_group["sent"].get(what, 0) == STEPS * count, (what, rank)
 
 
 def _llama(layers: int, hidden: int, ffn: int, heads: int, groups: int = 0) -> ModelSpec:
@@ -100,16 +100,16 @@ def _llama(layers: int, hidden: int, ffn: int, heads: int, groups: int = 0) -> M
 LLAMA_7B, LLAMA_130M = _llama(32, 4096, 11008, 32), _llama(32, 512, 2048, 8)
 
 
-def _planned(model: ModelSpec, layout: Layout, rule: str = "muon", **more: Any) -> list[DomainPlan]:
+def _planned(model: ModelSpec, layout: Layout, optimizer: str = "muon", **more: Any) -> list[ShardGroupPlan]:
     stages = dict(enumerate(model.stages(layout.pp, layout.virtual)))
-    return plan_model(stages, model.geometry, layout, default_rules(rule), **more)
+    return plan_model(stages, model.geometry, layout, default_group_configs(optimizer), **more)
 
 
-def _plans(model: ModelSpec, layout: Layout, rule: str = "muon") -> list[Plan]:
-    return [found.plan for found in _planned(model, layout, rule)]
+def _plans(model: ModelSpec, layout: Layout, optimizer: str = "muon") -> list[Plan]:
+    return [found.plan for found in _planned(model, layout, optimizer)]
 
 
-@pytest.mark.parametrize("rule", ["muon", "soap"])
+@pytest.mark.parametrize("optimizer", ["muon", "soap"])
 @pytest.mark.parametrize(
     ("config", "layout"),
     [
@@ -133,8 +133,8 @@ def _plans(model: ModelSpec, layout: Layout, rule: str = "muon") -> list[Plan]:
         "7b-tp8pp4dp16",
     ],
 )
-def test_the_most_loaded_rank_is_near_the_mean(config: ModelSpec, layout: Layout, rule: str) -> None:
-    for plan in _plans(config, layout, rule):
+def test_the_most_loaded_rank_is_near_the_mean(config: ModelSpec, layout: Layout, optimizer: str) -> None:
+    for plan in _plans(config, layout, optimizer):
         assert plan.imbalance() < 1.05
         assert max(plan.flops) * len(plan.flops) < 1.05 * sum(plan.flops)
         assert plan.state_imbalance() < 1.1
@@ -181,19 +181,21 @@ def test_of_what_balances_the_plan_sends_least(config: ModelSpec, layout: Layout
 
 
 def test_bytes_between_slices_are_those_of_the_routes() -> None:
-    for rule in ("muon", "soap"):
-        (found,) = _planned(LLAMA_7B, Layout(dp=512), rule)
+    for optimizer in ("muon", "soap"):
+        (found,) = _planned(LLAMA_7B, Layout(dp=512), optimizer)
         assert found.sent["between shards"] == found.plan.exchanged
 
 
 def test_soap_is_cut_between_blocks() -> None:
     """A side with a factor between its blocks; slices are of one block, along the side without a factor."""
     (plan,) = _plans(LLAMA_7B, Layout(tp=8, dp=64, distributed=True), "soap")
-    square = [part for part in plan.parts if part.shape == (4096, 4096) and part.cell]
+    square = [part for part in plan.parts if part.shape == (4096, 4096) and part.submatrix]
     assert len({part.buffer_shape for part in square}) > 3
     assert all(side % 512 == 0 for part in square for side in part.bounds)
-    sliced = [cell for cell in cells_of(plan.parts) if len(cell.parts) > 1]
-    assert sliced and all(min(cell.area[1] - cell.area[0], cell.area[3] - cell.area[2]) == 512 for cell in sliced)
+    sliced = [submatrix for submatrix in submatrices_of(plan.parts) if len(submatrix.parts) > 1]
+    assert sliced and all(
+        min(submatrix.area[1] - submatrix.area[0], submatrix.area[3] - submatrix.area[2]) == 512 for submatrix in sliced
+    )
 
 
 def test_work_does_not_grow_with_ranks() -> None:
@@ -202,12 +204,12 @@ def test_work_does_not_grow_with_ranks() -> None:
     assert many == pytest.approx(one, rel=1e-9)
 
 
-@pytest.mark.parametrize("rule", ["muon", "soap"])
-def test_planning_for_4096_ranks_is_quick(rule: str) -> None:
+@pytest.mark.parametrize("optimizer", ["muon", "soap"])
+def test_planning_for_4096_ranks_is_quick(optimizer: str) -> None:
     import megatron.core.optimizer.distrib_optimizer  # noqa: F401  # its import is not planning
 
     started = time.process_time()
-    plans = _plans(LLAMA_7B, Layout(tp=8, pp=4, dp=128, distributed=True), rule)
+    plans = _plans(LLAMA_7B, Layout(tp=8, pp=4, dp=128, distributed=True), optimizer)
     assert time.process_time() - started < 10
     assert all(plan.imbalance() < 1.15 for plan in plans)
 
@@ -217,10 +219,10 @@ sizes = st.integers(1, 300)
 
 @given(st.lists(st.tuples(sizes, sizes, st.booleans()), min_size=1, max_size=12), st.integers(1, 40))
 def test_every_row_and_column_is_placed_once(shapes: list[tuple[int, int, bool]], ranks: int) -> None:
-    rule = registry.build("muon", {})
+    optimizer = registry.build("muon", {})
     whole = registry.build("muon", {"momentum_dtype": "int8"})
     jobs = [
-        Job.of(MatrixInfo(f"m{i}", (rows, columns)), rule if cut else whole)
+        Job.of(MatrixInfo(f"m{i}", (rows, columns)), optimizer if cut else whole)
         for i, (rows, columns, cut) in enumerate(shapes)
     ]
     for mode, most in [*((mode, 1.1) for mode in MODES), ("auto", 1.6)]:
@@ -244,15 +246,15 @@ def test_every_row_and_column_is_placed_once(shapes: list[tuple[int, int, bool]]
     st.sampled_from([1.0, 1.1, 1.5, 3.0]),
 )
 def test_subgroups_place_everything_once(kinds: list[tuple[int, int, int, int]], ranks: int, most: float) -> None:
-    """Slices, cells and matrices that cannot be cut; several of each kind."""
+    """Slices, submatrices and matrices that cannot be cut; several of each kind."""
     options: list[tuple[str, dict[str, Any]]] = [
         ("muon", {}),
         ("muon", {"momentum_dtype": "int8"}),
         ("soap", {"block_size": 16}),
     ]
-    rules = [registry.build(name, more) for name, more in options]
+    optimizers = [registry.build(name, more) for name, more in options]
     jobs = [
-        Job.of(MatrixInfo(f"m{kind}.{i}", (rows, columns)), rules[which])
+        Job.of(MatrixInfo(f"m{kind}.{i}", (rows, columns)), optimizers[which])
         for kind, (rows, columns, which, count) in enumerate(kinds)
         for i in range(count)
     ]
@@ -268,8 +270,8 @@ def test_subgroups_place_everything_once(kinds: list[tuple[int, int, int, int]],
 @given(st.integers(1, 30), st.integers(1, 60))
 def test_subgroups_of_one_kind_are_even(count: int, ranks: int) -> None:
     """Where each rank can have a tenth more than its share, none has more; cuts are fewer than in one line."""
-    rule = registry.build("muon", {})
-    jobs = [Job.of(MatrixInfo(f"m{i}", (2048, 2048)), rule) for i in range(count)]
+    optimizer = registry.build("muon", {})
+    jobs = [Job.of(MatrixInfo(f"m{i}", (2048, 2048)), optimizer) for i in range(count)]
     placed = pack_subgroups(jobs, ranks, 1.1)
     shares = [0.0] * ranks
     for runs in placed.values():
@@ -285,14 +287,14 @@ def test_subgroups_of_one_kind_are_even(count: int, ranks: int) -> None:
     st.sampled_from(MODES),
 )
 def test_cells_cover_every_matrix_once(shapes: list[tuple[int, int, int]], ranks: int, mode: str) -> None:
-    """Between blocks only, one part of a cell on a rank, the work that of the whole."""
-    rules = [
+    """Between blocks only, one part of a submatrix on a rank, the work that of the whole."""
+    optimizers = [
         registry.build("soap", {"block_size": 16, **more})
         for more in ({}, {"one_sided": True}, {"max_precond_dim": 90})
     ]
     infos = {f"m{i}": MatrixInfo(f"m{i}", (rows, columns)) for i, (rows, columns, _) in enumerate(shapes)}
     infos["v"] = MatrixInfo("v", (60,))
-    chosen = {f"m{i}": rules[which] for i, (_, _, which) in enumerate(shapes)} | {"v": rules[0]}
+    chosen = {f"m{i}": optimizers[which] for i, (_, _, which) in enumerate(shapes)} | {"v": optimizers[0]}
     jobs = [Job.of(info, chosen[name]) for name, info in infos.items()]
     plan = pack(jobs, ranks, mode)
     for job in jobs:
@@ -303,13 +305,13 @@ def test_cells_cover_every_matrix_once(shapes: list[tuple[int, int, int]], ranks
             r0, r1, c0, c1 = part.bounds
             covered[r0:r1, c0:c1] += 1
         assert covered.eq(1).all()
-        for cell in cells_of(parts):
-            r0, r1, c0, c1 = cell.area
-            assert len({part.rank for part in cell.parts}) == len(cell.parts)
+        for submatrix in submatrices_of(parts):
+            r0, r1, c0, c1 = submatrix.area
+            assert len({part.rank for part in submatrix.parts}) == len(submatrix.parts)
             assert r0 % job.tile[0] == c0 % job.tile[1] == 0
             assert r1 == job.shape[0] or r1 % job.tile[0] == 0
             assert c1 == job.shape[1] or c1 % job.tile[1] == 0
-            assert cell.is_whole or mode != "owner"
+            assert submatrix.is_whole or mode != "owner"
     assert sum(plan.flops) == pytest.approx(sum(job.cost.mean_flops() for job in jobs))
 
 

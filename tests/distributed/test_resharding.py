@@ -11,7 +11,7 @@ from tests.distributed import recording
 from tests.distributed.cases import Case, Layout, case
 from tests.distributed.pool import Pool, Run
 
-NAMES = sorted(registry.rules())
+NAMES = sorted(registry.optimizers())
 DENSE = [*c.DENSE, "--num-layers", "2"]
 PAIRS = [(c.TP2, c.PP2), (c.PP2, c.DP2_DIST), (c.DP2_DIST, c.ONE), (c.ONE, c.TP2)]
 Move = tuple[str, Layout, Layout]

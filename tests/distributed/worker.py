@@ -131,7 +131,7 @@ def _prepare() -> None:
     from megatron_opt.training.flags import checks  # noqa: F401
     from tests.distributed import hooks, recording  # noqa: F401
 
-    registry.rules()
+    registry.optimizers()
     factory = argument_utils.ArgumentGroupFactory
     reader, read = factory.__new__(factory), factory._get_field_docstrings
     docstrings = functools.cache(lambda config: read(reader, config))

@@ -10,7 +10,7 @@ from megatron_opt.kernels import multi_tensor as mt
 from megatron_opt.kernels import orthogonalize as ns
 from megatron_opt.kernels import philox, quantize
 from megatron_opt.kernels.block_adam import block_adam
-from megatron_opt.kernels.multi_tensor import Coefficients, Rule, Sum
+from megatron_opt.kernels.multi_tensor import Coefficients, Sum, UpdateKind
 from megatron_opt.kernels.symmetric import symmetric_product
 from tests.kernels import test_multi_tensor as cpu
 
@@ -27,12 +27,12 @@ def _run(arguments: Any, coefficients: Coefficients = cpu.COEFFICIENTS, **option
 
 
 @pytest.mark.parametrize("cautious_decay", [False, True])
-@pytest.mark.parametrize("rule", list(Rule))
-def test_updates_are_float64s(kernels: torch.device, rule: Rule, cautious_decay: bool) -> None:
-    arguments = cpu.problem(rule, SIZES, [torch.float32] * 3, scaled=True)
+@pytest.mark.parametrize("kind", list(UpdateKind))
+def test_updates_are_float64s(kernels: torch.device, kind: UpdateKind, cautious_decay: bool) -> None:
+    arguments = cpu.problem(kind, SIZES, [torch.float32] * 3, scaled=True)
     ours, sums = _run(_on(kernels, arguments), cautious_decay=cautious_decay)
     wide = cpu.mapped(torch.Tensor.double, arguments)
-    wide["copies"] = arguments["copies"] if rule != Rule.MOMENTUM else wide["copies"]
+    wide["copies"] = arguments["copies"] if kind != UpdateKind.MOMENTUM else wide["copies"]
     theirs, wide_sums = _run(wide, cautious_decay=cautious_decay)
     for a, b in zip(ours, theirs, strict=True):
         tolerance = 2e-6 if a.dtype == torch.float32 else 8e-3
@@ -45,8 +45,8 @@ def test_updates_are_float64s(kernels: torch.device, rule: Rule, cautious_decay:
 def test_mixed_types_and_misaligned_tensors_are_the_references(
     kernels: torch.device, types: tuple[torch.dtype, torch.dtype], offset: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for rule in Rule:
-        arguments = cpu.decided(cpu.problem(rule, [33000, 2049, 7], [*types, types[0]], offset))
+    for kind in UpdateKind:
+        arguments = cpu.decided(cpu.problem(kind, [33000, 2049, 7], [*types, types[0]], offset))
         theirs, _ = cpu.run_reference(monkeypatch, arguments)
         ours, _ = _run(_on(kernels, arguments))
         cpu.assert_near(ours, theirs)
@@ -70,24 +70,26 @@ def test_sums_are_float64s(kernels: torch.device, kind: Sum, dtype: torch.dtype)
 def test_random_bits_are_the_cpus(device: torch.device, kernels: torch.device) -> None:
     there = philox.draws(2**40 + 5, 7, 2, 2**33 + 1, 4099, device).cpu()
     assert torch.equal(there, philox.draws(2**40 + 5, 7, 2, 2**33 + 1, 4099, torch.device("cpu")))
-    options = {"stochastic": True, "seed": 2**40 + 5, "step": 7, "firsts": [3, 2**33 + 1]}
-    c = Coefficients(lr=1.0, beta1=0.0, gain1=1.0, beta2=0.0, gain2=1.0)  # no product to contract: the same fp32
-    for rule in (Rule.APPLY, Rule.LION):
-        arguments = cpu.problem(rule, [5000, 3], [torch.bfloat16, torch.float32, torch.bfloat16], seed=2)
+    options = {"stochastic": True, "seed": 2**40 + 5, "step": 7, "element_offsets": [3, 2**33 + 1]}
+    c = Coefficients(
+        lr=1.0, beta1=0.0, input_weight1=1.0, beta2=0.0, input_weight2=1.0
+    )  # no product to contract: the same fp32
+    for kind in (UpdateKind.APPLY, UpdateKind.LION):
+        arguments = cpu.problem(kind, [5000, 3], [torch.bfloat16, torch.float32, torch.bfloat16], seed=2)
         for a, b in zip(_run(_on(kernels, arguments), c, **options)[0], _run(arguments, c, **options)[0], strict=True):
             assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_8_bit_codes_are_the_cpus(kernels: torch.device, stochastic: bool) -> None:
-    c = Coefficients(beta1=0.0, gain1=1.0, beta2=0.0, gain2=1.0)
+    c = Coefficients(beta1=0.0, input_weight1=1.0, beta2=0.0, input_weight2=1.0)
     g = torch.randn(5000, generator=torch.Generator().manual_seed(1))
     found = []
     for device in (kernels, torch.device("cpu")):
         codes, absmax = torch.zeros(5000, dtype=torch.int8, device=device), torch.zeros(3, device=device)
-        options: dict[str, Any] = {"stochastic": stochastic, "seed": 4, "step": 9, "firsts": [2]}
+        options: dict[str, Any] = {"stochastic": stochastic, "seed": 4, "step": 9, "element_offsets": [2]}
         mt.update(
-            Rule.LION,
+            UpdateKind.LION,
             [torch.zeros(5000, device=device)],
             [g.to(device)],
             [[codes]],

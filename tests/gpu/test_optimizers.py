@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.kernels import multi_tensor
-from megatron_opt.kernels.multi_tensor import Coefficients, Rule
+from megatron_opt.kernels.multi_tensor import Coefficients, UpdateKind
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import ElementwiseOptimizer, MatrixInfo
 
@@ -33,12 +33,12 @@ class Run:
         generator = torch.Generator().manual_seed(3)
         made = [[torch.randn(shape, generator=generator) for shape in SHAPES] for _ in range(2)]
         self.noise = [[torch.randn(shape, generator=generator) for shape in SHAPES] for _ in range(STEPS)]
-        self.rule = registry.build(name, OPTIONS.get(name, {}))
+        self.optimizer = registry.build(name, OPTIONS.get(name, {}))
         self.weights, self.targets = ([x.to(device) for x in several] for several in made)
         self.infos = [MatrixInfo(f"w{i}", shape) for i, shape in enumerate(SHAPES)]
-        elementwise = isinstance(self.rule, ElementwiseOptimizer)
+        elementwise = isinstance(self.optimizer, ElementwiseOptimizer)
         self.states: list[dict[str, Tensor]] = [
-            self.rule.init_state(w) if elementwise else self.rule.init_state(w, info)
+            self.optimizer.init_state(w) if elementwise else self.optimizer.init_state(w, info)
             for w, info in zip(self.weights, self.infos, strict=True)
         ]
 
@@ -52,11 +52,11 @@ class Run:
         grads = [
             w - t + n.to(device) for w, t, n in zip(self.weights, self.targets, self.noise[number - 1], strict=True)
         ]
-        if isinstance(self.rule, ElementwiseOptimizer):
-            self.rule.update(self.weights, grads, self.states, number, LR, 0.1)
+        if isinstance(self.optimizer, ElementwiseOptimizer):
+            self.optimizer.update(self.weights, grads, self.states, number, LR, 0.1)
             return
-        moved = self.rule.update(grads, self.states, number, self.infos)
-        multi_tensor.update(Rule.APPLY, self.weights, moved, (), Coefficients(lr=LR, shrink=0.1 * LR))
+        moved = self.optimizer.update(grads, self.states, number, self.infos)
+        multi_tensor.update(UpdateKind.APPLY, self.weights, moved, (), Coefficients(lr=LR, decay_factor=0.1 * LR))
 
 
 def _near(ours: list[Tensor], theirs: list[Tensor]) -> None:
@@ -64,7 +64,7 @@ def _near(ours: list[Tensor], theirs: list[Tensor]) -> None:
         assert (a.cpu().double() - b.cpu().double()).norm() <= 1e-4 * b.double().norm()
 
 
-@pytest.mark.parametrize("name", sorted(registry.rules()))
+@pytest.mark.parametrize("name", sorted(registry.optimizers()))
 def test_twenty_steps_are_the_cpus(device: torch.device, name: str) -> None:
     if name in DRAWN and device.type == "cuda":
         pytest.skip("the probe is drawn by each device's own generator: held by descent, not by bits")
@@ -86,7 +86,7 @@ def test_drawn_probes_descend_alike(device: torch.device, name: str) -> None:
     assert lengths[1] == pytest.approx(lengths[0], rel=0.05)
 
 
-@pytest.mark.parametrize("name", [n for n in sorted(registry.rules()) if n not in DRAWN])
+@pytest.mark.parametrize("name", [n for n in sorted(registry.optimizers()) if n not in DRAWN])
 def test_state_goes_to_the_gpu_and_back(device: torch.device, name: str) -> None:
     here, moved = Run(name, torch.device("cpu")), Run(name, torch.device("cpu"))
     for number in range(1, 13):

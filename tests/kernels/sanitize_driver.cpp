@@ -159,7 +159,7 @@ int main() {
     options.seed = random_bits();
     options.step = static_cast<uint32_t>(round);
     for (int rule = 0; rule < 8; ++rule, ++calls) {
-      update_cpu(static_cast<Rule>(rule), options, pieces, 1 + static_cast<int>(draw(3)));
+      update_cpu(static_cast<UpdateKind>(rule), options, pieces, 1 + static_cast<int>(draw(3)));
     }
     for (int kind = 0; kind < 4; ++kind, ++calls) {
       sum_cpu(static_cast<Sum>(kind), options, pieces, sums.data(), 1 + static_cast<int>(draw(3)));

@@ -10,7 +10,15 @@ from megatron_opt.kernels.dispatch import native_available
 from megatron_opt.kernels.multi_tensor import Coefficients
 
 native = pytest.mark.skipif(not native_available(), reason="the extension is not built")
-C = Coefficients(beta1=0.9, gain1=0.1, beta2=0.98, gain2=0.02, eps=1e-8, mean_m=1.7, root_v=2.0)
+C = Coefficients(
+    beta1=0.9,
+    input_weight1=0.1,
+    beta2=0.98,
+    input_weight2=0.02,
+    eps=1e-8,
+    momentum_weight=1.7,
+    inv_sqrt_correction2=2.0,
+)
 SHAPES = st.sampled_from([(1, 1), (3, 1), (1, 17), (64, 64), (12, 100), (2, 2049), (0, 5), (40, 1100)])
 
 

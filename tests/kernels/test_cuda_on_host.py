@@ -96,7 +96,7 @@ def test_no_order_of_threads_and_blocks_changes_a_bit(environment):
         environment,
         """
 types = [torch.float32, torch.bfloat16, torch.float32]
-for rule in t.Rule:
+for rule in t.UpdateKind:
     results = []
     for seed in range(4):
         native.shuffle(seed)
@@ -119,14 +119,14 @@ def test_more_tensors_than_a_launch_takes_and_none_written_beside(environment):
         environment,
         """
 from megatron_opt.kernels import multi_tensor as mt
-for rule in (t.Rule.ADAM, t.Rule.APPLY, t.Rule.MOMENTUM):
+for rule in (t.UpdateKind.ADAM, t.UpdateKind.APPLY, t.UpdateKind.MOMENTUM):
     sizes = [1 + i % 5 for i in range(700)]
     before = native.launches()
     arguments = t.problem(rule, sizes, [torch.float32, torch.bfloat16, torch.float32])
     ours, sums = t.run(arguments)
     assert native.launches() - before > 4  # two or more of updates and of sums
     wide = t.mapped(torch.Tensor.double, arguments)
-    wide["copies"] = arguments["copies"] if rule != t.Rule.MOMENTUM else wide["copies"]
+    wide["copies"] = arguments["copies"] if rule != t.UpdateKind.MOMENTUM else wide["copies"]
     theirs, wide_sums = t.run(wide)
     for x, y in zip(ours, theirs, strict=True):
         tolerance = 2e-6 if x.dtype == torch.float32 else 8e-3
@@ -140,7 +140,7 @@ def guarded(x, offset):
     inside.copy_(x)
     guards.append((room, 32 + offset, x.numel()))
     return inside
-for rule in t.Rule:
+for rule in t.UpdateKind:
     for offset in range(4):
         p = t.problem(rule, [2049, 1, 7], [torch.float32, torch.bfloat16, torch.bfloat16])
         p = {k: [guarded(x, offset) for x in v] if k in ("params", "grads", "copies") else v for k, v in p.items()}

@@ -24,8 +24,8 @@ STEP = """
 import sys, torch
 from megatron_opt.kernels import multi_tensor as mt
 p = [torch.ones(3)]
-mt.update(mt.Rule.APPLY, p, [torch.ones(3)], (), mt.Coefficients(lr=0.5))
-mt.update(mt.Rule.APPLY, p, [torch.ones(3)], (), mt.Coefficients(lr=0.25))
+mt.update(mt.UpdateKind.APPLY, p, [torch.ones(3)], (), mt.Coefficients(lr=0.5))
+mt.update(mt.UpdateKind.APPLY, p, [torch.ones(3)], (), mt.Coefficients(lr=0.25))
 print(p[0].tolist(), "megatron_opt._C" in sys.modules)
 """
 MISSING = "import sys; sys.modules['megatron_opt._C'] = None\n"
@@ -133,6 +133,6 @@ def test_matrix_operators_have_fakes_that_agree():
 def test_fake_tensors_pass_through():
     with FakeTensorMode():
         params, grads = [torch.empty(4, 5)], [torch.empty(4, 5)]
-        sums = mt.update(mt.Rule.APPLY, params, grads, (), mt.Coefficients(), with_sums=True)
+        sums = mt.update(mt.UpdateKind.APPLY, params, grads, (), mt.Coefficients(), with_sums=True)
         assert sums.shape == (1, 3) and sums.dtype == torch.float64
         assert mt.sums(mt.Sum.PRODUCTS, grads, mt.Coefficients(), params=params).shape == (1, 3)

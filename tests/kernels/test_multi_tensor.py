@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from megatron_opt.kernels import multi_tensor as mt
 from megatron_opt.kernels.dispatch import native_available
-from megatron_opt.kernels.multi_tensor import Coefficients, Rule, Sum
+from megatron_opt.kernels.multi_tensor import Coefficients, Sum, UpdateKind
 
 native = pytest.mark.skipif(not native_available(), reason="the extension is not built")
-STATES = {Rule.ADAM: 2, Rule.MARS: 3, Rule.CAUTIOUS: 2, Rule.SOPHIA: 2, Rule.APPLY: 0}
+STATES = {UpdateKind.ADAM: 2, UpdateKind.MARS: 3, UpdateKind.CAUTIOUS: 2, UpdateKind.SOPHIA: 2, UpdateKind.APPLY: 0}
 COEFFICIENTS = Coefficients(
-    lr=1e-2, shrink=1e-3, grad_scale=0.5, beta1=0.9, gain1=0.1, beta2=0.98, gain2=0.02, eps=1e-8,
-    mean_m=1.7, mean_g=0.3, root_v=2.0, gamma=0.4,
+    lr=1e-2, decay_factor=1e-3, grad_scale=0.5, beta1=0.9, input_weight1=0.1, beta2=0.98, input_weight2=0.02, eps=1e-8,
+    momentum_weight=1.7, gradient_weight=0.3, inv_sqrt_correction2=2.0, gamma=0.4,
 )  # fmt: skip
 SIZES = st.sampled_from([0, 1, 2, 7, 63, 2047, 2048, 2049, 4096, 5000, 33000])
 TYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -30,7 +30,7 @@ def tensor(size, dtype, offset, scale, generator, positive=False):
     return values.to(dtype)[offset:]
 
 
-def problem(rule, sizes, dtypes, offset=0, scale=1.0, seed=0, scaled=False):
+def problem(kind, sizes, dtypes, offset=0, scale=1.0, seed=0, scaled=False):
     """Arguments of `mt.update` for a rule: every slot has its own type."""
     generator = torch.Generator().manual_seed(seed)
     param_type, grad_type, state_type = dtypes
@@ -39,12 +39,12 @@ def problem(rule, sizes, dtypes, offset=0, scale=1.0, seed=0, scaled=False):
         return [tensor(size, dtype, offset, size_of, generator, positive) for size in sizes]
 
     states = [make(state_type, scale), make(state_type, scale * scale, True), make(state_type, scale)]
-    outputs = rule == Rule.MOMENTUM
+    outputs = kind == UpdateKind.MOMENTUM
     return {
-        "rule": rule,
+        "rule": kind,
         "params": [] if outputs else make(param_type),
         "grads": make(grad_type, scale),
-        "states": states[: STATES.get(rule, 1)],
+        "states": states[: STATES.get(kind, 1)],
         "copies": make(param_type if outputs else torch.bfloat16),
         "scales": torch.rand(len(sizes), 2, generator=generator) + 0.5 if scaled else None,
     }
@@ -62,9 +62,9 @@ def mapped(function, value):
 def run(arguments, coefficients=COEFFICIENTS, **options):
     """The arguments after the update, and its sums."""
     arguments = mapped(torch.clone, arguments)
-    rule, params, grads, states = (arguments[key] for key in ("rule", "params", "grads", "states"))
+    kind, params, grads, states = (arguments[key] for key in ("rule", "params", "grads", "states"))
     rest = {"copies": arguments["copies"], "scales": arguments["scales"]} | options
-    sums = mt.update(rule, params, grads, states, coefficients, with_sums=True, **rest)
+    sums = mt.update(kind, params, grads, states, coefficients, with_sums=True, **rest)
     return [*params, *arguments["copies"], *(s for state in states for s in state)], sums
 
 
@@ -86,12 +86,12 @@ def assert_near(ours, theirs):
 
 @native
 @pytest.mark.parametrize("cautious_decay", [False, True])
-@pytest.mark.parametrize("rule", list(Rule))
-def test_fp32_kernel_is_the_float64_reference(rule, cautious_decay):
-    arguments = problem(rule, [5, 4096, 1, 70000, 0, 2049], [torch.float32] * 3, scaled=True)
+@pytest.mark.parametrize("kind", list(UpdateKind))
+def test_fp32_kernel_is_the_float64_reference(kind, cautious_decay):
+    arguments = problem(kind, [5, 4096, 1, 70000, 0, 2049], [torch.float32] * 3, scaled=True)
     ours, sums = run(arguments, cautious_decay=cautious_decay)
     wide = mapped(torch.Tensor.double, arguments)
-    wide["copies"] = arguments["copies"] if rule != Rule.MOMENTUM else wide["copies"]
+    wide["copies"] = arguments["copies"] if kind != UpdateKind.MOMENTUM else wide["copies"]
     theirs, wide_sums = run(wide, cautious_decay=cautious_decay)
     for a, b in zip(ours, theirs, strict=True):
         tolerance = 2e-6 if a.dtype == torch.float32 else 8e-3
@@ -102,7 +102,10 @@ def test_fp32_kernel_is_the_float64_reference(rule, cautious_decay):
 def decided(arguments):
     """No momentum that all but cancels: its sign, which some rules step by, would be left to rounding."""
     for gradient, momentum in zip(arguments["grads"], arguments["states"][0] if arguments["states"] else ()):
-        m, g = COEFFICIENTS.beta1 * momentum.double(), COEFFICIENTS.gain1 * COEFFICIENTS.grad_scale * gradient.double()
+        m, g = (
+            COEFFICIENTS.beta1 * momentum.double(),
+            COEFFICIENTS.input_weight1 * COEFFICIENTS.grad_scale * gradient.double(),
+        )
         close = (m + g).abs() < 0.05 * (m.abs() + g.abs())
         gradient[close] = momentum[close].to(gradient.dtype)
     return arguments
@@ -111,7 +114,7 @@ def decided(arguments):
 @native
 @settings(max_examples=150, deadline=None)
 @given(
-    rule=st.sampled_from(list(Rule)),
+    kind=st.sampled_from(list(UpdateKind)),
     sizes=st.lists(SIZES, min_size=1, max_size=4),
     dtypes=st.tuples(TYPES, TYPES, TYPES),
     offset=st.integers(0, 3),
@@ -119,9 +122,9 @@ def decided(arguments):
     flags=st.tuples(st.booleans(), st.booleans()),
     seed=st.integers(0, 99),
 )
-def test_kernel_is_the_reference(rule, sizes, dtypes, offset, scale, flags, seed):
+def test_kernel_is_the_reference(kind, sizes, dtypes, offset, scale, flags, seed):
     scaled, cautious_decay = flags
-    arguments = decided(problem(rule, sizes, dtypes, offset, scale, seed, scaled))
+    arguments = decided(problem(kind, sizes, dtypes, offset, scale, seed, scaled))
     with pytest.MonkeyPatch.context() as monkeypatch:
         theirs, their_sums = run_reference(monkeypatch, arguments, cautious_decay=cautious_decay)
     ours, our_sums = run(arguments, cautious_decay=cautious_decay)
@@ -130,9 +133,9 @@ def test_kernel_is_the_reference(rule, sizes, dtypes, offset, scale, flags, seed
 
 
 @native
-@pytest.mark.parametrize("rule", list(Rule))
-def test_every_run_and_any_number_of_threads_give_the_same_bits(rule, set_threads):
-    arguments = problem(rule, [100_000, 3, 2048, 70_001], [torch.float32, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", list(UpdateKind))
+def test_every_run_and_any_number_of_threads_give_the_same_bits(kind, set_threads):
+    arguments = problem(kind, [100_000, 3, 2048, 70_001], [torch.float32, torch.bfloat16, torch.float32])
     results = []
     for count in (1, 1, 2, 3, 5):
         set_threads(count)
@@ -145,18 +148,18 @@ def test_every_run_and_any_number_of_threads_give_the_same_bits(rule, set_thread
 
 @native
 @settings(max_examples=40, deadline=None)
-@given(rule=st.sampled_from(list(Rule)), cut=st.integers(1, 5999), stochastic=st.booleans(), types=TYPES)
-def test_the_way_a_tensor_is_cut_changes_no_bit(rule, cut, stochastic, types):
-    arguments = problem(rule, [6000], [types, torch.float32, types])
+@given(kind=st.sampled_from(list(UpdateKind)), cut=st.integers(1, 5999), stochastic=st.booleans(), types=TYPES)
+def test_the_way_a_tensor_is_cut_changes_no_bit(kind, cut, stochastic, types):
+    arguments = problem(kind, [6000], [types, torch.float32, types])
     options = {"stochastic": stochastic, "seed": 11, "step": 4}
-    whole, _ = run(arguments, firsts=[10], **options)
+    whole, _ = run(arguments, element_offsets=[10], **options)
 
     def halves(tensors):
         return [part.clone() for t in tensors for part in (t[:cut], t[cut:])]
 
     pieces = {key: halves(arguments[key]) for key in ("params", "grads", "copies")}
-    pieces |= {"rule": rule, "states": [halves(s) for s in arguments["states"]], "scales": None}
-    parts, _ = run(pieces, firsts=[10, 10 + cut], **options)
+    pieces |= {"rule": kind, "states": [halves(s) for s in arguments["states"]], "scales": None}
+    parts, _ = run(pieces, element_offsets=[10, 10 + cut], **options)
     for i, tensor_whole in enumerate(whole):
         assert torch.equal(torch.cat(parts[2 * i : 2 * i + 2]), tensor_whole)
 
@@ -168,7 +171,7 @@ def test_other_instruction_sets_agree(isa, tmp_path):
         "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_multi_tensor as t\n"
         "from megatron_opt import _C\n"
         "types = [torch.float32, torch.bfloat16, torch.float32]\n"
-        "out = [t.run(t.problem(r, [5000, 3], types)) for r in t.Rule]\n"
+        "out = [t.run(t.problem(r, [5000, 3], types)) for r in t.UpdateKind]\n"
         "torch.save((_C.cpu_kernels(), out), sys.argv[2])\n"
     )
     out = tmp_path / "results.pt"
@@ -176,19 +179,21 @@ def test_other_instruction_sets_agree(isa, tmp_path):
     subprocess.run(command, check=True, env=os.environ | {"MEGATRON_OPT_ISA": isa})
     name, results = torch.load(out)
     assert name in (isa, "portable")
-    for rule, (theirs, _) in zip(Rule, results, strict=True):
-        ours, _ = run(problem(rule, [5000, 3], [torch.float32, torch.bfloat16, torch.float32]))
+    for kind, (theirs, _) in zip(UpdateKind, results, strict=True):
+        ours, _ = run(problem(kind, [5000, 3], [torch.float32, torch.bfloat16, torch.float32]))
         assert_near(ours, theirs)
 
 
 @native
 def test_stochastic_rounding_is_the_references_bit_for_bit(monkeypatch):
-    for rule in (Rule.APPLY, Rule.LION):
-        arguments = problem(rule, [5000, 3], [torch.bfloat16, torch.float32, torch.bfloat16], seed=2)
-        c = Coefficients(lr=1.0, beta1=0.0, gain1=1.0, beta2=0.0, gain2=1.0)  # no product to contract: same fp32
-        ours, _ = run(arguments, c, stochastic=True, seed=2**40 + 5, step=7, firsts=[3, 2**33 + 1])
+    for kind in (UpdateKind.APPLY, UpdateKind.LION):
+        arguments = problem(kind, [5000, 3], [torch.bfloat16, torch.float32, torch.bfloat16], seed=2)
+        c = Coefficients(
+            lr=1.0, beta1=0.0, input_weight1=1.0, beta2=0.0, input_weight2=1.0
+        )  # no product to contract: same fp32
+        ours, _ = run(arguments, c, stochastic=True, seed=2**40 + 5, step=7, element_offsets=[3, 2**33 + 1])
         theirs, _ = run_reference(
-            monkeypatch, arguments, c, stochastic=True, seed=2**40 + 5, step=7, firsts=[3, 2**33 + 1]
+            monkeypatch, arguments, c, stochastic=True, seed=2**40 + 5, step=7, element_offsets=[3, 2**33 + 1]
         )
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a, b)
@@ -198,7 +203,7 @@ def test_stochastic_rounding_has_no_bias():
     params = [torch.zeros(200_000, dtype=torch.bfloat16)]
     value = 1.0 + 0.3 * 2**-7  # three tenths of the way between two bf16 numbers
     mt.update(
-        Rule.APPLY,
+        UpdateKind.APPLY,
         params,
         [torch.full((200_000,), -value)],
         (),
@@ -241,9 +246,11 @@ def test_huge_gradients_do_not_overflow_their_norm():
 
 
 @native
-@pytest.mark.parametrize("rule", [Rule.LION, Rule.SIGNUM, Rule.SOPHIA, Rule.CAUTIOUS, Rule.ADAM])
-def test_nan_is_not_hidden(rule):
-    arguments = problem(rule, [100], [torch.float32] * 3)
+@pytest.mark.parametrize(
+    "kind", [UpdateKind.LION, UpdateKind.SIGNUM, UpdateKind.SOPHIA, UpdateKind.CAUTIOUS, UpdateKind.ADAM]
+)
+def test_nan_is_not_hidden(kind):
+    arguments = problem(kind, [100], [torch.float32] * 3)
     arguments["grads"][0][5] = float("nan")
     (param, *_), sums = run(arguments)
     assert sums[0, 1] == 1 and param[5].isnan() and param.isnan().sum() == 1
@@ -258,7 +265,7 @@ def test_what_is_not_supported_is_refused(kernels, monkeypatch):
     for bad in (matrix.T, torch.zeros(1, 6).expand(4, 6), matrix[:, ::2], torch.zeros(5)):
         with pytest.raises(RuntimeError, match=r"params\[0\] (is not contiguous|has)"):
             mt.update(
-                Rule.APPLY,
+                UpdateKind.APPLY,
                 [bad],
                 [matrix[:, :3].contiguous() if bad.numel() == 12 else matrix],
                 (),
@@ -269,19 +276,19 @@ def test_what_is_not_supported_is_refused(kernels, monkeypatch):
 @native
 def test_types_that_do_not_exist_natively_are_refused():
     with pytest.raises(RuntimeError, match="params has a tensor of type Half"):
-        mt.update(Rule.APPLY, [torch.zeros(3).half()], [torch.zeros(3)], (), COEFFICIENTS)
+        mt.update(UpdateKind.APPLY, [torch.zeros(3).half()], [torch.zeros(3)], (), COEFFICIENTS)
     with pytest.raises(RuntimeError, match="state1 has 0 tensors"):
-        mt.update(Rule.ADAM, [torch.zeros(3)], [torch.zeros(3)], [[torch.zeros(3)], []], COEFFICIENTS)
+        mt.update(UpdateKind.ADAM, [torch.zeros(3)], [torch.zeros(3)], [[torch.zeros(3)], []], COEFFICIENTS)
 
 
 def test_an_empty_list_does_nothing():
-    assert mt.update(Rule.ADAM, [], [], [[], []], COEFFICIENTS).shape == (0, 3)
+    assert mt.update(UpdateKind.ADAM, [], [], [[], []], COEFFICIENTS).shape == (0, 3)
     assert mt.sums(Sum.GRADIENT_NORM, [], COEFFICIENTS).shape == (0, 3)
 
 
 @native
 def test_coefficients_may_come_from_a_tensor():
-    arguments = problem(Rule.ADAM, [50], [torch.float32] * 3)
+    arguments = problem(UpdateKind.ADAM, [50], [torch.float32] * 3)
     plain, _ = run(arguments)
     given_as_tensor, _ = run(arguments, Coefficients(), device_coefficients=torch.tensor(COEFFICIENTS))
     assert all(torch.equal(a, b) for a, b in zip(plain, given_as_tensor, strict=True))

@@ -73,15 +73,15 @@ def test_not_finite_values_are_kept_visible():
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_native_codes_are_the_references(stochastic, monkeypatch):
     """Lion with β1 = β2 = 0 stores the gradient as it is: codes must agree bit for bit."""
-    c = mt.Coefficients(beta1=0.0, gain1=1.0, beta2=0.0, gain2=1.0)
+    c = mt.Coefficients(beta1=0.0, input_weight1=1.0, beta2=0.0, input_weight2=1.0)
     g = torch.randn(5000, generator=torch.Generator().manual_seed(1))
     g[100] = 0.0
     results = []
     for kernels in ("native", "reference"):
         monkeypatch.setenv("MEGATRON_OPT_KERNELS", kernels)
         codes, absmax = torch.zeros(5000, dtype=torch.int8), torch.zeros(3)
-        options = {"stochastic": stochastic, "seed": 4, "step": 9, "firsts": [2]}
-        mt.update(mt.Rule.LION, [torch.zeros(5000)], [g], [[codes]], c, absmax=[[absmax], ()], **options)
+        options = {"stochastic": stochastic, "seed": 4, "step": 9, "element_offsets": [2]}
+        mt.update(mt.UpdateKind.LION, [torch.zeros(5000)], [g], [[codes]], c, absmax=[[absmax], ()], **options)
         results.append((codes, absmax))
     assert torch.equal(results[0][1], results[1][1])
     differs = (results[0][0].int() - results[1][0].int()).abs()
@@ -93,11 +93,11 @@ def test_native_adam_with_8_bit_states_is_the_references(monkeypatch):
     results = []
     for kernels in ("native", "reference"):
         monkeypatch.setenv("MEGATRON_OPT_KERNELS", kernels)
-        rule, generator = registry.build("adamw", {"state_dtype": "int8"}), torch.Generator().manual_seed(1)
+        optimizer, generator = registry.build("adamw", {"state_dtype": "int8"}), torch.Generator().manual_seed(1)
         params = [torch.zeros(3000)]
-        states = [rule.init_state(params[0])]
+        states = [optimizer.init_state(params[0])]
         for t in range(1, 11):
-            rule.update(params, [torch.randn(3000, generator=generator)], states, t, 1e-2, 0.0)
+            optimizer.update(params, [torch.randn(3000, generator=generator)], states, t, 1e-2, 0.0)
         results.append(params[0])
     difference = (results[0] - results[1]).norm() / results[1].norm()
     assert difference < 1e-3  # codes on a border fall either way
@@ -105,13 +105,13 @@ def test_native_adam_with_8_bit_states_is_the_references(monkeypatch):
 
 def test_an_average_of_nothing_decays_as_it_should():
     """v ← 0.98·v without gradients: less than a code a step, which rounding to nearest would never leave."""
-    rule = registry.build("adamw", {"state_dtype": "int8", "beta2": 0.98, "beta1": 0.0})
+    optimizer = registry.build("adamw", {"state_dtype": "int8", "beta2": 0.98, "beta1": 0.0})
     params = [torch.zeros(4096)]
-    states = [rule.init_state(params[0])]
-    rule.update(params, [torch.rand(4096, generator=torch.Generator().manual_seed(2)) + 0.5], states, 1, 0.0, 0.0)
+    states = [optimizer.init_state(params[0])]
+    optimizer.update(params, [torch.rand(4096, generator=torch.Generator().manual_seed(2)) + 0.5], states, 1, 0.0, 0.0)
     before = quantize.decode(states[0]["exp_avg_sq"], states[0]["exp_avg_sq_absmax"]).mean()
     for t in range(2, 52):
-        rule.update(params, [torch.zeros(4096)], states, t, 0.0, 0.0)
+        optimizer.update(params, [torch.zeros(4096)], states, t, 0.0, 0.0)
     after = quantize.decode(states[0]["exp_avg_sq"], states[0]["exp_avg_sq_absmax"]).mean()
     assert after / before == pytest.approx(0.98**50, rel=0.1)
 
@@ -122,11 +122,11 @@ def test_narrow_states_stay_near_fp32(name, bound, dtype):
     """Distance after 100 noisy steps, beside the distance travelled."""
     ends = []
     for state_dtype in ("fp32", dtype):
-        rule, generator = registry.build(name, {"state_dtype": state_dtype}), torch.Generator().manual_seed(8)
+        optimizer, generator = registry.build(name, {"state_dtype": state_dtype}), torch.Generator().manual_seed(8)
         params, target = [torch.zeros(4096)], torch.randn(4096, generator=generator)
-        states = [rule.init_state(params[0])]
+        states = [optimizer.init_state(params[0])]
         for t in range(1, 101):
             noise = torch.randn(4096, generator=generator)
-            rule.update(params, [params[0] - target + noise], states, t, 3e-3, 0.0)
+            optimizer.update(params, [params[0] - target + noise], states, t, 3e-3, 0.0)
         ends.append(params[0])
     assert (ends[1] - ends[0]).norm() / ends[0].norm() < bound

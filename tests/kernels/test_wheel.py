@@ -19,7 +19,7 @@ from megatron_opt import _C
 from megatron_opt.kernels import dispatch, multi_tensor as mt
 assert dispatch.native_available() and not _C.cuda
 p = [torch.ones(3)]
-mt.update(mt.Rule.APPLY, p, [torch.ones(3)], (), mt.Coefficients(lr=0.25))
+mt.update(mt.UpdateKind.APPLY, p, [torch.ones(3)], (), mt.Coefficients(lr=0.25))
 print(p[0].tolist(), _C.__file__)
 """
 

@@ -45,7 +45,7 @@ def _start(args: Any, world: int, **sizes: int) -> dict[str, torch.Tensor]:
             declaration = declare(chunks, chunks[0].config)
         for view in declaration.views:
             local = view.param.detach().view(view.rows, view.cols)
-            for piece in view.pieces:
+            for piece in view.mappings:
                 height, width = (*declaration.matrices[piece.matrix].shape, 1)[:2]
                 whole = found.setdefault(piece.matrix, torch.full((height, width), math.nan))
                 block = local[piece.local_row : piece.local_row + piece.rows]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_opt.distributed.fragments import rectangles
+from megatron_opt.distributed.param_shards import rectangles
 from megatron_opt.errors import UserError
 from megatron_opt.layout.kinds import KINDS as DECLARED
 from megatron_opt.layout.kinds import Geometry, find_kind

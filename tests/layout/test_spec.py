@@ -86,9 +86,9 @@ def test_two_tensor_parallel_ranks_hold_every_element_of_every_matrix_once(name:
                 view.name, parameter.local_shape(2), spec.geometry,
                 tp_rank=rank, tp_size=2, partition_dim=parameter.cut,
             )  # fmt: skip
-            assert pieces == view.pieces
+            assert pieces == view.mappings
             assert {info.name: info for info in infos}.items() <= found.matrices.items()
-            for piece in view.pieces:
+            for piece in view.mappings:
                 height, width = (*found.matrices[piece.matrix].shape, 1)[:2]
                 count = whole.setdefault(piece.matrix, torch.zeros(height, width))
                 times = 1 if not view.tp_replicated else 0.5

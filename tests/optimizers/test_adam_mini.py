@@ -10,9 +10,9 @@ BETA1, BETA2, EPS = 0.9, 0.98, 1e-10
 
 
 def run(info, grads):
-    rule = registry.build("adam_mini", dict(beta1=BETA1, beta2=BETA2, eps=EPS))
-    state = rule.init_state(torch.zeros_like(grads[0]), info)
-    return [rule.update([g.clone()], [state], t, [info])[0] for t, g in enumerate(grads, 1)], state
+    optimizer = registry.build("adam_mini", dict(beta1=BETA1, beta2=BETA2, eps=EPS))
+    state = optimizer.init_state(torch.zeros_like(grads[0]), info)
+    return [optimizer.update([g.clone()], [state], t, [info])[0] for t, g in enumerate(grads, 1)], state
 
 
 @pytest.mark.parametrize(
@@ -57,5 +57,5 @@ def test_vectors_are_adamw():
 
 def test_only_norms_and_biases_are_clipped():
     infos = [MatrixInfo("w", (4, 4)), MatrixInfo("norm", (4,), "norm"), MatrixInfo("e", (9, 4), "embedding")]
-    named = {i.name: g for g in groups.assign(infos, groups.default_rules("adam_mini")) for i in g.infos}
+    named = {i.name: g for g in groups.assign(infos, groups.default_group_configs("adam_mini")) for i in g.infos}
     assert [named[i.name].clip_scope for i in infos] == [None, "global", None]

@@ -102,18 +102,18 @@ def gradients(shape, count, dtype, seed=0):
     return [draw.to(dtype) for draw in draws]
 
 
-def accepted(rule, shape):
+def accepted(optimizer, shape):
     """Skip what the rule refuses (and see that it does so with a sentence)."""
     info = info_of(shape)
-    if len(shape) == 1 and not rule.vectors:
+    if len(shape) == 1 and not optimizer.vectors:
         with pytest.raises(UserError, match="route it"):
-            rule.init_state(torch.ones(shape), info)
+            optimizer.init_state(torch.ones(shape), info)
         pytest.skip("matrices only")
     return info
 
 
-def steps(rule, state, grads, info, start=1):
-    return [rule.update([g.clone()], [state], t, [info])[0] for t, g in enumerate(grads, start)]
+def steps(optimizer, state, grads, info, start=1):
+    return [optimizer.update([g.clone()], [state], t, [info])[0] for t, g in enumerate(grads, start)]
 
 
 table = pytest.mark.parametrize("case", list(CASES))
@@ -122,7 +122,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
 
 
 def test_every_matrix_rule_is_in_the_table():
-    known = {name for name, cls in registry.rules().items() if issubclass(cls, MatrixOptimizer)}
+    known = {name for name, cls in registry.optimizers().items() if issubclass(cls, MatrixOptimizer)}
     assert known == {name for name, _ in CASES.values()}
 
 
@@ -130,14 +130,14 @@ def test_every_matrix_rule_is_in_the_table():
 @shapes
 @dtypes
 def test_directions_are_finite_of_the_right_kind_and_repeatable(case, shape, dtype):
-    rule = build(case)
-    info = accepted(rule, shape)
+    optimizer = build(case)
+    info = accepted(optimizer, shape)
     weight = torch.ones(shape, dtype=dtype)
     grads = gradients(shape, 5, dtype)
     runs = []
     for _ in range(2):
-        state = rule.init_state(weight.clone(), info)
-        runs.append(steps(rule, state, grads, info))
+        state = optimizer.init_state(weight.clone(), info)
+        runs.append(steps(optimizer, state, grads, info))
     for first, second in zip(*runs):
         assert first.shape == shape and first.dtype == dtype and first.isfinite().all()
         assert first.is_contiguous() and torch.equal(first, second)
@@ -147,9 +147,9 @@ def test_directions_are_finite_of_the_right_kind_and_repeatable(case, shape, dty
 @table
 @shapes
 def test_state_is_what_its_specification_says(case, shape):
-    rule = build(case)
-    info = accepted(rule, shape)
-    state, spec = rule.init_state(torch.ones(shape), info), rule.state_spec(info)
+    optimizer = build(case)
+    info = accepted(optimizer, shape)
+    state, spec = optimizer.init_state(torch.ones(shape), info), optimizer.state_spec(info)
     assert set(state) == set(spec)
     for key, tensor in state.items():
         match spec[key]:
@@ -161,7 +161,7 @@ def test_state_is_what_its_specification_says(case, shape):
                 assert tensor.ndim == 3 and tensor.shape[1] == tensor.shape[2]
             case StateKind.NORM | StateKind.FLAG:
                 assert tensor.shape == (1,)
-    partition = rule.partition(info)
+    partition = optimizer.partition(info)
     if partition and partition.shard_dim is not None:
         assert set(partition.init_shard(torch.ones(shape))) <= set(spec)
         assert set(partition.init_shared(torch.device("cpu"))) <= set(spec)
@@ -170,13 +170,13 @@ def test_state_is_what_its_specification_says(case, shape):
 @table
 @shapes
 def test_resume_is_bit_for_bit(case, shape):
-    rule = build(case)
-    info = accepted(rule, shape)
+    optimizer = build(case)
+    info = accepted(optimizer, shape)
     grads = gradients(shape, 7, torch.float32)
-    state = rule.init_state(torch.ones(shape), info)
-    steps(rule, state, grads[:4], info)
+    state = optimizer.init_state(torch.ones(shape), info)
+    steps(optimizer, state, grads[:4], info)
     saved = {key: value.clone() for key, value in state.items()}
-    expected = steps(rule, state, grads[4:], info, 5)
+    expected = steps(optimizer, state, grads[4:], info, 5)
     resumed = steps(build(case), saved, grads[4:], info, 5)
     assert all(torch.equal(a, b) for a, b in zip(expected, resumed))
     assert set(saved) == set(state) and all(torch.equal(saved[key], state[key]) for key in state)
@@ -186,50 +186,50 @@ def test_resume_is_bit_for_bit(case, shape):
 @shapes
 @dtypes
 def test_zero_gradients_give_zeros_first_and_finite_numbers_later(case, shape, dtype):
-    rule = build(case)
-    info = accepted(rule, shape)
+    optimizer = build(case)
+    info = accepted(optimizer, shape)
     zero = torch.zeros(shape, dtype=dtype)
-    state = rule.init_state(torch.ones(shape, dtype=dtype), info)
-    for u in steps(rule, state, [zero, zero, zero], info):
+    state = optimizer.init_state(torch.ones(shape, dtype=dtype), info)
+    for u in steps(optimizer, state, [zero, zero, zero], info):
         assert not u.any()
-    later = steps(rule, state, [*gradients(shape, 3, dtype), zero, zero], info, 4)
+    later = steps(optimizer, state, [*gradients(shape, 3, dtype), zero, zero], info, 4)
     assert all(u.isfinite().all() for u in later) and all(value.isfinite().all() for value in state.values())
 
 
 @table
 def test_many_matrices_at_once_are_each_alone(case):
     """Batches of equal shapes, mixed with others, change nothing but rounding."""
-    rule = build(case)
+    optimizer = build(case)
     some = [(12, 8), (8, 12), (12, 8), (8, 8), (30, 4), (12, 8), (8, 8)]
     infos = [info_of(shape, index) for index, shape in enumerate(some)]
     grads = [gradients(shape, 6, torch.float64, seed=index) for index, shape in enumerate(some)]
     weights = [torch.ones(shape, dtype=torch.float64) for shape in some]
-    together = [rule.init_state(weight, info) for weight, info in zip(weights, infos)]
+    together = [optimizer.init_state(weight, info) for weight, info in zip(weights, infos)]
     alone = copy.deepcopy(together)
-    tolerance = 0.05 if getattr(rule.config, "fp32_matmul_prec", "high") == "medium" else 1e-9
+    tolerance = 0.05 if getattr(optimizer.config, "fp32_matmul_prec", "high") == "medium" else 1e-9
     for t in range(6):
-        all_at_once = rule.update([g[t].clone() for g in grads], together, t + 1, infos)
+        all_at_once = optimizer.update([g[t].clone() for g in grads], together, t + 1, infos)
         for index, info in enumerate(infos):
-            (one,) = rule.update([grads[index][t].clone()], [alone[index]], t + 1, [info])
+            (one,) = optimizer.update([grads[index][t].clone()], [alone[index]], t + 1, [info])
             assert float((one - all_at_once[index]).norm()) <= tolerance * float(one.norm()) + 1e-12
 
 
-def join_norms(rule, states, weights, info):
+def join_norms(optimizer, states, weights, info):
     """What the caller does with the states of parts before the first step."""
-    for norm in rule.keys(StateKind.NORM, info):
+    for norm in optimizer.keys(StateKind.NORM, info):
         for state, weight in zip(states, weights):
             state[norm] = norm_of(weight)
         whole = torch.stack([state[norm].double().square() for state in states]).sum(0).sqrt()
         for state in states:
             state[norm].copy_(whole)
-            rule.check_state(state, info)
+            optimizer.check_state(state, info)
 
 
-def to_norm(rule, direction, state):
+def to_norm(optimizer, direction, state):
     """What the caller does with the direction of a matrix in parts."""
     return (
-        direction * rule.projection(direction.double().square().sum(), state).to(direction)
-        if rule.projects
+        direction * optimizer.projection(direction.double().square().sum(), state).to(direction)
+        if optimizer.projects
         else direction
     )
 
@@ -239,32 +239,33 @@ def to_norm(rule, direction, state):
 @dtypes
 @pytest.mark.parametrize("pieces", [2, 3, 5])
 def test_slices_equal_the_whole(case, shape, dtype, pieces):
-    rule = build(case)
-    info = accepted(rule, shape)
-    partition = rule.partition(info)
+    optimizer = build(case)
+    info = accepted(optimizer, shape)
+    partition = optimizer.partition(info)
     dim = partition and partition.shard_dim
     if dim is None or shape[dim] < pieces:
         pytest.skip("this rule needs this matrix whole")
     edges = tuple(shape[dim] * i // pieces for i in range(pieces + 1))
     cut = functools.partial(torch.split, split_size_or_sections=[b - a for a, b in itertools.pairwise(edges)], dim=dim)
     weight = gradients(shape, 1, dtype, seed=3)[0]
-    whole = rule.init_state(weight.clone(), info)
+    whole = optimizer.init_state(weight.clone(), info)
     slices = [partition.init_shard(part.clone()) for part in cut(weight)]
-    join_norms(rule, slices, cut(weight), info)
+    join_norms(optimizer, slices, cut(weight), info)
     shared = partition.init_shared(weight.device, dtype)
     assert set(whole) == {key for held in slices for key in held} | set(shared)
-    exact, narrow = getattr(rule.config, "fp32_matmul_prec", "high") == "high", is_narrow(rule)
+    exact, narrow = getattr(optimizer.config, "fp32_matmul_prec", "high") == "high", is_narrow(optimizer)
     tolerance = (1e-9 if dtype == torch.float64 else 1e-4) if exact else 0.05
     tolerance = 1e-2 if narrow else tolerance  # a number between two of bf16's falls either way
     for t, g in enumerate(gradients(shape, 6, dtype), 1):
-        (expected,) = rule.update([g.clone()], [whole], t, [info])
+        (expected,) = optimizer.update([g.clone()], [whole], t, [info])
         parts = [part.clone() for part in cut(g)]
         found = torch.cat(step_together(partition, parts, slices, shared, t, edges), dim)
         assert (
-            float((to_norm(rule, found, slices[0]) - expected).norm()) <= tolerance * float(expected.norm()) + 1e-12
+            float((to_norm(optimizer, found, slices[0]) - expected).norm())
+            <= tolerance * float(expected.norm()) + 1e-12
         ), t
     for key, value in whole.items():
-        kind = rule.state_spec(info)[key]
+        kind = optimizer.state_spec(info)[key]
         if kind in (StateKind.NORM, StateKind.FLAG) or (kind is StateKind.ROWS and dim == 1):
             joined = slices[0][key]
             assert all(torch.equal(joined, state[key]) for state in slices)
@@ -283,22 +284,22 @@ def test_slices_equal_the_whole(case, shape, dtype, pieces):
 @dtypes
 def test_cells_equal_the_whole(case, shape, dtype):
     """The first column of tiles, and the others of every row together, each stepped as a matrix of its own."""
-    rule = build(case)
-    info = accepted(rule, shape)
+    optimizer = build(case)
+    info = accepted(optimizer, shape)
     rows, columns = (*shape, 1)[:2]
-    partition = rule.partition(info)
+    partition = optimizer.partition(info)
     height, width = (partition and partition.tile) or (rows, columns)
     if (height, width) == (rows, columns):
         pytest.skip("this rule needs this matrix whole")
     areas = [(0, rows, 0, width)] if width < columns else []
     areas += [(top, min(rows, top + height), width % columns, columns) for top in range(0, rows, height)]
-    whole = rule.init_state(torch.ones(shape, dtype=dtype), info)
+    whole = optimizer.init_state(torch.ones(shape, dtype=dtype), info)
     infos = [replace(info, shape=(r1 - r0, c1 - c0)[: len(shape)]) for r0, r1, c0, c1 in areas]
     weights = [torch.ones(each.shape, dtype=dtype) for each in infos]
     cells = [partition.optimizer.init_state(weight, each) for weight, each in zip(weights, infos)]
-    join_norms(rule, cells, weights, info)
+    join_norms(optimizer, cells, weights, info)
     for t, g in enumerate(gradients(shape, 6, dtype), 1):
-        (expected,) = rule.update([g.clone()], [whole], t, [info])
+        (expected,) = optimizer.update([g.clone()], [whole], t, [info])
         given = [
             g.view(rows, columns)[r0:r1, c0:c1].reshape(each.shape) for (r0, r1, c0, c1), each in zip(areas, infos)
         ]
@@ -306,7 +307,7 @@ def test_cells_equal_the_whole(case, shape, dtype):
         for (r0, r1, c0, c1), u in zip(areas, partition.optimizer.update(given, cells, t, infos)):
             found[r0:r1, c0:c1] = u.view(r1 - r0, c1 - c0)
         assert (
-            float((to_norm(rule, found, cells[0]).view(shape) - expected).norm())
+            float((to_norm(optimizer, found, cells[0]).view(shape) - expected).norm())
             <= 1e-5 * float(expected.norm()) + 1e-12
         ), t
     joined = {key: torch.full_like(value, torch.nan) for key, value in whole.items()}
@@ -317,30 +318,30 @@ def test_cells_equal_the_whole(case, shape, dtype):
                 of, numbers, count = places[key]
                 assert count == len(whole[of])
                 joined[of][numbers] = value
-            elif value.numel() == 1 and rule.state_spec(info)[key] in (StateKind.FLAG, StateKind.NORM):
+            elif value.numel() == 1 and optimizer.state_spec(info)[key] in (StateKind.FLAG, StateKind.NORM):
                 joined[key] = value
             else:
                 joined[key].view(rows, columns)[r0:r1, c0:c1] = value.view(r1 - r0, c1 - c0)
     for key, value in whole.items():
         assert float((joined[key].double() - value.double()).norm()) <= 1e-5 * float(value.double().norm()) + 1e-12, key
-    assert sum(rule.cost(each).mean_flops() for each in infos) == pytest.approx(rule.cost(info).mean_flops())
+    assert sum(optimizer.cost(each).mean_flops() for each in infos) == pytest.approx(optimizer.cost(info).mean_flops())
 
 
 @table
 def test_converges_on_a_quadratic(case):
     """½‖A(W − W*)‖² with condition 100 and noisy gradients: below 1% of the start after 300 steps of decaying size."""
-    rule = build(case)
-    if rule.projects:
+    optimizer = build(case)
+    if optimizer.projects:
         pytest.skip("weights on a sphere: see test_hyperball.py")
     torch.manual_seed(0)
     target, weight = torch.randn(16, 12), torch.zeros(16, 12)
     scale = torch.logspace(0, -1, 16)[:, None]
     info = info_of((16, 12))
-    state = rule.init_state(weight, info)
+    state = optimizer.init_state(weight, info)
     start = float((scale * (weight - target)).square().sum())
     for t in range(1, 301):
         grad = scale**2 * (weight - target) + 0.05 * torch.randn(16, 12)
-        weight = weight - 0.1 * (1 - t / 301) * rule.update([grad], [state], t, [info])[0]
+        weight = weight - 0.1 * (1 - t / 301) * optimizer.update([grad], [state], t, [info])[0]
     assert float((scale * (weight - target)).square().sum()) < 0.01 * start
 
 
@@ -353,22 +354,22 @@ def test_cost_counts_what_runs(case, shape, kernels, monkeypatch):
     Of the reference torch itself counts the products; native operations count as the formulas registered for them.
     """
     monkeypatch.setenv("MEGATRON_OPT_KERNELS", kernels)
-    rule = build(case)
-    info = accepted(rule, shape)
-    state = rule.init_state(torch.ones(shape), info)
-    cost = rule.cost(info)
+    optimizer = build(case)
+    info = accepted(optimizer, shape)
+    state = optimizer.init_state(torch.ones(shape), info)
+    cost = optimizer.cost(info)
     assert cost.state_bytes == sum(value.numel() * value.element_size() for value in state.values())
     grads = gradients(
         shape, 12, torch.float32, seed=2
     )  # noise amid a factor's columns would be mended by more products
-    steps(rule, state, grads[:4], info)
+    steps(optimizer, state, grads[:4], info)
     period = int(cost.refresh_every)
     products = {
         torch.ops.aten.baddbmm_: lambda _, a, b, **rest: 2 * a[0] * a[1] * a[2] * b[2],
         torch.ops.aten.addmm_: lambda _, a, b, **rest: 2 * a[0] * a[1] * b[1],
     }
     with FlopCounterMode(display=False, custom_mapping=products) as counter:
-        steps(rule, state, grads[4 : 4 + period], info, 5)
+        steps(optimizer, state, grads[4 : 4 + period], info, 5)
     gemm = sum(value for key, value in cost.flops.items() if "gemm" in key) * period
     gemm += sum(value for key, value in cost.refresh.items() if "gemm" in key)
     assert counter.get_total_flops() == pytest.approx(gemm, rel=1e-6)

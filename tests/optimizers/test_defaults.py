@@ -11,7 +11,7 @@ import pytest
 import megatron_opt
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
-from megatron_opt.optimizers.groups import default_rules
+from megatron_opt.optimizers.groups import default_group_configs
 
 TUNED = json.loads((Path(megatron_opt.__file__).parent / "study" / "paper" / "paper_hparams.json").read_text())
 ADAM = {"beta1": "beta1", "beta2": "beta2", "eps": "eps"}
@@ -32,31 +32,31 @@ FIELDS = {
 }  # fmt: skip
 
 
-def most_frequent(rule: str, key: str) -> set:
+def most_frequent(optimizer: str, key: str) -> set:
     """The values that are the tuned one in most of the study's regimes."""
-    cells = [cell["hparams"] for size in TUNED[rule].values() for cell in size.values()]
+    cells = [cell["hparams"] for size in TUNED[optimizer].values() for cell in size.values()]
     counts = Counter(cell[key] for cell in cells if key in cell)
     return {value for value, count in counts.items() if count == max(counts.values())}
 
 
-@pytest.mark.parametrize("rule, key", [(rule, key) for rule, keys in FIELDS.items() for key in keys])
-def test_default_is_the_most_frequent_tuned_value(rule, key):
-    config = registry.build(rule, {}).config
-    assert getattr(config, FIELDS[rule][key]) in most_frequent(rule, key)
+@pytest.mark.parametrize("optimizer, key", [(optimizer, key) for optimizer, keys in FIELDS.items() for key in keys])
+def test_default_is_the_most_frequent_tuned_value(optimizer, key):
+    config = registry.build(optimizer, {}).config
+    assert getattr(config, FIELDS[optimizer][key]) in most_frequent(optimizer, key)
 
 
-@pytest.mark.parametrize("rule", ["muon", "scion"])
-def test_the_scalars_group_has_its_tuned_values(rule):
-    scalars = default_rules(rule)[-1]
+@pytest.mark.parametrize("optimizer", ["muon", "scion"])
+def test_the_scalars_group_has_its_tuned_values(optimizer):
+    scalars = default_group_configs(optimizer)[-1]
     for key, value in scalars.options.items():
-        assert value in most_frequent(rule, key), key
-    name = {"muon": "adam_lr", "scion": "signum_lr"}[rule]
-    cells = [cell["hparams"] for size in TUNED[rule].values() for cell in size.values()]
+        assert value in most_frequent(optimizer, key), key
+    name = {"muon": "adam_lr", "scion": "signum_lr"}[optimizer]
+    cells = [cell["hparams"] for size in TUNED[optimizer].values() for cell in size.values()]
     ratios = Counter(round(cell[name] / cell["lr"], 3) for cell in cells)
     assert ratios[scalars.lr_scale] == max(ratios.values())
 
 
-EVERY = [(name, item) for name, cls in sorted(registry.rules().items()) for item in dataclasses.fields(cls.Config)]
+EVERY = [(name, item) for name, cls in sorted(registry.optimizers().items()) for item in dataclasses.fields(cls.Config)]
 
 
 def _is_number(item):
@@ -94,7 +94,7 @@ def test_yaml_numbers_that_are_text_are_numbers(text):
 @pytest.mark.parametrize("name, item", [each for each in EVERY if each[1].metadata.get("needs")])
 def test_options_that_another_one_leaves_without_effect_are_refused(name, item):
     other, value = item.metadata["needs"]
-    words = registry.rules()[name].Config.__dataclass_fields__[other].metadata.get("choices", (True, False))
+    words = registry.optimizers()[name].Config.__dataclass_fields__[other].metadata.get("choices", (True, False))
     without = next(word for word in words if word != value)
     flag = f"--{name}-{item.name}".replace("_", "-")
     with pytest.raises(UserError, match=f"^{flag} has no effect without --{name}-{other}".replace("_", "-")):
@@ -103,7 +103,7 @@ def test_options_that_another_one_leaves_without_effect_are_refused(name, item):
 
 
 def test_unknown_options_and_names_are_refused():
-    for name in registry.rules():
+    for name in registry.optimizers():
         with pytest.raises(UserError, match="no option 'nonsense'"):
             registry.build(name, {"nonsense": 1})
     with pytest.raises(UserError, match="there is no optimizer"):

@@ -13,7 +13,7 @@ from megatron_opt.optimizers.base import Reducer
 SHAPES = [(7, 5), (64,), (3, 1), (40, 60)]
 LR, WD, STEPS = 3e-3, 0.1, 50
 RULES = ["adamw", "nadamw", "mars", "cautious", "lion", "signum", "sophia", "ademamix", "adopt"]
-NARROW = [name for name in RULES if hasattr(registry.rules()[name].Config, "state_dtype")]
+NARROW = [name for name in RULES if hasattr(registry.optimizers()[name].Config, "state_dtype")]
 
 
 def gradients(steps=STEPS, dtype=torch.float64, seed=0):
@@ -30,13 +30,13 @@ def start(dtype=torch.float64):
 
 
 def ours(name, options, grads, dtype=torch.float64, lr=LR, wd=WD, curvature=None, **keywords):
-    rule = registry.build(name, options)
+    optimizer = registry.build(name, options)
     params = start(dtype)
-    states = [rule.init_state(p) for p in params]
+    states = [optimizer.init_state(p) for p in params]
     for t, step_grads in enumerate(grads, 1):
-        rule.update(params, [g.to(dtype).clone() for g in step_grads], states, t, lr, wd, **keywords)
-        if curvature is not None and rule.curvature_due(t):
-            rule.update_curvature(states, [c.to(dtype) for c in curvature[t - 1]])
+        optimizer.update(params, [g.to(dtype).clone() for g in step_grads], states, t, lr, wd, **keywords)
+        if curvature is not None and optimizer.curvature_due(t):
+            optimizer.update_curvature(states, [c.to(dtype) for c in curvature[t - 1]])
     return params
 
 
@@ -95,10 +95,10 @@ def paper_signum(gs, hs, t, beta1=0.98):
     return [torch.sign(h["m"]) for h in hs]
 
 
-def paper(rule, grads, lr=LR, wd=WD, **options):
+def paper(optimizer, grads, lr=LR, wd=WD, **options):
     params, held = start(), [{} for _ in SHAPES]
     for t, gs in enumerate(grads, 1):
-        for p, u in zip(params, rule(gs, held, t, **options)):
+        for p, u in zip(params, optimizer(gs, held, t, **options)):
             p -= lr * (u + wd * p)
     return params
 
@@ -123,17 +123,17 @@ VARIANTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, options, rule, paper_options", VARIANTS)
-def test_rules_are_the_papers(name, options, rule, paper_options):
+@pytest.mark.parametrize("name, options, optimizer, paper_options", VARIANTS)
+def test_rules_are_the_papers(name, options, optimizer, paper_options):
     grads = gradients()
-    assert_same(ours(name, options, grads), paper(rule, grads, **paper_options))
+    assert_same(ours(name, options, grads), paper(optimizer, grads, **paper_options))
 
 
 @pytest.mark.skipif(not native_available(), reason="the extension is not built")
-@pytest.mark.parametrize("name, options, rule, paper_options", VARIANTS)
-def test_native_fp32_stays_with_the_papers_float64(name, options, rule, paper_options):
+@pytest.mark.parametrize("name, options, optimizer, paper_options", VARIANTS)
+def test_native_fp32_stays_with_the_papers_float64(name, options, optimizer, paper_options):
     grads = [[g.float().double() for g in gs] for gs in gradients()]
-    params = paper(rule, grads, **paper_options)
+    params = paper(optimizer, grads, **paper_options)
     close = ours(name, options, grads, torch.float32)
     for x, y in zip(close, params, strict=True):
         difference = (x.double() - y).norm() / y.norm()
@@ -161,9 +161,9 @@ def test_sophia_is_the_papers(form):
 
 
 def test_sophias_curvature_from_squared_gradients():
-    rule = registry.build("sophia", {})
-    state = rule.init_state(torch.zeros(4))
-    rule.update_curvature([state], [torch.tensor([1.0, -2.0, 0.0, 3.0])], scale=5.0, squared=True)
+    optimizer = registry.build("sophia", {})
+    state = optimizer.init_state(torch.zeros(4))
+    optimizer.update_curvature([state], [torch.tensor([1.0, -2.0, 0.0, 3.0])], scale=5.0, squared=True)
     torch.testing.assert_close(state["hessian"], 0.1 * 5.0 * torch.tensor([1.0, 4.0, 0.0, 9.0]))
 
 
@@ -230,13 +230,13 @@ def test_peers_mars_differs_only_by_its_first_step():
     grads = [[g.sign() + 0.1 * g for g in gs] for gs in gradients()]
     theirs = peer(mars_of_pytorch_optimizer, grads)
     options = {"clip_scope": "matrix", "eps": 1e-14}
-    rule = registry.build("mars", options)
+    optimizer = registry.build("mars", options)
     params = start()
-    states = [rule.init_state(p) for p in params]
+    states = [optimizer.init_state(p) for p in params]
     for state, g in zip(states, grads[0]):
         state["prev_grad"].copy_(g)  # so that c_1 = g_1
     for t, gs in enumerate(grads, 1):
-        rule.update(params, [g.clone() for g in gs], states, t, LR, WD)
+        optimizer.update(params, [g.clone() for g in gs], states, t, LR, WD)
     assert_same(params, theirs, 1e-9)
 
 
@@ -244,17 +244,17 @@ def test_peers_mars_differs_only_by_its_first_step():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", RULES)
 def test_a_zero_gradient_only_decays(name, dtype):
-    rule, params = registry.build(name, {}), start(dtype)
-    states = [rule.init_state(p) for p in params]
-    rule.update(params, [torch.zeros_like(p) for p in params], states, 1, 0.5, 0.5)
+    optimizer, params = registry.build(name, {}), start(dtype)
+    states = [optimizer.init_state(p) for p in params]
+    optimizer.update(params, [torch.zeros_like(p) for p in params], states, 1, 0.5, 0.5)
     assert_same(params, [0.75 * p for p in start(dtype)], 1e-7)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_learning_rate_of_zero_moves_nothing_but_states(name):
-    rule, params = registry.build(name, {}), start(torch.float32)
-    states = [rule.init_state(p) for p in params]
-    rule.update(params, gradients(1, torch.float32)[0], states, 1, 0.0, 0.5)
+    optimizer, params = registry.build(name, {}), start(torch.float32)
+    states = [optimizer.init_state(p) for p in params]
+    optimizer.update(params, gradients(1, torch.float32)[0], states, 1, 0.0, 0.5)
     assert all(torch.equal(a, b) for a, b in zip(params, start(torch.float32)))
     assert all(any(value.any() for value in state.values()) for state in states)
 
@@ -270,15 +270,15 @@ def test_decay_modes():
     grads = gradients(3)
     base = start()
     for mode in ("decoupled", "independent", "cautious"):
-        rule, params = registry.build("lion", {}), start()
-        states = [rule.init_state(p) for p in params]
-        rule.update(params, grads[0], states, 1, 0.01, 0.1, decay_mode=mode)
+        optimizer, params = registry.build("lion", {}), start()
+        states = [optimizer.init_state(p) for p in params]
+        optimizer.update(params, grads[0], states, 1, 0.01, 0.1, decay_mode=mode)
         for p, p0, g in zip(params, base, grads[0]):
             u = torch.sign(g)
             decay = {"decoupled": 0.001 * p0, "independent": 0.1 * p0, "cautious": 0.001 * p0 * (u * p0 >= 0)}
             torch.testing.assert_close(p, p0 - 0.01 * u - decay[mode], rtol=1e-12, atol=0)
     with pytest.raises(UserError, match="no decay mode 'coupled'"):
-        rule.update(params, grads[0], states, 1, 0.01, 0.1, decay_mode="coupled")
+        optimizer.update(params, grads[0], states, 1, 0.01, 0.1, decay_mode="coupled")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -287,7 +287,7 @@ def test_flat_pieces_with_a_reducer_equal_whole_tensors(name, dtype):
     """Two ranks, each with a half of every tensor; the reducer adds what they would all-reduce."""
     grads = gradients(6, dtype)
     whole = ours(name, {}, grads, dtype)
-    rule = registry.build(name, {})
+    optimizer = registry.build(name, {})
     halves = [[half.clone() for p in start(dtype) for half in p.view(-1).chunk(2)]]
     pieces = halves[0]
     numel = [n for p in start(dtype) for n in [p.numel()] * len(p.view(-1).chunk(2))]
@@ -297,10 +297,10 @@ def test_flat_pieces_with_a_reducer_equal_whole_tensors(name, dtype):
         return torch.zeros(len(SHAPES), dtype=values.dtype).index_add(0, owner, values)[owner]
 
     reducer = Reducer(numel, per_matrix)
-    states = [rule.init_state(p) for p in pieces]
+    states = [optimizer.init_state(p) for p in pieces]
     for t, gs in enumerate(grads, 1):
         cut = [half.clone() for g in gs for half in g.view(-1).chunk(2)]
-        rule.update(pieces, cut, states, t, LR, WD, reducer)
+        optimizer.update(pieces, cut, states, t, LR, WD, reducer)
     joined = [torch.cat([p for p, o in zip(pieces, owner) if o == i]).view(s) for i, s in enumerate(SHAPES)]
     assert_same(joined, whole, 1e-12 if name != "mars" or dtype == torch.float64 else 1e-6)
 
@@ -308,12 +308,12 @@ def test_flat_pieces_with_a_reducer_equal_whole_tensors(name, dtype):
 @pytest.mark.parametrize("name", RULES)
 def test_resuming_from_a_copied_state_repeats_every_bit(name):
     grads = gradients(8, torch.float32)
-    rule, params = registry.build(name, {}), start(torch.float32)
-    states = [rule.init_state(p) for p in params]
+    optimizer, params = registry.build(name, {}), start(torch.float32)
+    states = [optimizer.init_state(p) for p in params]
     for t, gs in enumerate(grads, 1):
         if t == 5:
             saved = [p.clone() for p in params], [{k: v.clone() for k, v in s.items()} for s in states]
-        rule.update(params, [g.clone() for g in gs], states, t, LR, WD)
+        optimizer.update(params, [g.clone() for g in gs], states, t, LR, WD)
     again, resumed = registry.build(name, {}), saved
     for t, gs in list(enumerate(grads, 1))[4:]:
         again.update(resumed[0], [g.clone() for g in gs], resumed[1], t, LR, WD)
@@ -326,24 +326,24 @@ QUADRATIC = [(name, {}) for name in RULES] + [(n, {"state_dtype": kind}) for n i
 @pytest.mark.parametrize("name, options", QUADRATIC)
 def test_a_quadratic_converges(name, options):
     """½‖W − T‖² from 0, noisy gradients, learning rate to 0: whatever the precision of the state."""
-    rule, generator = registry.build(name, options), torch.Generator().manual_seed(3)
+    optimizer, generator = registry.build(name, options), torch.Generator().manual_seed(3)
     target = torch.randn(50, 60, generator=generator)
     params = [torch.zeros(50, 60)]
-    states = [rule.init_state(params[0])]
+    states = [optimizer.init_state(params[0])]
     steps = 400
     for t in range(1, steps + 1):
         noise = 0.1 * torch.randn(50, 60, generator=generator)
-        rule.update(params, [params[0] - target + noise], states, t, 0.05 * (1 - t / steps), 0.0)
-        if name == "sophia" and rule.curvature_due(t):
-            rule.update_curvature(states, [torch.full((50, 60), 1.0)])
+        optimizer.update(params, [params[0] - target + noise], states, t, 0.05 * (1 - t / steps), 0.0)
+        if name == "sophia" and optimizer.curvature_due(t):
+            optimizer.update_curvature(states, [torch.full((50, 60), 1.0)])
     assert (params[0] - target).norm() / target.norm() < 0.05
 
 
 def test_copies_are_the_parameters_in_bf16():
-    rule, params = registry.build("adamw", {}), start(torch.float32)
+    optimizer, params = registry.build("adamw", {}), start(torch.float32)
     copies = [torch.empty(p.shape, dtype=torch.bfloat16) for p in params]
-    states = [rule.init_state(p) for p in params]
-    rule.update(params, gradients(1, torch.float32)[0], states, 1, LR, WD, copies=copies)
+    states = [optimizer.init_state(p) for p in params]
+    optimizer.update(params, gradients(1, torch.float32)[0], states, 1, LR, WD, copies=copies)
     assert all(torch.equal(c, p.bfloat16()) for c, p in zip(copies, params))
 
 
@@ -351,11 +351,11 @@ def test_bf16_parameters_learn_small_steps_only_when_rounded_stochastically():
     """A step of 1e-3 on a weight of 1 is below half a bf16 unit: rounding to nearest stands still."""
     ends = {}
     for rounding in ("nearest", "stochastic"):
-        rule = registry.build("lion", {"rounding": rounding})
+        optimizer = registry.build("lion", {"rounding": rounding})
         params = [torch.ones(10_000, dtype=torch.bfloat16)]
-        states = [rule.init_state(params[0])]
+        states = [optimizer.init_state(params[0])]
         for t in range(1, 101):
-            rule.update(params, [torch.ones(10_000)], states, t, 1e-3, 0.0)
+            optimizer.update(params, [torch.ones(10_000)], states, t, 1e-3, 0.0)
         ends[rounding] = params[0].float().mean().item()
     assert ends["nearest"] == 1.0 and ends["stochastic"] == pytest.approx(0.9, abs=2e-3)
 
@@ -369,9 +369,9 @@ def test_cost_counts_bytes():
             "adopt": 8}  # fmt: skip
     assert {name: c.state_bytes / 10 for name, c in cost.items()} == held
     assert registry.build("adamw", {"state_dtype": "bf16"}).cost(10).state_bytes == 40
-    rule = registry.build("adamw", {"state_dtype": "int8"})
-    real = sum(t.nbytes for t in rule.init_state(torch.zeros(4096)).values())
-    assert rule.cost(4096).state_bytes == real
+    optimizer = registry.build("adamw", {"state_dtype": "int8"})
+    real = sum(t.nbytes for t in optimizer.init_state(torch.zeros(4096)).values())
+    assert optimizer.cost(4096).state_bytes == real
 
 
 def test_options_out_of_range_are_refused():

@@ -32,13 +32,13 @@ def of_kind(groups, kind):
 
 @pytest.mark.parametrize("optimizer", ["muon", "scion", "adamw", "lion"])
 def test_every_parameter_is_in_one_group(optimizer):
-    groups = g.assign(INFOS, g.default_rules(optimizer))
+    groups = g.assign(INFOS, g.default_group_configs(optimizer))
     assert sorted(info.name for group in groups for info in group.infos) == sorted(info.name for info in INFOS)
     assert sum(group.numel for group in groups) == 1000 * 32 * 2 + 32 * 32 + 16 * 32 + 2 * 64 * 32 + 32 + 128 + 32
 
 
 def test_muon_groups_are_the_studys():
-    groups = g.assign(INFOS, g.default_rules("muon", {"muon": {"momentum": 0.9}}))
+    groups = g.assign(INFOS, g.default_group_configs("muon", {"muon": {"momentum": 0.9}}))
     hidden, scalar = of_kind(groups, "hidden"), of_kind(groups, "embedding")
     assert (hidden.optimizer, hidden.lr_scale, hidden.clip_scope, hidden.decay(0.1)) == (
         "muon",
@@ -50,21 +50,21 @@ def test_muon_groups_are_the_studys():
     assert (scalar.optimizer, scalar.lr_scale, scalar.clip_scope) == ("adamw", 0.3, "global")
     assert scalar.options == {"beta1": 0.8, "beta2": 0.98, "eps": 1e-15}
     assert [of_kind(groups, kind).optimizer for kind in ("output", "router", "norm", "bias")] == ["adamw"] * 4
-    (vectors,) = g.assign([MatrixInfo("mixer.A_log", (8,), "ssm")], g.default_rules("adamw"))
+    (vectors,) = g.assign([MatrixInfo("mixer.A_log", (8,), "ssm")], g.default_group_configs("adamw"))
     assert [of_kind(groups, kind).decay(0.1) for kind in g.KINDS[:-1]] == [0.1, 0.0, 0.1, 0.1, 0.0, 0.0]
     assert vectors.decay(0.1) == 0.0 and g.KINDS[-1] == "ssm"
 
 
 def test_flags_win_over_the_studys_values():
-    rules = g.default_rules("muon", {"adamw": {"beta1": 0.9}}, scalar_lr_scale=0.5)
-    scalar = of_kind(g.assign(INFOS, rules), "norm")
+    group_configs = g.default_group_configs("muon", {"adamw": {"beta1": 0.9}}, scalar_lr_scale=0.5)
+    scalar = of_kind(g.assign(INFOS, group_configs), "norm")
     assert scalar.options["beta1"] == 0.9 and scalar.options["beta2"] == 0.98 and scalar.lr_scale == 0.5
 
 
 def test_scion_forms_fix_the_decay():
     decays = []
     for form in ("study", "unconstrained", "constrained"):
-        groups = g.assign(INFOS, g.default_rules("scion", {"scion": {"form": form}}))
+        groups = g.assign(INFOS, g.default_group_configs("scion", {"scion": {"form": form}}))
         decays.append((of_kind(groups, "hidden").decay(0.1), of_kind(groups, "output").decay(0.1)))
     assert decays == [(0.1, 0.1), (0.0, 0.0), (1.0, 1.0)]
 
@@ -78,9 +78,9 @@ def test_yaml_rules(tmp_path):
         "- {match: '.*', optimizer: adamw, clip: scalars, decay_mode: cautious}\n"
     )
     with pytest.raises(UserError, match="vectors"):  # linear_fc matches a bias
-        g.assign(INFOS, g.load_rules(path))
+        g.assign(INFOS, g.load_group_configs(path))
     path.write_text(path.read_text().replace("'linear_fc'", "'linear_fc.*weight'"))
-    named = by_name(g.assign(INFOS, g.load_rules(path, {"muon": {"num_ns_steps": 6, "momentum": 0.7}})))
+    named = by_name(g.assign(INFOS, g.load_group_configs(path, {"muon": {"num_ns_steps": 6, "momentum": 0.7}})))
     q, fc2 = named[INFOS[1].name], named[INFOS[4].name]
     assert q.options == {"momentum": 0.8, "num_ns_steps": 6} and q.lr_scale == 0.5 and q.decay(0.1) == 0.3
     assert fc2.options == {"momentum": 0.7, "num_ns_steps": 6} and fc2.decay(0.1) == 0.0
@@ -127,19 +127,19 @@ def test_bad_rules_are_refused_with_a_remedy(tmp_path, text, words):
     path = tmp_path / "groups.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=words):
-        g.assign(INFOS, g.load_rules(path))
+        g.assign(INFOS, g.load_group_configs(path))
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
     path = tmp_path / "groups.yaml"
     options = "lr_scale: 3e-1, weight_decay: 1e-1, options: {eps: 1e-8}"
     path.write_text(f"groups: [{{match: '.*', optimizer: adamw, {options}}}]")
-    (rule,) = g.load_rules(path)
-    assert (rule.lr_scale, rule.weight_decay, rule.options) == (0.3, 0.1, {"eps": 1e-8})
+    (group_config,) = g.load_group_configs(path)
+    assert (group_config.lr_scale, group_config.weight_decay, group_config.options) == (0.3, 0.1, {"eps": 1e-8})
 
 
 def test_describe_counts():
-    text = g.describe(g.assign(INFOS, g.default_rules("muon")), 0.1)
+    text = g.describe(g.assign(INFOS, g.default_group_configs("muon")), 0.1)
     lines = text.splitlines()
     assert lines[0].split()[:4] == ["optimizer", "kinds", "matrices", "parameters"]
     assert lines[1].split()[:6] == ["muon", "hidden", "4", "5,632", "1", "0.1"]
@@ -162,13 +162,13 @@ def test_describe_counts():
     ],
 )
 def test_learning_rates_follow_the_width(optimizer, flags, hidden, others):
-    groups = g.assign(INFOS, g.default_rules(optimizer, flags), width_ratio=4.0)
+    groups = g.assign(INFOS, g.default_group_configs(optimizer, flags), width_ratio=4.0)
     assert of_kind(groups, "hidden").lr_scale == hidden
     assert {of_kind(groups, kind).lr_scale for kind in ("embedding", "output", "norm", "bias")} == {others}
 
 
 def test_routers_follow_the_width_as_hidden_matrices_do():
-    groups = g.assign(INFOS, g.default_rules("muon"), width_ratio=4.0)
+    groups = g.assign(INFOS, g.default_group_configs("muon"), width_ratio=4.0)
     assert of_kind(groups, "router").optimizer == "adamw" and of_kind(groups, "router").lr_scale == 0.3 * 0.25
 
 
@@ -178,18 +178,22 @@ def test_width_multipliers_keep_a_steps_effect(name):
     sizes = []
     for width in (32, 128):
         torch.manual_seed(0)
-        rule, info = registry.build(name, {}), MatrixInfo("w", (width, width))
+        group_config, info = registry.build(name, {}), MatrixInfo("w", (width, width))
         outer = torch.randn(width, 1) @ torch.randn(1, width)
         weight = torch.zeros(width, width)
-        state = rule.init_state(weight, info) if isinstance(rule, MatrixOptimizer) else rule.init_state(weight)
+        state = (
+            group_config.init_state(weight, info)
+            if isinstance(group_config, MatrixOptimizer)
+            else group_config.init_state(weight)
+        )
         for t in range(1, 60):
             grad = torch.randn(width, width) if name == "kron" else outer + 0.01 * torch.randn(width, width)
-            if isinstance(rule, MatrixOptimizer):
-                (u,) = rule.update([grad], [state], t, [info])
+            if isinstance(group_config, MatrixOptimizer):
+                (u,) = group_config.update([grad], [state], t, [info])
             else:
                 u = torch.zeros(width, width)
-                rule.update([u], [grad], [state], t, 1.0, 0.0)
-        sizes.append(float(torch.linalg.matrix_norm(u, 2)) * (width / 32) ** rule.width_exponent())
+                group_config.update([u], [grad], [state], t, 1.0, 0.0)
+        sizes.append(float(torch.linalg.matrix_norm(u, 2)) * (width / 32) ** group_config.width_exponent())
     assert 0.7 < sizes[1] / sizes[0] < 1.45
 
 

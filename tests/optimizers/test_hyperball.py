@@ -7,14 +7,14 @@ from megatron_opt.errors import UserError
 from megatron_opt.optimizers import groups, registry
 from megatron_opt.optimizers.base import MatrixInfo
 
-WRAPPED = sorted(name for name in registry.rules() if name.endswith("_h"))
+WRAPPED = sorted(name for name in registry.optimizers() if name.endswith("_h"))
 
 
-def step(rule, weight, grad, state, t, info, lr):
+def step(optimizer, weight, grad, state, t, info, lr):
     """What the caller does with a rule that projects."""
-    (u,) = rule.update([grad], [state], t, [info])
+    (u,) = optimizer.update([grad], [state], t, [info])
     weight = weight - lr * u
-    return weight * rule.projection(weight.double().square().sum(), state)
+    return weight * optimizer.projection(weight.double().square().sum(), state)
 
 
 def test_the_named_rules_are_there():
@@ -24,33 +24,33 @@ def test_the_named_rules_are_there():
 @pytest.mark.parametrize("name", WRAPPED)
 def test_weights_and_steps_stay_on_spheres(name):
     torch.manual_seed(0)
-    rule, info = registry.build(name, {}), MatrixInfo("w", (12, 8))
+    optimizer, info = registry.build(name, {}), MatrixInfo("w", (12, 8))
     weight = torch.randn(12, 8)
     radius = float(weight.norm())
-    state = rule.init_state(weight.clone(), info)
+    state = optimizer.init_state(weight.clone(), info)
     for t in range(1, 8):
         grad = torch.randn(12, 8)
-        (u,) = rule.update([grad.clone()], [{k: v.clone() for k, v in state.items()}], t, [info])
+        (u,) = optimizer.update([grad.clone()], [{k: v.clone() for k, v in state.items()}], t, [info])
         if u.any():
             assert float(u.norm()) == pytest.approx(radius, rel=1e-5)
-        weight = step(rule, weight, grad, state, t, info, 0.1)
+        weight = step(optimizer, weight, grad, state, t, info, 0.1)
         assert float(weight.norm()) == pytest.approx(radius, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", WRAPPED)
 def test_finds_a_point_on_the_sphere(name):
     torch.manual_seed(0)
-    rule, info = registry.build(name, {}), MatrixInfo("w", (12, 8))
+    optimizer, info = registry.build(name, {}), MatrixInfo("w", (12, 8))
     weight, target = torch.randn(12, 8), torch.randn(12, 8)
     target *= weight.norm() / target.norm()
-    state = rule.init_state(weight.clone(), info)
+    state = optimizer.init_state(weight.clone(), info)
 
     def cosine():
         return float((weight * target).sum() / weight.norm() / target.norm())
 
     for t in range(1, 201):
         grad = weight - target + 0.1 * torch.randn(12, 8)
-        weight = step(rule, weight, grad, state, t, info, 0.1 * (1 - t / 201))
+        weight = step(optimizer, weight, grad, state, t, info, 0.1 * (1 - t / 201))
     assert cosine() > 0.95
 
 
@@ -59,12 +59,12 @@ def test_adam_h_is_the_papers():
     b1, b2, eps, lr = 0.9, 0.98, 1e-10, 0.05
     weight = torch.randn(6, 9, dtype=torch.float64)
     ours, info = weight.clone(), MatrixInfo("w", (6, 9))
-    rule = registry.build("adam_h", dict(beta1=b1, beta2=b2, eps=eps))
-    state = rule.init_state(ours.clone(), info)
+    optimizer = registry.build("adam_h", dict(beta1=b1, beta2=b2, eps=eps))
+    state = optimizer.init_state(ours.clone(), info)
     radius, m, v = weight.norm(), torch.zeros_like(weight), torch.zeros_like(weight)
     for t in range(1, 51):
         g = torch.randn(6, 9, dtype=torch.float64)
-        ours = step(rule, ours, g.clone(), state, t, info, lr)
+        ours = step(optimizer, ours, g.clone(), state, t, info, lr)
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
         u = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps)
         weight = weight - lr * radius * u / u.norm()
@@ -83,20 +83,20 @@ def test_muon_h_equals_emerging_optimizers_over_50_steps():
         coefficient_type="simple", scale_mode="spectral",
     )  # fmt: skip
     options = dict(momentum=0.9, momentum_form="ema", eps=1e-7, norm_form="max", fp32_matmul_prec="high")
-    rule, info = registry.build("muon_h", options), MatrixInfo("w", (12, 20))
-    state, weight = rule.init_state(start.clone(), info), start.clone()
+    optimizer, info = registry.build("muon_h", options), MatrixInfo("w", (12, 20))
+    state, weight = optimizer.init_state(start.clone(), info), start.clone()
     for t, g in enumerate(grads, 1):
         parameter.grad = g.clone()
         theirs.step()
-        weight = step(rule, weight, g.clone(), state, t, info, 0.05)
+        weight = step(optimizer, weight, g.clone(), state, t, info, 0.05)
     assert float((weight - parameter.detach()).norm() / weight.norm()) < 1e-5
 
 
 def test_weight_decay_and_zero_weights_are_refused():
     info = MatrixInfo("layer.weight", (4, 4))
-    rules = [groups.GroupRule(".*", "muon_h", weight_decay=True)]
+    optimizers = [groups.ParamGroupConfig(".*", "muon_h", weight_decay=True)]
     with pytest.raises(UserError, match="weight decay means nothing"):
-        groups.assign([info], rules)
+        groups.assign([info], optimizers)
     with pytest.raises(UserError, match="starts at zero"):
         registry.build("muon_h", {}).init_state(torch.zeros(4, 4), info)
 
@@ -109,7 +109,7 @@ def test_default_groups(name):
         MatrixInfo("norm", (8,), "norm"),
         MatrixInfo("output", (50, 8), "output"),
     ]
-    found = groups.assign(infos, groups.default_rules(name))
+    found = groups.assign(infos, groups.default_group_configs(name))
     named = {info.name: group for group in found for info in group.infos}
     assert [named[i.name].optimizer for i in infos] == ["adamw", name, "adamw", "adam_h"]
     assert [named[i.name].decay(0.1) for i in infos] == [0.0, 0.0, 0.0, 0.0]

@@ -29,10 +29,10 @@ def run(grads, **options):
         **options,
     }
     info = MatrixInfo("w", tuple(grads[0].shape))
-    rule = registry.build("kron", options)
-    state = rule.init_state(torch.zeros_like(grads[0]), info)
-    out = [rule.update([g.clone()], [state], t, [info])[0] for t, g in enumerate(grads, 1)]
-    return out, state, rule, info
+    optimizer = registry.build("kron", options)
+    state = optimizer.init_state(torch.zeros_like(grads[0]), info)
+    out = [optimizer.update([g.clone()], [state], t, [info])[0] for t, g in enumerate(grads, 1)]
+    return out, state, optimizer, info
 
 
 def lower_bound(a):
@@ -42,7 +42,7 @@ def lower_bound(a):
     return most * ((x / x.norm()) @ a.T).norm()
 
 
-def transcription(grads, rule, info, due=lambda t: True, normalize=True, scale=1.0, clip=1.1, balance=0):
+def transcription(grads, optimizer, info, due=lambda t: True, normalize=True, scale=1.0, clip=1.1, balance=0):
     """Triangular PSGD on one block in float64."""
     m, n = grads[0].shape
     q0, q1 = (
@@ -60,7 +60,7 @@ def transcription(grads, rule, info, due=lambda t: True, normalize=True, scale=1
             if balance and updates % balance == 0:
                 a, b = q0.abs().max(), q1.abs().max()
                 q0, q1 = q0 * (a * b).sqrt() / a, q1 * (a * b).sqrt() / b
-            v = rule.noise(info, t, h)
+            v = optimizer.noise(info, t, h)
             damped = h + DAMPING * h.abs().mean() * v
             a = q0 @ damped @ q1.T
             b = torch.linalg.inv(q0).T @ v @ torch.linalg.inv(q1)
@@ -83,16 +83,16 @@ def close(ours, theirs, tolerance):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_triangular_is_the_papers(shape, normalize):
     grads = gradients(shape, 50)
-    ours, _, rule, info = run(grads, normalize_grads=normalize, preconditioner_init_scale=2.0, balance_every=7)
-    close(ours, transcription(grads, rule, info, normalize=normalize, scale=2.0, balance=7), 1e-8)
+    ours, _, optimizer, info = run(grads, normalize_grads=normalize, preconditioner_init_scale=2.0, balance_every=7)
+    close(ours, transcription(grads, optimizer, info, normalize=normalize, scale=2.0, balance=7), 1e-8)
 
 
 def test_schedule_decides_which_steps_update():
     grads = gradients((5, 7), 40)
-    ours, _, rule, info = run(grads, update_probability=0.3, update_flat_start=-0)
+    ours, _, optimizer, info = run(grads, update_probability=0.3, update_flat_start=-0)
     schedule = UpdateSchedule(0.3, 0)
-    rule.schedule = UpdateSchedule(0.3, 0)
-    close(ours, transcription(grads, rule, info, due=schedule), 1e-8)
+    optimizer.schedule = UpdateSchedule(0.3, 0)
+    close(ours, transcription(grads, optimizer, info, due=schedule), 1e-8)
 
 
 def test_schedule():
@@ -109,7 +109,7 @@ def test_schedule():
 
 def test_uneven_blocks_are_blocks():
     grads = gradients((11, 13), 6)
-    ours, _, rule, info = run(grads, block_size=8, normalize_grads=False, max_update_rms=0.0)
+    ours, _, optimizer, info = run(grads, block_size=8, normalize_grads=False, max_update_rms=0.0)
     damping = []  # the whole matrix's mean enters each block
     mu = torch.zeros(11, 13, dtype=torch.float64)
     for t, g in enumerate(grads, 1):
@@ -125,7 +125,7 @@ def test_uneven_blocks_are_blocks():
             for t, g in enumerate(grads, 1):
                 m = BETA * m + (1 - BETA) * g
                 h = m / (1 - BETA**t)
-                v = rule.noise(info, t, h)
+                v = optimizer.noise(info, t, h)
                 block = (h + DAMPING * damping[t - 1] * v)[rows, columns][None]
                 preconditioner.triangular_update(q, block, v[rows, columns][None], LR)
                 expected = preconditioner.precondition(h[rows, columns][None], q)[0]
@@ -143,12 +143,12 @@ def test_equals_kron_torch_over_50_steps(monkeypatch):
     """The peer starts its schedule at 0, preconditions the damped momentum (by 3e-4 of it) and draws its noise."""
     peer = pytest.importorskip("kron_torch.kron")
     grads = gradients((8, 8), 50)
-    _, _, rule, info = run(grads[:1])
+    _, _, optimizer, info = run(grads[:1])
     parameter = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.float64))
     step = [0]
 
     def draw(like):
-        return rule.noise(info, step[0], like)
+        return optimizer.noise(info, step[0], like)
 
     theirs = peer.Kron(
         [parameter],
@@ -213,13 +213,13 @@ def test_on_a_gpu_zeros_teach_nothing_and_nobody_waits(form):
     steps = [[torch.randn(info.shape) * (info.name != "zero") for info in infos] for _ in range(4)]
     found = []
     for place in (torch.clone, lambda x: gpu(x.clone())):
-        rule = registry.build("kron", {"update_form": form})
+        optimizer = registry.build("kron", {"update_form": form})
         with pretended_gpu() as count:
-            states = [rule.init_state(place(weight), info) for weight, info in zip(weights, infos)]
+            states = [optimizer.init_state(place(weight), info) for weight, info in zip(weights, infos)]
             first = {key: cpu(value).clone() for key, value in states[1].items()}
             count.waits.clear()
             for number, grads in enumerate(steps, 1):
-                moved = rule.update([place(grad) for grad in grads], states, number, infos)
+                moved = optimizer.update([place(grad) for grad in grads], states, number, infos)
             assert not count.waits
             assert all(torch.equal(cpu(value), first[key]) for key, value in states[1].items())
             found.append([cpu(x).clone() for x in (*moved, *(x for state in states for x in state.values()))])

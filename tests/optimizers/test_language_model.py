@@ -55,15 +55,15 @@ def losses(name, text, lr, steps=STEPS, noise=0.0, options=None):
     torch.manual_seed(0)
     model = Model()
     params = dict(model.named_parameters())
-    rules = groups.default_rules(name, OPTIONS.get(name) if options is None else {name: options})
-    found = groups.assign([info_of(key, p) for key, p in params.items()], rules)
+    group_configs = groups.default_group_configs(name, OPTIONS.get(name) if options is None else {name: options})
+    found = groups.assign([info_of(key, p) for key, p in params.items()], group_configs)
     built = [(group, registry.build(group.optimizer, dict(group.options))) for group in found]
     states = {}
-    for group, rule in built:
+    for group, each in built:
         for info in group.infos:
             weight = params[info.name].data
             states[info.name] = (
-                rule.init_state(weight, info) if isinstance(rule, MatrixOptimizer) else rule.init_state(weight)
+                each.init_state(weight, info) if isinstance(each, MatrixOptimizer) else each.init_state(weight)
             )
     curve, rounding = [], torch.Generator().manual_seed(1)
     for step in range(1, steps + 1):
@@ -75,22 +75,22 @@ def losses(name, text, lr, steps=STEPS, noise=0.0, options=None):
         for g in grads.values():
             g.mul_(1 + noise * torch.randn(g.shape, generator=rounding))
         rate = lr * min(1.0, step / 10) * (1 - step / (STEPS + 1))
-        for group, rule in built:
+        for group, each in built:
             names = [info.name for info in group.infos]
             weights, held = [params[key].data for key in names], [states[key] for key in names]
             scale, decay = rate * group.lr_scale, group.decay(0.1)
-            if not isinstance(rule, MatrixOptimizer):
-                rule.update(weights, [grads[key] for key in names], held, step, scale, decay)
+            if not isinstance(each, MatrixOptimizer):
+                each.update(weights, [grads[key] for key in names], held, step, scale, decay)
                 continue
-            directions = rule.update([grads[key].clone() for key in names], held, step, group.infos)
+            directions = each.update([grads[key].clone() for key in names], held, step, group.infos)
             for weight, u, state in zip(weights, directions, held):
                 weight.mul_(1 - scale * decay).add_(u, alpha=-scale)
-                if rule.projects:
-                    weight.mul_(rule.projection(weight.square().sum(), state))
+                if each.projects:
+                    weight.mul_(each.projection(weight.square().sum(), state))
     return curve
 
 
-@pytest.mark.parametrize("name", sorted(registry.rules()))
+@pytest.mark.parametrize("name", sorted(registry.optimizers()))
 def test_learns(name, text):
     lr = LEARNING_RATES.get(name, 0.02)
     curve = losses(name, text, lr)
@@ -114,7 +114,7 @@ def test_narrow_state_learns_as_well(name, options, bound, text):
     assert narrow != wide and narrow < (1 + bound) * wide
 
 
-ROUNDED = [(name, {}) for name in sorted(registry.rules())] + [
+ROUNDED = [(name, {}) for name in sorted(registry.optimizers())] + [
     ("soap", dict(precondition_frequency=1, power_shift=1e-3, factor_precision="fp64")),
     ("soap", dict(precondition_frequency=2, power_shift=1e-3)),
     ("soap", dict(precondition_frequency=5, power_shift=1e-3)),

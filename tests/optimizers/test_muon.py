@@ -27,10 +27,10 @@ def newton_schulz(x, steps=5):
 
 
 def run(name, options, grads, shape, weight=None, prefix=""):
-    rule = registry.build(name, options)
+    optimizer = registry.build(name, options)
     info = MatrixInfo(prefix + "w", shape)
-    state = rule.init_state(torch.zeros(shape, dtype=grads[0].dtype) if weight is None else weight, info)
-    return [rule.update([g.clone()], [state], t, [info])[0] for t, g in enumerate(grads, 1)]
+    state = optimizer.init_state(torch.zeros(shape, dtype=grads[0].dtype) if weight is None else weight, info)
+    return [optimizer.update([g.clone()], [state], t, [info])[0] for t, g in enumerate(grads, 1)]
 
 
 def gradients(shape, count=6, dtype=torch.float64, seed=0):
@@ -114,12 +114,12 @@ def test_normuon_equalizes_rows_and_keeps_the_norm():
     scale = torch.logspace(0, -2, 24, dtype=torch.float64)[:, None]
     grads = [g * scale for g in gradients(shape, 30)]
     plain = run("muon", dict(fp32_matmul_prec="high"), grads, shape)
-    rule = registry.build("muon", dict(normuon=True, normuon_beta2=0.9, fp32_matmul_prec="high"))
+    optimizer = registry.build("muon", dict(normuon=True, normuon_beta2=0.9, fp32_matmul_prec="high"))
     info = MatrixInfo("w", shape)
-    state = rule.init_state(torch.zeros(shape, dtype=torch.float64), info)
+    state = optimizer.init_state(torch.zeros(shape, dtype=torch.float64), info)
     moment = torch.zeros(24, 1, dtype=torch.float64)
     for t, (g, o) in enumerate(zip(grads, plain), 1):
-        u = rule.update([g.clone()], [state], t, [info])[0]
+        u = optimizer.update([g.clone()], [state], t, [info])[0]
         moment = 0.9 * moment + 0.1 * (o * o).mean(1, keepdim=True)
         rows = o / (moment.sqrt() + 1e-10)
         torch.testing.assert_close(u, rows * o.norm() / rows.norm(), rtol=1e-9, atol=1e-12)

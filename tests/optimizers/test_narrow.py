@@ -12,11 +12,11 @@ RULES = ("soap", "kl_soap", "shampoo", "kron", "dion")
 
 
 def _run(name: str, steps: int, **options: str):
-    rule, info = registry.build(name, options), MatrixInfo("w", (48, 80))
-    state = rule.init_state(torch.randn(info.shape, generator=torch.Generator().manual_seed(1)), info)
+    optimizer, info = registry.build(name, options), MatrixInfo("w", (48, 80))
+    state = optimizer.init_state(torch.randn(info.shape, generator=torch.Generator().manual_seed(1)), info)
     generator = torch.Generator().manual_seed(0)
     for step in range(1, steps + 1):
-        (direction,) = rule.update([torch.randn(info.shape, generator=generator)], [state], step, [info])
+        (direction,) = optimizer.update([torch.randn(info.shape, generator=generator)], [state], step, [info])
     return state, direction
 
 

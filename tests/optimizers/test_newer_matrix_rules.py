@@ -106,15 +106,15 @@ def test_kl_soap_with_one_factor_is_soap():
 def test_emerging_optimizers_advances_the_factors_alike():
     soap = pytest.importorskip("emerging_optimizers.soap.soap")
     grads = gradients((9, 9), 6)
-    rule = registry.build("kl_soap", {**BASE, "eigenvalue_floor": 1e-8, "precondition_frequency": 100})
+    optimizer = registry.build("kl_soap", {**BASE, "eigenvalue_floor": 1e-8, "precondition_frequency": 100})
     info = MatrixInfo("w", (9, 9))
-    state = rule.init_state(torch.zeros(9, 9, dtype=torch.float64), info)
-    rule.update([grads[0].clone()], [state], 1, [info])
+    state = optimizer.init_state(torch.zeros(9, 9, dtype=torch.float64), info)
+    optimizer.update([grads[0].clone()], [state], 1, [info])
     theirs = [state[f"gg_0_{side}"][0].clone() for side in (0, 1)]
     for t, g in enumerate(grads[1:], 2):
         bases = [state[f"q_0_{side}"][0].clone() for side in (0, 1)]
         soap.update_kronecker_factors_kl_shampoo(theirs, g, SHAMPOO, bases, 1e-30)
-        rule.update([g.clone()], [state], t, [info])
+        optimizer.update([g.clone()], [state], t, [info])
         close([state[f"gg_0_{side}"][0] for side in (0, 1)], theirs, 1e-9)
 
 
@@ -135,21 +135,21 @@ def dion_transcription(grads, right, mu=0.95, eps=1e-8):
 @pytest.mark.parametrize("share", [0.25, 1.0])
 def test_dion_is_the_papers(shape, share):
     grads, info = gradients(shape, 12), MatrixInfo("w", shape)
-    rule = registry.build("dion", {"rank_fraction": share})
-    state = rule.init_state(torch.zeros(shape, dtype=torch.float64), info)
+    optimizer = registry.build("dion", {"rank_fraction": share})
+    state = optimizer.init_state(torch.zeros(shape, dtype=torch.float64), info)
     right = state["right_factor"].clone()
     assert right.shape == (shape[1], round(share * min(shape)))
-    ours = [rule.update([g.clone()], [state], t, [info])[0] for t, g in enumerate(grads, 1)]
+    ours = [optimizer.update([g.clone()], [state], t, [info])[0] for t, g in enumerate(grads, 1)]
     close(ours, dion_transcription(grads, right), 1e-9)
 
 
 def test_dion_at_full_rank_becomes_an_orthogonal_step():
     """A constant gradient: the power iteration arrives at its singular vectors, and the step at their product."""
     grads, info = gradients((8, 12), 1) * 60, MatrixInfo("w", (8, 12))
-    rule = registry.build("dion", {"rank_fraction": 1.0, "scale_mode": "none"})
-    state = rule.init_state(torch.zeros(8, 12, dtype=torch.float64), info)
+    optimizer = registry.build("dion", {"rank_fraction": 1.0, "scale_mode": "none"})
+    state = optimizer.init_state(torch.zeros(8, 12, dtype=torch.float64), info)
     for t, g in enumerate(grads, 1):
-        (u,) = rule.update([g.clone()], [state], t, [info])
+        (u,) = optimizer.update([g.clone()], [state], t, [info])
     left, _, right = torch.linalg.svd(grads[0], full_matrices=False)
     torch.testing.assert_close(u, left @ right, rtol=0, atol=1e-3)
 
@@ -158,20 +158,20 @@ def test_dion_makes_no_step_of_rounding_noise():
     """Gradients of rank 2: of four columns two hold noise, and a kept right factor finds what comes later."""
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(16, 2, generator=generator), torch.randn(2, 16, generator=generator)
-    rule, info = registry.build("dion", {"scale_mode": "none"}), MatrixInfo("w", (16, 16))
-    state = rule.init_state(torch.zeros(16, 16), info)
+    optimizer, info = registry.build("dion", {"scale_mode": "none"}), MatrixInfo("w", (16, 16))
+    state = optimizer.init_state(torch.zeros(16, 16), info)
     for t in range(1, 9):
-        (u,) = rule.update([left @ torch.randn(2, 2, generator=generator) @ right], [state], t, [info])
+        (u,) = optimizer.update([left @ torch.randn(2, 2, generator=generator) @ right], [state], t, [info])
     assert torch.linalg.matrix_rank(u, rtol=1e-3) == 2
     assert float(torch.linalg.vector_norm(state["right_factor"], dim=0).min()) > 0.5
     noisy = torch.randn(16, 16, generator=generator)
     for t in range(9, 12):
-        (u,) = rule.update([noisy.clone()], [state], t, [info])
+        (u,) = optimizer.update([noisy.clone()], [state], t, [info])
     assert torch.linalg.matrix_rank(u, rtol=1e-3) == 4
 
 
 def test_dions_first_factor_is_of_the_name_alone():
-    rule, first = registry.build("dion", {}), []
+    optimizer, first = registry.build("dion", {}), []
     for name in ("a", "a", "b"):
-        first.append(rule.init_state(torch.zeros(8, 12), MatrixInfo(name, (8, 12)))["right_factor"])
+        first.append(optimizer.init_state(torch.zeros(8, 12), MatrixInfo(name, (8, 12)))["right_factor"])
     assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])

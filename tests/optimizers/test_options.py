@@ -15,7 +15,7 @@ from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer
 from megatron_opt.optimizers.kron import UpdateSchedule
 
-NAMES = sorted(registry.rules())
+NAMES = sorted(registry.optimizers())
 SHAPES = ((6, 4), (3, 8), (5,))
 
 
@@ -35,13 +35,15 @@ def _values(item):
 
 
 def _options(name):
-    items = [each for each in dataclasses.fields(registry.rules()[name].Config) if not isinstance(each.default, tuple)]
+    items = [
+        each for each in dataclasses.fields(registry.optimizers()[name].Config) if not isinstance(each.default, tuple)
+    ]
     return st.fixed_dictionaries({}, optional={item.name: _values(item) for item in items})
 
 
 def _drop_without_effect(name, options):
     """Options without those that another one leaves without effect."""
-    fields = registry.rules()[name].Config.__dataclass_fields__
+    fields = registry.optimizers()[name].Config.__dataclass_fields__
     kept = dict(options)
     for key in options:
         other, value = fields[key].metadata.get("needs") or ("", None)
@@ -59,23 +61,23 @@ def _gradients(seed, shape, scale):
 
 
 def _all_finite(name, options, scale):
-    rule = registry.build(name, options)
+    optimizer = registry.build(name, options)
     for number, shape in enumerate(SHAPES):
-        if isinstance(rule, MatrixOptimizer):
-            if len(shape) == 1 and not rule.vectors:
+        if isinstance(optimizer, MatrixOptimizer):
+            if len(shape) == 1 and not optimizer.vectors:
                 continue
             info = MatrixInfo(f"layers.{number}.weight", shape)
-            state = rule.init_state(torch.full(shape, 0.1), info)
+            state = optimizer.init_state(torch.full(shape, 0.1), info)
             found = [
-                rule.update([g.clone()], [state], step, [info])[0]
+                optimizer.update([g.clone()], [state], step, [info])[0]
                 for step, g in enumerate(_gradients(number, shape, scale), 1)
             ]
         else:
             param = torch.full(shape, 0.1)
-            state = rule.init_state(param)
+            state = optimizer.init_state(param)
             found = [param]
             for step, g in enumerate(_gradients(number, shape, scale), 1):
-                rule.update([param], [g.clone()], [state], step, 1e-3, 0.1)
+                optimizer.update([param], [g.clone()], [state], step, 1e-3, 0.1)
         for tensor in (*found, *state.values()):
             assert tensor.isfinite().all(), (name, options, scale, shape)
 
@@ -95,7 +97,7 @@ def test_options_anywhere_in_their_ranges_give_finite_numbers(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_limit_alone_gives_finite_numbers(name):
-    for item in dataclasses.fields(registry.rules()[name].Config):
+    for item in dataclasses.fields(registry.optimizers()[name].Config):
         if isinstance(item.default, bool | str | tuple):
             continue
         for key in ("low", "high"):
@@ -132,17 +134,17 @@ def test_custom_coefficients_that_diverge_or_are_none_are_refused(wrong):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rules_and_their_classes_pickle_and_deep_copy(name):
-    cls = registry.rules()[name]
+    cls = registry.optimizers()[name]
     assert pickle.loads(pickle.dumps(cls)) is cls and copy.deepcopy(cls) is cls
-    rule = registry.build(name, {})
-    if isinstance(rule, MatrixOptimizer):  # also after a step, with what it has learnt of its matrices
+    optimizer = registry.build(name, {})
+    if isinstance(optimizer, MatrixOptimizer):  # also after a step, with what it has learnt of its matrices
         info = MatrixInfo("layers.0.weight", (6, 4))
-        state = rule.init_state(torch.ones(6, 4), info)
-        rule.update([torch.ones(6, 4)], [state], 1, [info])
-    for twin in (pickle.loads(pickle.dumps(rule)), copy.deepcopy(rule)):
-        assert type(twin) is cls and twin.config == rule.config
-        if isinstance(rule, MatrixOptimizer):
+        state = optimizer.init_state(torch.ones(6, 4), info)
+        optimizer.update([torch.ones(6, 4)], [state], 1, [info])
+    for twin in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
+        assert type(twin) is cls and twin.config == optimizer.config
+        if isinstance(optimizer, MatrixOptimizer):
             grad, states = torch.randn(6, 4), [state, copy.deepcopy(state)]
-            (mine,), (its,) = (r.update([grad.clone()], [s], 2, [info]) for r, s in zip((rule, twin), states))
+            (mine,), (its,) = (r.update([grad.clone()], [s], 2, [info]) for r, s in zip((optimizer, twin), states))
             assert torch.equal(mine, its)
             state = states[0]

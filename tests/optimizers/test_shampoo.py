@@ -13,9 +13,9 @@ def run(grads, **options):
     graft = {} if options.get("grafting") == "none" else dict(graft_beta2=BETA2, graft_eps=EPS)
     options = dict(beta1=BETA1, shampoo_beta=SHAMPOO) | graft | options
     info = MatrixInfo("w", tuple(grads[0].shape))
-    rule = registry.build("shampoo", options)
-    state = rule.init_state(torch.zeros_like(grads[0]), info)
-    return [rule.update([g.clone()], [state], t, [info])[0] for t, g in enumerate(grads, 1)]
+    optimizer = registry.build("shampoo", options)
+    state = optimizer.init_state(torch.zeros_like(grads[0]), info)
+    return [optimizer.update([g.clone()], [state], t, [info])[0] for t, g in enumerate(grads, 1)]
 
 
 def power(a, exponent, damping):

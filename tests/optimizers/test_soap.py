@@ -19,9 +19,9 @@ def gradients(shape, count, seed=0, dtype=torch.float64):
 
 def run(grads, options, name="soap", shape=None):
     info = MatrixInfo("w", tuple(shape or grads[0].shape))
-    rule = registry.build(name, {**BASE, **options})
-    state = rule.init_state(torch.zeros_like(grads[0]), info)
-    return [rule.update([g.clone()], [state], t, [info])[0] for t, g in enumerate(grads, 1)], state
+    optimizer = registry.build(name, {**BASE, **options})
+    state = optimizer.init_state(torch.zeros_like(grads[0]), info)
+    return [optimizer.update([g.clone()], [state], t, [info])[0] for t, g in enumerate(grads, 1)], state
 
 
 def eigenvectors(a):
@@ -67,13 +67,13 @@ def test_lists_of_native_kernels_are_stepped_as_stacks_are(variant, floor, monke
     shapes = [(12, 20), (12, 20), (24, 20)]
     grads = [[g.float() for g in gradients(shape, 9, seed)] for seed, shape in enumerate(shapes)]
     infos = [MatrixInfo(f"w{i}", shape) for i, shape in enumerate(shapes)]
-    rule = registry.build(
+    optimizer = registry.build(
         "soap", {**BASE, "variant": variant, "floor": floor, "precondition_frequency": 3, "block_size": 20}
     )
 
     def steps():
-        states = [rule.init_state(torch.zeros(shape), info) for shape, info in zip(shapes, infos)]
-        out = [rule.update([g[t].clone() for g in grads], states, t + 1, infos) for t in range(9)]
+        states = [optimizer.init_state(torch.zeros(shape), info) for shape, info in zip(shapes, infos)]
+        out = [optimizer.update([g[t].clone() for g in grads], states, t + 1, infos) for t in range(9)]
         return [u for several in out for u in several]
 
     stacked = steps()
@@ -182,20 +182,20 @@ def test_first_step_moves_nothing_and_a_late_start_is_a_start():
     grads = gradients((6, 6), 3)
     ours, state = run(grads[:1], {})
     assert not ours[0].any() and state["ready"].item() == 1 and not state["exp_avg"].any()
-    rule, info = registry.build("soap", BASE), MatrixInfo("w", (6, 6))
-    state = rule.init_state(torch.zeros(6, 6, dtype=torch.float64), info)
-    assert not rule.update([grads[0]], [state], 7, [info])[0].any()
-    assert rule.update([grads[1]], [state], 8, [info])[0].any()
+    optimizer, info = registry.build("soap", BASE), MatrixInfo("w", (6, 6))
+    state = optimizer.init_state(torch.zeros(6, 6, dtype=torch.float64), info)
+    assert not optimizer.update([grads[0]], [state], 7, [info])[0].any()
+    assert optimizer.update([grads[1]], [state], 8, [info])[0].any()
 
 
 def test_bases_stay_orthogonal_over_1000_steps():
     generator = torch.Generator().manual_seed(0)
-    rule = registry.build("soap", dict(precondition_frequency=1, block_size=24))
+    optimizer = registry.build("soap", dict(precondition_frequency=1, block_size=24))
     info = MatrixInfo("w", (40, 24))
-    state = rule.init_state(torch.zeros(40, 24), info)
+    state = optimizer.init_state(torch.zeros(40, 24), info)
     scale = torch.logspace(0, -3, 24)
     for t in range(1, 1001):
-        rule.update([torch.randn(40, 24, generator=generator) * scale], [state], t, [info])
+        optimizer.update([torch.randn(40, 24, generator=generator) * scale], [state], t, [info])
     for key, q in state.items():
         if key.startswith("q_"):
             eye = torch.eye(q.shape[-1])
@@ -203,11 +203,11 @@ def test_bases_stay_orthogonal_over_1000_steps():
 
 
 def test_stagger_spreads_refreshes():
-    rule = registry.build("soap", dict(stagger=True, precondition_frequency=10))
+    optimizer = registry.build("soap", dict(stagger=True, precondition_frequency=10))
     infos = [MatrixInfo(f"layers.{i}.w", (4, 4)) for i in range(200)]
-    due = [sum(rule.is_due(info, step) for info in infos) for step in range(10, 20)]
+    due = [sum(optimizer.is_due(info, step) for info in infos) for step in range(10, 20)]
     assert sum(due) == 200 and max(due) < 40
-    assert all(sum(rule.is_due(info, step) for step in range(30, 40)) == 1 for info in infos)
+    assert all(sum(optimizer.is_due(info, step) for step in range(30, 40)) == 1 for info in infos)
 
 
 def test_adaptive_refresh_skips_what_did_not_turn():
@@ -216,13 +216,13 @@ def test_adaptive_refresh_skips_what_did_not_turn():
     steady = [u * torch.randn(16, generator=generator) * torch.linspace(4, 1, 16) @ u.T for _ in range(30)]
     turned = [torch.randn(16, 16, generator=generator) for _ in range(30)]
     for grads, moves in ((steady, False), (turned, True)):
-        rule = registry.build("soap", dict(adaptive_tol=0.2, precondition_frequency=1, shampoo_beta=0.5))
+        optimizer = registry.build("soap", dict(adaptive_tol=0.2, precondition_frequency=1, shampoo_beta=0.5))
         info = MatrixInfo("w", (16, 16))
-        state = rule.init_state(torch.zeros(16, 16), info)
-        rule.update([grads[0]], [state], 1, [info])
+        state = optimizer.init_state(torch.zeros(16, 16), info)
+        optimizer.update([grads[0]], [state], 1, [info])
         start = state["q_0_0"].clone()
         for t, g in enumerate(grads[1:], 2):
-            rule.update([g.clone()], [state], t, [info])
+            optimizer.update([g.clone()], [state], t, [info])
         assert (not torch.equal(start, state["q_0_0"])) is moves
 
 
@@ -230,9 +230,9 @@ def test_failed_decomposition_keeps_the_old_basis_and_is_counted(monkeypatch, ca
     from megatron_opt.kernels import eigenbasis
 
     grads = gradients((5, 5), 3, dtype=torch.float32)
-    rule, info = registry.build("soap", dict(precondition_frequency=1)), MatrixInfo("layer.w", (5, 5))
-    state = rule.init_state(torch.zeros(5, 5), info)
-    rule.update([grads[0]], [state], 1, [info])
+    optimizer, info = registry.build("soap", dict(precondition_frequency=1)), MatrixInfo("layer.w", (5, 5))
+    state = optimizer.init_state(torch.zeros(5, 5), info)
+    optimizer.update([grads[0]], [state], 1, [info])
     start = state["q_0_0"].clone()
     calls = []
 
@@ -242,16 +242,16 @@ def test_failed_decomposition_keeps_the_old_basis_and_is_counted(monkeypatch, ca
 
     monkeypatch.setattr(eigenbasis, "power_step", fails)
     monkeypatch.setattr(eigenbasis, "refresh_bases", lambda *arguments: torch.zeros(1, dtype=torch.bool))
-    assert rule.update([grads[1].clone()], [state], 2, [info])[0].isfinite().all()
-    assert torch.equal(state["q_0_0"], start) and rule.failures["layer.w"] == 2
+    assert optimizer.update([grads[1].clone()], [state], 2, [info])[0].isfinite().all()
+    assert torch.equal(state["q_0_0"], start) and optimizer.failures["layer.w"] == 2
     assert calls[:2] == [torch.float32, torch.float64] and "layer.w" in caplog.text
 
 
 def test_what_a_decomposition_doubts_or_fails_at_is_mended_block_by_block():
     """Attempts of many batches in one question; noise before another column, a block of NaN, one that fails in fp64 too."""
     from megatron_opt.kernels import eigenbasis
-    from megatron_opt.optimizers.asking import answered, joined
-    from megatron_opt.optimizers.guarded import guarded
+    from megatron_opt.optimizers.decomposition import decompose_or_keep
+    from megatron_opt.optimizers.flag_coroutines import answered, joined
 
     draw = torch.Generator().manual_seed(0)
     sound = torch.randn(3, 6, 6, generator=draw, dtype=torch.float64)
@@ -266,7 +266,7 @@ def test_what_a_decomposition_doubts_or_fails_at_is_mended_block_by_block():
     questions = []
 
     def asked():
-        run = joined([guarded(eigenbasis.complete, (x,), keep=(keep.to(x.dtype),)) for x in batches])
+        run = joined([decompose_or_keep(eigenbasis.complete, (x,), keep=(keep.to(x.dtype),)) for x in batches])
         values = None
         while True:
             try:

@@ -13,19 +13,19 @@ HIDDEN = MatrixInfo("up", (512, 64), "hidden", "up")
 
 @pytest.mark.parametrize("name", ["soap", "shampoo"])
 def test_factors_are_of_the_width_alone(name):
-    rule, asked = registry.build(name, {}), registry.build(name, {"precondition_vocabulary": True})
+    optimizer, asked = registry.build(name, {}), registry.build(name, {"precondition_vocabulary": True})
     for info in TABLES:
-        assert rule.sides(info) == (1,) and asked.sides(info) == (0, 1)
-        assert rule.grid(info).shapes() == [(1, 512, 64)]  # not cut along the vocabulary
-        assert rule.cost(info).state_bytes < asked.cost(info).state_bytes
-    assert rule.sides(HIDDEN) == rule.sides(POSITIONS) == (0, 1)
+        assert optimizer.sides(info) == (1,) and asked.sides(info) == (0, 1)
+        assert optimizer.grid(info).shapes() == [(1, 512, 64)]  # not cut along the vocabulary
+        assert optimizer.cost(info).state_bytes < asked.cost(info).state_bytes
+    assert optimizer.sides(HIDDEN) == optimizer.sides(POSITIONS) == (0, 1)
 
 
 def test_krons_factor_of_the_vocabulary_is_diagonal():
-    rule, asked = registry.build("kron", {}), registry.build("kron", {"precondition_vocabulary": True})
+    optimizer, asked = registry.build("kron", {}), registry.build("kron", {"precondition_vocabulary": True})
     for info in TABLES:
-        assert rule.diagonal(info) == (True, False) and asked.diagonal(info) == (False, False)
-    assert rule.diagonal(HIDDEN) == rule.diagonal(POSITIONS) == (False, False)
+        assert optimizer.diagonal(info) == (True, False) and asked.diagonal(info) == (False, False)
+    assert optimizer.diagonal(HIDDEN) == optimizer.diagonal(POSITIONS) == (False, False)
 
 
 WHOLE = {
@@ -39,10 +39,10 @@ CUT = {"muon": {}, "muon ": {"normuon": True}, "muon_h": {}, "scion_h": {}, "ada
 @pytest.mark.parametrize("mode", ["auto", "owner", "group", "sharded"])
 def test_rules_that_need_the_whole_matrix_get_an_owner(name, mode):
     """Also where one matrix is far more than a rank's share, and where slices are asked for."""
-    rule = registry.build(name, WHOLE[name])
-    assert isinstance(rule, MatrixOptimizer)
+    optimizer = registry.build(name, WHOLE[name])
+    assert isinstance(optimizer, MatrixOptimizer)
     infos = [MatrixInfo("large", (2048, 1024)), *(MatrixInfo(f"small{i}", (16, 16)) for i in range(6))]
-    plan = pack([Job.of(info, rule) for info in infos], 4, mode)
+    plan = pack([Job.of(info, optimizer) for info in infos], 4, mode)
     assert sorted(part.matrix for part in plan.parts) == sorted(info.name for info in infos)
     assert all(
         part.stop - part.start == info.shape[0] for info in infos for part in plan.parts if part.matrix == info.name
@@ -52,6 +52,6 @@ def test_rules_that_need_the_whole_matrix_get_an_owner(name, mode):
 
 @pytest.mark.parametrize("name", CUT)
 def test_other_rules_are_cut_where_asked(name):
-    rule, info = registry.build(name.strip(), CUT[name]), MatrixInfo("large", (2048, 1024))
-    plan = pack([Job.of(info, rule)], 4, "sharded")
+    optimizer, info = registry.build(name.strip(), CUT[name]), MatrixInfo("large", (2048, 1024))
+    plan = pack([Job.of(info, optimizer)], 4, "sharded")
     assert len(plan.parts) == 4

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from megatron_opt.engine_options import EngineOptions
-from megatron_opt.torch import GroupRule, Optimizer
+from megatron_opt.torch import Optimizer, ParamGroupConfig
 from tests.torch import cases, ranks
 
 
@@ -197,7 +197,7 @@ def test_bf16_weights_have_main_copies_and_follow_the_model() -> None:
     model = cases.make_model().to(torch.bfloat16)
     optimizer = cases.make_optimizer(model, "adamw", lr=1e-5)
     cases.train(model, optimizer, 0, 3)
-    main = next(f.main for f in optimizer._engine.fragments() if f.view.name == "output.weight")
+    main = next(f.main for f in optimizer._engine.param_shards() if f.view.name == "output.weight")
     assert main.dtype == torch.float32 and torch.equal(main.to(torch.bfloat16).view(-1), model.output.weight.view(-1))
     assert not torch.equal(main, main.to(torch.bfloat16).float())  # steps too small for bf16 are kept
     other = cases.make_model(5).to(torch.bfloat16)
@@ -259,7 +259,7 @@ def test_groups_of_ones_own() -> None:
     model = cases.make_model()
     groups = [
         {"match": r"qkv\.weight", "optimizer": "soap", "lr_scale": 0.5},
-        GroupRule(".*", "adamw", weight_decay=0.0),
+        ParamGroupConfig(".*", "adamw", weight_decay=0.0),
     ]
     optimizer = Optimizer(model, groups=groups, lr=0.1, weight_decay=0.3)
     assert [(g["optimizer"], g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups] == [
@@ -280,7 +280,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "clip": (dict(clip_grad=float("nan")), "clip_grad is nan"),
     "both": (dict(groups=[]), "leave out the name"),
     "group": (dict(name=None, groups=[{"match": "x"}]), "give at least `match` and `optimizer`"),
-    "empty group": (dict(name=None, groups=[GroupRule("xyz", "muon")]), "no group takes 1 parameters"),
+    "empty group": (dict(name=None, groups=[ParamGroupConfig("xyz", "muon")]), "no group takes 1 parameters"),
     "kind": (dict(kinds={"a": "big"}), "there is no kind 'big'"),
     "unused": (dict(kinds={"zzz": "hidden"}), "takes no parameter"),
     "regex": (dict(split={"(": "stack"}), "not a regular expression"),
@@ -298,7 +298,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "meta": (dict(params=[("a", nn.Parameter(torch.ones(2, 2, device="meta")))]), "meta"),
     "sides": (dict(params=[("a", nn.Parameter(torch.ones(2, 2, 2)))]), "has 3 sides"),
     "vector": (
-        dict(name=None, groups=[GroupRule(".*", "muon")], params=[("b", nn.Parameter(torch.ones(3)))]),
+        dict(name=None, groups=[ParamGroupConfig(".*", "muon")], params=[("b", nn.Parameter(torch.ones(3)))]),
         "vectors",
     ),
     "mode": (dict(process_group=object()), "not initialized"),

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_opt.distributed.fragments import rectangles
-from megatron_opt.distributed.parts import shape2d
+from megatron_opt.distributed.compute_shards import shape2d
+from megatron_opt.distributed.param_shards import rectangles
 from megatron_opt.errors import UserError
 from megatron_opt.layout.matrices import ParamView
 from megatron_opt.torch.matrices import Declarer, canonical_names

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_opt.distributed.domain import Domain
 from megatron_opt.distributed.exchange import Exchange
-from megatron_opt.distributed.fragments import Fragment, rectangles
+from megatron_opt.distributed.param_shards import ParamShard, rectangles
+from megatron_opt.distributed.shard_group import ShardGroup
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.layout.matrices import ParamView, Piece
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
-from megatron_opt.optimizers.groups import assign, default_rules
+from megatron_opt.optimizers.groups import assign, default_group_configs
 from megatron_opt.torch import Optimizer
 
 CPU = torch.device("cpu")
@@ -41,10 +41,10 @@ def _gradients(step: int) -> dict[str, torch.Tensor]:
 
 
 def _megatron(name: str, steps: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The engine as Megatron has it: gradients in `main_grad`, a domain of fragments."""
+    """The engine as Megatron has it: gradients in `main_grad`, a shard group of parameter shards."""
     from megatron_opt.distributed.megatron_optimizer import MegatronShardedOptimizer
 
-    fragments, infos = [], {}
+    param_shards, infos = [], {}
     params = {}
     for param_name, weight in _weights().items():
         shape, kind, parts = SHAPES[param_name]
@@ -58,13 +58,13 @@ def _megatron(name: str, steps: int, dtype: torch.dtype) -> dict[str, torch.Tens
         params[param_name] = param = torch.nn.Parameter(weight.to(dtype))
         view = ParamView(param_name, param, shape[0], cols, pieces, False, True)
         main = param.detach().view(-1) if dtype == torch.float32 else param.detach().view(-1).clone().float()
-        fragments.append(Fragment(view, 0, param.numel(), main, rectangles(view, 0, param.numel())))
-    holdings = [[(i, rect) for i, fragment in enumerate(fragments) for rect in fragment.rects]]
-    domain = Domain("", None, 0, 1, fragments, holdings, infos, Exchange(None, 0, 1), own_device=CPU)
+        param_shards.append(ParamShard(view, 0, param.numel(), main, rectangles(view, 0, param.numel())))
+    holdings = [[(i, rect) for i, param_shard in enumerate(param_shards) for rect in param_shard.rects]]
+    shard_group = ShardGroup("", None, 0, 1, param_shards, holdings, infos, Exchange(None, 0, 1), own_device=CPU)
     config: Any = SimpleNamespace(lr=LR, weight_decay=DECAY, clip_grad=CLIP, log_num_zeros_in_grad=False)
     chunk = SimpleNamespace(ddp_config=SimpleNamespace(use_distributed_optimizer=False, overlap_param_gather=False))
-    groups = assign([infos[n] for n in sorted(infos)], default_rules(name), "decoupled")
-    optimizer = MegatronShardedOptimizer(config, [chunk], [domain], groups, EngineOptions())
+    groups = assign([infos[n] for n in sorted(infos)], default_group_configs(name), "decoupled")
+    optimizer = MegatronShardedOptimizer(config, [chunk], [shard_group], groups, EngineOptions())
     for group, made in zip(optimizer.param_groups, groups):
         group["weight_decay"] = made.decay(DECAY)  # as Megatron's scheduler does
     for step in range(steps):
@@ -75,7 +75,7 @@ def _megatron(name: str, steps: int, dtype: torch.dtype) -> dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", sorted(registry.rules()))
+@pytest.mark.parametrize("name", sorted(registry.optimizers()))
 def test_a_plain_model_gets_the_updates_of_a_megatron_job(name: str, dtype: torch.dtype) -> None:
     params = {key: torch.nn.Parameter(weight.to(dtype)) for key, weight in _weights().items()}
     optimizer = Optimizer(params.items(), name, lr=LR, weight_decay=DECAY, clip_grad=CLIP, split=SPLIT)

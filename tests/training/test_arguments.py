@@ -75,10 +75,10 @@ def test_optimizer_flags_exist_for_every_field():
     parser.add_argument("--optimizer", choices=["adam"])
     parser.add_argument("--muon-momentum", type=float, default=0.9)  # Megatron's own gives way
     add_optimizer_arguments(parser)
-    for name, rule in registry.rules().items():
+    for name, optimizer in registry.optimizers().items():
         parsed = parser.parse_args(["--optimizer", name])
         assert parsed.optimizer == name
-        for field in dataclasses.fields(rule.Config):
+        for field in dataclasses.fields(optimizer.Config):
             assert getattr(parsed, f"rule_{name}_{field.name}") is None
             assert field.metadata.get("help"), f"{name}.{field.name} has no help"
     assert parser.parse_args(["--muon-momentum", "0.8"]).rule_muon_momentum == 0.8
@@ -115,7 +115,7 @@ def test_every_flag_of_ours_is_documented():
     parser = argparse.ArgumentParser()
     arguments.add_arguments(parser)
     docs = "".join(path.read_text() for path in (Path(__file__).parents[2] / "docs").glob("*.md"))
-    of_rules = tuple(f"--{name.replace('_', '-')}-" for name in registry.rules())
+    of_rules = tuple(f"--{name.replace('_', '-')}-" for name in registry.optimizers())
     for action in parser._actions:
         if action.dest != "help" and not action.option_strings[0].startswith(of_rules):
             assert any(f"`{flag}" in docs for flag in action.option_strings), action.option_strings

@@ -34,7 +34,7 @@ def test_leaving_writes_what_is_due_and_nothing_aborts_the_process(code):
     """A thread that never ends stands for one that a library would abort by."""
     program = (
         "import atexit, threading; from megatron_opt.training import entry; atexit.register(print, 'written');"
-        f"threading.Thread(target=threading.Event().wait).start(); print('text'); entry.leave({code})"
+        f"threading.Thread(target=threading.Event().wait).start(); print('text'); entry.exit_process({code})"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == code

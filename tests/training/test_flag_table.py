@@ -67,8 +67,8 @@ def read():
 # ours in the place of Megatron's: dest is another one
 _OURS = {
     f"{name}-{field}".replace("_", "-")
-    for name, rule in registry.rules().items()
-    for field in rule.Config.__dataclass_fields__
+    for name, optimizer in registry.optimizers().items()
+    for field in optimizer.Config.__dataclass_fields__
 }
 # dests that only validate_args reads, to set what others read
 _BY_VALIDATION = {"recompute_activations", "use_rotary_position_embeddings", "num_virtual_stages_per_pipeline_rank",

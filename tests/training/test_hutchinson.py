@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_opt.errors import UserError
-from megatron_opt.optimizers.groups import GroupRule
+from megatron_opt.optimizers.groups import ParamGroupConfig
 from megatron_opt.training import hutchinson
 from megatron_opt.training.optimizer_flags import curvature_kind
 
@@ -89,8 +89,10 @@ def test_context_parallelism_is_refused(kind):
 
 
 def test_a_run_has_one_kind_of_curvature():
-    sophia = [GroupRule(".*", "sophia", {"curvature": kind} if kind else {}) for kind in (None, "gnb", "hutchinson")]
-    assert curvature_kind([GroupRule(".*", "adamw")]) is None
+    sophia = [
+        ParamGroupConfig(".*", "sophia", {"curvature": kind} if kind else {}) for kind in (None, "gnb", "hutchinson")
+    ]
+    assert curvature_kind([ParamGroupConfig(".*", "adamw")]) is None
     assert curvature_kind(sophia[:2]) == "gnb" and curvature_kind(sophia[2:]) == "hutchinson"
     with pytest.raises(UserError, match="choose one for both"):
         curvature_kind(sophia)

@@ -21,14 +21,17 @@ def test_every_flag_of_a_recipe_exists_and_takes_its_value(name, optimizer):
     assert found.source and found.without
     flags, ignored = cost_flags.parse(words)
     assert not ignored
-    used = {rule.optimizer: registry.build(rule.optimizer, dict(rule.options)) for rule in cost_flags.grouping(flags)}
+    used = {
+        recipe_of.optimizer: registry.build(recipe_of.optimizer, dict(recipe_of.options))
+        for recipe_of in cost_flags.grouping(flags)
+    }
     options = cost_flags.options({key: value for key, value in flags.items() if key not in MEGATRONS})
     assert set(options) <= set(used)  # no flag of a rule that trains nothing
     rest = [key for key in found.flags if key not in MEGATRONS and not key.endswith("scalar-lr-ratio")]
     assert len(rest) == sum(len(each) for each in options.values())
-    for rule, values in options.items():
+    for recipe_of, values in options.items():
         assert values
-        assert all(getattr(used[rule].config, key) == value for key, value in values.items())
+        assert all(getattr(used[recipe_of].config, key) == value for key, value in values.items())
     expanded = arguments.expand(words)
     for key, value in found.flags.items():
         assert expanded[expanded.index(f"--{key}") + 1] == str(value)

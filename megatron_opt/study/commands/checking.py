@@ -90,9 +90,9 @@ def _check_budget(study: Study, regime: Regime, name: str, batch: int) -> None:
 
 
 def _check_space(space: OptimizerSpace, places: _Places) -> None:
-    rules = registry.rules()
-    if space.optimizer not in (*rules, *OF_MEGATRON):
-        hint = _meant(space.optimizer, [*rules, *OF_MEGATRON])
+    optimizers = registry.optimizers()
+    if space.optimizer not in (*optimizers, *OF_MEGATRON):
+        hint = _meant(space.optimizer, [*optimizers, *OF_MEGATRON])
         raise places.error(space.name, None, f"there is no optimizer {space.optimizer!r}; {hint}")
     own, known = _own(space.optimizer), _known(space.optimizer)
     given = [(key, value) for key, values in space.grid.items() for value in values] + list(space.start.items())
@@ -162,10 +162,12 @@ def _known(optimizer: str) -> list[str]:
     """Every hyperparameter that has an effect with this optimizer."""
     if optimizer in OF_MEGATRON:
         return [*FLAGS, *SCHEDULE]
-    rule = registry.known(optimizer)
-    configs = [rule.Config] + ([registry.known(rule.scalars.optimizer).Config] if rule.scalars else [])
+    optimizer_class = registry.known(optimizer)
+    configs = [optimizer_class.Config] + (
+        [registry.known(optimizer_class.scalars.optimizer).Config] if optimizer_class.scalars else []
+    )
     fields_of_all = {field.name for config in configs for field in fields(config)}
-    scaled = ["scalar_lr_ratio"] if rule.scalars else []
+    scaled = ["scalar_lr_ratio"] if optimizer_class.scalars else []
     return [*_SHARED, *(k for k in _OF_ADAM if k in fields_of_all), *SCHEDULE, *scaled, *sorted(_own(optimizer))]
 
 

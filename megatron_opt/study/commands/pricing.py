@@ -87,7 +87,7 @@ class Prices:
                 record.config.get("flags", {}).get("optimizer", record.optimizer)
                 for record in (cell.record, base[regime])
             )
-            if name not in target and own in registry.rules() and other in registry.rules():
+            if name not in target and own in registry.optimizers() and other in registry.optimizers():
                 target[name] = self._token(own, n) / self._token(other, n)
         return ClusterTimes(self.cluster.name, measured, target, tuple(notes))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opt.errors import UserError
-from megatron_opt.study.imports.values import Found, final_loss, plain
+from megatron_opt.study.imports.values import ImportedRow, final_loss, plain
 from megatron_opt.study.yaml_lines import Reader, load
 
 FORMATS = ("csv", "parquet", "wandb-history", "json", "tensorboard", "megatron-log")
@@ -120,7 +120,7 @@ def megatron_mapping() -> Mapping:
     return Mapping(columns=MEGATRON, hyper=MEGATRON_HYPER, values={"optimizer": {"adam": "adamw"}})
 
 
-def rows_of(found: list[Found], mapping: Mapping) -> tuple[list[dict[str, Any]], list[str]]:
+def rows_of(found: list[ImportedRow], mapping: Mapping) -> tuple[list[dict[str, Any]], list[str]]:
     """Columns of `exchange.REQUIRED` and more for each run, and notes on what was left out or numbered."""
     rows, notes, skipped = [], [], 0
     if mapping.last_of is not None:
@@ -150,7 +150,7 @@ def _has_group(mapping: Mapping, name: str) -> bool:
     return mapping.match is not None and name in mapping.match[1].groupindex
 
 
-def _match(one: Found, column: str, pattern: re.Pattern[str]) -> None:
+def _match(one: ImportedRow, column: str, pattern: re.Pattern[str]) -> None:
     text = str(one.get(column) or "")
     match = pattern.search(text)
     if match is None:
@@ -160,7 +160,7 @@ def _match(one: Found, column: str, pattern: re.Pattern[str]) -> None:
     one.columns |= {name: value for name, value in match.groupdict().items() if value is not None}
 
 
-def _row(one: Found, mapping: Mapping) -> dict[str, Any]:
+def _row(one: ImportedRow, mapping: Mapping) -> dict[str, Any]:
     def value(name: str) -> Any:
         column = mapping.columns.get(name)
         if column is None and _has_group(mapping, name):
@@ -173,7 +173,7 @@ def _row(one: Found, mapping: Mapping) -> dict[str, Any]:
         if raw is None:
             return None
         column = mapping.columns.get(name, name)
-        return (Found(one.where, {column: raw}).number(column) or 0.0) * mapping.scale.get(name, 1.0)
+        return (ImportedRow(one.where, {column: raw}).number(column) or 0.0) * mapping.scale.get(name, 1.0)
 
     model, parameters, tokens, ratio = value("model"), number("parameters"), number("tokens"), number("ratio")
     parameters = parameters or mapping.models.get(str(model))
@@ -225,11 +225,11 @@ def _number_seeds(rows: list[dict[str, Any]]) -> int:
     return sum(count - 1 for count in seen.values())
 
 
-def _last(found: list[Found], run: str, step: str) -> list[Found]:
+def _last(found: list[ImportedRow], run: str, step: str) -> list[ImportedRow]:
     """Of a history, one record a run: each column's value at the last step that has one."""
-    merged: dict[str, Found] = {}
+    merged: dict[str, ImportedRow] = {}
     for one in sorted(found, key=lambda one: (str(one.get(run)), one.number(step) or 0.0)):
-        known = merged.setdefault(str(one.get(run)), Found(one.where, dict(one.columns)))
+        known = merged.setdefault(str(one.get(run)), ImportedRow(one.where, dict(one.columns)))
         known.columns |= {key: value for key, value in one.columns.items() if value not in (None, "")}
         known.where = one.where
     return list(merged.values())

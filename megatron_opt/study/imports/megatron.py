@@ -9,7 +9,7 @@ from typing import Any
 from megatron_opt.errors import UserError
 from megatron_opt.layout.flags import structural
 from megatron_opt.layout.spec import ModelSpec
-from megatron_opt.study.imports.values import Found, plain
+from megatron_opt.study.imports.values import ImportedRow, plain
 
 VALIDATION = re.compile(r"validation(?:-\S+)? loss at iteration (\d+)(?: on validation set)? \| lm loss value: (\S+)")
 ITERATION = re.compile(r"iteration\s+(\d+)/\s*(\d+) \|")
@@ -18,7 +18,7 @@ TAG = "lm loss validation"
 """Megatron's scalar of the validation loss"""
 
 
-def read_logs(path: Path) -> tuple[list[Found], list[str]]:
+def read_logs(path: Path) -> tuple[list[ImportedRow], list[str]]:
     """One run a log file (or each .log and .txt file of a folder); runs that did not reach their end are left out, and named."""
     files = sorted(p for p in path.rglob("*") if p.suffix in (".log", ".txt", ".out")) if path.is_dir() else [path]
     if not files:
@@ -51,7 +51,7 @@ def read_logs(path: Path) -> tuple[list[Found], list[str]]:
     return found, notes
 
 
-def read_tensorboard(path: Path, tag: str = TAG) -> tuple[list[Found], list[str]]:
+def read_tensorboard(path: Path, tag: str = TAG) -> tuple[list[ImportedRow], list[str]]:
     """One run a folder that holds event files: the last value of every scalar by its tag, and the arguments Megatron writes."""
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -83,7 +83,7 @@ def read_tensorboard(path: Path, tag: str = TAG) -> tuple[list[Found], list[str]
     return found, notes
 
 
-def _found(where: str, path: Path, args: dict[str, Any], loss: Any) -> Found:
+def _found(where: str, path: Path, args: dict[str, Any], loss: Any) -> ImportedRow:
     """Columns `args.NAME`, and what follows from them: tokens, parameters, a name for the model."""
     columns: dict[str, Any] = {f"args.{key}": value for key, value in args.items()}
     columns |= {"path": str(path), "loss": loss, "tokens": None, "parameters": None, "model": None}
@@ -96,4 +96,4 @@ def _found(where: str, path: Path, args: dict[str, Any], loss: Any) -> Found:
         except UserError as error:
             raise UserError(f"{where}: {error} Or give `models:` and a column of the model in a mapping") from None
         columns["model"] = f"{args['num_layers']}x{args['hidden_size']}"
-    return Found(where, columns)
+    return ImportedRow(where, columns)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opt.errors import UserError
-from megatron_opt.study.imports.values import Found
+from megatron_opt.study.imports.values import ImportedRow
 
 
-def read_csv(path: Path) -> list[Found]:
+def read_csv(path: Path) -> list[ImportedRow]:
     """One run a line; the first line names the columns."""
-    return [Found(f"{path}, line {line}", row) for line, row in _csv(path)]
+    return [ImportedRow(f"{path}, line {line}", row) for line, row in _csv(path)]
 
 
 def _csv(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -31,7 +31,7 @@ def _csv(path: Path) -> list[tuple[int, dict[str, Any]]]:
         raise UserError(f"cannot read {path}: {error}; check the file") from None
 
 
-def read_parquet(path: Path) -> list[Found]:
+def read_parquet(path: Path) -> list[ImportedRow]:
     """One run a row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -40,25 +40,25 @@ def read_parquet(path: Path) -> list[Found]:
         rows = pq.read_table(path).to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"cannot read {path}: {error}; check the file") from None
-    return [Found(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)]
+    return [ImportedRow(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
-def read_history(path: Path) -> list[Found]:
+def read_history(path: Path) -> list[ImportedRow]:
     """W&B's export of a chart: a column of steps, then `RUN - METRIC` (and __MIN, __MAX); the last value of each counts."""
-    runs: dict[str, Found] = {}
+    runs: dict[str, ImportedRow] = {}
     for line, row in _csv(path):
         for name, value in row.items():
             run, sign, metric = name.rpartition(" - ")
             if not sign or metric.endswith(("__MIN", "__MAX")) or value == "":
                 continue
-            found = runs.setdefault(run, Found("", {"run": run}))
+            found = runs.setdefault(run, ImportedRow("", {"run": run}))
             found.columns[metric], found.where = value, f"{path}, line {line}, run {run!r}"
     if not runs:
         raise UserError(f"{path} has no column `RUN - METRIC`; export the chart as CSV, or give `format: csv`")
     return list(runs.values())
 
 
-def read_json(path: Path, records: str | None) -> list[Found]:
+def read_json(path: Path, records: str | None) -> list[ImportedRow]:
     """Objects flattened to dotted names; events of Levanter's JSON logger, also behind a log's prefix, are joined to a run."""
     files = sorted(p for p in path.rglob("*") if p.suffix in (".json", ".jsonl")) if path.is_dir() else [path]
     if not files:
@@ -73,7 +73,7 @@ def read_json(path: Path, records: str | None) -> list[Found]:
     return found
 
 
-def _objects(path: Path, text: str, records: str | None) -> list[Found]:
+def _objects(path: Path, text: str, records: str | None) -> list[ImportedRow]:
     if path.suffix == ".json":
         try:
             content = json.loads(text)
@@ -84,9 +84,11 @@ def _objects(path: Path, text: str, records: str | None) -> list[Found]:
                 raise UserError(f"{path} has no key {records!r}; correct `records:` of the mapping")
             content = content[key]
         items = content if isinstance(content, list) else [content]
-        return [Found(f"{path}, item {k}", _flat(item) | {"path": str(path)}) for k, item in enumerate(items, start=1)]
-    found: list[Found] = []
-    joined: Found | None = None
+        return [
+            ImportedRow(f"{path}, item {k}", _flat(item) | {"path": str(path)}) for k, item in enumerate(items, start=1)
+        ]
+    found: list[ImportedRow] = []
+    joined: ImportedRow | None = None
     for number, line in enumerate(text.splitlines(), start=1):
         start = line.find("{")
         if start < 0:
@@ -96,14 +98,14 @@ def _objects(path: Path, text: str, records: str | None) -> list[Found]:
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}; correct the line") from None
         if isinstance(item, dict) and "tracker" in item and "event" in item:
-            joined = joined or Found("", {"path": str(path)})
+            joined = joined or ImportedRow("", {"path": str(path)})
             joined.where = f"{path}, line {number}"
             for key in ("hparams", "metrics", "summary"):
                 joined.columns |= _flat(item.get(key) or {}, "hparams." if key == "hparams" else "")
             if item.get("step") is not None:
                 joined.columns["step"] = item["step"]
             continue
-        found.append(Found(f"{path}, line {number}", _flat(item) | {"path": str(path)}))
+        found.append(ImportedRow(f"{path}, line {number}", _flat(item) | {"path": str(path)}))
     return found + ([joined] if joined else [])
 
 

@@ -10,7 +10,7 @@ from megatron_opt.errors import UserError
 
 
 @dataclass
-class Found:
+class ImportedRow:
     """One run as a file gives it: columns by name, and where it stands."""
 
     where: str

@@ -51,7 +51,9 @@ def names_of(action: argparse.Action) -> list[str]:
 
 def _matching(names: Sequence[str], kind: str) -> Iterator[Entry]:
     for entry in _TABLES[kind]:
-        plain = not set("*?[").intersection(entry[0])  # compiling hundreds of patterns costs a start a tenth of a second
+        plain = not set("*?[").intersection(
+            entry[0]
+        )  # compiling hundreds of patterns costs a start a tenth of a second
         if entry[0] in names if plain else any(fnmatchcase(name, entry[0]) for name in names):
             yield entry
 

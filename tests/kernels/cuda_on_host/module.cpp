@@ -13,7 +13,7 @@ Machine machine;
 
 namespace megatron_opt {
 [[noreturn]] static void absent() { throw std::runtime_error("this module has no CPU kernels"); }
-void update_cpu(Rule, const Options&, const std::vector<Piece>&, int) { absent(); }
+void update_cpu(UpdateKind, const Options&, const std::vector<Piece>&, int) { absent(); }
 void sum_cpu(Sum, const Options&, const std::vector<Piece>&, double*, int) { absent(); }
 void block_adam_cpu(const Coefficients&, const std::vector<BlockPiece>&, int) { absent(); }
 }  // namespace megatron_opt

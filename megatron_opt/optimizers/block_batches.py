@@ -14,7 +14,7 @@ SMALL = 128  # a block of longer sides fills the machine by itself
 
 
 @dataclass
-class Family:
+class BlockBatch:
     """Regions of equal blocks that step together."""
 
     shape: tuple[int, int]  # of a block
@@ -22,9 +22,9 @@ class Family:
     whole: bool  # whether each is a whole matrix
     members: list[tuple[int, int]]  # (matrix, region)
 
-    def part(self, members: list[tuple[int, int]]) -> "Family":
+    def part(self, members: list[tuple[int, int]]) -> "BlockBatch":
         """Some of them."""
-        return Family(self.shape, self.kind, self.whole, members)
+        return BlockBatch(self.shape, self.kind, self.whole, members)
 
     def names(self, parts: Sequence[Tensor], infos: Sequence[MatrixInfo]) -> list[str]:
         """Of each block's matrix; `parts` are (b, c) or (B, b, c) for each member."""
@@ -34,16 +34,16 @@ class Family:
 
 @dataclass
 class Plan:
-    """The families of a call and its matrices of several blocks."""
+    """The batches of a call and its matrices of several blocks."""
 
     infos: list[MatrixInfo]
     types: list[tuple[torch.dtype, torch.device]]
-    families: list[Family]
+    batches: list[BlockBatch]
     cut: list[int]
 
 
 class Planner:
-    """Plans by call; `grid` are a matrix's blocks, matrices of another `kind` are not of one family."""
+    """Plans by call; `grid` are a matrix's blocks, matrices of another `kind` are not of one batch."""
 
     def __init__(self, grid: Callable[[MatrixInfo], Grid], kind: Callable[[MatrixInfo], tuple[Hashable, ...]]) -> None:
         self.grid, self.kind = grid, kind
@@ -55,7 +55,7 @@ class Planner:
         known = self.known.get(infos[0].name) if infos else None
         if known is not None and known.types == types and known.infos == infos:
             return known
-        families: dict[tuple[Hashable, ...], Family] = {}
+        batches: dict[tuple[Hashable, ...], BlockBatch] = {}
         cut = []
         for index, (type_of, info) in enumerate(zip(types, infos)):
             shapes, kind = self.grid(info).shapes(), self.kind(info)
@@ -65,8 +65,8 @@ class Planner:
             for region, (_, rows, columns) in enumerate(shapes):
                 alone = (index, region) if max(rows, columns) > SMALL else ()
                 key = (rows, columns, kind, whole, *type_of, *alone)
-                families.setdefault(key, Family((rows, columns), kind, whole, [])).members.append((index, region))
-        plan = Plan(infos, types, list(families.values()), cut)
+                batches.setdefault(key, BlockBatch((rows, columns), kind, whole, [])).members.append((index, region))
+        plan = Plan(infos, types, list(batches.values()), cut)
         if infos:
             self.known[infos[0].name] = plan
         return plan

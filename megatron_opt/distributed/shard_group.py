@@ -1,6 +1,6 @@
-"""A domain: the ranks that share a set of logical matrices, what each of them holds, and who computes what.
+"""A shard group: the ranks that share a set of logical matrices, what each of them holds, and who computes what.
 
-The dense parameters of one pipeline stage make one domain (its tensor-, context- and data-parallel ranks), the experts
+The dense parameters of one pipeline stage make one shard group (its tensor-, context- and data-parallel ranks), the experts
 of one expert-parallel rank in that stage another (its expert-tensor and expert-data-parallel ranks).
 """
 
@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opt.distributed.compute_shards import ComputeShard, Submatrix, shape2d, submatrices_of
 from megatron_opt.distributed.exchange import Exchange, Holdings, Route, find_routes
-from megatron_opt.distributed.fragments import Fragment
 from megatron_opt.distributed.jobs import Job
 from megatron_opt.distributed.ownership import Plan, make_buckets, pack_instances
-from megatron_opt.distributed.parts import Cell, Part, cells_of, shape2d
+from megatron_opt.distributed.param_shards import ParamShard
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 from megatron_opt.kernels import multi_tensor
@@ -29,10 +29,10 @@ from megatron_opt.optimizers.base import MatrixInfo
 
 def check_cover(what: str, regions: Iterable[tuple[str, Region]], infos: Mapping[str, MatrixInfo]) -> None:
     """Refuse regions by matrix that do not cover each exactly once."""
-    found: dict[str, list[Region]] = {}
+    regions_of: dict[str, list[Region]] = {}
     for name, region in regions:
-        found.setdefault(name, []).append(region)
-    for name, several in found.items():
+        regions_of.setdefault(name, []).append(region)
+    for name, several in regions_of.items():
         if not cover_matrix(several, shape2d(infos[name])):
             raise RuntimeError(
                 f"the {what} do not cover {name} {infos[name].shape} exactly once: {sorted(several)[:8]}"
@@ -40,14 +40,14 @@ def check_cover(what: str, regions: Iterable[tuple[str, Region]], infos: Mapping
 
 
 @dataclass
-class Domain:
-    """Fragments of this rank, holdings of all ranks, and the group that they exchange over."""
+class ShardGroup:
+    """Parameter shards of this rank, holdings of all ranks, and the group that they exchange over."""
 
     name: str
     group: Any
     rank: int
     size: int
-    fragments: list[Fragment]
+    param_shards: list[ParamShard]
     holdings: list[Holdings]
     infos: dict[str, MatrixInfo]
     exchange: Exchange
@@ -65,23 +65,23 @@ class Domain:
             if {rect.key for held in self.holdings[first : first + near] for _, rect in held} != holders.keys():
                 raise RuntimeError(f"{self.name}: ranks {first} to {first + near - 1} are no instance of its shards")
         self.weight = {key: 1.0 / count for key, count in holders.items()}
-        rects = [rect for fragment in self.fragments for rect in fragment.rects]
+        rects = [rect for param_shard in self.param_shards for rect in param_shard.rects]
         self._numbers = torch.tensor([self.order[rect.matrix] for rect in rects], dtype=torch.long)
         self._weights = torch.tensor([self.weight[rect.key] for rect in rects], dtype=torch.float64)
         self._tables_on: dict[torch.device, list[Tensor]] = {}
-        for fragment in self.fragments:
-            if not fragment.view.counts:
-                for rect in fragment.rects:
+        for param_shard in self.param_shards:
+            if not param_shard.view.counts:
+                for rect in param_shard.rects:
                     self.counted[self.order[rect.matrix]] = 0.0
         self.counted = self.sum_over_ranks(1.0 - self.counted).eq(0).double()
 
     @property
     def device(self) -> torch.device:
-        """Where this rank's tensors are, also where it holds no fragment."""
+        """Where this rank's tensors are, also where it holds no parameter shard."""
         return self.own_device or current_device()
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """All-reduce over the domain; values are float64, and stay where they are, on the CPU or this rank's device."""
+        """All-reduce over the shard group; values are float64, and stay where they are, on the CPU or this rank's device."""
         if self.size == 1:
             return values
         moved = values.to(self.device, copy=True)
@@ -89,7 +89,7 @@ class Domain:
         return moved.to(values.device)
 
     def sum_per_matrix(self, values: Tensor) -> Tensor:
-        """From one value for each rectangle of each fragment in turn, float64, the sum over each whole matrix, replicas
+        """From one value for each rectangle of each parameter shard in turn, float64, the sum over each whole matrix, replicas
         counted once.
         """
         numbers, weights = self._tables(values.device)
@@ -102,8 +102,12 @@ class Domain:
         return self._tables_on[device]
 
     def squared_norms(self, flats: Sequence[Tensor]) -> Tensor:
-        """Σx² of every whole matrix, (matrices,) float64 on the device, from flat tensors by fragment: one pass over them."""
-        runs = [rect.run(flat) for fragment, flat in zip(self.fragments, flats, strict=True) for rect in fragment.rects]
+        """Σx² of every whole matrix, (matrices,) float64 on the device, from flat tensors by parameter shard: one pass over them."""
+        runs = [
+            rect.run(flat)
+            for param_shard, flat in zip(self.param_shards, flats, strict=True)
+            for rect in param_shard.rects
+        ]
         if not runs:
             return self.sum_per_matrix(torch.zeros(0, dtype=torch.float64, device=self.device))
         return self.sum_per_matrix(multi_tensor.sums(Sum.GRADIENT_NORM, runs, Coefficients())[:, 0])
@@ -117,33 +121,33 @@ class MatrixPlan:
     """
 
     plan: Plan
-    parts: dict[tuple[str, int], Part]
-    cells: list[Cell]
+    parts: dict[tuple[str, int], ComputeShard]
+    submatrices: list[Submatrix]
     buckets: list[list[str]]
     routes: list[Route]
     counts: bool  # whether what this rank computes is to be summed over ranks; else an earlier instance has the same
 
     @staticmethod
-    def make(domain: Domain, jobs: Sequence[Job], options: EngineOptions) -> "MatrixPlan":
-        """Plan and routes; equal on every rank of the domain."""
-        plan = pack_instances(jobs, domain.size, domain.instances, options)
-        check_cover("parts of its plan", ((part.matrix, part.bounds) for part in plan.parts), domain.infos)
-        ranks = domain.size // plan.instances
-        first = domain.rank // ranks * ranks
+    def make(shard_group: ShardGroup, jobs: Sequence[Job], options: EngineOptions) -> "MatrixPlan":
+        """Plan and routes; equal on every rank of the shard group."""
+        plan = pack_instances(jobs, shard_group.size, shard_group.instances, options)
+        check_cover("parts of its plan", ((part.matrix, part.bounds) for part in plan.parts), shard_group.infos)
+        ranks = shard_group.size // plan.instances
+        first = shard_group.rank // ranks * ranks
         parts = [replace(part, rank=first + part.rank) for part in plan.parts]
-        holdings = [held if first <= rank < first + ranks else [] for rank, held in enumerate(domain.holdings)]
-        buckets = make_buckets(plan.parts, ranks, options.bucket_bytes, domain.exchange.dtype.itemsize)
-        routes = find_routes(holdings, parts, domain.rank, buckets, domain.size // domain.instances)
-        return MatrixPlan(plan, {part.key: part for part in parts}, cells_of(parts), buckets, routes, first == 0)
+        holdings = [held if first <= rank < first + ranks else [] for rank, held in enumerate(shard_group.holdings)]
+        buckets = make_buckets(plan.parts, ranks, options.bucket_bytes, shard_group.exchange.dtype.itemsize)
+        routes = find_routes(holdings, parts, shard_group.rank, buckets, shard_group.size // shard_group.instances)
+        return MatrixPlan(plan, {part.key: part for part in parts}, submatrices_of(parts), buckets, routes, first == 0)
 
 
 def gather_objects(value: Any, group: Any, size: int) -> list[Any]:
     """One picklable object from every rank of a group."""
     if size == 1:
         return [value]
-    found: list[Any] = [None] * size
-    dist.all_gather_object(found, value, group=group)
-    return found
+    objects: list[Any] = [None] * size
+    dist.all_gather_object(objects, value, group=group)
+    return objects
 
 
 def process_group(key: Any) -> tuple[Any, int, int, list[Any]]:

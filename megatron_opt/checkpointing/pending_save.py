@@ -29,7 +29,7 @@ class Ended:
     announcements: list[Callable[[], None]]
 
 
-class UnderWay:
+class PendingSave:
     """At most one save of a rank's writer."""
 
     def __init__(self, writer: Writer) -> None:
@@ -50,7 +50,9 @@ class UnderWay:
         rank, plan = agreement.rank(), request.plan
         self._iteration, self._announcements = iteration, request.announcements
         self._unheard, self._trouble, self._published = True, None, None
-        self.writer.save(request.folder, rank, plan.items, request.strings, request.tensors, request.still, notes)
+        self.writer.save(
+            request.folder, rank, plan.items, request.strings, request.tensors, request.constant_until_step, notes
+        )
         if rank == 0:
             ranks = torch.distributed.get_world_size()
             self.writer.publish(
@@ -87,15 +89,15 @@ class UnderWay:
             state, work = self._asked
             work.wait()
             self._asked = None
-            if (found := int(state.item())) != _GOING_ON:
-                return self._end(found)
+            if (outcome := int(state.item())) != _GOING_ON:
+                return self._end(outcome)
             if blocking:
                 time.sleep(_PATIENCE)
         return None
 
-    def _end(self, found: int) -> Ended:
+    def _end(self, outcome: int) -> Ended:
         trouble = None
-        if found == _TROUBLE:
+        if outcome == _TROUBLE:
             self.writer.wait()
             if self._unheard:
                 self._trouble = self.writer.written()

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from megatron_opt.kernels import multi_tensor
-from megatron_opt.kernels.multi_tensor import Coefficients, Rule
+from megatron_opt.kernels.multi_tensor import Coefficients, UpdateKind
 from megatron_opt.optimizers.base import Cost, ElementwiseOptimizer, Reducer, State, Step
 
 _AT_ONCE = 2**24  # elements whose directions are held at a time
 
 
-class DirectionRule(ElementwiseOptimizer):
+class DirectionOptimizer(ElementwiseOptimizer):
     """A subclass names its states, fp32 of the parameter's shape, and computes u; weights, decay and bf16 copies are moved here."""
 
     moved: ClassVar[int]  # numbers that `direction` reads and writes for one element
@@ -30,7 +30,7 @@ class DirectionRule(ElementwiseOptimizer):
     def apply(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], how: Step, reducer: Reducer
     ) -> None:
-        c = Coefficients(lr=how.lr, shrink=how.shrink)
+        c = Coefficients(lr=how.lr, decay_factor=how.decay_factor)
         first, held = 0, 0
         for last, param in enumerate(params, 1):
             held += param.numel()
@@ -42,7 +42,7 @@ class DirectionRule(ElementwiseOptimizer):
             ]
             copies, cautious = how.copies[first:last], how.cautious_decay
             multi_tensor.update(
-                Rule.APPLY, params[first:last], directions, (), c, copies=copies, cautious_decay=cautious
+                UpdateKind.APPLY, params[first:last], directions, (), c, copies=copies, cautious_decay=cautious
             )
             first, held = last, 0
 

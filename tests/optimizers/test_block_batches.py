@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from megatron_opt.optimizers.base import MatrixInfo
+from megatron_opt.optimizers.block_batches import SMALL, Planner
 from megatron_opt.optimizers.blocks import Grid, apart, batched, put_back
-from megatron_opt.optimizers.families import SMALL, Planner
 
 SHAPES = [(8, 8), (24, 8), (8, 8), (8, 4), (2 * SMALL, 8), (2 * SMALL, 8), (5,)]
 
@@ -21,7 +21,7 @@ def call(shapes=SHAPES, dtype=torch.float32):
 
 def test_equal_blocks_are_one_family_and_large_ones_are_alone():
     plan = planner(0x1000)(*call())
-    groups = {tuple(family.members): (family.shape, family.whole) for family in plan.families}
+    groups = {tuple(batch.members): (batch.shape, batch.whole) for batch in plan.batches}
     assert groups == {
         ((0, 0), (2, 0)): ((8, 8), True),
         ((1, 0),): ((24, 8), True),
@@ -35,11 +35,11 @@ def test_equal_blocks_are_one_family_and_large_ones_are_alone():
 
 def test_blocks_of_a_matrix_join_no_whole_ones():
     plan = planner(8)(*call([(8, 8), (24, 8), (12, 8)]))
-    groups = {tuple(family.members): (family.shape, family.whole) for family in plan.families}
+    groups = {tuple(batch.members): (batch.shape, batch.whole) for batch in plan.batches}
     assert groups == {((0, 0),): ((8, 8), True), ((1, 0), (2, 0)): ((8, 8), False), ((2, 1),): ((4, 8), False)}
     assert plan.cut == [1, 2]
-    family = plan.families[1]
-    assert family.names([torch.zeros(3, 8, 8), torch.zeros(1, 8, 8)], plan.infos) == ["w1", "w1", "w1", "w2"]
+    batch = plan.batches[1]
+    assert batch.names([torch.zeros(3, 8, 8), torch.zeros(1, 8, 8)], plan.infos) == ["w1", "w1", "w1", "w2"]
 
 
 def test_a_plan_is_kept_until_something_differs():
@@ -50,9 +50,9 @@ def test_a_plan_is_kept_until_something_differs():
     assert plans(grads[:3], infos[:3]) is not first
     other = plans(grads, infos)
     wider = [replace(infos[0], shape=(8, 9)), *infos[1:]]
-    assert plans(grads, wider) is not other and plans(grads, wider).families[0].shape == (8, 8)
+    assert plans(grads, wider) is not other and plans(grads, wider).batches[0].shape == (8, 8)
     assert plans(*call(dtype=torch.float64)).types[0][0] == torch.float64
-    assert plans([], []).families == []
+    assert plans([], []).batches == []
 
 
 def test_stacks_come_apart_again():

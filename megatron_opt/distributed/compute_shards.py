@@ -1,4 +1,4 @@
-"""Parts, what one rank computes of a matrix, and cells, the rectangles of a matrix that need nothing of each other."""
+"""Parts, what one rank computes of a matrix, and submatrices, the rectangles of a matrix that need nothing of each other."""
 
 import functools
 from collections.abc import Iterable
@@ -9,8 +9,8 @@ from megatron_opt.optimizers.base import MatrixInfo
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one rank computes: [start, stop) of side `dim` of a cell, which is the whole matrix where none is given."""
+class ComputeShard:
+    """What one rank computes: [start, stop) of side `dim` of a submatrix, which is the whole matrix where none is given."""
 
     matrix: str
     index: int  # among the matrix's parts
@@ -19,12 +19,12 @@ class Part:
     start: int
     stop: int
     shape: tuple[int, int]  # of the matrix
-    cell: Region | None = None
+    submatrix: Region | None = None
 
     @functools.cached_property
     def area(self) -> Region:
-        """The cell's rectangle."""
-        return self.cell or Region(0, self.shape[0], 0, self.shape[1])
+        """The submatrix's rectangle."""
+        return self.submatrix or Region(0, self.shape[0], 0, self.shape[1])
 
     @functools.cached_property
     def bounds(self) -> Region:
@@ -42,14 +42,14 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Submatrix:
     """A rectangle of a matrix that is computed apart from the rest of it, in one part or in shards on several ranks."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[ComputeShard, ...]
 
     @property
     def key(self) -> tuple[str, int]:
-        """Of its first part, whose rank holds what exists once for the cell."""
+        """Of its first part, whose rank holds what exists once for the submatrix."""
         return self.parts[0].key
 
     @property
@@ -58,17 +58,17 @@ class Cell:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the cell is all of its matrix."""
-        return self.parts[0].cell is None
+        """Whether the submatrix is all of its matrix."""
+        return self.parts[0].submatrix is None
 
     @property
     def edges(self) -> tuple[int, ...]:
-        """Where the cut side is cut, counted from the cell's own first row or column."""
+        """Where the cut side is cut, counted from the submatrix's own first row or column."""
         first = self.parts[0].start
         return (0, *[part.stop - first for part in self.parts])
 
     def info(self, whole: MatrixInfo) -> MatrixInfo:
-        """The matrix as its rule sees this cell of it."""
+        """The matrix as its rule sees this submatrix of it."""
         return whole if self.is_whole else with_shape(whole, self.area.shape)
 
 
@@ -82,9 +82,9 @@ def with_shape(info: MatrixInfo, shape: tuple[int, int]) -> MatrixInfo:
     return replace(info, shape=shape[: len(info.shape)])
 
 
-def cells_of(parts: Iterable[Part]) -> list[Cell]:
-    """The cells of parts, matrices and cells in the order of their first part."""
-    found: dict[tuple[str, Region], list[Part]] = {}
+def submatrices_of(parts: Iterable[ComputeShard]) -> list[Submatrix]:
+    """The submatrices of parts, matrices and submatrices in the order of their first part."""
+    parts_of_submatrix: dict[tuple[str, Region], list[ComputeShard]] = {}
     for part in parts:
-        found.setdefault((part.matrix, part.area), []).append(part)
-    return [Cell(tuple(sorted(several, key=lambda part: part.start))) for several in found.values()]
+        parts_of_submatrix.setdefault((part.matrix, part.area), []).append(part)
+    return [Submatrix(tuple(sorted(several, key=lambda part: part.start))) for several in parts_of_submatrix.values()]

@@ -14,7 +14,7 @@ from megatron_opt.layout.region import Region
 
 @dataclass(frozen=True, order=True)
 class Rect:
-    """A region of a matrix, contiguous in a fragment from `offset`."""
+    """A region of a matrix, contiguous in a parameter shard from `offset`."""
 
     matrix: str
     region: Region
@@ -25,7 +25,7 @@ class Rect:
         return self.region.numel
 
     def run(self, flat: Tensor) -> Tensor:
-        """Its elements of a flat tensor of the fragment."""
+        """Its elements of a flat tensor of the parameter shard."""
         return flat[self.offset : self.offset + self.numel]
 
     @property
@@ -37,24 +37,24 @@ class Rect:
 def rectangles(view: ParamView, start: int, stop: int) -> list[Rect]:
     """Cut elements [start, stop) of a row-major parameter into rectangles: a partial row, whole rows, a partial row."""
     c = view.cols
-    found = []
-    for piece in view.pieces:
-        low, high = max(start, piece.local_row * c), min(stop, (piece.local_row + piece.rows) * c)
+    rects = []
+    for mapping in view.mappings:
+        low, high = max(start, mapping.local_row * c), min(stop, (mapping.local_row + mapping.rows) * c)
         while low < high:
             row, col = divmod(low, c)
             if col or high - low < c:
                 rows, width = 1, min(c - col, high - low)
             else:
                 rows, width = (high - low) // c, c
-            first, left = piece.row + row - piece.local_row, piece.col + col
+            first, left = mapping.row + row - mapping.local_row, mapping.col + col
             region = Region(first, first + rows, left, left + width)
-            found.append(Rect(piece.matrix, region, low - start))
+            rects.append(Rect(mapping.matrix, region, low - start))
             low += rows * width
-    return found
+    return rects
 
 
 @dataclass(eq=False)
-class Fragment:
+class ParamShard:
     """This rank's interval [start, stop) of one parameter: its fp32 main copy, gradient and what is kept beside them.
 
     `state`: flat tensors by name, whatever rule trains the parameter; the rules' own lie with their steps.
@@ -95,9 +95,9 @@ class Fragment:
             copy.copy_(self.main)
 
 
-def has_bf16_copy(fragment: Fragment) -> bool:
+def has_bf16_copy(param_shard: ParamShard) -> bool:
     """Whether the model's own parameter is bf16, which a kernel may write beside the main copy."""
-    copy = fragment.model_copy()
+    copy = param_shard.model_copy()
     return copy is not None and copy.dtype == torch.bfloat16
 
 
@@ -115,9 +115,9 @@ def _interval(param: Tensor, buffers: Iterable[Any]) -> tuple[int, int]:
     raise KeyError("the parameter is in no gradient buffer")
 
 
-def make_fragments(views: Iterable[ParamView], chunks: list[Any], distributed: bool) -> list[Fragment]:
-    """Fragments of this rank; whole parameters without the distributed optimizer, and empty ones left out."""
-    fragments = []
+def make_param_shards(views: Iterable[ParamView], chunks: list[Any], distributed: bool) -> list[ParamShard]:
+    """Parameter shards of this rank; whole parameters without the distributed optimizer, and empty ones left out."""
+    param_shards = []
     for view in views:
         param, start, stop = view.param, 0, view.param.numel()
         if distributed:
@@ -129,5 +129,5 @@ def make_fragments(views: Iterable[ParamView], chunks: list[Any], distributed: b
         shard = (initial_values(param) if quantized else param.detach().view(-1))[start:stop]
         main = shard if param.dtype == torch.float32 else shard.clone().float()
         param.main_param, param.main_param_sharded = main, distributed  # type: ignore[attr-defined]
-        fragments.append(Fragment(view, start, stop, main, rectangles(view, start, stop), quantized=quantized))
-    return fragments
+        param_shards.append(ParamShard(view, start, stop, main, rectangles(view, start, stop), quantized=quantized))
+    return param_shards

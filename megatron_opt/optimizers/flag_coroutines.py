@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-Asking = Generator[Tensor, list[bool], T]  # yields flags (k,), is sent k values
+FlagCoroutine = Generator[Tensor, list[bool], T]  # yields flags (k,), is sent k values
 
 
-def joined(runs: "Sequence[Asking[T]]") -> "Asking[list[T]]":
+def joined(runs: "Sequence[FlagCoroutine[T]]") -> "FlagCoroutine[list[T]]":
     """Several as one: what all of them ask for at once is asked for together."""
     results: list[Any] = [None] * len(runs)
     asked: dict[int, Tensor] = {}
@@ -33,7 +33,7 @@ def joined(runs: "Sequence[Asking[T]]") -> "Asking[list[T]]":
     return results
 
 
-def answered(run: "Asking[T]") -> T:
+def answered(run: "FlagCoroutine[T]") -> T:
     """Its result; every question of its is a wait."""
     values = None
     while True:
@@ -44,6 +44,6 @@ def answered(run: "Asking[T]") -> T:
             return result
 
 
-def together(runs: "Sequence[Asking[T]]") -> list[T]:
+def together(runs: "Sequence[FlagCoroutine[T]]") -> list[T]:
     """The results of several, in one wait for each round of questions."""
     return answered(joined(runs))

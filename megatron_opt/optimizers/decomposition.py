@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_opt.optimizers.asking import Asking
+from megatron_opt.optimizers.flag_coroutines import FlagCoroutine
 
 Results = list[tuple[Tensor, ...] | None]
 
 
-class Found(NamedTuple):
+class Decomposition(NamedTuple):
     """Stacks (B, …) of a decomposition's results, and the blocks where it failed and what was given is kept."""
 
     parts: tuple[Tensor, ...]
@@ -28,9 +28,9 @@ def _like(part: Tensor, old: Tensor) -> Tensor:
     return torch.empty_like(old).copy_(part)
 
 
-def guarded(
+def decompose_or_keep(
     compute: Callable[..., Any], arguments: tuple[Tensor, ...], *rest: Any, keep: tuple[Tensor, ...]
-) -> Asking[Found]:
+) -> FlagCoroutine[Decomposition]:
     """Results of a batched decomposition; where it fails, once more in fp64; where that fails too, `keep`.
 
     `compute(*arguments, *rest, doubts=…)` adds flags to `doubts`, true where its result is wrong because it did not wait;
@@ -42,7 +42,7 @@ def guarded(
         sound = torch.stack([part.isfinite().all() for part in parts if part.is_floating_point()]).all()
         finite, *sure = yield torch.stack([sound, *(~doubt for doubt in doubts)])
         if finite and all(sure):
-            return Found(tuple(_like(part, old) for part, old in zip(parts, keep, strict=True)), [])
+            return Decomposition(tuple(_like(part, old) for part, old in zip(parts, keep, strict=True)), [])
         again = _apart if all(sure) else _waiting
     except torch.linalg.LinAlgError:
         again = _apart
@@ -55,7 +55,7 @@ def guarded(
             if result is not None:
                 stack[block] = result[which]
         stacks.append(stack)
-    return Found(tuple(stacks), failed)
+    return Decomposition(tuple(stacks), failed)
 
 
 def _waiting(compute: Callable[..., Any], arguments: tuple[Tensor, ...], *rest: Any) -> Results:

@@ -51,10 +51,10 @@ VARIANTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, options, rule, paper_options", VARIANTS)
-def test_rules_are_the_papers(name, options, rule, paper_options):
+@pytest.mark.parametrize("name, options, optimizer, paper_options", VARIANTS)
+def test_rules_are_the_papers(name, options, optimizer, paper_options):
     grads = gradients()
-    wanted = paper(rule, grads, **paper_options)
+    wanted = paper(optimizer, grads, **paper_options)
     assert_same(ours(name, options, grads), wanted)
     for x, y in zip(ours(name, options, grads, torch.float32), wanted, strict=True):
         assert (x.double() - y).norm() / y.norm() < 1e-6
@@ -89,26 +89,26 @@ def test_pytorch_optimizer_agrees(name, options, factory):
 
 
 def test_pieces_beyond_what_is_held_at_once_step_alike(monkeypatch):
-    from megatron_opt.optimizers import direction_rule
+    from megatron_opt.optimizers import direction_optimizer
 
     grads, whole = gradients(4), ours("ademamix", {}, gradients(4))
-    monkeypatch.setattr(direction_rule, "_AT_ONCE", 40)
+    monkeypatch.setattr(direction_optimizer, "_AT_ONCE", 40)
     assert_same(ours("ademamix", {}, grads), whole, 0)
 
 
 @pytest.mark.parametrize("name", ["ademamix", "adopt"])
 def test_copies_and_decay_modes_are_the_fused_kernels(name):
-    rule, params = registry.build(name, {}), start(torch.float32)
-    states = [rule.init_state(p) for p in params]
+    optimizer, params = registry.build(name, {}), start(torch.float32)
+    states = [optimizer.init_state(p) for p in params]
     copies = [torch.empty(p.shape, dtype=torch.bfloat16) for p in params]
     for t, gs in enumerate(gradients(2, torch.float32), 1):
         before = [p.clone() for p in params]
-        rule.update(params, gs, states, t, LR, 0.0, copies=copies)
+        optimizer.update(params, gs, states, t, LR, 0.0, copies=copies)
     moved = [(a - b) / LR for a, b in zip(before, params)]
-    decayed, states = start(torch.float32), [rule.init_state(p) for p in params]
+    decayed, states = start(torch.float32), [optimizer.init_state(p) for p in params]
     for t, gs in enumerate(gradients(2, torch.float32), 1):
         decayed = start(torch.float32) if t == 1 else [p.clone() for p in before]
-        rule.update(decayed, gs, states, t, LR, WD, decay_mode="cautious")
+        optimizer.update(decayed, gs, states, t, LR, WD, decay_mode="cautious")
     for p, copy, u, old, new in zip(params, copies, moved, before, decayed):
         assert torch.equal(copy, p.bfloat16())
         wanted = old - LR * (u + WD * old * (u * old >= 0))
@@ -118,10 +118,10 @@ def test_copies_and_decay_modes_are_the_fused_kernels(name):
 def test_a_hyperball_of_them_is_their_direction():
     info = MatrixInfo("layers.0.weight", SHAPES[0])
     for name in ("ademamix", "adopt"):
-        rule, inner, weight = registry.build(f"{name}_h", {}), registry.build(name, {}), start()[0]
-        state, held, moved = rule.init_state(weight, info), inner.init_state(weight), torch.zeros_like(weight)
+        optimizer, inner, weight = registry.build(f"{name}_h", {}), registry.build(name, {}), start()[0]
+        state, held, moved = optimizer.init_state(weight, info), inner.init_state(weight), torch.zeros_like(weight)
         for t, gs in enumerate(gradients(3), 1):
-            (u,) = rule.update([gs[0].clone()], [state], t, [info])
+            (u,) = optimizer.update([gs[0].clone()], [state], t, [info])
             moved.zero_()
             inner.update([moved], [gs[0]], [held], t, 1.0, 0.0)
         torch.testing.assert_close(u, -moved * state["radius"] / moved.norm(), rtol=1e-12, atol=0)
