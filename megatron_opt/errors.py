@@ -45,6 +45,18 @@ def naming(sentence: str, argv: Sequence[str]) -> str:
     return sentence
 
 
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known word that is most like `word`; None where none is."""
+    return next(iter(difflib.get_close_matches(word, list(known), 1, cutoff)), None)
+
+
+def nearest_or_all(word: str, known: Iterable[str], others: str = "there are", quote: str = "`") -> str:
+    """ "did you mean `NAME`?", or all known words where none is near."""
+    known = list(dict.fromkeys(known))
+    near = nearest(word, known)
+    return f"did you mean {quote}{near}{quote}?" if near else f"{others} {', '.join(known)}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ " Did you mean NAME?", with the known word nearest to `word`; empty where none is near."""
     plain = {name.lower().replace("_", "-"): name for name in known}
@@ -52,7 +64,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     # a word with its last part forgotten: lr-warmup has lr-warmup-iters, though warmup is nearer
     near = sorted((name for name in plain if name.startswith(f"{asked}-")), key=len)[:1]
     if not near:
-        near = difflib.get_close_matches(asked, plain, 1, cutoff=0.7)
+        near = [close] if (close := nearest(asked, plain, cutoff=0.7)) else []
     if not near:  # --learning-rate is --lr
         initials = "".join(part[0] for part in asked.strip("-").split("-") if part)
         near = [name for name in plain if len(initials) > 1 and name.strip("-") == initials]

@@ -27,10 +27,15 @@ def require(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        missing = missing_package(error)
-        if missing is None:
+        sentence = missing_package(error)
+        if sentence is None:
             raise
-        raise missing from None
+        raise sentence from None
+
+
+def missing(name: str) -> UserError | None:
+    """The sentence for a package by its module's name; None where it is installed."""
+    return missing_package(ModuleNotFoundError(name=name))
 
 
 def missing_package(error: ModuleNotFoundError) -> UserError | None:

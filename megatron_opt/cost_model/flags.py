@@ -1,7 +1,6 @@
 """Megatron's flags as the cost model reads them: words, presets, YAML files, finished runs; no Megatron needed."""
 
 import ast
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +10,7 @@ import yaml
 
 from megatron_opt import recipes, run_files, yaml_files
 from megatron_opt.engine_options import INSTANCES, MODES
-from megatron_opt.errors import UserError, did_you_mean
+from megatron_opt.errors import UserError, did_you_mean, nearest
 from megatron_opt.layout import flags as structure
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.groups import ParamGroupConfig, default_group_configs, load_group_configs
@@ -148,9 +147,8 @@ def parse(words: Sequence[str]) -> tuple[Flags, list[str]]:
         while not sign and rest and not rest[0].startswith("--"):
             values.append(rest.pop(0))
         if not _known(name):
-            near = difflib.get_close_matches(name, _KNOWN, 1, cutoff=0.88)
-            if near:
-                raise UserError(f"--{name} is no flag that is known here; did you mean --{near[0]}?")
+            if near := nearest(name, _KNOWN, cutoff=0.88):
+                raise UserError(f"--{name} is no flag that is known here; did you mean --{near}?")
             ignored.append(name)
             continue
         if len(values) > 1 and name != "recompute-modules":
@@ -251,12 +249,18 @@ def _plain(value: Any) -> Any:
 
 def from_run(path: str | Path) -> Flags:
     """Flags of a job, running, killed or finished (its folder or config.json), or of a YAML file of flags."""
+    return read_run(path)[0]
+
+
+def read_run(path: str | Path) -> tuple[Flags, Flags]:
+    """The same, and all flags as they are written there, also those that cost nothing."""
     path = Path(path)
     if path.is_dir() or path.suffix == ".json":
         content = run_files.flags(run_files.record(path))
-        for name in ("preset", "recipe"):  # their flags are among the run's
-            content.pop(name, None)
-        return _without_defaults(normalized(content))
+        costly = {
+            name: value for name, value in content.items() if name not in ("preset", "recipe")
+        }  # theirs are among the run's
+        return _without_defaults(normalized(costly)), content
     try:
         content = yaml_files.load(path.read_text())
     except OSError as error:
@@ -269,10 +273,11 @@ def from_run(path: str | Path) -> Flags:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise UserError(f"--from {path} holds no flags; write one `name: value` a line.")
+    written = dict(content)
     base = preset(content.pop("preset")) if content.get("preset") else {}
     if name := content.pop("recipe", None):
         base |= recipes.of_flags(str(name), content).flags
-    return normalized(base | content)
+    return normalized(base | content), written
 
 
 def _without_defaults(flags: Flags) -> Flags:

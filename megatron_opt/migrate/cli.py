@@ -4,7 +4,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_opt.errors import Parser, UserError, number
 
@@ -77,26 +76,17 @@ def main(argv: list[str], prog: str) -> int:
     return 0
 
 
-def _raw(path: Path) -> dict[str, Any]:
-    """All flags of a run, also those that cost nothing but may be refused."""
-    from megatron_opt import run_files, yaml_files
-
-    if path.is_dir() or path.suffix == ".json":
-        return run_files.flags(run_files.record(path))
-    return dict(yaml_files.load(path.read_text()))
-
-
 def _plan(args: argparse.Namespace, rest: Sequence[str]) -> None:
     from megatron_opt.cost_model.cluster import load
-    from megatron_opt.cost_model.flags import from_run, parse
+    from megatron_opt.cost_model.flags import parse, read_run
     from megatron_opt.files import check_writable, write_atomic
     from megatron_opt.migrate.plan import make_plan
     from megatron_opt.migrate.write import as_dict, document
 
     given, ignored = parse(rest)
-    base = from_run(args.source) if args.source else {}
+    base, written = read_run(args.source) if args.source else ({}, {})
     flags = {**base, **given}
-    raw = {**(_raw(Path(args.source)) if args.source else {}), **given, **dict.fromkeys(ignored, True)}
+    raw = {**written, **given, **dict.fromkeys(ignored, True)}
     gpus = args.gpus or base.get("world-size")
     if not gpus:
         raise UserError("--gpus is missing; give the number of devices of the run.")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_opt.errors import UserError
+from megatron_opt.errors import UserError, nearest_or_all
 from megatron_opt.study.curves import Curve
 from megatron_opt.study.spec import Regime
 from megatron_opt.study.store import FINISHED, Record, Store
@@ -138,8 +137,7 @@ class Dataset:
         left = [Regime.parse(text) for text in regimes]
         for regime in left:
             if regime not in self.regimes:
-                close = difflib.get_close_matches(str(regime), map(str, self.regimes), 1)
-                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(map(str, self.regimes))}"
+                hint = nearest_or_all(str(regime), map(str, self.regimes), quote="")
                 raise UserError(f"--without {regime}: no runs of it; {hint}")
         return replace(self, records=[r for r in self.records if r.regime not in left], _best=None)
 

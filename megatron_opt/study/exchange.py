@@ -21,6 +21,7 @@ from megatron_opt.errors import UserError
 from megatron_opt.files import replacing_output, write_output
 from megatron_opt.study import curves
 from megatron_opt.study.imports.mapping import Mapping
+from megatron_opt.study.imports.values import final_loss
 from megatron_opt.study.store import STATES, Record, Store
 
 TEXT = ("id", "optimizer", "model", "hyper", "config", "arguments", "status", "results", "reason", "phases")
@@ -185,12 +186,9 @@ def _outcome(loss: float | None, status: str | None, where: str) -> tuple[float 
     """Loss and status that agree: no loss, inf or NaN is a diverged run; a loss in nats is greater than 0."""
     if status and status not in STATES:
         raise UserError(f"{where}: no status {status!r}; there are {', '.join(STATES)}, or leave it empty")
-    if loss is not None and not math.isfinite(loss):
-        if status == "completed":
-            raise UserError(f"{where}: a completed run with the loss {loss}; leave `loss` empty for one that diverged")
-        loss = None
-    if loss is not None and loss <= 0:
-        raise UserError(f"{where}: a loss of {loss:g}; a cross-entropy in nats is greater than 0")
+    if status == "completed" and loss is not None and not math.isfinite(loss):
+        raise UserError(f"{where}: a completed run with the loss {loss}; leave `loss` empty for one that diverged")
+    loss = final_loss(loss, where)
     status = status or ("diverged" if loss is None else "completed")
     if status == "completed" and loss is None:
         raise UserError(f"{where}: a completed run without a loss; leave `status` empty, or say diverged")

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_opt.errors import UserError
-from megatron_opt.extras import missing_package
+from megatron_opt.extras import missing
 from megatron_opt.files import sha256
 from megatron_opt.study import curves, downstream
 from megatron_opt.study.executors import Executor, Job, Outcome, make_executor
@@ -227,8 +227,8 @@ def open_study(study: Study, output: Path) -> Iterator[Scheduler]:
 def _check_evaluation(study: Study) -> None:
     if study.evaluation is None:
         return
-    if missing := missing_package(ModuleNotFoundError(name="lm_eval")):
-        raise UserError(f"`eval:` of the study: {missing}")
+    if lacking := missing("lm_eval"):
+        raise UserError(f"`eval:` of the study: {lacking}")
     folder = study.evaluation.tasks_path
     if folder and not Path(folder).is_dir():
         raise UserError(f"no folder {folder}; fix `eval: tasks_path:`")

@@ -5,7 +5,6 @@ Every message starts with `FILE:LINE:`, so that a user can jump to the place.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from megatron_opt.errors import UserError
+from megatron_opt.errors import UserError, nearest_or_all
 
 
 class LocatedDict(dict):
@@ -178,8 +177,7 @@ class Reader:
 
     def finish(self) -> None:
         for key in self.left:
-            close = difflib.get_close_matches(key, self.known, 1)
-            hint = f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(self.known)}"
+            hint = nearest_or_all(key, self.known, others="known keys:")
             raise self.error(f"unknown key `{key}` in {self.where}; {hint}", key)
 
 

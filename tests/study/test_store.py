@@ -224,7 +224,7 @@ def test_the_reports_own_runs_can_be_imported_and_give_the_same_report(filled, t
 @pytest.mark.parametrize(
     "row,words",
     [
-        ("adamw,s,1,10,200,-3,", "a loss of -3; a cross-entropy in nats is greater than 0"),
+        ("adamw,s,1,10,200,-3,", "a final loss of -3 is impossible, a cross-entropy is above 0"),
         ("adamw,s,1,10,200,inf,completed", "a completed run with the loss inf"),
         ("adamw,s,1,10,200,nan,completed", "a completed run with the loss nan"),
         ("adamw,s,1,10,200,,completed", "a completed run without a loss"),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
 from megatron_opt.cost_model import cluster
-from megatron_opt.errors import UserError
+from megatron_opt.errors import UserError, nearest_or_all
 from megatron_opt.optimizers import registry
 from megatron_opt.study import batch_ramp
 from megatron_opt.study.hyperparameters import FLAGS, SCHEDULE, flag_of
@@ -92,13 +90,13 @@ def _check_budget(study: Study, regime: Regime, name: str, batch: int) -> None:
 def _check_space(space: OptimizerSpace, places: _Places) -> None:
     optimizers = registry.optimizers()
     if space.optimizer not in (*optimizers, *OF_MEGATRON):
-        hint = _meant(space.optimizer, [*optimizers, *OF_MEGATRON])
+        hint = nearest_or_all(space.optimizer, [*optimizers, *OF_MEGATRON])
         raise places.error(space.name, None, f"there is no optimizer {space.optimizer!r}; {hint}")
     own, known = _own(space.optimizer), _known(space.optimizer)
     given = [(key, value) for key, values in space.grid.items() for value in values] + list(space.start.items())
     for key, value in given:
         if key not in known:
-            raise places.error(space.name, key, f"no hyperparameter `{key}`; {_meant(key, known)}")
+            raise places.error(space.name, key, f"no hyperparameter `{key}`; {nearest_or_all(key, known)}")
         if key in own:
             options = {k: v for k, v in (space.start | {key: value}).items() if k in own}
             try:
@@ -133,7 +131,7 @@ def _check_models(space: OptimizerSpace, study: Study, places: _Places) -> None:
 def _check_number(space: OptimizerSpace, key: str, value: Any, places: _Places) -> None:
     if key == "schedule":
         if value not in SCHEDULES:
-            raise places.error(space.name, key, f"`schedule: {value}`: {_meant(str(value), SCHEDULES)}")
+            raise places.error(space.name, key, f"`schedule: {value}`: {nearest_or_all(str(value), SCHEDULES)}")
         return
     if key == batch_ramp.KEY:
         for batch in {space.start["batch_size"], *space.grid.get("batch_size", ())}:
@@ -169,9 +167,3 @@ def _known(optimizer: str) -> list[str]:
     fields_of_all = {field.name for config in configs for field in fields(config)}
     scaled = ["scalar_lr_ratio"] if optimizer_class.scalars else []
     return [*_SHARED, *(k for k in _OF_ADAM if k in fields_of_all), *SCHEDULE, *scaled, *sorted(_own(optimizer))]
-
-
-def _meant(name: str, known: Iterable[str]) -> str:
-    known = list(dict.fromkeys(known))
-    close = difflib.get_close_matches(name, known, 1)
-    return f"did you mean `{close[0]}`?" if close else f"there are {', '.join(known)}"

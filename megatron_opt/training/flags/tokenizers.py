@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from megatron_opt.errors import UserError
-from megatron_opt.extras import missing_package
+from megatron_opt.extras import missing
 
 _FILES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer")
 _PACKAGES = {
@@ -34,8 +34,8 @@ def check_tokenizer(args: Any) -> None:
             raise UserError("--vocab-size is missing; --tokenizer-type NullTokenizer knows no size of its own.")
         return
     package = _PACKAGES.get(kind)
-    if package and (missing := missing_package(ModuleNotFoundError(name=package))):
-        raise UserError(f"--tokenizer-type {kind}: {missing}")
+    if package and (lacking := missing(package)):
+        raise UserError(f"--tokenizer-type {kind}: {lacking}")
     if (kind in _FILES or kind == "HuggingFaceTokenizer") and not model:
         what = "its folder, or a name on the hub" if kind == "HuggingFaceTokenizer" else "its file"
         raise UserError(f"--tokenizer-model is missing; give {what} for --tokenizer-type {kind}.")
