@@ -115,20 +115,6 @@ class Fit:
         column = CORE + 2 * (k - 1)
         return (float(np.exp(x[column])), float(np.exp(x[column + 1]))) if k else (1.0, 1.0)
 
-    def information(self) -> np.ndarray:
-        """Precision matrix of θ, data and prior, flat over all blocks."""
-        size = self.theta.size
-        precision = np.zeros((size, size))
-        for optimizer, n, d in zip(self.data.index, self.data.n, self.data.d):
-            gradient = self.gradient(self.optimizers[optimizer], n, d)
-            precision += np.outer(gradient, gradient) / self.sigma**2
-        for block in range(len(self.theta)):
-            start = block * self.theta.shape[1]
-            kappa = self.prior.kappa_width if self.form == "coupled" else 1e-6
-            for column, width in ((2, self.prior.width), (4, self.prior.width), (5, kappa)):
-                precision[start + column, start + column] += width**-2
-        return precision
-
     def diagnosis(self) -> list[str]:
         """Sentences on what the data cannot determine; empty for a well-conditioned fit."""
         found = []
