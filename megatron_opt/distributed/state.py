@@ -140,7 +140,7 @@ def _stack(
             start = at
 
 
-def local_pieces(optimizer: Keeper, index: int) -> list[StateEntry]:
+def local_entries(optimizer: Keeper, index: int) -> list[StateEntry]:
     """Everything that this rank keeps of shard group `index`; what several parts have alike, once for each."""
     shard_group = optimizer.shard_groups[index]
     found = []
@@ -173,8 +173,8 @@ def local_pieces(optimizer: Keeper, index: int) -> list[StateEntry]:
 
 
 def collect(optimizer: Keeper, index: int) -> list[StateEntry]:
-    """As `local_pieces`; collective, to number what several ranks hold alike."""
-    shard_group, entries = optimizer.shard_groups[index], local_pieces(optimizer, index)
+    """As `local_entries`; collective, to number what several ranks hold alike."""
+    shard_group, entries = optimizer.shard_groups[index], local_entries(optimizer, index)
     places = [None if entry.rect is None else (entry.key, *entry.rect.key) for entry in entries]
     holders: dict[Any, int] = {}
     for rank, theirs in enumerate(gather_objects(places, shard_group.group, shard_group.size)):

@@ -87,9 +87,9 @@ def _declare(
     declarer.finish()
     param_shards = []
     for each, (name, param) in zip(declared, named, strict=True):
-        pieces, rows, cols = each.pieces(local_axes(name, param))
-        if pieces:
-            view = ParamView(name, param, rows, cols, pieces, False, False)
+        mappings, rows, cols = each.mappings(local_axes(name, param))
+        if mappings:
+            view = ParamView(name, param, rows, cols, mappings, False, False)
             param_shards.append(TensorShard.of(view, rectangles(view, 0, rows * cols)))
     return device, declared, param_shards
 

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from megatron_opt.distributed.shard_group import gather_objects
 from megatron_opt.distributed.sharded_optimizer import ShardedOptimizer
-from megatron_opt.distributed.state import Piece, local_pieces
+from megatron_opt.distributed.state import StateEntry, local_entries
 from megatron_opt.errors import UserError
 
 _WHERE = (
@@ -67,17 +67,17 @@ class ShardedState(torch.Tensor):
         return next(tensor for at, tensor in self.parts if torch.Size(at) == index.offset)
 
 
-def _place(piece: Piece) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """A piece's first indices in its whole, and the whole's shape."""
-    if piece.rect is None:
-        return (0,) * piece.tensor.ndim, tuple(piece.tensor.shape)
-    return (piece.rect.region.row0, piece.rect.region.col0), piece.shape
+def _place(state_entry: StateEntry) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A state_entry's first indices in its whole, and the whole's shape."""
+    if state_entry.rect is None:
+        return (0,) * state_entry.tensor.ndim, tuple(state_entry.tensor.shape)
+    return (state_entry.rect.region.row0, state_entry.rect.region.col0), state_entry.shape
 
 
-def _key(piece: Piece, param: str) -> str:
+def _key(state_entry: StateEntry, param: str) -> str:
     """Its name among the state of its parameter: the tensor's, after the matrix's where the parameter has several."""
-    suffix = piece.matrix.removeprefix(param).lstrip(".")
-    return f"{suffix}.{piece.key}" if suffix else piece.key
+    suffix = state_entry.matrix.removeprefix(param).lstrip(".")
+    return f"{suffix}.{state_entry.key}" if suffix else state_entry.key
 
 
 def entries(engine: ShardedOptimizer, param_of: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
@@ -89,15 +89,17 @@ def entries(engine: ShardedOptimizer, param_of: Mapping[str, str]) -> dict[str, 
     parts: dict[tuple[str, str], dict[tuple[int, ...], Tensor]] = {}
     shapes: dict[tuple[str, str], tuple[int, ...]] = {}
     everywhere: dict[tuple[str, str], bool] = {}
-    for piece in local_pieces(engine, 0):
-        param = param_of[piece.matrix]
-        name, (at, shape) = (param, _key(piece, param)), _place(piece)
-        parts.setdefault(name, {}).setdefault(at, piece.tensor)
+    for state_entry in local_entries(engine, 0):
+        param = param_of[state_entry.matrix]
+        name, (at, shape) = (param, _key(state_entry, param)), _place(state_entry)
+        parts.setdefault(name, {}).setdefault(at, state_entry.tensor)
         shapes[name] = shape
         copies = (
-            1 if piece.rect is None or piece.matrix in matrices else round(1.0 / shard_group.weight[piece.rect.key])
+            1
+            if state_entry.rect is None or state_entry.matrix in matrices
+            else round(1.0 / shard_group.weight[state_entry.rect.key])
         )
-        everywhere[name] = copies == shard_group.size and tuple(piece.tensor.shape) == shape
+        everywhere[name] = copies == shard_group.size and tuple(state_entry.tensor.shape) == shape
     found: dict[str, dict[str, Tensor]] = {}
     for (param, key), held in sorted(parts.items()):
         whole = everywhere[param, key]
@@ -111,36 +113,36 @@ def load_entries(
     engine: ShardedOptimizer, param_of: Mapping[str, str], given: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
     """Take state by parameter name: whole tensors, or the shards that `entries` has laid out and a checkpoint filled."""
-    for piece in local_pieces(engine, 0):
-        param = param_of[piece.matrix]
-        key = _key(piece, param)
+    for state_entry in local_entries(engine, 0):
+        param = param_of[state_entry.matrix]
+        key = _key(state_entry, param)
         entry = given.get(param, {}).get(key)
         if entry is None:
             raise UserError(
                 f"the state to be loaded has no {key} of {param}; it is another optimizer's, or one rank's share of it "
                 "(see full_state_dict)."
             )
-        piece.take(_part(entry, piece, f"{key} of {param}"))
+        state_entry.take(_part(entry, state_entry, f"{key} of {param}"))
     for param_shard in engine.param_shards():
         param_shard.publish()
 
 
-def _part(entry: Tensor, piece: Piece, what: str) -> Tensor:
-    """A piece's share of an entry."""
-    at, shape = _place(piece)
+def _part(entry: Tensor, state_entry: StateEntry, what: str) -> Tensor:
+    """A state_entry's share of an entry."""
+    at, shape = _place(state_entry)
     if tuple(entry.shape) != shape:
         raise UserError(
             f"the state to be loaded has {what} as {list(entry.shape)}, not {list(shape)}: another model's."
         )
     if isinstance(entry, ShardedState):
-        held = [tensor for first, tensor in entry.parts if first == at and tensor.shape == piece.tensor.shape]
+        held = [tensor for first, tensor in entry.parts if first == at and tensor.shape == state_entry.tensor.shape]
         if not held:
             raise UserError(
                 f"the state to be loaded has another share of {what} than this rank's; load it by "
                 "torch.distributed.checkpoint, or from full_state_dict()."
             )
         return held[0]
-    return entry[tuple(slice(first, first + size) for first, size in zip(at, piece.tensor.shape))]
+    return entry[tuple(slice(first, first + size) for first, size in zip(at, state_entry.tensor.shape))]
 
 
 def whole_entries(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_opt.errors import UserError
-from megatron_opt.layout.kinds import ComputeShard
-from megatron_opt.layout.matrices import Piece
+from megatron_opt.layout.kinds import FusedSplit
+from megatron_opt.layout.matrices import RegionMapping
 from megatron_opt.optimizers.base import MatrixInfo
 from megatron_opt.optimizers.groups import KINDS
 
@@ -46,15 +46,15 @@ class Declared:
     name: str
     shape: tuple[int, ...]
     stacked: bool  # all leading sides count rows, else all trailing ones columns
-    parts: list[ComputeShard]
+    parts: list[FusedSplit]
     infos: list[MatrixInfo]
     guessed: bool = False  # more than two sides and no word how they make a matrix
 
-    def matrix(self, part: ComputeShard) -> str:
+    def matrix(self, part: FusedSplit) -> str:
         return f"{self.name}.{part.suffix}" if part.suffix else self.name
 
-    def pieces(self, axes: Sequence[Tensor]) -> tuple[list[Piece], int, int]:
-        """Pieces, rows and columns of a local tensor, of which `axes` has the global indices of each side, ascending."""
+    def mappings(self, axes: Sequence[Tensor]) -> tuple[list[RegionMapping], int, int]:
+        """Region mappings, rows and columns of a local tensor, of which `axes` has the global indices of each side, ascending."""
         rows, cols = _grid(self.shape, axes, self.stacked)
         if not len(rows) or not len(cols):
             return [], 0, 0
@@ -71,7 +71,7 @@ class Declared:
         for first, last in zip(edges, edges[1:]):
             part = self.parts[int(which[first])]
             row = part.row + int(rows[first]) - part.start
-            found.append(Piece(self.matrix(part), first, last - first, row, col))
+            found.append(RegionMapping(self.matrix(part), first, last - first, row, col))
         return found, len(rows), len(cols)
 
 
@@ -118,10 +118,10 @@ class Declarer:
         cols = math.prod(shape[1:])
         if stacked:
             rows, cols = leading * shape[-2], shape[-1]
-        parts = [ComputeShard("", 0, rows, 0)]
+        parts = [FusedSplit("", 0, rows, 0)]
         if split == "stack" and leading > 1:
             height = shape[-2]
-            parts = [ComputeShard(str(at), at * height, (at + 1) * height, 0) for at in range(leading)]
+            parts = [FusedSplit(str(at), at * height, (at + 1) * height, 0) for at in range(leading)]
         elif isinstance(split, Mapping):
             parts = _in_order(name, split, rows)
         elif split not in (None, "stack", "flatten"):
@@ -152,13 +152,13 @@ class Declarer:
         self.split.check_used()
 
 
-def _in_order(name: str, split: Mapping[str, int | tuple[int, int]], rows: int) -> list[ComputeShard]:
+def _in_order(name: str, split: Mapping[str, int | tuple[int, int]], rows: int) -> list[FusedSplit]:
     parts, start = [], 0
     for suffix, value in split.items():
         height, heads = value if isinstance(value, tuple) else (value, 1)
         if not suffix or height < 1 or heads < 1 or height % heads:
             raise UserError(f"split: {name} has {suffix!r}: {value!r}; give a name and a positive number of rows.")
-        parts.append(ComputeShard(suffix, start, start + height, 0, heads))
+        parts.append(FusedSplit(suffix, start, start + height, 0, heads))
         start += height
     if start != rows:
         raise UserError(f"split: {name} has {rows} rows, and {dict(split)} makes {start}; let them sum to the rows.")

@@ -44,9 +44,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
         if action.dest == "optimizer":
             action.choices, action.default = [*MEGATRON_OWN, *sorted(optimizer_classes)], "adamw"
             action.help = "optimizer; adam and sgd are Megatron's own, the others megatron_opt's"
-    divided = [
-        name for name, optimizer_class in sorted(optimizer_classes.items()) if optimizer_class.scalars is not None
-    ]  # type: ignore[attr-defined]
+    divided = [name for name, each in sorted(optimizer_classes.items()) if each.scalars is not None]  # type: ignore[attr-defined]
     shared = parser.add_argument_group("optimizers")
     shared.conflict_handler = "resolve"
     shared.add_argument(

@@ -44,7 +44,7 @@ def test_rectangles_hold_what_the_matrices_hold(drawn: tuple[tuple[int, ...], An
     matrices = dict(
         zip([i.name for i in declared.infos], stacked.split([shape2d(i)[0] for i in declared.infos]), strict=True)
     )
-    pieces, rows, cols = declared.pieces(axes)
+    pieces, rows, cols = declared.mappings(axes)
     assert rows * cols == local.numel()
     view = ParamView("w", local, rows, cols, pieces, False, False)  # type: ignore[arg-type]
     rects = rectangles(view, 0, local.numel())
@@ -58,7 +58,7 @@ def test_columns_that_are_no_run_are_refused() -> None:
     whole = torch.ones(4, 3, 2)
     declared = Declarer(None, {"w": "flatten"}).declare("w", whole)
     with pytest.raises(UserError, match="not rectangles"):
-        declared.pieces([torch.arange(4), torch.arange(3), torch.arange(1)])
+        declared.mappings([torch.arange(4), torch.arange(3), torch.arange(1)])
 
 
 def test_wrappers_leave_no_trace_in_names() -> None:
