@@ -16,7 +16,8 @@ from megatron_opt.errors import UserError
 
 _WHERE = (
     "this tensor of the optimizer's state lies in shards on several ranks, and this rank has only its own: save it by "
-    "torch.distributed.checkpoint on all ranks, or take optimizer.full_state_dict() on all ranks and save that."
+    "torch.distributed.checkpoint.save on all ranks (async_save takes no such tensors), or take "
+    "optimizer.full_state_dict() on all ranks and save that."
 )
 
 

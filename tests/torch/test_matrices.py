@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_opt.distributed.compute_shards import shape2d
@@ -33,6 +33,7 @@ def local_tensors(draw: Any) -> tuple[tuple[int, ...], Any, list[torch.Tensor]]:
     return shape, split, axes
 
 
+@settings(max_examples=50)
 @given(local_tensors())
 def test_rectangles_hold_what_the_matrices_hold(drawn: tuple[tuple[int, ...], Any, list[torch.Tensor]]) -> None:
     shape, split, axes = drawn
