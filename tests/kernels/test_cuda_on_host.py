@@ -145,7 +145,7 @@ for rule in t.UpdateKind:
         p = t.problem(rule, [2049, 1, 7], [torch.float32, torch.bfloat16, torch.bfloat16])
         p = {k: [guarded(x, offset) for x in v] if k in ("params", "grads", "copies") else v for k, v in p.items()}
         p["states"] = [[guarded(x, offset) for x in s] for s in p["states"]]
-        mt.update(p["rule"], p["params"], p["grads"], p["states"], t.COEFFICIENTS, copies=p["copies"], with_sums=True)
+        mt.update(p["kind"], p["params"], p["grads"], p["states"], t.COEFFICIENTS, copies=p["copies"], with_sums=True)
 for room, begin, size in guards:
     assert (room[:begin] == -7).all() and (room[begin + size :] == -7).all()
     assert not room[begin : begin + size].isnan().any()

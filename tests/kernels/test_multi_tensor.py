@@ -41,7 +41,7 @@ def problem(kind, sizes, dtypes, offset=0, scale=1.0, seed=0, scaled=False):
     states = [make(state_type, scale), make(state_type, scale * scale, True), make(state_type, scale)]
     outputs = kind == UpdateKind.MOMENTUM
     return {
-        "rule": kind,
+        "kind": kind,
         "params": [] if outputs else make(param_type),
         "grads": make(grad_type, scale),
         "states": states[: STATES.get(kind, 1)],
@@ -62,7 +62,7 @@ def mapped(function, value):
 def run(arguments, coefficients=COEFFICIENTS, **options):
     """The arguments after the update, and its sums."""
     arguments = mapped(torch.clone, arguments)
-    kind, params, grads, states = (arguments[key] for key in ("rule", "params", "grads", "states"))
+    kind, params, grads, states = (arguments[key] for key in ("kind", "params", "grads", "states"))
     rest = {"copies": arguments["copies"], "scales": arguments["scales"]} | options
     sums = mt.update(kind, params, grads, states, coefficients, with_sums=True, **rest)
     return [*params, *arguments["copies"], *(s for state in states for s in state)], sums
@@ -100,13 +100,14 @@ def test_fp32_kernel_is_the_float64_reference(kind, cautious_decay):
 
 
 def decided(arguments):
-    """No momentum that all but cancels: its sign, which some rules step by, would be left to rounding."""
+    """No momentum, and no step of it and the gradient, that all but cancels: its sign would be left to rounding."""
+    c = COEFFICIENTS
     for gradient, momentum in zip(arguments["grads"], arguments["states"][0] if arguments["states"] else ()):
-        m, g = (
-            COEFFICIENTS.beta1 * momentum.double(),
-            COEFFICIENTS.input_weight1 * COEFFICIENTS.grad_scale * gradient.double(),
-        )
-        close = (m + g).abs() < 0.05 * (m.abs() + g.abs())
+        g = c.grad_scale * gradient.double()
+        m = c.beta1 * momentum.double() + c.input_weight1 * g
+        close = torch.zeros_like(m, dtype=torch.bool)
+        for x, y in ((m - c.input_weight1 * g, c.input_weight1 * g), (c.momentum_weight * m, c.gradient_weight * g)):
+            close |= (x + y).abs() < 0.05 * (x.abs() + y.abs())
         gradient[close] = momentum[close].to(gradient.dtype)
     return arguments
 
@@ -158,7 +159,7 @@ def test_the_way_a_tensor_is_cut_changes_no_bit(kind, cut, stochastic, types):
         return [part.clone() for t in tensors for part in (t[:cut], t[cut:])]
 
     pieces = {key: halves(arguments[key]) for key in ("params", "grads", "copies")}
-    pieces |= {"rule": kind, "states": [halves(s) for s in arguments["states"]], "scales": None}
+    pieces |= {"kind": kind, "states": [halves(s) for s in arguments["states"]], "scales": None}
     parts, _ = run(pieces, element_offsets=[10, 10 + cut], **options)
     for i, tensor_whole in enumerate(whole):
         assert torch.equal(torch.cat(parts[2 * i : 2 * i + 2]), tensor_whole)
