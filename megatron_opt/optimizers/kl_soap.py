@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_opt.kernels import products
 from megatron_opt.optimizers.base import Cost, MatrixInfo
 from megatron_opt.optimizers.factored import Blocks, FactoredOptimizer
-from megatron_opt.optimizers.options import option
+from megatron_opt.optimizers.options import choice, option
 from megatron_opt.optimizers.partition import Partition
 from megatron_opt.optimizers.registry import register
 from megatron_opt.optimizers.soap import Soap, SoapConfig
@@ -27,8 +27,11 @@ _LEAST = 1e-24  # eigenvalue of a factor: no gradient's square divided by it lea
 class KlSoapConfig(SoapConfig):
     """Hyperparameters of KL-SOAP; SOAP's, as tuned in the study."""
 
+    factor_precision: str = choice(
+        "fp64", ("bf16", "fp32", "fp64"), "dtype of the factors; in fp32 layouts part by 1e-4; bf16: of bases and roots too"
+    )
     power_shift: float = option(
-        1e-3, "refresh from factors plus this share of their largest eigenvalue: without it layouts part by 4e-4",
+        1e-3, "refresh from factors plus this share of their largest eigenvalue: without it frequent refreshes part by 5e-4",
         low=0, high=100,
     )  # fmt: skip
     eigenvalue_floor: float = option(
