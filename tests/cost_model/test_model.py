@@ -91,19 +91,20 @@ def test_no_layout_changes_the_work_or_the_state(name: str, tp: int, pp: int, dp
     shape = Model.of(given_flags)
     group_configs = grouping(given_flags)
 
-    def totals(layout: Layout) -> tuple[float, float]:
-        flops = state = 0.0
+    def totals(layout: Layout) -> tuple[float, float, int]:
+        flops, state, parts = 0.0, 0.0, 0
         for stage in plans(shape, layout, group_configs):
             for shard_group in stage:
                 flops += sum(shard_group.plan.flops)
                 state += sum(shard_group.plan.state_bytes)
-        return flops, state
+                parts += len(shard_group.plan.parts)
+        return flops, state, parts
 
     one = totals(Layout(1, global_batch=8))
     many = totals(Layout(tp * pp * dp, tp=tp, pp=pp, distributed=distributed, global_batch=24))
     assert many[0] == pytest.approx(one[0], rel=1e-9)
-    # a slice of SOAP has its own fp32 flag; a rank is cut into at one place at most, so it adds one slice
-    assert 0 <= many[1] - one[1] <= 4 * tp * pp * dp
+    # each part of a matrix of SOAP's has an fp32 flag of its own
+    assert many[1] - one[1] == (4 * (many[2] - one[2]) if name == "soap" else 0)
 
 
 def test_flags_from_a_run_and_a_file(tmp_path) -> None:
