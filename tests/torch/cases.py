@@ -172,7 +172,7 @@ def split_batches(case: str, steps: int) -> dict[str, Any]:
     model = DistributedDataParallel(make_model())
     optimizer = make_optimizer(model, case)
     computed: list[str] = []
-    for each in optimizer._engine.optimizers:
+    for each in optimizer._engine.group_optimizers:
         inner = each.update
 
         def update(grads: Any, *rest: Any, inner: Any = inner) -> Any:

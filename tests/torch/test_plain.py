@@ -10,7 +10,7 @@ from megatron_opt.distributed.exchange import Exchange
 from megatron_opt.distributed.param_shards import ParamShard, rectangles
 from megatron_opt.distributed.shard_group import ShardGroup
 from megatron_opt.engine_options import EngineOptions
-from megatron_opt.layout.matrices import ParamView, Piece
+from megatron_opt.layout.matrices import ParamView, RegionMapping
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
 from megatron_opt.optimizers.groups import assign, default_group_configs
@@ -53,7 +53,7 @@ def _megatron(name: str, steps: int, dtype: torch.dtype) -> dict[str, torch.Tens
         for suffix, (rows, _) in (parts or {"": (shape[0], 1)}).items():
             full = f"{param_name}.{suffix}" if suffix else param_name
             infos[full] = MatrixInfo(full, (rows, cols) if len(shape) > 1 else (rows,), kind, suffix)
-            pieces.append(Piece(full, row, rows, 0, 0))
+            pieces.append(RegionMapping(full, row, rows, 0, 0))
             row += rows
         params[param_name] = param = torch.nn.Parameter(weight.to(dtype))
         view = ParamView(param_name, param, shape[0], cols, pieces, False, True)
