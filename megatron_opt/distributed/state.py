@@ -9,7 +9,7 @@ codes stand for, which give the same codes again.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -62,10 +62,12 @@ class StateEntry:
     shape: tuple[int, int] = (0, 0)  # of the whole; both None and (0, 0) where the tensor is the whole
     codes: packed_state.Codes | None = None
     replica: int = 0
+    alike: list[Tensor] = field(default_factory=list)  # of other parts on this rank, equal to `tensor`
 
     def take(self, value: Tensor) -> None:
         """A checkpoint's value into the state."""
-        self.tensor.copy_(value)
+        for tensor in (self.tensor, *self.alike):
+            tensor.copy_(value)
         if self.codes is not None:
             self.codes.encode(self.tensor.view(-1))
 
@@ -163,13 +165,16 @@ def local_entries(optimizer: Keeper, index: int) -> list[StateEntry]:
                     found.append(_placed(key, part.rect, codes.decode(), shape, codes))
                 elif not packed_state.is_scale(part.state, key):
                     found.append(_placed(key, part.rect, tensor, shape))
+    shared: dict[tuple[str, str], StateEntry] = {}
     for key, name, tensor, whole, place, number in whole_places(optimizer.matrix_steps[index]):
-        if place is None or whole is None:
-            again = 0 if optimizer.matrix_steps[index].placed.counts else shard_group.size
-            found.append(StateEntry(key, name, tensor.detach(), replica=number + again))
-        else:
+        if place is not None and whole is not None:
             found.append(_placed(key, place, tensor, whole))
-    return found
+        elif (key, name) in shared:  # once a rank: Megatron takes all that a rank has of one entry for its first copy
+            shared[key, name].alike.append(tensor.detach())
+        else:
+            again = 0 if optimizer.matrix_steps[index].placed.counts else shard_group.size
+            shared[key, name] = StateEntry(key, name, tensor.detach(), replica=number + again)
+    return found + list(shared.values())
 
 
 def collect(optimizer: Keeper, index: int) -> list[StateEntry]:
