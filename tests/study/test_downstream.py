@@ -36,7 +36,7 @@ def study(make_study, tmp_path, monkeypatch):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "evaluate.py").write_text(FAKE)
     monkeypatch.setattr(base, "EVALUATE", (sys.executable, str(tmp_path / "evaluate.py")))
-    monkeypatch.setattr(scheduler, "missing_package", lambda error: None)
+    monkeypatch.setattr(scheduler, "missing", lambda name: None)
     return make_study(EVAL)
 
 
@@ -105,13 +105,13 @@ def test_mistakes_in_the_file(make_study, more, said):
 
 def test_what_is_absent_is_said_before_anything_starts(make_study, tmp_path, monkeypatch):
     study = read_study(make_study(EVAL))
-    monkeypatch.setattr(scheduler, "missing_package", lambda error: UserError("the package lm_eval is not installed"))
+    monkeypatch.setattr(scheduler, "missing", lambda name: UserError("the package lm_eval is not installed"))
     with (
         pytest.raises(UserError, match="`eval:` of the study: the package lm_eval"),
         scheduler.open_study(study, tmp_path / "out"),
     ):
         pass
-    monkeypatch.setattr(scheduler, "missing_package", lambda error: None)
+    monkeypatch.setattr(scheduler, "missing", lambda name: None)
     with pytest.raises(UserError, match="fix `eval: tasks_path:`"), scheduler.open_study(study, tmp_path / "out"):
         pass
     assert downstream.arguments(None, SimpleNamespace()) == ()
