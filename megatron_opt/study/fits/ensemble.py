@@ -20,7 +20,7 @@ from megatron_opt.study.fits.intervals import interval
 from megatron_opt.study.fits.observations import Observations
 from megatron_opt.study.fits.posterior import Copies, draw
 
-COPIES = 400
+COPIES = 2000
 TRUST = 4.0
 """ν: how many backtested values the model's own intervals are worth"""
 LEAST_SCALE = {"loss": 1.0, "gain": 0.9}

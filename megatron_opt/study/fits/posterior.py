@@ -10,7 +10,7 @@ from scipy.stats import norm, qmc
 from megatron_opt.study.fits.forms import Form
 from megatron_opt.study.fits.hierarchy import Hierarchy, Linear
 
-NODES = 32
+NODES = 64
 """quasi-random points over the spreads"""
 WIDEN = 1.3
 """nodes are drawn this much wider than the curvature at the mode says, and weighed back"""
@@ -64,8 +64,9 @@ def draw(fit: Hierarchy, copies: int, seed: int = 0) -> Copies:
         mine = np.flatnonzero(chosen == node)
         mean, covariance = linear.posterior(nodes[node])
         values, vectors = np.linalg.eigh(covariance)
-        root = vectors * np.sqrt(np.maximum(values, 0))
-        found[mine] = mean + rng.standard_normal((len(mine), len(mean))) @ root.T
+        # the symmetric root: signs of eigenvectors are the processor's, and would give each its own draws
+        root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+        found[mine] = mean + rng.standard_normal((len(mine), len(mean))) @ root
         exact = _losses(fit, found[mine]) - problem.data.loss
         straight = linear.loss + (found[mine] - fit.x) @ linear.jacobian.T - problem.data.loss
         precision = np.linalg.inv(problem.covariances(nodes[node])[1] + np.diag(fit.extra))
@@ -102,9 +103,9 @@ def _nodes(linear: Linear, mode: np.ndarray, seed: int) -> tuple[np.ndarray, np.
     hessian = (slopes + slopes.T) / (4 * step)
     # The prior's curvature is a lower bound that keeps flat directions finite.
     values, vectors = np.linalg.eigh(hessian)
-    root = vectors / np.sqrt(np.maximum(values, 0.3 / linear.problem.widths.max() ** 2))
+    root = (vectors / np.sqrt(np.maximum(values, 0.3 / linear.problem.widths.max() ** 2))) @ vectors.T
     z = WIDEN * norm.ppf(qmc.Sobol(size, seed=seed).random(NODES))
-    nodes = mode + z @ root.T
+    nodes = mode + z @ root
     logs = np.array([base - linear.negative(node)[0] for node in nodes]) + 0.5 * np.sum((z / WIDEN) ** 2, 1)
     weights = np.exp(logs - logs.max())
     return nodes, weights / weights.sum()
