@@ -53,8 +53,14 @@ def rank(result: SearchResult, **sizes: int) -> int:
         # arXiv 2407.21783, table 4: 16,384 H100; 8k sequences, and 131k with context parallelism
         (f"{LLAMA_405B} --global-batch-size 2048", "h100", 16384, {"tp": 8, "pp": 16}, 3),
         (f"{LLAMA_405B} --seq-length 131072 --global-batch-size 128", "h100", 16384, {"tp": 8, "pp": 16}, 3),
-        # Megatron Bridge, performance summary 25.11: 405B on 1,024 H100 is TP8 PP8 CP2
-        (f"{LLAMA_405B} --fp8-format hybrid --global-batch-size 512", "h100", 1024, {"tp": 8, "pp": 8, "cp": 2}, 5),
+        # Megatron Bridge, performance summary 25.11: 405B on 1,024 H100 is TP8 PP8 CP2; bf16 weights beside FP8's would not fit
+        (
+            f"{LLAMA_405B} --fp8-format hybrid --fp8-param-gather --global-batch-size 512",
+            "h100",
+            1024,
+            {"tp": 8, "pp": 8, "cp": 2},
+            5,
+        ),
         # NVIDIA's recipe of Llama 3 8B on one node: CP2
         (LLAMA_8B, "h100", 8, {"tp": 1, "pp": 1, "cp": 2}, 2),
         # arXiv 2104.04473, section 5.1: GPT 175B on 768 A100 is TP8 PP12; PP is tried in powers of two
