@@ -105,7 +105,9 @@ class Ranks:
         rule_name, options = RULES[self.name]
         optimizer = registry.build(rule_name, options)
         param_shards: Any = [
-            SimpleNamespace(view=SimpleNamespace(counts=True, param=SimpleNamespace(dtype=torch.float32)), rects=[rect])
+            SimpleNamespace(
+                view=SimpleNamespace(counts=True, param=SimpleNamespace(dtype=torch.float32)), rects=[rect], state={}
+            )
             for _, rect in self.holdings[rank]
         ]
         exchange = Exchange(self.mailbox, rank, self.size)
@@ -166,6 +168,7 @@ class Ranks:
         return SimpleNamespace(
             ensure_states=lambda: None, shard_groups=[step.shard_group], matrix_steps=[step], groups=[], param_groups=[], stored=[],
             element_steps=[SimpleNamespace(slices={})], step_number=5, device=torch.device("cpu"), param_shards=lambda: [],
+            host=step.host, average=None,
         )  # fmt: skip
 
 
