@@ -28,7 +28,9 @@ class KlSoapConfig(SoapConfig):
     """Hyperparameters of KL-SOAP; SOAP's, as tuned in the study."""
 
     factor_precision: str = choice(
-        "fp64", ("bf16", "fp32", "fp64"), "dtype of the factors; in fp32 layouts part by 1e-4; bf16: of bases and roots too"
+        "fp64",
+        ("bf16", "fp32", "fp64"),
+        "dtype of the factors; in fp32 layouts part by 1e-4; bf16: of bases and roots too",
     )
     power_shift: float = option(
         1e-3, "refresh from factors plus this share of their largest eigenvalue: without it frequent refreshes part by 5e-4",
