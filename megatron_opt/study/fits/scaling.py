@@ -113,7 +113,8 @@ class Fit:
             raise UserError("efficiency factors exist only in the shared fit")
         x, k = (self.theta if theta is None else theta)[0], self.block(optimizer)[1]
         column = CORE + 2 * (k - 1)
-        return (float(np.exp(x[column])), float(np.exp(x[column + 1]))) if k else (1.0, 1.0)
+        with np.errstate(over="ignore"):  # what a few runs do not determine may be infinite
+            return (float(np.exp(x[column])), float(np.exp(x[column + 1]))) if k else (1.0, 1.0)
 
     def diagnosis(self) -> list[str]:
         """Sentences on what the data cannot determine; empty for a well-conditioned fit."""
