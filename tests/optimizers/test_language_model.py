@@ -116,9 +116,9 @@ def test_narrow_state_learns_as_well(name, options, bound, text):
 
 ROUNDED = [(name, {}) for name in sorted(registry.optimizers())] + [
     ("soap", dict(precondition_frequency=1, power_shift=1e-3, factor_precision="fp64")),
-    ("soap", dict(precondition_frequency=2, power_shift=1e-3)),
+    ("soap", dict(precondition_frequency=2, power_shift=1e-3, factor_precision="fp64")),
     ("soap", dict(precondition_frequency=5, power_shift=1e-3)),
-    ("soap", dict(precondition_frequency=2, one_sided=True, power_shift=1e-3)),
+    ("soap", dict(precondition_frequency=2, one_sided=True, power_shift=1e-3, factor_precision="fp64")),
     ("shampoo", dict(precondition_frequency=2)),
     ("kron", dict(update_form="procrustes")),
 ]
