@@ -36,9 +36,8 @@ class HostStates:
         self.moved = {"to the device": 0, "to the host": 0}
         self.most = 0
         self._seen, self._kept, self._here = 0, 0, 0  # bytes of states, of those the ones at rest, on the device
-        is_real = device.type == "cuda" and torch.cuda.is_available()
-        self._pinned = is_real
-        self._streams = tuple(torch.cuda.Stream() for _ in self.moved) if is_real else ()
+        self._pinned = device.type == "cuda" and torch.cuda.is_available()
+        self._streams = tuple(torch.cuda.Stream() for _ in self.moved) if self._pinned else ()
 
     def rest(self, state: State) -> State:
         """A new state, its share of tensors in host memory; single numbers stay where they are."""
@@ -98,7 +97,8 @@ class HostStates:
                     place = half[start : start + _bytes(home)].view(home.dtype).view(home.shape)
                     state[name] = place.copy_(home, non_blocking=True)
                     start += _room(home)
-                    self._count("to the device", _bytes(home))
+                    self.moved["to the device"] += _bytes(home)
+                    self._here += _bytes(home)
         self.most = max(self.most, self._here)
         return self._streams[0].record_event() if self._streams else None
 
@@ -115,10 +115,6 @@ class HostStates:
                     self._here -= _bytes(home)
                     state[name] = home
         return self._streams[1].record_event() if self._streams else None
-
-    def _count(self, way: str, size: int) -> None:
-        self.moved[way] += size
-        self._here += size
 
 
 def _bytes(tensor: Tensor) -> int:

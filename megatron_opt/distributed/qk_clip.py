@@ -22,6 +22,7 @@ from megatron_opt.distributed.param_shards import ParamShard
 from megatron_opt.distributed.post_steps import Report
 from megatron_opt.distributed.shard_group import ShardGroup, gather_objects
 from megatron_opt.errors import UserError
+from megatron_opt.kernels.host import current_device
 from megatron_opt.layout.heads import HeadRows, head_rows
 from megatron_opt.layout.kinds import Geometry
 from megatron_opt.layout.names import global_names
@@ -111,8 +112,7 @@ class QkClip:
 
     def prepare(self) -> None:
         """The maxima of every head of the model, on every rank, by one all-reduce."""
-        device = torch.device(torch.cuda.current_device())
-        packed = torch.full((len(self.layers), self.options.heads), -torch.inf, device=device)
+        packed = torch.full((len(self.layers), self.options.heads), -torch.inf, device=current_device())
         for attention in self.attentions:
             found = getattr(attention.core, attention_logits.NAME, None)
             if found is None:

@@ -1,8 +1,6 @@
 """The pool's processes: a launcher imports Megatron once, its members fork a fresh process for every run."""
 
-import argparse
 import ctypes
-import functools
 import json
 import os
 import signal
@@ -117,35 +115,20 @@ def serve(folder: Path, me: int, data: str) -> None:
         number += 1
 
 
-def _prepare() -> None:
-    """What every run needs before its first step and forks inherit: imports, the parsed help of Megatron's flags."""
-    import megatron.core.datasets.gpt_dataset
-    import megatron.core.datasets.helpers
-    import megatron.core.tokenizers.text.models  # noqa: F401  (imports transformers, where installed: seconds)
-    from megatron.training import argument_utils, arguments, initialize, training  # noqa: F401
-
-    from megatron_opt.checkpointing import other_layers, resuming  # noqa: F401
-    from megatron_opt.distributed import build, planning  # noqa: F401
-    from megatron_opt.optimizers import registry
-    from megatron_opt.training import batches, curvature, dataset, job, monitoring, samples, validation  # noqa: F401
-    from megatron_opt.training.flags import checks  # noqa: F401
-    from tests.distributed import hooks, recording  # noqa: F401
-
-    registry.optimizers()
-    factory = argument_utils.ArgumentGroupFactory
-    reader, read = factory.__new__(factory), factory._get_field_docstrings
-    docstrings = functools.cache(lambda config: read(reader, config))
-    factory._get_field_docstrings = lambda self, config: docstrings(config)
-    arguments.add_megatron_arguments(argparse.ArgumentParser())
-
-
 def main(folder: Path, members: int, data: str, transformer_engine: bool = False) -> None:
     """Import once, then fork: neither a member nor a run costs a second import."""
     die_with_parent()
     torch.set_num_threads(1)
     platform.activate(transformer_engine)
 
-    _prepare()
+    import megatron.core.tokenizers.text  # noqa: F401  (imports transformers, where installed: seconds)
+    from megatron.training import initialize, training  # noqa: F401
+
+    from megatron_opt.optimizers import registry
+    from megatron_opt.training import job  # noqa: F401
+    from tests.distributed import hooks, recording  # noqa: F401
+
+    registry.optimizers()
     for member in range(members):
         if os.fork() == 0:
             log = os.open(folder / f"member{member}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
