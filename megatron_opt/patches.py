@@ -115,6 +115,8 @@ platform/local_layers.py
   megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__: sequence parallelism with torch's norms in local layers
 platform/latent_attention.py
   megatron.core.transformer.dot_product_attention.DotProductAttention.__init__: multi-latent attention in local layers
+platform/single_rank.py
+  torch.distributed.all_reduce: on CPU: a group of one rank has nothing to reduce
 platform/hybrid_stack.py
   megatron.core.models.hybrid.hybrid_block.TENorm: on CPU: the last norm of a hybrid stack
 platform/megatron_faults.py

@@ -33,10 +33,10 @@ def activate(transformer_engine: bool = False) -> None:
 
 def replacements() -> tuple:
     """What is replaced in Megatron on this machine."""
-    from megatron_opt.platform import latent_attention, local_layers, megatron_patches
+    from megatron_opt.platform import latent_attention, local_layers, megatron_patches, single_rank
 
     everywhere = (*local_layers.REPLACEMENTS, latent_attention.CHANNELS)  # the last after the forward that it needs
-    return everywhere + (megatron_patches.REPLACEMENTS if on_cpu() else ())
+    return everywhere + ((*megatron_patches.REPLACEMENTS, single_rank.ALL_REDUCE) if on_cpu() else ())
 
 
 def can_fp8() -> bool:
