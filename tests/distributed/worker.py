@@ -1,6 +1,10 @@
 """The pool's processes: a launcher imports Megatron once, its members fork a fresh process for every run."""
 
+import argparse
+import contextlib
 import ctypes
+import functools
+import importlib
 import json
 import os
 import signal
@@ -115,20 +119,43 @@ def serve(folder: Path, me: int, data: str) -> None:
         number += 1
 
 
+# all that a run imports at one time or another
+MODULES = (
+    "megatron.core.datasets.gpt_dataset megatron.core.tokenizers.text megatron.core.tokenizers.text.models "
+    "megatron.training.initialize megatron.training.training megatron_opt._C megatron_opt.checkpointing.resuming "
+    "megatron_opt.checkpointing.other_layers megatron_opt.distributed.build megatron_opt.distributed.meta_model "
+    "megatron_opt.distributed.planning megatron_opt.platform.hybrid_stack megatron_opt.training.arguments "
+    "megatron_opt.training.batches megatron_opt.training.curvature megatron_opt.training.flags.checks "
+    "megatron_opt.training.job megatron_opt.training.monitoring tests.distributed.hooks tests.distributed.recording"
+).split()
+
+
+def warm() -> None:
+    """Import what runs need, and read the help texts of Megatron's flags once: it parses its own sources for them, in every run."""
+    for module in MODULES:
+        with contextlib.suppress(ModuleNotFoundError):  # the extension may not be built
+            importlib.import_module(module)
+
+    from megatron.training.argument_utils import ArgumentGroupFactory
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_opt.optimizers import registry
+
+    factory: Any = ArgumentGroupFactory
+    read, reader = factory._get_field_docstrings, object.__new__(ArgumentGroupFactory)
+    known = functools.cache(lambda config: read(reader, config))
+    factory._get_field_docstrings = lambda self, config: dict(known(config))
+    add_megatron_arguments(argparse.ArgumentParser())
+    registry.optimizers()
+
+
 def main(folder: Path, members: int, data: str, transformer_engine: bool = False) -> None:
     """Import once, then fork: neither a member nor a run costs a second import."""
     die_with_parent()
     torch.set_num_threads(1)
     platform.activate(transformer_engine)
 
-    import megatron.core.tokenizers.text  # noqa: F401  (imports transformers, where installed: seconds)
-    from megatron.training import initialize, training  # noqa: F401
-
-    from megatron_opt.optimizers import registry
-    from megatron_opt.training import job  # noqa: F401
-    from tests.distributed import hooks, recording  # noqa: F401
-
-    registry.optimizers()
+    warm()
     for member in range(members):
         if os.fork() == 0:
             log = os.open(folder / f"member{member}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
