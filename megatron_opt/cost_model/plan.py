@@ -1,11 +1,10 @@
 """The optimizer's own plan for a layout: the rules' `cost()` and the engine's packing, group by group."""
 
-import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_opt import quiet
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.model import Model, Parameter
 from megatron_opt.distributed import planning
@@ -120,9 +119,7 @@ def _sent(model: Model, layout: Layout, grouping: Sequence[ParamGroupConfig], st
         index: [[p for p in model.parameters(*edges, copy=True) if p.expert is None or not sizes.experts_apart]]
         for index, edges in enumerate(layout.stages(model))
     }
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no compiler is needed here
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Megatron's modules say of packages that it would use on a GPU
+    with quiet.quieted():
         found, *_ = planning.plan_model(
             stages, model.geometry, sizes, _without_experts(grouping), layout.engine, [stage]
         )  # fmt: skip

@@ -3,7 +3,6 @@
 Megatron's own sharded state dict says which part of each stored tensor this rank reads.
 """
 
-import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_opt import quiet
 from megatron_opt.errors import UserError
 from megatron_opt.export import model as models
 
@@ -75,8 +75,7 @@ class RankModel:
         metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
         wanted = {"model": self._model.sharded_state_dict(metadata=metadata)}
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with quiet.quieted():
                 found = dist_checkpointing.load(wanted, str(source.folder), validate_access_integrity=False)
         except Exception as error:
             raise UserError(

@@ -6,13 +6,13 @@ Transformer Engine's names of fused norms are Megatron's names there. `layout/na
 
 import functools
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_opt import quiet
 from megatron_opt.checkpointing import folders, resuming, trusted
 from megatron_opt.errors import UserError
 from megatron_opt.export.averages import Averages
@@ -123,8 +123,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         and key.startswith(("embedding.", "decoder.", "output_layer.", "mtp."))
     }
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says that there is one process
+        with quiet.quieted():
             load(wanted, storage_reader=reader, no_dist=True)
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         raise UserError(f"the checkpoint {folder} is damaged: {' '.join(str(error).split())[:200]}") from error
