@@ -11,9 +11,15 @@ WARNINGS = (  # how they begin, as regular expressions
     r"Only transformer-engine>=1\.7\.0 supports MoE experts, but your version is 0\.0\.0\.",  # there is none
     r"Could not determine rank from torch\.distributed, RANK, or SLURM_PROCID\. Defaulting to rank 0\.",
     r"'pin_memory' argument is set as true but no accelerator is found",  # Megatron's loaders ask for it everywhere
+    r"The argument order of (load|save) has been changed\.",  # Megatron's own calls
+    r"Please use DTensor instead and we are deprecating ShardedTensor\.",  # Megatron's own tensors
     r"torch\.distributed is (disabled, )?unavailable or uninitialized, assuming the intent is to (save|load) in a single",
 )
-LOGGED = {"torch.utils.cpp_extension": r"No CUDA runtime is found, using CUDA_HOME="}  # logger: how its sentence begins
+LOGGED = {  # by logger
+    "torch.utils.cpp_extension": r"No CUDA runtime is found, using CUDA_HOME=",
+    "megatron.core.models.gpt.gpt_model": r"GPTModel IS DEPRECATED\.",  # the flags say which model it is
+    "megatron.core.dist_checkpointing.strategies.torch": r"MCore's async save is deprecated",
+}
 
 
 class _Known(logging.Filter):

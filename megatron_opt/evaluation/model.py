@@ -76,13 +76,13 @@ class RankModel:
         wanted = {"model": self._model.sharded_state_dict(metadata=metadata)}
         try:
             with quiet.quieted():
-                found = dist_checkpointing.load(wanted, str(source.folder), validate_access_integrity=False)
+                loaded = dist_checkpointing.load(wanted, str(source.folder), validate_access_integrity=False)
         except Exception as error:
             raise UserError(
                 f"the checkpoint {source.folder} cannot be read into the model of its flags: "
                 f"{' '.join(str(error).split())[:200]}"
             ) from error
-        model: dict[str, Any] = found["model"]
+        model: dict[str, Any] = loaded["model"]
         return model
 
     @torch.no_grad()
@@ -112,8 +112,8 @@ class RankModel:
             dist.recv(hidden, mpu.get_pipeline_model_parallel_prev_rank())
             self._model.set_input_tensor(hidden)
         positions = torch.arange(ids.shape[1])[None].expand_as(ids)
-        found = self._model(ids, positions, None, runtime_gather_output=True)
+        logits = self._model(ids, positions, None, runtime_gather_output=True)
         if self.last:
-            return found.float()
-        dist.send(found.contiguous(), mpu.get_pipeline_model_parallel_next_rank())
+            return logits.float()
+        dist.send(logits.contiguous(), mpu.get_pipeline_model_parallel_next_rank())
         return None

@@ -83,14 +83,14 @@ class Checkpoint:
 def _folder(source: Path) -> Path:
     if (source / ".metadata").is_file() or (source / "metadata.json").is_file():
         return source
-    found = folders.iterations(source)
+    iterations = folders.iterations(source)
     if re.fullmatch(r"[0-9]+", text := folders.tracked(source) or ""):
         wanted = int(text)
-        if wanted in found or not found:
-            found = [wanted]
-    if not found or not (source / folders.name_of(found[0])).is_dir():
+        if wanted in iterations or not iterations:
+            iterations = [wanted]
+    if not iterations or not (source / folders.name_of(iterations[0])).is_dir():
         raise UserError(f"{source} holds no checkpoint; give a run's --save folder, or one iter_N in it.")
-    return source / folders.name_of(found[0])
+    return source / folders.name_of(iterations[0])
 
 
 def _check(folder: Path, trust: bool) -> None:

@@ -26,8 +26,8 @@ _ELEMENTS = 1 << 22  # logits at a time
 
 def _sequence_keys(labels: Tensor) -> Tensor:
     """One int64 a sequence (b,), from its true labels (b, s): the same wherever the sequence is processed."""
-    places = torch.arange(1, labels.shape[1] + 1, dtype=torch.int64, device=labels.device)
-    return (labels.long() * places * 0x5851F42D4C957F2D).sum(dim=1)
+    positions = torch.arange(1, labels.shape[1] + 1, dtype=torch.int64, device=labels.device)
+    return (labels.long() * positions * 0x5851F42D4C957F2D).sum(dim=1)
 
 
 def sample_labels(logits: Tensor, labels: Tensor, seed: int, step: int, group: Any = None) -> Tensor:
@@ -44,8 +44,8 @@ def sample_labels(logits: Tensor, labels: Tensor, seed: int, step: int, group: A
         rows = torch.arange(start, min(s, start + height), dtype=torch.int64, device=logits.device)
         index = (keys[None, :] * s + rows[:, None])[:, :, None] * vocabulary + tokens  # wraps around, as a hash may
         noise = -torch.log(-torch.log(uniform(seed, f"sophia {step}", index)))
-        value, place = (logits[start : start + len(rows)].double() + noise).max(dim=2)
-        best[start : start + len(rows)], chosen[start : start + len(rows)] = value, tokens[place]
+        value, label = (logits[start : start + len(rows)].double() + noise).max(dim=2)
+        best[start : start + len(rows)], chosen[start : start + len(rows)] = value, tokens[label]
     if size > 1:
         highest = best.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
@@ -65,7 +65,7 @@ def install(training: Any, args: Any, kind: str, clock: Clock) -> None:
         due = optimizer.curvature_due(optimizer.step_number + 1)
         if due:
             REPLAY.record()
-        found = train_step(
+        result = train_step(
             forward_step, data_iterator, model, optimizer, scheduler, config, forward_backward, *rest, **kwargs
         )
         if due:
@@ -75,7 +75,7 @@ def install(training: Any, args: Any, kind: str, clock: Clock) -> None:
                 timed(args, forward_step, data_iterator, model, optimizer, untimed)
             finally:
                 REPLAY.stop()
-        return found
+        return result
 
     timed = clock.timed("curvature", {"gnb": estimate, "hutchinson": estimate_hutchinson}[kind])
     training.train_step = with_curvature

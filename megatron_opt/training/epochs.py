@@ -23,10 +23,10 @@ class Repeated:
         return self.unique * self.epochs
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        found: dict[str, Any] = self.dataset[self.place(int(index))]
-        return found
+        sample: dict[str, Any] = self.dataset[self.sample_of(int(index))]
+        return sample
 
-    def place(self, index: int) -> int:
+    def sample_of(self, index: int) -> int:
         """The sample of `dataset` that is read as number `index`; raises IndexError beyond the last epoch."""
         if not 0 <= index < len(self):
             raise IndexError(index)

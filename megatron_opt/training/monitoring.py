@@ -92,14 +92,14 @@ class Monitor:
         def evaluated(*args: Any, **kwargs: Any) -> Any:
             if self._evaluated and self._evaluated[:2] == (self._split, self._at):
                 return self._evaluated[2]  # the same weights on the same samples, as at the end of a run
-            found = timed(*args, **kwargs)
-            self._evaluated = (self._split, self._at, found) if found and not found[2] else None
-            self._take_losses(self._split, found)
+            losses = timed(*args, **kwargs)
+            self._evaluated = (self._split, self._at, losses) if losses and not losses[2] else None
+            self._take_losses(self._split, losses)
             average = getattr(self.optimizer, "average", None)
             if average is not None and average.begun and self._evaluated:
                 with average.in_place(self.optimizer.publish):
                     self._take_losses(f"{self._split}{run_files.AVERAGED}", timed(*args, **kwargs))
-            return found
+            return losses
 
         def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
             return self.clock.timed("forward_backward", schedule(*args, **kwargs))
@@ -130,8 +130,8 @@ class Monitor:
                 rows = [row for row in run_files.metrics(path) if row["iteration"] <= iteration]
             self.progress = Progress.of_rows(run_files.training(rows))
             for split in (f"{of}{weights}" for of in ("valid", "test") for weights in ("", run_files.AVERAGED)):
-                if found := run_files.evaluations(rows, split):
-                    self.losses[split] = found[-1]["loss"]
+                if evaluations := run_files.evaluations(rows, split):
+                    self.losses[split] = evaluations[-1]["loss"]
         if self._restored is not None and self._restored.get("steps", 0) >= self.progress.steps:
             self.progress = Progress.of_rows([{"loss": None, "run": self._restored}])
         self._wall_before = self.progress.wall
@@ -197,8 +197,8 @@ class Monitor:
         stats = getattr(self.optimizer, "stats", None)
         if stats:
             entry["groups"] = stats
-        reports = [found for post in getattr(self.optimizer, "post_steps", ()) if (found := post.report())]
-        entry |= {found.key: found.entry for found in reports}
+        reports = [report for post in getattr(self.optimizer, "post_steps", ()) if (report := post.report())]
+        entry |= {report.key: report.entry for report in reports}
         self._append(entry)
         if self.is_logging_rank:
             assert self._table is not None
@@ -207,8 +207,8 @@ class Monitor:
             if "curvature" in spans:
                 share = spans["curvature"] / seconds
                 console.say(f" curvature: {spans['curvature'] * 1e3:.1f} ms a step, {share:.1%} of it")
-            for found in reports:
-                console.say(found.line)
+            for report in reports:
+                console.say(report.line)
         self._series(iteration, tokens_per_s, seconds, spans, stats, reports)
         own = self.own_time.take()
         if torch.cuda.is_available():  # the host does not wait where the device does
@@ -233,8 +233,8 @@ class Monitor:
         if max(bads) > 2:
             raise Diverged
 
-    def _take_losses(self, split: str, found: Any) -> None:
-        losses = found[0] if found else None
+    def _take_losses(self, split: str, evaluated: Any) -> None:
+        losses = evaluated[0] if evaluated else None
         if losses and "lm loss" in losses:
             self.on_eval(split, self._at, float(losses["lm loss"]))
 
@@ -279,7 +279,7 @@ class Monitor:
         for group, norms in (stats or {}).items():
             for name, value in norms.items():
                 writer.add_scalar(f"{name.replace('_', '-')}/{group}", value, iteration)
-        for name, value in (item for found in reports for item in found.series.items()):
+        for name, value in (item for report in reports for item in report.series.items()):
             writer.add_scalar(name, value, iteration)
 
     def _flops(self, samples: int) -> float:

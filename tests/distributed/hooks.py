@@ -223,13 +223,13 @@ def die(case: Case, record: recording.Record, argv: list[str], folder: Path) -> 
 
         compute = MatrixStep._compute
 
-        def computing(self: Any, names: Any, slabs: Any, scale: Any, skip: Any, number: int) -> Any:
+        def computing(self: Any, names: Any, buffers: Any, scale: Any, skip: Any, number: int) -> Any:
             if number == case.options["step"] and dist.get_rank() == case.ranks - 1:
                 target = folder / f"{case.name}.{dist.get_rank()}.pt"  # what the pool waits for
                 torch.save({"killed": True, **record.partial()}, f"{target}.part")
                 os.replace(f"{target}.part", target)
                 os.kill(os.getpid(), signal.SIGKILL)
-            return compute(self, names, slabs, scale, skip, number)
+            return compute(self, names, buffers, scale, skip, number)
 
         MatrixStep._compute = computing  # type: ignore[method-assign]
 
