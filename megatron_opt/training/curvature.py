@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_opt.kernels.host import current_device
 from megatron_opt.training import hutchinson
 from megatron_opt.training.batches import REPLAY
 from megatron_opt.training.clock import Clock
@@ -147,7 +148,7 @@ def counted_tokens(reports: Any) -> float:
     """n: tokens of the step that the loss counts, masked ones left out, over all microbatches and ranks; a collective."""
     from megatron.core import parallel_state as ps
 
-    counted = torch.zeros(1, dtype=torch.float64, device=torch.cuda.current_device())
+    counted = torch.zeros(1, dtype=torch.float64, device=current_device())
     for report in reports or []:  # filled on the last pipeline stage
         counted += report["lm loss"].detach().double().view(-1)[1]
     if dist.get_world_size() > 1:

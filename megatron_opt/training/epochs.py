@@ -70,9 +70,11 @@ def repeat(dataset: Any, unique: int, epochs: int, seed: int) -> Any:
     import torch
     import torch.distributed as dist
 
+    from megatron_opt.kernels.host import current_device
+
     short = short_of(dataset) if dataset is not None else None
     if dist.is_initialized() and dist.get_world_size() > 1:
-        lacks = torch.tensor([-1 if short is None else short], device=torch.cuda.current_device())
+        lacks = torch.tensor([-1 if short is None else short], device=current_device())
         dist.all_reduce(lacks, op=dist.ReduceOp.MAX)  # ranks that read no data refuse as well
         short = int(lacks.item()) if lacks.item() >= 0 else None
     if short is not None:

@@ -128,7 +128,9 @@ def _global_loss(reduced: list[dict[str, Any]]) -> float:
     """Mean loss of the step over all microbatches and ranks; a collective. Tensor-parallel copies cancel out."""
     import torch
 
-    total = torch.zeros(2, dtype=torch.float64, device="cuda")
+    from megatron_opt.kernels.host import current_device
+
+    total = torch.zeros(2, dtype=torch.float64, device=current_device())
     for entry in reduced or []:  # filled on the last pipeline stage
         for value in entry.values():
             total += value.detach().double().view(-1)[:2]

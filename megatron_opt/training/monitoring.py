@@ -20,6 +20,7 @@ from megatron_opt import run_files
 from megatron_opt.checkpointing import run_state
 from megatron_opt.errors import UserError, full
 from megatron_opt.files import write_atomic
+from megatron_opt.kernels.host import current_device
 from megatron_opt.training import console, events, record, sinks, stragglers
 from megatron_opt.training.clock import Clock
 from megatron_opt.training.progress import Progress
@@ -221,7 +222,7 @@ class Monitor:
 
         stage = float(mpu.get_pipeline_model_parallel_rank())
         in_a_row = float(self.progress.bad if bad else 0)
-        mine = torch.tensor([in_a_row, own, stage], dtype=torch.float64, device=torch.cuda.current_device())
+        mine = torch.tensor([in_a_row, own, stage], dtype=torch.float64, device=current_device())
         rows = [mine]
         if dist.get_world_size() > 1:
             rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -302,7 +303,7 @@ class Monitor:
 
     def finish(self, status: str, reason: str | None = None, signal: str | None = None) -> None:
         """Write results.json and the last event; `status` is completed, diverged or interrupted, `reason` why so early."""
-        peak = torch.tensor([float(_peak_memory())], dtype=torch.float64, device=torch.cuda.current_device())
+        peak = torch.tensor([float(_peak_memory())], dtype=torch.float64, device=current_device())
         if dist.get_world_size() > 1:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         if not self.is_logging_rank:
