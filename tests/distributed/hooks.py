@@ -1,6 +1,7 @@
 """What a case may do inside its ranks before training: each takes (case, record, argv, folder)."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,8 @@ def work(case: Case, record: recording.Record, argv: list[str], folder: Path) ->
     def prepare(record: recording.Record) -> None:
         from torch import ops
         from torch.utils.flop_counter import FlopCounterMode
+
+        os.environ["MEGATRON_OPT_KERNELS"] = "reference"  # native kernels count as the plan's own formulas
 
         optimizer, step = record.optimizer, record.optimizer.step
         in_place = {
