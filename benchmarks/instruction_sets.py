@@ -41,7 +41,7 @@ def run(environment: dict[str, str], words: list[str]) -> dict[tuple[str, str], 
 def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rules", nargs="+", default=["adamw", "adam_mini", "muon", "soap", "kron"])
+    parser.add_argument("--rules", nargs="+", default=["adamw", "adam_mini", "muon", "muon_fp32", "soap", "kron"])
     parser.add_argument("--cases", nargs="+", default=["layer", "small"])
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
