@@ -58,14 +58,14 @@ def scenes(text: str) -> Iterator[str]:
     if len(starts) < 8:
         yield from sections(text)
         return
-    heading_text = ""
+    scene = ""
     for start, end in pairwise(starts):
-        heading_text += text[start:end]
-        if len(heading_text) >= 400:  # a heading alone belongs to what follows it
-            yield heading_text.strip() + "\n"
-            heading_text = ""
-    if heading_text.strip():
-        yield heading_text.strip() + "\n"
+        scene += text[start:end]
+        if len(scene) >= 400:  # a heading alone belongs to what follows it
+            yield scene.strip() + "\n"
+            scene = ""
+    if scene.strip():
+        yield scene.strip() + "\n"
 
 
 def sections(text: str) -> Iterator[str]:
