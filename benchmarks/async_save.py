@@ -3,20 +3,26 @@
 
 Of each save but a run's first: `stall`, for which the loop stands still (the save and hearing of its end at later steps);
 `slower`, what the steps until the next save take beyond the median step of the run, where copying and writing compete with
-them; `whole`, seconds until the checkpoint is complete, seen at the end of a step. Medians over saves.
+them; `whole`, seconds until the checkpoint is complete, seen at the end of a step. Medians over saves. `memory`: the most that
+the run's processes held together, shared pages counted once (PSS), seen every half second.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -29,6 +35,7 @@ MODES = {
     "torch": "torch `async_save`, thread",
     "torch-process": "torch `async_save`, process",
 }
+PATIENCE = 300.0  # seconds for a run
 MODELS = {"10M": ("320", "8"), "100M": ("768", "14")}
 
 
@@ -137,6 +144,18 @@ def _with_torch(running: dict[int, Any], save: Path, mode: str) -> Any:
     return save_checkpoint
 
 
+def _held(pid: int) -> int:
+    """Bytes of a process and its children: each page's share."""
+    total = 0
+    with contextlib.suppress(psutil.Error, OSError):
+        root = psutil.Process(pid)
+        for process in (root, *root.children(recursive=True)):
+            with contextlib.suppress(psutil.Error, OSError):
+                rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+                total += 1024 * int(rollup.split("Pss:")[1].split()[0])
+    return total
+
+
 def measure(mode: str, model: str, saves: int, every: int, home: Path) -> dict[str, float] | str:
     """The summary of a run of its own, or why there is none."""
     from tests.cluster.harness import environment, job_flags
@@ -148,18 +167,33 @@ def measure(mode: str, model: str, saves: int, every: int, home: Path) -> dict[s
     flags += ["--global-batch-size", "1"]  # little arithmetic, so that the disk and the copies are what is seen
     target = folder / "summary.json"
     command = [sys.executable, __file__, "--child", mode, "--every", str(every), "--target", str(target), "--", *flags]
-    try:
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=150)
-    except subprocess.TimeoutExpired:
-        return "does not end"
-    for old in (folder / "checkpoints").glob("**/*"):
-        if old.is_file():
-            old.unlink()
+    peak, ended = [0], threading.Event()
+    with open(folder / "stderr", "w") as said:
+        run = subprocess.Popen(
+            command, env=environment(), stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
+        )
+
+        def watch() -> None:
+            while not ended.wait(0.5):
+                peak[0] = max(peak[0], _held(run.pid))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            code = run.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+            return "does not end"
+        finally:
+            ended.set()
+            watcher.join()
+    saved = sorted((folder / "checkpoints").glob("iter_*"))
+    size = sum(file.stat().st_size for file in saved[-1].glob("**/*") if file.is_file()) if saved else 0
     if not target.is_file():
-        lines = [line for line in done.stderr.splitlines() if "Error" in line]
-        return lines[-1][:90] if lines else f"exit code {done.returncode}"
-    found: dict[str, float] = json.loads(target.read_text())
-    return found
+        lines = [line for line in (folder / "stderr").read_text().splitlines() if "Error" in line]
+        return lines[-1][:90] if lines else f"exit code {code}"
+    return {**json.loads(target.read_text()), "bytes": size, "memory": peak[0]}
 
 
 def main() -> int:
@@ -176,14 +210,17 @@ def main() -> int:
     if args.child:
         child(args.child, args.every, args.target, args.flags)
     print(f"load {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores")
-    print("| parameters | saves | stall, ms | first save, ms | slower steps, ms | complete after, ms | step, ms |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| parameters | saves | stall, ms | first save, ms | slower steps, ms | complete after, ms | step, ms | MB | memory, MB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for model in args.models:
         for mode in args.modes:
             with tempfile.TemporaryDirectory() as name:
                 found = measure(mode, model, args.saves, args.every, Path(name))
             columns = ("stall", "first", "slower", "whole", "step")
-            cells = [f"{1e3 * found[name]:.1f}" for name in columns] if isinstance(found, dict) else [found, *"----"]
+            cells = [found, *"------"] if isinstance(found, str) else [f"{1e3 * found[name]:.1f}" for name in columns]
+            cells += [] if isinstance(found, str) else [f"{found[name] / 1e6:.0f}" for name in ("bytes", "memory")]
             print(f"| {model} | {MODES[mode]} | {' | '.join(cells)} |", flush=True)
     return 0
 

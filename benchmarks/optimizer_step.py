@@ -51,6 +51,7 @@ FAMILIES = {
     "soap": ["soap"],
     "kron": ["kron"],
 }
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"muon_fp32": ("muon", {"fp32_matmul_prec": "high"})}  # for --rules
 FRESH = ("soap", "kron")  # rules whose time depends on how gradients differ
 PERIOD = {"soap": 10}  # steps of a turn: a refresh is among them
 
@@ -90,7 +91,8 @@ class Ours:
     """Our rule with the parameter update it ends in, as the engine runs it on one process."""
 
     def __init__(self, name: str, params: list[Tensor], grads: list[Tensor]) -> None:
-        self.params, self.grads, self.optimizer, self.number = params, grads, registry.build(name, {}), 0
+        self.params, self.grads, self.number = params, grads, 0
+        self.optimizer = registry.build(*VARIANTS.get(name, (name, {})))
         self.elementwise = isinstance(self.optimizer, ElementwiseOptimizer)
         self.infos = [MatrixInfo(f"w{i}", tuple(p.shape)) for i, p in enumerate(params)]
         if self.elementwise:
@@ -184,7 +186,7 @@ def contenders(optimizer: str, shapes: list[tuple[int, int]], peers: bool = True
         return params
 
     found: dict[str, Any] = {}
-    if optimizer in registry.optimizers():
+    if optimizer in {*registry.optimizers(), *VARIANTS}:
         found["ours"] = Ours(optimizer, [p.detach() for p in parameters()], [g.clone() for g in grads])
     for name, build in PEERS.get(optimizer, {}).items() if peers else ():
         params = parameters()

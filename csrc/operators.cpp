@@ -44,40 +44,40 @@ Format format_of(const Tensor& tensor, int slot, const char* list) {
 }
 
 struct List {
-  std::vector<Piece> pieces;
+  std::vector<TensorEntry> entries;
   at::Device device{at::kCPU};
 
-  explicit List(Tensors grads) : pieces(grads.size()) {
+  explicit List(Tensors grads) : entries(grads.size()) {
     if (!grads.empty()) device = grads[0].device();
     for (size_t i = 0; i < grads.size(); ++i) {
-      pieces[i] = Piece{};
-      pieces[i].numel = grads[i].numel();
+      entries[i] = TensorEntry{};
+      entries[i].numel = grads[i].numel();
     }
     add(kGrad, grads, "grads");
   }
 
   void add(int slot, Tensors tensors, const char* name) {
     if (tensors.empty()) return;
-    TORCH_CHECK(tensors.size() == pieces.size(), name, " has ", tensors.size(), " tensors, grads ", pieces.size(), ".");
+    TORCH_CHECK(tensors.size() == entries.size(), name, " has ", tensors.size(), " tensors, grads ", entries.size(), ".");
     for (size_t i = 0; i < tensors.size(); ++i) {
       const Tensor& tensor = tensors[i];
-      check(tensor, name, i, pieces[i].numel);
-      pieces[i].data[slot] = tensor.data_ptr();
-      pieces[i].format[slot] = format_of(tensor, slot, name);
+      check(tensor, name, i, entries[i].numel);
+      entries[i].data[slot] = tensor.data_ptr();
+      entries[i].format[slot] = format_of(tensor, slot, name);
     }
   }
 
   void add_absmax(int slot, Tensors tensors, const char* name) {
-    const bool needed = !pieces.empty() && pieces[0].format[slot] >= Format::signed8;
-    TORCH_CHECK(!needed || tensors.size() == pieces.size(), name, " has ", tensors.size(), " tensors, grads ",
-                pieces.size(), ".");
+    const bool needed = !entries.empty() && entries[0].format[slot] >= Format::signed8;
+    TORCH_CHECK(!needed || tensors.size() == entries.size(), name, " has ", tensors.size(), " tensors, grads ",
+                entries.size(), ".");
     for (size_t i = 0; i < tensors.size(); ++i) {
-      check(tensors[i], name, i, blocks_of(pieces[i].numel));
+      check(tensors[i], name, i, blocks_of(entries[i].numel));
       TORCH_CHECK(tensors[i].scalar_type() == at::kFloat, name, "[", i, "] is not float32.");
-      pieces[i].absmax[slot] = tensors[i].mutable_data_ptr<float>();
+      entries[i].absmax[slot] = tensors[i].mutable_data_ptr<float>();
     }
-    for (const Piece& piece : pieces) {
-      TORCH_CHECK(piece.format[slot] < Format::signed8 || piece.absmax[slot] != nullptr, name, " is missing.");
+    for (const TensorEntry& entry : entries) {
+      TORCH_CHECK(entry.format[slot] < Format::signed8 || entry.absmax[slot] != nullptr, name, " is missing.");
     }
   }
 
@@ -117,15 +117,15 @@ Tensor update(int64_t kind, Tensors params, Tensors grads, Tensors state0, Tenso
   list.add(kCopy, copies, kUpdateOutput[kind] ? "outputs" : "copies");
   list.add_absmax(kState0, absmax0, "absmax0");
   list.add_absmax(kState1, absmax1, "absmax1");
-  for (const Piece& piece : list.pieces) {
-    TORCH_CHECK(kUpdateOutput[kind] || piece.format[kCopy] == Format::absent || piece.format[kCopy] == Format::bf16,
+  for (const TensorEntry& entry : list.entries) {
+    TORCH_CHECK(kUpdateOutput[kind] || entry.format[kCopy] == Format::absent || entry.format[kCopy] == Format::bf16,
                 "copies must be bfloat16.");
   }
   TORCH_CHECK(element_offsets.empty() || element_offsets.size() == count, "element_offsets has ", element_offsets.size(), " numbers, grads ", count, ".");
   uint64_t first = 0;
   for (size_t i = 0; i < count; ++i) {
-    list.pieces[i].first = element_offsets.empty() ? first : static_cast<uint64_t>(element_offsets[i]);
-    first += static_cast<uint64_t>(list.pieces[i].numel);
+    list.entries[i].first = element_offsets.empty() ? first : static_cast<uint64_t>(element_offsets[i]);
+    first += static_cast<uint64_t>(list.entries[i].numel);
   }
   Options options{};
   read_coefficients(coefficients, options);
@@ -149,8 +149,8 @@ Tensor update(int64_t kind, Tensors params, Tensors grads, Tensors state0, Tenso
 #ifdef MEGATRON_OPT_WITH_CUDA
   if (list.device.is_cuda()) {
     const c10::cuda::CUDAGuard guard(list.device);
-    const Tensor workspace = at::empty({with_sums ? workspace_cuda(list.pieces) : 0}, sums.options());
-    update_cuda(static_cast<UpdateKind>(kind), options, list.pieces, with_sums ? workspace.mutable_data_ptr<double>() : nullptr,
+    const Tensor workspace = at::empty({with_sums ? workspace_cuda(list.entries) : 0}, sums.options());
+    update_cuda(static_cast<UpdateKind>(kind), options, list.entries, with_sums ? workspace.mutable_data_ptr<double>() : nullptr,
                 c10::cuda::getCurrentCUDAStream());
     return sums;
   }
@@ -158,7 +158,7 @@ Tensor update(int64_t kind, Tensors params, Tensors grads, Tensors state0, Tenso
   if (options.device_coefficients != nullptr) {
     std::memcpy(&options.coefficients, options.device_coefficients, sizeof(Coefficients));
   }
-  update_cpu(static_cast<UpdateKind>(kind), options, list.pieces, at::get_num_threads());
+  update_cpu(static_cast<UpdateKind>(kind), options, list.entries, at::get_num_threads());
   return sums;
 }
 
@@ -180,13 +180,13 @@ Tensor sum(int64_t kind, Tensors params, Tensors grads, Tensors state0, Tensors 
 #ifdef MEGATRON_OPT_WITH_CUDA
   if (list.device.is_cuda()) {
     const c10::cuda::CUDAGuard guard(list.device);
-    const Tensor workspace = at::empty({workspace_cuda(list.pieces)}, sums.options());
-    sum_cuda(static_cast<Sum>(kind), options, list.pieces, workspace.mutable_data_ptr<double>(),
+    const Tensor workspace = at::empty({workspace_cuda(list.entries)}, sums.options());
+    sum_cuda(static_cast<Sum>(kind), options, list.entries, workspace.mutable_data_ptr<double>(),
              sums.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream());
     return sums;
   }
 #endif
-  sum_cpu(static_cast<Sum>(kind), options, list.pieces, sums.mutable_data_ptr<double>(), at::get_num_threads());
+  sum_cpu(static_cast<Sum>(kind), options, list.entries, sums.mutable_data_ptr<double>(), at::get_num_threads());
   return sums;
 }
 
@@ -197,7 +197,7 @@ void block_adam(Tensors grads, Tensors moments, Tensors seconds, Tensors directi
               ", grads ", grads.size(), ".");
   Options options{};
   read_coefficients(coefficients, options);
-  std::vector<BlockPiece> pieces;
+  std::vector<BlockEntry> entries;
   const List list(grads);
   for (size_t i = 0; i < grads.size(); ++i) {
     const int64_t numel = grads[i].numel(), blocks = seconds[i].numel();
@@ -209,17 +209,17 @@ void block_adam(Tensors grads, Tensors moments, Tensors seconds, Tensors directi
     }
     TORCH_CHECK(blocks > 0 ? numel % blocks == 0 : numel == 0, "seconds[", i, "] has ", blocks,
                 " elements, which do not divide grads[", i, "] of ", numel, ".");
-    pieces.push_back({grads[i].const_data_ptr<float>(), moments[i].mutable_data_ptr<float>(),
+    entries.push_back({grads[i].const_data_ptr<float>(), moments[i].mutable_data_ptr<float>(),
                       seconds[i].mutable_data_ptr<float>(), directions[i].mutable_data_ptr<float>(), numel, blocks});
   }
 #ifdef MEGATRON_OPT_WITH_CUDA
   if (list.device.is_cuda()) {
     const c10::cuda::CUDAGuard guard(list.device);
-    block_adam_cuda(options.coefficients, pieces, c10::cuda::getCurrentCUDAStream());
+    block_adam_cuda(options.coefficients, entries, c10::cuda::getCurrentCUDAStream());
     return;
   }
 #endif
-  block_adam_cpu(options.coefficients, pieces, at::get_num_threads());
+  block_adam_cpu(options.coefficients, entries, at::get_num_threads());
 }
 
 #ifdef MEGATRON_OPT_WITH_CUDA

@@ -125,9 +125,9 @@ Tensor refresh_bases(Tensors moments, Tensors seconds, Tensors lefts, Tensors ri
     }
   }
   const PowerStep settings{static_cast<float>(shift), static_cast<float>(floor), {left_noise, right_noise}};
-  const std::vector<char> found = refresh_cpu(settings, blocks, at::get_num_threads());
-  Tensor all = at::empty({static_cast<int64_t>(found.size())}, at::TensorOptions().dtype(at::kBool));
-  std::copy(found.begin(), found.end(), all.mutable_data_ptr<bool>());
+  const std::vector<char> success = refresh_cpu(settings, blocks, at::get_num_threads());
+  Tensor all = at::empty({static_cast<int64_t>(success.size())}, at::TensorOptions().dtype(at::kBool));
+  std::copy(success.begin(), success.end(), all.mutable_data_ptr<bool>());
   return all;
 }
 
@@ -157,14 +157,14 @@ std::tuple<Tensor, Tensor> cholesky_qr(const Tensor& columns, double noise) {
               "columns must be contiguous, float32, on CPU and of shape (B, n, n).");
   const int64_t batch = columns.size(0), n = columns.size(1);
   Tensor basis = at::empty(columns.sizes(), columns.options());
-  Tensor found = at::zeros({batch}, columns.options().dtype(at::kBool));
+  Tensor success = at::zeros({batch}, columns.options().dtype(at::kBool));
   std::vector<Basis> bases(static_cast<size_t>(batch));
   for (int64_t i = 0; i < batch; ++i) {
     bases[i] = {columns.const_data_ptr<float>() + i * n * n, basis.mutable_data_ptr<float>() + i * n * n, n};
   }
   const std::vector<char> taken = cholesky_qr_cpu(bases, noise, at::get_num_threads());
-  for (int64_t i = 0; i < batch; ++i) found.mutable_data_ptr<bool>()[i] = taken[i] != 0;
-  return {basis, found};
+  for (int64_t i = 0; i < batch; ++i) success.mutable_data_ptr<bool>()[i] = taken[i] != 0;
+  return {basis, success};
 }
 
 }  // namespace

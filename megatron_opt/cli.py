@@ -10,6 +10,7 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+from megatron_opt import quiet
 from megatron_opt.errors import Parser, UserError, did_you_mean, naming, unusable
 from megatron_opt.extras import missing_package
 
@@ -60,6 +61,7 @@ def _run(argv: list[str]) -> int:
         known = f"there are {', '.join(COMMANDS)}.{did_you_mean(argv[0], COMMANDS)}"
         print(f"megatron-opt: no command {argv[0]!r}; {known}", file=sys.stderr)
         return 2
+    quiet.install()
     argparse.ArgumentParser.error = Parser.error  # type: ignore[method-assign,assignment]  # of every command's parser and its subparsers
     try:
         module = importlib.import_module(COMMANDS[argv[0]][0])

@@ -10,7 +10,6 @@ import os
 import statistics
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -202,7 +201,6 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 def main(argv: list[str], prog: str = "megatron-opt doctor") -> int:
     """Examine this job's ranks; without torchrun, this machine as one rank."""
     args = _parser(prog).parse_args(argv)
-    warnings.filterwarnings("ignore")
     alone = "RANK" not in os.environ
     if alone:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}

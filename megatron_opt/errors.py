@@ -73,23 +73,23 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def explained(parser: argparse.ArgumentParser, message: str) -> str:
     """argparse's complaint as a sentence, with the flag or choice that was probably meant in place of all that there are."""
-    if found := re.match(r"argument (.*?): invalid choice: '?(.*?)'? \(choose from (.*)\)$", message, re.S):
-        name, given, choices = found.groups()
+    if match := re.match(r"argument (.*?): invalid choice: '?(.*?)'? \(choose from (.*)\)$", message, re.S):
+        name, given, choices = match.groups()
         words = [word.strip("' \"") for word in choices.split(",")]
         name = name.split("/")[-1]
         what = f"{name} {given}" if name.startswith("-") else f"{given!r}"
         return f"{what} is none of {', '.join(words)}.{did_you_mean(given, words)}"
-    if found := re.match(r"unrecognized arguments: (.*)$", message, re.S):
-        flags = [word.split("=")[0] for word in found[1].split() if word.startswith("--")]
+    if match := re.match(r"unrecognized arguments: (.*)$", message, re.S):
+        flags = [word.split("=")[0] for word in match[1].split() if word.startswith("--")]
         known = [name for action in parser._actions for name in action.option_strings]
         guesses = "".join(did_you_mean(flag, known) for flag in flags[:1])
-        return f"{flags[0]} is no flag here.{guesses}" if flags else f"{found[1].split()[0]!r} belongs to no flag."
-    if found := re.match(r"argument (.*?): (invalid (\S+) value: .*|expected .*)$", message, re.S):
-        name, what, kind = found[1].split("/")[-1], found[2], found[3]
+        return f"{flags[0]} is no flag here.{guesses}" if flags else f"{match[1].split()[0]!r} belongs to no flag."
+    if match := re.match(r"argument (.*?): (invalid (\S+) value: .*|expected .*)$", message, re.S):
+        name, what, kind = match[1].split("/")[-1], match[2], match[3]
         wants = {"int": "it must be a whole number", "float": "it must be a number"}.get(kind or "")
         return f"{name}: {what}" + (f"; {wants}." if wants else ".")
-    if found := re.match(r"argument (\S+): (.*)$", message, re.S):
-        message = f"{found[1].split('/')[-1]}: {found[2]}"
+    if match := re.match(r"argument (\S+): (.*)$", message, re.S):
+        message = f"{match[1].split('/')[-1]}: {match[2]}"
     return message[:1].lower() + message[1:] + ("" if message.endswith((".", "?")) else ".")
 
 

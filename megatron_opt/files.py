@@ -17,7 +17,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A stream that becomes `path`, on disk, where the block ends well; else `path` is as it was before."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:
             yield stream
@@ -25,11 +25,11 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(stream.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(aside, 0o666 & ~mask)  # a temporary file is private; give it what a plain open() would have given
-        os.replace(aside, path)
+        os.chmod(staged, 0o666 & ~mask)  # a temporary file is private; give it what a plain open() would have given
+        os.replace(staged, path)
     finally:
         with suppress(OSError):
-            os.unlink(aside)
+            os.unlink(staged)
 
 
 def check_writable(path: Path) -> None:

@@ -76,13 +76,13 @@ def rank_count(host: Machine, flags: dict[str, str]) -> int:
     shard = 1
     for name in ("tensor", "pipeline", "context"):
         shard *= _size(flags, f"{name}{'-model' if name != 'context' else ''}-parallel-size")
-    places = host.gpus or host.cores
+    devices = host.gpus or host.cores
     if host.gpus and shard > host.gpus:
         raise UserError(
             f"the layout wants {shard} ranks a model copy and this machine has {host.gpus} GPUs; "
             "lower the parallel sizes, or use several nodes by --nnodes."
         )
-    copies = max(1, places // shard)
+    copies = max(1, devices // shard)
     micro, batch = _size(flags, "micro-batch-size"), _size(flags, "global-batch-size", 0)
     while copies > 1 and batch and batch % (micro * copies):
         copies -= 1

@@ -60,9 +60,9 @@ def _validate(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(args, *rest, **named)
         check_optimizer_arguments(args)
         with as_megatron_knows(args):
-            found = original(args, *rest, **named)
+            validated = original(args, *rest, **named)
         resuming.install()
-        return found
+        return validated
 
     return validate_args
 

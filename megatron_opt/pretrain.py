@@ -3,9 +3,9 @@
 import re
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 
+from megatron_opt import quiet
 from megatron_opt.errors import UserError, full, naming
 from megatron_opt.extras import missing_package
 from megatron_opt.training import entry, signals
@@ -16,8 +16,7 @@ _PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Connection refused.*
 def run(argv: Sequence[str]) -> None:
     """Train as the flags say; bad input raises UserError before anything is written."""
     signals.die_with_launcher()
-    for said in ("(Apex|Transformer Engine|transformer-engine)", "Could not determine rank", "'pin_memory' argument"):
-        warnings.filterwarnings("ignore", message=f".*{said}.*")
+    quiet.install()
     entry.set_single_process_env()
     from megatron_opt import platform
     from megatron_opt.platform import transformer_engine

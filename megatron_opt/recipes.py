@@ -74,13 +74,13 @@ def _own(flag: str, adam: str) -> str:
 
 def _given(argv: Sequence[str]) -> dict[str, str]:
     """Flags of a command line and their first values; a flag alone is `true`."""
-    found: dict[str, str] = {}
+    given: dict[str, str] = {}
     for index, word in enumerate(argv):
         if word.startswith("--"):
             name, sign, value = word[2:].partition("=")
             following = argv[index + 1] if index + 1 < len(argv) else "--"
-            found[name] = value if sign else "true" if following.startswith("--") else following
-    return found
+            given[name] = value if sign else "true" if following.startswith("--") else following
+    return given
 
 
 def _meaning(flag: str, recipe: Recipe) -> str:

@@ -102,10 +102,10 @@ def forget_after(path: Path, iteration: int) -> list[Row]:
 def results(folder: Path | str) -> Row | None:
     """results.json; None where it is absent or unreadable."""
     try:
-        found = json.loads((Path(folder) / RESULTS).read_text(encoding="utf-8"))
+        content = json.loads((Path(folder) / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def record(source: Path | str) -> Row:
@@ -120,21 +120,21 @@ def record(source: Path | str) -> Row:
     elif source.name == RESULTS and source.with_name(CONFIG).is_file():
         file = source.with_name(CONFIG)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{file} cannot be read ({error.strerror}); give a run's folder or a YAML file of flags."
         ) from error
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise UserError(f"{file} has no `config`; it is not the {CONFIG} or {RESULTS} of a run.")
-    return found
+    return content
 
 
-def flags(found: Row) -> dict[str, Any]:
+def flags(record: Row) -> dict[str, Any]:
     """All flags of a run's record, name with hyphens → value; an optimizer's options as `muon-momentum`."""
-    named = {key.removeprefix("rule_").replace("_", "-"): value for key, value in found["config"].items()}
-    if "world_size" in found:
-        named["world-size"] = found["world_size"]
+    named = {key.removeprefix("rule_").replace("_", "-"): value for key, value in record["config"].items()}
+    if "world_size" in record:
+        named["world-size"] = record["world_size"]
     return named

@@ -105,9 +105,9 @@ def _state(life: lifecycle.Life, folder: Path, metrics: list[dict[str, Any]], ag
     """The log's word; where it has none on an end or on steps, results and metrics written since the last start."""
     result, file = run_files.results(folder), folder / run_files.RESULTS
     if result is not None and life.phase not in ("failed", "refused", "ended", "stopped"):
-        found = str(result.get("status", "completed"))
-        if file.stat().st_mtime >= life.since and not (life.phase == "left" and found == "interrupted"):
-            return found
+        state = str(result.get("status", "completed"))
+        if file.stat().st_mtime >= life.since and not (life.phase == "left" and state == "interrupted"):
+            return state
     if life.phase not in ("unknown", "starting", "running"):
         return life.text
     if life.phase == "starting" and not _stepped(folder / run_files.METRICS, metrics, life.since):

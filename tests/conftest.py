@@ -1,14 +1,28 @@
-"""Property tests draw the same examples in every run; a run ends with what it skipped and why."""
+"""Property tests draw the same examples in every run; warnings of our modules are errors in processes that tests start
+too; a run ends with what it skipped and why."""
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
+
+ROOT = Path(__file__).parents[1]
+
+
+def _modules() -> list[str]:
+    """Every module of the package: PYTHONWARNINGS knows whole names alone."""
+    files = (file.relative_to(ROOT).with_suffix("") for file in (ROOT / "megatron_opt").glob("**/*.py"))
+    return sorted(".".join(file.parts).removesuffix(".__init__") for file in files)
+
+
+os.environ["PYTHONWARNINGS"] = ",".join(f"error:::{module}" for module in _modules())
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,7 +11,7 @@ inline namespace MOPT_ISA {
 
 using Buffer = float[kBlock];
 
-static void load(float* to, const Piece& t, int slot, int64_t begin, int64_t n) {
+static void load(float* to, const TensorEntry& t, int slot, int64_t begin, int64_t n) {
   const Format format = t.format[slot];
   if (format == Format::bf16) {
     const uint16_t* from = static_cast<const uint16_t*>(t.data[slot]) + begin;
@@ -44,7 +44,7 @@ static const uint32_t* draw(uint32_t* bits, const Options& o, int slot, uint64_t
   return bits + first % 4;
 }
 
-static void store(const float* from, const Options& o, const Piece& t, int slot, int64_t begin, int64_t n) {
+static void store(const float* from, const Options& o, const TensorEntry& t, int slot, int64_t begin, int64_t n) {
   const Format format = t.format[slot];
   const bool noisy = format == Format::unsigned8 || (o.stochastic && slot != kCopy);
   alignas(64) uint32_t bits[kBlock + 8];
@@ -85,18 +85,18 @@ static void store(const float* from, const Options& o, const Piece& t, int slot,
 }
 
 // A slot as fp32: the tensor itself, or the buffer filled from it.
-static float* open(float* buffer, const Piece& t, int slot, int64_t begin, int64_t n) {
+static float* open(float* buffer, const TensorEntry& t, int slot, int64_t begin, int64_t n) {
   if (t.format[slot] == Format::f32) return static_cast<float*>(t.data[slot]) + begin;
   load(buffer, t, slot, begin, n);
   return buffer;
 }
 
-static void close(const float* from, const Options& o, const Piece& t, int slot, int64_t begin, int64_t n) {
+static void close(const float* from, const Options& o, const TensorEntry& t, int slot, int64_t begin, int64_t n) {
   if (t.format[slot] != Format::f32) store(from, o, t, slot, begin, n);
 }
 
 template <class R>
-static void update_block(const Options& o, const Piece& t, float scale, float factor, int64_t begin, int64_t n,
+static void update_block(const Options& o, const TensorEntry& t, float scale, float factor, int64_t begin, int64_t n,
                          double* sums) {
   alignas(64) Buffer buffer[kSlots];
   const Coefficients c = o.coefficients;
@@ -146,7 +146,7 @@ static void update_block(const Options& o, const Piece& t, float scale, float fa
 }
 
 template <class S>
-static void sum_block(const Options& o, const Piece& t, int64_t begin, int64_t n, double* sums) {
+static void sum_block(const Options& o, const TensorEntry& t, int64_t begin, int64_t n, double* sums) {
   alignas(64) Buffer buffer[3];
   const Coefficients c = o.coefficients;
   const float* p = S::kParam ? open(buffer[0], t, kParam, begin, n) : nullptr;

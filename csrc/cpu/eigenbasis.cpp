@@ -176,10 +176,10 @@ bool power_step(const PowerStep& settings, int side, int64_t n, const float* fac
   for (int64_t i = 0; i < n; ++i) {
     std::copy_n(at.transposed.data() + order[i] * n, n, at.rows.data() + i * n);
   }
-  const float* found = orthonormal_rows(n, at.rows.data(), at.solved.data(), at.gram.data(), settings.noise[side], threads,
+  const float* orthonormal = orthonormal_rows(n, at.rows.data(), at.solved.data(), at.gram.data(), settings.noise[side], threads,
                                         at.scratch);
-  if (found == nullptr) return false;
-  scaled_copy(found, n, true, 1.0f, at.fresh[side].data(), n, n, n);
+  if (orthonormal == nullptr) return false;
+  scaled_copy(orthonormal, n, true, 1.0f, at.fresh[side].data(), n, n, n);
   return true;
 }
 
@@ -224,17 +224,17 @@ void project_adam_cpu(const RotatedAdam& settings, const FactorStep& factor_step
 }
 
 std::vector<char> refresh_cpu(const PowerStep& settings, const std::vector<Refresh>& blocks, int threads) {
-  std::vector<char> found(blocks.size(), 0);
+  std::vector<char> success(blocks.size(), 0);
   for_blocks<RefreshBuffers>(
       blocks, threads, [&](const Refresh& block, const Refresh* next, int64_t i, int team, RefreshBuffers& buffers) {
-        found[i] = refresh(settings, block, next, team, buffers);
+        success[i] = refresh(settings, block, next, team, buffers);
       });
-  return found;
+  return success;
 }
 
 std::vector<char> cholesky_qr_cpu(const std::vector<Basis>& bases, double noise, int threads) {
   const int64_t count = static_cast<int64_t>(bases.size());
-  std::vector<char> found(bases.size(), 0);
+  std::vector<char> success(bases.size(), 0);
   if (omp_in_parallel()) threads = 1;
   const bool whole = one_each(count, threads);
 #pragma omp parallel num_threads(threads) if (whole)
@@ -252,10 +252,10 @@ std::vector<char> cholesky_qr_cpu(const std::vector<Basis>& bases, double noise,
         continue;
       }
       scaled_copy(rows, n, true, 1.0f, bases[i].q, n, n, n);
-      found[i] = 1;
+      success[i] = 1;
     }
   }
-  return found;
+  return success;
 }
 
 }  // namespace megatron_opt

@@ -5,10 +5,10 @@
 
 namespace megatron_opt {
 
-// Elements begin … begin+count (count <= kBlock, begin a multiple of it) of one piece; `sums` has three entries or is null.
-using UpdateBlock = void (*)(const Options&, const Piece&, float scale, float factor, int64_t begin, int64_t count,
+// Elements begin … begin+count (count <= kBlock, begin a multiple of it) of one entry; `sums` has three entries or is null.
+using UpdateBlock = void (*)(const Options&, const TensorEntry&, float scale, float factor, int64_t begin, int64_t count,
                              double* sums);
-using SumBlock = void (*)(const Options&, const Piece&, int64_t begin, int64_t count, double* sums);
+using SumBlock = void (*)(const Options&, const TensorEntry&, int64_t begin, int64_t count, double* sums);
 
 // One block of Adam-mini: `count` elements that share v.
 using AdamBlock = void (*)(const Coefficients&, const float* g, float* m, float* v, float* u, int64_t count);

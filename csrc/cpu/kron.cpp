@@ -69,7 +69,7 @@ namespace {
 constexpr float kTiny = std::numeric_limits<float>::min();
 
 struct Buffers {
-  std::vector<float> damped, between, a, b_turned, found, wanted, lower, rows;
+  std::vector<float> damped, between, a, b_transposed, moment_a, moment_b, lower, rows;
   std::vector<float> sums, column, image;
   Scratch scratch;
 };
@@ -79,11 +79,11 @@ Product<float> product(const float* a, int64_t lda, const float* b, int64_t ldb,
   return {a, b, nullptr, c, lda, ldb, 0, n, m, n, k, 1.0f, 0.0f, b_transposed, false, a_shape, b_shape};
 }
 
-// x·xᵀ of (n, k), or xᵀ·x of (k, n) with `turned`.
-void moment(const float* x, int64_t n, int64_t k, bool turned, float* to, int threads, Buffers& at) {
-  const int64_t ld = turned ? n : k;
-  const Product<float> p{x, x, nullptr, to, ld, ld, 0, n, n, n, k, 1.0f, 0.0f, !turned, true};
-  turned ? run_transposed(p, threads, at.scratch, at.rows) : run(p, threads, at.scratch);
+// x·xᵀ of (n, k), or xᵀ·x of (k, n) with `transposed`.
+void moment(const float* x, int64_t n, int64_t k, bool transposed, float* to, int threads, Buffers& at) {
+  const int64_t ld = transposed ? n : k;
+  const Product<float> p{x, x, nullptr, to, ld, ld, 0, n, n, n, k, 1.0f, 0.0f, !transposed, true};
+  transposed ? run_transposed(p, threads, at.scratch, at.rows) : run(p, threads, at.scratch);
 }
 
 // Lower bound of ‖A‖₂ of symmetric a (n, n), which is divided by its largest entry: two products with its largest column.
@@ -101,16 +101,16 @@ float norm_bound(float* a, int64_t n, Buffers& at) {
   return largest * std::sqrt(dot(at.column.data(), at.column.data(), n));
 }
 
-// Q ← Q − lr·triu(found − wanted)·Q/‖found + wanted‖
-void turn(float* q, int64_t n, float lr, int threads, Buffers& at) {
-  float *found = at.found.data(), *wanted = at.wanted.data(), *sum = at.lower.data();
-  add(found, wanted, sum, n * n);
+// Q ← Q − lr·triu(moment_a − moment_b)·Q/‖moment_a + moment_b‖
+void update_factor(float* q, int64_t n, float lr, int threads, Buffers& at) {
+  float *moment_a = at.moment_a.data(), *moment_b = at.moment_b.data(), *sum = at.lower.data();
+  add(moment_a, moment_b, sum, n * n);
   const float step = lr / std::max(norm_bound(sum, n, at), kTiny);
   for (int64_t i = 0; i < n; ++i) {
-    std::fill_n(found + i * n, i, 0.0f);
-    subtract(found + i * n + i, wanted + i * n + i, step, n - i);
+    std::fill_n(moment_a + i * n, i, 0.0f);
+    subtract(moment_a + i * n + i, moment_b + i * n + i, step, n - i);
   }
-  Product<float> p = product(found, n, q, n, sum, n, n, n, false, Triangle::upper, Triangle::upper);
+  Product<float> p = product(moment_a, n, q, n, sum, n, n, n, false, Triangle::upper, Triangle::upper);
   p.d = q;
   p.ldd = n;
   p.alpha = -1.0f;
@@ -119,29 +119,29 @@ void turn(float* q, int64_t n, float lr, int threads, Buffers& at) {
   std::copy_n(sum, n * n, q);
 }
 
-// out = Q⁻ᵀ·x for upper triangular q (k, k), x (k, n), or (n, k) with `turned`.
-void solve(const float* q, const float* x, int64_t ldx, float* out, int64_t k, int64_t n, bool turned, int threads, Buffers& at) {
+// out = Q⁻ᵀ·x for upper triangular q (k, k), x (k, n), or (n, k) with `transposed`.
+void solve(const float* q, const float* x, int64_t ldx, float* out, int64_t k, int64_t n, bool transposed, int threads, Buffers& at) {
   scaled_copy(q, k, true, 1.0f, at.lower.data(), k, k, k);
-  run(Solve{at.lower.data(), x, out, k, ldx, n, k, n, turned}, threads, at.scratch);
+  run(Solve{at.lower.data(), x, out, k, ldx, n, k, n, transposed}, threads, at.scratch);
 }
 
 void learn(const KronBlock& b, float lr, int threads, Buffers& at) {
   const int64_t rows = b.rows, cols = b.cols, most = std::max(rows, cols);
-  for (auto* buffer : {&at.damped, &at.a, &at.b_turned}) buffer->resize(static_cast<size_t>(rows * cols));
-  for (auto* buffer : {&at.found, &at.wanted, &at.lower}) buffer->resize(static_cast<size_t>(most * most));
+  for (auto* buffer : {&at.damped, &at.a, &at.b_transposed}) buffer->resize(static_cast<size_t>(rows * cols));
+  for (auto* buffer : {&at.moment_a, &at.moment_b, &at.lower}) buffer->resize(static_cast<size_t>(most * most));
   float *x = at.damped.data(), *y = at.between.data();
   for (int64_t i = 0; i < rows; ++i) damp(b.m + i * b.ldm, b.v + i * b.ldv, b.damping, x + i * cols, cols);
   // A = Q₀·x·Q₁ᵀ, and B = Q₀⁻ᵀ·v·Q₁⁻¹ as its transpose
   run(product(b.left, rows, x, cols, y, rows, cols, rows, false, Triangle::upper, Triangle::full), threads, at.scratch);
   run(product(y, cols, b.right, cols, at.a.data(), rows, cols, cols, true, Triangle::full, Triangle::lower), threads, at.scratch);
   solve(b.left, b.v, b.ldv, y, rows, cols, false, threads, at);
-  solve(b.right, y, cols, at.b_turned.data(), cols, rows, true, threads, at);
-  moment(at.a.data(), rows, cols, false, at.found.data(), threads, at);
-  moment(at.b_turned.data(), rows, cols, true, at.wanted.data(), threads, at);
-  turn(b.left, rows, lr, threads, at);
-  moment(at.a.data(), cols, rows, true, at.found.data(), threads, at);
-  moment(at.b_turned.data(), cols, rows, false, at.wanted.data(), threads, at);
-  turn(b.right, cols, lr, threads, at);
+  solve(b.right, y, cols, at.b_transposed.data(), cols, rows, true, threads, at);
+  moment(at.a.data(), rows, cols, false, at.moment_a.data(), threads, at);
+  moment(at.b_transposed.data(), rows, cols, true, at.moment_b.data(), threads, at);
+  update_factor(b.left, rows, lr, threads, at);
+  moment(at.a.data(), cols, rows, true, at.moment_a.data(), threads, at);
+  moment(at.b_transposed.data(), cols, rows, false, at.moment_b.data(), threads, at);
+  update_factor(b.right, cols, lr, threads, at);
 }
 
 void precondition(const KronBlock& b, const KronBlock* next, int threads, Buffers& at) {

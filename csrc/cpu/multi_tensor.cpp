@@ -35,18 +35,18 @@ const Kernels& chosen_kernels() {
   return kernels;
 }
 
-// work(piece, first element, elements, chunk) over all chunks; each thread takes an equal share of consecutive ones.
+// work(entry, first element, elements, chunk) over all chunks; each thread takes an equal share of consecutive ones.
 template <class Work>
-void for_chunks(const std::vector<Piece>& pieces, const std::vector<int64_t>& first, int threads, const Work& work) {
+void for_chunks(const std::vector<TensorEntry>& entries, const std::vector<int64_t>& first, int threads, const Work& work) {
   int64_t elements = 0;
-  for (const Piece& piece : pieces) elements += piece.numel;
+  for (const TensorEntry& entry : entries) elements += entry.numel;
   const int64_t chunks = first.back();
   const auto share = [&](int64_t begin, int64_t end) {
-    int index = locate(first.data(), static_cast<int>(pieces.size()), begin);
+    int index = locate(first.data(), static_cast<int>(entries.size()), begin);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       while (chunk >= first[index + 1]) ++index;
       const int64_t start = (chunk - first[index]) * kChunk;
-      work(index, start, std::min(kChunk, pieces[index].numel - start), chunk);
+      work(index, start, std::min(kChunk, entries[index].numel - start), chunk);
     }
   };
   const int64_t shares = std::min<int64_t>({threads, chunks, elements / kChunk});  // no thread for less than a chunk
@@ -56,9 +56,9 @@ void for_chunks(const std::vector<Piece>& pieces, const std::vector<int64_t>& fi
   for (int64_t i = 0; i < shares; ++i) share(chunks * i / shares, chunks * (i + 1) / shares);
 }
 
-std::vector<int64_t> first_chunks(const std::vector<Piece>& pieces) {
-  std::vector<int64_t> first(pieces.size() + 1, 0);
-  for (size_t i = 0; i < pieces.size(); ++i) first[i + 1] = first[i] + (pieces[i].numel + kChunk - 1) / kChunk;
+std::vector<int64_t> first_chunks(const std::vector<TensorEntry>& entries) {
+  std::vector<int64_t> first(entries.size() + 1, 0);
+  for (size_t i = 0; i < entries.size(); ++i) first[i + 1] = first[i] + (entries[i].numel + kChunk - 1) / kChunk;
   return first;
 }
 
@@ -74,51 +74,51 @@ void add_chunks(const std::vector<int64_t>& first, const std::vector<double>& pa
 
 }  // namespace
 
-void update_cpu(UpdateKind kind, const Options& options, const std::vector<Piece>& pieces, int threads) {
+void update_cpu(UpdateKind kind, const Options& options, const std::vector<TensorEntry>& entries, int threads) {
   const UpdateBlock update = chosen_kernels().update[static_cast<int>(kind)];
-  const std::vector<int64_t> first = first_chunks(pieces);
+  const std::vector<int64_t> first = first_chunks(entries);
   std::vector<double> partial(options.sums != nullptr ? 3 * first.back() : 0, 0.0);
-  for_chunks(pieces, first, threads, [&](int index, int64_t start, int64_t count, int64_t chunk) {
+  for_chunks(entries, first, threads, [&](int index, int64_t start, int64_t count, int64_t chunk) {
     const float scale = options.scales != nullptr ? options.scales[2 * index] : 1.0f;
     const float factor = options.scales != nullptr ? options.scales[2 * index + 1] : 1.0f;
     double* sums = options.sums != nullptr ? &partial[3 * chunk] : nullptr;
     for (int64_t at = start; at < start + count; at += kBlock) {
-      update(options, pieces[index], scale, factor, at, std::min(kBlock, start + count - at), sums);
+      update(options, entries[index], scale, factor, at, std::min(kBlock, start + count - at), sums);
     }
   });
   if (options.sums != nullptr) add_chunks(first, partial, options.sums);
 }
 
-void sum_cpu(Sum kind, const Options& options, const std::vector<Piece>& pieces, double* sums, int threads) {
+void sum_cpu(Sum kind, const Options& options, const std::vector<TensorEntry>& entries, double* sums, int threads) {
   const SumBlock add = chosen_kernels().sum[static_cast<int>(kind)];
-  const std::vector<int64_t> first = first_chunks(pieces);
+  const std::vector<int64_t> first = first_chunks(entries);
   std::vector<double> partial(3 * first.back(), 0.0);
-  for_chunks(pieces, first, threads, [&](int index, int64_t start, int64_t count, int64_t chunk) {
+  for_chunks(entries, first, threads, [&](int index, int64_t start, int64_t count, int64_t chunk) {
     for (int64_t at = start; at < start + count; at += kBlock) {
-      add(options, pieces[index], at, std::min(kBlock, start + count - at), &partial[3 * chunk]);
+      add(options, entries[index], at, std::min(kBlock, start + count - at), &partial[3 * chunk]);
     }
   });
   add_chunks(first, partial, sums);
 }
 
-void block_adam_cpu(const Coefficients& c, const std::vector<BlockPiece>& pieces, int threads) {
+void block_adam_cpu(const Coefficients& c, const std::vector<BlockEntry>& entries, int threads) {
   const AdamBlock adam = chosen_kernels().block_adam;
   int64_t elements = 0;
-  for (const BlockPiece& piece : pieces) elements += piece.numel;
+  for (const BlockEntry& entry : entries) elements += entry.numel;
   // A thread takes the blocks that start in its share of the elements.
   const auto share = [&](int64_t begin, int64_t end) {
     int64_t before = 0;
-    for (const BlockPiece& piece : pieces) {
-      const int64_t size = piece.blocks > 0 ? piece.numel / piece.blocks : 0;
+    for (const BlockEntry& entry : entries) {
+      const int64_t size = entry.blocks > 0 ? entry.numel / entry.blocks : 0;
       if (size > 0) {
         const auto first_from = [&](int64_t element) {
-          return std::clamp((element - before + size - 1) / size, int64_t{0}, piece.blocks);
+          return std::clamp((element - before + size - 1) / size, int64_t{0}, entry.blocks);
         };
         for (int64_t b = before >= begin ? 0 : first_from(begin), last = first_from(end); b < last; ++b) {
-          adam(c, piece.g + b * size, piece.m + b * size, piece.v + b, piece.u + b * size, size);
+          adam(c, entry.g + b * size, entry.m + b * size, entry.v + b, entry.u + b * size, size);
         }
       }
-      before += piece.numel;
+      before += entry.numel;
     }
   };
   const int64_t shares = std::min<int64_t>(threads, elements / kChunk);

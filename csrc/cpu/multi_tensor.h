@@ -7,13 +7,13 @@
 
 namespace megatron_opt {
 
-void update_cpu(UpdateKind kind, const Options& options, const std::vector<Piece>& pieces, int threads);
+void update_cpu(UpdateKind kind, const Options& options, const std::vector<TensorEntry>& entries, int threads);
 
-// Three sums a piece into `sums`.
-void sum_cpu(Sum kind, const Options& options, const std::vector<Piece>& pieces, double* sums, int threads);
+// Three sums a entry into `sums`.
+void sum_cpu(Sum kind, const Options& options, const std::vector<TensorEntry>& entries, double* sums, int threads);
 
 // Adam-mini: m ← EMA(g), v ← EMA(mean g² of a block), u = m̂/(√v̂ + ε).
-void block_adam_cpu(const Coefficients& c, const std::vector<BlockPiece>& pieces, int threads);
+void block_adam_cpu(const Coefficients& c, const std::vector<BlockEntry>& entries, int threads);
 
 // "portable", "avx2" or "avx512": what this processor runs.
 const char* cpu_kernels_name();

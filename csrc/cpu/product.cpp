@@ -2,6 +2,7 @@
 #include "product.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -14,8 +15,12 @@
 namespace megatron_opt {
 
 bool has_products() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq");
+  static const bool has = [] {
+    const char* forced = std::getenv("MEGATRON_OPT_ISA");
+    return (forced == nullptr || std::strcmp(forced, "avx512") == 0) && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  }();
+  return has;
 }
 
 bool has_bf16_products() { return has_products() && __builtin_cpu_supports("avx512bf16"); }

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads) block_adam_kernel(const __grid_const
   const int64_t blocks = batch.first[batch.count];
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     const int index = locate(batch.first, batch.count, block);
-    const BlockPiece& t = batch.pieces[index];
+    const BlockEntry& t = batch.entries[index];
     const int64_t size = t.numel / t.blocks, number = block - batch.first[index], start = number * size;
     const float* g = t.g + start;
     float *m = t.m + start, *u = t.u + start;
@@ -74,15 +74,15 @@ __global__ void __launch_bounds__(kThreads) block_adam_kernel(const __grid_const
 
 }  // namespace
 
-void block_adam_cuda(const Coefficients& c, const std::vector<BlockPiece>& pieces, cudaStream_t stream) {
+void block_adam_cuda(const Coefficients& c, const std::vector<BlockEntry>& entries, cudaStream_t stream) {
   int device = 0, multiprocessors = 0, resident = 0;
   check(cudaGetDevice(&device));
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, block_adam_kernel, kThreads, 0));
   static thread_local BlockBatch batch;
-  for (size_t begin = 0; begin < pieces.size(); begin += kBlockPiecesPerLaunch) {
-    const size_t end = std::min(pieces.size(), begin + kBlockPiecesPerLaunch);
-    const int64_t blocks = fill(batch, c, pieces, begin, end);
+  for (size_t begin = 0; begin < entries.size(); begin += kBlockEntriesPerLaunch) {
+    const size_t end = std::min(entries.size(), begin + kBlockEntriesPerLaunch);
+    const int64_t blocks = fill(batch, c, entries, begin, end);
     if (blocks == 0) continue;
     block_adam_kernel<<<grid_size(blocks, multiprocessors, resident), kThreads, 0, stream>>>(batch);
     check(cudaGetLastError());

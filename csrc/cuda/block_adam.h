@@ -10,6 +10,6 @@
 namespace megatron_opt {
 
 // On `stream`, without synchronising or allocating.
-void block_adam_cuda(const Coefficients& c, const std::vector<BlockPiece>& pieces, cudaStream_t stream);
+void block_adam_cuda(const Coefficients& c, const std::vector<BlockEntry>& entries, cudaStream_t stream);
 
 }  // namespace megatron_opt

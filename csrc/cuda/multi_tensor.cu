@@ -57,7 +57,7 @@ __device__ __forceinline__ void write(const T (&from)[kVector], void* data, Lane
   }
 }
 
-__device__ void load(float (&x)[kVector], const Piece& t, int slot, Lane lane) {
+__device__ void load(float (&x)[kVector], const TensorEntry& t, int slot, Lane lane) {
   const Format format = t.format[slot];
   if (format == Format::f32) {
     alignas(16) float raw[kVector];
@@ -115,7 +115,7 @@ __device__ float block_absmax(const float (&x)[kVector], Lane lane) {
   return is_finite(largest) ? largest : NAN;
 }
 
-__device__ void store(const float (&x)[kVector], const Options& o, const Piece& t, int slot, Lane lane) {
+__device__ void store(const float (&x)[kVector], const Options& o, const TensorEntry& t, int slot, Lane lane) {
   const Format format = t.format[slot];
   if (format == Format::f32) {
     alignas(16) float raw[kVector];
@@ -175,7 +175,7 @@ __device__ void write_sums(double a, double b, double c, double* to) {
 
 __device__ __forceinline__ Lane lane_of(const Batch& batch, int index, int64_t block) {
   const int64_t at = (block - batch.first[index]) * kBlock + threadIdx.x * kVector;
-  const int64_t left = batch.pieces[index].numel - at;
+  const int64_t left = batch.entries[index].numel - at;
   return {at, static_cast<int>(left < 0 ? 0 : (left < kVector ? left : kVector))};
 }
 
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
   const int64_t blocks = batch.first[batch.count];
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     const int index = locate(batch.first, batch.count, block);
-    const Piece& t = batch.pieces[index];
+    const TensorEntry& t = batch.entries[index];
     const Lane lane = lane_of(batch, index, block);
     const float scale = o.scales != nullptr ? o.scales[2 * (batch.base + index)] : 1.0f;
     const float factor = o.scales != nullptr ? o.scales[2 * (batch.base + index) + 1] : 1.0f;
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ B
   const int64_t blocks = batch.first[batch.count];
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     const int index = locate(batch.first, batch.count, block);
-    const Piece& t = batch.pieces[index];
+    const TensorEntry& t = batch.entries[index];
     const Lane lane = lane_of(batch, index, block);
     float p[kVector] = {}, g[kVector], s[kVector] = {};
     if constexpr (S::kParam) load(p, t, kParam, lane);
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ B
   }
 }
 
-// Adds the blocks of each piece in a fixed order: one thread block a piece.
+// Adds the blocks of each entry in a fixed order: one thread block a entry.
 __global__ void __launch_bounds__(kThreads) add_kernel(const __grid_constant__ Batch batch, const double* partial,
                                                        double* sums) {
   for (int index = blockIdx.x; index < batch.count; index += gridDim.x) {
@@ -261,18 +261,18 @@ __global__ void __launch_bounds__(kThreads) add_kernel(const __grid_constant__ B
 
 using Kernel = void (*)(Batch, double*);
 
-// Launches `kernel` over all pieces; then, where sums are wanted, adds up what the blocks left in the workspace.
-void launch(Kernel kernel, const Options& options, const std::vector<Piece>& pieces, double* workspace, double* sums,
+// Launches `kernel` over all entries; then, where sums are wanted, adds up what the blocks left in the workspace.
+void launch(Kernel kernel, const Options& options, const std::vector<TensorEntry>& entries, double* workspace, double* sums,
             cudaStream_t stream) {
   int device = 0, multiprocessors = 0, resident = 0;
   check(cudaGetDevice(&device));
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0));
-  const std::vector<int> starts = launches(pieces.size());
+  const std::vector<int> starts = launches(entries.size());
   static thread_local Batch batch;
   int64_t base_block = 0;
   for (size_t i = 0; i + 1 < starts.size(); ++i) {
-    const int64_t blocks = fill(batch, options, pieces, starts[i], starts[i + 1], base_block);
+    const int64_t blocks = fill(batch, options, entries, starts[i], starts[i + 1], base_block);
     if (blocks > 0) {
       kernel<<<grid_size(blocks, multiprocessors, resident), kThreads, 0, stream>>>(batch, workspace);
       check(cudaGetLastError());
@@ -287,22 +287,22 @@ void launch(Kernel kernel, const Options& options, const std::vector<Piece>& pie
 
 }  // namespace
 
-int64_t workspace_cuda(const std::vector<Piece>& pieces) { return kSums * total_blocks(pieces); }
+int64_t workspace_cuda(const std::vector<TensorEntry>& entries) { return kSums * total_blocks(entries); }
 
-void update_cuda(UpdateKind kind, const Options& options, const std::vector<Piece>& pieces, double* workspace,
+void update_cuda(UpdateKind kind, const Options& options, const std::vector<TensorEntry>& entries, double* workspace,
                  cudaStream_t stream) {
   static constexpr Kernel kernels[] = {update_kernel<Adam>,   update_kernel<Mars>,     update_kernel<Cautious>,
                                        update_kernel<Lion>,   update_kernel<Signum>,   update_kernel<Sophia>,
                                        update_kernel<Momentum>, update_kernel<Apply>};
-  launch(kernels[static_cast<int>(kind)], options, pieces, options.sums != nullptr ? workspace : nullptr, options.sums,
+  launch(kernels[static_cast<int>(kind)], options, entries, options.sums != nullptr ? workspace : nullptr, options.sums,
          stream);
 }
 
-void sum_cuda(Sum kind, const Options& options, const std::vector<Piece>& pieces, double* workspace, double* sums,
+void sum_cuda(Sum kind, const Options& options, const std::vector<TensorEntry>& entries, double* workspace, double* sums,
               cudaStream_t stream) {
   static constexpr Kernel kernels[] = {sum_kernel<GradientNorm>, sum_kernel<CautiousMask>, sum_kernel<MarsNorm>,
                                        sum_kernel<Products>};
-  launch(kernels[static_cast<int>(kind)], options, pieces, workspace, sums, stream);
+  launch(kernels[static_cast<int>(kind)], options, entries, workspace, sums, stream);
 }
 
 }  // namespace megatron_opt

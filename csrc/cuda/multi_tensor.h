@@ -9,15 +9,15 @@
 
 namespace megatron_opt {
 
-// Doubles of workspace that sums over these pieces need.
-int64_t workspace_cuda(const std::vector<Piece>& pieces);
+// Doubles of workspace that sums over these entries need.
+int64_t workspace_cuda(const std::vector<TensorEntry>& entries);
 
 // On `stream`, without synchronising or allocating; `workspace` may be null where options.sums is.
-void update_cuda(UpdateKind kind, const Options& options, const std::vector<Piece>& pieces, double* workspace,
+void update_cuda(UpdateKind kind, const Options& options, const std::vector<TensorEntry>& entries, double* workspace,
                  cudaStream_t stream);
 
-// Three sums a piece into `sums` (device memory).
-void sum_cuda(Sum kind, const Options& options, const std::vector<Piece>& pieces, double* workspace, double* sums,
+// Three sums a entry into `sums` (device memory).
+void sum_cuda(Sum kind, const Options& options, const std::vector<TensorEntry>& entries, double* workspace, double* sums,
               cudaStream_t stream);
 
 }  // namespace megatron_opt

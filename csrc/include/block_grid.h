@@ -6,25 +6,25 @@
 
 namespace megatron_opt {
 
-constexpr int kBlockPiecesPerLaunch = static_cast<int>((4096 - kReserved - sizeof(int64_t)) / (sizeof(BlockPiece) + sizeof(int64_t)));
+constexpr int kBlockEntriesPerLaunch = static_cast<int>((4096 - kReserved - sizeof(int64_t)) / (sizeof(BlockEntry) + sizeof(int64_t)));
 
 struct BlockBatch {  // the kernel's parameter
   Coefficients coefficients;
   int count;
-  int64_t first[kBlockPiecesPerLaunch + 1];
-  BlockPiece pieces[kBlockPiecesPerLaunch];
+  int64_t first[kBlockEntriesPerLaunch + 1];
+  BlockEntry entries[kBlockEntriesPerLaunch];
 };
 static_assert(sizeof(BlockBatch) <= 4096, "a launch's parameters must fit");
 
-// Fills a batch with pieces begin … end−1; returns the number of their blocks.
-inline int64_t fill(BlockBatch& batch, const Coefficients& c, const std::vector<BlockPiece>& pieces, size_t begin, size_t end) {
+// Fills a batch with entries begin … end−1; returns the number of their blocks.
+inline int64_t fill(BlockBatch& batch, const Coefficients& c, const std::vector<BlockEntry>& entries, size_t begin, size_t end) {
   batch.coefficients = c;
   batch.count = static_cast<int>(end - begin);
   int64_t blocks = 0;
   for (size_t i = begin; i < end; ++i) {
     batch.first[i - begin] = blocks;
-    batch.pieces[i - begin] = pieces[i];
-    blocks += pieces[i].numel > 0 ? pieces[i].blocks : 0;
+    batch.entries[i - begin] = entries[i];
+    blocks += entries[i].numel > 0 ? entries[i].blocks : 0;
   }
   batch.first[end - begin] = blocks;
   return blocks;

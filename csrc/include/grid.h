@@ -1,4 +1,4 @@
-// Launch arithmetic of the CUDA kernels, host code so that it is tested without a GPU. A launch takes as many pieces as fit into
+// Launch arithmetic of the CUDA kernels, host code so that it is tested without a GPU. A launch takes as many entries as fit into
 // the kernel's parameters; its thread blocks stride over the blocks of all of them.
 #pragma once
 
@@ -20,25 +20,25 @@ constexpr size_t kParameterBytes = 4096;  // what a kernel may be given, before 
 #else
 constexpr size_t kParameterBytes = 32764;
 #endif
-constexpr size_t kReserved = 256;  // options and counters beside the pieces
-constexpr int kPiecesPerLaunch =
-    static_cast<int>((kParameterBytes - kReserved - sizeof(int64_t)) / (sizeof(Piece) + sizeof(int64_t)));
+constexpr size_t kReserved = 256;  // options and counters beside the entries
+constexpr int kEntriesPerLaunch =
+    static_cast<int>((kParameterBytes - kReserved - sizeof(int64_t)) / (sizeof(TensorEntry) + sizeof(int64_t)));
 
 struct Batch {  // the kernel's parameter
   Options options;
   int count;
-  int base;             // number of the first piece in the whole list
+  int base;             // number of the first entry in the whole list
   int64_t base_block;   // number of its first block in the whole list
-  int64_t first[kPiecesPerLaunch + 1];
-  Piece pieces[kPiecesPerLaunch];
+  int64_t first[kEntriesPerLaunch + 1];
+  TensorEntry entries[kEntriesPerLaunch];
 };
 static_assert(sizeof(Batch) <= kParameterBytes, "a launch's parameters must fit");
 
-// Cuts a list into launches: consecutive pieces, the first of each launch and the end.
-inline std::vector<int> launches(size_t pieces) {
+// Cuts a list into launches: consecutive entries, the first of each launch and the end.
+inline std::vector<int> launches(size_t entries) {
   std::vector<int> starts;
-  for (size_t i = 0; i < pieces; i += kPiecesPerLaunch) starts.push_back(static_cast<int>(i));
-  starts.push_back(static_cast<int>(pieces));
+  for (size_t i = 0; i < entries; i += kEntriesPerLaunch) starts.push_back(static_cast<int>(i));
+  starts.push_back(static_cast<int>(entries));
   return starts;
 }
 
@@ -48,8 +48,8 @@ inline int grid_size(int64_t blocks, int multiprocessors, int resident_per_multi
   return static_cast<int>(std::max<int64_t>(1, std::min(blocks, resident)));
 }
 
-// Fills a batch with pieces begin … end−1 of the list; returns the number of blocks it covers.
-inline int64_t fill(Batch& batch, const Options& options, const std::vector<Piece>& pieces, int begin, int end,
+// Fills a batch with entries begin … end−1 of the list; returns the number of blocks it covers.
+inline int64_t fill(Batch& batch, const Options& options, const std::vector<TensorEntry>& entries, int begin, int end,
                     int64_t base_block) {
   batch.options = options;
   batch.count = end - begin;
@@ -58,16 +58,16 @@ inline int64_t fill(Batch& batch, const Options& options, const std::vector<Piec
   int64_t blocks = 0;
   for (int i = begin; i < end; ++i) {
     batch.first[i - begin] = blocks;
-    batch.pieces[i - begin] = pieces[i];
-    blocks += blocks_of(pieces[i].numel);
+    batch.entries[i - begin] = entries[i];
+    blocks += blocks_of(entries[i].numel);
   }
   batch.first[end - begin] = blocks;
   return blocks;
 }
 
-inline int64_t total_blocks(const std::vector<Piece>& pieces) {
+inline int64_t total_blocks(const std::vector<TensorEntry>& entries) {
   int64_t blocks = 0;
-  for (const Piece& piece : pieces) blocks += blocks_of(piece.numel);
+  for (const TensorEntry& entry : entries) blocks += blocks_of(entry.numel);
   return blocks;
 }
 

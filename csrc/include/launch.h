@@ -27,10 +27,10 @@ enum class UpdateKind : int { adam, mars, cautious, lion, signum, sophia, moment
 enum class Sum : int { gradient_norm, cautious_mask, mars_norm, products };
 enum class Format : uint8_t { absent, f32, bf16, signed8, unsigned8 };
 
-// Tensor slots. `copy` is a second, bf16 image of the parameter, or the output of a rule that has one.
+// Tensor slots. `copy` is the bf16 copy of the parameter, or the output of an optimizer that has one.
 enum Slot : int { kParam, kGrad, kState0, kState1, kState2, kCopy, kSlots };
 
-struct Piece {  // one tensor of the list, every slot of it
+struct TensorEntry {  // one tensor of the list, every slot of it
   int64_t numel;
   void* data[kSlots];
   float* absmax[kSlots];  // block scales of 8-bit states
@@ -38,7 +38,7 @@ struct Piece {  // one tensor of the list, every slot of it
   uint64_t first;  // number of the first element, for stochastic rounding
 };
 
-struct BlockPiece {  // one tensor of Adam-mini, fp32: `blocks` equal runs of elements, each with one second moment
+struct BlockEntry {  // one tensor of Adam-mini, fp32: `blocks` equal runs of elements, each with one second moment
   const float* g;
   float* m;
   float* v;  // (blocks,)

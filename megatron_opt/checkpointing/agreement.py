@@ -35,7 +35,9 @@ def each_anywhere(*here: bool) -> list[bool]:
     """Which of these are so on any rank."""
     import torch
 
-    flags = torch.tensor([int(one) for one in here], device=torch.cuda.current_device())
+    from megatron_opt.kernels.host import current_device
+
+    flags = torch.tensor([int(one) for one in here], device=current_device())
     torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
     return [bool(flag) for flag in flags.tolist()]
 

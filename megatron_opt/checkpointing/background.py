@@ -335,8 +335,8 @@ def _read_results(path: Path) -> list[Any]:
     from torch.distributed.checkpoint.storage import WriteResult
 
     return [
-        WriteResult(MetadataIndex(name, offset, number), size, _StorageInfo(*place))
-        for name, offset, number, size, *place in json.loads(path.read_text())
+        WriteResult(MetadataIndex(name, offset, number), size, _StorageInfo(*where))
+        for name, offset, number, size, *where in json.loads(path.read_text())
     ]
 
 

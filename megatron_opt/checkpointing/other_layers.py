@@ -59,7 +59,7 @@ def adapted(sharded_state_dict: Any, folder: Path) -> Any:
     if not (absent or renamed):
         return sharded_state_dict
 
-    def found(x: Any) -> Any:
+    def adapted_entry(x: Any) -> Any:
         if isinstance(x, ShardedObject) and x.unique_key in absent:
             return LocalNonpersistentObject(None)
         if isinstance(x, ShardedTensor) and x.key in renamed:
@@ -67,7 +67,7 @@ def adapted(sharded_state_dict: Any, folder: Path) -> Any:
             x.key = _other_name(x.key)
         return x
 
-    return dict_list_map_outplace(found, sharded_state_dict)
+    return dict_list_map_outplace(adapted_entry, sharded_state_dict)
 
 
 def _other_name(key: str) -> str:

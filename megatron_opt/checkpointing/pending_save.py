@@ -76,7 +76,9 @@ class PendingSave:
     def _ask(self) -> tuple[Any, Any]:
         import torch
 
-        state = torch.tensor([self._state()], device=torch.cuda.current_device())
+        from megatron_opt.kernels.host import current_device
+
+        state = torch.tensor([self._state()], device=current_device())
         return state, torch.distributed.all_reduce(state, op=torch.distributed.ReduceOp.MAX, async_op=True)
 
     def look(self, blocking: bool) -> Ended | None:

@@ -65,22 +65,22 @@ def _matrix(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
 
 def layer_rates(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
     """FLOP/s of (k, 4k)·(4k, k) and (k, k)·(k, 4k) by torch, as layers do them, by k."""
-    found = {}
+    rates = {}
     for k in _gemm_sizes(device):
         x = _matrix(device, dtype, k, 4 * k)
 
         def run(x: Tensor = x) -> Tensor:
             return (x @ x.mT) @ x
 
-        found[k] = 2 * 2.0 * k * k * 4 * k / timed(run, device)
-    return found
+        rates[k] = 2 * 2.0 * k * k * 4 * k / timed(run, device)
+    return rates
 
 
 def fp8_rates(device: torch.device) -> dict[int, float]:
     """The same of E4M3 numbers with one scale, by k; none where the device has no such products."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         return {}
-    found, one = {}, torch.ones((), device=device)
+    rates, one = {}, torch.ones((), device=device)
     for k in _gemm_sizes(device):
         wide, tall = (
             _matrix(device, torch.float32, *shape).to(torch.float8_e4m3fn) for shape in ((k, 4 * k), (4 * k, k))
@@ -91,8 +91,8 @@ def fp8_rates(device: torch.device) -> dict[int, float]:
             torch._scaled_mm(wide, wide.t(), one, one, out_dtype=torch.bfloat16)  # the second operand by column
             torch._scaled_mm(square, tall.t(), one, one, out_dtype=torch.bfloat16)
 
-        found[k] = 2 * 2.0 * k * k * 4 * k / timed(run, device)
-    return found
+        rates[k] = 2 * 2.0 * k * k * 4 * k / timed(run, device)
+    return rates
 
 
 def _preconditioned(x: Tensor) -> Callable[[], Tensor]:
@@ -109,53 +109,53 @@ def _preconditioned(x: Tensor) -> Callable[[], Tensor]:
 
 def product_rates(device: torch.device) -> dict[str, dict[int, float]]:
     """FLOP/s by k of what optimizers do with (k, 3k): preconditioning in fp32, Newton–Schulz in bf16."""
-    found: dict[str, dict[int, float]] = {"fp32": {}, "bf16": {}}
+    rates: dict[str, dict[int, float]] = {"fp32": {}, "bf16": {}}
     table = orthogonalize.coefficients("simple", 5)
     for k in _gemm_sizes(device):
         x = _matrix(device, torch.float32, k, 3 * k)
-        found["fp32"][k] = 6.0 * k * k * 3 * k / timed(_preconditioned(x.unsqueeze(0)), device)
+        rates["fp32"][k] = 6.0 * k * k * 3 * k / timed(_preconditioned(x.unsqueeze(0)), device)
         seconds = timed(partial(orthogonalize.orthogonalize, [x], table), device)
-        found["bf16"][k] = orthogonalize.flops(k, 3 * k, table) / seconds
-    return found
+        rates["bf16"][k] = orthogonalize.flops(k, 3 * k, table) / seconds
+    return rates
 
 
 def batch_rates(device: torch.device) -> dict[str, dict[int, float]]:
     """The same of 16 equal k×k matrices in one call, by k."""
-    found: dict[str, dict[int, float]] = {"fp32": {}, "bf16": {}}
+    rates: dict[str, dict[int, float]] = {"fp32": {}, "bf16": {}}
     table = orthogonalize.coefficients("simple", 5)
     for k in SMALL_SIZES:
         x = _matrix(device, torch.float32, 16, k, k)
-        found["fp32"][k] = 16 * 6.0 * k**3 / timed(_preconditioned(x), device)
+        rates["fp32"][k] = 16 * 6.0 * k**3 / timed(_preconditioned(x), device)
         seconds = timed(partial(orthogonalize.orthogonalize, list(x.unbind()), table), device)
-        found["bf16"][k] = 16 * orthogonalize.flops(k, k, table) / seconds
-    return found
+        rates["bf16"][k] = 16 * orthogonalize.flops(k, k, table) / seconds
+    return rates
 
 
 def factor_rates(device: torch.device) -> dict[str, dict[int, float]]:
     """FLOP/s of an orthonormal basis by QR (8/3·k³), eigh (9·k³) and a triangular solve (k³), by k."""
-    found: dict[str, dict[int, float]] = {"qr": {}, "eigh": {}, "solve": {}}
+    rates: dict[str, dict[int, float]] = {"qr": {}, "eigh": {}, "solve": {}}
     for k in FACTOR_SIZES:
         x = _matrix(device, torch.float32, k, k)
         symmetric = x @ x.mT + k * torch.eye(k, device=device)
         lower = torch.linalg.cholesky(symmetric)
-        found["qr"][k] = 8 / 3 * k**3 / timed(partial(eigenbasis.complete, x), device)
-        found["eigh"][k] = 9.0 * k**3 / timed(partial(torch.linalg.eigh, symmetric), device)
+        rates["qr"][k] = 8 / 3 * k**3 / timed(partial(eigenbasis.complete, x), device)
+        rates["eigh"][k] = 9.0 * k**3 / timed(partial(torch.linalg.eigh, symmetric), device)
         solve = partial(torch.linalg.solve_triangular, lower, x, upper=False)
-        found["solve"][k] = 1.0 * k**3 / timed(solve, device)
-    return found
+        rates["solve"][k] = 1.0 * k**3 / timed(solve, device)
+    return rates
 
 
 def attention_rate(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
     """FLOP/s of scores and values of causal attention, by sequence; the causal half is counted."""
-    found = {}
+    rates = {}
     for sequence in (128, 512, 1024):
         q = _matrix(device, dtype, 8, sequence, 64)
 
         def run(q: Tensor = q) -> Tensor:
             return torch.softmax(q @ q.mT, -1) @ q
 
-        found[sequence] = 8 * 2.0 * sequence * sequence * 64 / timed(run, device)
-    return found
+        rates[sequence] = 8 * 2.0 * sequence * sequence * 64 / timed(run, device)
+    return rates
 
 
 def pass_rates(device: torch.device) -> tuple[dict[int, float], dict[int, float]]:
@@ -178,7 +178,7 @@ def pass_rates(device: torch.device) -> tuple[dict[int, float], dict[int, float]
 
 def rule_overheads(device: torch.device) -> dict[str, float]:
     """Host seconds that each rule spends on one matrix or slice in a step: on 32 of 8×8, whose FLOPs take no time."""
-    found = {}
+    overheads = {}
     infos = [MatrixInfo(f"w{i}", (8, 8)) for i in range(32)]
     evict = partial(forget, torch.zeros(CACHE_BYTES // 4))
     for name in sorted(registry.optimizers()):
@@ -193,8 +193,8 @@ def rule_overheads(device: torch.device) -> dict[str, float]:
             flats = [weight.flatten() for weight in weights]
             states = [optimizer.init_state(flat) for flat in flats]
             run = partial(optimizer.update, flats, [flat.clone() for flat in flats], states, 11, 1e-6, 0.0)
-        found[name] = timed(run, device, before=evict) / len(infos)
-    return found
+        overheads[name] = timed(run, device, before=evict) / len(infos)
+    return overheads
 
 
 def calibrate(ranks: int = 0) -> str:
@@ -210,7 +210,7 @@ def calibrate(ranks: int = 0) -> str:
         types = {"fp32": torch.float32, "bf16": torch.bfloat16}
         rates["attention"] = {name: attention_rate(device, dtype) for name, dtype in types.items()}
         rates["layer"] = {name: layer_rates(device, dtype) for name, dtype in types.items()}
-        rates["layer"] |= {"fp8": found} if (found := fp8_rates(device)) else {}
+        rates["layer"] |= {"fp8": fp8} if (fp8 := fp8_rates(device)) else {}
         passes, reads = pass_rates(device)
         overheads = host_overheads(rule_overheads(device), *engine())
         devices = torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0))
@@ -247,10 +247,10 @@ def _file(
     passes: tuple[dict[int, float], dict[int, float]],
     shares: tuple[float, float],
     host: Overheads,
-    link_found: tuple[float, float, float, dict[str, float]],
+    link_rates: tuple[float, float, float, dict[str, float]],
 ) -> str:
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()} core"
-    sent, latency, reduction, collectives = link_found
+    sent, latency, reduction, collectives = link_rates
     if cuda:
         memory = float(torch.cuda.get_device_properties(0).total_memory)
     else:

@@ -37,21 +37,21 @@ def answers(work: Callable[..., None], ranks: int, count: int, *arguments: Any) 
     workers = [context.Process(target=work, args=(rank, ranks, barrier, results, *arguments)) for rank in range(ranks)]
     for worker in workers:
         worker.start()
-    found: list[Any] = []
+    said: list[Any] = []
     try:
-        while len(found) < count:
+        while len(said) < count:
             try:
-                found.append(results.get(timeout=1.0))
+                said.append(results.get(timeout=1.0))
             except queue.Empty:
                 if any(worker.exitcode for worker in workers):
                     raise UserError("a process of the calibration failed; its error is above.") from None
     finally:
         for worker in workers:
-            if len(found) == count:
+            if len(said) == count:
                 worker.join(30)
             if worker.is_alive():
                 worker.terminate()
-    return found
+    return said
 
 
 def forget(buffer: torch.Tensor) -> None:
@@ -70,8 +70,8 @@ def together(ranks: int) -> tuple[float, float]:
 
     Passes are not compared with the same process alone: that rate depends on which pages it was given.
     """
-    found = answers(_alone_and_together, ranks, ranks)
-    products_share, bandwidth = (statistics.mean(each[kind] for each in found) for kind in (0, 1))
+    shares = answers(_alone_and_together, ranks, ranks)
+    products_share, bandwidth = (statistics.mean(each[kind] for each in shares) for kind in (0, 1))
     return min(1.0, products_share), bandwidth
 
 
@@ -109,8 +109,8 @@ def link(ranks: int) -> tuple[float, float, float, dict[str, float]]:
     """Of `ranks` processes on this host: bytes/s that each sends in an all-to-all, seconds of a small all-reduce one after
     another and amid other work, and the share of that rate which each ring collective reaches.
     """
-    found: tuple[float, float, float, dict[str, float]] = answers(_exchange, ranks, 1, _free_port())[0]
-    return found
+    measured: tuple[float, float, float, dict[str, float]] = answers(_exchange, ranks, 1, _free_port())[0]
+    return measured
 
 
 def rate_of(count: float, seconds: float, latency: float) -> float:
@@ -133,7 +133,7 @@ def _exchange(rank: int, ranks: int, barrier: Any, results: Any, port: int) -> N
     def seconds(
         run: Callable[[], Any], times: int, before: Callable[[], Any] | None = None, share: float = 0.5
     ) -> float:
-        found = []
+        measured = []
         for _ in range(times + 1):
             if before is not None:
                 before()
@@ -144,8 +144,8 @@ def _exchange(rank: int, ranks: int, barrier: Any, results: Any, port: int) -> N
             run()
             if cuda:
                 torch.cuda.synchronize()
-            found.append(time.perf_counter() - begin)
-        return sorted(found[1:])[int(share * times)]
+            measured.append(time.perf_counter() - begin)
+        return sorted(measured[1:])[int(share * times)]
 
     # A quarter of the small ones is soon: where threads share cores, the others may wait for a scheduler's slice.
     latency = seconds(partial(dist.all_reduce, small), 50, share=0.25)
@@ -168,8 +168,8 @@ def engine() -> tuple[float, float, float, float]:
     """Host seconds of the sharded optimizer's own step: of an empty one, and what each matrix adds to it as one fragment
     that Lion trains, or Muon, their rules' own time in it; then of forward and backward through one of Megatron's layers.
     """
-    found: tuple[float, float, float, float] = answers(_engine_steps, 1, 1, _free_port())[0]
-    return found
+    seconds: tuple[float, float, float, float] = answers(_engine_steps, 1, 1, _free_port())[0]
+    return seconds
 
 
 def _engine_steps(rank: int, ranks: int, barrier: Any, results: Any, port: int) -> None:
@@ -220,13 +220,13 @@ def _engine_seconds(name: str, count: int) -> float:
     )
     other = torch.zeros(CACHE_BYTES // 4)
     optimizer.step()
-    found = []
+    times = []
     for _ in range(7):
         forget(other)
         begin = time.thread_time()
         optimizer.step()
-        found.append(time.thread_time() - begin)
-    return statistics.median(found)
+        times.append(time.thread_time() - begin)
+    return statistics.median(times)
 
 
 def _layer_seconds() -> float:
@@ -249,10 +249,10 @@ def _layer_seconds() -> float:
         )  # fmt: skip
         block = TransformerBlock(config, get_gpt_layer_local_spec(normalization="RMSNorm"))
         x, mask = torch.randn(8, 1, 16, requires_grad=True), torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1)
-        found = []
+        times = []
         for _ in range(9):
             begin = time.thread_time()
             block(x, mask).sum().backward()
-            found.append(time.thread_time() - begin)
-        medians.append(statistics.median(found))
+            times.append(time.thread_time() - begin)
+        medians.append(statistics.median(times))
     return max(0.0, medians[1] - medians[0]) / (LAYERS[1] - LAYERS[0])

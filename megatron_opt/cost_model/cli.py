@@ -122,12 +122,12 @@ def _step(args: argparse.Namespace, rest: Sequence[str]) -> None:
         from megatron_opt.cost_model import speedup
 
         try:
-            found = speedup.speedup(flags, step, load(args.cluster), args.against, args.study, args.chinchilla or 1.0)
+            gained = speedup.speedup(flags, step, load(args.cluster), args.against, args.study, args.chinchilla or 1.0)
         except UserError as error:
             study = f" --study {args.study}" if args.study else ""
             raise UserError(f"--against {args.against}{study}: {error}") from error
-        print(f"\n{found.text()}")
-        content["speedup"] = speedup.as_dict(found)
+        print(f"\n{gained.text()}")
+        content["speedup"] = speedup.as_dict(gained)
     if args.json:
         write_atomic(Path(args.json), json.dumps(content, indent=1) + "\n")
 
@@ -143,13 +143,13 @@ def _search(args: argparse.Namespace, rest: Sequence[str]) -> None:
             raise UserError(
                 f"--{name} is what `cost search` looks for; leave it out, or give the layout to `cost step`."
             )
-    found = search(flags, load(args.cluster), args.gpus, top=args.top, progress=progress_stream())
-    print(table(found, args.top))
+    ranked = search(flags, load(args.cluster), args.gpus, top=args.top, progress=progress_stream())
+    print(table(ranked, args.top))
     if args.json:
         content = {
-            "layouts": [report.as_dict(s) for s in found.steps],
-            "refused": dict(found.refused),
-            "tried": found.tried,
+            "layouts": [report.as_dict(s) for s in ranked.steps],
+            "refused": dict(ranked.refused),
+            "tried": ranked.tried,
         }
         write_atomic(Path(args.json), json.dumps(content, indent=1) + "\n")
 

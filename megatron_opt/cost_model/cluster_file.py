@@ -76,12 +76,12 @@ class Reader:
         """A number of a range; YAML's readers take 8e+10 for a word, so words that are numbers count."""
         wants = f"a {'whole' if of.whole else 'finite'} number from {of.low:g} to {of.high:g} ({of.unit})"
         try:
-            found = math.nan if isinstance(value, bool) else float(value)
+            parsed = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
             raise self.refuse(key, value, wants) from None
-        if not of.low <= found <= of.high or (of.whole and found != int(found)):
+        if not of.low <= parsed <= of.high or (of.whole and parsed != int(parsed)):
             raise self.refuse(key, value, wants)
-        return found
+        return parsed
 
     def get(self, section: Mapping[str, Any], where: str, key: str, of: Range, default: float | None = None) -> float:
         """The number `where.key`, or the default where the file has none."""
@@ -141,19 +141,19 @@ class Reader:
         return ((1.0, self.get(device, "device", key, BANDWIDTH) * share),)
 
     def rates(self, content: Mapping[str, Any]) -> dict[str, dict[str, Curve]]:
-        found: dict[str, dict[str, Curve]] = {}
+        rates: dict[str, dict[str, Curve]] = {}
         section = self.section(content, "rates")
         self.known("rates", section, (*CLASSES, LAYER))
         for kind, by_type in section.items():
             if not isinstance(by_type, dict) or not by_type:
                 raise self.refuse(f"rates.{kind}", by_type, "a map of types such as bf16 to sizes and FLOP/s")
             self.known(f"rates.{kind}", by_type, TYPES)
-            found[kind] = {
+            rates[kind] = {
                 dtype: self.curve(values, f"rates.{kind}.{dtype}", RATE) for dtype, values in by_type.items()
             }
-        if missing := [kind for kind in CLASSES if kind not in found]:
+        if missing := [kind for kind in CLASSES if kind not in rates]:
             raise UserError(f"cluster file {self.path}: rates of {', '.join(missing)} are missing.")
-        return found
+        return rates
 
     def link(self, content: Mapping[str, Any], key: str, share: float) -> Link:
         section = self.section(content, key)
@@ -188,7 +188,7 @@ class Reader:
         if not peak:
             raise self.refuse("device.peak", peak, "a map of types such as bf16 to FLOP/s")
         memory, reserved = self.get(device, "device", "memory", MEMORY), device.get("reserved", 0)
-        if (held := self.number("device.reserved", reserved, RESERVED)) >= memory:
+        if (reserve := self.number("device.reserved", reserved, RESERVED)) >= memory:
             raise self.refuse("device.reserved", reserved, f"below device.memory, {memory:g}")
         capability = None
         if "capability" in device:
@@ -203,7 +203,7 @@ class Reader:
             title=self.word(content, "title", self.path),
             peak={dtype: self.number(f"device.peak.{dtype}", value, RATE) for dtype, value in peak.items()},
             memory=memory,
-            reserved=held,
+            reserved=reserve,
             passes=self.passes(device, "memory_bandwidth", share["elementwise"]),
             reads=self.passes(
                 device, "read_bandwidth" if "read_bandwidth" in device else "memory_bandwidth", share["elementwise"]

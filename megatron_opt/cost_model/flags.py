@@ -155,21 +155,21 @@ def parse(words: Sequence[str]) -> tuple[Flags, list[str]]:
             raise UserError(f"--{name} takes one value; {values[1]!r} belongs to no flag.")
         given[name] = _value(name, values)
     base = preset(given["preset"]) if "preset" in given else {}
-    found = recipes.of_command_line(words)
-    return normalized(base | (found[1].flags if found else {}) | given), ignored
+    recipe = recipes.of_command_line(words)
+    return normalized(base | (recipe[1].flags if recipe else {}) | given), ignored
 
 
 def normalized(flags: Mapping[str, Any]) -> Flags:
     """Types as the cost model wants them; flags of other matters are left out; underscores become hyphens."""
-    found: Flags = {}
+    typed: Flags = {}
     for key, value in flags.items():
         name = str(key).replace("_", "-")
         if value is None or not _known(name):
             continue
         if name in _ALIASES:
             name, value = _ALIASES[name]
-        found[name] = _value(name, [value])
-    return found
+        typed[name] = _value(name, [value])
+    return typed
 
 
 def _known(name: str) -> bool:
@@ -295,11 +295,11 @@ def _is_default(name: str, value: Any) -> bool:
 
 def options(flags: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Options of optimizers among the flags, by optimizer."""
-    found: dict[str, dict[str, Any]] = {}
+    given: dict[str, dict[str, Any]] = {}
     for name, value in flags.items():
         if name not in _KNOWN and (hit := _optimizer_option(name)):
-            found.setdefault(hit[0], {})[hit[1]] = value
-    return found
+            given.setdefault(hit[0], {})[hit[1]] = value
+    return given
 
 
 def grouping(flags: Mapping[str, Any]) -> list[ParamGroupConfig]:

@@ -33,16 +33,16 @@ class Weights:
 
     @staticmethod
     def of(parameters: "list[Parameter]") -> "Weights":
-        found = [p for p in parameters if len(p.shape) == 2 and _is_hidden(p)]
-        cut = sum(p.shape[p.cut] for p in found if p.cut is not None)
+        matrices = [p for p in parameters if len(p.shape) == 2 and _is_hidden(p)]
+        cut = sum(p.shape[p.cut] for p in matrices if p.cut is not None)
         return Weights(
-            sum(p.numel for p in found if p.cut is not None),
-            sum(p.numel for p in found if p.cut is None),
+            sum(p.numel for p in matrices if p.cut is not None),
+            sum(p.numel for p in matrices if p.cut is None),
             cut,
-            sum(sum(p.shape) for p in found) - cut,
+            sum(sum(p.shape) for p in matrices) - cut,
         )
 
-    def held(self, tp: int) -> float:
+    def local_elements(self, tp: int) -> float:
         """Elements on one of `tp` ranks."""
         return self.cut / tp + self.copied
 
@@ -62,8 +62,8 @@ def layer_shape(model: Model, expert: bool) -> LayerShape:
     layer = next((i for i in range(model.layers) if (i in model.expert_layers) == expert), None)
     if layer is None:
         return LayerShape(0, 0, 0.0, 0.0, 0.0, 0, Weights(), Weights())
-    found = [p for p in model.parameters(layer, layer + 1, range(1)) if p.layer == layer]
-    plain = [p for p in found if p.expert is None]
+    of_layer = [p for p in model.parameters(layer, layer + 1, range(1)) if p.layer == layer]
+    plain = [p for p in of_layer if p.expert is None]
     up = 2.0 * sum(p.numel for p in plain if "up_proj" in p.name and len(p.shape) == 2)
     attention = 2.0 * sum(p.numel for p in plain if "self_attention" in p.name and len(p.shape) == 2)
     flops = model.layer_flops(layer)
@@ -73,9 +73,9 @@ def layer_shape(model: Model, expert: bool) -> LayerShape:
         flops,
         up,
         flops - attention,
-        sum(p.numel for p in found if p.expert is not None),
+        sum(p.numel for p in of_layer if p.expert is not None),
         Weights.of(plain),
-        Weights.of([p for p in found if p.expert is not None]),
+        Weights.of([p for p in of_layer if p.expert is not None]),
     )
 
 
@@ -93,10 +93,10 @@ def outer_elements(model: Model) -> tuple[int, int, int]:
 
 @functools.lru_cache(maxsize=64)
 def _before(model: Model) -> tuple[int, ...]:
-    found = [0]
+    sums = [0]
     for layer in range(model.layers):
-        found.append(found[-1] + (layer in model.expert_layers))
-    return tuple(found)
+        sums.append(sums[-1] + (layer in model.expert_layers))
+    return tuple(sums)
 
 
 def kinds(model: Model, first: int, last: int) -> tuple[int, int]:
@@ -134,8 +134,10 @@ def quantized_elements(model: Model, layout: Layout, first: int, last: int) -> t
     for count, expert in zip(quantized_kinds(model, layout, first, last), (False, True), strict=True):
         if count:
             shape = layer_shape(model, expert)
-            dense += count * shape.weights.held(layout.tp)
-            experts += count * shape.expert_weights.held(layout.etp) * model.experts / layout.ep if expert else 0.0
+            dense += count * shape.weights.local_elements(layout.tp)
+            experts += (
+                count * shape.expert_weights.local_elements(layout.etp) * model.experts / layout.ep if expert else 0.0
+            )
     if layout.fp8 is not None and last == model.layers:
         dense += _after(model).cut / layout.tp
     return dense, experts

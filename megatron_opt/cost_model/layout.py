@@ -244,7 +244,7 @@ MODULES = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "sh
 
 def _modules(flags: Mapping[str, Any]) -> tuple[str, ...]:
     """Megatron's --recompute-modules."""
-    found = tuple(str(flags.get("recompute-modules") or "core_attn").split())
-    if unknown := sorted(set(found) - set(MODULES)):
+    modules = tuple(str(flags.get("recompute-modules") or "core_attn").split())
+    if unknown := sorted(set(modules) - set(MODULES)):
         raise UserError(f"--recompute-modules has no {unknown[0]!r}; it has {', '.join(MODULES)}.")
-    return found
+    return modules

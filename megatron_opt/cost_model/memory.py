@@ -42,28 +42,28 @@ def memory(
     states: Sequence[float],
 ) -> Memory:
     """The stage that needs most."""
-    found = [
+    stages = [
         _stage(model, layout, cluster, index, stage, state)
         for index, (stage, state) in enumerate(zip(shard_groups, states, strict=True))
     ]
-    return max(found, key=lambda item: item.total)
+    return max(stages, key=lambda item: item.total)
 
 
 def _stage(
     model: Model, layout: Layout, cluster: Cluster, index: int, stage: Sequence[ShardGroupPlan], state: float
 ) -> Memory:
-    held = sum(shard_group.held for shard_group in stage)
-    cut = sum(shard_group.held / (shard_group.data if layout.distributed else 1) for shard_group in stage)
+    elements = sum(shard_group.local_elements for shard_group in stage)
+    cut = sum(shard_group.local_elements / (shard_group.data if layout.distributed else 1) for shard_group in stage)
     main = 4.0 * cut if layout.dtype != "fp32" else 0.0
-    grads = (2 if layout.grad_reduce_bf16 else 4) * held
+    grads = (2 if layout.grad_reduce_bf16 else 4) * elements
     # Megatron pads each of its buckets so that the shards of all ranks are equal and aligned to 64 elements
     padding = 0.0
     if layout.distributed:
         for shard_group in stage:
-            buckets = max(1.0, shard_group.held / max(40e6, 1e6 * shard_group.data * layout.instances))
+            buckets = max(1.0, shard_group.local_elements / max(40e6, 1e6 * shard_group.data * layout.instances))
             padding += buckets * 64 * shard_group.data / 2 * (layout.parameter_bytes + 4)
     kept = activations(model, layout, index) + _weight_gradient(model, layout, index)
-    in_bf16, in_fp8 = held, 0.0
+    in_bf16, in_fp8 = elements, 0.0
     if layout.fp8 is not None:
         quantized = sum(shard_group.quantized for shard_group in stage)
         in_fp8 = quantized * layout.fp8.copies(cluster.transposes) + sum(shard_group.scales for shard_group in stage)
@@ -191,7 +191,7 @@ def activations(model: Model, layout: Layout, stage: int) -> float:
 
 def least(model: Model, layout: Layout, cluster: Cluster) -> float:
     """Bytes of the fullest GPU without optimizer state, padding and workspace: a lower bound that needs no plan."""
-    found = 0.0
+    largest = 0.0
     for stage, (first, last) in enumerate(layout.stages(model)):
         dense, experts = held_elements(model, layout.tp, layout.etp, layout.ep, first, last)
         weights = layout.parameter_bytes * (dense + experts)
@@ -205,5 +205,5 @@ def least(model: Model, layout: Layout, cluster: Cluster) -> float:
             data = layout.data_parallel * layout.cp, layout.expert_data_parallel
             cut = [ranks / layout.instances for ranks in data] if layout.distributed else [1, 1]
             main = 4.0 * (dense / cut[0] + experts / cut[1])
-        found = max(found, weights + grads + main + activations(model, layout, stage))
-    return found + cluster.reserved
+        largest = max(largest, weights + grads + main + activations(model, layout, stage))
+    return largest + cluster.reserved

@@ -25,9 +25,9 @@ class Model(ModelSpec):
         """From Megatron's flags; refuses those that lack what a step needs, and models that are not described."""
         sized = () if flags.get("hybrid-layer-pattern") else ("num-layers",)
         required(flags, (*sized, "hidden-size", "num-attention-heads", "seq-length"))
-        found = super().of(flags)
-        assert isinstance(found, cls)
-        return found
+        model = super().of(flags)
+        assert isinstance(model, cls)
+        return model
 
     def priced(self) -> "Model":
         """The model itself; raises UserError for layers whose time and activations are not known."""

@@ -97,7 +97,7 @@ def shard_group_time(shard_group: ShardGroupPlan, layout: Layout, cluster: Clust
     ranks = shard_group.ranks
     seconds: list[dict[str, float]] = [{} for _ in range(ranks)]
     refresh, owned = [0.0] * ranks, [0.0] * ranks
-    found = OptimizerTime(asynchronous=not cluster.shared_cores)
+    time = OptimizerTime(asynchronous=not cluster.shared_cores)
     timed: dict[tuple[Any, ...], tuple[dict[str, float], float]] = {}
     for part in shard_group.plan.parts:
         name = part.matrix
@@ -113,39 +113,39 @@ def shard_group_time(shard_group: ShardGroupPlan, layout: Layout, cluster: Clust
         refresh[part.rank] += extra * share
         owned[part.rank] += share * part.shape[0] * part.shape[1]
         if extra:
-            found.refresh_every = max(found.refresh_every, cost.refresh_every)
-        found.staggered = found.staggered or bool(getattr(optimizer.config, "stagger", False))
-    every = found.refresh_every
+            time.refresh_every = max(time.refresh_every, cost.refresh_every)
+        time.staggered = time.staggered or bool(getattr(optimizer.config, "stagger", False))
+    every = time.refresh_every
     slowest = max(range(ranks), key=lambda rank: sum(seconds[rank].values()) + refresh[rank] / every)
     work = dict(seconds[slowest])
     element, state = _element_wise(shard_group, layout, cluster)
-    found.element_wise = work.pop("element-wise", 0.0) + element
+    time.element_wise = work.pop("element-wise", 0.0) + element
     over = cluster.overheads
     cut_over = shard_group.data if layout.distributed else 1
     shards = sum(
         over.by_optimizer.get(entry.optimizer.name, 0.0) * entry.pieces / cut_over for entry in shard_group.elements
     )
-    found.host = (
+    time.host = (
         work.pop("host", 0.0) + shards + over.fragment * shard_group.param_shards + over.bucket * shard_group.buckets
     )
-    found.by_class, found.refresh = work, refresh[slowest]
-    _exchange(found, shard_group, layout, cluster, max(owned))
+    time.by_class, time.refresh = work, refresh[slowest]
+    _exchange(time, shard_group, layout, cluster, max(owned))
     slow = cluster.crowding(layout.world) / cluster.optimizer_efficiency
-    found.by_class = {kind: value * slow for kind, value in found.by_class.items()}
-    found.host, found.refresh = found.host * slow, found.refresh * slow
-    found.element_wise *= cluster.crowding(layout.world, memory=True) / cluster.optimizer_efficiency
-    found.exchange_hidden = min(
-        found.exchange * cluster.overlap * max(0, shard_group.buckets - 1) / max(1, shard_group.buckets), found.compute
+    time.by_class = {kind: value * slow for kind, value in time.by_class.items()}
+    time.host, time.refresh = time.host * slow, time.refresh * slow
+    time.element_wise *= cluster.crowding(layout.world, memory=True) / cluster.optimizer_efficiency
+    time.exchange_hidden = min(
+        time.exchange * cluster.overlap * max(0, shard_group.buckets - 1) / max(1, shard_group.buckets), time.compute
     )
-    found.flops = sum(cost.mean_flops() for cost in shard_group.costs.values()) * shard_group.plan.instances
-    found.state_bytes = max(shard_group.plan.state_bytes) + state
-    _offload(found, shard_group, layout, cluster, state)
-    found.state_total = sum(shard_group.plan.state_bytes) * shard_group.plan.instances + state * ranks
-    found.imbalance = shard_group.plan.imbalance()
-    return found
+    time.flops = sum(cost.mean_flops() for cost in shard_group.costs.values()) * shard_group.plan.instances
+    time.state_bytes = max(shard_group.plan.state_bytes) + state
+    _offload(time, shard_group, layout, cluster, state)
+    time.state_total = sum(shard_group.plan.state_bytes) * shard_group.plan.instances + state * ranks
+    time.imbalance = shard_group.plan.imbalance()
+    return time
 
 
-def _offload(found: OptimizerTime, shard_group: ShardGroupPlan, layout: Layout, cluster: Cluster, state: float) -> None:
+def _offload(time: OptimizerTime, shard_group: ShardGroupPlan, layout: Layout, cluster: Cluster, state: float) -> None:
     """State in host memory: a batch's way in and another's way out under the computation of a third.
 
     Over B batches, the first comes and the last goes under nothing; each other hides under its share of the step's work.
@@ -157,20 +157,20 @@ def _offload(found: OptimizerTime, shard_group: ShardGroupPlan, layout: Layout, 
             f"--optimizer-cpu-offload: cluster {cluster.name} does not say how fast its hosts' memory is reached; add a "
             "section `host` as in clusters/h100.yaml."
         )
-    found.host_bytes = layout.engine.offloaded * found.state_bytes
-    found.state_bytes -= found.host_bytes
-    if not found.host_bytes:
+    time.host_bytes = layout.engine.offloaded * time.state_bytes
+    time.state_bytes -= time.host_bytes
+    if not time.host_bytes:
         return
     batches = shard_group.buckets + math.ceil(state / layout.engine.bucket_bytes)
-    found.offload_way = found.host_bytes / cluster.host.bandwidth + batches * cluster.host.latency
-    late = max(0.0, found.offload_way - found.compute * cluster.overlap)
-    found.offload = (2 * found.offload_way + (batches - 1) * late) / batches
+    time.offload_way = time.host_bytes / cluster.host.bandwidth + batches * cluster.host.latency
+    late = max(0.0, time.offload_way - time.compute * cluster.overlap)
+    time.offload = (2 * time.offload_way + (batches - 1) * late) / batches
 
 
 def _element_wise(shard_group: ShardGroupPlan, layout: Layout, cluster: Cluster) -> tuple[float, float]:
     """Seconds and state bytes, on each rank, of element-wise rules and of the engine's passes."""
     cut_over = shard_group.data if layout.distributed else 1
-    moved = shard_group.held / cut_over * (layout.parameter_bytes if layout.dtype != "fp32" else 0.0)
+    moved = shard_group.local_elements / cut_over * (layout.parameter_bytes if layout.dtype != "fp32" else 0.0)
     state = 0.0
     for entry in shard_group.elements:
         count = (entry.cut / shard_group.tp + entry.copied) / cut_over
@@ -178,28 +178,26 @@ def _element_wise(shard_group: ShardGroupPlan, layout: Layout, cluster: Cluster)
         moved += count * cost.elementwise_bytes
         state += count * cost.state_bytes
     if layout.engine.ema_decay:
-        moved += shard_group.held / cut_over * AVERAGE_BYTES
-        state += shard_group.held / cut_over * 4.0
+        moved += shard_group.local_elements / cut_over * AVERAGE_BYTES
+        state += shard_group.local_elements / cut_over * 4.0
     matrices = shard_group.matrix_numel / shard_group.tp / cut_over
     moved += matrices * (APPLY_BYTES + (TRAVEL_BYTES if shard_group.ranks > 1 else 0.0))
     projected = sum(info.numel for name, info in shard_group.infos.items() if shard_group.optimizers[name].projects)
     moved += projected / shard_group.tp / cut_over * PROJECT_BYTES
-    return cluster.pass_seconds(moved) + cluster.read_seconds(shard_group.held / cut_over * NORM_BYTES), state
+    return cluster.pass_seconds(moved) + cluster.read_seconds(shard_group.local_elements / cut_over * NORM_BYTES), state
 
 
-def _exchange(
-    found: OptimizerTime, shard_group: ShardGroupPlan, layout: Layout, cluster: Cluster, owned: float
-) -> None:
+def _exchange(time: OptimizerTime, shard_group: ShardGroupPlan, layout: Layout, cluster: Cluster, owned: float) -> None:
     """Bytes that the fullest sender sends, and their seconds: shards to owners, updates back, factors of cut matrices."""
     ranks = shard_group.ranks
     if ranks == 1 or not shard_group.infos:
         return
-    found.sent = dict(shard_group.sent) if shard_group.sent is not None else _estimated(shard_group, layout, owned)
-    among = dict.fromkeys(found.sent, ranks // shard_group.plan.instances)
+    time.sent = dict(shard_group.sent) if shard_group.sent is not None else _estimated(shard_group, layout, owned)
+    among = dict.fromkeys(time.sent, ranks // shard_group.plan.instances)
     if "gradients to owners" in among:  # which every instance has
         among["gradients to owners"] = ranks // layout.instances
-    found.exchange = sum(cluster.transfer(value, among[what]) for what, value in found.sent.items())
-    found.exchange += 2 * max(0, shard_group.buckets - 1) * cluster.link(ranks)[0].latency
+    time.exchange = sum(cluster.transfer(value, among[what]) for what, value in time.sent.items())
+    time.exchange += 2 * max(0, shard_group.buckets - 1) * cluster.link(ranks)[0].latency
 
 
 def _estimated(shard_group: ShardGroupPlan, layout: Layout, owned: float) -> dict[str, float]:

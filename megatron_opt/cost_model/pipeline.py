@@ -15,13 +15,13 @@ REMEDY = (
 def split_of(flags: Mapping[str, Any], layers: int, pp: int, virtual: int) -> tuple[int, ...]:
     """Layers of each virtual stage in the model's order, as Megatron cuts them; empty for an even cut."""
     if text := flags.get("pipeline-model-parallel-layout"):
-        found = parse_layout(str(text))
-        if len(found) != pp * virtual or sum(found) != layers:
+        split = parse_layout(str(text))
+        if len(split) != pp * virtual or sum(split) != layers:
             raise UserError(
-                f"--pipeline-model-parallel-layout {text!r} has {sum(found)} layers on {len(found)} stages; the model "
+                f"--pipeline-model-parallel-layout {text!r} has {sum(split)} layers on {len(split)} stages; the model "
                 f"has {layers}, and PP {pp} × {virtual} virtual stages are {pp * virtual}."
             )
-        return found
+        return split
     first = flags.get("decoder-first-pipeline-num-layers")
     last = flags.get("decoder-last-pipeline-num-layers")
     embedding = bool(flags.get("account-for-embedding-in-pipeline-split"))
@@ -64,12 +64,12 @@ def parse_layout(text: str) -> tuple[int, ...]:
     """Layers by stage of Megatron's --pipeline-model-parallel-layout, such as Et*3|(tt|)*29,m|L."""
     plain = text.replace(" ", "").replace(",", "")
     group = re.compile(r"\(([^()]*)\)\*(\d+)|\(([^()]*)\)(?!\*)|([^()*|])\*(\d+)")
-    while found := group.search(plain):
-        inside, times, alone, letter, repeated = found.groups()
+    while match := group.search(plain):
+        inside, times, alone, letter, repeated = match.groups()
         new = alone if alone is not None else (inside * int(times) if inside is not None else letter * int(repeated))
         if len(new) > 10_000:
             break
-        plain = plain[: found.start()] + new + plain[found.end() :]
+        plain = plain[: match.start()] + new + plain[match.end() :]
     if set(plain) - set("EtmL|") or not plain.startswith("E") or not plain.endswith("L"):
         raise UserError(f"--pipeline-model-parallel-layout {text!r} is not like Et*3|(tt|)*29m|L: E, t, m, L and |.")
     return tuple(stage.count("t") for stage in plain.split("|"))
@@ -96,9 +96,9 @@ def balanced(weights: Sequence[float], ends: tuple[float, float], parts: int) ->
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (low, middle) if cut(middle) is not None else (middle, high)
-    found = cut(high, spread=True) or cut(high)
-    assert found is not None
-    return tuple(found)
+    lightest = cut(high, spread=True) or cut(high)
+    assert lightest is not None
+    return tuple(lightest)
 
 
 def split_flags(split: Sequence[int], pp: int, virtual: int) -> str:
@@ -129,7 +129,7 @@ def _short(stages: list[str]) -> str:
         run = 1
         while at + run < len(stages) - 1 and stages[at + run] == stages[at]:
             run += 1
-        body = re.sub(r"t{2,}", lambda found: f"t*{len(found.group())}", stages[at]) if run == 1 else stages[at]
+        body = re.sub(r"t{2,}", lambda run_of_t: f"t*{len(run_of_t.group())}", stages[at]) if run == 1 else stages[at]
         last = at + run == len(stages)
         parts.append(body + ("" if last else "|") if run == 1 else f"({body}|)*{run}")
         at += run

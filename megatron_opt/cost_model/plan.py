@@ -1,11 +1,10 @@
 """The optimizer's own plan for a layout: the rules' `cost()` and the engine's packing, group by group."""
 
-import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_opt import quiet
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.model import Model, Parameter
 from megatron_opt.distributed import planning
@@ -44,7 +43,7 @@ class ShardGroupPlan:
     buckets: int
     elements: list[Elements] = field(default_factory=list)
     parameters: int = 0  # of the whole shard group
-    held: float = 0.0  # of one rank, replicas of tensor parallelism included
+    local_elements: float = 0.0  # of one rank, replicas of tensor parallelism included
     quantized: float = 0.0  # of those, the weights of FP8 products
     scales: float = 0.0  # bytes of their scales
     param_shards: int = 0  # parameter shards that one rank holds at most
@@ -70,9 +69,9 @@ def plans(
     """
     stages = layout.stages(model)
     local = range(model.experts // layout.ep) if model.experts else range(0)
-    held = [model.parameters(first, last, local, copy=True) for first, last in stages]
+    by_stage = [model.parameters(first, last, local, copy=True) for first, last in stages]
     seen: dict[str, MatrixInfo] = {}
-    for parameters in held:
+    for parameters in by_stage:
         for parameter in parameters:
             for info in model.infos(parameter):
                 seen.setdefault(info.name, info)
@@ -80,8 +79,8 @@ def plans(
     group_of = {info.name: group for group in groups for info in group.infos}
     optimizers = {group.name: registry.build(group.optimizer, dict(group.options)) for group in groups}
     known: dict[tuple[Any, ...], list[ShardGroupPlan]] = {}
-    found = []
-    for (first, last), parameters in zip(stages, held, strict=True):
+    planned = []
+    for (first, last), parameters in zip(stages, by_stage, strict=True):
         symbols = tuple(model.symbol(layer) for layer in range(first, last)) if model.pattern else ()
         key = (
             last - first,
@@ -97,8 +96,8 @@ def plans(
             # the engine cuts stages evenly: uneven ones keep the estimate
             if exact and not layout.split and dense.infos and 1 < dense.ranks <= ROUTED:
                 dense.sent = _sent(model, layout, grouping, stages.index((first, last)))
-        found.append(known[key])
-    return found
+        planned.append(known[key])
+    return planned
 
 
 def _kept(model: Model, layout: Layout, first: int, last: int) -> tuple[bool, ...]:
@@ -120,15 +119,13 @@ def _sent(model: Model, layout: Layout, grouping: Sequence[ParamGroupConfig], st
         index: [[p for p in model.parameters(*edges, copy=True) if p.expert is None or not sizes.experts_apart]]
         for index, edges in enumerate(layout.stages(model))
     }
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no compiler is needed here
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Megatron's modules say of packages that it would use on a GPU
-        found, *_ = planning.plan_model(
+    with quiet.quieted():
+        plan, *_ = planning.plan_model(
             stages, model.geometry, sizes, _without_experts(grouping), layout.engine, [stage]
         )  # fmt: skip
-    totals = found.sent_by_rank()
+    totals = plan.sent_by_rank()
     fullest = max(totals, key=lambda rank: totals[rank])
-    return {kind: values[fullest] for kind, values in found.sent.items() if values[fullest]}
+    return {kind: values[fullest] for kind, values in plan.sent.items() if values[fullest]}
 
 
 def _without_experts(grouping: Sequence[ParamGroupConfig]) -> list[ParamGroupConfig]:
@@ -147,11 +144,13 @@ def _stage(
     apart = layout.ep > 1 or layout.etp != layout.tp  # as Megatron decides whether experts have groups of their own
     dense = [p for p in parameters if p.expert is None or not apart]
     experts = [p for p in parameters if p.expert is not None and apart]
-    found = [_shard_group(model, layout, dense, group_of, optimizers, name, layout.dense_ranks, layout.tp)]
+    shard_groups = [_shard_group(model, layout, dense, group_of, optimizers, name, layout.dense_ranks, layout.tp)]
     if experts:
         title = f"experts of {name}"
-        found.append(_shard_group(model, layout, experts, group_of, optimizers, title, layout.expert_ranks, layout.etp))
-    return found
+        shard_groups.append(
+            _shard_group(model, layout, experts, group_of, optimizers, title, layout.expert_ranks, layout.etp)
+        )
+    return shard_groups
 
 
 def _shard_group(
@@ -167,17 +166,17 @@ def _shard_group(
     infos: dict[str, MatrixInfo] = {}
     matrix_optimizers: dict[str, Any] = {}
     elements: dict[str, Elements] = {}
-    held, param_shards = 0.0, 0
+    kept_elements, param_shards = 0.0, 0
     quantized, scales, fp8 = 0.0, 0.0, layout.fp8
     for parameter in parameters:
-        held += parameter.held(tp)
-        found = model.infos(parameter)
-        if fp8 is not None and fp8.covers(found[0].kind, parameter.shape, parameter.layer, model.layers):
-            quantized += parameter.held(tp)
+        kept_elements += parameter.local_elements(tp)
+        matrices = model.infos(parameter)
+        if fp8 is not None and fp8.covers(matrices[0].kind, parameter.shape, parameter.layer, model.layers):
+            quantized += parameter.local_elements(tp)
             scales += fp8.scale_bytes(
                 [-(-n // (tp if i == parameter.cut else 1)) for i, n in enumerate(parameter.shape)]
             )
-        for info in found:
+        for info in matrices:
             group = group_of[info.name]
             optimizer = optimizers[group.name]
             param_shards += 1
@@ -210,7 +209,7 @@ def _shard_group(
         buckets,
         list(elements.values()),
         sum(p.numel for p in parameters),
-        held,
+        kept_elements,
         quantized,
         scales,
         -(-param_shards // data) + 2 if layout.distributed else param_shards,

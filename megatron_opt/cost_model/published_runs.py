@@ -27,7 +27,7 @@ class Run:
     source: str
     assumed: str
     recipe: str = ""  # of FP8
-    held: bool = False  # no rate was fitted to it
+    held_out: bool = False  # no rate was fitted to it
 
     @property
     def ratio(self) -> float:
@@ -38,7 +38,7 @@ class Run:
 def published_runs(clusters: Iterable[str] = ()) -> list[Run]:
     """Every run of the table (or those on some clusters) with its prediction."""
     text = (resources.files("megatron_opt") / "cost_model" / "published_runs.yaml").read_text(encoding="utf-8")
-    content, wanted, found = yaml.safe_load(text), set(clusters), []
+    content, wanted, runs = yaml.safe_load(text), set(clusters), []
     for row in content["runs"]:
         if wanted and row["cluster"] not in wanted:
             continue
@@ -46,7 +46,7 @@ def published_runs(clusters: Iterable[str] = ()) -> list[Run]:
         step = predict(parse(words)[0], load(row["cluster"]), row["gpus"], exact=False)
         flops = step.model.step_flops_per_token
         tokens = row.get("tokens") or row["tflops"] * 1e12 / flops
-        found.append(
+        runs.append(
             Run(
                 f"{row['model']}, {row['gpus']} × {row['cluster']}, {step.layout.name()}"
                 + (f", {step.layout.fp8.recipe}" if step.layout.fp8 else ""),
@@ -58,10 +58,10 @@ def published_runs(clusters: Iterable[str] = ()) -> list[Run]:
                 content["sources"][row["source"]],
                 row.get("assumed", ""),
                 step.layout.fp8.recipe if step.layout.fp8 else "",
-                row.get("held", False),
+                row.get("held_out", False),
             )
         )
-    return found
+    return runs
 
 
 def spread(runs: Iterable[Run]) -> tuple[float, float, float, int]:

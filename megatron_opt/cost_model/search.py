@@ -69,13 +69,13 @@ def splits(model: Model, pp: int, virtual: int) -> tuple[tuple[int, ...], ...]:
 
 def recomputations(model: Model, base: Layout) -> list[tuple[str, tuple[str, ...]]]:
     """None, selective and full; selective drops what is cheap to make again: norms, activations, MLA's up-projections."""
-    found: list[tuple[str, tuple[str, ...]]] = [("none", ()), ("full", ())]
+    ways: list[tuple[str, tuple[str, ...]]] = [("none", ()), ("full", ())]
     modules: tuple[str, ...] = () if base.flash else ("core_attn",)
     if model.experts or model.mla:
         modules += ("layernorm",) + (("moe_act",) if model.experts else ()) + (("mla_up_proj",) if model.mla else ())
     if modules:
-        found.insert(1, ("selective", modules))
-    return found
+        ways.insert(1, ("selective", modules))
+    return ways
 
 
 # flags whose values a search tries
@@ -143,19 +143,19 @@ def search(
     model, base = _base(flags, cluster)
     group_configs = flag_reader.grouping(flags)
     name, decay = str(flags.get("optimizer", "adamw")), str(flags.get("decay-mode", "decoupled"))
-    found, report = SearchResult([], Counter()), _Progress(progress)
+    result, report = SearchResult([], Counter()), _Progress(progress)
     fitting: list[tuple[float, int, Layout]] = []
     for layout in candidates(model, base, cluster, world):
-        found.tried += 1
-        report.say(f"{found.tried:,} layouts tried, {len(fitting):,} may fit")
+        result.tried += 1
+        report.say(f"{result.tried:,} layouts tried, {len(fitting):,} may fit")
         if problem := layout.problem(model):
-            found.refuse(_reason(problem), layout, problem)
+            result.refuse(_reason(problem), layout, problem)
         elif (bytes_ := least(model, layout, cluster)) > cluster.memory:
-            found.refuse(MEMORY, layout, f"needs {bytes_ / 1e9:.0f} GB of {cluster.memory / 1e9:.0f} GB")
+            result.refuse(MEMORY, layout, f"needs {bytes_ / 1e9:.0f} GB of {cluster.memory / 1e9:.0f} GB")
         else:
             busy, bubble = pipeline_seconds(model, layout, cluster)
             seconds = busy + bubble + traffic(model, layout, cluster, busy).exposed
-            fitting.append((seconds, found.tried, layout))
+            fitting.append((seconds, result.tried, layout))
     fitting.sort()
     works: dict[tuple[Any, ...], OptimizerWork] = {}
     best: dict[tuple[int, ...], Step] = {}
@@ -163,7 +163,7 @@ def search(
         times = sorted(step.seconds for step in best.values())
         if len(times) >= top and seconds > times[top - 1]:
             for _, _, rest in fitting[index:]:
-                found.refuse(SIBLING if _sizes(rest) in best else SLOWER, rest)
+                result.refuse(SIBLING if _sizes(rest) in best else SLOWER, rest)
             break
         report.say(f"{index + 1:,} of {len(fitting):,} layouts that may fit, with the optimizer", index == 0)
         key = (
@@ -180,19 +180,19 @@ def search(
         step = predict_layout(model, layout, cluster, group_configs, name, decay, works[key])
         other = best.get(_sizes(layout))
         if step.memory.total > cluster.memory:
-            found.refuse(MEMORY, layout, f"needs {step.memory.total / 1e9:.0f} GB of {cluster.memory / 1e9:.0f} GB")
+            result.refuse(MEMORY, layout, f"needs {step.memory.total / 1e9:.0f} GB of {cluster.memory / 1e9:.0f} GB")
         elif other is not None and other.seconds <= step.seconds:
-            found.refuse(SIBLING, layout)
+            result.refuse(SIBLING, layout)
         else:
             if other is not None:
-                found.refuse(SIBLING, other.layout)
+                result.refuse(SIBLING, other.layout)
             best[_sizes(layout)] = step
     ranked = sorted(best.values(), key=lambda step: step.seconds)
     for step in ranked[top:]:
-        found.refuse(SLOWER.replace(" even before its optimizer is counted", ""), step.layout)
-    found.steps = ranked[:top]
+        result.refuse(SLOWER.replace(" even before its optimizer is counted", ""), step.layout)
+    result.steps = ranked[:top]
     report.end()
-    return found
+    return result
 
 
 def _base(flags: Mapping[str, Any], cluster: Cluster) -> tuple[Model, Layout]:
@@ -241,7 +241,7 @@ def _reason(problem: str) -> str:
     return " ".join(word for word in problem.split() if not any(c.isdigit() for c in word))
 
 
-def table(found: SearchResult, top: int = 10) -> str:
+def table(result: SearchResult, top: int = 10) -> str:
     """Ranked layouts, the flags of uneven cuts, then what fell out and why."""
     head = (
         "rank",
@@ -257,7 +257,7 @@ def table(found: SearchResult, top: int = 10) -> str:
         "memory GB",
     )
     rows = [head]
-    for rank, step in enumerate(found.steps[:top], 1):
+    for rank, step in enumerate(result.steps[:top], 1):
         o = step.layout
         rows.append(
             (
@@ -279,21 +279,21 @@ def table(found: SearchResult, top: int = 10) -> str:
         "  ".join(cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))
         for row in rows
     ]
-    if not found.steps:
+    if not result.steps:
         lines = ["no layout fits"]
     lines.append("")
-    if found.steps:
-        lines += [caveat(found.steps[0]), ""]
+    if result.steps:
+        lines += [caveat(result.steps[0]), ""]
     notes: dict[str, list[str]] = {}
-    for rank, step in enumerate(found.steps[:top], 1):
+    for rank, step in enumerate(result.steps[:top], 1):
         o = step.layout
         if words := split_flags(o.split, o.pp, o.virtual):
             notes.setdefault(words, []).append(str(rank))
         if o.modules:
             notes.setdefault(f"--recompute-modules {' '.join(o.modules)}", []).append(str(rank))
     lines += [f"{words}  (rank {', '.join(ranks)})" for words, ranks in notes.items()] + [""] * bool(notes)
-    lines.append(f"{found.tried:,} layouts tried, {len(found.steps)} shown; fell out:")
-    for reason, times in found.refused.most_common():
-        example = found.examples.get(reason)
+    lines.append(f"{result.tried:,} layouts tried, {len(result.steps)} shown; fell out:")
+    for reason, times in result.refused.most_common():
+        example = result.examples.get(reason)
         lines.append(f"  {times:>7,}  {reason}" + (f" (such as {example})" if example else ""))
     return "\n".join(lines)

@@ -30,8 +30,8 @@ class Speedup:
     @property
     def wall_clock(self) -> tuple[float, float, float]:
         """Token speedup over the ratio of step times: value and 90% interval."""
-        found = self.tokens.speedup
-        return found.value / self.ratio, found.low / self.ratio, found.high / self.ratio
+        tokens = self.tokens.speedup
+        return tokens.value / self.ratio, tokens.low / self.ratio, tokens.high / self.ratio
 
     def text(self) -> str:
         """Two sentences."""
@@ -69,16 +69,16 @@ def speedup(
     return Speedup(against, known.name, ratio, tokens, chinchilla, chance)
 
 
-def as_dict(found: Speedup) -> dict[str, Any]:
+def as_dict(speedup: Speedup) -> dict[str, Any]:
     """The numbers; an infinite speedup is null."""
-    value, low, high = (x if np.isfinite(x) else None for x in found.wall_clock)
-    s = found.tokens.speedup
+    value, low, high = (x if np.isfinite(x) else None for x in speedup.wall_clock)
+    s = speedup.tokens.speedup
     return {
-        "against": found.against,
-        "study": found.study,
-        "step_time_ratio": found.ratio,
-        "chinchilla": found.chinchilla,
+        "against": speedup.against,
+        "study": speedup.study,
+        "step_time_ratio": speedup.ratio,
+        "chinchilla": speedup.chinchilla,
         "token_speedup": {key: x if np.isfinite(x) else None for key, x in vars(s).items()},
         "wall_clock_speedup": {"value": value, "low": low, "high": high},
-        "chance_of_saving": found.chance,
+        "chance_of_saving": speedup.chance,
     }

@@ -267,10 +267,10 @@ def cast_seconds(model: Model, layout: Layout, cluster: Cluster, expert: bool) -
     shape, tp = layer_shape(model, expert), layout.tp
     tokens = layout.local_tokens(model)
     elements = tokens * shape.weights.sides(tp, layout.sequence_shards)
-    weights = shape.weights.held(tp)
+    weights = shape.weights.local_elements(tp)
     if expert:
         elements += tokens * model.topk * shape.expert_weights.sides(layout.etp, 1) / tp * layout.etp
-        weights += shape.expert_weights.held(layout.etp) * model.experts / layout.ep
+        weights += shape.expert_weights.local_elements(layout.etp) * model.experts / layout.ep
     return (elements + weights / layout.microbatches) * layout.fp8.cast_bytes(cluster.transposes) / cluster.bandwidth
 
 
@@ -286,12 +286,14 @@ def stage_seconds(model: Model, layout: Layout, cluster: Cluster) -> list[float]
     """Forward and backward of one micro-batch on each pipeline stage, communication aside."""
     slow = cluster.crowding(layout.world) / cluster.step_efficiency
     plain = replace(layout, fp8=None)
-    found: list[float] = []
+    by_stage: list[float] = []
     for first, last in layout.stages(model):
-        seconds = head_seconds(model, layout, cluster) if last == model.layers and len(found) == layout.pp - 1 else 0.0
+        seconds = (
+            head_seconds(model, layout, cluster) if last == model.layers and len(by_stage) == layout.pp - 1 else 0.0
+        )
         quantized = quantized_kinds(model, layout, first, last)
         for expert, (count, in_fp8) in enumerate(zip(kinds(model, first, last), quantized, strict=True)):
             for number, how in ((in_fp8, layout), (count - in_fp8, plain)):
                 seconds += number * layer_seconds(model, how, cluster, bool(expert)) if number else 0.0
-        found.append(seconds * slow)
-    return found
+        by_stage.append(seconds * slow)
+    return by_stage

@@ -198,14 +198,14 @@ def plots(rows: Sequence[Mapping[str, Any]], title: str, optimizers: Sequence[st
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = {}
+    images = {}
     labels = {"batch": "tokens a step (7B, 64 GPUs)", "width": "width (32 layers, 64 GPUs, TP8)"}
     for sweep, label in labels.items():
         figure, axis = plt.subplots(figsize=(7, 4.5))
         for optimizer in optimizers:
             _line(axis, rows, optimizer, sweep=sweep)
         _finish(axis, label, title)
-        found[sweep] = _png(figure)
+        images[sweep] = _png(figure)
         plt.close(figure)
     models = list(dict.fromkeys(row["model"] for row in rows if row["sweep"] == "gpus"))
     figure, axes = plt.subplots(2, 4, figsize=(16, 8), sharey=True)
@@ -216,9 +216,9 @@ def plots(rows: Sequence[Mapping[str, Any]], title: str, optimizers: Sequence[st
     for axis in axes.flat[len(models) :]:
         axis.axis("off")
     figure.suptitle(title)
-    found["gpus"] = _png(figure)
+    images["gpus"] = _png(figure)
     plt.close(figure)
-    return found
+    return images
 
 
 def _line(axis: Any, rows: Sequence[Mapping[str, Any]], optimizer: str, **where: str) -> None:

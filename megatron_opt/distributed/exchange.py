@@ -25,8 +25,8 @@ class Item:
     """One region on its way between a parameter shard and a part."""
 
     param_shard: int  # index on the holder
-    offset: int  # of the held rectangle in the parameter shard
-    held: tuple[int, int]  # its shape
+    offset: int  # of the rectangle in the parameter shard
+    shape: tuple[int, int]  # of that rectangle
     inside: Region  # what of it travels, counted from its corner
     part: tuple[str, int]
     buffer: Region  # where it lies in the part
@@ -36,7 +36,7 @@ class Item:
         return self.inside.numel
 
     def of_param_shard(self, flat: Tensor) -> Tensor:
-        rows, cols = self.held
+        rows, cols = self.shape
         r0, r1, c0, c1 = self.inside
         if c1 - c0 == cols:  # whole rows: contiguous
             return flat[self.offset + r0 * cols : self.offset + r1 * cols].view(r1 - r0, cols)
@@ -86,15 +86,15 @@ def find_routes(
     for part in parts:
         by_matrix.setdefault(part.matrix, []).append(part)
     where = {name: index for index, bucket in enumerate(buckets) for name in bucket}
-    held: dict[str, dict[Region, list[tuple[int, int, Rect]]]] = {}
+    rects_of: dict[str, dict[Region, list[tuple[int, int, Rect]]]] = {}
     for holder, rects in enumerate(holdings):
         for param_shard, rect in rects:
             if rect.matrix in where:
-                held.setdefault(rect.matrix, {}).setdefault(rect.region, []).append((holder, param_shard, rect))
+                rects_of.setdefault(rect.matrix, {}).setdefault(rect.region, []).append((holder, param_shard, rect))
     routes = [Route(_empty(size), _empty(size), _empty(size), _empty(size)) for _ in buckets]
-    for name in sorted(held):
+    for name in sorted(rects_of):
         route = routes[where[name]]
-        for region, holders in sorted(held[name].items()):
+        for region, holders in sorted(rects_of[name].items()):
             for part in by_matrix[name]:
                 met = region.intersect(part.bounds)
                 if met is None:
@@ -145,8 +145,8 @@ class Traffic:
 class AsyncTransfer:
     """An all-to-all under way; `finish` waits and hands out what arrived."""
 
-    def __init__(self, work: Any, received: Tensor | None, places: list[tuple[Callable[[], Tensor], int]]) -> None:
-        self._work, self._received, self._places = work, received, places
+    def __init__(self, work: Any, received: Tensor | None, targets: list[tuple[Callable[[], Tensor], int]]) -> None:
+        self._work, self._received, self._targets = work, received, targets
 
     def finish(self) -> None:
         """Wait, then copy every message to its place."""
@@ -154,8 +154,8 @@ class AsyncTransfer:
             self._work.wait()
         if self._received is None:
             return
-        targets = [place() for place, _ in self._places]
-        arrived = self._received.split([count for _, count in self._places])
+        targets = [find_target() for find_target, _ in self._targets]
+        arrived = self._received.split([count for _, count in self._targets])
         copy_all(targets, [piece.view(target.shape) for piece, target in zip(arrived, targets, strict=True)])
 
 
@@ -182,7 +182,7 @@ class Exchange:
         dtype: torch.dtype | None = None,
     ) -> AsyncTransfer:
         """Send tensors `outgoing[d]` to rank d and put what comes from rank s into `incoming[s]`, sizes `counts[s]`."""
-        copy_all([place() for place in incoming[self.rank]], outgoing[self.rank])
+        copy_all([target() for target in incoming[self.rank]], outgoing[self.rank])
         if self.size == 1:
             return AsyncTransfer(None, None, [])
         dtype = dtype or self.dtype
@@ -197,8 +197,8 @@ class Exchange:
         received = torch.empty(sum(out_splits), dtype=dtype, device=device)
         self.traffic.add(what, message.numel() * message.element_size())
         work = dist.all_to_all_single(received, message, out_splits, in_splits, group=self.group, async_op=True)
-        places = [(place, count) for r in others for place, count in zip(incoming[r], counts[r], strict=True)]
-        return AsyncTransfer(work, received, places)
+        targets = [(target, count) for r in others for target, count in zip(incoming[r], counts[r], strict=True)]
+        return AsyncTransfer(work, received, targets)
 
     def gather(
         self,

@@ -36,8 +36,8 @@ class Fp8Weights:
         if not quantized:
             return None
         _check(quantized[0].param, chunks[0].ddp_config)
-        held = {id(param_shard.view.param): param_shard for param_shard in param_shards}
-        chosen = [held.get(id(view.param)) for view in quantized]
+        shard_of = {id(param_shard.view.param): param_shard for param_shard in param_shards}
+        chosen = [shard_of.get(id(view.param)) for view in quantized]
         buffers = [_buffer(chunks[view.chunk], view.param) for view in quantized]
         if not _has_one_scale(quantized[0].param):  # blocks of another TP rank's shard are other blocks
             group = buffers[0].data_parallel_group
@@ -75,8 +75,8 @@ def _check(param: Any, ddp_config: Any) -> None:
     """Refuse them also where flags are not this project's (the plugin)."""
     delayed = type(param._get_quantizer()).__name__ == "Float8Quantizer"
     recipe = "delayed" if delayed else "mxfp8" if _is_mx(param) else "tensorwise"
-    if found := conflict(recipe, bool(ddp_config.overlap_param_gather)):
-        raise UserError(f"--fp8-param-gather does not go with {found}; remove one of them.")
+    if complaint := conflict(recipe, bool(ddp_config.overlap_param_gather)):
+        raise UserError(f"--fp8-param-gather does not go with {complaint}; remove one of them.")
 
 
 def _has_one_scale(param: Any) -> bool:

@@ -94,8 +94,8 @@ class HostStates:
         with self._on(0):
             for state in states:
                 for name, home in state.home.items():
-                    place = half[start : start + _bytes(home)].view(home.dtype).view(home.shape)
-                    state[name] = place.copy_(home, non_blocking=True)
+                    copy = half[start : start + _bytes(home)].view(home.dtype).view(home.shape)
+                    state[name] = copy.copy_(home, non_blocking=True)
                     start += _room(home)
                     self.moved["to the device"] += _bytes(home)
                     self._here += _bytes(home)

@@ -1,7 +1,7 @@
 """Jobs: matrices to place, and where they may be cut.
 
 A matrix is a grid of tiles that need nothing of each other; a tile may be cut into shards whose ranks exchange while they
-step. Places in a job count the tiles row by row, and within each tile the rows or columns of the side that may be cut.
+step. Units of a job count the tiles row by row, and within each tile the rows or columns of the side that may be cut.
 """
 
 import functools
@@ -80,12 +80,12 @@ class Job:
 
     @property
     def depth(self) -> int:
-        """Places in a tile."""
+        """Units in a tile: itself, or rows or columns of it that may go to different ranks."""
         return 1 if self.shard_dim is None else self.shape[self.shard_dim]
 
     @property
-    def places(self) -> int:
-        """Places in the matrix."""
+    def units(self) -> int:
+        """Units in the matrix."""
         rows, columns = self.grid
         return rows * columns * self.depth
 
@@ -112,7 +112,7 @@ class Job:
         return self.weights[shape]
 
     def parts(self, runs: Sequence[Run]) -> list[tuple[ComputeShard, Cost]]:
-        """Parts for runs in ascending order that cover all places, and their costs."""
+        """Parts for runs in ascending order that cover all units, and their costs."""
         depth, side = self.depth, self.shard_dim or 0
         submatrices: list[
             tuple[Region, list[Run]]
@@ -163,6 +163,6 @@ class Job:
 
 def even(job: Job, ranks: int) -> list[Run]:
     """Nearly equal runs on all ranks, none empty."""
-    count = min(ranks, job.places)
-    edges = [job.places * rank // count for rank in range(count + 1)]
+    count = min(ranks, job.units)
+    edges = [job.units * rank // count for rank in range(count + 1)]
     return [(rank, *edge) for rank, edge in enumerate(pairwise(edges))]

@@ -109,11 +109,11 @@ class MatrixStep:
         if not self.host.fraction:
             return [[] for _ in self.placed.buckets]
         where = {name: index for index, names in enumerate(self.placed.buckets) for name in names}
-        found: list[list[State]] = [[] for _ in self.placed.buckets]
+        batches: list[list[State]] = [[] for _ in self.placed.buckets]
         for states in (self.states, self.shared):
             for key, state in states.items():
-                found[where[key[0]]].append(state)
-        return found
+                batches[where[key[0]]].append(state)
+        return batches
 
     def _join_norms(self) -> None:
         """Norms of parts become those of their matrices, at every part."""
@@ -251,9 +251,9 @@ class MatrixStep:
                     outgoing[part.rank].append(as_bytes(collective.outgoing(tensor, other)))
                     pieces.append(tensor.new_empty(collective.arriving(index, other)))
                     incoming[part.rank].append(as_bytes(pieces[-1]))
-            places = [[(lambda t=t: t) for t in items] for items in incoming]
+            targets = [[(lambda t=t: t) for t in items] for items in incoming]
             counts = [[t.numel() for t in items] for items in incoming]
-            exchange.start(outgoing, places, counts, "between shards", torch.uint8).finish()
+            exchange.start(outgoing, targets, counts, "between shards", torch.uint8).finish()
             for key, pieces in arrived.items():
                 resume(key, self.collectives[key][turn].joined(pieces))
         for _, part in mine.values():

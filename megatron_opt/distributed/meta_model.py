@@ -2,13 +2,13 @@
 
 import contextlib
 import re
-import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from megatron_opt import quiet
 from megatron_opt.errors import UserError
 from megatron_opt.layout.kinds import find_kind
 from megatron_opt.layout.names import global_names
@@ -69,8 +69,7 @@ def build_chunks(
     virtual = getattr(args, "virtual_pipeline_model_parallel_size", None)
     if "M" in (getattr(args, "hybrid_layer_pattern", None) or ""):  # Mamba's layers draw numbers all the same
         tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    with warnings.catch_warnings(), torch.device(device):
-        warnings.simplefilter("ignore")  # what Megatron's modules say of packages that it would use on a GPU
+    with quiet.quieted(), torch.device(device):
         config = model_config(sizes)
         builder = config.get_builder_cls()(config)
         groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -86,21 +86,21 @@ def _whole(jobs: Sequence[Job], ranks: int, both: bool = False) -> dict[str, lis
     heap = [(0.0, 0.0, rank) for rank in range(ranks)]  # size, bytes of state, rank
     runs: dict[str, list[Run]] = {}
     for job in sorted(jobs, key=lambda job: (-sizes[job.matrix], job.matrix)):
-        size, held, rank = heapq.heappop(heap)
-        runs[job.matrix] = [(rank, 0, job.places)]
-        heapq.heappush(heap, (size + sizes[job.matrix], held + job.cost.state_bytes, rank))
+        size, state_bytes, rank = heapq.heappop(heap)
+        runs[job.matrix] = [(rank, 0, job.units)]
+        heapq.heappush(heap, (size + sizes[job.matrix], state_bytes + job.cost.state_bytes, rank))
     return runs
 
 
 def _wrapped(jobs: Sequence[Job], ranks: int, both: bool) -> dict[str, list[Run]]:
     """What may be cut, packed around whole matrices."""
-    placed = _whole([job for job in jobs if job.places == 1], ranks)
+    placed = _whole([job for job in jobs if job.units == 1], ranks)
     loads, states = [0.0] * ranks, [0.0] * ranks
     for job in jobs:
         for rank, _, _ in placed.get(job.matrix, []):
             loads[rank] += job.load
             states[rank] += job.cost.state_bytes
-    return placed | pack_wraparound([job for job in jobs if job.places > 1], loads, states, both)
+    return placed | pack_wraparound([job for job in jobs if job.units > 1], loads, states, both)
 
 
 def _plan(jobs: Sequence[Job], ranks: int, placed: dict[str, list[Run]]) -> Plan:
@@ -176,8 +176,8 @@ def pack(jobs: Sequence[Job], ranks: int, mode: str = "auto", most: float = BALA
         return plans[-1].is_balanced(most)
 
     if mode == "sharded":
-        whole = _whole([job for job in order if job.places == 1], ranks)
-        return _plan(order, ranks, {job.matrix: even(job, ranks) for job in order if job.places > 1} | whole)
+        whole = _whole([job for job in order if job.units == 1], ranks)
+        return _plan(order, ranks, {job.matrix: even(job, ranks) for job in order if job.units > 1} | whole)
     if mode == "owner":
         return _plan(order, ranks, _whole(order, ranks))
     if mode == "auto" and (add(_whole(order, ranks)) or add(_whole(order, ranks, both=True))):

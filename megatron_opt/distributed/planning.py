@@ -129,7 +129,10 @@ def _holdings(
                 for rect in rectangles(views[index], start, stop):
                     entry = holders_of.setdefault(rect.matrix, {}).setdefault(rect.region, (rect, []))
                     entry[1].extend(holders)
-    listed = {name: [(rect, sorted(ranks)) for rect, ranks in places.values()] for name, places in holders_of.items()}
+    listed = {
+        name: [(rect, sorted(ranks)) for rect, ranks in ranks_of_rect.values()]
+        for name, ranks_of_rect in holders_of.items()
+    }
     return listed, infos, tp * replicas
 
 
@@ -183,9 +186,9 @@ def sent_in_a_step(shard_group: Any, step: Any) -> dict[str, list[float]]:
         for _, rect in rects:
             if rect.matrix in step.infos:
                 holders_of.setdefault(rect.matrix, {}).setdefault(rect.region, (rect, []))[1].append(rank)
-    places = {name: list(each.values()) for name, each in holders_of.items()}
+    holders = {name: list(each.values()) for name, each in holders_of.items()}
     width, near = shard_group.exchange.dtype.itemsize, shard_group.size // shard_group.instances
-    return _sent(places, step.placed.plan, step.optimizers, step.infos, step.placed.buckets, width, near)
+    return _sent(holders, step.placed.plan, step.optimizers, step.infos, step.placed.buckets, width, near)
 
 
 def plan_model(
@@ -266,7 +269,7 @@ def show(plans: Sequence[ShardGroupPlan], folder: str | None = None) -> None:
             continue
         plan = group_plan.plan
         content = {
-            "domain": group_plan.name,
+            "shard_group": group_plan.name,
             "digest": plan.digest(),
             "flops": plan.flops,
             "state_bytes": plan.state_bytes,

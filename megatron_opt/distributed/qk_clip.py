@@ -96,11 +96,11 @@ class QkClip:
             names.update(part)
         self.layers = sorted(names, key=_natural)
         self.row_of = {name: index for index, name in enumerate(self.layers)}
-        self.held: dict[str, list[tuple[ParamShard, Any]]] = {}  # rectangles of this rank by matrix
+        self.rects_of: dict[str, list[tuple[ParamShard, Any]]] = {}  # rectangles of this rank by matrix
         for shard_group in shard_groups:
             for param_shard in shard_group.param_shards:
                 for rect in param_shard.rects:
-                    self.held.setdefault(rect.matrix, []).append((param_shard, rect))
+                    self.rects_of.setdefault(rect.matrix, []).append((param_shard, rect))
         self.latest = 0.0  # the largest logit of the last step, what Megatron logs
         self._packed: Tensor | None = None
         self._since: Tensor | None = None  # largest by layer and head since the last report
@@ -114,15 +114,15 @@ class QkClip:
         """The maxima of every head of the model, on every rank, by one all-reduce."""
         packed = torch.full((len(self.layers), self.options.heads), -torch.inf, device=current_device())
         for attention in self.attentions:
-            found = getattr(attention.core, attention_logits.NAME, None)
-            if found is None:
+            maxima = getattr(attention.core, attention_logits.NAME, None)
+            if maxima is None:
                 raise UserError(
                     f"the attention of {attention.name} has recorded no logits in this step, which --qk-clip and "
                     "--log-max-attention-logit need; leave them out with this attention."
                 )
-            first = self.tp_rank * len(found)
+            first = self.tp_rank * len(maxima)
             # a reduction may drop a NaN, but no infinity
-            packed[self.row_of[attention.name], first : first + len(found)] = found.float().nan_to_num(
+            packed[self.row_of[attention.name], first : first + len(maxima)] = maxima.float().nan_to_num(
                 torch.inf, torch.inf, -torch.inf
             )
         if dist.get_world_size() > 1:
@@ -140,15 +140,15 @@ class QkClip:
         largest = maxima.view(len(self.layers), self.options.groups, -1).amax(-1).tolist()  # by key
         changed: dict[int, ParamShard] = {}
         for attention in self.attentions:
-            found = largest[self.row_of[attention.name]]
+            of_heads = largest[self.row_of[attention.name]]
             for rows in attention.rows:
-                if self.options.threshold < found[rows.group] < math.inf:
-                    self._scale(rows, self.options.threshold / found[rows.group], changed)
+                if self.options.threshold < of_heads[rows.group] < math.inf:
+                    self._scale(rows, self.options.threshold / of_heads[rows.group], changed)
         return changed.values()
 
     def _scale(self, rows: HeadRows, gamma: float, changed: dict[int, ParamShard]) -> None:
         factor = gamma ** self.options.power(rows.part)
-        for param_shard, rect in self.held.get(rows.matrix, ()):
+        for param_shard, rect in self.rects_of.get(rows.matrix, ()):
             first, stop = max(rows.start, rect.region.row0), min(rows.stop, rect.region.row1)
             if first < stop:
                 here = rect.run(param_shard.main).view(rect.region.shape)
@@ -191,7 +191,7 @@ def make(
         return None
     check(config)
     options, geometry = Options.of(config), Geometry.of(config, per_head)
-    attentions = [found for chunk in chunks for found in _attentions(chunk, geometry)]
+    attentions = [one for chunk in chunks for one in _attentions(chunk, geometry)]
     trained = {name for shard_group in shard_groups for name in shard_group.infos}
     wanted = {rows.matrix for attention in attentions for rows in attention.rows}
     if options.threshold is not None:
@@ -211,7 +211,7 @@ def make(
 def _attentions(chunk: Any, geometry: Geometry) -> list[Attention]:
     """The attentions of an unwrapped model chunk, by the names of their parameters."""
     names = {id(param): name for name, param in global_names(chunk, 0)}
-    found = []
+    attentions = []
     for module in chunk.modules():
         core = getattr(module, "core_attention", None)
         if core is None:
@@ -223,8 +223,8 @@ def _attentions(chunk: Any, geometry: Geometry) -> list[Attention]:
                 f"--qk-clip and --log-max-attention-logit do not know the attention {type(module).__name__}; leave them out."
             )
         name = own[rows_by].removesuffix(f".{rows_by}")
-        found.append(Attention(name, core, tuple(head_rows(name, own, geometry))))
-    return found
+        attentions.append(Attention(name, core, tuple(head_rows(name, own, geometry))))
+    return attentions
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -108,8 +108,8 @@ def _param_shards(views: Sequence[ParamView], mine: Sequence[tuple[int, int]]) -
         param = 0.02 * torch.randn(stop - start, device=GPU)
         shard = param.to(dtype)
         main = shard if dtype == torch.float32 else param
-        held = SimpleNamespace(dtype=dtype, data=shard, grad=None, main_grad=torch.randn(stop - start, device=GPU))
-        flat = ParamView(view.name, held, view.rows, view.cols, view.mappings, False, view.tp_replicated)  # type: ignore[arg-type]
+        stand_in = SimpleNamespace(dtype=dtype, data=shard, grad=None, main_grad=torch.randn(stop - start, device=GPU))
+        flat = ParamView(view.name, stand_in, view.rows, view.cols, view.mappings, False, view.tp_replicated)  # type: ignore[arg-type]
         made.append(_Interval(flat, start, stop, main, rectangles(view, start, stop)))
     return made
 

@@ -58,11 +58,11 @@ class ShardGroup:
     def __post_init__(self) -> None:
         self.order = {name: index for index, name in enumerate(sorted(self.infos))}
         self.counted = torch.ones(len(self.order), dtype=torch.float64)
-        holders = Counter(rect.key for held in self.holdings for _, rect in held)
+        holders = Counter(rect.key for of_rank in self.holdings for _, rect in of_rank)
         check_cover("shards of its ranks", holders, self.infos)
         near = self.size // self.instances
         for first in range(0, self.size, near):
-            if {rect.key for held in self.holdings[first : first + near] for _, rect in held} != holders.keys():
+            if {rect.key for of_rank in self.holdings[first : first + near] for _, rect in of_rank} != holders.keys():
                 raise RuntimeError(f"{self.name}: ranks {first} to {first + near - 1} are no instance of its shards")
         self.weight = {key: 1.0 / count for key, count in holders.items()}
         rects = [rect for param_shard in self.param_shards for rect in param_shard.rects]
@@ -135,7 +135,9 @@ class MatrixPlan:
         ranks = shard_group.size // plan.instances
         first = shard_group.rank // ranks * ranks
         parts = [replace(part, rank=first + part.rank) for part in plan.parts]
-        holdings = [held if first <= rank < first + ranks else [] for rank, held in enumerate(shard_group.holdings)]
+        holdings = [
+            of_rank if first <= rank < first + ranks else [] for rank, of_rank in enumerate(shard_group.holdings)
+        ]
         buckets = make_buckets(plan.parts, ranks, options.bucket_bytes, shard_group.exchange.dtype.itemsize)
         routes = find_routes(holdings, parts, shard_group.rank, buckets, shard_group.size // shard_group.instances)
         return MatrixPlan(plan, {part.key: part for part in parts}, submatrices_of(parts), buckets, routes, first == 0)

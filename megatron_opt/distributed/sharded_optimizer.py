@@ -122,8 +122,8 @@ class ShardedOptimizer:
         coefficients = [self._clip_factor(scopes, group) for group in self.groups]
         self.step_number += 1
         bad = [
-            {name for name, square in zip(shard_group.order, found, strict=True) if not math.isfinite(square)}
-            for shard_group, found in zip(self.shard_groups, squares, strict=True)
+            {name for name, square in zip(shard_group.order, of_matrix, strict=True) if not math.isfinite(square)}
+            for shard_group, of_matrix in zip(self.shard_groups, squares, strict=True)
         ]
         for shard_group, names in zip(self.shard_groups, bad, strict=True):
             self.health.report(names, self.step_number, shard_group.rank == 0)

@@ -74,18 +74,18 @@ class StateEntry:
     @property
     def name(self) -> str:
         """Its name on this rank."""
-        place = self.replica if self.rect is None else f"{self.rect.region.row0}.{self.rect.region.col0}"
-        return f"{self.key}.{self.matrix}.{place}"
+        corner = self.replica if self.rect is None else f"{self.rect.region.row0}.{self.rect.region.col0}"
+        return f"{self.key}.{self.matrix}.{corner}"
 
 
-def _placed(
+def _with_region(
     key: str, rect: Rect, flat: Tensor, shape: tuple[int, int], codes: packed_state.Codes | None = None
 ) -> StateEntry:
     tensor = flat.detach().view(rect.region.shape)
     return StateEntry(key, rect.matrix, tensor, rect, shape, codes)
 
 
-def whole_places(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int, int] | None, Rect | None, int]]:
+def whole_regions(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int, int] | None, Rect | None, int]]:
     """Every tensor of a matrix step's state: (key, matrix, tensor, whole shape, place, index of its part).
 
     Tensors with a matrix's rows have their place in it; stacks of square blocks are the rows of one matrix. Others have
@@ -93,7 +93,7 @@ def whole_places(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int
     """
     for key_of, state in sorted(step.states.items()):
         (name, index), part, info = key_of, step.mine[key_of], step.infos[key_of[0]]
-        stacks, spec = _places(step, key_of), step.optimizers[name].state_spec(step.submatrix_infos[key_of])
+        stacks, spec = _block_positions(step, key_of), step.optimizers[name].state_spec(step.submatrix_infos[key_of])
         region, (rows, cols) = part.bounds, shape2d(info)
         for key, tensor in sorted(state.items()):
             match spec[key]:
@@ -106,7 +106,10 @@ def whole_places(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int
                 case _:
                     yield key, name, tensor, None, None, index
     for (name, index), state in sorted(step.shared.items()):
-        stacks, spec = _places(step, (name, index)), step.optimizers[name].state_spec(step.submatrix_infos[name, index])
+        stacks, spec = (
+            _block_positions(step, (name, index)),
+            step.optimizers[name].state_spec(step.submatrix_infos[name, index]),
+        )
         for key, tensor in sorted(state.items()):
             if spec[key] is StateKind.BLOCKS:
                 yield from _stack(name, key, tensor, stacks, index)
@@ -114,12 +117,12 @@ def whole_places(step: MatrixStep) -> Iterator[tuple[str, str, Tensor, tuple[int
                 yield key, name, tensor, None, None, index
 
 
-Places = dict[
+BlockPositions = dict[
     str, tuple[str, list[int], int]
 ]  # by key of a stack: its key in the whole, its blocks' numbers, of how many
 
 
-def _places(step: MatrixStep, key: tuple[str, int]) -> Places:
+def _block_positions(step: MatrixStep, key: tuple[str, int]) -> BlockPositions:
     """Where the stacks of a part's submatrix lie in the matrix's; nothing where the submatrix is the matrix."""
     submatrix = step.submatrices[key]
     partition = None if submatrix.is_whole else step.optimizers[key[0]].partition(step.infos[key[0]])
@@ -129,11 +132,11 @@ def _places(step: MatrixStep, key: tuple[str, int]) -> Places:
 
 
 def _stack(
-    name: str, key: str, tensor: Tensor, places: Places, index: int
+    name: str, key: str, tensor: Tensor, positions: BlockPositions, index: int
 ) -> Iterator[tuple[str, str, Tensor, tuple[int, int] | None, Rect | None, int]]:
     """Runs of neighbouring blocks of a stack (B, k, k), which is (B·k, k) of the whole matrix's."""
     size, start = tensor.shape[1], 0
-    of, numbers, count = places.get(key, (key, list(range(len(tensor))), len(tensor)))
+    of, numbers, count = positions.get(key, (key, list(range(len(tensor))), len(tensor)))
     for at in range(1, len(numbers) + 1):
         if at == len(numbers) or numbers[at] != numbers[at - 1] + 1:
             first = numbers[start]
@@ -145,16 +148,18 @@ def _stack(
 def local_entries(optimizer: Keeper, index: int) -> list[StateEntry]:
     """Everything that this rank keeps of shard group `index`; what several parts have alike, once for each."""
     shard_group = optimizer.shard_groups[index]
-    found = []
+    entries = []
     for param_shard in shard_group.param_shards:
         if param_shard.view.param.dtype != torch.float32:
             for rect in param_shard.rects:
-                found.append(
-                    _placed("fp32_param", rect, rect.run(param_shard.main), shape2d(shard_group.infos[rect.matrix]))
+                entries.append(
+                    _with_region(
+                        "fp32_param", rect, rect.run(param_shard.main), shape2d(shard_group.infos[rect.matrix])
+                    )
                 )
         for key, flat in param_shard.state.items() if optimizer.average is None or optimizer.average.stored else ():
-            found += [
-                _placed(key, rect, rect.run(flat), shape2d(shard_group.infos[rect.matrix]))
+            entries += [
+                _with_region(key, rect, rect.run(flat), shape2d(shard_group.infos[rect.matrix]))
                 for rect in param_shard.rects
             ]
     for slices in optimizer.element_steps[index].slices.values():
@@ -162,32 +167,32 @@ def local_entries(optimizer: Keeper, index: int) -> list[StateEntry]:
             shape = shape2d(shard_group.infos[part.matrix])
             for key, tensor in part.state.items():
                 if codes := packed_state.find(part.state, key):
-                    found.append(_placed(key, part.rect, codes.decode(), shape, codes))
+                    entries.append(_with_region(key, part.rect, codes.decode(), shape, codes))
                 elif not packed_state.is_scale(part.state, key):
-                    found.append(_placed(key, part.rect, tensor, shape))
+                    entries.append(_with_region(key, part.rect, tensor, shape))
     shared: dict[tuple[str, str], StateEntry] = {}
-    for key, name, tensor, whole, place, number in whole_places(optimizer.matrix_steps[index]):
-        if place is not None and whole is not None:
-            found.append(_placed(key, place, tensor, whole))
+    for key, name, tensor, whole, region, number in whole_regions(optimizer.matrix_steps[index]):
+        if region is not None and whole is not None:
+            entries.append(_with_region(key, region, tensor, whole))
         elif (key, name) in shared:  # once a rank: Megatron takes all that a rank has of one entry for its first copy
             shared[key, name].alike.append(tensor.detach())
         else:
             again = 0 if optimizer.matrix_steps[index].placed.counts else shard_group.size
             shared[key, name] = StateEntry(key, name, tensor.detach(), replica=number + again)
-    return found + list(shared.values())
+    return entries + list(shared.values())
 
 
 def collect(optimizer: Keeper, index: int) -> list[StateEntry]:
     """As `local_entries`; collective, to number what several ranks hold alike."""
     shard_group, entries = optimizer.shard_groups[index], local_entries(optimizer, index)
-    places = [None if entry.rect is None else (entry.key, *entry.rect.key) for entry in entries]
+    keys_here = [None if entry.rect is None else (entry.key, *entry.rect.key) for entry in entries]
     holders: dict[Any, int] = {}
-    for rank, theirs in enumerate(gather_objects(places, shard_group.group, shard_group.size)):
-        for number, held in enumerate(theirs):
-            if held is not None:
+    for rank, theirs in enumerate(gather_objects(keys_here, shard_group.group, shard_group.size)):
+        for number, keys in enumerate(theirs):
+            if keys is not None:
                 if rank == shard_group.rank:
-                    entries[number].replica = holders.get(held, 0)
-                holders[held] = holders.get(held, 0) + 1
+                    entries[number].replica = holders.get(keys, 0)
+                holders[keys] = holders.get(keys, 0) + 1
     for entry in entries:  # the two stages of a tied embedding keep equal state: the second is a replica
         entry.replica += 0 if bool(shard_group.counted[shard_group.order[entry.matrix]]) else shard_group.size
     return entries

@@ -45,7 +45,7 @@ class _Kind:
 
     def subgroup(self, matrices: int, most: float) -> int:
         """Ranks for some of them, filled up to `most` times the mean; one for each that cannot be cut."""
-        if self.jobs[0].places == 1:
+        if self.jobs[0].units == 1:
             return -(-matrices // max(1, int(most / self.size)))
         return max(1, math.ceil(matrices * self.size / most - 1e-9))
 
@@ -58,7 +58,7 @@ class _Kind:
             made.append(_Split(matrices, sum(subgroups), sum(subgroups) - len(subgroups)))
         ordered: list[_Split] = []
         for split in sorted(made, key=lambda split: (split.cuts, -split.ranks, split.matrices)):
-            if not ordered or (split.ranks < ordered[-1].ranks and self.jobs[0].places > 1):
+            if not ordered or (split.ranks < ordered[-1].ranks and self.jobs[0].units > 1):
                 ordered.append(split)
         return ordered
 
@@ -102,8 +102,8 @@ def pack_subgroups(jobs: Sequence[Job], ranks: int, most: float) -> dict[str, li
     for kind in large:
         for job in kind.jobs:
             for rank, low, high in placed[job.matrix]:
-                loads[rank] += kind.load * (high - low) / job.places
-                states[rank] += kind.state * (high - low) / job.places
+                loads[rank] += kind.load * (high - low) / job.units
+                states[rank] += kind.state * (high - low) / job.units
     for kind in (kind for kind in kinds if kind.size < _SMALL):
         placed |= _place_small(kind, loads, states)
     return placed
@@ -166,7 +166,7 @@ def _place_small(kind: _Kind, loads: list[float], states: list[float]) -> dict[s
     runs: dict[str, list[Run]] = {}
     for job in kind.jobs:
         rank = heap[0][1]
-        runs[job.matrix] = [(rank, 0, job.places)]
+        runs[job.matrix] = [(rank, 0, job.units)]
         loads[rank] += kind.load
         states[rank] += kind.state
         heapq.heapreplace(heap, (max(loads[rank] + kind.load, states[rank] + kind.state), rank))

@@ -27,25 +27,25 @@ class WeightStep:
     group_of: dict[str, int]
 
     def __post_init__(self) -> None:
-        self.held: dict[int, list[tuple[int, Rect]]] = {}
+        self.rects_of: dict[int, list[tuple[int, Rect]]] = {}
         for index, param_shard in enumerate(self.shard_group.param_shards):
             for rect in param_shard.rects:
                 if rect.matrix in self.matrix.infos:
-                    self.held.setdefault(self.group_of[rect.matrix], []).append((index, rect))
+                    self.rects_of.setdefault(self.group_of[rect.matrix], []).append((index, rect))
         self.projected = {name for name, optimizer in self.matrix.optimizers.items() if optimizer.projects}
         self.writes_model = {  # groups whose pass writes the model's bf16 parameters beside the main copies
             group
-            for group, held in self.held.items()
+            for group, rects in self.rects_of.items()
             if not self.group_optimizers[group].projects
-            and all(has_bf16_copy(self.shard_group.param_shards[index]) for index, _ in held)
+            and all(has_bf16_copy(self.shard_group.param_shards[index]) for index, _ in rects)
         }
 
     def step(self, directions: Sequence[Tensor], skip: set[str], param_groups: Sequence[dict[str, Any]]) -> None:
         """W ← W − lr·u − decay of flat directions by parameter shard; then the projection of rules that have one."""
         mains = [param_shard.main for param_shard in self.shard_group.param_shards]
-        for index, held in self.held.items():
+        for index, rects in self.rects_of.items():
             group, mode = param_groups[index], self.groups[index].decay_mode
-            taken = [(at, rect) for at, rect in held if rect.matrix not in skip]
+            taken = [(at, rect) for at, rect in rects if rect.matrix not in skip]
             lr = learning_rate(group)
             multi_tensor.update(
                 UpdateKind.APPLY,

@@ -18,18 +18,18 @@ class _Cursor:
 
     def __init__(self, job: Job, level: float, state_level: float, fine: int) -> None:
         self.job, self.at, self.runs = job, 0, list[Run]()
-        self.depth, self.places = job.depth, job.places
-        self.weights = [job.weigh(tile) for tile in range(self.places // self.depth)]
+        self.depth, self.units = job.depth, job.units
+        self.weights = [job.weigh(tile) for tile in range(self.units // self.depth)]
         total = sum(w.load * self.depth + w.first_load for w in self.weights)
         state = sum(w.state * self.depth + w.first_state for w in self.weights)
         self.ratio = state / total
         grain = 1 << max(0, self.depth.bit_length() - 10)  # shards of whole tiles of memory
-        self.step = max(1, int(self.places / fine * min(level / total, state_level / (state or 1.0))) // grain) * grain
+        self.step = max(1, int(self.units / fine * min(level / total, state_level / (state or 1.0))) // grain) * grain
         self._look()
 
     def _look(self) -> None:
         """Measure what is next."""
-        self.done = self.at == self.places
+        self.done = self.at == self.units
         if self.done:
             return
         tile, offset = divmod(self.at, self.depth)
@@ -69,9 +69,9 @@ class _Line:
             self.last = self.waiting.pop() if self.waiting else self.first
 
 
-def level_of(held: Sequence[float], more: float) -> float:
+def level_of(loads: Sequence[float], more: float) -> float:
     """The level to which ranks must be filled to take `more` among them; fuller ranks stay as they are."""
-    ordered = sorted(held)
+    ordered = sorted(loads)
     for count, below in zip(range(len(ordered), 0, -1), list(accumulate(ordered))[::-1], strict=True):
         level = (more + below) / count
         if level >= ordered[count - 1]:

@@ -23,13 +23,13 @@ LOSS = "validation_loss"
 def last_folders(newest: Path, count: int) -> list[Path]:
     """The `count` newest checkpoints of a run up to `newest` (one iter_N), the newest first; raises UserError for too few."""
     last = newest.name.removeprefix("iter_")
-    found = [n for n in folders.iterations(newest.parent) if last.isdigit() and n <= int(last)]
-    if len(found) < count:
+    iterations = [n for n in folders.iterations(newest.parent) if last.isdigit() and n <= int(last)]
+    if len(iterations) < count:
         raise UserError(
-            f"--average {count}: {newest.parent} holds {len(found)} checkpoints up to {newest.name}; save more often "
+            f"--average {count}: {newest.parent} holds {len(iterations)} checkpoints up to {newest.name}; save more often "
             "(--save-interval), keep them (--keep-last 0), or average fewer."
         )
-    return [newest.parent / folders.name_of(n) for n in found[:count]]
+    return [newest.parent / folders.name_of(n) for n in iterations[:count]]
 
 
 def name_of(newest: str, count: int) -> str:

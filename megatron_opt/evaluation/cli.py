@@ -5,7 +5,6 @@ import contextlib
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,12 +73,11 @@ def main(argv: list[str], prog: str) -> int:
         from megatron_opt.evaluation import make_tasks
 
         return make_tasks.main(argv[1:], f"{prog} make-tasks")
-    args = _parser(prog).parse_args(argv)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on CPU, whatever the machine has
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty():  # before torch, which imports tqdm
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer-engine).*")
+    args = _parser(prog).parse_args(argv)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on CPU, whatever the machine has
     evaluate(args)
     return 0
 
@@ -137,9 +135,9 @@ def evaluate(args: argparse.Namespace) -> Any:
                 scorer.serve()
                 continue
             with scorer.serving():
-                found = run(scorer, loaded, args.limit)
-                told = results.tidy(found, args.limit) | (averaging.loss(scorer, asked) if asked else {})
-            every.append(found)
+                answered = run(scorer, loaded, args.limit)
+                told = results.tidy(answered, args.limit) | (averaging.loss(scorer, asked) if asked else {})
+            every.append(answered)
             if others:
                 print(f"\n{name} checkpoints' weights")
             print(results.table(told))
@@ -148,7 +146,7 @@ def evaluate(args: argparse.Namespace) -> Any:
                 print(f"written to {output}")
             if args.items:
                 where = args.items if not others else args.items.with_name(f"{args.items.stem}-mean{args.items.suffix}")
-                results.write_items(where, found)
+                results.write_items(where, answered)
     return every[0] if every else None
 
 

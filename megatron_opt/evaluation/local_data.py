@@ -43,35 +43,35 @@ def _short(error: BaseException) -> str:
 def _named(data_files: Any, folder: Path | None) -> dict[str, list[Path]]:
     """Files of a task's own `data_files`, by split; a relative path ends one within --tasks-path, or is from here."""
     table = data_files if isinstance(data_files, dict) else {"train": data_files}
-    found: dict[str, list[Path]] = {}
+    files: dict[str, list[Path]] = {}
     for split, names in table.items():
         for name in [names] if isinstance(names, str) else names:
-            found.setdefault(split, []).append(_file(name, folder))
-    return found
+            files.setdefault(split, []).append(_file(name, folder))
+    return files
 
 
 def _file(name: str, folder: Path | None) -> Path:
-    found = [] if folder is None or Path(name).is_absolute() else sorted(folder.rglob(name))
-    if len(found) > 1:
+    paths = [] if folder is None or Path(name).is_absolute() else sorted(folder.rglob(name))
+    if len(paths) > 1:
         raise UserError(
-            f"{folder} has {found[0]} and {found[1]}, and a task asks for {name}; let it ask for more of the path."
+            f"{folder} has {paths[0]} and {paths[1]}, and a task asks for {name}; let it ask for more of the path."
         )
-    return found[0] if found else Path(name)
+    return paths[0] if paths else Path(name)
 
 
 def _splits(copy: Path, name: str | None) -> dict[str, list[Path]]:
-    places = [copy / name] if name else []
-    places += [copy / "data", copy]
-    if name and not places[0].is_dir() and any(entry.is_dir() and entry.name != "data" for entry in copy.iterdir()):
+    folders = [copy / name] if name else []
+    folders += [copy / "data", copy]
+    if name and not folders[0].is_dir() and any(entry.is_dir() and entry.name != "data" for entry in copy.iterdir()):
         raise UserError(f"{copy} has no folder {name}, of which the task takes its items; put its files there.")
-    for place in places:
-        found: dict[str, list[Path]] = {}
-        for file in sorted(place.iterdir()) if place.is_dir() else []:
+    for folder in folders:
+        files: dict[str, list[Path]] = {}
+        for file in sorted(folder.iterdir()) if folder.is_dir() else []:
             if file.suffix in _KINDS:
-                found.setdefault(re.split(r"[-.]", file.name)[0], []).append(file)
-        if found:
-            return found
-    raise UserError(f"{places[0]} holds no SPLIT.jsonl, .json or .parquet file; put the data set's files there.")
+                files.setdefault(re.split(r"[-.]", file.name)[0], []).append(file)
+        if files:
+            return files
+    raise UserError(f"{folders[0]} holds no SPLIT.jsonl, .json or .parquet file; put the data set's files there.")
 
 
 def _of_files(files: dict[str, list[Path]], split: str | None) -> Any:
@@ -118,16 +118,16 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}).") from None
     rows: list[dict[str, Any]] = []
     first: dict[str, Any] = {}
-    for place, read in _items(path, text):
+    for where, read in _items(path, text):
         try:
             row = read() if callable(read) else read
         except ValueError as error:
-            raise UserError(f"{path}, {place} is not JSON: {error}") from None
+            raise UserError(f"{path}, {where} is not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}, {place} is no JSON object.")
+            raise UserError(f"{path}, {where} is no JSON object.")
         rows.append(row)
         first = first or row
-        _same(f"{path}, {place}", first, row)
+        _same(f"{path}, {where}", first, row)
     return rows
 
 

@@ -147,14 +147,14 @@ def _cloze(texts: list[str], words: _Words, draw: random.Random, most: int) -> I
     """One place of each text, in drawn order; the context is whole words of the same paragraph."""
     for text in draw.sample(texts, len(texts)):
         said = text.split(" ")
-        places = [place for place in range(10, len(said)) if _WORD.fullmatch(said[place])]
-        if not places:
+        choices = [at for at in range(10, len(said)) if _WORD.fullmatch(said[at])]
+        if not choices:
             continue
-        place = draw.choice(places)
-        context = said[max(0, place - most) : place]
-        wrong = words.wrong(said[place], draw, _WRONG, set(context))
+        at = draw.choice(choices)
+        context = said[max(0, at - most) : at]
+        wrong = words.wrong(said[at], draw, _WRONG, set(context))
         if len(wrong) == _WRONG:
-            yield {"context": " ".join(context), **_shuffled(said[place], wrong, draw)}
+            yield {"context": " ".join(context), **_shuffled(said[at], wrong, draw)}
 
 
 def _sentences(texts: list[str], draw: random.Random) -> Iterator[list[str]]:
@@ -168,23 +168,23 @@ def _sentences(texts: list[str], draw: random.Random) -> Iterator[list[str]]:
 
 def _replaced(texts: list[str], words: _Words, draw: random.Random) -> Iterator[Item]:
     for said in _sentences(texts, draw):
-        places = [place for place in range(1, len(said)) if _WORD.fullmatch(said[place])]
-        if not places:
+        choices = [at for at in range(1, len(said)) if _WORD.fullmatch(said[at])]
+        if not choices:
             continue
-        place = draw.choice(places)
-        if wrong := words.wrong(said[place], draw, 1, set(said)):
-            other = [*said[:place], wrong[0], *said[place + 1 :]]
+        at = draw.choice(choices)
+        if wrong := words.wrong(said[at], draw, 1, set(said)):
+            other = [*said[:at], wrong[0], *said[at + 1 :]]
             yield _shuffled(" ".join(said), [" ".join(other)], draw)
 
 
 def _exchanged(texts: list[str], draw: random.Random) -> Iterator[Item]:
     for said in _sentences(texts, draw):
         pairs = [
-            place
-            for place in range(1, len(said) - 1)
-            if said[place] != said[place + 1] and _WORD.fullmatch(said[place]) and _WORD.fullmatch(said[place + 1])
+            at
+            for at in range(1, len(said) - 1)
+            if said[at] != said[at + 1] and _WORD.fullmatch(said[at]) and _WORD.fullmatch(said[at + 1])
         ]
         if pairs:
-            place = draw.choice(pairs)
-            other = [*said[:place], said[place + 1], said[place], *said[place + 2 :]]
+            at = draw.choice(pairs)
+            other = [*said[:at], said[at + 1], said[at], *said[at + 2 :]]
             yield _shuffled(" ".join(said), [" ".join(other)], draw)

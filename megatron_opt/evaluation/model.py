@@ -3,7 +3,6 @@
 Megatron's own sharded state dict says which part of each stored tensor this rank reads.
 """
 
-import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_opt import quiet
 from megatron_opt.errors import UserError
 from megatron_opt.export import model as models
 
@@ -75,15 +75,14 @@ class RankModel:
         metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
         wanted = {"model": self._model.sharded_state_dict(metadata=metadata)}
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                found = dist_checkpointing.load(wanted, str(source.folder), validate_access_integrity=False)
+            with quiet.quieted():
+                loaded = dist_checkpointing.load(wanted, str(source.folder), validate_access_integrity=False)
         except Exception as error:
             raise UserError(
                 f"the checkpoint {source.folder} cannot be read into the model of its flags: "
                 f"{' '.join(str(error).split())[:200]}"
             ) from error
-        model: dict[str, Any] = found["model"]
+        model: dict[str, Any] = loaded["model"]
         return model
 
     @torch.no_grad()
@@ -113,8 +112,8 @@ class RankModel:
             dist.recv(hidden, mpu.get_pipeline_model_parallel_prev_rank())
             self._model.set_input_tensor(hidden)
         positions = torch.arange(ids.shape[1])[None].expand_as(ids)
-        found = self._model(ids, positions, None, runtime_gather_output=True)
+        logits = self._model(ids, positions, None, runtime_gather_output=True)
         if self.last:
-            return found.float()
-        dist.send(found.contiguous(), mpu.get_pipeline_model_parallel_next_rank())
+            return logits.float()
+        dist.send(logits.contiguous(), mpu.get_pipeline_model_parallel_next_rank())
         return None

@@ -48,9 +48,9 @@ def to_first(value: Any) -> list[Any]:
     """Every rank's value on rank 0, nothing elsewhere."""
     import torch.distributed as dist
 
-    found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, found, dst=0)
-    return found or []
+    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, gathered, dst=0)
+    return gathered or []
 
 
 @contextlib.contextmanager

@@ -12,11 +12,11 @@ from megatron_opt.files import write_output
 KEY = "evaluation"
 
 
-def tidy(found: Any, limit: int | None) -> dict[str, Any]:
+def tidy(results: Any, limit: int | None) -> dict[str, Any]:
     """Task or group → its metrics with standard errors, items and examples, of the harness's results."""
     told: dict[str, Any] = {}
-    groups = found.get("groups") or {}
-    for name, numbers in {**found["results"], **groups}.items():
+    groups = results.get("groups") or {}
+    for name, numbers in {**results["results"], **groups}.items():
         metrics = {}
         for key, value in numbers.items():
             metric, comma, chosen = key.partition(",")
@@ -29,13 +29,13 @@ def tidy(found: Any, limit: int | None) -> dict[str, Any]:
             continue
         told[name] = {
             "metrics": metrics,
-            "items": numbers.get("sample_len") or found["n-samples"].get(name, {}).get("effective"),
-            "num_fewshot": found["n-shot"].get(name),
+            "items": numbers.get("sample_len") or results["n-samples"].get(name, {}).get("effective"),
+            "num_fewshot": results["n-shot"].get(name),
             "limit": limit,
-            "version": found["versions"].get(name),
+            "version": results["versions"].get(name),
         }
         if name in groups:
-            told[name]["tasks"] = found["group_subtasks"].get(name, [])
+            told[name]["tasks"] = results["group_subtasks"].get(name, [])
     return told
 
 
@@ -44,9 +44,9 @@ def table(told: dict[str, Any]) -> str:
     rows = [("task", "shots", "items", "metric", "value", "± stderr")]
     for name, one in told.items():
         head = (name, _number(one["num_fewshot"]), _number(one["items"]))
-        for metric, found in one["metrics"].items():
-            error = "–" if found["stderr"] is None else f"{found['stderr']:.4f}"
-            rows.append((*head, metric, f"{found['value']:.4f}", error))
+        for metric, metric_value in one["metrics"].items():
+            error = "–" if metric_value["stderr"] is None else f"{metric_value['stderr']:.4f}"
+            rows.append((*head, metric, f"{metric_value['value']:.4f}", error))
             head = ("", "", "")
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
     left = (0, 3)
@@ -61,9 +61,9 @@ def _number(value: Any) -> str:
     return "–" if value is None else f"{value:,}"
 
 
-def items(found: Any) -> Iterator[dict[str, Any]]:
+def items(results: Any) -> Iterator[dict[str, Any]]:
     """A line for each item: what the model answered, which the task's metrics are made of."""
-    for task, samples in found["samples"].items():
+    for task, samples in results["samples"].items():
         for one in samples:
             yield {
                 "task": task,
@@ -98,6 +98,6 @@ def write(path: Path, checkpoint: str, told: dict[str, Any]) -> None:
     write_output(path, json.dumps(known, indent=1) + "\n")
 
 
-def write_items(path: Path, found: Any) -> None:
+def write_items(path: Path, results: Any) -> None:
     """One JSON line an item."""
-    write_output(path, "".join(json.dumps(one, default=str) + "\n" for one in items(found)))
+    write_output(path, "".join(json.dumps(one, default=str) + "\n" for one in items(results)))

@@ -64,14 +64,14 @@ class Scorer:
 
     def _ask(self, work: Callable[[list[Any]], dict[int, Any]], requests: list[Any]) -> list[Any]:
         ranks.from_first((work.__name__, requests))
-        found: dict[int, Any] = {}
+        answers: dict[int, Any] = {}
         for part in ranks.to_first(work(requests)):
-            found |= part
-        if any(isinstance(one, Answer) and not math.isfinite(one.loglikelihood) for one in found.values()):
+            answers |= part
+        if any(isinstance(one, Answer) and not math.isfinite(one.loglikelihood) for one in answers.values()):
             raise UserError(
                 "the model's log-likelihoods are not finite: its training has diverged; take an earlier checkpoint."
             )
-        return [found[number] for number in range(len(requests))]
+        return [answers[number] for number in range(len(requests))]
 
     def serve(self) -> None:
         """Compute what rank 0 asks for until it closes."""
@@ -103,7 +103,7 @@ class Scorer:
             sharing.setdefault(request.inputs.tobytes(), []).append(number)
         groups = list(sharing.values())
         sequences = [requests[group[0]].inputs for group in groups]
-        found: dict[int, Answer] = {}
+        answers: dict[int, Answer] = {}
         for batch in self._batches(sequences):
             logits = self._model.logits(_padded([sequences[number] for number in batch]))
             if self._answers:
@@ -112,15 +112,15 @@ class Scorer:
                     longest = max(map(len, asked))
                     end = len(sequences[number])
                     said = torch.log_softmax(logits[row, end - longest : end, : self.words.vocab_size].double(), -1)
-                    found.update(zip(groups[number], (_answer(said, targets) for targets in asked), strict=True))
+                    answers.update(zip(groups[number], (_answer(said, targets) for targets in asked), strict=True))
             self.progress(sum(len(groups[number]) for number in batch))
-        return found
+        return answers
 
     def _continue(self, prompts: list[Prompt]) -> dict[int, list[int]]:
         import torch.distributed as dist
         from megatron.core import mpu
 
-        found: dict[int, list[int]] = {}
+        continuations: dict[int, list[int]] = {}
         for batch in self._batches([prompt.inputs for prompt in prompts]):
             texts = [list(prompts[number].inputs) for number in batch]
             new: list[list[int]] = [[] for _ in batch]
@@ -142,9 +142,9 @@ class Scorer:
                     if self._ends(prompts[batch[row]], new[row]):
                         going.remove(row)
             if self._answers:
-                found.update(zip(batch, new, strict=True))
+                continuations.update(zip(batch, new, strict=True))
             self.progress(len(batch))
-        return found
+        return continuations
 
     def _ends(self, prompt: Prompt, new: list[int]) -> bool:
         if new[-1] == self.words.eod or len(new) >= prompt.most:

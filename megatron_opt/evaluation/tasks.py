@@ -31,8 +31,8 @@ def load(names: Sequence[str], folder: Path | None = None, shots: int | None = N
     random.seed(0)
     own = Path(lm_eval.__file__).parent / "tasks"
     with mock.patch.object(datasets, "load_dataset", local_data.loader(folder, datasets.load_dataset)):
-        found = _load(list(names), own, folder)
-    for task in found["tasks"].values():
+        loaded = _load(list(names), own, folder)
+    for task in loaded["tasks"].values():
         configured = task.get_config("num_fewshot")
         if shots is not None and configured != 0:  # a task that says 0 means it, as in the harness
             task.set_config(key="num_fewshot", value=shots)
@@ -40,7 +40,7 @@ def load(names: Sequence[str], folder: Path | None = None, shots: int | None = N
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=SEED)
         task.build_all_requests = _guarded(task, task.build_all_requests)
-    return found
+    return loaded
 
 
 def _check(folder: Path) -> None:
@@ -93,14 +93,14 @@ def _manager(tops: list[Path], folder: Path | None) -> Any:
 
 def _scan(own: Path) -> dict[str, set[str]]:
     """Name of a task, group or tag → folders of the harness whose files say it."""
-    found: dict[str, set[str]] = {}
+    folders: dict[str, set[str]] = {}
     for path in own.rglob("*.yaml"):
         content = path.read_bytes()
         top = path.relative_to(own).parts[0]
         for match in [*_NAME.finditer(content), *(_TAG.finditer(content) if b"tag" in content else ())]:
             name = next(group for group in match.groups() if group).decode()
-            found.setdefault(name, set()).add(top)
-    return found
+            folders.setdefault(name, set()).add(top)
+    return folders
 
 
 def _guarded(task: Any, build: Callable[..., None]) -> Callable[..., None]:

@@ -35,16 +35,16 @@ class Averages:
 
         reader = FileSystemReader(folder)
         stored = reader.read_metadata().state_dict_metadata
-        found: dict[str, Any] = {
+        averages: dict[str, Any] = {
             key: torch.empty(item.size, dtype=item.properties.dtype)
             for key, item in stored.items()
             if isinstance(item, TensorStorageMetadata) and key.startswith(_PREFIX)
         }
-        if not found:
+        if not averages:
             raise UserError(f"--weights {KEY}: the checkpoint {folder} is of a run without --ema-decay; leave it out.")
-        load(found, storage_reader=reader, no_dist=True)
+        load(averages, storage_reader=reader, no_dist=True)
         self.geometry = geometry
-        self._matrices = {key.removeprefix(_PREFIX): value for key, value in found.items()}
+        self._matrices = {key.removeprefix(_PREFIX): value for key, value in averages.items()}
 
     def __call__(self, name: str, weights: Tensor, rank: int = 0, ranks: int = 1, side: int | None = None) -> Tensor:
         """In the shape and type of the weights, of which a rank has its shard; these themselves where they were not trained."""

@@ -105,8 +105,8 @@ class Config:
 
     def flags(self) -> dict[str, Any]:
         """Megatron's flags of the model, names with hyphens; the vocabulary is left to the caller."""
-        found = self._gpt2() if self.family is GPT2 else self._llama()
-        return found | ({} if self.tied else {"untie-embeddings-and-output-weights": True})
+        flags = self._gpt2() if self.family is GPT2 else self._llama()
+        return flags | ({} if self.tied else {"untie-embeddings-and-output-weights": True})
 
     def _gpt2(self) -> dict[str, Any]:
         known = {"gelu_new": True, "gelu_pytorch_tanh": True, "gelu": False}  # whether it is Megatron's fused one
@@ -132,7 +132,7 @@ class Config:
             raise UserError(f"{self.path}: attention_bias and mlp_bias differ; Megatron has biases in both or in none.")
         hidden, heads = self.number("hidden_size"), self.number("num_attention_heads")
         groups = self.number("num_key_value_heads", 8 if self.family is MIXTRAL else heads)
-        found = {
+        flags = {
             "num-layers": self.number("num_hidden_layers"),
             "hidden-size": hidden,
             "ffn-hidden-size": self.number("intermediate_size"),
@@ -145,13 +145,13 @@ class Config:
             **self._rope(),
         }
         if groups != heads:
-            found |= {"group-query-attention": True, "num-query-groups": groups}
+            flags |= {"group-query-attention": True, "num-query-groups": groups}
         if not bias:
-            found["disable-bias-linear"] = True
+            flags["disable-bias-linear"] = True
         if self.family is MIXTRAL:
-            found["num-experts"] = self.number("num_local_experts", 8)
-            found["moe-router-topk"] = self.number("num_experts_per_tok", 2)
-        return found
+            flags["num-experts"] = self.number("num_local_experts", 8)
+            flags["moe-router-topk"] = self.number("num_experts_per_tok", 2)
+        return flags
 
     def _rope(self) -> dict[str, Any]:
         new = self.get("rope_parameters", {})
@@ -159,15 +159,15 @@ class Config:
         base = new.get("rope_theta", self.get("rope_theta", 1e6 if self.family is MIXTRAL else 1e4))
         if float(base) != int(base):
             raise UserError(f"{self.path}: rope_theta {base} is no whole number, which --rotary-base takes.")
-        found = {"position-embedding-type": "rope", "rotary-base": int(base)}
+        flags = {"position-embedding-type": "rope", "rotary-base": int(base)}
         kind = scaling.pop("rope_type", scaling.pop("type", "default"))
         scaling.pop("type", None)
         if kind == "default":
-            return found
+            return flags
         factor = scaling.pop("factor", None)
         if kind != "llama3" or scaling != LLAMA3 or factor != FACTOR:
             raise UserError(
                 f"{self.path}: the rope scaling {kind!r} with {scaling}, factor {factor}, is not Megatron's --use-rope-scaling "
                 f"({LLAMA3}, factor {FACTOR:g})."
             )
-        return found | {"use-rope-scaling": True}
+        return flags | {"use-rope-scaling": True}

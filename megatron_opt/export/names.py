@@ -97,11 +97,11 @@ def logical(parameter: Parameter, spec: ModelSpec) -> dict[str, list[tuple[int, 
     kind = find_kind(parameter.name)
     if kind is None:
         raise LookupError(parameter.name)
-    found: dict[str, list[tuple[int, int, int]]] = {}
+    rows_of: dict[str, list[tuple[int, int, int]]] = {}
     for part in splits_of(kind, parameter.name, spec.geometry, parameter.shape[0]):
         name = f"{parameter.name}.{part.suffix}" if part.suffix else parameter.name
-        found.setdefault(name, []).append((part.start, part.stop, part.row))
-    return {name: sorted(spans, key=lambda span: span[2]) for name, spans in found.items()}
+        rows_of.setdefault(name, []).append((part.start, part.stop, part.row))
+    return {name: sorted(spans, key=lambda span: span[2]) for name, spans in rows_of.items()}
 
 
 def expanded(rows: list[Row], spec: ModelSpec) -> Iterator[Row]:
@@ -128,13 +128,13 @@ def to_theirs(
     rows: list[Row], spec: ModelSpec, weights: Callable[[str], Tensor], vocabulary: int
 ) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face's tensors one by one; `weights` gives a whole parameter, of whose vocabulary the first ids are kept."""
-    places = {
+    layers_of = {
         name: (parameter, spans) for parameter in parameters(spec) for name, spans in logical(parameter, spec).items()
     }
     for row in expanded(rows, spec):
         pieces = []
         for name in row.ours:
-            parameter, spans = places[name]
+            parameter, spans = layers_of[name]
             whole = weights(parameter.name)
             pieces += [whole[start:stop] for start, stop, _ in spans]
         tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -6,13 +6,13 @@ Transformer Engine's names of fused norms are Megatron's names there. `layout/na
 
 import functools
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_opt import quiet
 from megatron_opt.checkpointing import folders, resuming, trusted
 from megatron_opt.errors import UserError
 from megatron_opt.export.averages import Averages
@@ -83,14 +83,14 @@ class Checkpoint:
 def _folder(source: Path) -> Path:
     if (source / ".metadata").is_file() or (source / "metadata.json").is_file():
         return source
-    found = folders.iterations(source)
+    iterations = folders.iterations(source)
     if re.fullmatch(r"[0-9]+", text := folders.tracked(source) or ""):
         wanted = int(text)
-        if wanted in found or not found:
-            found = [wanted]
-    if not found or not (source / folders.name_of(found[0])).is_dir():
+        if wanted in iterations or not iterations:
+            iterations = [wanted]
+    if not iterations or not (source / folders.name_of(iterations[0])).is_dir():
         raise UserError(f"{source} holds no checkpoint; give a run's --save folder, or one iter_N in it.")
-    return source / folders.name_of(found[0])
+    return source / folders.name_of(iterations[0])
 
 
 def _check(folder: Path, trust: bool) -> None:
@@ -123,8 +123,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         and key.startswith(("embedding.", "decoder.", "output_layer.", "mtp."))
     }
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says that there is one process
+        with quiet.quieted():
             load(wanted, storage_reader=reader, no_dist=True)
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         raise UserError(f"the checkpoint {folder} is damaged: {' '.join(str(error).split())[:200]}") from error

@@ -83,14 +83,14 @@ def _files(folder: Path) -> dict[str, set[str]]:
     if index.is_file():
         try:
             where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            found: dict[str, set[str]] = {}
+            names_of: dict[str, set[str]] = {}
             for tensor, name in where.items():
-                found.setdefault(str(name), set()).add(tensor)
+                names_of.setdefault(str(name), set()).add(tensor)
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index} is no index of safetensors files ({error!r}); fetch it again.") from None
-        if any(Path(name).name != name for name in found):
+        if any(Path(name).name != name for name in names_of):
             raise UserError(f"{index} names files outside its folder; fetch it again.")
-        return found
+        return names_of
     if (folder / SINGLE).is_file():
         return {SINGLE: set()}
     raise UserError(f"{folder} has no {SINGLE} nor {INDEX}; give the folder of a model in safetensors.")

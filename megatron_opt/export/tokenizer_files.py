@@ -21,13 +21,13 @@ def of_run(args: Any, given: Path | None) -> Any:
         return None
     if not Path(path).exists():
         raise UserError(f"the tokenizer {path} is not there; say where it is by --tokenizer FILE.")
-    found = load_tokenizer(
+    tokenizer = load_tokenizer(
         path,
         pattern=getattr(args, "tiktoken_pattern", None) or "v2",
         special_tokens=getattr(args, "tiktoken_num_special_tokens", None) or 1000,
     )
-    fits(found, args.padded_vocab_size)
-    return found
+    fits(tokenizer, args.padded_vocab_size)
+    return tokenizer
 
 
 def fits(tokenizer: Any, vocabulary: int) -> None:
@@ -46,10 +46,10 @@ def copy(tokenizer: Any, output: Path) -> list[str]:
         name = "tokenizer.model" if tokenizer.kind == "sentencepiece" else source.name
         shutil.copyfile(source, output / name)
         return [name]
-    found = [name for name in _BESIDE if (source.parent / name).is_file()]
-    for name in found:
+    names = [name for name in _BESIDE if (source.parent / name).is_file()]
+    for name in names:
         shutil.copyfile(source.parent / name, output / name)
-    return found
+    return names
 
 
 def beside(folder: Path, vocabulary: int) -> Any:
@@ -58,6 +58,6 @@ def beside(folder: Path, vocabulary: int) -> Any:
         return None
     from megatron_opt.data.tokenizer import load_tokenizer
 
-    found = load_tokenizer(folder)
-    fits(found, vocabulary)
-    return found
+    tokenizer = load_tokenizer(folder)
+    fits(tokenizer, vocabulary)
+    return tokenizer

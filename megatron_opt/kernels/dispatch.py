@@ -33,6 +33,12 @@ def mode() -> str:
     return value
 
 
+def _check_isa() -> None:
+    value = os.environ.get("MEGATRON_OPT_ISA", "avx512")
+    if value not in ("portable", "avx2", "avx512"):
+        raise UserError(f"MEGATRON_OPT_ISA is {value!r}; set it to portable, avx2 or avx512, or unset it.")
+
+
 def _defect(module: ModuleType) -> str | None:
     """Why this build of the extension must not be used, or None."""
     if module.torch_version != torch.__version__:
@@ -45,6 +51,7 @@ def _defect(module: ModuleType) -> str | None:
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
     """(extension, "") or (None, what is wrong); registers the native kernels, once a process."""
+    _check_isa()
     try:
         module = importlib.import_module("megatron_opt._C")
     except ImportError as error:

@@ -65,10 +65,10 @@ def _cholesky_qr_reference(columns: Tensor, noise: float) -> tuple[Tensor, Tenso
     q = columns / torch.where(sound, lengths, torch.ones_like(lengths)).unsqueeze(-2)
     success, oblique = sound.all(-1), torch.full_like(lengths[..., 0], torch.inf)
     eye = torch.eye(size, dtype=columns.dtype, device=columns.device)
-    for turn in range(2):
+    for attempt in range(2):
         again = oblique > size * torch.finfo(columns.dtype).eps
         lower, failed = torch.linalg.cholesky_ex(q.mT @ q)
-        if turn == 0:
+        if attempt == 0:
             diagonal = lower.diagonal(dim1=-2, dim2=-1) * lengths
             success = success & (failed == 0) & (diagonal.amin(-1) > noise * diagonal.amax(-1))
         else:
@@ -183,8 +183,8 @@ def _refresh_reference(
         old: list[Tensor | None] = [None, None]
         new: list[Tensor | None] = [None, None]
         success, reordered = torch.ones(len(moment), dtype=torch.bool, device=m.device), second
-        held = ((lefts, left_factors, left_noise), (rights, right_factors, right_noise))
-        for side, (bases, factors, noise) in enumerate(held):
+        sides = ((lefts, left_factors, left_noise), (rights, right_factors, right_noise))
+        for side, (bases, factors, noise) in enumerate(sides):
             if not bases:
                 continue
             basis, factor = (x.view(len(moment), *x.shape[-2:]) for x in (bases[i], factors[i]))
@@ -194,12 +194,12 @@ def _refresh_reference(
             order = torch.argsort(values, dim=-1, descending=True, stable=True)
             image = (image + (shift * largest).unsqueeze(-1) * basis).gather(-1, order.unsqueeze(-2).expand_as(image))
             old[side] = basis
-            new[side], held_here = _cholesky_qr_reference(image, noise)
-            success = success & (values > floor * largest).all(-1) & held_here
+            new[side], well_formed = _cholesky_qr_reference(image, noise)
+            success = success & (values > floor * largest).all(-1) & well_formed
             index = order.unsqueeze(-1) if side == 0 else order.unsqueeze(-2)
             reordered = reordered.gather(side + 1, index.expand_as(reordered))
-        turned = rotate(rotate(moment, old[0], old[1], back=True), new[0], new[1])
-        for to, value in ((moment, turned), (second, reordered), *zip(old, new)):
+        rotated = rotate(rotate(moment, old[0], old[1], back=True), new[0], new[1])
+        for to, value in ((moment, rotated), (second, reordered), *zip(old, new)):
             if to is not None and value is not None:
                 to.copy_(torch.where(success.view(-1, 1, 1), value, to))
         flags.append(success)

@@ -87,8 +87,8 @@ def triangular_update(factors: Factors, g: Tensor, v: Tensor, lr: float | Tensor
             q.sub_((moment - wanted) * q * (rate / (moment + wanted).amax(-1, keepdim=True).clamp_min(tiny)))
         else:
             step = lr / norm_bound(moment + wanted).clamp_min(tiny)
-            turn = (moment - wanted).triu_().mul_(step.view(-1, 1, 1))
-            q.sub_(products.matmul(turn, q, a_shape="upper", b_shape="upper"))
+            step_matrix = (moment - wanted).triu_().mul_(step.view(-1, 1, 1))
+            q.sub_(products.matmul(step_matrix, q, a_shape="upper", b_shape="upper"))
 
 
 def _kron_step(

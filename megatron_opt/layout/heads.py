@@ -25,24 +25,24 @@ def head_rows(attention: str, params: Iterable[str], geometry: Geometry) -> list
 
     Latent attention has one group a head: its keys without position are the head's own. Its rotary key is no row of these.
     """
-    found: list[HeadRows] = []
+    rows: list[HeadRows] = []
     for param in params:
         whole, g = f"{attention}.{param}", geometry
         if param in ("linear_qkv.weight", "linear_qkv.bias"):
             per_group, d = g.num_heads // g.num_groups, g.head_dim
             for group in range(g.num_groups):
                 for part, heads in (("q", per_group), ("k", 1)):
-                    found += _rows(f"{whole}.{part}", group, range(group * heads, (group + 1) * heads), d, g, part)
+                    rows += _rows(f"{whole}.{part}", group, range(group * heads, (group + 1) * heads), d, g, part)
         elif param in ("linear_q_proj.weight", "linear_q_up_proj.weight"):
             width = g.qk_head_dim + g.rope_dim
             for head in range(g.num_heads):
                 middle = head * width + g.qk_head_dim
-                found.append(HeadRows(whole, head * width, middle, head, "q"))
-                found.append(HeadRows(whole, middle, (head + 1) * width, head, "q_rope"))
+                rows.append(HeadRows(whole, head * width, middle, head, "q"))
+                rows.append(HeadRows(whole, middle, (head + 1) * width, head, "q_rope"))
         elif param == "linear_kv_up_proj.weight":
             for head in range(g.num_heads):
-                found += _rows(f"{whole}.k", head, range(head, head + 1), g.qk_head_dim, g, "k")
-    return found
+                rows += _rows(f"{whole}.k", head, range(head, head + 1), g.qk_head_dim, g, "k")
+    return rows
 
 
 def _rows(matrix: str, group: int, heads: range, width: int, geometry: Geometry, part: str) -> list[HeadRows]:

@@ -35,6 +35,6 @@ class Parameter:
             )
         return tuple(side // shards if i == self.cut else side for i, side in enumerate(self.shape))
 
-    def held(self, shards: int) -> float:
+    def local_elements(self, shards: int) -> float:
         """Elements on one of `shards` tensor-parallel ranks."""
         return self.numel / (shards if self.cut is not None else 1)

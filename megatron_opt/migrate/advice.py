@@ -64,12 +64,12 @@ def verdict(plan: Plan) -> Verdict:
 
 def risks(plan: Plan) -> list[Risk]:
     """What is seen in the data, the laws, the memory and the plan."""
-    found = [
+    listed = [
         Risk("high", sentence + ": every number on its gain is an extrapolation.") for sentence in plan.extrapolates
     ]
-    found += _of_evidence(plan) + _of_machine(plan)
+    listed += _of_evidence(plan) + _of_machine(plan)
     if plan.done:
-        found.append(
+        listed.append(
             Risk(
                 "medium",
                 f"The laws describe runs from the start; {plan.done:.0%} of this one is done. The gain is taken "
@@ -78,11 +78,11 @@ def risks(plan: Plan) -> list[Risk]:
             )
         )
     order = {"high": 0, "medium": 1, "low": 2}
-    return sorted(found, key=lambda risk: order[risk.severity])
+    return sorted(listed, key=lambda risk: order[risk.severity])
 
 
 def _of_evidence(plan: Plan) -> list[Risk]:
-    evidence, found = plan.evidence, []
+    evidence, seen = plan.evidence, []
     by_size: dict[float, list[float]] = {}
     for cell in evidence.cells:
         by_size.setdefault(cell.n, []).append(cell.value)
@@ -90,7 +90,7 @@ def _of_evidence(plan: Plan) -> list[Risk]:
         means = {n: sum(values) / len(values) for n, values in sorted(by_size.items())}
         first, last = min(means), max(means)
         if means[last] < means[first] - 0.03:
-            found.append(
+            seen.append(
                 Risk(
                     "medium",
                     f"The gain shrinks with size: {means[first]:.2f}× tokens at {first / 1e6:.0f}M, "
@@ -101,10 +101,10 @@ def _of_evidence(plan: Plan) -> list[Risk]:
     values = [method.estimate.value for method in counted]
     if len(values) > 1 and max(values) / min(values) > 1.1:
         words = ", ".join(f"{m.name} {m.estimate.value:.2f}×" for m in counted)
-        found.append(Risk("high", f"Ways to extrapolate disagree: {words}. The interval spans both."))
+        seen.append(Risk("high", f"Ways to extrapolate disagree: {words}. The interval spans both."))
     if evidence.cliff:
         tuned, bad, regime = evidence.cliff
-        found.append(
+        seen.append(
             Risk(
                 "medium",
                 f"A cliff is near the tuned learning rate: at {regime}, {tuned:g} is best and {bad:g} is far "
@@ -113,7 +113,7 @@ def _of_evidence(plan: Plan) -> list[Risk]:
         )
     lr, law = plan.given.get("lr"), evidence.source_lr
     if lr and law and law.low and law.high and not law.low / 2 <= lr <= law.high * 2:
-        found.append(
+        seen.append(
             Risk(
                 "high" if lr < law.low / 4 or lr > law.high * 4 else "medium",
                 f"The run's own learning rate {lr:g} is far from the law's {law.value:.2g} ({law.low:.2g} to "
@@ -124,21 +124,21 @@ def _of_evidence(plan: Plan) -> list[Risk]:
         )
     batch = plan.before.tokens / 4096
     if evidence.tuned_batch and not 0.5 <= batch / evidence.tuned_batch <= 2:
-        found.append(
+        seen.append(
             Risk(
                 "low" if batch > evidence.tuned_batch else "medium",
                 f"The study tuned at {evidence.tuned_batch:.0f} sequences of 4096 tokens, this run has "
                 f"{batch:.0f}; the best learning rate moves with the batch.",
             )
         )
-    return found
+    return seen
 
 
 def _of_machine(plan: Plan) -> list[Risk]:
-    after, found = plan.after, []
+    after, seen = plan.after, []
     used = after.memory.total / plan.cluster.memory
     if used > 1:
-        found.append(
+        seen.append(
             Risk(
                 "high",
                 f"Memory: {after.memory.total / 1e9:.1f} GB of {plan.cluster.memory / 1e9:.0f} GB; the layout "
@@ -146,17 +146,17 @@ def _of_machine(plan: Plan) -> list[Risk]:
             )
         )
     elif used > 0.9:
-        found.append(
+        seen.append(
             Risk("medium", f"Memory: {used:.0%} of a GPU is predicted to be used; the prediction is good to about 10%.")
         )
     if after.refresh_step > 1.2 * after.ordinary:
         every, times = after.optimizer.refresh_every, after.refresh_step / after.ordinary
         remedy = "; --soap-stagger spreads that" if plan.target == "soap" else ""
         sentence = f"Steps are uneven: one in {every:g} takes {times:.2f}× an ordinary one{remedy}."
-        found.append(Risk("low", sentence))
+        seen.append(Risk("low", sentence))
     idle = unconditioned(after)
     if idle > 0.05:
-        found.append(
+        seen.append(
             Risk(
                 "high" if idle > 0.5 else "medium",
                 f"{idle:.0%} of the parameters get no matrix work because their sides exceed the rule's limit; "
@@ -164,7 +164,7 @@ def _of_machine(plan: Plan) -> list[Risk]:
             )
         )
     if after.optimizer.imbalance > 1.5 and after.optimizer_share > 0.03:
-        found.append(
+        seen.append(
             Risk(
                 "low",
                 f"The most loaded owner has {after.optimizer.imbalance:.1f}× the mean work: fewer matrices than "
@@ -172,11 +172,11 @@ def _of_machine(plan: Plan) -> list[Risk]:
             )
         )
     if not plan.cluster.measured:
-        found.append(
+        seen.append(
             Risk(
                 "low",
                 f"Rates of {plan.cluster.name} are estimates from data sheets; `megatron-opt cost calibrate` on "
                 "the machine replaces them.",
             )
         )
-    return found
+    return seen

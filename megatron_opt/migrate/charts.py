@@ -98,13 +98,13 @@ def scatter(
     y0, y1 = min(0.9, *values) - 0.03, min(max(1.1, *values) + 0.05, 2.2)
     left, right, top, bottom = 78.0, WIDTH - 20.0, 12.0, 250.0
 
-    def place(n: float, value: float) -> tuple[float, float]:
+    def position(n: float, value: float) -> tuple[float, float]:
         x = left + (right - left) * (math.log10(n) - x0) / (x1 - x0)
         return x, bottom - (bottom - top) * (min(max(value, y0), y1) - y0) / (y1 - y0)
 
     parts = []
     for step in range(math.ceil(y0 * 10), math.floor(y1 * 10) + 1):
-        _, y = place(10**x0, step / 10)
+        _, y = position(10**x0, step / 10)
         dash = ' stroke-dasharray="4 3"' if step == 10 else ' opacity="0.35"'
         parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--soft)"{dash}/>')
         parts.append(_text(left - 8, y + 4, f"{step / 10:.1f}×", "end", soft=True))
@@ -119,11 +119,11 @@ def scatter(
         (1e12, "1T"),
     ):
         if x0 <= math.log10(n) <= x1:
-            parts.append(_text(place(n, y0)[0], bottom + 18, name, "middle", soft=True))
+            parts.append(_text(position(n, y0)[0], bottom + 18, name, "middle", soft=True))
     for index, (n, value, low, high) in enumerate(everything):
         fill = "var(--b)" if index == len(points) else "var(--a)"
-        x, y = place(n, value)
-        parts.append(_line(x, place(n, low)[1], x, place(n, high)[1], fill, ' stroke-width="2"'))
+        x, y = position(n, value)
+        parts.append(_line(x, position(n, low)[1], x, position(n, high)[1], fill, ' stroke-width="2"'))
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{fill}"/>')
     middle = (top + bottom) / 2
     parts.append(_text((left + right) / 2, bottom + 38, "parameters without embeddings", "middle", soft=True))

@@ -155,8 +155,10 @@ def _warm(args: Any, source: Source, model: list[Any], optimizer: Any) -> None:
     for group, update_rule in zip(optimizer.groups, optimizer.group_optimizers, strict=True):
         warm_start.check(group.optimizer, update_rule)
     before = {id(f): f.view.param.detach().clone() for f in optimizer.param_shards()}
-    found = _from_ours(args, source, model, optimizer) if source.ours else _from_megatron(source, model, optimizer)
-    for index, moments in enumerate(found):
+    read_moments = (
+        _from_ours(args, source, model, optimizer) if source.ours else _from_megatron(source, model, optimizer)
+    )
+    for index, moments in enumerate(read_moments):
         _fill(optimizer, index, moments, source.tokens)
     step = int(source.common["optimizer"]["step"]) if source.ours else int(args.iteration)
     optimizer.step_number = max(step, 1)
@@ -250,7 +252,7 @@ def _from_ours(args: Any, source: Source, model: list[Any], optimizer: Any) -> l
     state = old.sharded_state_dict(None, is_loading=True)
     tensors = dist_checkpointing.load({"tensors": state["tensors"]}, str(source.folder))["tensors"]
     old.load_state_dict({**state, "step": source.common["optimizer"]["step"], "tensors": tensors})
-    found = []
+    moments = []
     for index, shard_group in enumerate(old.shard_groups):
         same = all(
             torch.equal(f.main, w) or f.view.param.dtype != torch.float32
@@ -260,8 +262,8 @@ def _from_ours(args: Any, source: Source, model: list[Any], optimizer: Any) -> l
             raise UserError(f"{source.folder}: the model's weights changed while its state was read; report this.")
         m, v = ([torch.zeros_like(f.main) for f in shard_group.param_shards] for _ in range(2))
         _read(old, index, m, v, source.tokens)
-        found.append(Moments(m, v, [f.main.clone() for f in shard_group.param_shards]))
-    return found
+        moments.append(Moments(m, v, [f.main.clone() for f in shard_group.param_shards]))
+    return moments
 
 
 def _read(old: Any, index: int, m: list[Tensor], v: list[Tensor], tokens: float) -> None:
@@ -279,10 +281,10 @@ def _read(old: Any, index: int, m: list[Tensor], v: list[Tensor], tokens: float)
         mean, square = warm_start.moments_of_matrix(matrices.optimizers[key[0]], info, state, tokens)
         shape = matrices.mine[key].buffer_shape
         means[key], squares[key] = mean.reshape(shape).contiguous(), square.reshape(shape).contiguous()
-    for flats, slabs, what in ((m, means, "first moments"), (v, squares, "second moments")):
+    for flats, buffers, what in ((m, means, "first moments"), (v, squares, "second moments")):
         for names, route in zip(matrices.placed.buckets, matrices.placed.routes, strict=True):
             wanted = set(names)
-            some = {key: slab for key, slab in slabs.items() if key[0] in wanted}
+            some = {key: buffer for key, buffer in buffers.items() if key[0] in wanted}
             shard_group.exchange.scatter(route, some, flats, what, torch.float32).finish()
 
 
@@ -290,13 +292,13 @@ def _decoded(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """8-bit state as the values that it stands for."""
     from megatron_opt.distributed import packed_state
 
-    found = {}
+    decoded = {}
     for key, tensor in state.items():
         if codes := packed_state.find(state, key):
-            found[key] = codes.decode().view_as(tensor)
+            decoded[key] = codes.decode().view_as(tensor)
         elif not packed_state.is_scale(state, key):
-            found[key] = tensor
-    return found
+            decoded[key] = tensor
+    return decoded
 
 
 def _fill(optimizer: Any, index: int, moments: Moments, tokens: float) -> None:

@@ -56,16 +56,16 @@ def decide(plan: Plan) -> Decision:
     cost, sigma = float(np.mean(np.exp(-kept))), max(float(np.std(kept)), 1e-6)
     expected = plan.hours * (1 - cost)
     perfect = plan.hours * float(np.mean(np.maximum(0.0, 1 - np.exp(-kept)))) - max(0.0, expected)
-    found = []
+    designs = []
     for words, hours, signal in _designs(plan):
         known = (signal * sigma) ** 2 / ((signal * sigma) ** 2 + _noise(plan) ** 2)
         saving, changes = preposterior(cost, sigma, known)
         saving = min(saving * plan.hours, max(0.0, expected) + perfect)
         if changes >= TELLS:
             value = saving - max(0.0, expected) - hours
-            found.append(Experiment(words, hours, known, saving, changes, value))
-    found.sort(key=lambda item: -item.value)
-    return Decision(expected > 0, expected, max(0.0, perfect), found)
+            designs.append(Experiment(words, hours, known, saving, changes, value))
+    designs.sort(key=lambda item: -item.value)
+    return Decision(expected > 0, expected, max(0.0, perfect), designs)
 
 
 def preposterior(cost: float, sigma: float, known: float) -> tuple[float, float]:
@@ -102,17 +102,17 @@ def _designs(plan: Plan) -> list[tuple[str, float, float]]:
     n, most = float(plan.before.model.hidden_parameters), plan.evidence.sizes[1]
     whole = plan.hours / max(1e-9, 1 - plan.done)
     both = f"{plan.source} and {plan.target}, two learning rates each around the law's"
-    found = []
+    designs = []
     size = n / 2
     while size > 1.2 * most:
         tokens = plan.chinchilla * TOKENS_PER_PARAMETER * size
         signal = math.log(size / most) / math.log(n / most)
         words = f"{both}, at {_count(size)} parameters and {_count(tokens)} tokens"
-        found.append((words, RUNS * whole * (size / n) ** 2, signal))
+        designs.append((words, RUNS * whole * (size / n) ** 2, signal))
         size /= 2
     words = f"a pilot of this recipe: {both}, a schedule that ends at {PILOT:.0%} of the budget"
-    found.append((words, RUNS * PILOT * whole, 1.0))
-    return found
+    designs.append((words, RUNS * PILOT * whole, 1.0))
+    return designs
 
 
 def _count(value: float) -> str:

@@ -93,7 +93,7 @@ def gather(study: str | None, source: str, target: str, n: float, d: float) -> E
             )
     pair = _pair(data, source, target)
     paper = study is None
-    found = Evidence(
+    evidence = Evidence(
         name,
         dataset.attribution if dataset else "",
         paper,
@@ -108,17 +108,17 @@ def gather(study: str | None, source: str, target: str, n: float, d: float) -> E
     )
     if target == source:
         raise UserError(f"the run is trained by {source} already; name another optimizer by --to.")
-    _law_speedup(found, known, source, target, n, d)
-    measured = _measured(found, n, d, counted=not found.methods)
-    found.methods += [measured] if measured else []
-    if not any(method.counted for method in found.methods):
+    _law_speedup(evidence, known, source, target, n, d)
+    measured = _measured(evidence, n, d, counted=not evidence.methods)
+    evidence.methods += [measured] if measured else []
+    if not any(method.counted for method in evidence.methods):
         raise UserError(f"{name} is too small to estimate a speedup of {target}; it needs two sizes and three budgets.")
     if dataset is None:
-        found.notes.append("The fits' file holds no runs, so hyperparameters come from the published study.")
+        evidence.notes.append("The fits' file holds no runs, so hyperparameters come from the published study.")
         dataset = paper_dataset()
     if target in dataset.optimizers:
-        _hyperparameters(found, dataset, source, target, n, d)
-    return found
+        _hyperparameters(evidence, dataset, source, target, n, d)
+    return evidence
 
 
 def _pair(data: Observations, source: str, target: str) -> Observations:
@@ -130,24 +130,24 @@ def _pair(data: Observations, source: str, target: str) -> Observations:
     return Observations((source, target), index, kept.n, kept.d, kept.loss, kept.runs)
 
 
-def _law_speedup(found: Evidence, known: Losses, source: str, target: str, n: float, d: float) -> None:
+def _law_speedup(evidence: Evidence, known: Losses, source: str, target: str, n: float, d: float) -> None:
     """The study's own prediction: the hierarchical law over all its optimizers, the source as baseline."""
     try:
         law = known.law(source)
     except UserError as error:
-        found.notes.append(f"No prediction by the law: {error}.")
+        evidence.notes.append(f"No prediction by the law: {error}.")
         return
     speed = predict(law, target, n, d).speedup
     note = "all forms of the hierarchical law, weighed and widened by backtests: what `study fit` prints"
     draws = np.minimum(law.speedups(target, n, d), 1e3)
-    found.methods.append(
+    evidence.methods.append(
         Method("hierarchical scaling law", Estimate(speed.value, speed.low, speed.high), draws, True, note)
     )
 
 
-def _measured(found: Evidence, n: float, d: float, counted: bool) -> Method | None:
+def _measured(evidence: Evidence, n: float, d: float, counted: bool) -> Method | None:
     """The cell that this run repeats, within 10% in size and budget; the law has it already, so it counts only without one."""
-    for cell in found.cells:
+    for cell in evidence.cells:
         if max(abs(math.log(cell.n / n)), abs(math.log(cell.d / d))) > 0.1 or not math.isfinite(cell.high):
             continue
         spread = math.log(cell.high / cell.low) / (2 * stats.norm.ppf(0.95))
@@ -162,7 +162,7 @@ def _measured(found: Evidence, n: float, d: float, counted: bool) -> Method | No
     return None
 
 
-def _hyperparameters(found: Evidence, dataset: Dataset, source: str, target: str, n: float, d: float) -> None:
+def _hyperparameters(evidence: Evidence, dataset: Dataset, source: str, target: str, n: float, d: float) -> None:
     best = dataset.best()
 
     def nearest(optimizer: str) -> Any:
@@ -178,18 +178,18 @@ def _hyperparameters(found: Evidence, dataset: Dataset, source: str, target: str
             or name in ("batch_size", "min_lr_ratio", "adam_lr")
         ):
             continue
-        found.hyperparameters.append(Hyperparameter(name, value, None, None, where))
+        evidence.hyperparameters.append(Hyperparameter(name, value, None, None, where))
     if "adam_lr" in record.hyper and "scalar_lr_ratio" not in record.hyper:
         ratio = round(record.hyper["adam_lr"] / record.hyper["lr"], 3)
-        found.hyperparameters.append(Hyperparameter("scalar_lr_ratio", ratio, None, None, where))
+        evidence.hyperparameters.append(Hyperparameter("scalar_lr_ratio", ratio, None, None, where))
     lr = _law(dataset, target, "lr", n, d)
     if lr is not None:
-        found.hyperparameters = [lr if h.name == "lr" else h for h in found.hyperparameters]
-    found.source_lr = _law(dataset, source, "lr", n, d)
-    found.tuned_batch = record.hyper.get("batch_size")
+        evidence.hyperparameters = [lr if h.name == "lr" else h for h in evidence.hyperparameters]
+    evidence.source_lr = _law(dataset, source, "lr", n, d)
+    evidence.tuned_batch = record.hyper.get("batch_size")
     records = [cell.record for (name, _), cell in best.items() if name == target]
     records.sort(key=lambda r: (math.log(r.parameters / n)) ** 2 + (math.log(r.tokens / d)) ** 2)
-    found.cliff = next((cliff for r in records if (cliff := _cliff(dataset, target, r))), None)
+    evidence.cliff = next((cliff for r in records if (cliff := _cliff(dataset, target, r))), None)
 
 
 def _law(dataset: Dataset, optimizer: str, key: str, n: float, d: float) -> Hyperparameter | None:

@@ -51,12 +51,12 @@ def soap_moments(optimizer: Soap, info: MatrixInfo, state: State) -> tuple[Tenso
     if not state["ready"].any():
         return state["exp_avg"].float(), state["exp_avg_sq"].float()
     grid = optimizer.grid(info)
-    turned = [grid.cut(as_matrix(state[key].float())) for key in ("exp_avg", "exp_avg_sq")]
-    regions = range(len(turned[0]))
+    blocks = [grid.cut(as_matrix(state[key].float())) for key in ("exp_avg", "exp_avg_sq")]
+    regions = range(len(blocks[0]))
     bases = [{side: state[f"q_{region}_{side}"].float() for side in optimizer.sides(info)} for region in regions]
     first, second = (torch.empty_like(state[key], dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq"))
-    grid.join([rotate(m, q, back=True) for m, q in zip(turned[0], bases, strict=True)], as_matrix(first))
-    grid.join([rotate_squares(v, q, back=True) for v, q in zip(turned[1], bases, strict=True)], as_matrix(second))
+    grid.join([rotate(m, q, back=True) for m, q in zip(blocks[0], bases, strict=True)], as_matrix(first))
+    grid.join([rotate_squares(v, q, back=True) for v, q in zip(blocks[1], bases, strict=True)], as_matrix(second))
     return first, second
 
 
@@ -78,7 +78,7 @@ def shampoo_moments(optimizer: Shampoo, info: MatrixInfo, state: State) -> tuple
     m = state["exp_avg"].float()
     if "graft_sq" in state:
         return m, state["graft_sq"].float()
-    grid, found = optimizer.grid(info), []
+    grid, blocks = optimizer.grid(info), []
     for region, block in enumerate(grid.cut(as_matrix(m))):
         square = torch.ones_like(block)
         diagonals = {
@@ -88,9 +88,9 @@ def shampoo_moments(optimizer: Shampoo, info: MatrixInfo, state: State) -> tuple
             square = square * diagonal.unsqueeze(2 - side)
         total = square.sum((1, 2), keepdim=True).clamp_min(torch.finfo(m.dtype).tiny)
         norm = next(iter(diagonals.values())).sum(1).view(-1, 1, 1) if diagonals else total
-        found.append(square * (norm / total))
+        blocks.append(square * (norm / total))
     second = torch.empty_like(m)
-    grid.join(found, as_matrix(second))
+    grid.join(blocks, as_matrix(second))
     return m, second
 
 
@@ -125,10 +125,10 @@ def fill_kron(optimizer: Kron, info: MatrixInfo, state: State, m: Tensor, v: Ten
             if flat:
                 values = factor.diagonal(dim1=1, dim2=2)
                 values = values.clamp_min(values.amax(-1, keepdim=True) * _FLOOR)
-                found = values.pow(-0.25) * gain.sqrt().squeeze(-1)
+                factor_of_side = values.pow(-0.25) * gain.sqrt().squeeze(-1)
             elif cfg.update_form == "procrustes":
-                found = _root(factor, -0.25) * gain.sqrt()
+                factor_of_side = _root(factor, -0.25) * gain.sqrt()
             else:
-                found = torch.linalg.cholesky(_root(factor, -0.5) * gain, upper=True)
-            q[alive] = found[alive].to(q.dtype)
+                factor_of_side = torch.linalg.cholesky(_root(factor, -0.5) * gain, upper=True)
+            q[alive] = factor_of_side[alive].to(q.dtype)
     state["exp_avg"].copy_(m)

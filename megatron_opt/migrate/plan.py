@@ -79,18 +79,18 @@ class Plan:
     @property
     def extrapolates(self) -> list[str]:
         """How far the run lies outside the evidence, in sentences; empty inside."""
-        n, found = float(self.before.model.hidden_parameters), []
+        n, sentences = float(self.before.model.hidden_parameters), []
         low, high = self.evidence.sizes
         if n > 1.05 * high or n < low / 1.05:
             side = f"{n / high:.1f} times the largest" if n > high else f"{low / n:.1f} times below the smallest"
-            found.append(f"extrapolation: {n / 1e9:.3g}B non-embedding parameters are {side} measured size")
+            sentences.append(f"extrapolation: {n / 1e9:.3g}B non-embedding parameters are {side} measured size")
         low, high = self.evidence.budgets
         if self.chinchilla > 1.05 * high or self.chinchilla < low / 1.05:
-            found.append(
+            sentences.append(
                 f"extrapolation: {self.chinchilla:.2g}x Chinchilla tokens lie outside the measured {low:.2g}x to "
                 f"{high:.2g}x"
             )
-        return found
+        return sentences
 
 
 def budget(flags: Mapping[str, Any], tokens: float | None, ratio: float | None, n: float) -> float:

@@ -292,8 +292,8 @@ def _refused(plan: Plan) -> Section:
 
 
 def _risks(plan: Plan) -> Items:
-    found = advice.risks(plan)
-    return Items([risk.sentence for risk in found], [risk.severity for risk in found])
+    risks = advice.risks(plan)
+    return Items([risk.sentence for risk in risks], [risk.severity for risk in risks])
 
 
 def _method(plan: Plan) -> Section:

@@ -31,10 +31,10 @@ class DirectionOptimizer(ElementwiseOptimizer):
         self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], how: Step, reducer: Reducer
     ) -> None:
         c = Coefficients(lr=how.lr, decay_factor=how.decay_factor)
-        first, held = 0, 0
+        first, elements = 0, 0
         for last, param in enumerate(params, 1):
-            held += param.numel()
-            if held < _AT_ONCE and last < len(params):
+            elements += param.numel()
+            if elements < _AT_ONCE and last < len(params):
                 continue
             directions = [
                 self.direction(grad.to(state[self.state_keys[0]].dtype) * how.grad_scale, state, how.number)
@@ -44,7 +44,7 @@ class DirectionOptimizer(ElementwiseOptimizer):
             multi_tensor.update(
                 UpdateKind.APPLY, params[first:last], directions, (), c, copies=copies, cautious_decay=cautious
             )
-            first, held = last, 0
+            first, elements = last, 0
 
     def cost(self, numel: int) -> Cost:
         """The gradient scaled (read, written), the direction's passes, then parameter in and out and direction in."""

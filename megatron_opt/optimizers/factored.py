@@ -221,19 +221,19 @@ class FactoredOptimizer(NarrowOptimizer):
         every, runs = [], []
         for batch in plan.batches:
             for due in (False, True):
-                members = [place for place in batch.members if dues[place[0]] == due and started[place[0]]]
+                members = [member for member in batch.members if dues[member[0]] == due and started[member[0]]]
                 if members:
                     every += members
                     runs.append(self._step_members(members, batch, grads, cuts, states, infos, step, due))
-        found = dict(zip(every, chain.from_iterable(together(runs))))
+        by_region = dict(zip(every, chain.from_iterable(together(runs))))
         directions = []
         for index, (grad, state, info) in enumerate(zip(grads, states, infos)):
             if not started[index]:
                 directions.append(torch.zeros_like(grad))
             elif index in cuts:
-                directions.append(self._join(grad, state, info, cuts[index], found, index))
+                directions.append(self._join(grad, state, info, cuts[index], by_region, index))
             else:
-                directions.append(found[index, 0] if grad.ndim == 2 else found[index, 0].view(grad.shape))
+                directions.append(by_region[index, 0] if grad.ndim == 2 else by_region[index, 0].view(grad.shape))
         return directions
 
     def _all_due(self, infos: Sequence[MatrixInfo], step: int) -> list[bool]:
@@ -283,13 +283,13 @@ class FactoredOptimizer(NarrowOptimizer):
         else:
             parts = [[cuts[i][which][region] for i, region in members] for which in range(1 + len(self.block_keys))]
         regions = range(1 + max(region for _, region in members))
-        held: dict[str, BySide] = {"gg": {}, "q": {}}
-        for kind, by_side in held.items():
+        tensors: dict[str, BySide] = {"gg": {}, "q": {}}
+        for kind, by_side in tensors.items():
             for side in batch.kind:
                 keys = [f"{kind}_{region}_{side}" for region in regions]
                 by_side[side] = [states[i][keys[region]] for i, region in members]
         names = batch.part(members).names(parts[0], infos)
-        blocks = Blocks(parts[0], parts[1:], held["gg"], held["q"], step, due, names)
+        blocks = Blocks(parts[0], parts[1:], tensors["gg"], tensors["q"], step, due, names)
         if self.works_in_place(blocks):
             return (yield from self.block_step(replace(blocks, in_place=True)))
         stack = blocks.stacked()

@@ -171,10 +171,10 @@ class Kron(NarrowOptimizer):
             learn = [isinstance(mean, Tensor) or mean > 0 for mean in means]
         cuts = {i: self._cut(i, moments[i], means[i], learn[i], infos[i], step) for i in plan.cut}
         chunk = _CHUNK if moments and products.available(moments[0]) else max(len(moments), 1)
-        found: dict[tuple[int, int], Tensor] = {}
+        by_block: dict[tuple[int, int], Tensor] = {}
         for batch in plan.batches:
             for learns in (False, True):
-                members = [place for place in batch.members if learn[place[0]] == learns]
+                members = [member for member in batch.members if learn[member[0]] == learns]
                 for first in range(0, len(members), chunk):
                     items = []
                     for index, region in members[first : first + chunk]:
@@ -184,13 +184,13 @@ class Kron(NarrowOptimizer):
                             items.append(_Item(index, region, moment, noise, _DAMPING * mean))
                         else:
                             items.append(cuts[index][region])
-                    self._step_items(items, batch.kind, states, number, found)
+                    self._step_items(items, batch.kind, states, number, by_block)
         for index in plan.cut:
-            blocks = [found[index, region] for region in range(len(cuts[index]))]
+            blocks = [by_block[index, region] for region in range(len(cuts[index]))]
             self.grid(infos[index]).join(blocks, moments[index])
-        moved = [i for (i, _), direction in found.items() if i not in cuts and direction is not moments[i]]
+        moved = [i for (i, _), direction in by_block.items() if i not in cuts and direction is not moments[i]]
         if moved:
-            torch._foreach_copy_([moments[i] for i in moved], [found[i, 0] for i in moved])
+            torch._foreach_copy_([moments[i] for i in moved], [by_block[i, 0] for i in moved])
         if cfg.max_update_rms and moments:
             scales = list(torch._foreach_norm(moments))
             torch._foreach_div_(scales, [cfg.max_update_rms * max(moment.numel(), 1) ** 0.5 for moment in moments])
@@ -219,7 +219,7 @@ class Kron(NarrowOptimizer):
     ) -> None:
         """Preconditioned momentum of equal blocks of many matrices to `found`; factors change in place."""
         procrustes = self.config.update_form == "procrustes"
-        held = {
+        in_place = {
             (kind, side): [states[item.matrix][f"{kind}_{item.region}_{side}"] for item in items]
             for kind in (("q", "bound") if procrustes else ("q",))
             for side in range(len(flat))
@@ -228,15 +228,15 @@ class Kron(NarrowOptimizer):
         noises = [item.noise for item in items if item.noise is not None]
         every, lr = self.config.balance_every, self.config.preconditioner_lr
         if noises and every and number % every == 0:
-            for pair in zip(*(held["q", side] for side in range(len(flat)))):
+            for pair in zip(*(in_place["q", side] for side in range(len(flat)))):
                 preconditioner.balance(dict(enumerate(pair)))
-        matrices = held["q", 0] + held["q", 1] if len(flat) == 2 else []
+        matrices = in_place["q", 0] + in_place["q", 1] if len(flat) == 2 else []
         if not procrustes and flat == (False, False) and projection.taken([*moments, *noises], matrices):
             dampings = [float(item.damping) for item in items if item.noise is not None]
-            preconditioner.kron_step(held["q", 0], held["q", 1], moments, noises, dampings, lr)
+            preconditioner.kron_step(in_place["q", 0], in_place["q", 1], moments, noises, dampings, lr)
             block_directions.update({(item.matrix, item.region): item.moment for item in items})
             return
-        tensors = {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in held.items()}
+        tensors = {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in in_place.items()}
         factors = {side: tensors["q", side] for side in range(len(flat))}
         moment = batched(moments)
         if noises:
@@ -257,7 +257,7 @@ class Kron(NarrowOptimizer):
                     tensors[key].copy_(torch.where(taught, tensors[key], old))
             else:
                 preconditioner.triangular_update(factors, damped, noise, lr * teaches if on_gpu else lr)
-            for key, parts in held.items():
+            for key, parts in in_place.items():
                 if len(parts) > 1:
                     torch._foreach_copy_(parts, list(tensors[key].split([len(part) for part in parts])))
         result = preconditioner.precondition(moment, factors, not procrustes)

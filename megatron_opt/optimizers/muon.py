@@ -146,12 +146,12 @@ class SpectralOptimizer(MatrixOptimizer):
         """One momentum step; returns what is orthogonalized."""
         buffer = self._load(state, grad.dtype)
         self.momentum(buffer, grad)
-        held = state["momentum_buffer"]
-        if held.dtype == torch.int8:
+        momentum = state["momentum_buffer"]
+        if momentum.dtype == torch.int8:
             state["momentum_absmax"].copy_(quantize.block_absmax(buffer))
-            held.copy_(quantize.encode_signed(buffer, state["momentum_absmax"]))
-        elif held is not buffer:
-            held.copy_(buffer)
+            momentum.copy_(quantize.encode_signed(buffer, state["momentum_absmax"]))
+        elif momentum is not buffer:
+            momentum.copy_(buffer)
         return self.direction(grad, self._load(state, grad.dtype))
 
     def factor(self, info: MatrixInfo) -> float:
@@ -168,15 +168,15 @@ class SpectralOptimizer(MatrixOptimizer):
 
     def advance_all(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Tensor]:
         """`advance` for all matrices, in one pass of the fused kernel where gradient and momentum are of one type."""
-        held = [state["momentum_buffer"] for state in states]
-        if any(h.dtype != g.dtype or not g.is_contiguous() for h, g in zip(held, grads)):
+        momenta = [state["momentum_buffer"] for state in states]
+        if any(h.dtype != g.dtype or not g.is_contiguous() for h, g in zip(momenta, grads)):
             return [self.advance(grad, state) for grad, state in zip(grads, states)]
         keep, gain, momentum_weight, gradient_weight = self.weights()
         moments = [torch.empty_like(grad) for grad in grads]
         c = Coefficients(
             beta1=keep, input_weight1=gain, momentum_weight=momentum_weight, gradient_weight=gradient_weight
         )
-        multi_tensor.update(UpdateKind.MOMENTUM, (), grads, [held], c, copies=moments)
+        multi_tensor.update(UpdateKind.MOMENTUM, (), grads, [momenta], c, copies=moments)
         return moments
 
     def rescale(self, x: Tensor, state: State, info: MatrixInfo) -> Tensor:

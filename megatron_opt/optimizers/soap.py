@@ -178,8 +178,8 @@ class Soap(FactoredOptimizer):
 
     def works_in_place(self, blocks: Blocks) -> bool:
         """Native kernels do."""
-        held = [several[0] for tensors in (blocks.factors, blocks.derived) for several in tensors.values()]
-        return projection.taken([*blocks.grads, *itertools.chain(*blocks.states)], held)
+        by_side = [several[0] for tensors in (blocks.factors, blocks.derived) for several in tensors.values()]
+        return projection.taken([*blocks.grads, *itertools.chain(*blocks.states)], by_side)
 
     def block_step(self, blocks: Blocks) -> FlagCoroutine[list[Tensor]]:
         late = blocks.due and not self.authors  # the refresh sees the factors from before this step
@@ -240,7 +240,7 @@ class Soap(FactoredOptimizer):
                 return
             blocks = blocks.select(left)
         stack = blocks.stacked()
-        factors, bases = ({side: x for side, (x,) in held.items()} for held in (stack.factors, stack.derived))
+        factors, bases = ({side: x for side, (x,) in tensors.items()} for tensors in (stack.factors, stack.derived))
         new, orders = yield from self.new_bases(factors, bases, stack.shape, stack.step, stack.names)
         (moment,), (second,) = stack.states
         follow(moment, second, bases, new, orders)
@@ -275,8 +275,8 @@ class Soap(FactoredOptimizer):
         if self.config.adaptive_tol > 0:
             count = max(4, size // 16)
             columns = (torch.arange(count, device=basis.device) * size // count + step) % size
-            turned = yield eigenbasis.rotation(factor, wide, columns) > self.config.adaptive_tol
-            chosen = [block for block, far in enumerate(turned) if far]
+            moved = yield eigenbasis.rotation(factor, wide, columns) > self.config.adaptive_tol
+            chosen = [block for block, far in enumerate(moved) if far]
             if not chosen:
                 return basis, order
         given = [factor, wide, basis, order]

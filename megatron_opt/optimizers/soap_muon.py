@@ -64,9 +64,9 @@ class SoapMuon(Soap):
         self, grads: Sequence[Tensor], states: Sequence[State], step: int, infos: Sequence[MatrixInfo]
     ) -> list[Tensor]:
         directions = super().directions(grads, states, step, infos)
-        found = ns.orthogonalize(directions, self.table, _EPS, self.config.fp32_matmul_prec, "add")
+        orthogonal = ns.orthogonalize(directions, self.table, _EPS, self.config.fp32_matmul_prec, "add")
         factors = [self.config.extra_scale_factor * shape_scale(info.shape, self.config.scale_mode) for info in infos]
-        return [x if factor == 1.0 else x.mul_(factor) for x, factor in zip(found, factors)]
+        return [x if factor == 1.0 else x.mul_(factor) for x, factor in zip(orthogonal, factors)]
 
     def parts(self, info: MatrixInfo) -> Partition | None:
         """Whole: what is orthogonalized is all of it."""

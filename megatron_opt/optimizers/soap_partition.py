@@ -93,8 +93,8 @@ class SoapPartition(FactoredPartition):
         if index == 0:
             make = self._advance_shared if begun else self._begin_shared
             mine = answer.pack(**make(sums.unpack(total), shared, step, grad.dtype))
-        found = answer.unpack((yield mine))
-        return self._advance_shard(grad, found, state, step, begun)
+        totals = answer.unpack((yield mine))
+        return self._advance_shard(grad, totals, state, step, begun)
 
     def _shares(self, grad: Tensor, state: State, first: bool) -> dict[str, Tensor]:
         """This shard's part of what is summed; `first`: moments may be zero."""
@@ -129,23 +129,23 @@ class SoapPartition(FactoredPartition):
         if side is None:
             return fields
         due, regions = soap.is_due(self.info, step), self._regions()
-        held = [soap.factors_of(shared, [side], number) for number in range(len(regions))]
-        orders = [torch.arange(q[side].shape[-1], device=q[side].device).repeat(len(q[side]), 1) for _, q in held]
+        factors = [soap.factors_of(shared, [side], number) for number in range(len(regions))]
+        orders = [torch.arange(q[side].shape[-1], device=q[side].device).repeat(len(q[side]), 1) for _, q in factors]
         if soap.authors:
-            self._advance_all(held, sums)
-        for number, (_, q) in enumerate(held):
+            self._advance_all(factors, sums)
+        for number, (_, q) in enumerate(factors):
             fields[f"old_{number}"] = q[side].clone()
         if due:
             runs = [
                 soap.new_bases(gg, q, (rows, columns), step, [self.info.name] * count)
-                for (gg, q), (count, rows, columns) in zip(held, regions)
+                for (gg, q), (count, rows, columns) in zip(factors, regions)
             ]
             for number, (new, order) in enumerate(together(runs)):
-                held[number][1][side].copy_(new[side])
+                factors[number][1][side].copy_(new[side])
                 orders[number] = order[side]
         if not soap.authors:
-            self._advance_all(held, sums)
-        for number, (_, q) in enumerate(held):
+            self._advance_all(factors, sums)
+        for number, (_, q) in enumerate(factors):
             fields |= {f"new_{number}": q[side], f"order_{number}": orders[number].int()}
         return fields
 
@@ -155,7 +155,7 @@ class SoapPartition(FactoredPartition):
         fields = self._answered(sums, dtype)
         if side is None:
             return fields
-        held = [soap.factors_of(shared, [side], number) for number in range(len(regions))]
+        factors = [soap.factors_of(shared, [side], number) for number in range(len(regions))]
         shares = [sums[f"factors_{number}"] for number in range(len(regions))]
         flags = [*(share.any() for share in shares), *soap.seeds(shared, self.info)]
         known = torch.stack(flags).tolist()
@@ -163,16 +163,16 @@ class SoapPartition(FactoredPartition):
         if not moved and any(seeded):
             shapes = self.answer(dtype).fields
             return {name: shares[0].new_zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
-        for number, (_, q) in enumerate(held):
+        for number, (_, q) in enumerate(factors):
             order = torch.arange(q[side].shape[-1], device=q[side].device).repeat(len(q[side]), 1)
             fields |= {f"old_{number}": q[side].clone(), f"order_{number}": order.int()}
         together(
             [
                 self._begin(gg, q, warm, share, step, (rows, columns), [self.info.name] * count)
-                for (gg, q), warm, share, (count, rows, columns) in zip(held, seeded, shares, regions)
+                for (gg, q), warm, share, (count, rows, columns) in zip(factors, seeded, shares, regions)
             ]
         )
-        for number, (_, q) in enumerate(held):
+        for number, (_, q) in enumerate(factors):
             fields[f"new_{number}"] = q[side]
         for at, flag in enumerate((moved, *seeded)):
             fields["flags"][at].fill_(flag)
@@ -202,9 +202,11 @@ class SoapPartition(FactoredPartition):
 
         return self.optimizer.begin_bases(factors, bases, seeded, first, advance, names)
 
-    def _advance_all(self, held: list[tuple[dict[int, Tensor], dict[int, Tensor]]], sums: dict[str, Tensor]) -> None:
+    def _advance_all(
+        self, of_regions: list[tuple[dict[int, Tensor], dict[int, Tensor]]], sums: dict[str, Tensor]
+    ) -> None:
         """This step's shares into all factors."""
-        for number, (factors, _) in enumerate(held):
+        for number, (factors, _) in enumerate(of_regions):
             for factor in factors.values():
                 self._advance(factor, sums[f"factors_{number}"])
 
@@ -240,19 +242,19 @@ class SoapPartition(FactoredPartition):
 
     def shard_costs(self, edges: tuple[int, ...]) -> list[Cost]:
         """Refreshing bases, factors and bases themselves are shard 0's alone."""
-        whole, alone, held = self.optimizer.cost(self.info), {"gemm": 0.0, "qr": 0.0}, 0.0
+        whole, alone, state_bytes = self.optimizer.cost(self.info), {"gemm": 0.0, "qr": 0.0}, 0.0
         flag = 4.0  # bytes, with every shard
         for region in self._regions() if self.side is not None else ():
             count, size, _ = self._factors(region)
             alone["gemm"] += count * 2.0 * size**3
             alone["qr"] += count * 8.0 / 3.0 * size**3
-            held += count * size * size * self.optimizer.factor_bytes
+            state_bytes += count * size * size * self.optimizer.factor_bytes
         spread = replace(
             whole,
             refresh={kind: value - alone[kind] for kind, value in whole.refresh.items()},
-            state_bytes=whole.state_bytes - held - flag,
+            state_bytes=whole.state_bytes - state_bytes - flag,
         )
         costs = [spread.scaled(share) for share in shares(edges)]
         costs = [replace(cost, state_bytes=cost.state_bytes + flag) for cost in costs]
         refresh = {kind: value + alone[kind] for kind, value in costs[0].refresh.items()}
-        return [replace(costs[0], refresh=refresh, state_bytes=costs[0].state_bytes + held), *costs[1:]]
+        return [replace(costs[0], refresh=refresh, state_bytes=costs[0].state_bytes + state_bytes), *costs[1:]]

@@ -27,8 +27,8 @@ def record(
     """
     if not wanted(module.config) or not module.training or not torch.is_grad_enabled():
         return
-    found, past = maxima(query, key, scale, hidden, causal), getattr(module, NAME, None)
-    setattr(module, NAME, found if past is None else torch.maximum(past, found))
+    largest, past = maxima(query, key, scale, hidden, causal), getattr(module, NAME, None)
+    setattr(module, NAME, largest if past is None else torch.maximum(past, largest))
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def maxima(
     if hidden is not None:
         hidden = hidden.expand(*hidden.shape[:-2], length, keys)
     rows = max(1, min(length, _ELEMENTS // (batch * heads * keys)))
-    found = query.new_full((heads,), -torch.inf, dtype=wide)
+    largest = query.new_full((heads,), -torch.inf, dtype=wide)
     for first in range(0, length, rows):
         stop = min(length, first + rows)
         seen = stop if causal else keys
@@ -58,5 +58,5 @@ def maxima(
             block.masked_fill_(ahead, -torch.inf)
         if hidden is not None:
             block.masked_fill_(hidden[..., first:stop, :seen], -torch.inf)
-        found = torch.maximum(found, block.amax((0, 2, 3)))
-    return found
+        largest = torch.maximum(largest, block.amax((0, 2, 3)))
+    return largest

@@ -33,22 +33,22 @@ class Replacement:
     """fields of TransformerConfig that it reads, or that leave the result as it is; None: it ends in Megatron's own function"""
     constructor: str | None = None
 
-    def place(self) -> Any:
+    def target(self) -> Any:
         """The module or class whose attribute is replaced."""
         module, _, cls = self.owner.partition(":")
-        found = importlib.import_module(module)
-        return getattr(found, cls) if cls else found
+        owner = importlib.import_module(module)
+        return getattr(owner, cls) if cls else owner
 
     def install(self) -> None:
         """Put the function there, once; a class is from then on refused for configurations it would not honour."""
-        place = self.place()
+        owner = self.target()
         if self in _ORIGINALS:
             return
         names = dict.fromkeys([self.name, self.constructor or self.name])
-        _ORIGINALS[self] = tuple(getattr(place, name) for name in names)
-        setattr(place, self.name, self.function)
+        _ORIGINALS[self] = tuple(getattr(owner, name) for name in names)
+        setattr(owner, self.name, self.function)
         if self.constructor:
-            setattr(place, self.constructor, _checked(self, getattr(place, self.constructor)))
+            setattr(owner, self.constructor, _checked(self, getattr(owner, self.constructor)))
 
     def original(self) -> Callable[..., Any]:
         """Megatron's own function; only after `install`."""
@@ -70,7 +70,7 @@ class Replacement:
                 flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
                 raise UserError(
                     f"{flag} ({name} = {value}) has no effect on the layers of --transformer-impl local as they are computed "
-                    f"here ({self.place().__qualname__}); leave it out, or train with Transformer Engine's layers on a GPU."
+                    f"here ({self.target().__qualname__}); leave it out, or train with Transformer Engine's layers on a GPU."
                 )
 
 
@@ -80,12 +80,12 @@ _ORIGINALS: dict[Replacement, tuple[Callable[..., Any], ...]] = {}
 @functools.cache
 def _unread_defaults(replacement: Replacement, config: Any) -> list[tuple[str, Any]]:
     fields = {field.name: field for field in dataclasses.fields(config)}
-    found = []
+    unread = []
     for name in sorted(replacement.unread()):
         field = fields[name]
         factory = field.default_factory
-        found.append((name, field.default if factory is dataclasses.MISSING else factory()))
-    return found
+        unread.append((name, field.default if factory is dataclasses.MISSING else factory()))
+    return unread
 
 
 def _checked(replacement: Replacement, construct: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,15 +99,15 @@ def _checked(replacement: Replacement, construct: Callable[..., Any]) -> Callabl
 
 def fields_read(function: Callable[..., Any]) -> frozenset[str]:
     """Names X of every `config.X`, `self.config.X` and `getattr(config, "X", …)` in the function's source."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
         if isinstance(node, ast.Attribute) and _is_config(node.value):
-            found.add(node.attr)
+            names.add(node.attr)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
             of, name = node.args[:2]
             if _is_config(of) and isinstance(name, ast.Constant):
-                found.add(str(name.value))
-    return frozenset(found)
+                names.add(str(name.value))
+    return frozenset(names)
 
 
 def _is_config(node: ast.expr) -> bool:

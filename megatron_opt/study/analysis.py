@@ -80,21 +80,21 @@ def analyse(
     if optimizers is not None:
         optimizers = [dataset.baseline] + [name for name in optimizers if name != dataset.baseline]
     data, noise = observations(dataset, optimizers), noise_floor(dataset)
-    found = Analysis(dataset, data, noise, (target or dataset.target[0], tuple(ratios or dataset.target[1])))
+    analysis = Analysis(dataset, data, noise, (target or dataset.target[0], tuple(ratios or dataset.target[1])))
     if not noise.measured:
-        found.notes.append(
+        analysis.notes.append(
             "No configuration ran with two seeds: the noise of a final loss is assumed to be "
             f"{noise.sigma:g}. "
             "No p-value is made from that; nothing can be said about a single difference."
         )
-    _compare(found)
-    _fit_ensemble(found)
-    found.speedups = speedups(data, noise.sigma, resamples, ensemble=found.ensemble)
-    found.repetition = repetition(dataset, data, noise.sigma, found.ensemble)
-    found.wall = wall_clock(dataset, found.speedups, found.statement, cluster)
-    _fit_laws(found, resamples)
-    _fit_hyper_laws(found)
-    return found
+    _compare(analysis)
+    _fit_ensemble(analysis)
+    analysis.speedups = speedups(data, noise.sigma, resamples, ensemble=analysis.ensemble)
+    analysis.repetition = repetition(dataset, data, noise.sigma, analysis.ensemble)
+    analysis.wall = wall_clock(dataset, analysis.speedups, analysis.statement, cluster)
+    _fit_laws(analysis, resamples)
+    _fit_hyper_laws(analysis)
+    return analysis
 
 
 def analyse_if_possible(dataset: Dataset, **arguments: Any) -> Analysis | str:
@@ -105,46 +105,46 @@ def analyse_if_possible(dataset: Dataset, **arguments: Any) -> Analysis | str:
         return f"No fits: {error}."
 
 
-def _compare(found: Analysis) -> None:
-    dataset, best = found.dataset, found.dataset.best()
-    cells = {key: cell for key, cell in best.items() if key[0] in found.data.optimizers}
-    found.own_noise = own_noise(cells)
-    found.comparisons = compare_all(
-        cells, dataset.baseline, found.data.optimizers[1:], dataset.regimes, dataset.looks, dataset.margin, True
+def _compare(analysis: Analysis) -> None:
+    dataset, best = analysis.dataset, analysis.dataset.best()
+    cells = {key: cell for key, cell in best.items() if key[0] in analysis.data.optimizers}
+    analysis.own_noise = own_noise(cells)
+    analysis.comparisons = compare_all(
+        cells, dataset.baseline, analysis.data.optimizers[1:], dataset.regimes, dataset.looks, dataset.margin, True
     )
-    unpaired = sorted({str(c.regime) for c in found.comparisons if c.p is not None and not c.paired})
+    unpaired = sorted({str(c.regime) for c in analysis.comparisons if c.p is not None and not c.paired})
     if unpaired:
-        found.notes.append(
+        analysis.notes.append(
             f"Compared without shared seeds, which needs more of them: {', '.join(unpaired)}. The noise there is that of a "
             "loss over seeds, their common part included."
         )
     chosen = sorted({str(regime) for (_, regime), cell in cells.items() if cell.chosen})
     if chosen:
-        found.notes.append(
+        analysis.notes.append(
             "Losses of the one seed on which configurations were chosen, lower by that luck (0.7 to 1.5 of its standard "
             f"deviations), in {', '.join(chosen)}; runs with other seeds replace them."
         )
 
 
-def _fit_ensemble(found: Analysis) -> None:
-    n, ratios = found.target
-    per_parameter, noise = found.dataset.tokens_per_parameter, found.noise
+def _fit_ensemble(analysis: Analysis) -> None:
+    n, ratios = analysis.target
+    per_parameter, noise = analysis.dataset.tokens_per_parameter, analysis.noise
     try:
-        found.ensemble = law_of(found.data, noise)
+        analysis.ensemble = law_of(analysis.data, noise)
     except UserError as error:
-        found.notes.append(f"No prediction beyond what was run: {error}.")
+        analysis.notes.append(f"No prediction beyond what was run: {error}.")
         return
-    found.statement = state(found.ensemble, n, ratios, per_parameter)
-    found.simple = check_gain_law(found.ensemble.backtests, found.data)
-    wild = sorted({run for fit, _ in found.ensemble.members for run in _runs(fit.problem.data, fit.wild)})
+    analysis.statement = state(analysis.ensemble, n, ratios, per_parameter)
+    analysis.simple = check_gain_law(analysis.ensemble.backtests, analysis.data)
+    wild = sorted({run for fit, _ in analysis.ensemble.members for run in _runs(fit.problem.data, fit.wild)})
     if wild:
-        found.notes.append(
+        analysis.notes.append(
             f"Weighed down in the law, being over four standard errors from what all others say: {', '.join(wild)}."
         )
     d = ratios[0] * per_parameter * n
-    found.next_runs = {
-        name: next_runs(found.ensemble, name, n, d, tokens_per_parameter=per_parameter)
-        for name in found.data.optimizers[1:]
+    analysis.next_runs = {
+        name: next_runs(analysis.ensemble, name, n, d, tokens_per_parameter=per_parameter)
+        for name in analysis.data.optimizers[1:]
     }
 
 
@@ -152,28 +152,28 @@ def _runs(data: Observations, mask: np.ndarray) -> list[str]:
     return [run for run, keep in zip(data.runs, mask) if keep]
 
 
-def _fit_laws(found: Analysis, resamples: int) -> None:
+def _fit_laws(analysis: Analysis, resamples: int) -> None:
     for kind in KINDS:
         try:
-            fit = fit_law(found.data, kind, noise=found.noise.sigma, resamples=resamples)
+            fit = fit_law(analysis.data, kind, noise=analysis.noise.sigma, resamples=resamples)
         except UserError as error:
-            found.notes.append(f"No {kind} law: {error}.")
+            analysis.notes.append(f"No {kind} law: {error}.")
             continue
-        found.fits[kind] = fit
-        found.left_out[kind] = leave_one_out(fit)
-        found.notes += fit.diagnosis()
+        analysis.fits[kind] = fit
+        analysis.left_out[kind] = leave_one_out(fit)
+        analysis.notes += fit.diagnosis()
         try:
-            found.held_out[kind] = hold_out_largest(found.data, kind, found.noise.sigma, resamples)
+            analysis.held_out[kind] = hold_out_largest(analysis.data, kind, analysis.noise.sigma, resamples)
         except UserError as error:
-            found.notes.append(f"No held-out check of the {kind} law: {error}.")
+            analysis.notes.append(f"No held-out check of the {kind} law: {error}.")
 
 
-def _fit_hyper_laws(found: Analysis) -> None:
+def _fit_hyper_laws(analysis: Analysis) -> None:
     # Under µP a rate is that of the base width: such runs follow no law of sizes.
-    plain = replace(found.dataset, records=[r for r in found.dataset.records if MUP not in r.hyper], _best=None)
+    plain = replace(analysis.dataset, records=[r for r in analysis.dataset.records if MUP not in r.hyper], _best=None)
     for key in LAW_HYPERPARAMETERS:
-        known = {name: optima(plain, name, key, found.noise.sigma) for name in found.data.optimizers}
+        known = {name: optima(plain, name, key, analysis.noise.sigma) for name in analysis.data.optimizers}
         # Three regimes make a law; one value everywhere leaves nothing to fit.
         known = {k: v for k, v in known.items() if len(v) >= 3 and len({one.tuned for one in v}) > 1}
         if known:
-            found.hyper_laws += fit_hyper_laws(key, known)
+            analysis.hyper_laws += fit_hyper_laws(key, known)

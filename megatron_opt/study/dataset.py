@@ -128,8 +128,8 @@ class Dataset:
             groups: dict[tuple[str, Regime], list[Record]] = {}
             for record in self.finished:
                 groups.setdefault((record.optimizer, record.regime), []).append(record)
-            found = {key: best_of_cell(records) for key, records in groups.items()}
-            self._best = self.records, {key: one for key, one in found.items() if one is not None}
+            best = {key: best_of_cell(records) for key, records in groups.items()}
+            self._best = self.records, {key: one for key, one in best.items() if one is not None}
         return self._best[1]
 
     def without(self, regimes: Iterable[str]) -> Dataset:

@@ -101,11 +101,11 @@ def _sweep(search: Search, key: str, evaluate: Evaluate, adopt: float, most: int
             search.complete = True
             return None
         search.want(points)
-        found = [evaluate(point) for point in points]
-        for value, loss in zip(values, found):
+        seen = [evaluate(point) for point in points]
+        for value, loss in zip(values, seen):
             if loss is not None:
                 losses[value] = loss
-        if len(losses) < len(search.grid[key]) or any(loss is None for loss in found):
+        if len(losses) < len(search.grid[key]) or any(loss is None for loss in seen):
             return None
         known = losses if search.loss is None else losses | {search.point[key]: search.loss}
         value = wider(key, known, adopt) if len(search.grid[key]) < limit else None
@@ -185,15 +185,15 @@ def _between(value: Any, values: tuple, depth: int) -> list[Any]:
     lower = max((v for v in numbers if v < value), default=None)
     upper = min((v for v in numbers if v > value), default=None)
     share, whole = 0.5**depth, all(isinstance(v, int) for v in values)
-    found = []
+    between = []
     if numbers[0] > 0:
         step_down = value / lower if lower else upper / value
         step_up = upper / value if upper else step_down
-        found = [value / step_down**share, value * step_up**share]
-        if numbers[-1] < 1 <= found[1]:
+        between = [value / step_down**share, value * step_up**share]
+        if numbers[-1] < 1 <= between[1]:
             # Momenta and decay fractions stay below one.
-            found = found[:1]
+            between = between[:1]
     else:
-        found = [value + share * (v - value) for v in (lower, upper) if v is not None]
-    rounded = [round(v) if whole else float(f"{v:.4g}") for v in found]
+        between = [value + share * (v - value) for v in (lower, upper) if v is not None]
+    rounded = [round(v) if whole else float(f"{v:.4g}") for v in between]
     return [v for v in rounded if v != value]

@@ -55,23 +55,23 @@ def file_items(results: dict[str, Any], folder: Path) -> dict[str, Any]:
             bits.setdefault(line["task"], {}).setdefault(str(line["item"]), (str(int(value)), line["doc_hash"]))
     if not bits:
         return results
-    found = {}
+    bits_of = {}
     for task, rows in bits.items():
         digest = hashlib.sha256(" ".join(name for _, name in rows.values()).encode()).hexdigest()
-        found[task] = {"right": "".join(bit for bit, _ in rows.values()), "digest": digest[:16]}
-    return results | {"items": found}
+        bits_of[task] = {"right": "".join(bit for bit, _ in rows.values()), "digest": digest[:16]}
+    return results | {"items": bits_of}
 
 
 def items(results: dict[str, Any]) -> dict[str, Items]:
     """Task → its items, of a run's results in the store; empty where they were not kept."""
-    found = results.get("items") or {}
-    return {task: Items(tuple(bit == "1" for bit in one["right"]), one["digest"]) for task, one in found.items()}
+    kept = results.get("items") or {}
+    return {task: Items(tuple(bit == "1" for bit in one["right"]), one["digest"]) for task, one in kept.items()}
 
 
 def last(results: dict[str, Any]) -> dict[str, Any]:
     """Task → what `megatron-opt eval` wrote of the run's last checkpoint; empty where it was not evaluated."""
-    found = (results.get("evaluation") or {}).get(folders.name_of(int(results.get("iterations") or 0)))
-    return found if isinstance(found, dict) else {}
+    written = (results.get("evaluation") or {}).get(folders.name_of(int(results.get("iterations") or 0)))
+    return written if isinstance(written, dict) else {}
 
 
 def mean(results: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
@@ -102,10 +102,10 @@ def scores(several: list[dict[str, Any]], averaged: bool = False) -> dict[str, S
     evaluated = [last(results) for results in several]
     if averaged:
         means = [mean(results) for results in several]
-        evaluated = [found[1] for found in means if found is not None]
+        evaluated = [scores_of[1] for scores_of in means if scores_of is not None]
         if len(evaluated) < len(several):
             return {}
-    found = {}
+    scores_of = {}
     for task in evaluated[0] if evaluated else ():
         if not all(task in one for one in evaluated):
             continue
@@ -114,5 +114,5 @@ def scores(several: list[dict[str, Any]], averaged: bool = False) -> dict[str, S
         each = [one[task]["metrics"][name] for one in evaluated]
         errors = [one["stderr"] for one in each if one["stderr"] is not None]
         error = sum(errors) / len(errors) if len(errors) == len(each) else None
-        found[task] = Score(name, sum(one["value"] for one in each) / len(each), error)
-    return found
+        scores_of[task] = Score(name, sum(one["value"] for one in each) / len(each), error)
+    return scores_of

@@ -97,16 +97,16 @@ def read_foreign(path: Path, kind: str, mapping: Mapping) -> tuple[list[dict[str
     left: list[str] = []
     if kind == "tensorboard":
         tag = mapping.columns.get("loss", "loss")
-        found, left = megatron.read_tensorboard(path, megatron.TAG if tag == "loss" else tag)
+        imported, left = megatron.read_tensorboard(path, megatron.TAG if tag == "loss" else tag)
     elif kind == "megatron-log":
-        found, left = megatron.read_logs(path)
+        imported, left = megatron.read_logs(path)
     elif kind == "json":
-        found = tables.read_json(path, mapping.records)
+        imported = tables.read_json(path, mapping.records)
     else:
-        found = {"csv": tables.read_csv, "parquet": tables.read_parquet, "wandb-history": tables.read_history}[kind](
+        imported = {"csv": tables.read_csv, "parquet": tables.read_parquet, "wandb-history": tables.read_history}[kind](
             path
         )
-    rows, notes = rows_of(found, mapping)
+    rows, notes = rows_of(imported, mapping)
     return [
         _row(row | {"hyper": json.dumps(row["hyper"]), "config": json.dumps(row["config"])}, path, k)
         for k, row in enumerate(rows, start=1)
@@ -133,13 +133,13 @@ def read_curves(path: Path | None) -> dict[str, bytes]:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"cannot read {path}: {error}; check the file") from None
-    found = {}
+    curve_of = {}
     for run in table.column("run").unique().to_pylist():
         part = table.filter(pa.compute.equal(table.column("run"), run)).drop_columns(["run"])
         buffer = io.BytesIO()
         pq.write_table(part.cast(pa.schema(curves.COLUMNS.items())), buffer, compression="zstd")
-        found[run] = buffer.getvalue()
-    return found
+        curve_of[run] = buffer.getvalue()
+    return curve_of
 
 
 def _row(raw: dict[str, Any], path: Path, number: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def fits_as_dict(analysis: Analysis) -> dict[str, Any]:
     """The prediction, laws, speedups, backtests, crossings and suggestions; infinite values are null."""
     laws = {}
     for kind, fit in analysis.fits.items():
-        held = analysis.held_out.get(kind)
+        backtest = analysis.held_out.get(kind)
         laws[kind] = {
             "form": fit.form,
             "sigma": fit.sigma,
@@ -36,7 +36,7 @@ def fits_as_dict(analysis: Analysis) -> dict[str, Any]:
             ],
             "optimizers": fit.optimizers,
             "leave_one_out_rmse": _rms(analysis.left_out[kind]),
-            "held_out_rmse": None if held is None else held.rmse,
+            "held_out_rmse": None if backtest is None else backtest.rmse,
             "efficiency": {name: fit.efficiency(name) for name in fit.optimizers} if kind == "shared" else None,
             "diagnosis": fit.diagnosis(),
         }
@@ -89,7 +89,7 @@ def _rms(errors: np.ndarray) -> float | None:
 
 def _observations(data: Observations) -> list[dict[str, Any]]:
     """The table that was fitted; with its seeds, so that a reader of the file fits the same law."""
-    seeds: list[list[int] | None] = [sorted(found) for found in data.seeds]
+    seeds: list[list[int] | None] = [sorted(seeds_of) for seeds_of in data.seeds]
     seeds = seeds or [None] * len(data)
     return [
         {"optimizer": data.optimizers[k], "parameters": n, "tokens": d, "loss": loss, "run": run, "seeds": mine}

@@ -55,15 +55,15 @@ class Planner:
             "seeds": self._seeds,
             "transfer": self._transfer,
         }
-        found = []
+        made = []
         for phase in self.study.phases:
             progress = kinds[phase.kind](phase)
             for run in progress.wanted:
                 self._remember(run)
-            found.append((phase, progress))
+            made.append((phase, progress))
             if not progress.complete:
                 break
-        return found
+        return made
 
     def _remember(self, run: Run) -> None:
         loss = self.lookup(run)
@@ -169,11 +169,11 @@ class Planner:
     def _nearest(self, name: str, regime: Regime) -> Regime:
         """The tuned regime closest in log N, log D and log epochs."""
 
-        def place(one: Regime) -> np.ndarray:
+        def coordinates(one: Regime) -> np.ndarray:
             parameters = self.study.models[one.model].non_embedding_parameters
             return np.log([parameters, self.study.tokens(one), one.epochs])
 
-        return min(self.tried[name], key=lambda one: float(np.linalg.norm(place(one) - place(regime))))
+        return min(self.tried[name], key=lambda one: float(np.linalg.norm(coordinates(one) - coordinates(regime))))
 
     def _predict(self, phase: Phase) -> Progress:
         """One run an optimizer and target, its hyperparameters from the laws h(N, D) of the tuned regimes."""
@@ -243,12 +243,12 @@ class Planner:
                 break
             if count == len(fresh) or count < 2:
                 break
-            found = self._compare(progress.wanted, phase)
-            asked = {(one.optimizer, one.regime) for one in found if not one.settled}
+            compared = self._compare(progress.wanted, phase)
+            asked = {(one.optimizer, one.regime) for one in compared if not one.settled}
             asked |= {(self.study.baseline, regime) for _, regime in asked}
-            settled = [[one.optimizer, str(one.regime), one.verdict] for one in found if one.settled]
+            settled = [[one.optimizer, str(one.regime), one.verdict] for one in compared if one.settled]
             progress.trace.append(
-                {"kind": "look", "seeds": count, "open": len(found) - len(settled), "settled": settled}
+                {"kind": "look", "seeds": count, "open": len(compared) - len(settled), "settled": settled}
             )
         return progress
 
@@ -263,14 +263,14 @@ class Planner:
         progress = self._search(replace(phase, regimes=(phase.proxy,)), starts)
         if not progress.complete:
             return progress
-        found: dict[str, Tried] = {}
+        tried: dict[str, Tried] = {}
         for run in progress.wanted:
             loss = self.lookup(run)
-            found.setdefault(run.optimizer, {}).setdefault(phase.proxy, []).append(
+            tried.setdefault(run.optimizer, {}).setdefault(phase.proxy, []).append(
                 (run.hyper, math.inf if loss is None else loss)
             )
         for name, space in spaces.items():
-            tuned, loss = best_of(found[name][phase.proxy])
+            tuned, loss = best_of(tried[name][phase.proxy])
             if not math.isfinite(loss):
                 continue
             progress.wanted += [self._run(name, phase.proxy, tuned, seed) for seed in self.study.seeds[1:]]

@@ -57,12 +57,12 @@ def load(study: str | Path | None) -> Evidence:
         return Evidence(dataset.name, observations(dataset), noise_floor(dataset), dataset)
     path = Path(study)
     if path.is_dir():
-        found = sorted([*path.glob("*.sqlite"), *path.glob("*.db")])
-        if not found:
+        stores = sorted([*path.glob("*.sqlite"), *path.glob("*.db")])
+        if not stores:
             raise UserError(
                 f"{study} holds no study store; give the folder of a study, its store, or its fits as JSON."
             )
-        path = found[0]
+        path = stores[0]
     if path.suffix == ".json":
         return _from_json(path)
     if not path.is_file():

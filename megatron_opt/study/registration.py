@@ -69,7 +69,7 @@ def targets_of(store: Store, wanted: Sequence[str] | None, more: Sequence[str] =
         raise UserError(
             "no regimes to predict: give `--regimes MODEL@RATIO`, or mark a phase of the study file with `registered: true`"
         )
-    found = []
+    targets = []
     for name in names:
         regime = Regime.parse(name)
         if regime.model not in sizes:
@@ -77,8 +77,8 @@ def targets_of(store: Store, wanted: Sequence[str] | None, more: Sequence[str] =
         if regime.epochs > 1:
             raise UserError(f"{name} repeats its tokens, and no law here predicts that; name regimes of one epoch")
         n = float(sizes[regime.model])
-        found.append(Target(regime, n, regime.ratio * store.meta("tokens_per_parameter", 20.0) * n))
-    return found
+        targets.append(Target(regime, n, regime.ratio * store.meta("tokens_per_parameter", 20.0) * n))
+    return targets
 
 
 def refuse_late(records: Sequence[Record], targets: Sequence[Target]) -> None:
@@ -199,10 +199,10 @@ def read(path: Path, store: Store | None = None) -> dict[str, Any]:
 
 def _noises(law: Ensemble) -> tuple[float, float]:
     """Standard deviations of a run's own noise and of that common to an (optimizer, size); what is common to a cell cancels."""
-    found = np.zeros(3)
+    variances = np.zeros(3)
     for fit, weight in law.members:
-        found += weight * np.exp(2 * fit.phi[len(fit.form.groups) :])
-    return float(np.sqrt(found[0])), float(np.sqrt(found[2]))
+        variances += weight * np.exp(2 * fit.phi[len(fit.form.groups) :])
+    return float(np.sqrt(variances[0])), float(np.sqrt(variances[2]))
 
 
 def _hypotheses(law: Ensemble, shared: Any, name: str, target: Target) -> dict[str, np.ndarray]:
@@ -213,11 +213,11 @@ def _hypotheses(law: Ensemble, shared: Any, name: str, target: Target) -> dict[s
         [np.median(law.losses(base, target.n, target.d * s)) for s in np.quantile(speedup, LEVELS)]
     )
     gains = law.gains(name, target.n, target.d)
-    found = {"law": gains, "kept": np.resize(kept, len(gains)), "vanished": np.zeros(len(gains))}
+    hypotheses = {"law": gains, "kept": np.resize(kept, len(gains)), "vanished": np.zeros(len(gains))}
     if shared is not None:
         by_shared = shared.predict_draws(base, target.n, target.d) - shared.predict_draws(name, target.n, target.d)
-        found["shared"] = np.resize(np.asarray(by_shared, float), len(gains))
-    return found
+        hypotheses["shared"] = np.resize(np.asarray(by_shared, float), len(gains))
+    return hypotheses
 
 
 def _outcome(copies: np.ndarray) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Run:
     seed: int
     config: dict[str, Any]
     """everything that decides the result; its hash is the run's identity"""
-    place: dict[str, Any]
+    surroundings: dict[str, Any]
     """flags that change where or how often, not what: paths, evaluation interval, micro-batch"""
 
     @cached_property
@@ -42,7 +42,7 @@ class Run:
 
     @property
     def arguments(self) -> list[str]:
-        return argument_list(self.config["flags"] | self.place)
+        return argument_list(self.config["flags"] | self.surroundings)
 
 
 def make_run(study: Study, optimizer: str, regime: Regime, hyper: dict[str, Any], seed: int) -> Run:
@@ -82,7 +82,7 @@ def make_run(study: Study, optimizer: str, regime: Regime, hyper: dict[str, Any]
     if regime.epochs > 1:
         flags["train-epochs"] = regime.epochs
 
-    place: dict[str, Any] = {
+    surroundings: dict[str, Any] = {
         "tokenizer-type": data.tokenizer_type,
         "tokenizer-model": data.tokenizer,
         "eval-interval": max(1, iterations // study.eval_points),
@@ -93,12 +93,12 @@ def make_run(study: Study, optimizer: str, regime: Regime, hyper: dict[str, Any]
     if (
         regime.epochs == 1 and study.repeats
     ):  # what is called unique is; no part of the identity, as it changes no number
-        place["train-epochs"] = 1
-    place |= {key: flags.pop(key) for key in list(place) if key in flags}
+        surroundings["train-epochs"] = 1
+    surroundings |= {key: flags.pop(key) for key in list(surroundings) if key in flags}
     if data.path:
-        place |= {"data-path": list(data.path)} | ({"split": data.split} if data.split else {})
+        surroundings |= {"data-path": list(data.path)} | ({"split": data.split} if data.split else {})
     else:
-        place |= {"train-data-path": list(data.train), "valid-data-path": list(data.valid)}
+        surroundings |= {"train-data-path": list(data.train), "valid-data-path": list(data.valid)}
     config = {
         "entry": optimizer,
         "model": regime.model,
@@ -110,7 +110,7 @@ def make_run(study: Study, optimizer: str, regime: Regime, hyper: dict[str, Any]
     }
     if regime.epochs > 1:  # else runs of earlier studies would have another identity
         config["epochs"] = regime.epochs
-    return Run(optimizer, regime, hyper, seed, config, place)
+    return Run(optimizer, regime, hyper, seed, config, surroundings)
 
 
 def mup_flags(base: Model) -> dict[str, Any]:

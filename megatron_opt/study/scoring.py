@@ -81,15 +81,15 @@ def score(content: dict[str, Any], dataset: Dataset) -> Score:
     by_hypothesis: dict[str, list[float]] = {}
     for said in content["predictions"]:
         name, regime = said["optimizer"], Regime.parse(said["regime"])
-        found, base = best.get((name, regime)), best.get((content["baseline"], regime))
-        if found is None:
+        own, base = best.get((name, regime)), best.get((content["baseline"], regime))
+        if own is None:
             missing.append(f"{name} {regime} ({states.get((name, str(regime)), 'not run')})")
             continue
-        rows.append(_row(said, "loss", said["loss"], said["outcome_loss"], found.loss, (found.record.id,)))
+        rows.append(_row(said, "loss", said["loss"], said["outcome_loss"], own.loss, (own.record.id,)))
         if "outcome_gain" not in said or base is None:
             continue
-        gain = base.loss - found.loss
-        runs = (base.record.id, found.record.id)
+        gain = base.loss - own.loss
+        runs = (base.record.id, own.record.id)
         rows.append(_row(said, "gain", said["gain"], said["outcome_gain"]["law"], gain, runs))
         for key, outcome in said["outcome_gain"].items():
             quantiles = np.array(outcome["quantiles"])
@@ -107,9 +107,9 @@ def _row(
     seen: float,
     runs: tuple[str, ...],
 ) -> Row:
-    found = crps(np.array(outcome["quantiles"]), seen)
+    error = crps(np.array(outcome["quantiles"]), seen)
     return Row(
-        said["optimizer"], said["regime"], what, value["value"], outcome["low"], outcome["high"], seen, found, runs
+        said["optimizer"], said["regime"], what, value["value"], outcome["low"], outcome["high"], seen, error, runs
     )
 
 

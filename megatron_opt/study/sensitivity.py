@@ -42,7 +42,7 @@ def classify(optimizer: str, grid: dict[str, tuple], tried: Tried, threshold: fl
     It is sensitive too where an optimum lies on an edge with the loss still falling, and where no value was tried in all
     regimes: nothing there says that one value will do.
     """
-    found = []
+    sensitivities = []
     for key, values in grid.items():
         if len(values) < 2:
             continue
@@ -55,11 +55,11 @@ def classify(optimizer: str, grid: dict[str, tuple], tried: Tried, threshold: fl
         if excess:
             value = min(sorted(excess, key=str), key=excess.__getitem__)
             sensitive = excess[value] > threshold or bool(edges)
-            found.append(Sensitivity(optimizer, key, sensitive, value, excess[value], optima, edges))
+            sensitivities.append(Sensitivity(optimizer, key, sensitive, value, excess[value], optima, edges))
         else:
             value = next(iter(optima.values()), values[0])
-            found.append(Sensitivity(optimizer, key, True, value, None, optima, edges))
-    return found
+            sensitivities.append(Sensitivity(optimizer, key, True, value, None, optima, edges))
+    return sensitivities
 
 
 def _excess(losses: dict[Any, float], value: Any) -> float:

@@ -31,11 +31,11 @@ class Regime:
     @classmethod
     def parse(cls, text: str) -> Regime:
         model, _, rest = text.rpartition("@")
-        found = re.fullmatch(r"([^-]+?)x?(?:-([1-9][0-9]*)ep)?", rest)
+        match = re.fullmatch(r"([^-]+?)x?(?:-([1-9][0-9]*)ep)?", rest)
         try:
-            if found is None:
+            if match is None:
                 raise ValueError(rest)
-            return cls(model, float(found[1]), int(found[2] or 1))
+            return cls(model, float(match[1]), int(match[2] or 1))
         except ValueError:
             raise UserError(
                 f"{text!r} is not a regime; write MODEL@RATIO, such as 130m@4x, or 130m@4x-2ep for two epochs"

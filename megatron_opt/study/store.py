@@ -122,13 +122,13 @@ class Store:
 
     def _open(self) -> None:
         with self.transaction() as db:
-            found = db.execute("PRAGMA user_version").fetchone()[0]
-            if found > VERSION:
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version > VERSION:
                 raise UserError(
-                    f"{self.path} was written by a newer version (store version {found}, this program reads "
+                    f"{self.path} was written by a newer version (store version {version}, this program reads "
                     f"up to {VERSION}); update megatron_opt, the file is untouched"
                 )
-            if found == 0:
+            if version == 0:
                 if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                     raise UserError(f"{self.path} is a database of something else; choose another --output")
                 for statement in _SCHEMA.split(";"):
@@ -319,20 +319,20 @@ class Store:
 
     def states(self, ids: list[str]) -> dict[str, tuple[str, float | None]]:
         """id → (status, loss) of those of `ids` that the store knows."""
-        found = {}
+        states = {}
         for start in range(0, len(ids), 500):
             part = ids[start : start + 500]
             marks = ",".join("?" * len(part))
             for row in self._connection.execute(f"SELECT id, status, loss FROM runs WHERE id IN ({marks})", part):
-                found[row[0]] = (row[1], row[2])
-        return found
+                states[row[0]] = (row[1], row[2])
+        return states
 
     def phases(self) -> dict[str, list[str]]:
         """phase → ids of its runs."""
-        found: dict[str, list[str]] = {}
+        phases: dict[str, list[str]] = {}
         for phase, run in self._connection.execute("SELECT phase, run FROM phases ORDER BY phase, run"):
-            found.setdefault(phase, []).append(run)
-        return found
+            phases.setdefault(phase, []).append(run)
+        return phases
 
     def curve(self, run: str) -> curves.Curve | None:
         parquet = self.curve_bytes(run)

@@ -280,7 +280,7 @@ def _evaluation(top: Reader, checkpoints: int) -> Evaluation | None:
     if reader is None:
         return None
     folder = reader.text("tasks_path")
-    found = Evaluation(
+    evaluation = Evaluation(
         tasks=tuple(map(str, reader.items("tasks", required=True))),
         tasks_path=_path(reader, "tasks_path", folder) if folder else None,
         num_fewshot=reader.number("num_fewshot", None, least=0, whole=True),
@@ -289,12 +289,12 @@ def _evaluation(top: Reader, checkpoints: int) -> Evaluation | None:
         average=reader.number("average", None, least=2, whole=True),
     )
     reader.finish()
-    if found.average and not (checkpoints or 0) >= found.average:
+    if evaluation.average and not (checkpoints or 0) >= evaluation.average:
         raise reader.error(
-            f"`average: {found.average}` wants as many checkpoints and a run writes `checkpoints: {checkpoints}`",
+            f"`average: {evaluation.average}` wants as many checkpoints and a run writes `checkpoints: {checkpoints}`",
             "average",
         )
-    return found
+    return evaluation
 
 
 def _check_effort(study: Study, top: Reader) -> None:

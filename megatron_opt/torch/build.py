@@ -114,10 +114,10 @@ def check_replicas(shard_group: ShardGroup) -> None:
             if shard_group.weight[rect.key] < 1.0:
                 size = 0.0 if grad is None else float(torch.linalg.vector_norm(rect.run(grad).double()))
                 shared.append((rect.key, size))
-    found: dict[Any, float] = {}
+    sums: dict[Any, float] = {}
     for rank, theirs in enumerate(gather_objects(shared, shard_group.group, shard_group.size)):
         for key, size in theirs:
-            other = found.setdefault(key, size)
+            other = sums.setdefault(key, size)
             if abs(size - other) > 1e-3 * max(size, other):
                 raise UserError(
                     f"rank {rank} has another gradient of {key[0]} than other ranks that hold the same of it; wrap the model "

@@ -68,7 +68,7 @@ class ShardedState(torch.Tensor):
         return next(tensor for at, tensor in self.parts if torch.Size(at) == index.offset)
 
 
-def _place(state_entry: StateEntry) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _corner_and_shape(state_entry: StateEntry) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """A state_entry's first indices in its whole, and the whole's shape."""
     if state_entry.rect is None:
         return (0,) * state_entry.tensor.ndim, tuple(state_entry.tensor.shape)
@@ -92,7 +92,7 @@ def entries(engine: ShardedOptimizer, param_of: Mapping[str, str]) -> dict[str, 
     everywhere: dict[tuple[str, str], bool] = {}
     for state_entry in local_entries(engine, 0):
         param = param_of[state_entry.matrix]
-        name, (at, shape) = (param, _key(state_entry, param)), _place(state_entry)
+        name, (at, shape) = (param, _key(state_entry, param)), _corner_and_shape(state_entry)
         parts.setdefault(name, {}).setdefault(at, state_entry.tensor)
         shapes[name] = shape
         copies = (
@@ -101,13 +101,15 @@ def entries(engine: ShardedOptimizer, param_of: Mapping[str, str]) -> dict[str, 
             else round(1.0 / shard_group.weight[state_entry.rect.key])
         )
         everywhere[name] = copies == shard_group.size and tuple(state_entry.tensor.shape) == shape
-    found: dict[str, dict[str, Tensor]] = {}
-    for (param, key), held in sorted(parts.items()):
+    by_param: dict[str, dict[str, Tensor]] = {}
+    for (param, key), tensors in sorted(parts.items()):
         whole = everywhere[param, key]
-        found.setdefault(param, {})[key] = (
-            held[(0,) * len(shapes[param, key])] if whole else ShardedState(shapes[param, key], list(held.items()))
+        by_param.setdefault(param, {})[key] = (
+            tensors[(0,) * len(shapes[param, key])]
+            if whole
+            else ShardedState(shapes[param, key], list(tensors.items()))
         )
-    return found
+    return by_param
 
 
 def load_entries(
@@ -130,31 +132,31 @@ def load_entries(
 
 def _part(entry: Tensor, state_entry: StateEntry, what: str) -> Tensor:
     """A state_entry's share of an entry."""
-    at, shape = _place(state_entry)
+    at, shape = _corner_and_shape(state_entry)
     if tuple(entry.shape) != shape:
         raise UserError(
             f"the state to be loaded has {what} as {list(entry.shape)}, not {list(shape)}: another model's."
         )
     if isinstance(entry, ShardedState):
-        held = [tensor for first, tensor in entry.parts if first == at and tensor.shape == state_entry.tensor.shape]
-        if not held:
+        tensors = [tensor for first, tensor in entry.parts if first == at and tensor.shape == state_entry.tensor.shape]
+        if not tensors:
             raise UserError(
                 f"the state to be loaded has another share of {what} than this rank's; load it by "
                 "torch.distributed.checkpoint, or from full_state_dict()."
             )
-        return held[0]
+        return tensors[0]
     return entry[tuple(slice(first, first + size) for first, size in zip(at, state_entry.tensor.shape))]
 
 
 def whole_entries(
-    engine: ShardedOptimizer, params: Sequence[str], found: Mapping[str, Mapping[str, Tensor]]
+    engine: ShardedOptimizer, params: Sequence[str], by_param: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, dict[str, Tensor]]:
     """Entries with every tensor whole, on the CPU of every rank; collective, one parameter after another."""
     shard_group = engine.shard_groups[0]
     whole: dict[str, dict[str, Tensor]] = {}
     for param in params:
         mine = {
-            key: (tuple(t.shape), [(at, p.cpu()) for at, p in _parts(t)]) for key, t in found.get(param, {}).items()
+            key: (tuple(t.shape), [(at, p.cpu()) for at, p in _parts(t)]) for key, t in by_param.get(param, {}).items()
         }
         for theirs in gather_objects(mine, shard_group.group, shard_group.size):
             for key, (shape, parts) in theirs.items():

@@ -33,10 +33,10 @@ Split = str | Mapping[str, int | tuple[int, int]]
 
 def canonical_names(named: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """Names without what DDP, torch.compile and checkpoint wrappers put into them."""
-    found = [(_WRAPPERS.sub("", name), param) for name, param in named]
-    if found and all(name.startswith("module.") for name, _ in found):
-        found = [(name.removeprefix("module."), param) for name, param in found]
-    return found
+    unwrapped = [(_WRAPPERS.sub("", name), param) for name, param in named]
+    if unwrapped and all(name.startswith("module.") for name, _ in unwrapped):
+        unwrapped = [(name.removeprefix("module."), param) for name, param in unwrapped]
+    return unwrapped
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class Declared:
         which = torch.searchsorted(torch.tensor([part.start for part in self.parts]), rows, right=True) - 1
         ends = ((rows[1:] != rows[:-1] + 1) | (which[1:] != which[:-1])).nonzero().view(-1) + 1
         edges = [0, *ends.tolist(), len(rows)]
-        found = []
+        mappings = []
         for first, last in zip(edges, edges[1:]):
             part = self.parts[int(which[first])]
             row = part.row + int(rows[first]) - part.start
-            found.append(RegionMapping(self.matrix(part), first, last - first, row, col))
-        return found, len(rows), len(cols)
+            mappings.append(RegionMapping(self.matrix(part), first, last - first, row, col))
+        return mappings, len(rows), len(cols)
 
 
 def _grid(shape: Sequence[int], axes: Sequence[Tensor], stacked: bool) -> tuple[Tensor, Tensor]:

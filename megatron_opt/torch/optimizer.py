@@ -107,9 +107,9 @@ class Optimizer(torch.optim.Optimizer):
     def _param_groups(self, groups: Sequence[Group], lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """torch's groups, one of each of the engine's; a parameter of several matrices is in the first one's."""
         group_of, params = self._engine.group_of, dict(self._source.named)
-        held: list[list[tuple[str, Any]]] = [[] for _ in groups]
+        members: list[list[tuple[str, Any]]] = [[] for _ in groups]
         for each in self._source.declared:
-            held[group_of[each.infos[0].name]].append((each.name, params[each.name]))
+            members[group_of[each.infos[0].name]].append((each.name, params[each.name]))
         return [
             {
                 "params": mine,
@@ -120,7 +120,7 @@ class Optimizer(torch.optim.Optimizer):
                 "weight_decay": group.decay(float(weight_decay)),
                 "step": 0,
             }
-            for group, mine in zip(groups, held, strict=True)
+            for group, mine in zip(groups, members, strict=True)
         ]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -198,8 +198,8 @@ class Optimizer(torch.optim.Optimizer):
             if not self._engine.has_states:
                 self._follow()
                 self._engine.ensure_states()
-            found = entries(self._engine, self._source.param_of)
-        return {param: found.get(name, {}) for name, param in self._source.named}
+            by_param = entries(self._engine, self._source.param_of)
+        return {param: by_param.get(name, {}) for name, param in self._source.named}
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -207,13 +207,13 @@ class Optimizer(torch.optim.Optimizer):
 
     def full_state_dict(self) -> dict[str, Any]:
         """As `state_dict`, with every tensor whole on the CPU, on every rank; collective. `load_state_dict` takes it anywhere."""
-        found = self.state_dict()
+        content = self.state_dict()
         names = [name for name, _ in self._source.named]
         whole = whole_entries(self._engine, names, entries(self._engine, self._source.param_of))
         number = {
-            name: at for group in found["param_groups"] for at, name in zip(group["params"], group["param_names"])
+            name: at for group in content["param_groups"] for at, name in zip(group["params"], group["param_names"])
         }
-        return {**found, "state": {number[name]: whole.get(name, {}) for name in names}}
+        return {**content, "state": {number[name]: whole.get(name, {}) for name in names}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take a state: of `state_dict` on the same ranks, filled by torch.distributed.checkpoint on others, or whole.
@@ -261,15 +261,15 @@ def _named(params: Any) -> list[tuple[str, Any]]:
         params = params.named_parameters()
     if isinstance(params, Tensor | Mapping) or not isinstance(params, Iterable):
         raise UserError("params is no list of (name, parameter); give model.named_parameters() or the model.")
-    found = list(params)
-    for item in found:
+    pairs = list(params)
+    for item in pairs:
         if isinstance(item, dict):
             raise UserError("groups of parameters are given as rules (groups=…), over model.named_parameters().")
         if not isinstance(item, tuple) or len(item) != 2 or not isinstance(item[0], str):
             raise UserError(
                 "parameters need names, which say what they are; give model.named_parameters() or the model."
             )
-    named = [(name, param) for name, param in canonical_names(found) if getattr(param, "requires_grad", True)]
+    named = [(name, param) for name, param in canonical_names(pairs) if getattr(param, "requires_grad", True)]
     if not named:
         raise UserError("there is no parameter to train: all are frozen, or the list is empty.")
     return named
@@ -312,5 +312,5 @@ def _as_arguments() -> Iterator[None]:
         yield
     except UserError as error:
         names = "|".join(sorted((n.replace("_", "-") for n in registry.optimizers()), key=len, reverse=True))
-        sentence = re.sub(rf"--(?:(?:{names})-)?([a-z][\w-]*)", lambda found: found[1].replace("-", "_"), str(error))
+        sentence = re.sub(rf"--(?:(?:{names})-)?([a-z][\w-]*)", lambda match: match[1].replace("-", "_"), str(error))
         raise ArgumentError(sentence.replace("optimizer_groups", "groups")) from error

@@ -17,8 +17,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def local_of(param: Any) -> Tensor:
     """This rank's part of a tensor, without its history."""
-    found = param.detach()
-    return found.to_local() if isinstance(found, DTensor) else found
+    tensor = param.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_axes(name: str, param: Any) -> list[Tensor]:
@@ -50,10 +50,10 @@ def local_axes(name: str, param: Any) -> list[Tensor]:
         if isinstance(placement, _StridedShard):
             runs = _chunks(axis, int(placement.split_factor))
         axes[placement.dim] = torch.cat([_chunks(run, int(ranks))[at] for run in runs])
-    held = tuple(local_of(param).shape)
-    if held != tuple(len(axis) for axis in axes):
+    local_shape = tuple(local_of(param).shape)
+    if local_shape != tuple(len(axis) for axis in axes):
         raise UserError(
-            f"{name}: {param.placements} leave {held} here, not {tuple(len(axis) for axis in axes)}; shard it evenly."
+            f"{name}: {param.placements} leave {local_shape} here, not {tuple(len(axis) for axis in axes)}; shard it evenly."
         )
     if any(bool((axis[1:] <= axis[:-1]).any()) for axis in axes):
         raise UserError(f"{name}: {param.placements} do not keep the order of its rows; shard it otherwise.")
@@ -62,8 +62,8 @@ def local_axes(name: str, param: Any) -> list[Tensor]:
 
 def _chunks(axis: Tensor, count: int) -> Sequence[Tensor]:
     """As torch.chunk, with empty ones so that there are `count`."""
-    found = list(axis.chunk(count))
-    return found + [axis[:0]] * (count - len(found))
+    chunks = list(axis.chunk(count))
+    return chunks + [axis[:0]] * (count - len(chunks))
 
 
 @dataclass(eq=False)

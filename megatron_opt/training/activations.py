@@ -73,22 +73,22 @@ class Recorder:
 
         def wrapped(forward_step: Any, data_iterator: Any, *rest: Any, **kwargs: Any) -> Any:
             self._now = {}
-            found = train_step(forward_step, RerunDataIterator(repeated(data_iterator)), *rest, **kwargs)
+            result = train_step(forward_step, RerunDataIterator(repeated(data_iterator)), *rest, **kwargs)
             self._first = self._first or dict(self._now)
             self.sizes.append(_means({key: x.abs().mean() for key, x in self._now.items()}))
             self.changes.append(_means({key: (x - self._first[key]).abs().mean() for key, x in self._now.items()}))
-            self.losses.append(float(found[0]["lm loss"]))
-            return found
+            self.losses.append(float(result[0]["lm loss"]))
+            return result
 
         return wrapped
 
 
 def _means(values: dict[str, Tensor]) -> dict[str, float]:
     """Mean over the modules of a kind."""
-    found: dict[str, list[float]] = {}
+    by_kind: dict[str, list[float]] = {}
     for key, value in values.items():
-        found.setdefault(key.split(":")[0], []).append(float(value))
-    return {kind: sum(several) / len(several) for kind, several in found.items()}
+        by_kind.setdefault(key.split(":")[0], []).append(float(value))
+    return {kind: sum(several) / len(several) for kind, several in by_kind.items()}
 
 
 def record(target: Path, argv: list[str]) -> None:

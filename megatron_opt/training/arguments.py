@@ -66,8 +66,8 @@ def expand(argv: Sequence[str]) -> list[str]:
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--preset")
         flags = presets.read(parser.parse_known_args(argv)[0].preset or "")
-    if found := recipes.of_command_line(argv):
-        flags |= found[1].flags
+    if recipe := recipes.of_command_line(argv):
+        flags |= recipe[1].flags
     for one, other in (("train-samples", "train-iters"), ("train-iters", "train-samples")):
         if one in given:  # Megatron refuses the two together
             flags = {key: value for key, value in flags.items() if not key.startswith(other)}
@@ -171,8 +171,8 @@ def parse(argv: Sequence[str]) -> Any:
     actions = made[0]._actions
     flags = Flags.of(actions)
     args.command_line, args.given_flags = list(argv), given_flags(argv)
-    if args.recipe and args.rank == 0 and (found := recipes.of_command_line(argv)):
-        print(recipes.shown(*found), flush=True)
+    if args.recipe and args.rank == 0 and (recipe := recipes.of_command_line(argv)):
+        print(recipes.shown(*recipe), flush=True)
     if args.print_config:
         print_config(args)
         raise SystemExit(0)

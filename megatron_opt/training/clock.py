@@ -47,5 +47,5 @@ class Clock:
             for name, start, stop in self._events:
                 self._sums[name] = self._sums.get(name, 0.0) + start.elapsed_time(stop) * 1e-3
             self._events.clear()
-        found, self._sums = self._sums, {}
-        return found
+        sums, self._sums = self._sums, {}
+        return sums

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_opt.kernels.host import current_device
 from megatron_opt.training import hutchinson
 from megatron_opt.training.batches import REPLAY
 from megatron_opt.training.clock import Clock
@@ -26,8 +27,8 @@ _ELEMENTS = 1 << 22  # logits at a time
 
 def _sequence_keys(labels: Tensor) -> Tensor:
     """One int64 a sequence (b,), from its true labels (b, s): the same wherever the sequence is processed."""
-    places = torch.arange(1, labels.shape[1] + 1, dtype=torch.int64, device=labels.device)
-    return (labels.long() * places * 0x5851F42D4C957F2D).sum(dim=1)
+    positions = torch.arange(1, labels.shape[1] + 1, dtype=torch.int64, device=labels.device)
+    return (labels.long() * positions * 0x5851F42D4C957F2D).sum(dim=1)
 
 
 def sample_labels(logits: Tensor, labels: Tensor, seed: int, step: int, group: Any = None) -> Tensor:
@@ -44,8 +45,8 @@ def sample_labels(logits: Tensor, labels: Tensor, seed: int, step: int, group: A
         rows = torch.arange(start, min(s, start + height), dtype=torch.int64, device=logits.device)
         index = (keys[None, :] * s + rows[:, None])[:, :, None] * vocabulary + tokens  # wraps around, as a hash may
         noise = -torch.log(-torch.log(uniform(seed, f"sophia {step}", index)))
-        value, place = (logits[start : start + len(rows)].double() + noise).max(dim=2)
-        best[start : start + len(rows)], chosen[start : start + len(rows)] = value, tokens[place]
+        value, label = (logits[start : start + len(rows)].double() + noise).max(dim=2)
+        best[start : start + len(rows)], chosen[start : start + len(rows)] = value, tokens[label]
     if size > 1:
         highest = best.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
@@ -65,7 +66,7 @@ def install(training: Any, args: Any, kind: str, clock: Clock) -> None:
         due = optimizer.curvature_due(optimizer.step_number + 1)
         if due:
             REPLAY.record()
-        found = train_step(
+        result = train_step(
             forward_step, data_iterator, model, optimizer, scheduler, config, forward_backward, *rest, **kwargs
         )
         if due:
@@ -75,7 +76,7 @@ def install(training: Any, args: Any, kind: str, clock: Clock) -> None:
                 timed(args, forward_step, data_iterator, model, optimizer, untimed)
             finally:
                 REPLAY.stop()
-        return found
+        return result
 
     timed = clock.timed("curvature", {"gnb": estimate, "hutchinson": estimate_hutchinson}[kind])
     training.train_step = with_curvature
@@ -147,7 +148,7 @@ def counted_tokens(reports: Any) -> float:
     """n: tokens of the step that the loss counts, masked ones left out, over all microbatches and ranks; a collective."""
     from megatron.core import parallel_state as ps
 
-    counted = torch.zeros(1, dtype=torch.float64, device=torch.cuda.current_device())
+    counted = torch.zeros(1, dtype=torch.float64, device=current_device())
     for report in reports or []:  # filled on the last pipeline stage
         counted += report["lm loss"].detach().double().view(-1)[1]
     if dist.get_world_size() > 1:

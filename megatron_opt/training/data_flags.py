@@ -51,11 +51,11 @@ class Sources:
     def prefixes(self) -> dict[str, str]:
         """Every dataset that is named, once: the flag that names it first."""
         blends = [self.joint] if self.joint else self.apart or ()
-        found: dict[str, str] = {}
+        flag_of: dict[str, str] = {}
         for blend in filter(None, blends):
             for prefix in blend.prefixes:
-                found.setdefault(prefix, blend.flag)
-        return found
+                flag_of.setdefault(prefix, blend.flag)
+        return flag_of
 
 
 def resolve(args: Any) -> Sources:
@@ -118,14 +118,14 @@ def _split(text: str | None, flag: str) -> str:
 def _from_json(text: str, path: str) -> tuple[Blend | None, ...]:
     where = f"--per-split-data-args-path {path}"
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f'{where} is not JSON ({error}); give {{"train": […], "valid": […], "test": […]}}.') from None
-    if not isinstance(found, dict) or set(found) - set(SPLITS) or not found:
+    if not isinstance(content, dict) or set(content) - set(SPLITS) or not content:
         raise UserError(f'{where}: an object with the keys "train", "valid" and "test" is expected, and no others.')
     blends = []
     for split in SPLITS:
-        words = found.get(split)
+        words = content.get(split)
         if isinstance(words, str):
             words = words.split()
         fits = isinstance(words, list) and all(isinstance(word, (str, int, float)) for word in words)
@@ -269,9 +269,9 @@ def flags_read() -> frozenset[str]:
     """Names X of every `args.X` that the datasets, the batches and these checks read."""
     from megatron_opt.training import batches
 
-    found = {*_JOINT, *_PER_SPLIT, *_PATHS}
+    names = {*_JOINT, *_PER_SPLIT, *_PATHS}
     for module in (batches, inspect.getmodule(flags_read)):
         for node in ast.walk(ast.parse(inspect.getsource(module))):  # type: ignore[arg-type]
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
-                found.add(node.attr)
-    return frozenset(found)
+                names.add(node.attr)
+    return frozenset(names)

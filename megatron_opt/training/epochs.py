@@ -23,10 +23,10 @@ class Repeated:
         return self.unique * self.epochs
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        found: dict[str, Any] = self.dataset[self.place(int(index))]
-        return found
+        sample: dict[str, Any] = self.dataset[self.sample_of(int(index))]
+        return sample
 
-    def place(self, index: int) -> int:
+    def sample_of(self, index: int) -> int:
         """The sample of `dataset` that is read as number `index`; raises IndexError beyond the last epoch."""
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -70,9 +70,11 @@ def repeat(dataset: Any, unique: int, epochs: int, seed: int) -> Any:
     import torch
     import torch.distributed as dist
 
+    from megatron_opt.kernels.host import current_device
+
     short = short_of(dataset) if dataset is not None else None
     if dist.is_initialized() and dist.get_world_size() > 1:
-        lacks = torch.tensor([-1 if short is None else short], device=torch.cuda.current_device())
+        lacks = torch.tensor([-1 if short is None else short], device=current_device())
         dist.all_reduce(lacks, op=dist.ReduceOp.MAX)  # ranks that read no data refuse as well
         short = int(lacks.item()) if lacks.item() >= 0 else None
     if short is not None:

@@ -128,7 +128,9 @@ def _global_loss(reduced: list[dict[str, Any]]) -> float:
     """Mean loss of the step over all microbatches and ranks; a collective. Tensor-parallel copies cancel out."""
     import torch
 
-    total = torch.zeros(2, dtype=torch.float64, device="cuda")
+    from megatron_opt.kernels.host import current_device
+
+    total = torch.zeros(2, dtype=torch.float64, device=current_device())
     for entry in reduced or []:  # filled on the last pipeline stage
         for value in entry.values():
             total += value.detach().double().view(-1)[:2]
@@ -208,13 +210,13 @@ def _report_spike(args: Any, watch: LossWatch, iteration: int, loss: float) -> N
 
 def rollback(save: Path, iteration: int, steps: int) -> int | None:
     """Make the newest checkpoint at least `steps` before `iteration` the newest of all, and note what to skip."""
-    found = folders.iterations(save)
-    target = next((n for n in found if n <= iteration - max(steps, 1)), None)
+    iterations = folders.iterations(save)
+    target = next((n for n in iterations if n <= iteration - max(steps, 1)), None)
     if target is None:
         return None
     skip = sorted({*skipped_iterations(save), *range(target + 1, iteration + 1)})
     write_atomic(save / SKIP_FILE, json.dumps(skip))
-    for newer in (n for n in found if n > target):
+    for newer in (n for n in iterations if n > target):
         folders.discard(save, newer)
     write_atomic(save / folders.TRACKER, str(target))
     folders.delete_discarded(save)
@@ -326,10 +328,10 @@ def position(frame: Any) -> dict[str, Any]:
         if module == "torch.distributed.distributed_c10d":
             collective = name.strip("_")  # the outermost is what was asked for
         elif not module.startswith(("torch.", __name__, stragglers.__name__)):
-            place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {name}"
-            outside = outside or place
+            where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {name}"
+            outside = outside or where
             if at is None and module.startswith("megatron"):
-                at = place
+                at = where
         frame = frame.f_back
     return {"collective": collective, "at": at or outside}
 

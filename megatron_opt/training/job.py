@@ -143,9 +143,9 @@ def make_optimizer(config: Any, model_chunks: Sequence[Any], **ignored: Any) -> 
     if args.print_optimizer_plan:
         for shard_group, step in zip(optimizer.shard_groups, optimizer.matrix_steps, strict=True):
             if shard_group.rank == 0:
-                found = planning.ShardGroupPlan(
+                plan = planning.ShardGroupPlan(
                     shard_group.name, step.placed.plan, planning.sent_in_a_step(shard_group, step)
                 )
                 with console.showing():
-                    planning.show([found], args.output_dir)
+                    planning.show([plan], args.output_dir)
     return optimizer

@@ -20,6 +20,7 @@ from megatron_opt import run_files
 from megatron_opt.checkpointing import run_state
 from megatron_opt.errors import UserError, full
 from megatron_opt.files import write_atomic
+from megatron_opt.kernels.host import current_device
 from megatron_opt.training import console, events, record, sinks, stragglers
 from megatron_opt.training.clock import Clock
 from megatron_opt.training.progress import Progress
@@ -92,14 +93,14 @@ class Monitor:
         def evaluated(*args: Any, **kwargs: Any) -> Any:
             if self._evaluated and self._evaluated[:2] == (self._split, self._at):
                 return self._evaluated[2]  # the same weights on the same samples, as at the end of a run
-            found = timed(*args, **kwargs)
-            self._evaluated = (self._split, self._at, found) if found and not found[2] else None
-            self._take_losses(self._split, found)
+            losses = timed(*args, **kwargs)
+            self._evaluated = (self._split, self._at, losses) if losses and not losses[2] else None
+            self._take_losses(self._split, losses)
             average = getattr(self.optimizer, "average", None)
             if average is not None and average.begun and self._evaluated:
                 with average.in_place(self.optimizer.publish):
                     self._take_losses(f"{self._split}{run_files.AVERAGED}", timed(*args, **kwargs))
-            return found
+            return losses
 
         def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
             return self.clock.timed("forward_backward", schedule(*args, **kwargs))
@@ -130,8 +131,8 @@ class Monitor:
                 rows = [row for row in run_files.metrics(path) if row["iteration"] <= iteration]
             self.progress = Progress.of_rows(run_files.training(rows))
             for split in (f"{of}{weights}" for of in ("valid", "test") for weights in ("", run_files.AVERAGED)):
-                if found := run_files.evaluations(rows, split):
-                    self.losses[split] = found[-1]["loss"]
+                if evaluations := run_files.evaluations(rows, split):
+                    self.losses[split] = evaluations[-1]["loss"]
         if self._restored is not None and self._restored.get("steps", 0) >= self.progress.steps:
             self.progress = Progress.of_rows([{"loss": None, "run": self._restored}])
         self._wall_before = self.progress.wall
@@ -197,8 +198,8 @@ class Monitor:
         stats = getattr(self.optimizer, "stats", None)
         if stats:
             entry["groups"] = stats
-        reports = [found for post in getattr(self.optimizer, "post_steps", ()) if (found := post.report())]
-        entry |= {found.key: found.entry for found in reports}
+        reports = [report for post in getattr(self.optimizer, "post_steps", ()) if (report := post.report())]
+        entry |= {report.key: report.entry for report in reports}
         self._append(entry)
         if self.is_logging_rank:
             assert self._table is not None
@@ -207,8 +208,8 @@ class Monitor:
             if "curvature" in spans:
                 share = spans["curvature"] / seconds
                 console.say(f" curvature: {spans['curvature'] * 1e3:.1f} ms a step, {share:.1%} of it")
-            for found in reports:
-                console.say(found.line)
+            for report in reports:
+                console.say(report.line)
         self._series(iteration, tokens_per_s, seconds, spans, stats, reports)
         own = self.own_time.take()
         if torch.cuda.is_available():  # the host does not wait where the device does
@@ -221,7 +222,7 @@ class Monitor:
 
         stage = float(mpu.get_pipeline_model_parallel_rank())
         in_a_row = float(self.progress.bad if bad else 0)
-        mine = torch.tensor([in_a_row, own, stage], dtype=torch.float64, device=torch.cuda.current_device())
+        mine = torch.tensor([in_a_row, own, stage], dtype=torch.float64, device=current_device())
         rows = [mine]
         if dist.get_world_size() > 1:
             rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -233,8 +234,8 @@ class Monitor:
         if max(bads) > 2:
             raise Diverged
 
-    def _take_losses(self, split: str, found: Any) -> None:
-        losses = found[0] if found else None
+    def _take_losses(self, split: str, evaluated: Any) -> None:
+        losses = evaluated[0] if evaluated else None
         if losses and "lm loss" in losses:
             self.on_eval(split, self._at, float(losses["lm loss"]))
 
@@ -279,7 +280,7 @@ class Monitor:
         for group, norms in (stats or {}).items():
             for name, value in norms.items():
                 writer.add_scalar(f"{name.replace('_', '-')}/{group}", value, iteration)
-        for name, value in (item for found in reports for item in found.series.items()):
+        for name, value in (item for report in reports for item in report.series.items()):
             writer.add_scalar(name, value, iteration)
 
     def _flops(self, samples: int) -> float:
@@ -302,7 +303,7 @@ class Monitor:
 
     def finish(self, status: str, reason: str | None = None, signal: str | None = None) -> None:
         """Write results.json and the last event; `status` is completed, diverged or interrupted, `reason` why so early."""
-        peak = torch.tensor([float(_peak_memory())], dtype=torch.float64, device=torch.cuda.current_device())
+        peak = torch.tensor([float(_peak_memory())], dtype=torch.float64, device=current_device())
         if dist.get_world_size() > 1:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         if not self.is_logging_rank:

@@ -47,13 +47,13 @@ def command_lines(options: argparse.Namespace, flags: Sequence[str]) -> dict[tup
     data = [] if any("data-path" in name or name == "mock-data" for name in names) else _NO_DATA
     steps = ["--train-iters", str(options.steps + 1)]
     base = options.base_width or min(options.widths)
-    found = {}
+    lines = {}
     for kind in PARAMETRIZATIONS:
         for width in options.widths:
             shape = model_flags(width, options.head_dim, options.ffn_ratio)
             mup = ["--use-mup", "--mup-base-hidden-size", str(base), "--mup-base-head-dim", str(options.head_dim)]
-            found[kind, width] = [*_SMALL, *data, *shape, *steps, *(mup if kind == "mup" else []), *flags]
-    return found
+            lines[kind, width] = [*_SMALL, *data, *shape, *steps, *(mup if kind == "mup" else []), *flags]
+    return lines
 
 
 def run(lines: dict[tuple[str, int], list[str]]) -> Records:
@@ -81,14 +81,14 @@ def slope(widths: Sequence[int], values: Sequence[float]) -> float:
 
 def summarize(records: Records, widths: Sequence[int]) -> dict[str, Any]:
     """By parametrization, measure (sizes, changes) and kind: the last step's values over width, and their slope."""
-    found: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     for kind in PARAMETRIZATIONS:
         for measure in ("sizes", "changes"):
             for name in records[kind, widths[0]][measure][-1]:
                 values = [records[kind, width][measure][-1][name] for width in widths]
                 entry = {"values": values, "slope": slope(widths, values)}
-                found.setdefault(kind, {}).setdefault(measure, {})[name] = entry
-    return found
+                summary.setdefault(kind, {}).setdefault(measure, {})[name] = entry
+    return summary
 
 
 def table(summary: dict[str, Any], widths: Sequence[int]) -> str:

@@ -82,7 +82,7 @@ def _adam_target(optimizer: str) -> str:
 
 def given_options(args: Any, given: set[str]) -> dict[str, dict[str, Any]]:
     """Options that the user gave, by optimizer."""
-    found: dict[str, dict[str, Any]] = {}
+    options_of: dict[str, dict[str, Any]] = {}
     adam = _adam_target(args.optimizer)
     for name, optimizer_class in registry.optimizers().items():
         fields = {field.name for field in dataclasses.fields(optimizer_class.Config)}  # type: ignore[attr-defined]
@@ -100,8 +100,8 @@ def given_options(args: Any, given: set[str]) -> dict[str, dict[str, Any]]:
                 value = _MEGATRON_WORDS.get(flag, {}).get(value, value) if isinstance(value, str) else value
                 options[field] = tuple(map(tuple, value)) if isinstance(value, list) else value
         if options:
-            found[name] = options
-    return found
+            options_of[name] = options
+    return options_of
 
 
 def read_group_configs(args: Any) -> list[ParamGroupConfig]:
@@ -197,8 +197,8 @@ def refused_flags(flags: Mapping[str, Any], optimizer: str) -> list[str]:
     """Which of a run's flags (name with hyphens → value) a job with this optimizer would refuse, and why."""
     if optimizer in MEGATRON_OWN:
         return []
-    found = [f"--{flag}: {why}" for flag, why in WITHOUT_MEANING.items() if flags.get(flag) not in (None, False)]
-    found += [f"--{flag}: {why}" for flag, why in unsupported(flags)]
+    sentences = [f"--{flag}: {why}" for flag, why in WITHOUT_MEANING.items() if flags.get(flag) not in (None, False)]
+    sentences += [f"--{flag}: {why}" for flag, why in unsupported(flags)]
     if flags.get("fp16"):
-        found.append("--fp16: gradients would be scaled; use --bf16 or fp32.")
-    return found
+        sentences.append("--fp16: gradients would be scaled; use --bf16 or fp32.")
+    return sentences

@@ -40,8 +40,8 @@ class Progress:
 
     def as_row(self) -> dict[str, Any]:
         """For a line of the log; JSON has no NaN, so numbers that are none are left out."""
-        found = {key: value for key, value in asdict(self).items() if value is not None}
-        return {key: value for key, value in found.items() if not isinstance(value, float) or math.isfinite(value)}
+        row = {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
 
     @classmethod
     def of_rows(cls, rows: list[dict[str, Any]]) -> "Progress":

@@ -58,13 +58,13 @@ def git_revision() -> str | None:
 
 def versions() -> dict[str, str]:
     """Of what trains; packages that are not installed are left out."""
-    found = {"megatron_opt": megatron_opt.__version__, "python": platform.python_version()}
+    versions_of = {"megatron_opt": megatron_opt.__version__, "python": platform.python_version()}
     for name, package in _PACKAGES.items():
         try:
-            found[name] = metadata.version(package)
+            versions_of[name] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions_of
 
 
 def layout(args: Any) -> dict[str, int]:
@@ -129,7 +129,7 @@ def groups(args: Any, built: Any = None) -> list[dict[str, Any]]:
     ]
 
 
-def config(args: Any, found: list[dict[str, Any]]) -> dict[str, Any]:
+def config(args: Any, built_groups: list[dict[str, Any]]) -> dict[str, Any]:
     """Every flag's value in effect: an optimizer's options as their groups have them, none of rules that train nothing."""
     from megatron_opt.training.optimizer_flags import MEGATRON_OWN
 
@@ -142,8 +142,8 @@ def config(args: Any, found: list[dict[str, Any]]) -> dict[str, Any]:
         return values
     for name in ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum"):
         values.pop(name, None)
-    for name in {group["optimizer"] for group in found}:
-        options = [group["options"] for group in found if group["optimizer"] == name]
+    for name in {group["optimizer"] for group in built_groups}:
+        options = [group["options"] for group in built_groups if group["optimizer"] == name]
         for key, value in options[0].items():
             if all(each[key] == value for each in options):  # else only the groups can say
                 values[f"rule_{name}_{key}"] = value
@@ -155,19 +155,19 @@ def config(args: Any, found: list[dict[str, Any]]) -> dict[str, Any]:
 def changed(args: Any) -> dict[str, Any]:
     """Flags, name with hyphens, whose value is not the parser's default."""
     defaults = {} if _parser is None else {action.dest: action.default for action in _parser._actions}
-    found = {}
+    values = {}
     for dest, default in sorted(defaults.items()):
         value = getattr(args, dest, None)
         if value != default and value is not None and dest not in _OURS:
-            found[dest.removeprefix("rule_").replace("_", "-")] = _plain(value)
-    return found
+            values[dest.removeprefix("rule_").replace("_", "-")] = _plain(value)
+    return values
 
 
 def data(args: Any) -> list[dict[str, Any]]:
     """Each dataset's digest: SHA-256 of its .idx, size of its .bin."""
     from megatron_opt.training import data_flags
 
-    found = []
+    digests = []
     for prefix in data_flags.resolve(args).prefixes():
         index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         entry: dict[str, Any] = {"prefix": str(prefix)}
@@ -176,8 +176,8 @@ def data(args: Any) -> list[dict[str, Any]]:
             entry["bin_bytes"] = tokens.stat().st_size
         except OSError:
             pass
-        found.append(entry)
-    return found
+        digests.append(entry)
+    return digests
 
 
 def tokenizer(args: Any) -> dict[str, Any]:
@@ -191,12 +191,12 @@ def tokenizer(args: Any) -> dict[str, Any]:
 
 def build(args: Any, built: Any = None) -> dict[str, Any]:
     """The record; `built` are the optimizer's groups once there are some."""
-    found = groups(args, built)
+    built_groups = groups(args, built)
     return {
         "optimizer": args.optimizer,
         "preset": args.preset,
         "seed": args.seed,
-        "groups": found,
+        "groups": built_groups,
         "flags": changed(args),
         "argv": args.command_line,
         "world_size": args.world_size,
@@ -206,7 +206,7 @@ def build(args: Any, built: Any = None) -> dict[str, Any]:
         "data": data(args),
         "validation": getattr(args, "validation_identity", None),
         "tokenizer": tokenizer(args),
-        "config": config(args, found),
+        "config": config(args, built_groups),
     }
 
 
@@ -218,12 +218,12 @@ def write(args: Any, built: Any = None) -> None:
 
 def show(args: Any) -> None:
     """For `--print-config`: the flags in effect, one a line, then the parameter groups with every option."""
-    found = groups(args)
-    values = config(args, found)
+    built_groups = groups(args)
+    values = config(args, built_groups)
     width = max(map(len, values))
     for key in sorted(values):
         print(f"{key:<{width}}  {values[key]}")
-    for group in found:
+    for group in built_groups:
         options = " ".join(f"{key}={value}" for key, value in group["options"].items())
         print(f"group {group['match']}: {group['optimizer']}, lr {group['lr']}, {options}")
 

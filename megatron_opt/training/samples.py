@@ -34,7 +34,7 @@ def log(args: Any, ids: list[int]) -> None:
 
 def consumed(folder: Path, resumed: list[tuple[float, int]]) -> dict[int, list[int]]:
     """Ids by iteration over all ranks; what followed a checkpoint that was `resumed` (time, iteration) later is void."""
-    found: dict[int, list[int]] = {}
+    ids: dict[int, list[int]] = {}
     for path in sorted(Path(folder).glob("samples-*.jsonl")):
         for line in path.read_bytes().splitlines():
             try:
@@ -42,5 +42,5 @@ def consumed(folder: Path, resumed: list[tuple[float, int]]) -> dict[int, list[i
             except ValueError:  # torn by a kill
                 continue
             if not any(entry["time"] < when and entry["iteration"] > iteration for when, iteration in resumed):
-                found.setdefault(entry["iteration"], []).extend(entry["ids"])
-    return found
+                ids.setdefault(entry["iteration"], []).extend(entry["ids"])
+    return ids

@@ -86,8 +86,8 @@ def install(training: Any, args: Any) -> None:
     training.get_tensorboard_writer, training.get_wandb_writer = writer, lambda: None
 
     def write_record() -> None:
-        if (found := writer()) is not None:
-            found.add_text("config", f"```json\n{json.dumps(record.build(args), indent=1)}\n```")
+        if (tensorboard := writer()) is not None:
+            tensorboard.add_text("config", f"```json\n{json.dumps(record.build(args), indent=1)}\n```")
 
     training.write_args_to_tensorboard = write_record
 

@@ -64,9 +64,9 @@ class OwnTime:
         @functools.wraps(step)
         def train_step(*args: Any, **kwargs: Any) -> Any:
             began, waited = time.perf_counter(), self._waited
-            found = step(*args, **kwargs)
+            result = step(*args, **kwargs)
             self.seconds += time.perf_counter() - began - (self._waited - waited)
-            return found
+            return result
 
         training.train_step = train_step
 
@@ -86,8 +86,8 @@ class OwnTime:
 
     def take(self) -> float:
         """Seconds since the last call."""
-        found, self.seconds = self.seconds, 0.0
-        return found
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
 
 class Watch:

@@ -40,9 +40,9 @@ class Fixed:
         return self.length * self.rounds
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place = index % self.length
-        if place < self.count:
-            return self.dataset[place]
+        position = index % self.length
+        if position < self.count:
+            return self.dataset[position]
         sample = dict(self.dataset[0])
         return {**sample, "loss_mask": torch.zeros_like(sample["loss_mask"])}
 
@@ -146,8 +146,8 @@ def identity(dataset: Any, wanted: int | None, sequence: int) -> dict[str, Any] 
         return None
     count = len(dataset) if wanted is None else min(wanted, len(dataset))
     digest = hashlib.sha256(f"{count} {sequence}".encode())
-    for place in range(min(count, _HASHED)):
-        digest.update(dataset[place]["labels"].numpy().astype("int64").tobytes())
+    for index in range(min(count, _HASHED)):
+        digest.update(dataset[index]["labels"].numpy().astype("int64").tobytes())
     return {
         "samples": count,
         "tokens": count * sequence,

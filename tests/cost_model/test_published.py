@@ -38,7 +38,7 @@ def runs() -> list[Run]:
 
 def test_step_times_of_published_runs_are_met_in_the_middle_and_their_spread_is_said(runs: list[Run]) -> None:
     """Dense runs of 8B to 1T: half are slower than predicted and half faster; what outputs say is what is worked out."""
-    low, middle, high, count = spread(run for run in runs if not run.moe and not run.held)
+    low, middle, high, count = spread(run for run in runs if not run.moe and not run.held_out)
     assert count >= 14 and 0.95 <= middle <= 1.05
     low, _, high, _ = spread(run for run in runs if not run.moe)
     assert published_spread()["dense"] == pytest.approx((low, high), abs=0.01)
@@ -52,7 +52,7 @@ def test_fp8_runs_that_no_rate_was_fitted_to(runs: list[Run]) -> None:
 
     torchtitan's, at 500 W and with casts of another library, take 1.3 to 1.65 times as long, as their bf16 runs do.
     """
-    held = [run for run in runs if run.held and run.recipe]
+    held = [run for run in runs if run.held_out and run.recipe]
     nvidia = [run for run in held if not run.moe and "NVIDIA" in run.source]
     low, middle, high, count = spread(nvidia)
     assert count >= 18 and low > 0.85 and 0.97 <= middle <= 1.08 and high < 1.22

@@ -1,6 +1,7 @@
 """What a case may do inside its ranks before training: each takes (case, record, argv, folder)."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,8 @@ def work(case: Case, record: recording.Record, argv: list[str], folder: Path) ->
         from torch import ops
         from torch.utils.flop_counter import FlopCounterMode
 
+        os.environ["MEGATRON_OPT_KERNELS"] = "reference"  # native kernels count as the plan's own formulas
+
         optimizer, step = record.optimizer, record.optimizer.step
         in_place = {
             ops.aten.addmm_: lambda out, a, b, **rest: 2 * a[0] * a[1] * b[1],
@@ -223,13 +226,13 @@ def die(case: Case, record: recording.Record, argv: list[str], folder: Path) -> 
 
         compute = MatrixStep._compute
 
-        def computing(self: Any, names: Any, slabs: Any, scale: Any, skip: Any, number: int) -> Any:
+        def computing(self: Any, names: Any, buffers: Any, scale: Any, skip: Any, number: int) -> Any:
             if number == case.options["step"] and dist.get_rank() == case.ranks - 1:
                 target = folder / f"{case.name}.{dist.get_rank()}.pt"  # what the pool waits for
                 torch.save({"killed": True, **record.partial()}, f"{target}.part")
                 os.replace(f"{target}.part", target)
                 os.kill(os.getpid(), signal.SIGKILL)
-            return compute(self, names, slabs, scale, skip, number)
+            return compute(self, names, buffers, scale, skip, number)
 
         MatrixStep._compute = computing  # type: ignore[method-assign]
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opt.distributed.state import whole_places
+from megatron_opt.distributed.state import whole_regions
 
 Block = tuple[str, int, int, int, int, Tensor]  # matrix, rows [r0, r1), columns [c0, c1), values
 
@@ -79,7 +79,7 @@ def states(optimizer: Any) -> dict[str, list[Block]]:
                     block = tensor.detach().clone().view(r.region.shape)
                     found.setdefault(key, []).append((r.matrix, *r.region, block))
     for step in optimizer.matrix_steps:
-        for key, name, tensor, shape, rect, _ in whole_places(step):
+        for key, name, tensor, shape, rect, _ in whole_regions(step):
             if rect is None or shape is None:
                 _add(found, key, name, tensor.detach().clone())
                 continue

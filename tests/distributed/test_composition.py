@@ -55,11 +55,13 @@ def _rule(name: str) -> list[str]:
     return c.ADAMW if name == "one-norm" else c.MUON
 
 
+REFRESH = ["--soap-precondition-frequency", "2"]  # within the three steps
 WORK_LAYOUTS = [c.ONE, c.TP2, c.DP2_DIST, c.TP2_DP2_DIST]
 WORK = [
     case(c.DENSE, [*optimizer, "--matrix-mode", mode], layout, f"work-{kind}-{mode}-{layout.name}", steps=3, hook="work")
     for kind, optimizer in (
-        ("muon", c.MUON), ("soap", c.SOAP), ("blocks", c.SOAP_BLOCKS), ("one-sided", c.SOAP_ONE_SIDED),
+        ("muon", c.MUON), ("soap", [*c.SOAP, *REFRESH]), ("blocks", [*c.SOAP_BLOCKS, *REFRESH]),
+        ("one-sided", [*c.SOAP_ONE_SIDED, *REFRESH]),
     )
     for mode in ("owner", "sharded", "group")
     for layout in WORK_LAYOUTS
@@ -128,10 +130,9 @@ def test_a_bad_matrix_is_left_alone_and_harms_no_neighbour(runs: dict[str, Run],
         assert rank["skipped"] == ({} if value == "zero" else {matrix: 1})
     after, wanted = run.weights, clean.weights
     assert torch.equal(after[matrix], before[matrix])
-    for other in after:
-        if other != matrix and run.state["momentum_buffer"].get(other) is not None:
-            assert torch.equal(after[other], wanted[other]), other
-        assert after[other].isfinite().all()
+    neighbours = run.state["momentum_buffer"].keys() - {matrix}
+    assert len(neighbours) > 5 and all(torch.equal(after[other], wanted[other]) for other in neighbours)
+    assert all(value.isfinite().all() for value in after.values())
 
 
 def test_abort_says_which_matrix_on_every_rank(runs: dict[str, Run]) -> None:

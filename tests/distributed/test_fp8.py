@@ -154,7 +154,7 @@ def check_plan(run: Run) -> None:
     for stage, ranks in zip(plans(model, layout, grouping(flags)), _by_stage(run), strict=True):
         assert layout.fp8 is not None
         quantized = sum(shard_group.quantized for shard_group in stage)
-        plain = sum(shard_group.held for shard_group in stage) - (quantized if layout.fp8.gathered else 0.0)
+        plain = sum(shard_group.local_elements for shard_group in stage) - (quantized if layout.fp8.gathered else 0.0)
         in_fp8 = quantized * layout.fp8.copies(transposes=True) + sum(shard_group.scales for shard_group in stage)
         for rank in ranks:
             assert rank["held_bytes"] == [2 * plain, in_fp8], run.case.name

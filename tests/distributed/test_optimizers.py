@@ -1,5 +1,8 @@
 """Every registered optimizer repeats one process's run on every kind of layout: one table, nothing to write for a new one."""
 
+import re
+from dataclasses import fields
+
 import pytest
 
 from megatron_opt.optimizers import registry
@@ -14,26 +17,24 @@ DENSE = [*c.DENSE, "--num-layers", "2"]
 OPTIONS = {
     **{
         name: [f"--{name.replace('_', '-')}-fp32-matmul-prec", "high"]
-        for name in ("muon", "muon_h", "scion", "scion_h")
-    },
-    **{
-        name: f"--{name.replace('_', '-')}-precondition-frequency 3 "
-        f"--{name.replace('_', '-')}-fp32-matmul-prec high".split()
-        for name in ("soap_muon", "soap_muon_h")
+        for name in ("muon", "muon_h", "scion", "scion_h", "soap_muon", "soap_muon_h")
     },
     "mars": ["--mars-eps", "1e-3"],
     # a momentum that all but cancels has the sign of its rounding: one such element moves the loss by 1e-5 at 3e-3
     "signum": "--lr 1e-4 --min-lr 1e-5".split(),
-    # what comes once in many steps comes inside the run
-    "sophia": "--sophia-eps 1e-4 --sophia-curvature-every 3".split(),
-    "soap": "--soap-precondition-frequency 3".split(),
-    "soap_h": "--soap-h-precondition-frequency 3".split(),
-    "shampoo_h": "--shampoo-h-precondition-frequency 3".split(),
-    "shampoo": "--shampoo-damping 1e-2 --shampoo-factor-precision fp64 --shampoo-precondition-1d false "
-    "--shampoo-precondition-frequency 3".split(),
+    "sophia": "--sophia-eps 1e-4".split(),
+    "shampoo": "--shampoo-damping 1e-2 --shampoo-factor-precision fp64 --shampoo-precondition-1d false".split(),
 }
 LAYOUTS = [c.TP2, c.DP2_DIST, c.EP2, c.PP2, c.TP2_DP2_DIST]
 NAMES = sorted(registry.optimizers())
+
+
+def _soon(name: str) -> list[str]:
+    """What comes once in many steps comes inside the run."""
+    rare = [
+        one.name for one in fields(registry.optimizers()[name].Config) if re.search("_(frequency|every)$", one.name)
+    ]
+    return [word for one in rare for word in (f"--{name}-{one}".replace("_", "-"), "3")]
 
 
 def _quick(name: str) -> list[c.Layout]:
@@ -54,7 +55,7 @@ def _kind(layout: c.Layout) -> str:
 def _runs(pool: Pool, pairs: list[tuple[str, c.Layout]]) -> dict[str, Run]:
     made: dict[str, Case] = {}
     for name, layout in pairs:
-        flags = ["--optimizer", name, *OPTIONS.get(name, [])]
+        flags = ["--optimizer", name, *_soon(name), *OPTIONS.get(name, [])]
         for each in (c.ONE, layout):
             title = f"{name}-{_kind(layout)}-{each.name}"
             made[title] = case(c.MOE if layout is c.EP2 else DENSE, flags, each, title, steps=STEPS)

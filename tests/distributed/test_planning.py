@@ -262,7 +262,7 @@ def test_subgroups_place_everything_once(kinds: list[tuple[int, int, int, int]],
     assert sorted(placed) == sorted(job.matrix for job in jobs)
     for job in jobs:
         runs = placed[job.matrix]
-        assert [start for _, start, _ in runs] == [0, *[stop for _, _, stop in runs[:-1]]] and runs[-1][2] == job.places
+        assert [start for _, start, _ in runs] == [0, *[stop for _, _, stop in runs[:-1]]] and runs[-1][2] == job.units
         assert all(start < stop for _, start, stop in runs)
         assert len({rank for rank, _, _ in runs}) == len(runs) and all(0 <= rank < ranks for rank, _, _ in runs)
 

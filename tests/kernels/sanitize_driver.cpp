@@ -44,22 +44,22 @@ void* allocate(Memory& memory, Format format, int64_t numel) {
   return start;
 }
 
-Piece make_piece(Memory& memory) {
+TensorEntry make_piece(Memory& memory) {
   constexpr int64_t sizes[] = {0, 1, 3, 17, 2047, 2048, 2049, 5000, 70000};
-  Piece piece{};
-  piece.numel = sizes[draw(9)];
-  piece.first = static_cast<uint64_t>(draw(1 << 30)) << draw(8);
+  TensorEntry entry{};
+  entry.numel = sizes[draw(9)];
+  entry.first = static_cast<uint64_t>(draw(1 << 30)) << draw(8);
   for (int slot = kParam; slot < kSlots; ++slot) {
     Format format = draw(2) != 0 ? Format::f32 : Format::bf16;
     if (slot == kState0 && draw(3) == 0) format = Format::signed8;
     if (slot == kState1 && draw(3) == 0) format = Format::unsigned8;
-    piece.format[slot] = slot == kCopy ? Format::bf16 : format;
-    piece.data[slot] = allocate(memory, piece.format[slot], piece.numel);
+    entry.format[slot] = slot == kCopy ? Format::bf16 : format;
+    entry.data[slot] = allocate(memory, entry.format[slot], entry.numel);
     if (format >= Format::signed8) {
-      piece.absmax[slot] = static_cast<float*>(allocate(memory, Format::f32, blocks_of(piece.numel)));
+      entry.absmax[slot] = static_cast<float*>(allocate(memory, Format::f32, blocks_of(entry.numel)));
     }
   }
-  return piece;
+  return entry;
 }
 
 // Products and orthogonalizations of exactly allocated matrices, row-major and transposed, symmetric and not.
@@ -127,15 +127,15 @@ int factor_calls() {
 int block_calls() {
   for (int round = 0; round < 20; ++round) {
     Memory memory;
-    std::vector<BlockPiece> pieces;
+    std::vector<BlockEntry> entries;
     for (int64_t i = draw(6); i > 0; --i) {
       constexpr int64_t sizes[] = {1, 3, 64, 2049, 33000};
       const int64_t blocks = draw(5), numel = blocks * sizes[draw(5)];
       float* of[4];
       for (int k = 0; k < 4; ++k) of[k] = static_cast<float*>(allocate(memory, Format::f32, k == 2 ? blocks : numel));
-      pieces.push_back({of[0], of[1], of[2], of[3], numel, blocks});
+      entries.push_back({of[0], of[1], of[2], of[3], numel, blocks});
     }
-    block_adam_cpu({0, 0, 1, 0.9f, 0.1f, 0.98f, 0.02f, 1e-8f, 1.5f, 0, 2, 0}, pieces, 1 + static_cast<int>(draw(3)));
+    block_adam_cpu({0, 0, 1, 0.9f, 0.1f, 0.98f, 0.02f, 1e-8f, 1.5f, 0, 2, 0}, entries, 1 + static_cast<int>(draw(3)));
   }
   return 20;
 }
@@ -146,10 +146,10 @@ int main() {
   int calls = 0;
   for (int round = 0; round < 40; ++round) {
     Memory memory;
-    std::vector<Piece> pieces;
-    for (int64_t i = draw(6); i > 0; --i) pieces.push_back(make_piece(memory));
-    std::vector<double> sums(3 * pieces.size());
-    std::vector<float> scales(2 * pieces.size(), 0.5f);
+    std::vector<TensorEntry> entries;
+    for (int64_t i = draw(6); i > 0; --i) entries.push_back(make_piece(memory));
+    std::vector<double> sums(3 * entries.size());
+    std::vector<float> scales(2 * entries.size(), 0.5f);
     Options options{};
     options.coefficients = {1e-3f, 1e-4f, 1.0f, 0.9f, 0.1f, 0.98f, 0.02f, 1e-10f, 1.5f, 0.2f, 2.0f, 0.3f};
     options.cautious_decay = draw(2) != 0;
@@ -159,10 +159,10 @@ int main() {
     options.seed = random_bits();
     options.step = static_cast<uint32_t>(round);
     for (int rule = 0; rule < 8; ++rule, ++calls) {
-      update_cpu(static_cast<UpdateKind>(rule), options, pieces, 1 + static_cast<int>(draw(3)));
+      update_cpu(static_cast<UpdateKind>(rule), options, entries, 1 + static_cast<int>(draw(3)));
     }
     for (int kind = 0; kind < 4; ++kind, ++calls) {
-      sum_cpu(static_cast<Sum>(kind), options, pieces, sums.data(), 1 + static_cast<int>(draw(3)));
+      sum_cpu(static_cast<Sum>(kind), options, entries, sums.data(), 1 + static_cast<int>(draw(3)));
     }
   }
   calls += matrix_calls() + factor_calls() + block_calls();

@@ -62,6 +62,16 @@ def test_native_is_silent():
     assert (result.stdout.strip(), result.stderr) == ("[0.25, 0.25, 0.25] True", "")
 
 
+@native
+def test_a_forced_instruction_set_holds_for_every_kernel():
+    """AVX2 is what processors without AVX-512 have: no products there."""
+    program = "import torch; from megatron_opt.kernels import products; print(products.available(torch.zeros(1)))"
+    assert run(program, MEGATRON_OPT_ISA="avx2").stdout == run(program, MEGATRON_OPT_ISA="portable").stdout == "False\n"
+    assert run(program, MEGATRON_OPT_ISA="avx512").stdout == f"{products.available(torch.zeros(1))}\n"
+    wrong = run(program, MEGATRON_OPT_ISA="avx")
+    assert "UserError: MEGATRON_OPT_ISA is 'avx'; set it to portable, avx2 or avx512" in wrong.stderr
+
+
 @pytest.mark.parametrize(
     "spoiled, reason",
     [

@@ -196,10 +196,10 @@ def test_bases_stay_orthogonal_over_1000_steps():
     scale = torch.logspace(0, -3, 24)
     for t in range(1, 1001):
         optimizer.update([torch.randn(40, 24, generator=generator) * scale], [state], t, [info])
-    for key, q in state.items():
-        if key.startswith("q_"):
-            eye = torch.eye(q.shape[-1])
-            assert float((q.mT @ q - eye).abs().max()) < 1e-5, key
+    bases = [q for key, q in state.items() if key.startswith("q_")]
+    assert len(bases) == 4  # of both sides of two blocks
+    for q in bases:
+        assert float((q.mT @ q - torch.eye(q.shape[-1])).abs().max()) < 1e-5, q.shape
 
 
 def test_stagger_spreads_refreshes():

@@ -47,7 +47,7 @@ def test_a_run_has_the_tokens_of_its_budget_and_a_schedule_in_samples(make_study
     flags = ramp.config["flags"]
     assert 0 <= plain.tokens - ramp.tokens < 4 * 64 and ramp.id != plain.id
     assert not {"global-batch-size", "train-iters", "lr-decay-iters"} & flags.keys()
-    assert flags["lr-decay-samples"] == flags["train-samples"] and ramp.place["micro-batch-size"] == 1
+    assert flags["lr-decay-samples"] == flags["train-samples"] and ramp.surroundings["micro-batch-size"] == 1
     assert flags["lr-warmup-samples"] == int(0.1 * flags["train-samples"])
 
 

@@ -100,10 +100,10 @@ def test_a_repeated_run_is_another_run_of_as_many_tokens_and_whole_epochs(make_s
         make_run(study, "adamw", Regime("tiny", 4, e), {"lr": 0.004, "batch_size": 4}, 1) for e in (1, 3)
     )
     assert plain.id != repeated.id and "train-epochs" not in plain.config["flags"] and "epochs" not in plain.config
-    assert plain.place["train-epochs"] == 1
+    assert plain.surroundings["train-epochs"] == 1
     alone = read_study(make_study(STUDY + "ratios: [1, 4]\n", "alone.yaml"))
     same = make_run(alone, "adamw", Regime("tiny", 4), {"lr": 0.004, "batch_size": 4}, 1)
-    assert same.id == plain.id and "train-epochs" not in same.place
+    assert same.id == plain.id and "train-epochs" not in same.surroundings
     flags = repeated.config["flags"]
     assert flags["train-epochs"] == 3 and flags["train-iters"] % 3 == 0
     assert 0 <= plain.tokens - repeated.tokens < 3 * 4 * 64

@@ -13,17 +13,18 @@ def test_a_reader_never_sees_half_an_array(tmp_path: Path) -> None:
     target, array, done = tmp_path / "index.npy", np.arange(200_000), threading.Event()
 
     def write() -> None:
-        for _ in range(50):
+        while not done.is_set():
             np.save(target, array)
-        done.set()
 
     with whole_arrays():
+        np.save(target, array)
         writer = threading.Thread(target=write)
         writer.start()
-        while not done.is_set():
-            if target.exists():
-                assert np.array_equal(np.load(target), array)
-        writer.join()
+        try:
+            assert all(np.array_equal(np.load(target), array) for _ in range(50))
+        finally:
+            done.set()
+            writer.join()
     assert [path.name for path in tmp_path.iterdir()] == ["index.npy"]
 
 

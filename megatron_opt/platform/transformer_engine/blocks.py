@@ -34,8 +34,8 @@ def untiled(tiles: Tensor, m: int, k: int) -> Tensor:
 
 def amaxes(tiles: Tensor) -> Tensor:
     """max |x| of every tile in fp32, (m/rows, k/cols); as on a GPU, which passes over NaN."""
-    found = tiles.abs().amax((1, 3)).float()
-    return tiles.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax((1, 3)).float() if found.isnan().any() else found
+    amax = tiles.abs().amax((1, 3)).float()
+    return tiles.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax((1, 3)).float() if amax.isnan().any() else amax
 
 
 def blockwise_scales(amax: Tensor, quantizer: Any, kind: torch.dtype) -> Tensor:
@@ -78,14 +78,14 @@ def write_blockwise(x: Tensor, quantizer: Any, out: Any) -> None:
 
     if square:
         data, inverse = cast(matrix)
-        found = {"rowwise": (data, inverse), "columnwise": (data.t(), inverse.t())}
+        sides = {"rowwise": (data, inverse), "columnwise": (data.t(), inverse.t())}
     else:  # scales lie transposed, as cuBLAS reads them
-        found = {}
+        sides = {}
         for usage, values in (("rowwise", matrix), ("columnwise", matrix.t())):
             if getattr(out, f"_{usage}_data") is not None:
                 data, inverse = cast(values)
-                found[usage] = (data, inverse.t())
-    for usage, (data, inverse) in found.items():
+                sides[usage] = (data, inverse.t())
+    for usage, (data, inverse) in sides.items():
         target = getattr(out, f"_{usage}_data")
         if target is not None:
             target.copy_(data.reshape(target.shape))
@@ -121,12 +121,12 @@ def decode_blockwise(tensor: Any, columnwise: bool) -> Tensor:
     """The matrix (m, k) that a blockwise tensor's rows or columns hold, fp64."""
     data = tensor._columnwise_data if columnwise else tensor._rowwise_data
     inverse = tensor._columnwise_scale_inv if columnwise else tensor._rowwise_scale_inv
-    lying = data.reshape(data.shape[0], -1) if columnwise else _flat(data)  # columns are kept transposed
+    codes = data.reshape(data.shape[0], -1) if columnwise else _flat(data)  # columns are kept transposed
     if tensor._is_2D_scaled:
-        found = _scaled(lying, inverse, BLOCK, BLOCK, tensor._fp8_dtype)
+        matrix = _scaled(codes, inverse, BLOCK, BLOCK, tensor._fp8_dtype)
     else:
-        found = _scaled(lying, inverse.t()[: lying.shape[0]], 1, BLOCK, tensor._fp8_dtype)
-    return found.t() if columnwise else found
+        matrix = _scaled(codes, inverse.t()[: codes.shape[0]], 1, BLOCK, tensor._fp8_dtype)
+    return matrix.t() if columnwise else matrix
 
 
 def decode_mx(tensor: Any, columnwise: bool) -> Tensor:
@@ -148,8 +148,8 @@ def _whole(shard: Tensor, h: int, w: int, start: int) -> Tensor:
 @operation
 def fp8_block_scaling_compute_partial_amax(shard: Tensor, amax: Tensor, h: int, w: int, start: int, block: int) -> None:
     """amax (h/128, w/128 and more) ← max |x| of each block's elements in a flat shard of (h, w)."""
-    found = amaxes(tiled(_whole(shard, h, w, start), block, block))
-    amax[: found.shape[0], : found.shape[1]] = found
+    largest = amaxes(tiled(_whole(shard, h, w, start), block, block))
+    amax[: largest.shape[0], : largest.shape[1]] = largest
 
 
 @operation

@@ -46,8 +46,8 @@ def _plain(resolve: Callable[..., Any]) -> Callable[..., Any]:
     def resolve_data(planner: Any, item: Any) -> Any:
         from transformer_engine.pytorch.quantized_tensor import QuantizedTensor
 
-        found = resolve(planner, item)
-        return found.dequantize() if isinstance(found, QuantizedTensor) else found
+        data = resolve(planner, item)
+        return data.dequantize() if isinstance(data, QuantizedTensor) else data
 
     return resolve_data
 
@@ -115,8 +115,8 @@ def _check(self: Any, attention_bias: Tensor | None, packed_seq_params: Any) -> 
         "packed sequences": packed_seq_params is not None,
         "attention biases": attention_bias is not None,
     }
-    for what, found in refused.items():
-        if found:
+    for what, used in refused.items():
+        if used:
             raise UserError(
                 f"{what}: Transformer Engine's attention on CPU does not know it; leave it out (dropout: 0)."
             )

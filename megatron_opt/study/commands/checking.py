@@ -38,13 +38,13 @@ def check_study(study: Study) -> None:
         _check_cluster(study.cluster, study)
     if study.executor.command is not None:
         return
-    places = _Places(study)
+    lines = _Lines(study)
     for space in study.optimizers.values():
-        _check_space(space, places)
-        _check_models(space, study, places)
+        _check_space(space, lines)
+        _check_models(space, study, lines)
 
 
-class _Places:
+class _Lines:
     """Lines of the study file, for messages."""
 
     def __init__(self, study: Study):
@@ -87,33 +87,33 @@ def _check_budget(study: Study, regime: Regime, name: str, batch: int) -> None:
         )
 
 
-def _check_space(space: OptimizerSpace, places: _Places) -> None:
+def _check_space(space: OptimizerSpace, lines: _Lines) -> None:
     optimizers = registry.optimizers()
     if space.optimizer not in (*optimizers, *OF_MEGATRON):
         hint = nearest_or_all(space.optimizer, [*optimizers, *OF_MEGATRON])
-        raise places.error(space.name, None, f"there is no optimizer {space.optimizer!r}; {hint}")
+        raise lines.error(space.name, None, f"there is no optimizer {space.optimizer!r}; {hint}")
     own, known = _own(space.optimizer), _known(space.optimizer)
     given = [(key, value) for key, values in space.grid.items() for value in values] + list(space.start.items())
     for key, value in given:
         if key not in known:
-            raise places.error(space.name, key, f"no hyperparameter `{key}`; {nearest_or_all(key, known)}")
+            raise lines.error(space.name, key, f"no hyperparameter `{key}`; {nearest_or_all(key, known)}")
         if key in own:
             options = {k: v for k, v in (space.start | {key: value}).items() if k in own}
             try:
                 registry.build(space.optimizer, options)
             except UserError as error:
-                raise places.error(space.name, key, f"`{key}: {value}`: {error}") from None
+                raise lines.error(space.name, key, f"`{key}: {value}`: {error}") from None
         else:
-            _check_number(space, key, value, places)
+            _check_number(space, key, value, lines)
 
 
-def _check_models(space: OptimizerSpace, study: Study, places: _Places) -> None:
+def _check_models(space: OptimizerSpace, study: Study, lines: _Lines) -> None:
     """Values that only some models and runs have a use for."""
     given = {**space.grid, **space.start}
     experts = "router_z_loss" in given
     dense = [name for name, model in study.models.items() if experts and not model.spec.experts]
     if dense:
-        raise places.error(
+        raise lines.error(
             space.name,
             "router_z_loss",
             f"`router_z_loss` is of the routers of experts, the only z-loss that Megatron has, and {dense[0]} has none",
@@ -121,31 +121,31 @@ def _check_models(space: OptimizerSpace, study: Study, places: _Places) -> None:
     mine = [phase for phase in study.phases if not phase.optimizers or space.name in phase.optimizers]
     repeated = [regime for phase in mine for regime in phase.regimes if regime.epochs > 1]
     if batch_ramp.KEY in given and repeated:
-        raise places.error(
+        raise lines.error(
             space.name,
             batch_ramp.KEY,
             f"`batch_ramp` does not go with {repeated[0]}, whose epochs are whole numbers of steps",
         )
 
 
-def _check_number(space: OptimizerSpace, key: str, value: Any, places: _Places) -> None:
+def _check_number(space: OptimizerSpace, key: str, value: Any, lines: _Lines) -> None:
     if key == "schedule":
         if value not in SCHEDULES:
-            raise places.error(space.name, key, f"`schedule: {value}`: {nearest_or_all(str(value), SCHEDULES)}")
+            raise lines.error(space.name, key, f"`schedule: {value}`: {nearest_or_all(str(value), SCHEDULES)}")
         return
     if key == batch_ramp.KEY:
         for batch in {space.start["batch_size"], *space.grid.get("batch_size", ())}:
             try:
                 batch_ramp.parse(value, int(batch))
             except UserError as error:
-                raise places.error(space.name, key, f"`batch_ramp: {value}`: {error}") from None
+                raise lines.error(space.name, key, f"`batch_ramp: {value}`: {error}") from None
         return
     flag = "scalar-lr-ratio" if key == "scalar_lr_ratio" else flag_of(space.optimizer, key)
     limits = _SCHEDULE_RANGES.get(key) or RANGES.get(flag, Range())
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise places.error(space.name, key, f"`{key}: {value}` must be a number")
+        raise lines.error(space.name, key, f"`{key}: {value}` must be a number")
     if not math.isfinite(value) or not limits.holds(value):
-        raise places.error(space.name, key, f"`{key}: {value}` must be {limits.said(value) or 'a finite number'}")
+        raise lines.error(space.name, key, f"`{key}: {value}` must be {limits.said(value) or 'a finite number'}")
 
 
 def _own(optimizer: str) -> set[str]:

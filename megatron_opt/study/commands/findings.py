@@ -39,7 +39,7 @@ def main(argv: list[str], prog: str) -> int:
 
 def page(dataset: Dataset) -> str:
     """Verdicts first, then the tables behind them."""
-    found, analysis = findings(dataset), analyse_if_possible(dataset)
+    judged, analysis = findings(dataset), analyse_if_possible(dataset)
     left = sum(record.status not in ("completed", "diverged") for record in dataset.records)
     lines = [
         f"# {dataset.name}: which published findings hold here",
@@ -55,12 +55,12 @@ def page(dataset: Dataset) -> str:
                 ["finding", "where", "evidence", "verdict"],
                 [
                     [one.claim, one.regime or one.family, "; ".join(one.evidence) or "–", f"**{one.verdict}**"]
-                    for one in found
+                    for one in judged
                 ],
             )
         ),
     ]
-    if any(one.verdict == MISSING for one in found):
+    if any(one.verdict == MISSING for one in judged):
         lines += ["", "“Not run”: the runs that would tell are not there."]
     results = Section("Results", tables=[Table(HEADER, [row.cells() for row in summary(dataset)])])
     sections = [results, tokens_and_time(dataset, analysis), accuracy(dataset), transfer_over_width(dataset)]

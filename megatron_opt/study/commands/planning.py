@@ -63,11 +63,11 @@ def main(argv: list[str], prog: str) -> int:
 def _price(console: Console, study: Study, prices: Prices) -> None:
     """GPU-hours and dollars of each phase and model, on a cluster, by the cost model."""
     totals: dict[tuple[int, str, str], list[float]] = {}
-    for place, phase in enumerate(study.phases):
+    for index, phase in enumerate(study.phases):
         for name in study.optimizers:
             least, most, runs = expected_runs(study, phase, name)
             for run in runs:
-                total = totals.setdefault((place, phase.title, run.regime.model), [0.0, 0.0, 0.0, 0.0])
+                total = totals.setdefault((index, phase.title, run.regime.model), [0.0, 0.0, 0.0, 0.0])
                 hours = prices.hours(study, run) / len(runs)
                 for k, value in enumerate((least / len(runs), most / len(runs), least * hours, most * hours)):
                     total[k] += value

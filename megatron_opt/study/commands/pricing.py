@@ -45,7 +45,7 @@ class Prices:
     def step(self, study: Study, run: Run) -> Step:
         """The predicted step of a run in its own layout; raises UserError for one that does not fit into memory."""
         left = ("seed", "train-iters", "train-samples", "step-batch-size-schedule")
-        keep = {key: value for key, value in (run.config["flags"] | run.place).items() if key not in left}
+        keep = {key: value for key, value in (run.config["flags"] | run.surroundings).items() if key not in left}
         keep["global-batch-size"] = run.hyper["batch_size"]  # of a batch that grows its last
         step = self._step(study.executor.ranks * study.executor.nodes, argument_list(keep))
         if step.memory.total > self.cluster.memory:

@@ -38,13 +38,13 @@ HEADER = [
 ]
 
 
-def verification(data: Observations, held: np.ndarray, noise: NoiseFloor) -> dict[str, Prediction]:
+def verification(data: Observations, held_out: np.ndarray, noise: NoiseFloor) -> dict[str, Prediction]:
     """Fit the runs outside `held` (a mask) by the hierarchical law, and by shared and separate ones beside it."""
-    known, ahead = data.where(~held), data.where(held)
-    found = {"hierarchical": predict_by(law_of(known, noise), ahead)}
+    known, ahead = data.where(~held_out), data.where(held_out)
+    predictions = {"hierarchical": predict_by(law_of(known, noise), ahead)}
     for kind in KINDS:
-        found[kind] = predict(fit_law(known, kind, noise=noise.sigma, resamples=200), ahead)
-    return found
+        predictions[kind] = predict(fit_law(known, kind, noise=noise.sigma, resamples=200), ahead)
+    return predictions
 
 
 def main(argv: list[str], prog: str) -> int:
@@ -80,7 +80,7 @@ def _print_score(console: Console, path: Path, content: dict[str, Any], dataset:
         console.print(
             "warning: the runs behind this prediction are not what they were when it was written.", markup=False
         )
-    found = score(content, dataset)
+    scored = score(content, dataset)
     rows = [
         [
             row.what,
@@ -94,67 +94,67 @@ def _print_score(console: Console, path: Path, content: dict[str, Any], dataset:
             f"{row.crps:.4f}",
             ", ".join(row.runs),
         ]
-        for row in found.rows
+        for row in scored.rows
     ]
     header = ["", "optimizer", "regime", "predicted", "90% interval", "outcome", "error", "inside", "CRPS", "runs"]
     print_table(console, header, rows, f"{path.name}: registered {content['written']}, before the runs")
     for what, plural in (("loss", "losses"), ("gain", "gains")):
-        inside, count = found.coverage(what)
+        inside, count = scored.coverage(what)
         if count:
             console.print(
-                f"{inside} of {count} {plural} inside their 90% interval, mean CRPS {found.mean_crps(what):.4f} nats."
+                f"{inside} of {count} {plural} inside their 90% interval, mean CRPS {scored.mean_crps(what):.4f} nats."
             )
     words = content["hypotheses"]
-    if found.log_scores:
-        order = sorted(found.log_scores, key=lambda key: -found.log_scores[key])
+    if scored.log_scores:
+        order = sorted(scored.log_scores, key=lambda key: -scored.log_scores[key])
         print_table(
             console,
             ["hypothesis on the gain", "log score", "mean CRPS"],
-            [[words[key], f"{found.log_scores[key]:.2f}", f"{found.crps[key]:.4f}"] for key in order],
+            [[words[key], f"{scored.log_scores[key]:.2f}", f"{scored.crps[key]:.4f}"] for key in order],
             "Which hypothesis won",
         )
-        console.print(found.verdict(words), markup=False, highlight=False)
-    if found.missing:
-        console.print(f"No outcome of {', '.join(found.missing)}.", markup=False, highlight=False)
+        console.print(scored.verdict(words), markup=False, highlight=False)
+    if scored.missing:
+        console.print(f"No outcome of {', '.join(scored.missing)}.", markup=False, highlight=False)
 
 
 def _hold_out(console: Console, dataset: Dataset, chosen: list[str] | None) -> None:
     """After the fact: fit without some regimes, and predict them."""
-    held = _held(dataset.phases.get("predict", []), dataset, chosen)
+    held_out = _held_out(dataset.phases.get("predict", []), dataset, chosen)
     data = observations(dataset)
     regimes = {record.id: record.regime for record in dataset.records}
-    mask = np.array([regimes[run.split()[0]] in held for run in data.runs])
+    mask = np.array([regimes[run.split()[0]] in held_out for run in data.runs])
     if not mask.any():
-        raise UserError(f"no finished run in {', '.join(map(str, sorted(held)))}; run the study to its end first")
+        raise UserError(f"no finished run in {', '.join(map(str, sorted(held_out)))}; run the study to its end first")
     rows = []
     results = verification(data, mask, noise_floor(dataset))
-    for kind, found in results.items():
-        for i in range(len(found.data)):
-            inside = found.low[i] <= found.data.loss[i] <= found.high[i]
+    for kind, predicted in results.items():
+        for i in range(len(predicted.data)):
+            inside = predicted.low[i] <= predicted.data.loss[i] <= predicted.high[i]
             rows.append(
                 [
                     kind,
-                    data.optimizers[found.data.index[i]],
-                    f"{found.data.n[i]:,.0f}",
-                    f"{found.data.d[i]:.3g}",
-                    f"{found.predicted[i]:.4f}",
-                    f"{found.low[i]:.4f} to {found.high[i]:.4f}",
-                    f"{found.data.loss[i]:.4f}",
-                    f"{found.predicted[i] - found.data.loss[i]:+.4f}",
+                    data.optimizers[predicted.data.index[i]],
+                    f"{predicted.data.n[i]:,.0f}",
+                    f"{predicted.data.d[i]:.3g}",
+                    f"{predicted.predicted[i]:.4f}",
+                    f"{predicted.low[i]:.4f} to {predicted.high[i]:.4f}",
+                    f"{predicted.data.loss[i]:.4f}",
+                    f"{predicted.predicted[i] - predicted.data.loss[i]:+.4f}",
                     "yes" if inside else "no",
-                    found.data.runs[i],
+                    predicted.data.runs[i],
                 ]
             )
-    print_table(console, HEADER, rows, f"{dataset.name}: predicted without {', '.join(map(str, sorted(held)))}")
-    for kind, found in results.items():
+    print_table(console, HEADER, rows, f"{dataset.name}: predicted without {', '.join(map(str, sorted(held_out)))}")
+    for kind, predicted in results.items():
         console.print(
-            f"{kind} law: error {found.rmse:.4f}, {found.coverage:.0%} of {len(found.data)} losses inside "
+            f"{kind} law: error {predicted.rmse:.4f}, {predicted.coverage:.0%} of {len(predicted.data)} losses inside "
             "their 90% interval"
         )
     console.print("Predicted after the fact from the other runs; `study predict` writes predictions before the runs.")
 
 
-def _held(predicted: list[str], dataset: Dataset, chosen: list[str] | None) -> set[Regime]:
+def _held_out(predicted: list[str], dataset: Dataset, chosen: list[str] | None) -> set[Regime]:
     if chosen is not None:
         regimes = {Regime.parse(text) for text in chosen}
         unknown = sorted(regimes - set(dataset.regimes))

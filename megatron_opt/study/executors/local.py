@@ -170,15 +170,15 @@ def _locked(folder: Path) -> bool:
 def _processes(folder: Path) -> list[int]:
     """Processes that carry the run's mark in their environment, such as ranks whose launcher was killed."""
     mark = f"{RUN_VARIABLE}={folder}".encode()
-    found = []
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
                 if mark in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
+                    pids.append(int(entry.name))
             except OSError:
                 continue
-    return found
+    return pids
 
 
 def _end_strays(folder: Path) -> None:

@@ -62,8 +62,8 @@ class Backtest:
     @property
     def gain_error(self) -> np.ndarray:
         """Predicted minus observed gain; nan for the baseline's own rows."""
-        found = np.median(self.gain, 0) - self.observed_gain
-        return np.where(self.data.index == 0, np.nan, found)
+        error = np.median(self.gain, 0) - self.observed_gain
+        return np.where(self.data.index == 0, np.nan, error)
 
     def intervals(self, what: str, widen: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """90% intervals of the observed `loss` or `gain`, noise of the runs included."""
@@ -76,7 +76,7 @@ class Backtest:
 
     def standard_errors(self, what: str) -> np.ndarray:
         """Mean error over the budgets of each optimizer (loss: of the baseline alone), in standard errors."""
-        found = []
+        errors = []
         noise = np.linalg.cholesky(self.noise + 1e-14 * np.eye(len(self.noise)))
         wanted = [0] if what == "loss" else np.unique(self.data.index[self.data.index > 0])
         for k in wanted:
@@ -91,8 +91,8 @@ class Backtest:
                 error, spread = self.gain_error[rows].mean(), (self.gain[:, rows].mean(1)).std()
                 for row in rows:
                     mean = mean - _unit(len(mean), _base_row(self.data, int(row))) / len(rows)
-            found.append(error / np.hypot(spread, np.linalg.norm(mean @ noise)))
-        return np.array(found)
+            errors.append(error / np.hypot(spread, np.linalg.norm(mean @ noise)))
+        return np.array(errors)
 
 
 @dataclass(frozen=True)
@@ -186,12 +186,12 @@ class Ensemble:
 
     def speedups(self, optimizer: str, n: float, d: float) -> np.ndarray:
         """(copies,) tokens the baseline needs for the optimizer's loss, over D; inf where it never gets there."""
-        gains, found, start = self.gains(optimizer, n, d), [], 0
+        gains, tokens, start = self.gains(optimizer, n, d), [], 0
         for copies in self.copies:
             mine = gains[start : start + len(copies)]
-            found.append(copies.speedup(copies.losses(self.optimizers[0], n, d) - mine, n, d))
+            tokens.append(copies.speedup(copies.losses(self.optimizers[0], n, d) - mine, n, d))
             start += len(copies)
-        return np.concatenate(found)
+        return np.concatenate(tokens)
 
     def _raw(self, optimizer: str, n: np.ndarray | float, d: np.ndarray | float) -> np.ndarray:
         return np.concatenate([copies.losses(optimizer, n, d) for copies in self.copies])
@@ -209,9 +209,9 @@ def fit_ensemble(
         known, ahead = data.where(data.n < sizes[count]), data.where(data.n == sizes[count])
         fits = {form: fit_hierarchy(known, form, noise) for form in forms}
         drawn = {form: draw(fit, copies // 2, seed) for form, fit in fits.items()}
-        found = _backtest(ahead, sizes[count] / sizes[count - 1], count, fits, drawn, weights, noise)
-        backtests.append(found)
-        weights = _weights(found.scores, forms)
+        backtest = _backtest(ahead, sizes[count] / sizes[count - 1], count, fits, drawn, weights, noise)
+        backtests.append(backtest)
+        weights = _weights(backtest.scores, forms)
     kept = {form: weight for form, weight in weights.items() if weight >= LEAST_WEIGHT}
     total = sum(kept.values())
     members = tuple((fit_hierarchy(data, form, noise), weight / total) for form, weight in kept.items())
@@ -291,8 +291,8 @@ def _log_density(observed: np.ndarray, copies: np.ndarray, noise: np.ndarray) ->
 
 def _base_row(data: Observations, row: int) -> int:
     same = (data.index == 0) & (data.n == data.n[row]) & (np.abs(np.log(data.d / data.d[row])) < 1e-3)
-    found = np.flatnonzero(same)
-    return int(found[0]) if len(found) else -1
+    rows = np.flatnonzero(same)
+    return int(rows[0]) if len(rows) else -1
 
 
 def _over_baseline(data: Observations, losses: np.ndarray) -> np.ndarray:
@@ -302,6 +302,6 @@ def _over_baseline(data: Observations, losses: np.ndarray) -> np.ndarray:
 
 
 def _unit(size: int, at: int) -> np.ndarray:
-    found = np.zeros(size)
-    found[at] = 1.0
-    return found
+    vector = np.zeros(size)
+    vector[at] = 1.0
+    return vector

@@ -42,13 +42,13 @@ def findings(dataset: Dataset) -> list[Finding]:
     families: dict[str, list[Regime]] = {}
     for regime in dataset.regimes:
         families.setdefault(regime.model.split("-")[0], []).append(regime)
-    found = []
+    judged_all = []
     for family, regimes in families.items():
         once = [regime for regime in regimes if regime.epochs == 1 and regime.model == regimes[-1].model]
         target = min(once, key=lambda regime: regime.ratio, default=regimes[-1])
         judged = [one(dataset, family, target) for one in (_fastest, _lowest, _downstream)]
-        found += [replace(one, regime=str(target)) for one in judged] + _epochs(dataset, family, regimes)
-    return found + _rates(dataset, families)
+        judged_all += [replace(one, regime=str(target)) for one in judged] + _epochs(dataset, family, regimes)
+    return judged_all + _rates(dataset, families)
 
 
 def _fastest(dataset: Dataset, family: str, target: Regime) -> Finding:
@@ -88,7 +88,7 @@ def _downstream(dataset: Dataset, family: str, target: Regime) -> Finding:
 
 def _epochs(dataset: Dataset, family: str, regimes: list[Regime]) -> list[Finding]:
     """Further epochs of the same tokens lower the loss, and AdamW's most."""
-    best, found = dataset.best(), []
+    best, verdicts = dataset.best(), []
     for regime in (regime for regime in regimes if regime.epochs > 1):
         once = Regime(regime.model, regime.ratio / regime.epochs)
         table: dict[tuple[str, Regime], Seeded] = {}
@@ -103,11 +103,11 @@ def _epochs(dataset: Dataset, family: str, regimes: list[Regime]) -> list[Findin
         names = [name for name in dataset.optimizers if (name, regime) in table]
         tested = compare_pairs(table, [(name, f"{name} once", regime) for name in names])
         said = f"{regime.epochs} epochs lower the loss by {{}} ({{}}, {regime})"
-        found.append(_judged("Epochs help", family, tested, said, self_named=True))
+        verdicts.append(_judged("Epochs help", family, tested, said, self_named=True))
         most = _against(dataset, gains, "adamw", regime)
         said = f"{regime.epochs} epochs lower AdamW's loss by {{}} more than {{}}'s ({regime})"
-        found.append(_judged("Epochs help AdamW most", family, most, said))
-    return found or [Finding("Epochs help", family, (), MISSING)]
+        verdicts.append(_judged("Epochs help AdamW most", family, most, said))
+    return verdicts or [Finding("Epochs help", family, (), MISSING)]
 
 
 def _difference(again: Best, first: Best) -> Seeded | None:
@@ -145,16 +145,16 @@ def _rates(dataset: Dataset, families: dict[str, list[Regime]]) -> list[Finding]
     if not {"gpt", "llama"} <= families.keys():
         return []
     sizes = {record.regime: float(record.parameters) for record in dataset.records}
-    sigma, found = noise_floor(dataset).sigma, []
+    sigma, verdicts = noise_floor(dataset).sigma, []
     for name in dataset.optimizers:
         known = {one.n: one for one in optima(dataset, name, "lr", sigma)}
         ends = [known.get(sizes[families[family][0]]) for family in ("gpt", "llama")]
         if ends[0] is None or ends[1] is None:
-            found.append(Finding(claim, name, (), MISSING))
+            verdicts.append(Finding(claim, name, (), MISSING))
             continue
         middle, reach = ends[1].log_value - ends[0].log_value, z * math.hypot(ends[0].error, ends[1].error)
         low, value, high = (math.exp(x) for x in (middle - reach, middle, middle + reach))
         said = (f"LLaMA's best rate of {name} is {value:.2f} times GPT's ({low:.2f} to {high:.2f}, 90%)",)
         verdict = FAILS if not low <= 2 <= high else HOLDS if low > 1 else OPEN
-        found.append(Finding(claim, name, said, verdict))
-    return found
+        verdicts.append(Finding(claim, name, said, verdict))
+    return verdicts

@@ -80,14 +80,14 @@ class Form:
         if self.gain == "log-linear":
             return Group("speedup", (0,), 0.15, 1.0, False), Group("decay", (1, 2), 0.1, 1.0, False)
         last = (4,) if self.level == "coupled" else ()
-        found = [
+        groups = [
             Group("rho_N", (0,), 0.08, 1.0, False),
             Group("rho_D", (1,), 0.12, 1.0, False),
             Group("exponents", (2, 3, *last), 0.05, 1.0, True),
         ]
         if self.gain == "irreducible":
-            found.append(Group("irreducible", (self.own_size - 1,), 0.01, 1.0, True))
-        return tuple(found)
+            groups.append(Group("irreducible", (self.own_size - 1,), 0.01, 1.0, True))
+        return tuple(groups)
 
     def prior(self, level: float, slope: float) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the core; exponents from 0.11 to 0.57 (90%), arXiv 2001.08361 to 2203.15556."""

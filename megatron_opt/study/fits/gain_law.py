@@ -24,16 +24,16 @@ class GainLaw:
 
     def predict(self, n: np.ndarray, d: np.ndarray) -> np.ndarray:
         """Gain at N parameters and D tokens."""
-        return self._law(self.theta, *self._place(n, d))[0]
+        return self._law(self.theta, *self._logs(n, d))[0]
 
     def interval(self, n: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """90% interval of a measured gain: Student's t with the law's and the residuals' spread."""
-        value, jacobian = self._law(self.theta, *self._place(n, d))
+        value, jacobian = self._law(self.theta, *self._logs(n, d))
         spread = np.sqrt(np.einsum("ij,jk,ik->i", jacobian, self.covariance, jacobian) + self.sigma**2)
         reach = stats.t(self.freedom).ppf(0.95) * spread
         return value - reach, value + reach
 
-    def _place(self, n: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _logs(self, n: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.log(n / self.origin[0]), np.log(d / n / self.origin[1])
 
     @staticmethod
@@ -45,12 +45,12 @@ class GainLaw:
 def paired_gains(data: Observations, optimizer: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """N, D and loss of the baseline minus loss of the optimizer, over the cells that have both."""
     k = data.optimizers.index(optimizer)
-    found = []
+    pairs = []
     for n, d, loss in zip(*(a[data.index == k] for a in (data.n, data.d, data.loss))):
         base = data.loss[(data.index == 0) & (data.n == n) & (np.abs(np.log(data.d / d)) < 1e-3)]
         if len(base):
-            found.append((n, d, base[0] - loss))
-    return tuple(np.array(found).T) if found else (np.empty(0),) * 3
+            pairs.append((n, d, base[0] - loss))
+    return tuple(np.array(pairs).T) if pairs else (np.empty(0),) * 3
 
 
 def fit_gain_law(n: np.ndarray, d: np.ndarray, gain: np.ndarray) -> GainLaw:

@@ -168,13 +168,13 @@ class Hierarchy:
         form, problem = self.form, self.problem
         k = problem.data.optimizers.index(optimizer)
         own = self.x[problem.own_index(k)] if k else np.zeros(form.own_size)
-        place = np.log([n / problem.origin[0]]), np.log([d / problem.origin[1]])
-        _, by_core, by_own = form.jacobian(self.x[: form.core_size], own[:, None], *place)
-        found = np.zeros(problem.size)
-        found[: form.core_size] = by_core[0]
+        logs = np.log([n / problem.origin[0]]), np.log([d / problem.origin[1]])
+        _, by_core, by_own = form.jacobian(self.x[: form.core_size], own[:, None], *logs)
+        slope = np.zeros(problem.size)
+        slope[: form.core_size] = by_core[0]
         if k:
-            found[problem.own_index(k)] = by_own[0]
-        return found
+            slope[problem.own_index(k)] = by_own[0]
+        return slope
 
     @property
     def spreads(self) -> dict[str, float]:
@@ -235,11 +235,11 @@ def fit_hierarchy(
     for round_ in range(8):
         x = _move(problem, x, phi, extra, 12 if round_ == 0 else 3)
         linear = Linear(problem, x, extra)
-        found = minimize(
+        minimum = minimize(
             linear.negative, phi, jac=True, method="L-BFGS-B", bounds=_bounds(problem), options={"maxiter": 40}
         )
-        change = float(np.abs(found.x - phi).max())
-        phi = found.x
+        change = float(np.abs(minimum.x - phi).max())
+        phi = minimum.x
         left = np.abs(linear.left_out(phi))
         wild = left > WILD
         if round_ == 2 and wild.any() and not extra.any():

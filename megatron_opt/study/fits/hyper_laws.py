@@ -88,11 +88,11 @@ def family_of(optimizer: str) -> str:
     return next((name for name, members in FAMILIES.items() if optimizer in members), optimizer)
 
 
-def fit_hyper_laws(hyperparameter: str, found: dict[str, list[Optimum]]) -> list[HyperLaw]:
+def fit_hyper_laws(hyperparameter: str, optima: dict[str, list[Optimum]]) -> list[HyperLaw]:
     """Laws of one hyperparameter of several optimizers (name → optima), pooled by family and backtested."""
     laws = []
-    for family in dict.fromkeys(family_of(name) for name in found):
-        members = {name: one for name, one in found.items() if family_of(name) == family}
+    for family in dict.fromkeys(family_of(name) for name in optima):
+        members = {name: one for name, one in optima.items() if family_of(name) == family}
         fitted = _fit(hyperparameter, members)
         scale, inside = _backtest(hyperparameter, members)
         laws += [replace(law, widen=scale, tested=inside) for law in fitted]
@@ -125,7 +125,7 @@ def fit_hyper_law(
 
 
 def _fit(hyperparameter: str, members: dict[str, list[Optimum]]) -> list[HyperLaw]:
-    points = [(k, one) for k, found in enumerate(members.values()) for one in found]
+    points = [(k, one) for k, optima in enumerate(members.values()) for one in optima]
     count = len(members)
     log_n, log_d = (np.array([np.log(v) for v in column]) for column in zip(*((o.n, o.d) for _, o in points)))
     center = float(log_n.mean()), float(log_d.mean())
@@ -155,15 +155,15 @@ def _fit(hyperparameter: str, members: dict[str, list[Optimum]]) -> list[HyperLa
     covariance = prior(tau) - gain @ cross.T
     curved = [one.curvature for _, one in points if one.curvature]
     laws = []
-    for k, (name, found) in enumerate(members.items()):
+    for k, (name, optima) in enumerate(members.items()):
         block = slice(3 * k, 3 * k + 3)
         laws.append(
             HyperLaw(
                 name,
                 hyperparameter,
-                np.array([o.n for o in found]),
-                np.array([o.d for o in found]),
-                np.array([o.tuned for o in found]),
+                np.array([o.n for o in optima]),
+                np.array([o.d for o in optima]),
+                np.array([o.tuned for o in optima]),
                 theta[block] + [mean, 0.0, 0.0],
                 covariance[block, block],
                 float(spread),
@@ -177,9 +177,9 @@ def _fit(hyperparameter: str, members: dict[str, list[Optimum]]) -> list[HyperLa
 
 def _backtest(hyperparameter: str, members: dict[str, list[Optimum]]) -> tuple[float, tuple[int, int]]:
     """λ and coverage of the optima of the largest size, predicted from the smaller ones."""
-    largest = max(one.n for found in members.values() for one in found)
-    known = {name: [one for one in found if one.n < largest] for name, found in members.items()}
-    known = {name: found for name, found in known.items() if len(found) >= 3}
+    largest = max(one.n for optima in members.values() for one in optima)
+    known = {name: [one for one in optima if one.n < largest] for name, optima in members.items()}
+    known = {name: optima for name, optima in known.items() if len(optima) >= 3}
     squares, count, inside = 0.0, 0, 0
     for law in _fit(hyperparameter, known) if known else []:
         for one in members[law.optimizer]:

@@ -74,7 +74,7 @@ def next_runs(
     # two digits: sizes and budgets are whole numbers, so equal ratios differ a little
     ratios = np.unique([float(f"{ratio:.2g}") for ratio in data.d / data.n / tokens_per_parameter])
     low, high = interval(ensemble.gains(optimizer, n, d))
-    base, found = ensemble.optimizers[0], []
+    base, candidates = ensemble.optimizers[0], []
     designs = [
         (names, float(size), float(ratio))
         for names in ((base,), (optimizer,), (base, optimizer))
@@ -86,8 +86,8 @@ def next_runs(
     for (names, size, ratio), runs, share in zip(designs, points, narrowing(ensemble, optimizer, (n, d), points)):
         flops = sum(6 * one[1] * one[2] for one in runs)
         spent = None if hours is None else sum(hours(*one) for one in runs)
-        found.append(NextRun(names, size, ratio, flops, float(share), float((high - low) * (1 - share)), spent))
-    return sorted(found, key=lambda run: -run.shrinkage)
+        candidates.append(NextRun(names, size, ratio, flops, float(share), float((high - low) * (1 - share)), spent))
+    return sorted(candidates, key=lambda run: -run.shrinkage)
 
 
 def narrowing(
@@ -95,14 +95,14 @@ def narrowing(
 ) -> np.ndarray:
     """Share of the standard deviation of a gain at `target` (N, D) that each set of new runs is expected to take away."""
     runs = list(dict.fromkeys(point for design in designs for point in design))
-    place = {point: k for k, point in enumerate(runs)}
+    index = {point: k for k, point in enumerate(runs)}
     weights = np.array([weight for _, weight in ensemble.members])
     forms = [_joint(fit, optimizer, target, runs) for fit, _ in ensemble.members]
     means = np.stack([_means(copies, ensemble.optimizers[0], optimizer, target, runs) for copies in ensemble.copies])
     before = np.sqrt(_mixed(weights, means[:, 0], np.array([covariance[0, 0] for covariance in forms])))
     shares = []
     for design in designs:
-        rows = np.array([place[point] + 1 for point in design])
+        rows = np.array([index[point] + 1 for point in design])
         after = _expected(weights, means[:, 0], means[:, rows], forms, rows)
         shares.append(1 - np.sqrt(min(1.0, after / before**2)))
     return np.array(shares)

@@ -31,14 +31,14 @@ class Observations:
     @property
     def counts(self) -> np.ndarray:
         """Runs behind each loss."""
-        return np.array([float(len(found)) for found in self.seeds]) if self.seeds else np.ones(len(self))
+        return np.array([float(len(seeds)) for seeds in self.seeds]) if self.seeds else np.ones(len(self))
 
     def shared_seeds(self) -> np.ndarray:
         """|S_i ∩ S_j| / (|S_i|·|S_j|): covariance of two means over seeds, of a noise common to a seed."""
         if not self.seeds:
             return np.ones((len(self), len(self)))
         every = sorted(set().union(*self.seeds))
-        member = np.array([[seed in found for seed in every] for found in self.seeds], float)
+        member = np.array([[seed in of_one for seed in every] for of_one in self.seeds], float)
         member /= member.sum(1, keepdims=True)
         return member @ member.T
 
@@ -48,7 +48,7 @@ class Observations:
     def where(self, mask: np.ndarray) -> Observations:
         """The observations that a boolean mask keeps; optimizers keep their positions."""
         runs = tuple(run for run, keep in zip(self.runs, mask) if keep)
-        seeds = tuple(found for found, keep in zip(self.seeds, mask) if keep)
+        seeds = tuple(of_one for of_one, keep in zip(self.seeds, mask) if keep)
         return Observations(self.optimizers, self.index[mask], self.n[mask], self.d[mask], self.loss[mask], runs, seeds)
 
     def of(self, optimizer: str) -> Observations:
@@ -59,8 +59,8 @@ class Observations:
     def rebased(self, baseline: str) -> Observations:
         """The same observations with another optimizer first."""
         names = (baseline, *(name for name in self.optimizers if name != baseline))
-        place = np.array([names.index(name) for name in self.optimizers])
-        return Observations(names, place[self.index], self.n, self.d, self.loss, self.runs, self.seeds)
+        position = np.array([names.index(name) for name in self.optimizers])
+        return Observations(names, position[self.index], self.n, self.d, self.loss, self.runs, self.seeds)
 
     @property
     def sizes(self) -> np.ndarray:

@@ -50,37 +50,37 @@ def _tried(dataset: Dataset, cell: Best, key: str) -> dict[float, float]:
     """Value → loss (inf where it diverged) of the runs that differ from the winner in this value alone."""
     winner = cell.record
     others = {name: value for name, value in winner.hyper.items() if name != key}
-    found = {float(winner.hyper[key]): cell.loss}
+    losses = {float(winner.hyper[key]): cell.loss}
     for record in dataset.finished:
         if (record.optimizer, record.regime) != (winner.optimizer, winner.regime) or not _number(record, key):
             continue
         if {name: value for name, value in record.hyper.items() if name != key} == others:
             value, loss = float(record.hyper[key]), math.inf if record.loss is None else record.loss
-            found[value] = min(found.get(value, math.inf), loss)
-    return found
+            losses[value] = min(losses.get(value, math.inf), loss)
+    return losses
 
 
 def _optimum(record: Record, key: str, tried: dict[float, float], step: float, sigma: float) -> Optimum:
     value = float(record.hyper[key])
     values = sorted(tried)
     i, at = values.index(value), math.log(value)
-    place = (float(record.parameters), float(record.tokens))
+    size = (float(record.parameters), float(record.tokens))
     if len(values) == 1:
         # Nothing says on which side of the value the optimum lies.
-        return Optimum(*place, at, step / math.sqrt(12), None, value, False)
+        return Optimum(*size, at, step / math.sqrt(12), None, value, False)
     if i in (0, len(values) - 1):
         # One side is open: the optimum lies from half a step inside to a step or more outside.
         outward = 1 if i else -1
-        return Optimum(*place, at + 0.25 * outward * step, 0.75 * step, None, value, True)
+        return Optimum(*size, at + 0.25 * outward * step, 0.75 * step, None, value, True)
     t = np.log([values[i - 1], value, values[i + 1]])
     losses = np.array([tried[values[i - 1]], tried[value], tried[values[i + 1]]])
     uniform = (t[2] - t[0]) / 2 / math.sqrt(12)
     if not np.isfinite(losses).all():
-        return Optimum(*place, at, uniform, None, value, False)
+        return Optimum(*size, at, uniform, None, value, False)
     vertex, curvature = _vertex(t, losses)
     moved = [_vertex(t, losses + sigma * unit)[0] - vertex for unit in np.eye(3)]
     error = math.hypot(float(np.linalg.norm(moved)), LEAST_ERROR * (t[2] - t[0]) / 2)
-    return Optimum(*place, vertex, min(error, uniform), curvature, value, False)
+    return Optimum(*size, vertex, min(error, uniform), curvature, value, False)
 
 
 def _vertex(t: np.ndarray, losses: np.ndarray) -> tuple[float, float]:

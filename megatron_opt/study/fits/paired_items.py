@@ -79,13 +79,13 @@ def baseline_tests(dataset: Dataset) -> list[ItemTest]:
 
 def disagreements(dataset: Dataset) -> list[ItemTest]:
     """Every pair and task where the lower loss has the lower accuracy, the first by loss first; corrected as one table."""
-    found = [one for one in _tests(dataset, combinations(dataset.optimizers, 2)) if one.disagrees]
-    found = [one if one.losses[0] < one.losses[1] else _turned(one) for one in found]
-    return _corrected(found)
+    tests = [one for one in _tests(dataset, combinations(dataset.optimizers, 2)) if one.disagrees]
+    tests = [one if one.losses[0] < one.losses[1] else _turned(one) for one in tests]
+    return _corrected(tests)
 
 
-def _corrected(found: list[ItemTest]) -> list[ItemTest]:
-    return [replace(one, adjusted=p) for one, p in zip(found, holm([one.p for one in found])) if p is not None]
+def _corrected(tests: list[ItemTest]) -> list[ItemTest]:
+    return [replace(one, adjusted=p) for one, p in zip(tests, holm([one.p for one in tests])) if p is not None]
 
 
 def _turned(one: ItemTest) -> ItemTest:
@@ -135,11 +135,11 @@ def _runs(cell: Best, by_id: dict[str, dict[str, Any]]) -> dict[int, dict[str, d
     return {seed: downstream.items(by_id[run]) for seed, run in zip(cell.seeds, cell.ids)}
 
 
-def _with_seeds(found: list[ItemTest], dataset: Dataset) -> list[ItemTest]:
+def _with_seeds(tests: list[ItemTest], dataset: Dataset) -> list[ItemTest]:
     """The same with p over seeds: accuracies in the place of losses, by the code that compares losses."""
     by_id = {record.id: record.results for record in dataset.records}
     p: dict[tuple[str, Regime, str], float | None] = {}
-    for task in dict.fromkeys(one.task for one in found):
+    for task in dict.fromkeys(one.task for one in tests):
         cells = {}
         for key, cell in dataset.best().items():
             rows = [downstream.items(by_id[run]).get(task) for run in cell.ids]
@@ -148,5 +148,5 @@ def _with_seeds(found: list[ItemTest], dataset: Dataset) -> list[ItemTest]:
                 cells[key] = Seeded(wrong, cell.seeds, cell.ids, cell.chosen)
         tested = compare_all(cells, dataset.baseline, dataset.optimizers, dataset.regimes, dataset.looks)
         p |= {(one.optimizer, one.regime, task): one.p for one in tested}
-    over = holm([p.get((one.second, one.regime, one.task)) for one in found])
-    return [replace(one, p_seeds=value) for one, value in zip(found, over)]
+    over = holm([p.get((one.second, one.regime, one.task)) for one in tests])
+    return [replace(one, p_seeds=value) for one, value in zip(tests, over)]

@@ -33,7 +33,7 @@ class Copies:
 
     def losses(self, optimizer: str, n: np.ndarray | float, d: np.ndarray | float) -> np.ndarray:
         """(copies, *shape) final losses at N parameters and D tokens."""
-        log_n, log_d = self._place(n, d)
+        log_n, log_d = self._logs(n, d)
         k = self.optimizers.index(optimizer)
         extra = (1,) * log_n.ndim
         core = self.core.T.reshape(self.form.core_size, -1, *extra)
@@ -43,11 +43,11 @@ class Copies:
 
     def speedup(self, loss: np.ndarray, n: float, d: float) -> np.ndarray:
         """(copies,) tokens at which the baseline reaches a loss of each copy, over D; inf where it never does."""
-        log_n, log_d = self._place(n, d)
+        log_n, log_d = self._logs(n, d)
         with np.errstate(over="ignore"):
             return np.exp(self.form.tokens(self.core.T, loss, log_n) - log_d)
 
-    def _place(self, n: np.ndarray | float, d: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+    def _logs(self, n: np.ndarray | float, d: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
         n, d = np.broadcast_arrays(np.asarray(n, float), np.asarray(d, float))
         return np.log(n / self.origin[0]), np.log(d / self.origin[1])
 
@@ -58,7 +58,7 @@ def draw(fit: Hierarchy, copies: int, seed: int = 0) -> Copies:
     nodes, weights = _nodes(linear, fit.phi, seed)
     order = np.sort(qmc.Sobol(1, seed=seed).random(1 << (copies - 1).bit_length())[:copies, 0])
     chosen = np.minimum(np.searchsorted(np.cumsum(weights), order), len(nodes) - 1)
-    found, wrong = np.empty((copies, len(fit.x))), np.empty(copies)
+    drawn, wrong = np.empty((copies, len(fit.x))), np.empty(copies)
     problem = fit.problem
     for node in np.unique(chosen):
         mine = np.flatnonzero(chosen == node)
@@ -66,9 +66,9 @@ def draw(fit: Hierarchy, copies: int, seed: int = 0) -> Copies:
         values, vectors = np.linalg.eigh(covariance)
         # the symmetric root: signs of eigenvectors are the processor's, and would give each its own draws
         root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-        found[mine] = mean + rng.standard_normal((len(mine), len(mean))) @ root
-        exact = _losses(fit, found[mine]) - problem.data.loss
-        straight = linear.loss + (found[mine] - fit.x) @ linear.jacobian.T - problem.data.loss
+        drawn[mine] = mean + rng.standard_normal((len(mine), len(mean))) @ root
+        exact = _losses(fit, drawn[mine]) - problem.data.loss
+        straight = linear.loss + (drawn[mine] - fit.x) @ linear.jacobian.T - problem.data.loss
         precision = np.linalg.inv(problem.covariances(nodes[node])[1] + np.diag(fit.extra))
         wrong[mine] = 0.5 * (np.sum(straight @ precision * straight, 1) - np.sum(exact @ precision * exact, 1))
     # The law is not quite linear: weigh each copy by its true likelihood over the linear one, cut at √copies.
@@ -77,7 +77,7 @@ def draw(fit: Hierarchy, copies: int, seed: int = 0) -> Copies:
     weight = np.minimum(weight, weight.mean() * np.sqrt(copies))
     points = (np.arange(copies) + 0.5) / copies
     kept = np.minimum(np.searchsorted(np.cumsum(weight) / weight.sum(), points), copies - 1)
-    x = found[rng.permutation(kept)]
+    x = drawn[rng.permutation(kept)]
     form = fit.form
     own = np.zeros((copies, problem.others + 1, form.own_size))
     own[:, 1:] = x[:, form.core_size :].reshape(copies, problem.others, form.own_size)

@@ -68,7 +68,7 @@ def repetition(
     dataset: Dataset, data: Observations, sigma: float, ensemble: Ensemble | None = None, seed: int = 0
 ) -> Repetition:
     """Of all regimes of several epochs; `data` are the losses of unique tokens, `sigma` is the noise of one loss."""
-    found, rng = Repetition(), np.random.default_rng(seed)
+    result, rng = Repetition(), np.random.default_rng(seed)
     cells = {key: cell for key, cell in dataset.best().items() if key[1].epochs > 1 and key[0] in data.optimizers}
     compared = _compared(dataset, cells)
     for name in data.optimizers:
@@ -78,15 +78,15 @@ def repetition(
             try:
                 sizes[n] = law_at(data, name, n, sigma, rng, ensemble)
             except UserError as error:
-                found.notes.append(f"No worth of repeated tokens of {name} at {n:,.0f} parameters: {error}.")
+                result.notes.append(f"No worth of repeated tokens of {name} at {n:,.0f} parameters: {error}.")
         laws = {r: sizes[n] for r, cell in mine.items() if (n := float(cell.record.parameters)) in sizes}
         losses = {regime: _noisy(cell, sigma, rng) for regime, cell in mine.items()}
-        found.cells += [_cell(name, regime, cell, compared, laws.get(regime), losses) for regime, cell in mine.items()]
+        result.cells += [_cell(name, regime, cell, compared, laws.get(regime), losses) for regime, cell in mine.items()]
         if laws:
-            found.r_star[name] = fit_r_star(
+            result.r_star[name] = fit_r_star(
                 [(float(mine[r].record.unique_tokens), r.epochs, losses[r], law) for r, law in laws.items()]
             )
-    return found
+    return result
 
 
 def law_at(
@@ -118,13 +118,13 @@ def fit_r_star(cells: list[tuple[float, int, np.ndarray, Law]]) -> Estimate:
 
 def _lowest(squares: np.ndarray) -> np.ndarray:
     """R* (copies,) where squares (copies, grid) are least: the vertex of the parabola through the least and its neighbours."""
-    place = np.argmin(squares, 1)
-    inside = np.clip(place, 1, len(GRID) - 2)
+    least = np.argmin(squares, 1)
+    inside = np.clip(least, 1, len(GRID) - 2)
     left, middle, right = (np.take_along_axis(squares, inside[:, None] + k, 1)[:, 0] for k in (-1, 0, 1))
     bend = left - 2 * middle + right
     shift = np.where(bend > 0, (left - right) / (2 * np.where(bend > 0, bend, 1.0)), 0.0)
-    found = GRID[inside] * (GRID[1] / GRID[0]) ** np.clip(shift, -1, 1)
-    return np.where(place == inside, found, GRID[place])
+    vertex = GRID[inside] * (GRID[1] / GRID[0]) ** np.clip(shift, -1, 1)
+    return np.where(least == inside, vertex, GRID[least])
 
 
 def _noisy(cell: Best, sigma: float, rng: np.random.Generator) -> np.ndarray:
@@ -170,12 +170,12 @@ def _compared(dataset: Dataset, cells: dict[tuple[str, Regime], Best]) -> dict[t
     table: dict[tuple[str, Regime], Seeded] = {}
     pairs: dict[tuple[str, Regime, str], tuple[str, str, Regime]] = {}
     for name, regime in cells:
-        place = Regime(regime.model, regime.ratio)
-        table[f"{name} {regime.epochs}", place] = best[name, regime]
-        beside = {"cost": place, "again": Regime(regime.model, regime.ratio / regime.epochs)}
+        once = Regime(regime.model, regime.ratio)
+        table[f"{name} {regime.epochs}", once] = best[name, regime]
+        beside = {"cost": once, "again": Regime(regime.model, regime.ratio / regime.epochs)}
         for what, other in beside.items():
             key = f"{name} {what}" if what == "cost" else f"{name} {what} {regime.epochs}"
             if (name, other) in best:
-                table[key, place] = best[name, other]
-                pairs[name, regime, what] = f"{name} {regime.epochs}", key, place
+                table[key, once] = best[name, other]
+                pairs[name, regime, what] = f"{name} {regime.epochs}", key, once
     return dict(zip(pairs, compare_pairs(table, pairs.values(), dataset.looks, dataset.margin)))

@@ -118,7 +118,7 @@ class Fit:
 
     def diagnosis(self) -> list[str]:
         """Sentences on what the data cannot determine; empty for a well-conditioned fit."""
-        found = []
+        sentences = []
         free = [i for i in range(self.theta.shape[1]) if i != 5 or self.form == "coupled"]
         for block in range(len(self.theta)):
             who = "all optimizers" if self.kind == "shared" else self.optimizers[block]
@@ -127,7 +127,7 @@ class Fit:
             jacobian = np.array(rows).reshape(len(mine), *self.theta.shape)[:, block][:, free]
             condition = np.linalg.cond(jacobian / np.maximum(np.linalg.norm(jacobian, axis=0), 1e-300))
             if condition > 1e3:
-                found.append(
+                sentences.append(
                     f"The {self.kind} fit of {who} is ill-conditioned (condition number "
                     f"{condition:.0e}): its single "
                     "parameters mean little, and extrapolation rests on the prior as much as on the data."
@@ -135,11 +135,11 @@ class Fit:
             for name, column, remedy in (("a", 2, "model size"), ("b", 4, "token budget")):
                 spread = self.draws[:, block, column].std() if len(self.draws) else 0.0
                 if spread > 0.7 * self.prior.width:
-                    found.append(
+                    sentences.append(
                         f"The exponent {name} of {who} is set by the prior rather than by the data "
                         f"({self.theta[block, column]:.2f} ± {spread:.2f}); add a {remedy}."
                     )
-        return found
+        return sentences
 
 
 def fit_law(

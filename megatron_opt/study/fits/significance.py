@@ -147,9 +147,9 @@ def compare_pairs(
     listed = [(a, b, regime) for a, b, regime in pairs if (a, regime) in cells and (b, regime) in cells]
     own, total = own_noise(cells), total_noise(cells)
     compared = [(base, _compare(cells, name, base, regime, margin)) for name, base, regime in listed]
-    found = [_test(one, cells, base, own if one.paired else total, looks) for base, one in compared]
-    found = [replace(one, adjusted=p) for one, p in zip(found, holm([one.p for one in found]))]
-    return _needs(found, own, looks) if plan else found
+    comparisons = [_test(one, cells, base, own if one.paired else total, looks) for base, one in compared]
+    comparisons = [replace(one, adjusted=p) for one, p in zip(comparisons, holm([one.p for one in comparisons]))]
+    return _needs(comparisons, own, looks) if plan else comparisons
 
 
 def _compare(cells: Cells, name: str, baseline: str, regime: Regime, margin: float) -> Comparison:
@@ -185,18 +185,18 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
     """Holm's step-down correction over all p-values that there are."""
     known = sorted((p, i) for i, p in enumerate(values) if p is not None)
     so_far, corrected = 0.0, list(values)
-    for place, (p, i) in enumerate(known):
-        so_far = max(so_far, min(1.0, (len(known) - place) * p))
+    for position, (p, i) in enumerate(known):
+        so_far = max(so_far, min(1.0, (len(known) - position) * p))
         corrected[i] = so_far
     return corrected
 
 
-def _needs(found: list[Comparison], own: SeedNoise, looks: int) -> list[Comparison]:
-    left = max(1, sum(one.p is not None and not one.significant for one in found))
+def _needs(comparisons: list[Comparison], own: SeedNoise, looks: int) -> list[Comparison]:
+    left = max(1, sum(one.p is not None and not one.significant for one in comparisons))
     alpha = (1 - LEVEL) / looks / left
     return [
         replace(one, seeds_needed=seeds_for(one.gain, own, alpha)) if one.p is not None and one.paired else one
-        for one in found
+        for one in comparisons
     ]
 
 

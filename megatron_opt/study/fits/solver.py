@@ -76,12 +76,12 @@ class _Once:
 
     def __init__(self, function: Function):
         self._function, self._at = function, np.empty(0)
-        self._found: tuple[np.ndarray, np.ndarray] = (self._at, self._at)
+        self._values: tuple[np.ndarray, np.ndarray] = (self._at, self._at)
 
     def _evaluate(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if not np.array_equal(x, self._at):
-            self._at, self._found = x.copy(), self._function(x)
-        return self._found
+            self._at, self._values = x.copy(), self._function(x)
+        return self._values
 
     def residuals(self, x: np.ndarray) -> np.ndarray:
         return robust(self._evaluate(x)[0])[0]

@@ -41,7 +41,7 @@ def speedups(
     extrapolating; without an `ensemble` one is fitted where it is needed and the data suffice.
     """
     rng, baseline = np.random.default_rng(seed), data.where(data.index == 0)
-    found: list[Speedup] = []
+    by_cell: list[Speedup] = []
     left = []
     for size in data.sizes:
         base = baseline.where(baseline.n == size)
@@ -65,14 +65,14 @@ def speedups(
         for i in range(len(others)):
             ends = float(value[i]), float(low[i]), float(high[i])
             beyond = ends[0] * others.d[i] > most
-            found.append(Speedup(data.optimizers[others.index[i]], size, others.d[i], *ends, "size", bool(beyond)))
-    if not left and not any(one.beyond for one in found):
-        return found
+            by_cell.append(Speedup(data.optimizers[others.index[i]], size, others.d[i], *ends, "size", bool(beyond)))
+    if not left and not any(one.beyond for one in by_cell):
+        return by_cell
     try:
         ensemble = ensemble or fit_ensemble(data, Noise(sigma), seed=seed)
     except UserError:
-        return found
-    return [_spanned(one, ensemble) if one.beyond else one for one in found] + _joint(data, left, ensemble)
+        return by_cell
+    return [_spanned(one, ensemble) if one.beyond else one for one in by_cell] + _joint(data, left, ensemble)
 
 
 def _misfit(law: PowerLaw) -> float:
@@ -88,7 +88,7 @@ def _spanned(one: Speedup, ensemble: Ensemble) -> Speedup:
 
 
 def _joint(data: Observations, sizes: list[float], ensemble: Ensemble) -> list[Speedup]:
-    found = []
+    joint = []
     cells = data.where(np.isin(data.n, sizes) & (data.index > 0))
     for k, n, d in zip(cells.index, cells.n, cells.d):
         name, copies = data.optimizers[k], ensemble.speedups(data.optimizers[k], n, d)
@@ -96,5 +96,5 @@ def _joint(data: Observations, sizes: list[float], ensemble: Ensemble) -> list[S
         base = data.d[(data.index == 0) & (data.n == n)]
         value = float(np.quantile(copies, 0.5, method="inverted_cdf"))
         beyond = not len(base) or value * d > base.max() * (1 + 1e-6)
-        found.append(Speedup(name, n, d, value, float(low), float(high), "joint", bool(beyond)))
-    return found
+        joint.append(Speedup(name, n, d, value, float(low), float(high), "joint", bool(beyond)))
+    return joint

@@ -112,8 +112,8 @@ class Statement:
         """What the data can and cannot say at the target, at its first ratio: one sentence an optimizer, best first."""
         ratio = self.ratios[0]
         mine = [p for p in self.predictions if p.optimizer != self.baseline and np.isclose(p.d, ratio * self._unit)]
-        found = [_words(p, self.baseline, ratio) for p in sorted(mine, key=lambda p: -p.gain.value)]
-        return [self._ground(), *found]
+        sentences = [_words(p, self.baseline, ratio) for p in sorted(mine, key=lambda p: -p.gain.value)]
+        return [self._ground(), *sentences]
 
     @property
     def _unit(self) -> float:
@@ -188,17 +188,17 @@ def crossing(ensemble: Ensemble, optimizer: str, ratio: float, n: float, per_par
     high, low = gains[rows, before], gains[rows, first]
     share = np.where(first > 0, high / np.maximum(high - low, 1e-300), 0.0)
     logs = np.log(grid)
-    found = np.exp(logs[before] + share * (logs[first] - logs[before]))
-    found = np.where(below.any(1), found, np.inf)
+    crossed = np.exp(logs[before] + share * (logs[first] - logs[before]))
+    crossed = np.where(below.any(1), crossed, np.inf)
     ends = gains[:, [0, int(np.searchsorted(grid, sizes[-1]))]]
     positive = ends[(ends > 0).all(1)]
     rate = np.log(positive[:, 0] / positive[:, 1]) / np.log(sizes[-1] / sizes[0])
     decay = estimate(rate) if len(rate) > 20 else Estimate(np.nan, np.nan, np.nan)
-    low_n, high_n = interval(found)
+    low_n, high_n = interval(crossed)
     return Crossing(
         optimizer,
         ratio,
-        float(np.quantile(found, 0.5, method="inverted_cdf")),
+        float(np.quantile(crossed, 0.5, method="inverted_cdf")),
         float(low_n),
         float(high_n),
         float(below.any(1).mean()),

@@ -82,7 +82,7 @@ class Transfer:
 
 def transfer_of(dataset: Dataset) -> Transfer:
     """From the decisions that the scheduler recorded and the runs themselves; empty without a transfer phase."""
-    found, table = Transfer(), {}
+    transfer, table = Transfer(), {}
     drafts: list[tuple[Carried, str, str]] = []
     for step in dataset.trace:
         if step["kind"] != "transfer":
@@ -118,37 +118,37 @@ def transfer_of(dataset: Dataset) -> Transfer:
         drafts.append((row, *keys))
         tuned = _runs(dataset, name, proxy, {k: v for k, v in step["carried"].items() if k != MUP})
         if tuned:
-            found.proxies[name, proxy] = int(tuned[0].config["flags"]["hidden-size"]), step["carried"]["lr"]
-    _compare(found, drafts, table, dataset)
-    return found
+            transfer.proxies[name, proxy] = int(tuned[0].config["flags"]["hidden-size"]), step["carried"]["lr"]
+    _compare(transfer, drafts, table, dataset)
+    return transfer
 
 
-def _compare(found: Transfer, drafts: list[tuple[Carried, str, str]], table: Cells, dataset: Dataset) -> None:
+def _compare(transfer: Transfer, drafts: list[tuple[Carried, str, str]], table: Cells, dataset: Dataset) -> None:
     pairs = [(best, carried, row.regime) for row, carried, best in drafts if row.best_lr not in (None, row.carried_lr)]
     cells = dict.fromkeys((row.optimizer, row.regime) for row, *_ in drafts)
     worth = [(f"{name} mup carried", f"{name} standard carried", regime) for name, regime in cells]
     tested = compare_pairs(table, [*pairs, *worth], dataset.looks, dataset.margin)
     lost = {(one.optimizer, one.regime): one for one in tested}
-    found.rows = [replace(row, lost=lost.get((best, row.regime))) for row, _, best in drafts]
+    transfer.rows = [replace(row, lost=lost.get((best, row.regime))) for row, _, best in drafts]
     marked = {(a, regime) for a, _, regime in worth}
-    found.worth = [
+    transfer.worth = [
         replace(one, optimizer=one.optimizer.split()[0]) for one in tested if (one.optimizer, one.regime) in marked
     ]
 
 
 def _runs(dataset: Dataset, name: str, regime: Regime, hyper: dict[str, Any]) -> list[Record]:
-    found = [r for r in dataset.finished if (r.optimizer, r.regime, r.hyper) == (name, regime, hyper)]
-    return sorted(found, key=lambda record: record.seed)
+    runs = [r for r in dataset.finished if (r.optimizer, r.regime, r.hyper) == (name, regime, hyper)]
+    return sorted(runs, key=lambda record: record.seed)
 
 
 def _curve(dataset: Dataset, name: str, regime: Regime, carried: dict[str, Any]) -> list[tuple[float, float]]:
     """(rate, loss) of what differs from the carried hyperparameters in the rate alone, on the first seed."""
     rest = {key: value for key, value in carried.items() if key != "lr"}
-    found: dict[int, dict[float, float]] = {}
+    by_seed: dict[int, dict[float, float]] = {}
     for r in dataset.finished:
         if (r.optimizer, r.regime) == (name, regime) and {k: v for k, v in r.hyper.items() if k != "lr"} == rest:
-            found.setdefault(r.seed, {})[r.hyper["lr"]] = math.inf if r.loss is None else r.loss
-    return sorted(max(found.values(), key=len).items()) if found else []
+            by_seed.setdefault(r.seed, {})[r.hyper["lr"]] = math.inf if r.loss is None else r.loss
+    return sorted(max(by_seed.values(), key=len).items()) if by_seed else []
 
 
 def _cell(runs: list[Record], chosen_there: bool) -> Seeded | None:
@@ -164,10 +164,10 @@ def _cell(runs: list[Record], chosen_there: bool) -> Seeded | None:
 def vertex(curve: list[tuple[float, float]], best: float) -> tuple[float, bool]:
     """(rate, on an edge): the parabola's lowest point in log(rate) through the best rate and its finite neighbours."""
     rates = [rate for rate, _ in curve]
-    place = rates.index(best) if best in rates else -1
-    if not 0 < place < len(rates) - 1:
+    index = rates.index(best) if best in rates else -1
+    if not 0 < index < len(rates) - 1:
         return best, True
-    three = curve[place - 1 : place + 2]
+    three = curve[index - 1 : index + 2]
     if not all(math.isfinite(loss) for _, loss in three):
         return best, False
     a, b, _ = np.polyfit(np.log([rate for rate, _ in three]), [loss for _, loss in three], 2)

@@ -88,20 +88,20 @@ def wall_clock(
     ratios = step_ratios(dataset)
     once = [record for record in dataset.records if record.regime.epochs == 1]
     regimes = {(r.optimizer, float(r.parameters), float(r.tokens)): r.regime for r in once}
-    found = WallClock(reached(dataset), cluster=cluster)
+    times = WallClock(reached(dataset), cluster=cluster)
     for one in speedups:
         key = one.optimizer, regimes[one.optimizer, one.n, one.d]
         tokens, ratio = Estimate(one.value, one.low, one.high), ratios.get(key)
         there = cluster.measured.get(key) if cluster else None
         if ratio is None and there is None:
             continue
-        found.speedups.append(_in_time(one.optimizer, one.n, one.d, tokens, ratio, there))
+        times.speedups.append(_in_time(one.optimizer, one.n, one.d, tokens, ratio, there))
     for said in statement.predictions if statement and cluster else ():
         assert cluster is not None
         if said.optimizer in cluster.target:
             there = cluster.target[said.optimizer]
-            found.target.append(_in_time(said.optimizer, said.n, said.d, said.speedup, None, there))
-    return found
+            times.target.append(_in_time(said.optimizer, said.n, said.d, said.speedup, None, there))
+    return times
 
 
 def _in_time(
@@ -142,9 +142,9 @@ def step_ratios(dataset: Dataset) -> dict[tuple[str, Regime], Estimate]:
         if name == dataset.baseline or base is None:
             continue
         pairs = [(_per_token(by_id[a]), _per_token(by_id[b])) for a, b, _ in _pairs(cell, base)]
-        found = [math.log(a / b) for a, b in pairs if a and b]
-        if found:
-            logs[name, regime] = found
+        log_ratios = [math.log(a / b) for a, b in pairs if a and b]
+        if log_ratios:
+            logs[name, regime] = log_ratios
     return _estimates(logs, intervals.LEVEL)
 
 
@@ -165,13 +165,13 @@ def _estimates[K](logs: Mapping[K, list[float]], level: float) -> dict[K, Estima
     """Geometric means with t intervals, of a spread over seeds that is pooled over all entries."""
     squares = sum(float(np.var(one)) * len(one) for one in logs.values())
     freedom = sum(len(one) - 1 for one in logs.values())
-    found = {}
+    estimates = {}
     for key, one in logs.items():
         mean, reach = float(np.mean(one)), math.nan
         if freedom and len(one) > 1:
             reach = float(stats.t(freedom).isf((1 - level) / 2)) * math.sqrt(squares / freedom / len(one))
-        found[key] = Estimate(math.exp(mean), math.exp(mean - reach), math.exp(mean + reach))
-    return found
+        estimates[key] = Estimate(math.exp(mean), math.exp(mean - reach), math.exp(mean + reach))
+    return estimates
 
 
 def reached(dataset: Dataset) -> list[Reached]:

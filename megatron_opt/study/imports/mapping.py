@@ -64,18 +64,18 @@ def read_mapping(path: Path) -> Mapping:
     top = Reader(load(path), path, "the mapping file")
 
     def table(key: str) -> dict[str, Any]:
-        found = top.take(key, None) or {}
-        if not isinstance(found, dict):
+        content = top.take(key, None) or {}
+        if not isinstance(content, dict):
             raise top.error(f"`{key}:` must be a mapping", key)
-        return {str(k): v for k, v in found.items()}
+        return {str(k): v for k, v in content.items()}
 
     def chosen(key: str) -> tuple[str, tuple[str, ...]] | None:
         reader = top.nested(key)
         if reader is None:
             return None
-        found = reader.text("column", required=True), tuple(map(str, reader.items("values") or ()))
+        choice = reader.text("column", required=True), tuple(map(str, reader.items("values") or ()))
         reader.finish()
-        return found
+        return choice
 
     columns = {key: str(value) for key, value in table("columns").items()}
     for key in columns:
@@ -96,7 +96,7 @@ def read_mapping(path: Path) -> Mapping:
         last_of = history.text("run", required=True), history.text("step", required=True)
         history.finish()
     values = table("values")
-    found = Mapping(
+    mapping = Mapping(
         format=top.choice("format", FORMATS, "csv") if "format" in top.mapping else None,
         columns=columns,
         hyper={key: str(value) for key, value in table("hyper").items()},
@@ -112,7 +112,7 @@ def read_mapping(path: Path) -> Mapping:
         records=top.text("records"),
     )
     top.finish()
-    return found
+    return mapping
 
 
 def megatron_mapping() -> Mapping:
@@ -120,12 +120,12 @@ def megatron_mapping() -> Mapping:
     return Mapping(columns=MEGATRON, hyper=MEGATRON_HYPER, values={"optimizer": {"adam": "adamw"}})
 
 
-def rows_of(found: list[ImportedRow], mapping: Mapping) -> tuple[list[dict[str, Any]], list[str]]:
+def rows_of(imported: list[ImportedRow], mapping: Mapping) -> tuple[list[dict[str, Any]], list[str]]:
     """Columns of `exchange.REQUIRED` and more for each run, and notes on what was left out or numbered."""
     rows, notes, skipped = [], [], 0
     if mapping.last_of is not None:
-        found = _last(found, *mapping.last_of)
-    for one in found:
+        imported = _last(imported, *mapping.last_of)
+    for one in imported:
         if mapping.match is not None:
             _match(one, *mapping.match)
         if mapping.skip is not None and str(one.get(mapping.skip[0])) in mapping.skip[1]:
@@ -225,10 +225,10 @@ def _number_seeds(rows: list[dict[str, Any]]) -> int:
     return sum(count - 1 for count in seen.values())
 
 
-def _last(found: list[ImportedRow], run: str, step: str) -> list[ImportedRow]:
+def _last(imported: list[ImportedRow], run: str, step: str) -> list[ImportedRow]:
     """Of a history, one record a run: each column's value at the last step that has one."""
     merged: dict[str, ImportedRow] = {}
-    for one in sorted(found, key=lambda one: (str(one.get(run)), one.number(step) or 0.0)):
+    for one in sorted(imported, key=lambda one: (str(one.get(run)), one.number(step) or 0.0)):
         known = merged.setdefault(str(one.get(run)), ImportedRow(one.where, dict(one.columns)))
         known.columns |= {key: value for key, value in one.columns.items() if value not in (None, "")}
         known.where = one.where

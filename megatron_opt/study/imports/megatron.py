@@ -23,7 +23,7 @@ def read_logs(path: Path) -> tuple[list[ImportedRow], list[str]]:
     files = sorted(p for p in path.rglob("*") if p.suffix in (".log", ".txt", ".out")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} holds no .log, .txt or .out file; name another folder")
-    found, notes = [], []
+    rows, notes = [], []
     for file in files:
         try:
             lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -47,8 +47,8 @@ def read_logs(path: Path) -> tuple[list[ImportedRow], list[str]]:
         if max(at, done) < total:
             notes.append(f"{file} left out: it ends at iteration {max(at, done)} of {total}.")
             continue
-        found.append(_found(f"{file}, line {line}", file, args, loss))
-    return found, notes
+        rows.append(_row(f"{file}, line {line}", file, args, loss))
+    return rows, notes
 
 
 def read_tensorboard(path: Path, tag: str = TAG) -> tuple[list[ImportedRow], list[str]]:
@@ -61,7 +61,7 @@ def read_tensorboard(path: Path, tag: str = TAG) -> tuple[list[ImportedRow], lis
     folders = sorted({file.parent for file in path.rglob("*tfevents*")})
     if not folders:
         raise UserError(f"{path} holds no TensorBoard event file (*tfevents*); name another folder")
-    found, notes = [], []
+    rows, notes = [], []
     for folder in folders:
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
         columns: dict[str, Any] = {}
@@ -77,13 +77,13 @@ def read_tensorboard(path: Path, tag: str = TAG) -> tuple[list[ImportedRow], lis
         if isinstance(total, int) and at is not None and at < total:
             notes.append(f"{folder} left out: it ends at iteration {at} of {total}.")
             continue
-        one = _found(str(folder), folder, args, columns.get(tag))
+        one = _row(str(folder), folder, args, columns.get(tag))
         one.columns |= columns
-        found.append(one)
-    return found, notes
+        rows.append(one)
+    return rows, notes
 
 
-def _found(where: str, path: Path, args: dict[str, Any], loss: Any) -> ImportedRow:
+def _row(where: str, path: Path, args: dict[str, Any], loss: Any) -> ImportedRow:
     """Columns `args.NAME`, and what follows from them: tokens, parameters, a name for the model."""
     columns: dict[str, Any] = {f"args.{key}": value for key, value in args.items()}
     columns |= {"path": str(path), "loss": loss, "tokens": None, "parameters": None, "model": None}

@@ -20,13 +20,13 @@ def _csv(path: Path) -> list[tuple[int, dict[str, Any]]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            found = []
+            rows = []
             for row in reader:
                 if None in row or None in row.values():
                     wrong = "more" if None in row else "fewer"
                     raise UserError(f"{path}, line {reader.line_num}: {wrong} values than columns; correct the line")
-                found.append((reader.line_num, dict(row)))
-            return found
+                rows.append((reader.line_num, dict(row)))
+            return rows
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}; check the file") from None
 
@@ -51,8 +51,8 @@ def read_history(path: Path) -> list[ImportedRow]:
             run, sign, metric = name.rpartition(" - ")
             if not sign or metric.endswith(("__MIN", "__MAX")) or value == "":
                 continue
-            found = runs.setdefault(run, ImportedRow("", {"run": run}))
-            found.columns[metric], found.where = value, f"{path}, line {line}, run {run!r}"
+            run_row = runs.setdefault(run, ImportedRow("", {"run": run}))
+            run_row.columns[metric], run_row.where = value, f"{path}, line {line}, run {run!r}"
     if not runs:
         raise UserError(f"{path} has no column `RUN - METRIC`; export the chart as CSV, or give `format: csv`")
     return list(runs.values())
@@ -63,14 +63,14 @@ def read_json(path: Path, records: str | None) -> list[ImportedRow]:
     files = sorted(p for p in path.rglob("*") if p.suffix in (".json", ".jsonl")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} holds no .json or .jsonl file; name another folder")
-    found = []
+    rows = []
     for file in files:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {file}: {error}; check the file") from None
-        found += _objects(file, text, records)
-    return found
+        rows += _objects(file, text, records)
+    return rows
 
 
 def _objects(path: Path, text: str, records: str | None) -> list[ImportedRow]:
@@ -87,7 +87,7 @@ def _objects(path: Path, text: str, records: str | None) -> list[ImportedRow]:
         return [
             ImportedRow(f"{path}, item {k}", _flat(item) | {"path": str(path)}) for k, item in enumerate(items, start=1)
         ]
-    found: list[ImportedRow] = []
+    rows: list[ImportedRow] = []
     joined: ImportedRow | None = None
     for number, line in enumerate(text.splitlines(), start=1):
         start = line.find("{")
@@ -105,15 +105,15 @@ def _objects(path: Path, text: str, records: str | None) -> list[ImportedRow]:
             if item.get("step") is not None:
                 joined.columns["step"] = item["step"]
             continue
-        found.append(ImportedRow(f"{path}, line {number}", _flat(item) | {"path": str(path)}))
-    return found + ([joined] if joined else [])
+        rows.append(ImportedRow(f"{path}, line {number}", _flat(item) | {"path": str(path)}))
+    return rows + ([joined] if joined else [])
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested objects as one, names joined by dots; lists are kept as they are."""
     if not isinstance(value, dict):
         return {prefix.rstrip("."): value}
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, item in value.items():
-        found |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
-    return found
+        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return flat

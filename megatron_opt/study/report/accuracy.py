@@ -27,19 +27,19 @@ def accuracy(dataset: Dataset) -> Section:
     rows, orders = [], []
     tasks: dict[str, None] = {}
     for regime in dataset.regimes:
-        found: dict[str, tuple[float, dict[str, Score]]] = {}
+        scored: dict[str, tuple[float, dict[str, Score]]] = {}
         for (name, where), cell in dataset.best().items():
             mine = scores([results[run] for run in cell.ids]) if where == regime else {}
             if mine:
-                found[name] = cell.loss, mine
-        for name, (loss, mine) in sorted(found.items(), key=lambda item: item[1][0]):
+                scored[name] = cell.loss, mine
+        for name, (loss, mine) in sorted(scored.items(), key=lambda item: item[1][0]):
             tasks |= dict.fromkeys(mine)
             rows.append((str(regime), name, f"{loss:.4f}", mine))
             several = [results[run] for run in dataset.best()[name, regime].ids]
             if averaged := scores(several, averaged=True):
                 known = downstream.mean(several[0])
                 rows.append((str(regime), f"{name}, {known[0] if known else ''}", "–", averaged))
-        orders += _disagreements(str(regime), found)
+        orders += _disagreements(str(regime), scored)
     if not rows:
         return Section("Accuracy on tasks")
     shown = [[*row[:3], *(_cell(row[3].get(task)) for task in tasks)] for row in rows]
@@ -119,11 +119,11 @@ def _cell(score: Score | None) -> str:
     return f"{score.value:.4f}" + ("" if score.error is None else f" ± {score.error:.4f}")
 
 
-def _disagreements(regime: str, found: dict[str, tuple[float, dict[str, Score]]]) -> list[str]:
+def _disagreements(regime: str, scored: dict[str, tuple[float, dict[str, Score]]]) -> list[str]:
     """A sentence for each pair and task where the lower loss has the lower accuracy."""
     said = []
     for (first, (loss, mine)), (second, (other_loss, others)) in combinations(
-        sorted(found.items(), key=lambda item: item[1][0]), 2
+        sorted(scored.items(), key=lambda item: item[1][0]), 2
     ):
         for task, score in mine.items():
             other = others.get(task)

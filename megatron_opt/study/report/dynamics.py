@@ -66,13 +66,13 @@ def by_matrix(point: dict[str, Any], key: str) -> dict[str, float]:
     """A logged quantity by kind or group of matrices; the angle of a step is ‖ΔW‖/‖W‖ where it is not logged."""
     if isinstance(point.get(key), dict):
         return point[key]
-    found = {}
+    values = {}
     for name, group in (point.get("groups") or {}).items():
         if key in group:
-            found[name] = group[key]
+            values[name] = group[key]
         elif key == "angular_update" and group.get("weight_norm") and "update_norm" in group:
-            found[name] = group["update_norm"] / group["weight_norm"]
-    return found
+            values[name] = group["update_norm"] / group["weight_norm"]
+    return values
 
 
 def _expected(key: str, hyper: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ def verdict(analysis: Analysis) -> Section:
 
 def measured(analysis: Analysis) -> list[str]:
     """One sentence an optimizer on the regimes that were run: in how many it is better, worse, alike or open."""
-    found = []
+    sentences = []
     words = {"better": "better", "worse": "worse", "alike": "alike", "not settled": "not settled"}
     for name in analysis.data.optimizers[1:]:
         mine = [c for c in analysis.comparisons if c.optimizer == name]
@@ -40,11 +40,11 @@ def measured(analysis: Analysis) -> list[str]:
         silent = sum(c.verdict == "cannot be said" for c in mine)
         if silent:
             counts.append(f"not tested in {silent}, where no seed was repeated")
-        found.append(
+        sentences.append(
             f"Measured: {name} against {analysis.data.optimizers[0]} is {', '.join(counts)} of {len(mine)} regimes; its final "
             f"loss is lower by {min(gains):+.4f} to {max(gains):+.4f}."
         )
-    return found
+    return sentences
 
 
 def prediction_error(analysis: Analysis) -> Section:
@@ -61,18 +61,18 @@ def prediction_error(analysis: Analysis) -> Section:
             rows.append(_simple_score(analysis.ensemble.backtests[-1], analysis.simple))
     for kind, fit in analysis.fits.items():
         section.tables.append(law_table(fit))
-        errors, held = analysis.left_out[kind], analysis.held_out.get(kind)
+        errors, backtest = analysis.left_out[kind], analysis.held_out.get(kind)
         rows.append(
             [
                 f"{kind}, {fit.form} (diagnostic)",
-                "–" if held is None else f"{held.rmse:.4f}",
-                "–" if held is None else f"{held.coverage:.0%}",
+                "–" if backtest is None else f"{backtest.rmse:.4f}",
+                "–" if backtest is None else f"{backtest.coverage:.0%}",
                 "–",
                 "–",
                 "–" if np.isnan(errors).all() else f"{np.sqrt(np.nanmean(errors**2)):.4f}",
             ]
         )
-        if held is not None:
+        if backtest is not None:
             section.plots.append(_held_out(analysis, kind))
     if rows:
         header = [
@@ -172,23 +172,23 @@ def _held_out_gains(analysis: Analysis, test: Backtest) -> Plot:
 
 
 def _held_out(analysis: Analysis, kind: str) -> Plot:
-    held = analysis.held_out[kind]
+    backtest = analysis.held_out[kind]
     color, series = colors(analysis.dataset.optimizers), []
-    for k in np.unique(held.data.index):
-        mask, name = held.data.index == k, held.data.optimizers[k]
+    for k in np.unique(backtest.data.index):
+        mask, name = backtest.data.index == k, backtest.data.optimizers[k]
         series.append(
             Series(
                 name,
-                held.data.loss[mask].tolist(),
-                held.predicted[mask].tolist(),
+                backtest.data.loss[mask].tolist(),
+                backtest.predicted[mask].tolist(),
                 color[name],
                 line=False,
-                low=held.low[mask].tolist(),
-                high=held.high[mask].tolist(),
-                runs=[run for run, keep in zip(held.data.runs, mask) if keep],
+                low=backtest.low[mask].tolist(),
+                high=backtest.high[mask].tolist(),
+                runs=[run for run, keep in zip(backtest.data.runs, mask) if keep],
             )
         )
-    ends = [float(held.data.loss.min()), float(held.data.loss.max())]
+    ends = [float(backtest.data.loss.min()), float(backtest.data.loss.max())]
     series.append(Series("prediction = outcome", ends, ends, "#888888", points=False, dash=True))
     return Plot(
         f"held-out-{kind}",

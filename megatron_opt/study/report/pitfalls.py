@@ -18,7 +18,7 @@ def pitfalls(dataset: Dataset) -> list[str]:
     cells: dict[tuple[str, Regime], list[Record]] = {}
     for record in dataset.finished:
         cells.setdefault((record.optimizer, record.regime), []).append(record)
-    found: list[str] = []
+    sentences: list[str] = []
     for kind in (
         _no_baseline(dataset, best),
         _effort(dataset, cells),
@@ -28,10 +28,10 @@ def pitfalls(dataset: Dataset) -> list[str]:
         _sizes(dataset),
         _failed(dataset),
     ):
-        found += kind[:MOST]
+        sentences += kind[:MOST]
         if len(kind) > MOST:
-            found.append(f"… and {len(kind) - MOST} more of this kind.")
-    return found
+            sentences.append(f"… and {len(kind) - MOST} more of this kind.")
+    return sentences
 
 
 def _no_baseline(dataset: Dataset, best: dict[tuple[str, Regime], Best]) -> list[str]:
@@ -43,15 +43,17 @@ def _no_baseline(dataset: Dataset, best: dict[tuple[str, Regime], Best]) -> list
 
 
 def _effort(dataset: Dataset, cells: dict[tuple[str, Regime], list[Record]]) -> list[str]:
-    found: list[str] = []
+    sentences: list[str] = []
     if not dataset.effort_known:
-        return found
+        return sentences
     for regime in dataset.regimes:
         counts = {name: len(cells[name, regime]) for name in dataset.optimizers if (name, regime) in cells}
         if counts and max(counts.values()) > 1.2 * min(counts.values()):
             shown = ", ".join(f"{name} {count}" for name, count in counts.items())
-            found.append(f"Unequal tuning effort in {regime}: {shown} runs. The best of more runs is lower by chance.")
-    return found
+            sentences.append(
+                f"Unequal tuning effort in {regime}: {shown} runs. The best of more runs is lower by chance."
+            )
+    return sentences
 
 
 def _weak_baseline(
@@ -60,22 +62,22 @@ def _weak_baseline(
     """A learning rate is tuned when values on both sides of the best one were tried, or the cliff was
     seen.
     """
-    found = []
+    sentences = []
     for (name, regime), cell in best.items():
         if not dataset.effort_known or name != dataset.baseline or "lr" not in cell.record.hyper:
             continue
         tried = {record.hyper.get("lr") for record in cells[name, regime]}
         if len(tried) < 3 and any(len(cells.get((other, regime), ())) > 2 for other in dataset.optimizers):
-            found.append(
+            sentences.append(
                 f"The baseline {name} tried {len(tried)} learning rates in {regime}; an under-tuned "
                 "baseline makes "
                 "every other optimizer look better."
             )
-    return found
+    return sentences
 
 
 def _edges(cells: dict[tuple[str, Regime], list[Record]], best: dict[tuple[str, Regime], Best]) -> list[str]:
-    found = []
+    sentences = []
     for (name, regime), cell in best.items():
         for key, value in cell.record.hyper.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -90,31 +92,31 @@ def _edges(cells: dict[tuple[str, Regime], list[Record]], best: dict[tuple[str, 
             )
             if len(tried) > 2 and value in (tried[0], tried[-1]) and value != 0:
                 side = "smallest" if value == tried[0] else "largest"
-                found.append(
+                sentences.append(
                     f"The best {key} of {name} in {regime}, {value:g}, is the {side} that was tried; "
                     "the true optimum may lie beyond."
                 )
-    return sorted(found, key=lambda text: not text.startswith("The best lr"))
+    return sorted(sentences, key=lambda text: not text.startswith("The best lr"))
 
 
 def _early(dataset: Dataset) -> list[str]:
-    found = []
+    sentences = []
     for record in dataset.finished:
         seen = record.results.get("tokens")
         if seen is not None and record.status == "completed" and seen < 0.999 * record.tokens:
-            found.append(
+            sentences.append(
                 f"Run {record.id} ({record.optimizer} {record.regime}) stopped at "
                 f"{seen / record.tokens:.0%} of its "
                 "budget; losses compare only at the end of the schedule."
             )
         ratio = record.hyper.get("min_lr_ratio", 0)
         if isinstance(ratio, (int, float)) and ratio > 0.2:
-            found.append(
+            sentences.append(
                 f"Run {record.id} ({record.optimizer} {record.regime}) ends at {ratio:.0%} of its "
                 "learning rate; "
                 "rankings flip while it decays."
             )
-    return found
+    return sentences
 
 
 def _sizes(dataset: Dataset) -> list[str]:

@@ -83,15 +83,15 @@ def _draw(axes, series: Series, marker: str) -> None:
         series.x, series.y, series.low or series.y, series.high or series.y, series.beyond or [False] * len(series.x)
     ):
         if beyond:
-            place = (
+            corner = (
                 {"left": x * 0.97, "width": x * 0.06}
                 if axes.get_xscale() == "log"
                 else {"left": x - 0.02, "width": 0.04}
             )
             axes.bar(
-                place["left"],
+                corner["left"],
                 high - low,
-                place["width"],
+                corner["width"],
                 bottom=low,
                 align="edge",
                 fill=False,

@@ -14,8 +14,8 @@ from megatron_opt.study.report.scaling import p_text
 
 def repeated_data(analysis: Analysis) -> Section:
     """Empty without a regime of several epochs."""
-    section, found = Section("Repeated data"), analysis.repetition
-    if not found.cells:
+    section, repeated = Section("Repeated data"), analysis.repetition
+    if not repeated.cells:
         return section
     section.text = [
         "A regime `-2ep` reads half as many unique tokens twice, in another order; every other section counts its tokens, and no "
@@ -36,22 +36,22 @@ def repeated_data(analysis: Analysis) -> Section:
             "–" if one.effective is None else _tokens(one.effective),
             ", ".join(one.runs),
         ]
-        for one in found.cells
+        for one in repeated.cells
     ]
     header = ["regime", "optimizer", "tokens", "unique tokens", "valid loss", "against unique", "p (Holm)"]
     header += ["against one epoch", "p (Holm)", "effective tokens", "runs"]
     section.tables.append(Table(header, rows))
-    if found.r_star:
-        epochs = sorted({one.regime.epochs for one in found.cells})
+    if repeated.r_star:
+        epochs = sorted({one.regime.epochs for one in repeated.cells})
         rows = [
             [name, _r_star(one), *(f"{float(effective_tokens(1.0, e, one.value)):.2f}" for e in epochs)]
-            for name, one in found.r_star.items()
+            for name, one in repeated.r_star.items()
         ]
         header = ["optimizer", "R* (90% interval)", *(f"D'/U of {e} epochs" for e in epochs)]
         caption = "D' = U + U·R*·(1 − e^(−R/R*)), R = epochs − 1 (arXiv 2305.16264; 15 there for its Transformers)."
         section.tables.append(Table(header, rows, caption))
         section.plots.append(_plot(analysis))
-    section.text += found.notes
+    section.text += repeated.notes
     return section
 
 
@@ -76,14 +76,14 @@ def _r_star(one: Estimate) -> str:
 
 
 def _plot(analysis: Analysis) -> Plot:
-    found, color = analysis.repetition, colors(analysis.dataset.optimizers)
-    most = max(one.regime.epochs for one in found.cells)
+    repeated, color = analysis.repetition, colors(analysis.dataset.optimizers)
+    most = max(one.regime.epochs for one in repeated.cells)
     grid = np.linspace(1, most, 40)
     series = []
-    for name, one in found.r_star.items():
+    for name, one in repeated.r_star.items():
         bands = [effective_tokens(1.0, grid, end).tolist() for end in (one.value, one.low, one.high)]
         series.append(Series(name, grid.tolist(), bands[0], color[name], points=False, low=bands[1], high=bands[2]))
-        cells = [cell for cell in found.cells if cell.optimizer == name and cell.effective]
+        cells = [cell for cell in repeated.cells if cell.optimizer == name and cell.effective]
         y = [cell.effective.value / cell.unique for cell in cells if cell.effective]
         x = [float(cell.regime.epochs) for cell in cells]
         series.append(Series("", x, y, color[name], line=False, runs=[" ".join(cell.runs) for cell in cells]))

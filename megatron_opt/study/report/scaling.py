@@ -85,7 +85,7 @@ def gains(analysis: Analysis) -> Section:
     once = [c for c in analysis.comparisons if c.regime.epochs == 1]
     for ratio in sorted({c.regime.ratio for c in once}):
         mine = [c for c in once if c.regime.ratio == ratio]
-        places = np.array(sorted({sizes[c.regime] for c in mine}))
+        positions = np.array(sorted({sizes[c.regime] for c in mine}))
         series = []
         for name in analysis.data.optimizers[1:]:
             points = sorted((c for c in mine if c.optimizer == name), key=lambda c: sizes[c.regime])
@@ -104,8 +104,8 @@ def gains(analysis: Analysis) -> Section:
                     runs=[" ".join(c.runs) for c in points],
                 )
             )
-            if fit is not None and len(places) > 1 and name in fit.optimizers:
-                grid = np.geomspace(places[0] / 1.3, places[-1] * 1.3, 40)
+            if fit is not None and len(positions) > 1 and name in fit.optimizers:
+                grid = np.geomspace(positions[0] / 1.3, positions[-1] * 1.3, 40)
                 series.append(_curve(grid, np.median(fit.gains(name, grid, ratio * per * grid), 0), color[name]))
         section.plots.append(
             Plot(

@@ -12,7 +12,7 @@ MOST_PLOTS = 12
 
 def _slice(records: list[Record], center: Record) -> list[Record]:
     rest = {key: value for key, value in center.hyper.items() if key != "lr"}
-    found = [
+    on_slice = [
         r
         for r in records
         if r.optimizer == center.optimizer
@@ -21,7 +21,7 @@ def _slice(records: list[Record], center: Record) -> list[Record]:
         and "lr" in r.hyper
         and {k: v for k, v in r.hyper.items() if k != "lr"} == rest
     ]
-    return sorted(found, key=lambda r: r.hyper["lr"])
+    return sorted(on_slice, key=lambda r: r.hyper["lr"])
 
 
 def lr_sensitivity(dataset: Dataset) -> Section:

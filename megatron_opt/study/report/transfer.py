@@ -15,8 +15,8 @@ TITLES = {"standard": "without µP", "mup": "µP"}
 
 def transfer_over_width(dataset: Dataset) -> Section:
     """Empty without a transfer phase."""
-    section, found = Section("Transfer over width"), transfer_of(dataset)
-    if not found.rows:
+    section, transfer = Section("Transfer over width"), transfer_of(dataset)
+    if not transfer.rows:
         return section
     section.text = [
         "Hyperparameters tuned at the proxy are carried to wider models, with µP (arXiv 2203.03466; the proxy is its base, where it "
@@ -25,29 +25,29 @@ def transfer_over_width(dataset: Dataset) -> Section:
         f"{LEVEL:.0%} intervals over shared seeds, p after Holm's correction over both tables of differences. A sweep finds an "
         "optimum to about half a step of its grid, and differences of depth between proxy and target are not µP's.",
     ]
-    section.tables += [_optima(found), _lost(found)]
-    if found.worth:
-        section.tables.append(_worth(found))
+    section.tables += [_optima(transfer), _lost(transfer)]
+    if transfer.worth:
+        section.tables.append(_worth(transfer))
     section.warnings += [
         f"{one.optimizer}, {one.regime}, {TITLES[one.parametrization]}: the best rate, {one.best_lr:g}, is the last that was tried."
-        for one in found.rows
+        for one in transfer.rows
         if one.edge
     ]
-    section.plots += [_over_width(dataset, found), *_curves(found)]
+    section.plots += [_over_width(dataset, transfer), *_curves(transfer)]
     return section
 
 
-def _keys(found: Transfer) -> list[tuple[str, str]]:
-    return list(dict.fromkeys((one.optimizer, one.parametrization) for one in found.rows))
+def _keys(transfer: Transfer) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((one.optimizer, one.parametrization) for one in transfer.rows))
 
 
-def _optima(found: Transfer) -> Table:
-    regimes = list(dict.fromkeys(one.regime for one in found.rows if one.optimum is not None))
+def _optima(transfer: Transfer) -> Table:
+    regimes = list(dict.fromkeys(one.regime for one in transfer.rows if one.optimum is not None))
     rows = []
-    for name, kind in _keys(found):
-        mine = {one.regime: one for one in found.rows if (one.optimizer, one.parametrization) == (name, kind)}
-        proxy = next((value for (other, _), value in found.proxies.items() if other == name), None)
-        drift = found.drift(name, kind)
+    for name, kind in _keys(transfer):
+        mine = {one.regime: one for one in transfer.rows if (one.optimizer, one.parametrization) == (name, kind)}
+        proxy = next((value for (other, _), value in transfer.proxies.items() if other == name), None)
+        drift = transfer.drift(name, kind)
         said = "–" if drift is None else f"{drift[0]:+.2f}" + ("" if math.isnan(drift[1]) else f" ± {drift[1]:.2f}")
         cells = [_rate(mine[r].optimum if r in mine else None) for r in regimes]
         rows.append([name, TITLES[kind], "–" if proxy is None else f"{proxy[1]:.3g}", *cells, said])
@@ -55,9 +55,9 @@ def _optima(found: Transfer) -> Table:
     return Table(header, rows, "The best learning rate at each width, and d log(rate) / d log(width): 0 transfers.")
 
 
-def _lost(found: Transfer) -> Table:
+def _lost(transfer: Transfer) -> Table:
     rows = []
-    for one in found.rows:
+    for one in transfer.rows:
         lost, test = one.loss_lost, one.lost
         rows.append(
             [
@@ -99,7 +99,7 @@ def _loss(value: float | None) -> str:
     return "diverged" if value is None else f"{value:.4f}"
 
 
-def _worth(found: Transfer) -> Table:
+def _worth(transfer: Transfer) -> Table:
     rows = [
         [
             str(one.regime),
@@ -109,17 +109,17 @@ def _worth(found: Transfer) -> Table:
             p_text(one.adjusted),
             one.verdict + (f": {one.why}" if one.why else ""),
         ]
-        for one in found.worth
+        for one in transfer.worth
     ]
     header = ["regime", "optimizer", "gain of µP", f"{LEVEL:.0%} interval", "p (Holm)", "µP is"]
     return Table(header, rows, "Carried with µP against carried without.")
 
 
-def _over_width(dataset: Dataset, found: Transfer) -> Plot:
+def _over_width(dataset: Dataset, transfer: Transfer) -> Plot:
     color, series = colors(dataset.optimizers), []
-    for name, kind in _keys(found):
-        mine = [one for one in found.rows if (one.optimizer, one.parametrization) == (name, kind)]
-        points = [value for (other, _), value in found.proxies.items() if other == name]
+    for name, kind in _keys(transfer):
+        mine = [one for one in transfer.rows if (one.optimizer, one.parametrization) == (name, kind)]
+        points = [value for (other, _), value in transfer.proxies.items() if other == name]
         points = sorted([*points, *((one.width, one.optimum) for one in mine if one.optimum)])
         x, y = [float(w) for w, _ in points], [lr for _, lr in points]
         series.append(Series(f"{name}, {TITLES[kind]}", x, y, color[name], dash=kind == "standard"))
@@ -127,11 +127,11 @@ def _over_width(dataset: Dataset, found: Transfer) -> Plot:
     return Plot("transfer-optimum", title, "width", "best learning rate", series, x_log=True, y_log=True)
 
 
-def _curves(found: Transfer) -> list[Plot]:
+def _curves(transfer: Transfer) -> list[Plot]:
     """Loss over the rate at every width, one figure for each optimizer and parametrization; dotted: the carried rate."""
     plots = []
-    for name, kind in _keys(found):
-        mine = [one for one in found.rows if (one.optimizer, one.parametrization) == (name, kind) and one.best_lr]
+    for name, kind in _keys(transfer):
+        mine = [one for one in transfer.rows if (one.optimizer, one.parametrization) == (name, kind) and one.best_lr]
         series = [
             Series(str(one.regime), [x for x, _ in points], [y for _, y in points], PALETTE[i % len(PALETTE)])
             for i, one in enumerate(mine)

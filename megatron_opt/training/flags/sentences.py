@@ -53,32 +53,32 @@ class Check:
 
 def _attributes(node: ast.AST) -> list[str]:
     """Names taken from `args`, `self` or `config` in a piece of source, in the order of reading, each once."""
-    found = []
+    names = []
     for item in ast.walk(node):
         if (
             isinstance(item, ast.Attribute)
             and isinstance(item.value, ast.Name)
             and item.value.id in ("args", "self", "config")
         ):
-            found.append((item.lineno, item.col_offset, item.attr))
+            names.append((item.lineno, item.col_offset, item.attr))
         elif (
             isinstance(item, ast.Call)
             and isinstance(item.func, ast.Name)
             and item.func.id in ("getattr", "_check_arg_is_not_none")
         ):
-            found += [
+            names += [
                 (item.lineno, item.col_offset, str(arg.value))
                 for arg in item.args[1:2]
                 if isinstance(arg, ast.Constant)
             ]
-    return list(dict.fromkeys(name for _, _, name in sorted(found)))
+    return list(dict.fromkeys(name for _, _, name in sorted(names)))
 
 
 @functools.cache
 def checks_of(file: str) -> tuple[Check, ...]:
     """Every assert and raise of a source file, with the conditions of the `if`s around a raise."""
     tree = ast.parse(Path(file).read_text())
-    found: list[Check] = []
+    checks: list[Check] = []
     local: dict[str, list[str]] = {}
 
     def read(node: ast.AST) -> list[str]:
@@ -94,17 +94,17 @@ def checks_of(file: str) -> tuple[Check, ...]:
             local[node.targets[0].id] = _attributes(node.value)
         if isinstance(node, ast.Assert):
             names = [*read(node), *(name for test in reversed(around) for name in read(test))]
-            found.append(Check(node.lineno, tuple(dict.fromkeys(names)), ast.unparse(node.test), True))
+            checks.append(Check(node.lineno, tuple(dict.fromkeys(names)), ast.unparse(node.test), True))
         elif isinstance(node, ast.Raise):
             tests = around[-2:]
             names = [*(name for test in reversed(tests) for name in read(test)), *read(node)]
-            found.append(Check(node.lineno, tuple(dict.fromkeys(names)), " and ".join(map(ast.unparse, tests)), False))
+            checks.append(Check(node.lineno, tuple(dict.fromkeys(names)), " and ".join(map(ast.unparse, tests)), False))
         inner = (*around, node.test) if isinstance(node, ast.If) else around
         for child in ast.iter_child_nodes(node):
             walk(child, inner)
 
     walk(tree, ())
-    return tuple(found)
+    return tuple(checks)
 
 
 def _statement(file: str, line: int) -> Check | None:
@@ -144,26 +144,26 @@ class Flags:
 
 def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
     """The frames inside Megatron that the error passed, innermost first."""
-    found = [
+    frames = [
         (frame, line)
         for frame, line in traceback.walk_tb(error.__traceback__)
         if "/megatron/" in frame.f_code.co_filename and "/megatron_opt/" not in frame.f_code.co_filename
     ]
-    return reversed(found)
+    return reversed(frames)
 
 
 def _values(frame: FrameType, names: Sequence[str], flags: Flags) -> list[tuple[str, Any]]:
     """(flag, value) of the named attributes, as the frame saw them."""
     holders = [frame.f_locals[word] for word in ("args", "self", "config") if word in frame.f_locals]
-    found = []
+    values = []
     for name in names:
         flag = flags.of_name(name)
         for holder in holders:
             if flag and hasattr(holder, name):
                 value = getattr(holder, name)
-                found.append((flag, not value if flag in flags.negated and isinstance(value, bool) else value))
+                values.append((flag, not value if flag in flags.negated and isinstance(value, bool) else value))
                 break
-    return list(dict(found).items())
+    return list(dict(values).items())
 
 
 def _said(flag: str, value: Any) -> str:
@@ -199,10 +199,10 @@ def sentence(error: BaseException, flags: Flags) -> str:
         one = values[0][0] if len(values) == 1 else "one of them"
         return f"{wanted} ({state}); change {one}."
     named = [flag for flag in flags.names.values() if flag in text]
-    return f"{text or type(error).__name__}" + ("." if named else f" ({_place(error)}).")
+    return f"{text or type(error).__name__}" + ("." if named else f" ({_where(error)}).")
 
 
-def _place(error: BaseException) -> str:
+def _where(error: BaseException) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} in {Path(last.filename).name}:{last.lineno}"
 

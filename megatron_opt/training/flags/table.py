@@ -22,12 +22,12 @@ Entry = tuple[str, str | None, str]
 
 def entries(table: dict[str, str]) -> list[Entry]:
     """The lines of a table of reasons, one for each name."""
-    found = []
+    lines = []
     for reason, words in table.items():
         for word in words.split():
             name, sign, value = word.partition("=")
-            found.append((name, value if sign else None, reason))
-    return found
+            lines.append((name, value if sign else None, reason))
+    return lines
 
 
 _TABLES: dict[str, list[Entry]] = {

@@ -13,9 +13,9 @@ Machine machine;
 
 namespace megatron_opt {
 [[noreturn]] static void absent() { throw std::runtime_error("this module has no CPU kernels"); }
-void update_cpu(UpdateKind, const Options&, const std::vector<Piece>&, int) { absent(); }
-void sum_cpu(Sum, const Options&, const std::vector<Piece>&, double*, int) { absent(); }
-void block_adam_cpu(const Coefficients&, const std::vector<BlockPiece>&, int) { absent(); }
+void update_cpu(UpdateKind, const Options&, const std::vector<TensorEntry>&, int) { absent(); }
+void sum_cpu(Sum, const Options&, const std::vector<TensorEntry>&, double*, int) { absent(); }
+void block_adam_cpu(const Coefficients&, const std::vector<BlockEntry>&, int) { absent(); }
 }  // namespace megatron_opt
 
 PYBIND11_MODULE(_C, m) {
