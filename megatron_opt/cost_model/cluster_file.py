@@ -8,6 +8,7 @@ from typing import Any
 from megatron_opt.cost_model.cluster import CLASSES, COLLECTIVES, LAYER, Cluster, Curve, Link, Overheads
 from megatron_opt.errors import UserError, did_you_mean
 from megatron_opt.optimizers import registry
+from megatron_opt.yaml_files import LocatedDict
 
 TYPES = ("bf16", "fp16", "fp32", "tf32", "fp8", "fp4", "fp64")
 
@@ -67,10 +68,20 @@ class Reader:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.content: Any = None
+
+    def error(self, key: str, sentence: str) -> UserError:
+        """A sentence behind the file and the line of `section.key`, or of the nearest section around it."""
+        line, content = "", self.content
+        for part in key.split("."):
+            if not isinstance(content, LocatedDict) or part not in content.lines:
+                break
+            line, content = f":{content.lines[part]}", content[part]
+        return UserError(f"cluster file {self.path}{line}: {sentence}")
 
     def refuse(self, key: str, value: Any, wants: str) -> UserError:
         shown = repr(value) if isinstance(value, str) else str(value)
-        return UserError(f"cluster file {self.path}: {key} is {shown[:60]}; it must be {wants}.")
+        return self.error(key.removeprefix("a size of "), f"{key} is {shown[:60]}; it must be {wants}.")
 
     def number(self, key: str, value: Any, of: Range) -> float:
         """A number of a range; YAML's readers take 8e+10 for a word, so words that are numbers count."""
@@ -87,7 +98,7 @@ class Reader:
         """The number `where.key`, or the default where the file has none."""
         name = f"{where}.{key}" if where else key
         if key not in section and default is None:
-            raise UserError(f"cluster file {self.path}: {name} is missing; see clusters/h100.yaml.")
+            raise self.error(name, f"{name} is missing; see clusters/h100.yaml.")
         return self.number(name, section[key], of) if key in section else float(default or 0.0)
 
     def word(self, content: Mapping[str, Any], key: str, default: str) -> str:
@@ -101,12 +112,10 @@ class Reader:
         names = list(names)
         for key in section:
             if key not in names:
-                prefix = f"{where}." if where else ""
+                name = f"{where}.{key}" if where else str(key)
                 near = did_you_mean(str(key), names)
-                raise UserError(
-                    f"cluster file {self.path}: {prefix}{key} is no key that is read; {where or 'a cluster file'} has "
-                    f"{', '.join(names)}.{near}"
-                )
+                has = f"{where or 'a cluster file'} has {', '.join(names)}.{near}"
+                raise self.error(name, f"{name} is no key that is read; {has}")
 
     def section(self, content: Mapping[str, Any], key: str, where: str = "", optional: bool = False) -> dict[str, Any]:
         """A mapping of names; its keys are checked where they are listed."""
@@ -114,7 +123,7 @@ class Reader:
         if key not in content:
             if optional:
                 return {}
-            raise UserError(f"cluster file {self.path}: section `{name}` is missing; see clusters/h100.yaml.")
+            raise self.error(name, f"section `{name}` is missing; see clusters/h100.yaml.")
         value = content[key]
         if not isinstance(value, dict):
             raise self.refuse(name, value, "a section of keys; see clusters/h100.yaml")
@@ -152,7 +161,7 @@ class Reader:
                 dtype: self.curve(values, f"rates.{kind}.{dtype}", RATE) for dtype, values in by_type.items()
             }
         if missing := [kind for kind in CLASSES if kind not in rates]:
-            raise UserError(f"cluster file {self.path}: rates of {', '.join(missing)} are missing.")
+            raise self.error("rates", f"rates of {', '.join(missing)} are missing.")
         return rates
 
     def link(self, content: Mapping[str, Any], key: str, share: float) -> Link:
@@ -174,6 +183,7 @@ class Reader:
 
     def cluster(self, content: Any, name: str) -> Cluster:
         """The cluster, called `name` where the file does not say."""
+        self.content = content
         if not isinstance(content, dict):
             raise UserError(f"{self.path} is no cluster file; start from a copy of clusters/h100.yaml.")
         self.known("", content, _TOP)

@@ -27,6 +27,7 @@ from megatron_opt.cost_model.step import (
 )
 from megatron_opt.cost_model.traffic import traffic
 from megatron_opt.errors import UserError
+from megatron_opt.report.terminal import aligned
 
 MICRO = (1, 2, 4, 8)
 VIRTUAL = (2, 3, 4, 6, 8)
@@ -274,14 +275,7 @@ def table(result: SearchResult, top: int = 10) -> str:
                 f"{step.memory.total / 1e9:.1f}",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        "  ".join(cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-        for row in rows
-    ]
-    if not result.steps:
-        lines = ["no layout fits"]
-    lines.append("")
+    lines = [aligned(rows, left=(0, 1)) if result.steps else "no layout fits", ""]
     if result.steps:
         lines += [caveat(result.steps[0]), ""]
     notes: dict[str, list[str]] = {}

@@ -1,7 +1,5 @@
 """Overhead of optimizers across batch, width, ranks and sizes from 130M to 1T: CSV, plots, and what bounds each."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,9 @@ from megatron_opt.cost_model.report import published_spread
 from megatron_opt.cost_model.step import Step, predict
 from megatron_opt.errors import UserError
 from megatron_opt.files import write_atomic
+from megatron_opt.report.blocks import Plot, Series, colors
+from megatron_opt.report.csv_files import write_csv
+from megatron_opt.report.terminal import aligned
 
 LIMIT = 0.10  # share of a step from which an optimizer no longer scales
 _LLAMA = dict(preset("llama")) | {"bf16": True, "seq-length": 4096}
@@ -145,14 +146,11 @@ def sweeps(cluster: Cluster, optimizers: Sequence[str]) -> list[dict[str, Any]]:
 
 def scaling_summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """For each model and optimizer: up to how many GPUs it stays under 10% of a step, and what bounds it."""
-    lines = [
+    head = (
         f"GPUs up to which the optimizer takes at most {LIMIT:.0%} of a mean step (usual batch of each size; "
-        "> where the largest layout that divides is still under it), and what bounds it there",
-        "",
-    ]
-    lines.append(
-        f"{'model':<7}{'optimizer':<12}{'GPUs':>8}{'share there':>13}{'share at most GPUs':>20}  bound at most GPUs"
+        "> where the largest layout that divides is still under it), and what bounds it there"
     )
+    cells = [("model", "optimizer", "GPUs", "share there", "share at most GPUs", "bound at most GPUs")]
     keys = dict.fromkeys((row["model"], row["optimizer"]) for row in rows if row["sweep"] == "gpus")
     for model, optimizer in keys:
         mine = [
@@ -163,21 +161,17 @@ def scaling_summary(rows: Sequence[Mapping[str, Any]]) -> str:
         largest = good[-1] if good else None
         mark = "none" if largest is None else f"{'> ' if largest is last else ''}{largest['gpus']}"
         share = f"{largest['share']:.1%}" if largest else "-"
-        at_last = f"{last['share']:.1%} at {last['gpus']}"
-        lines.append(f"{model:<7}{optimizer:<12}{mark:>8}{share:>13}{at_last:>20}  {last['bound']}")
-    return "\n".join(lines)
+        cells.append((model, optimizer, mark, share, f"{last['share']:.1%} at {last['gpus']}", last["bound"]))
+    return f"{head}\n\n{aligned(cells, left=(0, 1, 5))}"
 
 
 def write_tables(cluster: Cluster, optimizers: Sequence[str], folder: Path) -> str:
     """`sweeps.csv`, `scaling.txt` and one PNG a sweep in the folder; returns the summary."""
+    from megatron_opt.report.png import write_grid, write_png
 
     rows = sweeps(cluster, optimizers)
     names = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(folder / "sweeps.csv", text.getvalue())
+    write_csv(folder / "sweeps.csv", names, [[row.get(name, "") for name in names] for row in rows])
     summary = scaling_summary(rows)
     if not cluster.measured:
         low, high = published_spread()["dense"]
@@ -186,64 +180,21 @@ def write_tables(cluster: Cluster, optimizers: Sequence[str], folder: Path) -> s
             f"{high:.2f} times the predicted step. `megatron-opt cost calibrate` on the machine replaces the rates."
         )
     write_atomic(folder / "scaling.txt", summary + "\n")
-    for name, data in plots(rows, cluster.title, optimizers).items():
-        write_atomic(folder / f"{name}.png", data)
+    labels = {"batch": "tokens a step (7B, 64 GPUs)", "width": "width (32 layers, 64 GPUs, TP8)"}
+    for sweep, label in labels.items():
+        write_png(_plot(rows, optimizers, cluster.title, label, sweep=sweep), folder / f"{sweep}.png")
+    models = dict.fromkeys(row["model"] for row in rows if row["sweep"] == "gpus")
+    plots = [_plot(rows, optimizers, model, "GPUs", sweep="gpus", model=model) for model in models]
+    write_grid(plots, 4, cluster.title, folder / "gpus.png")
     return summary
 
 
-def plots(rows: Sequence[Mapping[str, Any]], title: str, optimizers: Sequence[str]) -> dict[str, bytes]:
-    """PNG of each sweep: share of a step against batch and width, and against GPUs for every size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    images = {}
-    labels = {"batch": "tokens a step (7B, 64 GPUs)", "width": "width (32 layers, 64 GPUs, TP8)"}
-    for sweep, label in labels.items():
-        figure, axis = plt.subplots(figsize=(7, 4.5))
-        for optimizer in optimizers:
-            _line(axis, rows, optimizer, sweep=sweep)
-        _finish(axis, label, title)
-        images[sweep] = _png(figure)
-        plt.close(figure)
-    models = list(dict.fromkeys(row["model"] for row in rows if row["sweep"] == "gpus"))
-    figure, axes = plt.subplots(2, 4, figsize=(16, 8), sharey=True)
-    for axis, model in zip(axes.flat, models):
-        for optimizer in optimizers:
-            _line(axis, rows, optimizer, sweep="gpus", model=model)
-        _finish(axis, "GPUs", model)
-    for axis in axes.flat[len(models) :]:
-        axis.axis("off")
-    figure.suptitle(title)
-    images["gpus"] = _png(figure)
-    plt.close(figure)
-    return images
-
-
-def _line(axis: Any, rows: Sequence[Mapping[str, Any]], optimizer: str, **where: str) -> None:
-    points = [
-        row
-        for row in rows
-        if row["optimizer"] == optimizer and "share" in row and all(row[key] == value for key, value in where.items())
-    ]
-    axis.plot(
-        [row["x"] for row in points], [100 * row["share"] for row in points], marker="o", markersize=3, label=optimizer
-    )
-
-
-def _finish(axis: Any, label: str, title: str) -> None:
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set_xlabel(label)
-    axis.set_ylabel("optimizer, % of a mean step")
-    axis.set_title(title, fontsize=9)
-    axis.axhline(100 * LIMIT, color="grey", linewidth=0.8, linestyle=":")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-
-
-def _png(figure: Any) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110, bbox_inches="tight")
-    return stream.getvalue()
+def _plot(rows: Sequence[Mapping[str, Any]], optimizers: Sequence[str], title: str, label: str, **where: str) -> Plot:
+    """Share of a step, a line an optimizer."""
+    chosen = [row for row in rows if "share" in row and all(row[key] == value for key, value in where.items())]
+    series = []
+    for name, color in colors(optimizers).items():
+        mine = [row for row in chosen if row["optimizer"] == name]
+        series.append(Series(name, [row["x"] for row in mine], [100 * row["share"] for row in mine], color))
+    unit, limit = "optimizer, % of a mean step", [(100 * LIMIT, f"{LIMIT:.0%}")]
+    return Plot(where["sweep"], title, label, unit, series, x_log=True, y_log=True, horizontal=limit)

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_opt.errors import UserError
 from megatron_opt.files import write_output
+from megatron_opt.report.terminal import aligned
 
 KEY = "evaluation"
 
@@ -48,13 +49,7 @@ def table(told: dict[str, Any]) -> str:
             error = "–" if metric_value["stderr"] is None else f"{metric_value['stderr']:.4f}"
             rows.append((*head, metric, f"{metric_value['value']:.4f}", error))
             head = ("", "", "")
-    widths = [max(len(row[column]) for row in rows) for column in range(6)]
-    left = (0, 3)
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" if column in left else f"{cell:>{width}}"
-                  for column, (cell, width) in enumerate(zip(row, widths))).rstrip()
-        for row in rows
-    )  # fmt: skip
+    return aligned(rows, left=(0, 3))
 
 
 def _number(value: Any) -> str:

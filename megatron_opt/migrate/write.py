@@ -7,9 +7,10 @@ from megatron_opt.cost_model import report as units
 from megatron_opt.cost_model.step import Step
 from megatron_opt.migrate import advice, charts
 from megatron_opt.migrate.decision import decide
-from megatron_opt.migrate.document import Block, Chart, Code, Document, Items, Section, Table
+from megatron_opt.migrate.document import Document
 from megatron_opt.migrate.evidence import Estimate, Method
 from megatron_opt.migrate.plan import Plan, command
+from megatron_opt.report.blocks import Block, Code, Items, Section, Table
 
 
 def _range(item: Estimate, unit: str = "×") -> str:
@@ -46,7 +47,7 @@ def document(plan: Plan) -> Document:
         _cost(plan),
         _hyperparameters(plan),
         _refused(plan),
-        Section("Risks", [_risks(plan)]),
+        Section("Risks", blocks=[_risks(plan)]),
         _experiments(plan),
         _method(plan),
     ]
@@ -80,13 +81,16 @@ def _gain(plan: Plan) -> Section:
         f"speedup of {plan.ratio:.3f}×.",
         Table(("estimate", "token speedup (90%)", "wall-clock (90%)", "how"), rows),
         *([_footnote(left_out)] if left_out else []),
-        Chart(
-            charts.intervals(lines, "speedups and their intervals"),
+        charts.intervals(
+            lines,
+            "speedups and their intervals",
             f"Token speedups by method and the wall-clock speedup: {s.value:.2f}×, 90% interval {s.low:.2f} to "
             f"{s.high:.2f}.",
         ),
-        Chart(
-            charts.scatter(cells, (n, token.value, token.low, token.high), "token speedup against model size"),
+        charts.scatter(
+            cells,
+            (n, token.value, token.low, token.high),
+            "token speedup against model size",
             f"Measured token speedups of {plan.target} by size (blue) and the estimate for this run (orange).",
         ),
         Table(
@@ -102,7 +106,7 @@ def _gain(plan: Plan) -> Section:
             0,
             Items([text[0].upper() + text[1:] + "." for text in plan.extrapolates], ["high"] * len(plan.extrapolates)),
         )
-    return Section("What it gains", blocks)
+    return Section("What it gains", blocks=blocks)
 
 
 def _footnote(methods: list[Method]) -> str:
@@ -148,7 +152,7 @@ def _experiments(plan: Plan) -> Section:
         blocks.append("None of these is worth its price: decide without.")
     else:
         blocks.append("No experiment has a chance to change the decision: none is offered.")
-    return Section("Is an experiment worth its price", blocks)
+    return Section("Is an experiment worth its price", blocks=blocks)
 
 
 def _parts(step: Step) -> dict[str, float]:
@@ -233,15 +237,22 @@ def _cost(plan: Plan) -> Section:
     }
     blocks: list[Block] = [
         Table(("per step", plan.source, plan.target, "change"), rows),
-        Chart(
-            charts.stacks(steps, unit, "step time"),
+        charts.stacks(
+            "step",
+            "step time",
+            unit,
+            steps,
             f"Time of a mean step: {units.seconds(before.seconds)} with {plan.source}, "
             f"{units.seconds(after.seconds)} with {plan.target}.",
         ),
-        Chart(
-            charts.stacks(memory, "GB", "memory", ("capacity", plan.cluster.memory / 1e9)),
+        charts.stacks(
+            "memory",
+            "memory",
+            "GB",
+            memory,
             f"Memory of the fullest GPU: {units.size(before.memory.total)} and {units.size(after.memory.total)} "
             f"of {units.size(plan.cluster.memory)}.",
+            (plan.cluster.memory / 1e9, "capacity"),
         ),
     ]
     if plan.layouts is not None:
@@ -259,7 +270,7 @@ def _cost(plan: Plan) -> Section:
             f"{plan.target} does not fit in the present layout. Layouts that fit:" if fitting else "No layout fits.",
             Table(("layout", "micro-batch", "recomputation", "step", "memory"), fitting),
         ]
-    return Section("What it costs", blocks)
+    return Section("What it costs", blocks=blocks)
 
 
 def _hyperparameters(plan: Plan) -> Section:
@@ -274,7 +285,7 @@ def _hyperparameters(plan: Plan) -> Section:
     ]
     return Section(
         "Hyperparameters",
-        [
+        blocks=[
             "Flags to change; the rest of the recipe stays. Values with an interval come from a law fitted over "
             "regimes, the others from "
             "the nearest tuned regime.",
@@ -287,8 +298,8 @@ def _hyperparameters(plan: Plan) -> Section:
 
 def _refused(plan: Plan) -> Section:
     if not plan.refused:
-        return Section("What is refused", [f"Nothing: all of the run's flags work with {plan.target}."])
-    return Section("What is refused", [Items(plan.refused, ["refused"] * len(plan.refused))])
+        return Section("What is refused", blocks=[f"Nothing: all of the run's flags work with {plan.target}."])
+    return Section("What is refused", blocks=[Items(plan.refused, ["refused"] * len(plan.refused))])
 
 
 def _risks(plan: Plan) -> Items:
@@ -312,7 +323,7 @@ def _method(plan: Plan) -> Section:
         f"{plan.after.optimizer_share / 2:.1%}.",
         *e.notes,
     ]
-    return Section("How this was worked out", [Items(sentences)])
+    return Section("How this was worked out", blocks=[Items(sentences)])
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:

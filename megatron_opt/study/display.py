@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from megatron_opt.report.terminal import print_table
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.scheduler import Scheduler
 from megatron_opt.study.store import FINISHED, Record, Store
@@ -21,23 +22,6 @@ from megatron_opt.study.summary import HEADER, summary
 
 NARROW = ["regime", "optimizer", "best lr", "valid loss", "tokens/s", "optimizer ms", "runs"]
 STATES = ("completed", "diverged", "running", "planned", "failed")
-
-
-def make_console() -> Console:
-    """The terminal, or 180 columns where there is none, so that files get whole tables."""
-    console = Console()
-    return console if console.is_terminal else Console(width=180)
-
-
-def print_table(console: Console, header: list[str], rows: list[list[str]], title: str | None = None) -> None:
-    """A table; on a narrow or dumb terminal rich folds it."""
-    table = Table(*header, title=title, title_justify="left")
-    for column, name in zip(table.columns, header):
-        column.overflow = "fold"
-        column.justify = "left" if name in ("optimizer", "regime", "phase", "run id") else "right"
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 def print_summary(console: Console, dataset: Dataset) -> None:

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_opt.errors import UserError
-from megatron_opt.files import replacing_output, write_output
+from megatron_opt.files import replacing_output
+from megatron_opt.report.csv_files import write_csv
 from megatron_opt.study import curves
 from megatron_opt.study.imports.mapping import Mapping
 from megatron_opt.study.imports.values import final_loss
@@ -32,12 +33,18 @@ REQUIRED = ("optimizer", "model", "ratio", "parameters", "tokens", "loss")
 """what a file that another program wrote must have; `hyper` is a JSON object, an empty loss means diverged"""
 
 
+def phases_by_run(phases: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Runs of each phase as phases of each run."""
+    found: dict[str, list[str]] = {}
+    for phase, runs in phases.items():
+        for run in runs:
+            found.setdefault(run, []).append(phase)
+    return found
+
+
 def export_runs(store: Store, path: Path) -> int:
     """Write all runs to a .csv or .parquet file; returns how many."""
-    phases: dict[str, list[str]] = {}
-    for phase, runs in store.phases().items():
-        for run in runs:
-            phases.setdefault(run, []).append(phase)
+    phases = phases_by_run(store.phases())
     rows = [row | {"phases": json.dumps(phases.get(row["id"], []))} for row in store.rows()]
     if path.suffix == ".parquet":
         schema = pa.schema(
@@ -49,11 +56,7 @@ def export_runs(store: Store, path: Path) -> int:
         with replacing_output(path) as stream:
             pq.write_table(table, stream, compression="zstd")
     elif path.suffix == ".csv":
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_output(path, text.getvalue())
+        write_csv(path, COLUMNS, [[row[name] for name in COLUMNS] for row in rows])
     else:
         raise UserError(f"cannot tell the format of {path}; end its name in .csv or .parquet")
     return len(rows)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from megatron_opt.errors import UserError
 from megatron_opt.study.models import Model
 from megatron_opt.study.spec import PARAMETRIZATIONS, PHASES, Phase, Regime
-from megatron_opt.study.yaml_lines import LocatedList, Reader
+from megatron_opt.study.yaml_lines import Reader
+from megatron_opt.yaml_files import LocatedList
 
 
 def read_phases(

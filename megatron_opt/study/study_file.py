@@ -12,7 +12,7 @@ from megatron_opt.study.hyperparameters import PAPER_GRIDS, PAPER_STARTS
 from megatron_opt.study.models import SHAPE_KEYS, Model
 from megatron_opt.study.phase_list import read_phases
 from megatron_opt.study.spec import Data, Evaluation, ExecutorSettings, OptimizerSpace, Study
-from megatron_opt.study.yaml_lines import LocatedDict, Reader, load
+from megatron_opt.study.yaml_lines import Reader, load
 
 
 def read_study(path: str | os.PathLike) -> Study:
@@ -20,7 +20,7 @@ def read_study(path: str | os.PathLike) -> Study:
     path = Path(path)
     top = Reader(load(path), path, "the study file")
     name = top.text("name", path.stem)
-    flags = dict(top.take("flags", {}) or {})
+    flags = top.pairs("flags")
     models = _models(top, flags)
     optimizers = _optimizers(top)
     baseline = top.text("baseline", "adamw" if "adamw" in optimizers else None)
@@ -34,18 +34,18 @@ def read_study(path: str | os.PathLike) -> Study:
     epochs = top.numbers("epochs", [1], above=0)
     if any(isinstance(one, float) for one in epochs) or len(set(epochs)) < len(epochs):
         raise top.error("`epochs:` must be different whole numbers", "epochs")
-    thresholds = top.nested("thresholds") or Reader(_empty(), path, "`thresholds:`")
+    thresholds = top.section("thresholds")
     adopt = thresholds.number("adopt", 3e-3, least=0)
     insensitive = thresholds.number("insensitive", 6.4e-3, least=0)
     thresholds.finish()
-    target = top.nested("target") or Reader(_empty(), path, "`target:`")
+    target = top.section("target")
     target_n = float(target.number("parameters", 7e9, above=0))
     target_ratios = tuple(float(r) for r in target.numbers("ratios", [1, 2, 4, 8, 16], above=0))
     cluster = target.text("cluster")
     if cluster is not None and Path(cluster).suffix in (".yaml", ".yml"):
         cluster = _path(target, "cluster", cluster)
     target.finish()
-    budget = top.nested("budget") or Reader(_empty(), path, "`budget:`")
+    budget = top.section("budget")
     max_hours = budget.number("hours", None, above=0)
     max_runs = budget.number("runs", None, above=0, whole=True)
     budget.finish()
@@ -90,12 +90,6 @@ def read_study(path: str | os.PathLike) -> Study:
     return study
 
 
-def _empty() -> LocatedDict:
-    empty = LocatedDict()
-    empty.lines, empty.line = {}, 1
-    return empty
-
-
 def _models(top: Reader, shared: dict[str, Any]) -> dict[str, Model]:
     reader = top.nested("models", required=True)
     assert reader is not None
@@ -128,7 +122,7 @@ def _models(top: Reader, shared: dict[str, Any]) -> dict[str, Model]:
             name,
             preset,
             shape,
-            flags=dict(entry.take("flags", {}) or {}),
+            flags=entry.pairs("flags"),
             gated=entry.flag("gated", bool(known.get("swiglu", False))),
             parameters=entry.number("non_embedding_parameters", None, above=0, whole=True),
             shared_flags=shared,
@@ -155,10 +149,10 @@ def _optimizers(top: Reader) -> dict[str, OptimizerSpace]:
         if entry is None:
             raise reader.error(f"optimizer `{name}` is empty; give it a `grid:` (or `grid: paper`)", name)
         optimizer = entry.text("optimizer", name)
-        start = entry.take("start", None)
+        start = entry.pairs("start")
         grid, start_of_grid = _grid(entry, name, optimizer)
         entry.finish()
-        start = start_of_grid | dict(defaults) | dict(start or {})
+        start = start_of_grid | dict(defaults) | start
         start = {key: values[0] for key, values in grid.items() if key not in start} | start
         if "lr" not in start:
             raise entry.error(f"optimizer `{name}` has no learning rate; give `lr` in its grid or start")
@@ -265,8 +259,8 @@ def _executor(top: Reader) -> ExecutorSettings:
         preemptions=reader.number("preemptions", 100, least=0, whole=True),
         timeout_minutes=reader.number("timeout_minutes", None, above=0),
         command=command,
-        environment={str(k): str(v) for k, v in (reader.take("environment", {}) or {}).items()},
-        slurm=dict(reader.take("slurm", {}) or {}),
+        environment={key: str(value) for key, value in reader.pairs("environment").items()},
+        slurm=reader.pairs("slurm"),
         flops_per_s=reader.number("flops_per_s", None, above=0),
     )
     if settings.slurm and settings.kind != "slurm":

@@ -1,4 +1,4 @@
-"""YAML that remembers its lines, and a reader that turns a mapping into checked values.
+"""Reads a YAML file of the study: a reader turns a mapping into checked values.
 
 Every message starts with `FILE:LINE:`, so that a user can jump to the place.
 """
@@ -6,78 +6,30 @@ Every message starts with `FILE:LINE:`, so that a user can jump to the place.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_opt import yaml_files
 from megatron_opt.errors import UserError, nearest_or_all
-
-
-class LocatedDict(dict):
-    """A mapping with `lines`: key → line of the key, and `line` of its own start."""
-
-    lines: dict[str, int]
-    line: int
-
-
-class LocatedList(list):
-    """A list with the line of each item in `lines`, and `line` of its own start."""
-
-    lines: list[int]
-    line: int
-
-
-class _Loader(yaml.SafeLoader):
-    pass
-
-
-# YAML 1.1 reads 1e-4 as text; people who write learning rates mean a number.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+from megatron_opt.yaml_files import LocatedDict
 
 
 def load(path: str | os.PathLike) -> LocatedDict:
     """Read a YAML file whose top level is a mapping; raises UserError with file and line."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        content = yaml_files.load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the study file {path}: {error}; check the path") from None
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
-            raise UserError(f"{path}:1: the file must be a mapping of keys, such as `models:`")
-        return _construct(node, loader, path)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
         raise UserError(f"{path}:{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    finally:
-        loader.dispose()
-
-
-def _construct(node: yaml.Node, loader: _Loader, path: Path) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        mapping = LocatedDict()
-        mapping.lines, mapping.line = {}, node.start_mark.line + 1
-        for key_node, value_node in node.value:
-            key = str(loader.construct_object(key_node))
-            if key in mapping:
-                line = key_node.start_mark.line + 1
-                raise UserError(f"{path}:{line}: {key!r} is given twice; first on line {mapping.lines[key]}")
-            mapping.lines[key] = key_node.start_mark.line + 1
-            mapping[key] = _construct(value_node, loader, path)
-        return mapping
-    if isinstance(node, yaml.SequenceNode):
-        items = LocatedList(_construct(item, loader, path) for item in node.value)
-        items.lines = [item.start_mark.line + 1 for item in node.value]
-        items.line = node.start_mark.line + 1
-        return items
-    return loader.construct_object(node)
+    if not isinstance(content, LocatedDict):
+        raise UserError(f"{path}:1: the file must be a mapping of keys, such as `models:`")
+    return content
 
 
 class Reader:
@@ -174,6 +126,14 @@ class Reader:
         if value is None:
             return None
         return Reader(value, self.path, where or f"`{key}:`", self.line_of(key))
+
+    def section(self, key: str) -> Reader:
+        """`nested`, empty where the key is not given."""
+        return self.nested(key) or Reader(LocatedDict(), self.path, f"`{key}:`")
+
+    def pairs(self, key: str) -> dict[str, Any]:
+        """A mapping whose keys are not known here; empty where it is not given."""
+        return dict(self.section(key).mapping)
 
     def finish(self) -> None:
         for key in self.left:

@@ -16,8 +16,11 @@ from typing import Any
 
 from megatron_opt.errors import UserError, number
 from megatron_opt.files import write_atomic
+from megatron_opt.report.blocks import Plot, Series, colors
+from megatron_opt.report.terminal import aligned
 
 PARAMETRIZATIONS = ("standard", "mup")
+MEASURES = {"sizes": "mean |x|", "changes": "mean |x − x at step 0|"}
 _SMALL = (
     "--preset llama --num-layers 2 --seq-length 64 --micro-batch-size 8 --global-batch-size 8 --eval-iters 0 "
     "--lr 0.01 --lr-decay-style constant --weight-decay 0 --log-interval 1000"
@@ -83,7 +86,7 @@ def summarize(records: Records, widths: Sequence[int]) -> dict[str, Any]:
     """By parametrization, measure (sizes, changes) and kind: the last step's values over width, and their slope."""
     summary: dict[str, Any] = {}
     for kind in PARAMETRIZATIONS:
-        for measure in ("sizes", "changes"):
+        for measure in MEASURES:
             for name in records[kind, widths[0]][measure][-1]:
                 values = [records[kind, width][measure][-1][name] for width in widths]
                 entry = {"values": values, "slope": slope(widths, values)}
@@ -93,43 +96,40 @@ def summarize(records: Records, widths: Sequence[int]) -> dict[str, Any]:
 
 def table(summary: dict[str, Any], widths: Sequence[int]) -> str:
     """One line a kind of activation."""
-    lines = []
+    parts = []
     for kind in PARAMETRIZATIONS:
-        for measure, what in (("sizes", "mean |x|"), ("changes", "mean |x - x at step 0|")):
-            lines.append(f"{kind}, {what} after the last step")
-            lines.append(f"  {'':<18}" + "".join(f"{width:>11}" for width in widths) + f"{'slope':>9}")
+        for measure, what in MEASURES.items():
+            rows = [("", *map(str, widths), "slope")]
             for name, entry in summary[kind][measure].items():
-                cells = "".join(f"{value:>11.4g}" for value in entry["values"])
-                lines.append(f"  {name:<18}{cells}{entry['slope']:>9.2f}")
-    return "\n".join(lines)
+                rows.append((name, *(f"{value:.4g}" for value in entry["values"]), f"{entry['slope']:.2f}"))
+            parts.append(f"{kind}, {what} after the last step\n{aligned(rows)}")
+    return "\n".join(parts)
 
 
-def plot(summary: dict[str, Any], widths: Sequence[int], title: str, path: Path) -> None:
-    """Sizes and changes over width, with and without µP, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(9, 7), sharex=True, sharey="row")
-    for column, kind in enumerate(PARAMETRIZATIONS):
-        for row, (measure, what) in enumerate((("sizes", "mean |x|"), ("changes", "mean |x − x at step 0|"))):
-            axis = axes[row][column]
-            for name, entry in summary[kind][measure].items():
-                axis.loglog(widths, entry["values"], marker="o", label=f"{name} ({entry['slope']:+.2f})")
-            axis.set_title("µP" if kind == "mup" else "standard")
-            axis.set_ylabel(what)
-            axis.set_xlabel("width")
-            axis.set_xticks(widths, [str(width) for width in widths])
-            axis.legend(fontsize=7)
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def plots(summary: dict[str, Any], widths: Sequence[int]) -> list[Plot]:
+    """Sizes, then changes over width, each without and with µP."""
+    found = []
+    for measure, what in MEASURES.items():
+        for kind in PARAMETRIZATIONS:
+            entries = summary[kind][measure]
+            series = [
+                Series(
+                    f"{name} ({entries[name]['slope']:+.2f})",
+                    [float(w) for w in widths],
+                    entries[name]["values"],
+                    color,
+                )
+                for name, color in colors(list(entries)).items()
+            ]
+            title = "µP" if kind == "mup" else "standard"
+            found.append(Plot(f"{kind}-{measure}", title, "width", what, series, x_log=True, y_log=True))
+    return found
 
 
 def main(argv: list[str], prog: str) -> int:
     """`mup check [options] [-- flags of megatron_opt.pretrain]`."""
+    from megatron_opt.report.png import write_grid
+
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n")[0])
     command = parser.add_subparsers(dest="command", required=True).add_parser(
         "check", help="mean activation sizes over width, with and without µP: a table, JSON and PNG",
@@ -157,5 +157,5 @@ def main(argv: list[str], prog: str) -> int:
                "steps": {f"{kind} {width}": record for (kind, width), record in records.items()}}  # fmt: skip
     write_atomic(options.output_dir / "mup_check.json", json.dumps(content, indent=1) + "\n")
     write_atomic(options.output_dir / "mup_check.txt", text + "\n")
-    plot(summary, options.widths, " ".join(flags) or "adamw", options.output_dir / "mup_check.png")
+    write_grid(plots(summary, options.widths), 2, " ".join(flags) or "adamw", options.output_dir / "mup_check.png")
     return 0

@@ -135,3 +135,18 @@ def test_files_that_are_none(text: str, tmp_path: Path) -> None:
 def test_a_file_is_read_as_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(WHOLE))
     assert cluster.load(str(tmp_path / "c.yaml")) == Reader(str(tmp_path / "c.yaml")).cluster(WHOLE, "c")
+
+
+@pytest.mark.parametrize(("old", "new", "line", "said"), [
+    ("memory: 8e+10", "memory: 80", 12, "device.memory is 80; it must be"), ("gpus: 8, ", "", 27, "node.gpus is missing"),
+    ("{bandwidth: 5e+10, ", "{bandwith: 5e+10, ", 28, "network.bandwith is no key"),
+    ("name: h100", "nme: h100", 1, "Did you mean name?"),
+    ("256: 2.47e+13", "0: 2.47e+13", 17, "a size of rates.gemm.bf16 is '0'"), ("node: {", "nodes: {", 27, "nodes is no key"),
+])  # fmt: skip
+def test_mistakes_have_their_lines(old: str, new: str, line: int, said: str, tmp_path: Path) -> None:
+    text = (Path(cluster.__file__).parent / "clusters" / "h100.yaml").read_text()
+    assert old in text
+    (tmp_path / "c.yaml").write_text(text.replace(old, new, 1))
+    with pytest.raises(UserError) as error:
+        cluster.load(str(tmp_path / "c.yaml"))
+    assert f"c.yaml:{line}: " in str(error.value) and said in str(error.value)

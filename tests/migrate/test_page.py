@@ -15,7 +15,7 @@ from megatron_opt.cli import main
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EXAMPLES = Path(__file__).parents[2] / "examples" / "migrations"
 PAGES = sorted(EXAMPLES.glob("*/plan.html"))
-# the page itself runs no script; this copy's says how wide it is and how many of its drawings have a size
+# this copy's script says how wide it is and how many of its drawings have a size
 PROBE = """<script>addEventListener("load", () => { document.title = [document.documentElement.scrollWidth, innerWidth,
 [...document.querySelectorAll("svg")].filter(s => s.getBoundingClientRect().height > 50).length,
 document.querySelector("main").innerText.length].join(" ") })</script>"""

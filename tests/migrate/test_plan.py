@@ -15,10 +15,11 @@ from megatron_opt.cost_model.flags import parse
 from megatron_opt.errors import UserError
 from megatron_opt.migrate import advice
 from megatron_opt.migrate.decision import decide, preposterior
-from megatron_opt.migrate.document import Document, Items, Section, Table
+from megatron_opt.migrate.document import Document
 from megatron_opt.migrate.evidence import Estimate, Method, gather, hyperparameter_flags
 from megatron_opt.migrate.plan import Plan, budget, make_plan, refusals
 from megatron_opt.migrate.write import as_dict, document
+from megatron_opt.report.blocks import Items, Section, Table
 from megatron_opt.study.analysis import analyse
 from megatron_opt.study.paper_data import paper_dataset
 
@@ -178,9 +179,11 @@ def test_page_is_whole_and_needs_no_network(plan: Plan) -> None:
     page = document(plan).page()
     parser = _Page()
     parser.feed(page)
-    assert parser.open == [] and parser.links == []
-    assert "<script" not in page and "@import" not in page and "url(" not in page
-    assert page.count("<svg") == 4 and "nan" not in re.sub(r"<style>.*?</style>", "", page).lower().split()
+    assert parser.open == [] and all(link.startswith("#s") for link in parser.links)
+    assert "@import" not in page and "fetch(" not in page and "nan" not in page.lower().split()
+    plots = json.loads(re.search(r'<script id="plots"[^>]*>(.*?)</script>', page, re.S)[1])  # type: ignore[index]
+    assert page.count("<figure data-plot") == len(plots) == 4
+    assert all(None not in series["y"] + series["low"] for plot in plots.values() for series in plot["series"])
 
 
 def test_both_forms_say_the_same(plan: Plan) -> None:
@@ -193,7 +196,11 @@ def test_both_forms_say_the_same(plan: Plan) -> None:
 
 def test_text_is_escaped() -> None:
     made = Document(
-        "<b>", "a & b", "good", [("x", "<i>")], [Section("s", [Table(("a", "b"), [("1|2", "<u>")]), Items(["<s>"])])]
+        "<b>",
+        "a & b",
+        "good",
+        [("x", "<i>")],
+        [Section("s", blocks=[Table(("a", "b"), [("1|2", "<u>")]), Items(["<s>"])])],
     )
     assert "<b>" not in made.page() and "&lt;u&gt;" in made.page() and "<s>" not in made.page().split("</style>")[1]
     assert "1\\|2" in made.markdown()

@@ -8,11 +8,11 @@ from html import escape
 
 import pytest
 
+from megatron_opt.report.blocks import PALETTE
 from megatron_opt.study import cli
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.paper_data import paper_dataset
 from megatron_opt.study.report.pitfalls import pitfalls
-from megatron_opt.study.report.plots import PALETTE
 from tests.study.conftest import STUDY
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")

@@ -47,6 +47,11 @@ MISTAKES = [
     ),
     ("jobs: 2", "jbos: 2", 16, "unknown key `jbos` in `executor:`; did you mean `jobs`?"),
     ("jobs: 2", "jobs: two", 16, "must be a whole number"),
+    ("jobs: 2", "slurm: 3", 16, "`slurm:` must be a mapping of keys to values, not 3"),
+    ("jobs: 2", "environment: [a]", 16, "`environment:` must be a mapping"),
+    ("name: small", "name: small\nflags: 3", 2, "`flags:` must be a mapping"),
+    ("num_layers: 2,", "flags: [a], num_layers: 2,", 4, "`flags:` must be a mapping"),
+    ("grid: {lr: [0.004, 0.008, 0.064]}", "start: 3", 12, "`start:` must be a mapping"),
     ("jobs: 2", "kind: kubernetes", 16, "not one of local, slurm"),
     ("sequence_length: 64", "sequence_length: -64", 2, "greater than 0"),
     ("sequence_length: 64\n", "", 1, "lacks `sequence_length:`"),
@@ -105,6 +110,14 @@ def test_no_text_makes_the_reader_fail_in_another_way(tmp_path_factory, text):
     path.write_text(text)
     with pytest.raises(UserError):
         read_study(path)
+
+
+def test_mappings_may_be_merged_and_keep_their_lines(make_study):
+    """YAML's `<<`, of which the reader knew nothing: its own keys win, and a mistake in what is merged has its line."""
+    text = STUDY.replace("jobs: 2", "<<: {jobs: 3, ranks: 1}\n  jobs: 2")
+    assert read_study(make_study(text)).executor.jobs == 2
+    with pytest.raises(UserError, match=r":16: unknown key `jbos`"):
+        read_study(make_study(STUDY.replace("jobs: 2", "<<: {jbos: 3}")))
 
 
 def test_numbers_may_be_written_as_people_write_them(make_study):

@@ -12,8 +12,9 @@ from megatron_opt.optimizers import registry
 from megatron_opt.study import batch_ramp
 from megatron_opt.study.hyperparameters import FLAGS, SCHEDULE, flag_of
 from megatron_opt.study.spec import OptimizerSpace, Regime, Study
-from megatron_opt.study.yaml_lines import LocatedDict, load
+from megatron_opt.study.yaml_lines import load
 from megatron_opt.training.flags.ranges import RANGES, Range
+from megatron_opt.yaml_files import LocatedDict
 
 OF_MEGATRON = ("adam", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "wsd", "inverse-square-root")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_opt.files import write_output
+from megatron_opt.report import markdown
+from megatron_opt.report.blocks import Section, Table
+from megatron_opt.report.terminal import make_console
 from megatron_opt.study.analysis import analyse_if_possible
 from megatron_opt.study.dataset import Dataset, from_store
-from megatron_opt.study.display import make_console
 from megatron_opt.study.fits.findings import MISSING, findings
 from megatron_opt.study.report.accuracy import accuracy
-from megatron_opt.study.report.plots import Section, Table
 from megatron_opt.study.report.repetition import repeated_data
 from megatron_opt.study.report.transfer import transfer_over_width
 from megatron_opt.study.report.wall_clock import tokens_and_time
@@ -50,7 +52,7 @@ def page(dataset: Dataset) -> str:
         f"{len(dataset.finished)} runs are finished"
         + (f", {left} are not: what they would tell is missing below." if left else "."),
         "",
-        *_table(
+        *markdown.table(
             Table(
                 ["finding", "where", "evidence", "verdict"],
                 [
@@ -66,21 +68,12 @@ def page(dataset: Dataset) -> str:
     sections = [results, tokens_and_time(dataset, analysis), accuracy(dataset), transfer_over_width(dataset)]
     if not isinstance(analysis, str):
         sections.append(repeated_data(analysis))
-    for section in sections:
-        if section.tables:
-            lines += ["", f"## {section.title}", *(f"\n{text}" for text in section.text)]
-            for table in section.tables:
-                lines += ["", *_table(table)]
-            lines += [f"\n- {warning}" for warning in section.warnings]
-    return "\n".join(lines) + "\n"
+    shown = [
+        replace(one, plots=[], tables=[_without_runs(table) for table in one.tables]) for one in sections if one.tables
+    ]
+    return "\n".join([*lines, *markdown.sections(shown)]) + "\n"
 
 
-def _table(table: Table) -> list[str]:
-    """Of Markdown; run ids are left to the report."""
-    keep = [i for i, name in enumerate(table.header) if name not in ("runs", "run id")]
-
-    def row(cells: list[str]) -> str:
-        return "| " + " | ".join(cells[i].replace("|", "/") for i in keep) + " |"
-
-    caption = [table.caption, ""] if table.caption else []
-    return [*caption, row(table.header), "|" + "---|" * len(keep), *(row(cells) for cells in table.rows)]
+def _without_runs(table: Table) -> Table:
+    """Run ids are left to the report."""
+    return table.without(lambda i: table.header[i] in ("runs", "run id"))

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from megatron_opt.report.terminal import make_console, print_table
 from megatron_opt.study.analysis import Analysis, analyse
 from megatron_opt.study.commands.pricing import cluster_times
 from megatron_opt.study.dataset import Dataset, from_store
-from megatron_opt.study.display import make_console, print_table
 from megatron_opt.study.fit_files import write_fits
 from megatron_opt.study.paper_data import hyperball_dataset, paper_dataset
 from megatron_opt.study.report import write_report

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_opt.report.terminal import make_console, print_table
 from megatron_opt.study.commands.checking import check_study
 from megatron_opt.study.commands.pricing import Prices, add_price_options, words
-from megatron_opt.study.display import make_console, print_table
 from megatron_opt.study.executors.local import LocalExecutor
 from megatron_opt.study.expected import expected_runs
 from megatron_opt.study.planning import plan_costs

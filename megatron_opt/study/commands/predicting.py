@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from megatron_opt.errors import UserError
+from megatron_opt.report.terminal import make_console, print_table
 from megatron_opt.study.commands.pricing import Prices, add_price_options
 from megatron_opt.study.dataset import from_store
-from megatron_opt.study.display import make_console, print_table
 from megatron_opt.study.fits.next_runs import NextRun, next_runs
 from megatron_opt.study.fits.noise import noise_floor
 from megatron_opt.study.fits.observations import observations

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_opt.report.terminal import make_console
 from megatron_opt.study.analysis import analyse_if_possible
 from megatron_opt.study.commands.fitting import add_fit_options, fit_arguments
 from megatron_opt.study.dataset import from_store
-from megatron_opt.study.display import make_console, print_summary
+from megatron_opt.study.display import print_summary
 from megatron_opt.study.report import write_report
 from megatron_opt.study.scheduler import STORE_NAME
 from megatron_opt.study.store import Store

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_opt.report.terminal import make_console
 from megatron_opt.study.dataset import from_store
-from megatron_opt.study.display import make_console, observe, print_summary
+from megatron_opt.study.display import observe, print_summary
 from megatron_opt.study.scheduler import Stopped, open_study
 from megatron_opt.study.study_file import read_study
 

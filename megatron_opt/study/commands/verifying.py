@@ -10,9 +10,9 @@ import numpy as np
 from rich.console import Console
 
 from megatron_opt.errors import UserError
+from megatron_opt.report.terminal import make_console, print_table
 from megatron_opt.study.commands.fitting import add_without
 from megatron_opt.study.dataset import Dataset, from_store
-from megatron_opt.study.display import make_console, print_table
 from megatron_opt.study.fits.noise import NoiseFloor, noise_floor
 from megatron_opt.study.fits.observations import Observations, observations
 from megatron_opt.study.fits.scaling import KINDS, fit_law

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.live import Live
 
-from megatron_opt.study.display import STATES, counts, live_view, make_console, print_table
+from megatron_opt.report.terminal import make_console, print_table
+from megatron_opt.study.display import STATES, counts, live_view
 from megatron_opt.study.scheduler import STORE_NAME
 from megatron_opt.study.store import FINISHED, Store
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from itertools import combinations
 
+from megatron_opt.report.blocks import Section, Table
 from megatron_opt.study import downstream
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.downstream import Score, scores
 from megatron_opt.study.fits.paired_items import ItemTest, baseline_tests, disagreements
 from megatron_opt.study.fits.significance import LEVEL
-from megatron_opt.study.report.plots import Section, Table
 from megatron_opt.study.report.scaling import p_text
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megatron_opt.report.blocks import Plot, Section, Series, Table, colors
 from megatron_opt.study.dataset import Dataset
-from megatron_opt.study.report.plots import Plot, Section, Series, Table, colors
 
 KEYS = {
     "angular_update": ("Angular update of a step", "radians"),

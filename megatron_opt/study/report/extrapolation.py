@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_opt.report.blocks import Plot, Section, Series, Table, colors
 from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.fits.ensemble import Backtest, Ensemble
 from megatron_opt.study.fits.gain_law import GainCheck
 from megatron_opt.study.fits.intervals import interval
-from megatron_opt.study.report.plots import Plot, Section, Series, Table, colors
 from megatron_opt.study.report.scaling import law_table
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_opt.report.blocks import Plot, Section, Series, Table, colors
 from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.fits.repetition import GRID, effective_tokens
 from megatron_opt.study.fits.significance import LEVEL, Comparison
 from megatron_opt.study.fits.statement import Estimate
-from megatron_opt.study.report.plots import Plot, Section, Series, Table, colors
 from megatron_opt.study.report.scaling import p_text
 
 

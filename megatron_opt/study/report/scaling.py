@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from megatron_opt.report.blocks import Plot, Section, Series, Table, colors
 from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.fits.intervals import interval
 from megatron_opt.study.fits.scaling import Fit
 from megatron_opt.study.fits.significance import LEVEL
 from megatron_opt.study.fits.speedups import Speedup
-from megatron_opt.study.report.plots import Plot, Section, Series, Table, colors
 
 
 def final_losses(analysis: Analysis) -> Section:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megatron_opt.report.blocks import Section, Table
 from megatron_opt.study.dataset import Dataset
-from megatron_opt.study.report.plots import Section, Table
 
 
 def search(dataset: Dataset) -> Section:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from megatron_opt.report.blocks import Section, Table
 from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.report.accuracy import accuracy
@@ -12,7 +13,6 @@ from megatron_opt.study.report.curves import loss_curves
 from megatron_opt.study.report.dynamics import dynamics
 from megatron_opt.study.report.extrapolation import extrapolation, prediction_error, verdict
 from megatron_opt.study.report.pitfalls import pitfalls
-from megatron_opt.study.report.plots import Section, Table
 from megatron_opt.study.report.repetition import repeated_data
 from megatron_opt.study.report.scaling import final_losses, gains, significance, speedup_section
 from megatron_opt.study.report.search import search

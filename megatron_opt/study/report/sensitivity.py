@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_opt.report.blocks import Plot, Section, Series, colors
 from megatron_opt.study.dataset import Dataset
-from megatron_opt.study.report.plots import Plot, Section, Series, colors
 from megatron_opt.study.spec import Regime
 from megatron_opt.study.store import Record
 

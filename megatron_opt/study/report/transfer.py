@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
+from megatron_opt.report.blocks import PALETTE, Plot, Section, Series, Table, colors
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.fits.significance import LEVEL
 from megatron_opt.study.fits.transfer import Carried, Transfer, transfer_of
-from megatron_opt.study.report.plots import PALETTE, Plot, Section, Series, Table, colors
 from megatron_opt.study.report.scaling import p_text
 
 TITLES = {"standard": "without µP", "mup": "µP"}

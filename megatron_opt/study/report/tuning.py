@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_opt.report.blocks import Plot, Section, Series, Table, colors
 from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.dataset import Dataset
-from megatron_opt.study.report.plots import Plot, Section, Series, Table, colors
 
 
 def hyper_laws(analysis: Analysis) -> Section:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
+from megatron_opt.report.blocks import Plot, Section, Series, Table, colors
 from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.fits.significance import LEVEL
 from megatron_opt.study.fits.statement import Estimate
 from megatron_opt.study.fits.wall_clock import TimeSpeedup, WallClock, reached
-from megatron_opt.study.report.plots import Plot, Section, Series, Table, colors
 
 
 def tokens_and_time(dataset: Dataset, analysis: Analysis | str) -> Section:

@@ -65,17 +65,25 @@
     return [low - pad, high + pad];
   };
 
+  const folded = (text, room) => text.split(" ").reduce((lines, word) => {
+    const last = lines.length - 1;
+    return last >= 0 && lines[last].length + word.length < room ? [...lines.slice(0, last), `${lines[last]} ${word}`] : [...lines, word];
+  }, []);
+
   const draw = figure => {
     const plot = plots[figure.dataset.plot];
     const state = figure.state ||= { hidden: new Set(), view: null };
     const width = Math.max(280, Math.min(figure.clientWidth || 600, 900)), height = Math.round(width * 0.62);
-    const box = { left: 62, right: width - 14, top: 12, bottom: height - 40 };
+    const room = Math.max(8, (width - 90) / 6 / plot.x_names.length), names = plot.x_names.map(name => folded(name, room));
+    const below = 12 * Math.max(0, ...names.map(lines => lines.length - 1));
+    const box = { left: 62, right: width - 14, top: 12, bottom: height - 40 - below };
     const shown = plot.series.filter((_, i) => !state.hidden.has(i));
     const solid = shown.filter(s => !s.crosses);
     const xs = shown.flatMap(s => s.x);
     const ys = solid.flatMap(s => s.y.concat(s.low || [], s.high || [])).concat(plot.horizontal.map(h => h[0]));
     let [x0, x1] = extent(xs.concat(plot.vertical.map(v => v[0])), plot.x_log);
     let [y0, y1] = plot.y_range || extent(ys, plot.y_log);
+    if (names.length) [x0, x1] = [-0.5, names.length - 0.5];
     if (state.view) [x0, x1, y0, y1] = state.view;
     const marked = [...new Set(solid.filter(s => s.points).flatMap(s => s.x))].sort((a, b) => a - b);
     const X = axis(x0, x1, plot.x_log, box.left, box.right), Y = axis(y0, y1, plot.y_log, box.bottom, box.top);
@@ -85,21 +93,24 @@
       X.ticks = marked.filter(value => X.position(value) - last > 36 && (last = X.position(value)));
     }
 
+    if (names.length) X.ticks = [...names.keys()].filter(i => i >= x0 && i <= x1);
+
     const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": plot.title });
     const clip = `clip-${figure.dataset.plot}`;
     make("rect", { x: box.left, y: box.top - 8, width: box.right - box.left, height: box.bottom - box.top + 8 },
       make("clipPath", { id: clip }, svg));
     for (const value of X.ticks) {
       const x = X.position(value);
-      make("line", { x1: x, x2: x, y1: box.top, y2: box.bottom, stroke: "#ececec" }, svg);
-      make("text", { x, y: box.bottom + 15, "text-anchor": "middle" }, svg).textContent = show(value);
+      if (!names.length) make("line", { x1: x, x2: x, y1: box.top, y2: box.bottom, stroke: "var(--rule)" }, svg);
+      (names.length ? names[value] : [show(value)]).forEach((text, i) =>
+        make("text", { x, y: box.bottom + 15 + 12 * i, "text-anchor": "middle" }, svg).textContent = text);
     }
     for (const value of Y.ticks) {
       const y = Y.position(value);
-      make("line", { x1: box.left, x2: box.right, y1: y, y2: y, stroke: "#ececec" }, svg);
+      make("line", { x1: box.left, x2: box.right, y1: y, y2: y, stroke: "var(--rule)" }, svg);
       make("text", { x: box.left - 6, y: y + 4, "text-anchor": "end" }, svg).textContent = show(value);
     }
-    make("path", { d: `M${box.left},${box.top}V${box.bottom}H${box.right}`, fill: "none", stroke: "#999" }, svg);
+    make("path", { d: `M${box.left},${box.top}V${box.bottom}H${box.right}`, fill: "none", stroke: "var(--soft)" }, svg);
     make("text", { x: (box.left + box.right) / 2, y: height - 6, "text-anchor": "middle" }, svg).textContent = plot.x_label;
     const middle = (box.top + box.bottom) / 2;
     make("text", { x: 13, y: middle, "text-anchor": "middle", transform: `rotate(-90 13 ${middle})` }, svg).textContent = plot.y_label;
@@ -107,23 +118,26 @@
     const inner = make("g", { "clip-path": `url(#${clip})` }, svg);
     for (const [value, label] of plot.vertical) {
       const x = X.position(value);
-      make("line", { x1: x, x2: x, y1: box.top, y2: box.bottom, stroke: "#777", "stroke-dasharray": "2 3" }, inner);
+      make("line", { x1: x, x2: x, y1: box.top, y2: box.bottom, stroke: "var(--soft)", "stroke-dasharray": "2 3" }, inner);
       make("text", { x: x - 4, y: box.top + 4, "text-anchor": "end", transform: `rotate(-90 ${x - 4} ${box.top + 4})` }, inner).textContent = label;
     }
     for (const [value, label] of plot.horizontal) {
       const y = Y.position(value);
-      make("line", { x1: box.left, x2: box.right, y1: y, y2: y, stroke: "#777", "stroke-dasharray": "2 3" }, inner);
+      make("line", { x1: box.left, x2: box.right, y1: y, y2: y, stroke: "var(--soft)", "stroke-dasharray": "2 3" }, inner);
       make("text", { x: box.left + 4, y: y - 4 }, inner).textContent = label;
     }
     const targets = [];
     for (const series of shown) {
       const place = series.x.map((x, i) => [X.position(x), series.crosses ? box.top + 4 : Y.position(series.y[i])]);
+      if (series.bars) series.x.forEach((x, i) => make("rect", {
+        x: X.position(x - 0.3), width: X.position(x + 0.3) - X.position(x - 0.3), y: Y.position(series.high[i]),
+        height: Math.max(0, Y.position(series.low[i]) - Y.position(series.high[i])), fill: series.color }, inner));
       const path = points => points.length ? "M" + points.map(p => p.map(v => v.toFixed(1)).join(",")).join("L") : "";
-      if (series.low && series.line) {
+      if (series.low && series.line && !series.bars) {
         const up = series.x.map((x, i) => [X.position(x), Y.position(series.high[i])]);
         const down = series.x.map((x, i) => [X.position(x), Y.position(series.low[i])]).reverse();
         make("path", { d: path(up.concat(down)) + "Z", fill: series.color, opacity: 0.15 }, inner);
-      } else if (series.low) {
+      } else if (series.low && !series.bars) {
         place.forEach(([x], i) => make("line", { x1: x, x2: x, y1: Y.position(series.low[i]), y2: Y.position(series.high[i]), stroke: series.color }, inner));
       }
       if (series.line) make("path", {
@@ -141,13 +155,13 @@
             const top = Y.position(series.high[i]), bottom = Y.position(series.low[i]);
             make("rect", { x: x - 5, width: 10, y: top, height: Math.max(0, bottom - top), fill: `url(#${id})`, opacity: 0.55 }, inner);
           }
-          make("circle", { cx: x, cy: y, r: 3.4, fill: "#fff", stroke: series.color, "stroke-width": 1.6 }, inner);
+          make("circle", { cx: x, cy: y, r: 3.4, fill: "var(--paper)", stroke: series.color, "stroke-width": 1.6 }, inner);
         }
         else if (series.points) make("circle", { cx: x, cy: y, r: 3.2, fill: series.color }, inner);
         if (x >= box.left - 1 && x <= box.right + 1) targets.push({ x, y, series, i });
       });
     }
-    const cursor = make("circle", { r: 5.5, fill: "none", stroke: "#222", visibility: "hidden" }, svg);
+    const cursor = make("circle", { r: 5.5, fill: "none", stroke: "var(--ink)", visibility: "hidden" }, svg);
     const frame = make("rect", { fill: "#0072b2", opacity: 0.12, visibility: "hidden" }, svg);
     interact(figure, svg, { width, box, X, Y, targets, cursor, frame, state, plot });
 
@@ -179,9 +193,11 @@
       if (!near) return;
       cursor.setAttribute("cx", near.x); cursor.setAttribute("cy", near.y);
       const { series, i } = near;
-      const range = series.low ? ` (${show(series.low[i])} … ${show(series.high[i])})` : "";
-      tip.textContent = `${series.label}: ${plot.x_label} ${show(series.x[i])}, ` +
-        (series.crosses ? "diverged" : `${plot.y_label} ${show(series.y[i])}${range}`) + (series.beyond && series.beyond[i] ? ", extrapolated" : "") + (series.runs ? `, run ${series.runs[i]}` : "");
+      const range = series.low && !series.bars ? ` (${show(series.low[i])} … ${show(series.high[i])})` : "";
+      const where = plot.x_names.length ? plot.x_names[series.x[i]] : `${plot.x_label} ${show(series.x[i])}`;
+      const value = series.bars ? series.high[i] - series.low[i] : series.y[i];
+      tip.textContent = [series.label, where].filter(Boolean).join(": ") + ", " +
+        (series.crosses ? "diverged" : `${plot.y_label} ${show(value)}${range}`) + (series.beyond && series.beyond[i] ? ", extrapolated" : "") + (series.runs ? `, run ${series.runs[i]}` : "");
       tip.style.left = Math.min(event.clientX + 12, innerWidth - tip.offsetWidth - 8) + "px";
       tip.style.top = Math.min(event.clientY + 12, innerHeight - tip.offsetHeight - 8) + "px";
     });

@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from megatron_opt.files import replacing_output
-from megatron_opt.study.report.plots import Plot, Series
+from megatron_opt.report.blocks import Plot, Series
 
 matplotlib.use("Agg")
 MARKERS = "osD^"
-BESIDE = 8  # a longer legend stands beside the axes
+BESIDE = 8  # a longer legend stands beside the axes, as does that of bars
 
 
 def write_png(plot: Plot, path: Path) -> None:
     """Draw one figure, 1040 × 650 pixels."""
     figure = Figure(figsize=(8, 5), dpi=130)
     figure.subplots_adjust(left=0.11, right=0.97, bottom=0.11, top=0.92)
-    axes = figure.add_subplot()
+    if _axes(figure.add_subplot(), plot):
+        figure.subplots_adjust(right=0.82)
+    _write(figure, path)
+
+
+def write_grid(plots: Sequence[Plot], columns: int, title: str, path: Path) -> None:
+    """Draw several figures in rows of `columns`, under one title."""
+    rows = math.ceil(len(plots) / columns)
+    figure = Figure(figsize=(4.5 * columns, 3.8 * rows), dpi=110, layout="constrained")
+    for place, plot in enumerate(plots, 1):
+        _axes(figure.add_subplot(rows, columns, place), plot)
+    figure.suptitle(title)
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: Path) -> None:
+    with replacing_output(path) as stream:
+        figure.savefig(stream, format="png")
+
+
+def _axes(axes, plot: Plot) -> bool:
+    """Draw a figure into its axes; whether the legend stands beside them."""
     axes.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
     if plot.x_log:
         axes.set_xscale("log")
@@ -45,6 +69,7 @@ def write_png(plot: Plot, path: Path) -> None:
     for y, label in plot.horizontal:
         axes.axhline(y, color="#888888", linestyle=":", linewidth=1)
         axes.annotate(label, (0.01, y), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
+    axes.set_axisbelow(True)
     axes.grid(True, color="#e5e5e5", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     xs = sorted({x for series in plot.series if series.points for x in series.x})
@@ -52,18 +77,24 @@ def write_png(plot: Plot, path: Path) -> None:
         axes.set_xticks(xs)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
+    if plot.x_names:
+        axes.set_xticks(range(len(plot.x_names)), [fill(name, 80 // len(plot.x_names)) for name in plot.x_names])
+        axes.set_xlim(-0.5, len(plot.x_names) - 0.5)
     labels = [series.label for series in plot.series if series.label]
-    if len(labels) > BESIDE:
-        figure.subplots_adjust(right=0.82)
+    beside = len(labels) > BESIDE or any(series.bars for series in plot.series)
+    if beside:
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     elif labels:
         axes.legend(fontsize=8, frameon=False)
-    with replacing_output(path) as stream:
-        figure.savefig(stream, format="png")
+    return beside
 
 
 def _draw(axes, series: Series, marker: str) -> None:
     style = ("--" if series.dash else "-") if series.line else "none"
+    if series.bars:
+        heights = [high - low for low, high in zip(series.low or (), series.high or ())]
+        axes.bar(series.x, heights, 0.6, bottom=series.low, color=series.color, label=series.label or None)
+        return
     if series.low is not None and series.high is not None:
         if series.line:
             axes.fill_between(series.x, series.low, series.high, color=series.color, alpha=0.15, linewidth=0)

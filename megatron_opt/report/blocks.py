@@ -1,8 +1,9 @@
-"""A figure as data: the page, the PNG and the CSV are three drawings of the same thing."""
+"""What a report is made of, as data: the page, Markdown, PNG and CSV are drawings of the same thing."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 PALETTE = (
@@ -47,6 +48,8 @@ class Series:
     """points that rest on an extrapolated baseline: hollow, on a hatched interval"""
     crosses: bool = False
     """points are crosses at the top of the plot: runs that diverged"""
+    bars: bool = False
+    """rectangles from `low` to `high`: parts of stacked bars"""
 
 
 @dataclass
@@ -65,6 +68,8 @@ class Plot:
     vertical: list[tuple[float, str]] = field(default_factory=list)
     """vertical lines: position and label"""
     horizontal: list[tuple[float, str]] = field(default_factory=list)
+    x_names: list[str] = field(default_factory=list)
+    """of categories, which stand at x = 0, 1, …"""
 
     def __post_init__(self) -> None:
         """Drop points that cannot be drawn: not finite, or not positive on a logarithmic axis."""
@@ -87,22 +92,54 @@ class Plot:
 class Table:
     """A table of text cells, numbers already formatted."""
 
-    header: list[str]
-    rows: list[list[str]]
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
     caption: str = ""
+
+    def words(self) -> list[bool]:
+        """By column, whether it holds words, which stand to the left; numbers stand to the right."""
+        return [any(row[i][:1].isalpha() for row in self.rows) for i in range(len(self.header))]
+
+    def without(self, unwanted: Callable[[int], bool]) -> Table:
+        """The table less the columns whose place is unwanted."""
+        keep = [i for i in range(len(self.header)) if not unwanted(i)]
+        return Table([self.header[i] for i in keep], [[row[i] for i in keep] for row in self.rows], self.caption)
+
+
+@dataclass
+class Items:
+    """A list of sentences; with `marks`, a word before each (a severity, say)."""
+
+    sentences: Sequence[str]
+    marks: Sequence[str] = ()
+
+    def marked(self) -> Iterator[tuple[str, str]]:
+        """Each sentence behind its mark, which may be empty."""
+        return zip(self.marks or [""] * len(self.sentences), self.sentences, strict=True)
+
+
+@dataclass
+class Code:
+    """A command line."""
+
+    text: str
+
+
+Block = str | Plot | Table | Items | Code
 
 
 @dataclass
 class Section:
-    """A heading of the report with what stands under it."""
+    """A heading of the report with what stands under it: by kind, then `blocks` in their own order."""
 
     title: str
     text: list[str] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
 
 
-def colors(names: list[str]) -> dict[str, str]:
+def colors(names: Sequence[str]) -> dict[str, str]:
     """A fixed color for each name, in order."""
     return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
