@@ -13,6 +13,7 @@ from typing import Any
 from megatron_opt import run_files
 from megatron_opt.errors import UserError, number
 from megatron_opt.files import make_folder
+from megatron_opt.training import entry, failing
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -80,6 +81,8 @@ def main(argv: list[str], prog: str) -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer-engine).*")
+    entry.check_launcher()
+    failing.listen()
     evaluate(args)
     return 0
 

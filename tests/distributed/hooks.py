@@ -24,6 +24,14 @@ def checkpoint(case: Case, record: recording.Record, argv: list[str], folder: Pa
     return argv
 
 
+def one_rank_refuses(case: Case, record: recording.Record, argv: list[str], folder: Path) -> list[str]:
+    """As `checkpoint`, and Megatron's check of what the ranks have, which rank 0 makes alone, finds a fault."""
+    from megatron.core.dist_checkpointing import validation
+
+    validation._validate_sharding_for_key = lambda shards: [f"{shards[0][1].key} is there twice"]
+    return checkpoint(case, record, argv, folder)
+
+
 def _record_loaded(record: recording.Record) -> None:
     """Weights and state as they are right after loading."""
     from megatron.training import training
