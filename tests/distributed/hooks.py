@@ -139,6 +139,20 @@ def skew(case: Case, record: recording.Record, argv: list[str], folder: Path) ->
     return [*argv, "--matrix-mode", "sharded" if int(os.environ["RANK"]) == case.ranks - 1 else "owner"]
 
 
+def undeclared(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
+    """The last stage has a layer that nobody has declared."""
+    import os
+
+    from megatron_opt.distributed import build
+    from megatron_opt.errors import UserError
+
+    def declare(*args: Any, **kwargs: Any) -> Any:
+        raise UserError("no line declares the layer `odd`")
+
+    if int(os.environ["RANK"]) == case.ranks - 1:
+        build.declare = declare
+
+
 def finite_differences(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
     """Record by parameter how far z⊙(Hz) is from z⊙(∇L(w + εz) − ∇L(w − εz))/2ε, relative to its norm, and the norm."""
     import torch
