@@ -16,8 +16,8 @@ from typing import Any
 
 from megatron_opt.training import events
 
-_PATIENCE = 15.0  # seconds in which rank 0 must be there, and others must have heard
-_FOR_THE_DEAD = 2.0  # the second of them where another rank is gone without a word
+_PATIENCE = 15.0  # seconds in which rank 0 must be there, the store answer, and others have heard
+_FOR_THE_DEAD = 2.0  # the last of them where another rank is gone without a word
 _LAST = 0.2  # by which the process with the store outlives the others
 _line: "_Line | None" = None
 
@@ -61,7 +61,9 @@ class _Line:
 
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         patience = timedelta(minutes=30)
-        self.store = TCPStore(*where, None, self.host, patience, wait_for_workers=False, multi_tenant=True)
+        store = TCPStore(*where, None, self.host, patience, wait_for_workers=False, multi_tenant=True)
+        store.set_timeout(timedelta(seconds=_PATIENCE))  # a host whose link is cut does not answer
+        self.store = store
         self.connected.set()
 
     def _listen(self) -> None:
@@ -101,7 +103,8 @@ class _Line:
             first = json.loads(self.store.compare_set(self.key, "", json.dumps(mine)))
             if first["rank"] == self.rank:  # torchrun must not see this rank end before the others
                 self.store.add(self.heard, 1)
-                patience = _FOR_THE_DEAD if reason is None else _PATIENCE
+                # the dead do not hear; and where an agent has the store, it ends the others
+                patience = _PATIENCE if reason is not None else _FOR_THE_DEAD if self.host else 0.0
                 self._until(lambda: self.store.add(self.heard, 0) >= self.ranks, patience)
                 self.store.set(self.done, "1")
                 time.sleep(_LAST if self.host else 0)

@@ -14,7 +14,7 @@ from megatron_opt.errors import UserError
 from megatron_opt.study.display import make_console, print_table
 from megatron_opt.study.fits.steps_to_target import Attained, steps_to_target
 
-HEADER = ["optimizer", "steps", "mean loss", "runs", "(target − mean)·√runs", "at the target", "source"]
+HEADER = ["optimizer", "steps", "mean loss", "runs", "(target − mean)·√runs", "mean at target", "source"]
 
 
 def main(argv: list[str], prog: str) -> int:
@@ -37,10 +37,10 @@ def read_protocol(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeError, yaml.YAMLError) as error:
         why = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"{path} cannot be read as YAML ({why}); name a protocol file.") from error
-    wanted = {"name": str, "target": float, "margin": float, "setups": dict}
-    for key, kind in wanted.items():
+    kinds = {"name": str, "target": int | float, "margin": int | float, "setups": dict}
+    for key, kind in kinds.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):
-            raise UserError(f"{path} has no {key} ({kind.__name__}); see examples/speedrun/track3.yaml.")
+            raise UserError(f"{path} has no {key}, or not as examples/speedrun/track3.yaml has it; add it.")
     return dict(content)
 
 
@@ -61,7 +61,7 @@ def own_rows(protocol: Mapping[str, Any], runs: Path) -> list[list[str]]:
             rows.append([name, *["–"] * (len(HEADER) - 2), "not run"])
             continue
         found = steps_to_target(curves, protocol["target"], protocol["margin"])
-        at = "–" if found.crossing is None else f"{found.crossing:.0f}"
+        at = "–" if found.crossing is None else f"step {found.crossing:.0f}"
         rows.append(_row(name, found.steps, found.loss, found.runs, protocol["target"], at, _said(found)))
     return rows
 
