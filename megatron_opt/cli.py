@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_opt import quiet
 from megatron_opt.errors import Parser, UserError, did_you_mean, naming, unusable
 from megatron_opt.extras import missing_package
+from megatron_opt.training import entry, failing
 
 COMMANDS = {
     "data": ("megatron_opt.data.cli", "fetch a corpus, train a tokenizer, write .bin/.idx, inspect a dataset"),
@@ -48,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         if not _reader_is_gone():
             raise
         return 128 + signal.SIGPIPE
+    except Exception as error:
+        failing.tell(1, f"{type(error).__name__}: {error}")
+        raise
 
 
 def _run(argv: list[str]) -> int:
@@ -80,8 +84,7 @@ def _run(argv: list[str]) -> int:
         if sentence_of is None:
             raise
         sentence = sentence_of
-    print(f"megatron-opt {argv[0]}: {naming(str(sentence), argv[1:])}", file=sys.stderr)
-    return 2
+    return entry.print_user_error(f"megatron-opt {argv[0]}", UserError(naming(str(sentence), argv[1:])))
 
 
 def version() -> str:

@@ -39,6 +39,9 @@ checkpointing/resuming.py
 checkpointing/other_layers.py
   megatron.core.dist_checkpointing.load: checkpoints of local layers and of Transformer Engine's load into each other
 checkpointing/resuming.py
+  megatron.core.dist_checkpointing.validation.validate_sharding_integrity: what rank 0 refuses at a load, every rank refuses
+  megatron.core.dist_checkpointing.state_dict_utils.validate_sharding_integrity: the same at a save
+  megatron.core.dist_checkpointing.strategies.fully_parallel.validate_sharding_integrity: the same for saves shared by ranks
   megatron.training.checkpointing._build_sharded_state_dict_metadata: state stored by whole-matrix coordinates loads on any layout
 training/job.py
   megatron.training.training.get_megatron_optimizer: builds our optimizers, watched by the monitor

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from megatron_opt import quiet
 from megatron_opt.errors import UserError, full, naming
 from megatron_opt.extras import missing_package
-from megatron_opt.training import entry, signals
+from megatron_opt.training import entry, failing, signals
 
 _PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Connection refused.*gloo|gloo.*Connection", re.S)
 
@@ -18,6 +18,7 @@ def run(argv: Sequence[str]) -> None:
     signals.die_with_launcher()
     quiet.install()
     entry.set_single_process_env()
+    failing.listen()
     from megatron_opt import platform
     from megatron_opt.platform import transformer_engine
 
@@ -59,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gone = UserError(
             "another rank is gone, see its own lines and `megatron-opt status`; the launcher starts all again."
         )
-        entry.print_user_error("megatron_opt.pretrain", gone)
-        return 1
+        return entry.print_user_error("megatron_opt.pretrain", gone, 1, of_another=True)
     except SystemExit as leaving:
         code = signals.exit_code(leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code)))
     if not code:  # also by --exit-interval and its like
@@ -69,4 +69,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    entry.exit_process(main())
+    entry.run(main)

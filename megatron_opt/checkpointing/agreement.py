@@ -1,5 +1,7 @@
 """What all ranks must know alike before they go on: each function is a collective."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 
@@ -49,3 +51,26 @@ def first_error(error: str | None) -> str | None:
     errors: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(errors, error)
     return next((f"rank {index}: {text}" for index, text in enumerate(errors) if text), None)
+
+
+def refused_by_all(check: Callable[..., None]) -> Callable[..., None]:
+    """Megatron's check of a state, which rank 0 makes alone while others go on: what it refuses, every rank refuses.
+
+    The exception then has `of_all_ranks`.
+    """
+
+    @functools.wraps(check)
+    def checked(*args: Any, **kwargs: Any) -> None:
+        from megatron.core.dist_checkpointing.mapping import CheckpointingException
+
+        error = None
+        try:
+            check(*args, **kwargs)
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        if error := first_error(error):
+            refused = CheckpointingException(error)
+            refused.of_all_ranks = True  # type: ignore[attr-defined]
+            raise refused
+
+    return checked

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opt import patches
-from megatron_opt.checkpointing import compared, folders, other_layers, trusted
+from megatron_opt.checkpointing import agreement, compared, folders, other_layers, trusted
 from megatron_opt.distributed.state import FORMAT, contents
 from megatron_opt.errors import UserError
 from megatron_opt.training import console
@@ -24,6 +24,9 @@ def install(ours: bool = True) -> None:
     file = "checkpointing/resuming.py"
     patches.wrap("megatron.training.training.load_checkpoint", file, lambda load: functools.partial(_load, load, ours))
     other_layers.install()
+    for module in ("strategies.fully_parallel", "state_dict_utils", "validation"):  # which the others take it from
+        name = f"megatron.core.dist_checkpointing.{module}.validate_sharding_integrity"
+        patches.wrap(name, file, agreement.refused_by_all)
     if not ours:
         return
     patches.wrap("megatron.training.checkpointing._build_sharded_state_dict_metadata", file, _for_any_layout)

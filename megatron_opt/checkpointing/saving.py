@@ -212,7 +212,9 @@ class Saver:
         gc.disable()  # a collection in between takes as long as the whole of a background save's preparation
         try:
             original(iteration, *args, **kwargs)
-        except (CheckpointException, CheckpointingException) as error:  # raised on every rank alike
+        except (CheckpointException, CheckpointingException) as error:
+            if isinstance(error, CheckpointingException) and not hasattr(error, "of_all_ranks"):
+                raise  # the others are elsewhere; torch's own is raised on every rank
             self.error = _short(error)
         finally:
             self.saving = None

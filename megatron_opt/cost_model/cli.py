@@ -77,11 +77,12 @@ def main(argv: list[str], prog: str) -> int:
 
 
 def _flags(args: argparse.Namespace, rest: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    from megatron_opt.cost_model.flags import from_run, parse
+    from megatron_opt.cost_model.flags import check_effects, from_run, parse
 
     given, ignored = parse(rest)
     base = from_run(args.source) if args.source else {}
     flags = {**base, **given}
+    check_effects(flags, rest)
     _check_given_options(flags, given, getattr(args, "against", None))
     if args.json:
         check_writable(Path(args.json))

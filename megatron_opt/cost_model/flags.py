@@ -15,6 +15,7 @@ from megatron_opt.layout import flags as structure
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.groups import ParamGroupConfig, default_group_configs, load_group_configs
 from megatron_opt.presets import read as preset
+from megatron_opt.training.flags import conditions
 from megatron_opt.training.flags.ranges import RANGES
 
 Flags = dict[str, Any]
@@ -245,6 +246,30 @@ def _plain(value: Any) -> Any:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return value
+
+
+_DESTINATIONS = {"fp8": "fp8-format", "fp4": "fp4-format"}
+_DEFAULTS = {
+    "pipeline-model-parallel-size": 1, "num-distributed-optimizer-instances": 1, "matrix-mode": "auto",
+    "lr-decay-style": "linear", "fp8-recipe": "delayed",
+}  # fmt: skip
+
+
+class _AsParsed:
+    """Flags read as a run's parsed arguments, with Megatron's values for those that are not there."""
+
+    def __init__(self, flags: Mapping[str, Any]) -> None:
+        self._flags = flags
+
+    def __getattr__(self, name: str) -> Any:
+        flag = _DESTINATIONS.get(name, name.replace("_", "-"))
+        return self._flags.get(flag, _DEFAULTS.get(flag))
+
+
+def check_effects(flags: Mapping[str, Any], words: Sequence[str]) -> None:
+    """Refuse a flag of the command line that another one leaves without effect, as a run refuses it."""
+    given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    conditions.check_needs(_AsParsed(flags), given & _KNOWN.keys())
 
 
 def from_run(path: str | Path) -> Flags:

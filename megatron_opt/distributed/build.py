@@ -10,7 +10,7 @@ from megatron_opt.distributed.exchange import Exchange
 from megatron_opt.distributed.fp8_weights import Fp8Weights
 from megatron_opt.distributed.megatron_optimizer import MegatronShardedOptimizer
 from megatron_opt.distributed.param_shards import make_param_shards
-from megatron_opt.distributed.shard_group import ShardGroup, agree, gather_objects, process_group
+from megatron_opt.distributed.shard_group import ShardGroup, agree, gather_objects, process_group, refused_alike
 from megatron_opt.distributed.weight_average import WeightAverage
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.layout.matrices import declare
@@ -24,7 +24,8 @@ def build_shard_groups(chunks: Sequence[Any], distributed: bool, options: Engine
     from megatron.core.utils import get_model_config, unwrap_model
 
     config = get_model_config(chunks[0])
-    declaration = declare(unwrap_model(list(chunks)), config, per_head=options.split_heads)
+    with refused_alike(None, dist.get_world_size()):  # a stage may have layers that others do not
+        declaration = declare(unwrap_model(list(chunks)), config, per_head=options.split_heads)
     shard_groups, instances = [], int(chunks[0].ddp_config.num_distributed_optimizer_instances)
     pp, ep = ps.get_pipeline_model_parallel_rank(), ps.get_expert_model_parallel_rank()
     for is_expert in (False, True):

@@ -4,8 +4,9 @@ The dense parameters of one pipeline stage make one shard group (its tensor-, co
 of one expert-parallel rank in that stage another (its expert-tensor and expert-data-parallel ranks).
 """
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -150,6 +151,19 @@ def gather_objects(value: Any, group: Any, size: int) -> list[Any]:
     objects: list[Any] = [None] * size
     dist.all_gather_object(objects, value, group=group)
     return objects
+
+
+@contextlib.contextmanager
+def refused_alike(group: Any, size: int) -> Iterator[None]:
+    """A block without collectives: what one rank refuses in it, every rank of the group refuses. Collective at its end."""
+    complaint = None
+    try:
+        yield
+    except UserError as error:
+        complaint = str(error)
+    for said in gather_objects(complaint, group, size):
+        if said:
+            raise UserError(said)
 
 
 def process_group(key: Any) -> tuple[Any, int, int, list[Any]]:

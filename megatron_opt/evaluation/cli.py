@@ -12,6 +12,7 @@ from typing import Any
 from megatron_opt import run_files
 from megatron_opt.errors import UserError, number
 from megatron_opt.files import make_folder
+from megatron_opt.training import entry, failing
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -78,6 +79,8 @@ def main(argv: list[str], prog: str) -> int:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     args = _parser(prog).parse_args(argv)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on CPU, whatever the machine has
+    entry.check_launcher()
+    failing.listen()
     evaluate(args)
     return 0
 

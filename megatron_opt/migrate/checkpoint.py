@@ -19,7 +19,7 @@ from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 from megatron_opt.migrate import warm_start
 from megatron_opt.optimizers.base import MatrixOptimizer
-from megatron_opt.training import entry
+from megatron_opt.training import entry, failing
 
 
 class _Done(BaseException):
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def convert(argv: Sequence[str]) -> None:
     """`argv` are the flags of the run to come: its model, layout and optimizer, --load and --save."""
     entry.set_single_process_env()
+    failing.listen()
     from megatron_opt import platform
 
     platform.activate()
@@ -352,4 +353,4 @@ def _tell(args: Any, rate_left: float | None) -> None:
 
 
 if __name__ == "__main__":
-    entry.exit_process(main())
+    entry.run(main)

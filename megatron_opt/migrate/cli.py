@@ -78,7 +78,7 @@ def main(argv: list[str], prog: str) -> int:
 
 def _plan(args: argparse.Namespace, rest: Sequence[str]) -> None:
     from megatron_opt.cost_model.cluster import load
-    from megatron_opt.cost_model.flags import parse, read_run
+    from megatron_opt.cost_model.flags import check_effects, parse, read_run
     from megatron_opt.files import check_writable, write_atomic
     from megatron_opt.migrate.plan import make_plan
     from megatron_opt.migrate.write import as_dict, document
@@ -86,6 +86,7 @@ def _plan(args: argparse.Namespace, rest: Sequence[str]) -> None:
     given, ignored = parse(rest)
     base, written = read_run(args.source) if args.source else ({}, {})
     flags = {**base, **given}
+    check_effects(flags, rest)
     raw = {**written, **given, **dict.fromkeys(ignored, True)}
     gpus = args.gpus or base.get("world-size")
     if not gpus:

@@ -15,6 +15,7 @@ COMMANDS = {
     "predict": ("predicting.main", "write predictions of large runs to a dated file, before they are made"),
     "next": ("predicting.rank", "rank further runs by how much each narrows the predicted gain per GPU-hour"),
     "verify": ("verifying.main", "score registered predictions, or put held-out ones beside the outcome"),
+    "speedrun": ("speedrun.main", "steps to a target loss with its significance, beside published results"),
     "export": ("exchanging.export", "write the runs as CSV or Parquet"),
     "import": ("exchanging.import_", "add runs from CSV, Parquet, JSON, TensorBoard folders or logs of other programs"),
     "init": ("starting.main", "write a study file to start from"),

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_opt.distributed.exchange import Exchange
 from megatron_opt.distributed.param_shards import rectangles
-from megatron_opt.distributed.shard_group import ShardGroup, agree, gather_objects
+from megatron_opt.distributed.shard_group import ShardGroup, agree, gather_objects, refused_alike
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 from megatron_opt.layout.matrices import ParamView
@@ -53,14 +53,8 @@ def build_source(
 ) -> Source:
     """Declare the parameters and find who holds what of them; collective over the group."""
     group, rank, size = ranks_of(process_group)
-    complaint = None
-    try:
+    with refused_alike(group, size):
         device, declared, param_shards = _declare(named, declarer)
-    except UserError as error:  # perhaps on this rank alone, and others would wait for it
-        complaint = str(error)
-    for said in gather_objects(complaint, group, size):
-        if said:
-            raise UserError(said)
     what = str([(each.name, each.shape, each.infos) for each in declared]).encode()
     agree("names, shapes and matrices of the parameters", hashlib.sha256(what).hexdigest()[:16], group, size)
     mine = [(index, rect) for index, param_shard in enumerate(param_shards) for rect in param_shard.rects]

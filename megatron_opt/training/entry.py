@@ -3,9 +3,11 @@
 import atexit
 import os
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from megatron_opt.errors import UserError
+from megatron_opt.training import failing
 
 
 def set_single_process_env() -> None:
@@ -40,12 +42,17 @@ def _whole(name: str, low: int, high: int, default: str) -> int:
     return value
 
 
-def print_user_error(program: str, error: Exception) -> int:
-    """Print why this rank stops, with its number where there are several; returns the exit code of bad input."""
+def print_user_error(program: str, error: Exception, code: int = 2, of_another: bool = False) -> int:
+    """End all ranks for bad input: print why, once, with the rank where there are several; returns the exit code.
+
+    `of_another`: the error is that another rank is gone, which may have said why.
+    """
+    code, unsaid = failing.tell(code, None if of_another else str(error))
     rank = os.environ.get("RANK", "0")
     where = f" [rank {rank}]" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    print(f"{program}{where}: {error}", file=sys.stderr, flush=True)
-    return 2
+    if unsaid:
+        print(f"{program}{where}: {error}", file=sys.stderr, flush=True)
+    return code
 
 
 def destroy_process_group() -> None:
@@ -66,3 +73,15 @@ def exit_process(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """End this process as `main` says; an exception that it raises is printed, and ends all ranks with 1."""
+    try:
+        code = main()
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        code = failing.tell(1, f"{type(error).__name__}: {error}")[0]
+    exit_process(code)

@@ -3,7 +3,19 @@
 from typing import Any
 
 from megatron_opt.errors import UserError
+from megatron_opt.optimizers import registry
+from megatron_opt.optimizers.base import MatrixOptimizer
 from megatron_opt.training import console, sinks
+from megatron_opt.training.optimizer_flags import MEGATRON_OWN, read_group_configs
+
+_OF_MATRICES = (
+    "matrix-mode",
+    "matrix-balance",
+    "matrix-instances",
+    "exchange-dtype",
+    "exchange-bucket-mb",
+    "split-heads",
+)
 
 
 def check(args: Any) -> None:
@@ -50,3 +62,17 @@ def tell(args: Any) -> None:
         console.note(
             f"{' and '.join(dropout)}: another layout draws other units, so its losses differ; 0 makes layouts agree."
         )
+    if idle := without_matrices(args):
+        console.note(
+            f"{', '.join(idle)} {'have' if len(idle) > 1 else 'has'} no effect: --optimizer {args.optimizer} is "
+            "element-wise, and no matrix is computed as a whole or sent."
+        )
+
+
+def without_matrices(args: Any) -> list[str]:
+    """Given flags of matrices in a run that no matrix rule trains; studies give all their runs the same ones."""
+    if args.optimizer in MEGATRON_OWN:
+        return []
+    if any(issubclass(registry.known(group.optimizer), MatrixOptimizer) for group in read_group_configs(args)):
+        return []
+    return [f"--{flag}" for flag in _OF_MATRICES if flag in args.given_flags]

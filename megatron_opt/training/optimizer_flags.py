@@ -13,6 +13,7 @@ from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.groups import ParamGroupConfig, default_group_configs, load_group_configs
 from megatron_opt.optimizers.sophia import SophiaConfig
+from megatron_opt.training.flags import conditions
 from megatron_opt.training.flags.refused import WITHOUT_MEANING
 from megatron_opt.training.flags.table import unsupported
 from megatron_opt.training.hutchinson import check_curvature
@@ -145,10 +146,7 @@ def check_optimizer_arguments(args: Any) -> None:
                 f"(--optimizer {args.optimizer} uses {', '.join(sorted(used))}); remove the flag."
             )
     check_balance(args.matrix_balance)
-    if "matrix-balance" in args.given_flags and args.matrix_mode != "auto":
-        raise UserError(f"--matrix-balance says when --matrix-mode auto cuts; with {args.matrix_mode} leave it out.")
-    if "matrix-instances" in args.given_flags and args.num_distributed_optimizer_instances == 1:
-        raise UserError("--matrix-instances has no effect without --num-distributed-optimizer-instances above 1.")
+    conditions.check_needs(args, args.given_flags & {"matrix-balance", "matrix-instances"})
     for flag, why in WITHOUT_MEANING.items():
         if flag in args.given_flags:
             raise UserError(f"--{flag} has no meaning with --optimizer {args.optimizer}: {why}")

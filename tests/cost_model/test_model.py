@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_opt.cost_model.flags import from_run, grouping, parse, preset
+from megatron_opt.cost_model.flags import check_effects, from_run, grouping, parse, preset
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.model import Model
 from megatron_opt.cost_model.plan import plans
@@ -169,6 +169,35 @@ def test_layouts_that_cannot_run_say_why(words: str, gpus: int, message: str) ->
     given_flags, _ = parse(f"--preset llama-7b {words}".split())
     with pytest.raises(UserError, match=message):
         Layout.of(given_flags, gpus, Model.of(given_flags))
+
+
+@pytest.mark.parametrize(
+    ("words", "other"),
+    [
+        ("--optimizer-offload-fraction 0.5", "--optimizer-cpu-offload"),
+        ("--matrix-instances within", "--num-distributed-optimizer-instances above 1"),
+        ("--matrix-balance 2 --matrix-mode owner", "--matrix-mode auto"),
+        ("--fp8-recipe mxfp8", "--fp8-format"),
+        ("--recompute-num-layers 1", "--recompute-granularity full"),
+        ("--moe-ffn-hidden-size 64", "--num-experts"),
+        ("--num-virtual-stages-per-pipeline-rank 2", "--pipeline-model-parallel-size above 1"),
+    ],
+)
+def test_a_flag_without_effect_is_refused_as_in_a_run(words: str, other: str) -> None:
+    given = f"--preset llama-7b {words}".split()
+    flags, _ = parse(given)
+    with pytest.raises(UserError, match=f"has no effect without {other}"):
+        check_effects(flags, given)
+    check_effects(flags, ["--preset", "llama-7b"])  # in a run's record all flags are there
+
+
+def test_flags_that_another_one_gives_an_effect() -> None:
+    given = (
+        "--preset llama-7b --optimizer-cpu-offload --optimizer-offload-fraction 0.5 --use-distributed-optimizer --fp8-format "
+        "e4m3 --fp8-recipe mxfp8 --num-distributed-optimizer-instances 2 --matrix-instances within --matrix-balance 2 "
+        "--use-rotary-position-embeddings --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
+    ).split()
+    check_effects(parse(given)[0], given)
 
 
 def test_hybrid_layers_have_parameters_and_no_price() -> None:

@@ -25,6 +25,14 @@ def checkpoint(case: Case, record: recording.Record, argv: list[str], folder: Pa
     return argv
 
 
+def one_rank_refuses(case: Case, record: recording.Record, argv: list[str], folder: Path) -> list[str]:
+    """As `checkpoint`, and Megatron's check of what the ranks have, which rank 0 makes alone, finds a fault."""
+    from megatron.core.dist_checkpointing import validation
+
+    validation._validate_sharding_for_key = lambda shards: [f"{shards[0][1].key} is there twice"]
+    return checkpoint(case, record, argv, folder)
+
+
 def _record_loaded(record: recording.Record) -> None:
     """Weights and state as they are right after loading."""
     from megatron.training import training
@@ -130,6 +138,20 @@ def skew(case: Case, record: recording.Record, argv: list[str], folder: Path) ->
     import os
 
     return [*argv, "--matrix-mode", "sharded" if int(os.environ["RANK"]) == case.ranks - 1 else "owner"]
+
+
+def undeclared(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:
+    """The last stage has a layer that nobody has declared."""
+    import os
+
+    from megatron_opt.distributed import build
+    from megatron_opt.errors import UserError
+
+    def declare(*args: Any, **kwargs: Any) -> Any:
+        raise UserError("no line declares the layer `odd`")
+
+    if int(os.environ["RANK"]) == case.ranks - 1:
+        build.declare = declare
 
 
 def finite_differences(case: Case, record: recording.Record, argv: list[str], folder: Path) -> None:

@@ -222,3 +222,26 @@ def test_what_cannot_be_loaded_is_said_on_every_rank(refused: dict[str, Run], wh
     run = refused[what]
     assert run.error is None
     assert all(said and words in said for said in run.user_errors), run.user_errors
+
+
+def test_what_rank_0_alone_refuses_every_rank_refuses(pool: Pool) -> None:
+    """Megatron's check of shards raises on rank 0, while the others go on to the next collective and wait there."""
+
+    def made(name: str, hook: str, options: dict[str, Any], *flags: str) -> Case:
+        model = [*c.DENSE, "--num-layers", "1", *flags]
+        return case(model, c.ADAMW, c.DP2, name, steps=2, hook=hook, options=options)
+
+    go_on, every = ("--on-save-failure", "continue"), {"interval": 1}
+    runs = pool.run(
+        [
+            made("sound", "checkpoint", {"save": "sound", "interval": 1, "stop": 1}),
+            made("refused-save", "one_rank_refuses", {"save": "refused", **every}),
+            made("passed-over", "one_rank_refuses", {"save": "passed", **every}, *go_on),
+        ]
+    )
+    runs |= pool.run([made("refused-load", "one_rank_refuses", {"load": "sound"})])
+    assert len(runs["passed-over"].losses) == 2
+    for name, said in (("refused-save", "could not be saved (rank 0: "), ("refused-load", "cannot be loaded: ")):
+        assert runs[name].error is None
+        for error in runs[name].user_errors:
+            assert error and said in error and "is there twice" in error, error

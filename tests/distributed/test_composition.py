@@ -89,6 +89,7 @@ CASES = [
     *(_poisoned(name, *what) for name, what in POISON.items()),
     _poisoned("abort", HIT, "nan", "--on-bad-matrix", "abort"),
     case(c.DENSE, c.MUON, c.DP2_DIST, "skew", steps=2, hook="skew"),
+    case(c.DENSE, c.MUON, c.PP2, "undeclared", steps=2, hook="undeclared"),
     *WORK,
 ]  # fmt: skip
 
@@ -143,6 +144,10 @@ def test_abort_says_which_matrix_on_every_rank(runs: dict[str, Run]) -> None:
 def test_ranks_that_disagree_on_the_plan_are_told_at_start(runs: dict[str, Run]) -> None:
     for said in runs["skew"].user_errors:
         assert said and "ranks disagree on the optimizer plan of stage 0" in said
+
+
+def test_what_one_stage_alone_refuses_every_stage_refuses(runs: dict[str, Run]) -> None:
+    assert runs["undeclared"].user_errors == ["no line declares the layer `odd`"] * 2
 
 
 @pytest.mark.parametrize("name", [each.name for each in WORK])

@@ -117,6 +117,7 @@ def test_recipes_on_layouts(pool: Pool, tmp_path: Path) -> None:
 ONE = Layout.of("one", 1, distopt=True)
 TP2 = Layout.of("tp2", 2, tp=2, distopt=True)
 PP2 = Layout.of("pp2", 2, pp=2, distopt=True)
+TWICE = Layout.of("dp2-twice", 2, distopt=True, more=c.ACROSS)
 OVERLAP = Layout.of("dp2-overlap", 2, distopt=True, more=("--overlap-grad-reduce", "--overlap-param-gather"))
 OPTIMIZERS = {"adamw": c.ADAMW, "muon": c.MUON, "soap": c.SOAP}
 RECIPES = ("tensorwise", "blockwise", "mxfp8")
@@ -175,6 +176,7 @@ def check_bytes(run: Run) -> None:
 QUICK = [
     pair("tensorwise", "adamw", c.DP2_DIST),
     pair("mxfp8", "muon", TP2, [*GQA, "--qk-clip", "--qk-clip-threshold", "0.5"]),  # scaled before they are published
+    pair("mxfp8", "muon", TWICE),
 ]
 
 
@@ -228,8 +230,9 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
 @pytest.mark.parametrize("optimizer", RULES)
 def test_weights_in_fp8_change_nothing_for_every_rule_recipe_and_layout(four: Pool, optimizer: str) -> None:
     """Under TP a tensorwise scale is the whole matrix's with the flag, a shard's without: those runs differ."""
-    layouts = {"tensorwise": (c.DP2_DIST, PP2, c.PP2_DP2_DIST), "blockwise": (c.DP2_DIST, TP2, PP2, c.TP2_DP2_DIST),
-               "mxfp8": (c.DP2_DIST, TP2, PP2, c.TP2_DP2_DIST)}  # fmt: skip
+    layouts = {"tensorwise": (c.DP2_DIST, PP2, c.PP2_DP2_DIST, c.DP2X2),
+               "blockwise": (c.DP2_DIST, TP2, PP2, c.TP2_DP2_DIST, c.DP2X2_WITHIN),
+               "mxfp8": (c.DP2_DIST, TP2, PP2, c.TP2_DP2_DIST, c.DP2X2, c.DP2X2_WITHIN)}  # fmt: skip
     pairs = [pair(recipe, optimizer, layout) for recipe in RECIPES for layout in layouts[recipe]]
     pairs += [pair(recipe, optimizer, c.EP2_DIST, MOE, "moe-") for recipe in RECIPES]
     found = four.run([one for both in pairs for one in both])

@@ -32,10 +32,13 @@ DEEP = {
     "gqa": [*c.GQA, *c.ADAMW],
     "mla": [*c.DENSE, *LATENT, *c.MUON],
     "hybrid": [*c.HYBRID, *c.MUON],
+    "moe": [*c.MOE, *c.MUON],
+    "moe-mla": [*c.MOE, *LATENT, *c.MUON],
 }
 LAYOUTS = [
     ("dense", c.TP2), ("dense", c.VPP2), ("dense", c.DP2_DIST), ("dense", c.TP2_DP2_DIST),
     ("tied-soap", c.PP2), ("gqa", c.TP4), ("mla", c.PP2_DP2_DIST), ("hybrid", c.PP2),
+    ("moe", c.EP2X2), ("moe-mla", c.EP2_DIST),
 ]  # fmt: skip
 
 

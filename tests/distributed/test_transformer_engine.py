@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(not PACKAGES.is_dir(), reason=f"requirements-te.
 
 TE = ["--transformer-impl", "transformer_engine"]
 CP2 = Layout.of("cp2", 2, more=("--context-parallel-size=2",))
+CP2_TWICE = Layout.of("cp2-twice", 2, distopt=True, more=(*CP2.flags[-1:], *c.ACROSS))
 FP8 = [*c.DENSE, *TE, "--bf16", "--fp8-format", "hybrid", "--hidden-size", "64"]
 TENSORWISE = [*FP8, "--fp8-recipe", "tensorwise"]
 DELAYED = [*FP8, "--fp8-recipe", "delayed", "--fp8-amax-history-len", "4", "--fp8-amax-compute-algo", "max"]
@@ -24,16 +25,19 @@ MLA = [
 ]
 CLIPPED = [*c.GQA, "--qk-clip", "--qk-clip-threshold", "0.9"]  # by the maxima that the attention records
 MODELS = {"dense": c.DENSE, "gqa": c.GQA, "gpt2": c.GPT2, "moe": c.MOE, "mla": MLA, "clipped": CLIPPED}
+MODELS["clipped-mla"] = [*MLA, "--qk-clip", "--qk-clip-threshold", "0.8"]
 STOP = 3  # steps of a run that a checkpoint ends
 # name, model, its flags with Transformer Engine, layout
 EXACT = [
     ("dense-one", "dense", [], c.ONE),
     ("dense-cp2", "dense", [], CP2),
+    ("dense-cp2-twice", "dense", [], CP2_TWICE),
     ("gqa-tp2-sp", "gqa", [], c.SP2),
     ("gpt2-one", "gpt2", [], c.ONE),
     ("moe-grouped-ep2", "moe", ["--moe-grouped-gemm"], c.EP2),
     ("mla-one", "mla", [], c.ONE),
     ("clipped-cp2", "clipped", [], CP2),
+    ("clipped-mla-tp2-sp", "clipped-mla", [], c.SP2),
 ]
 
 
@@ -89,6 +93,11 @@ def test_losses_and_norms_are_the_local_layers(runs: dict[str, Run], name: str, 
     assert ours.grad_norms == pytest.approx(theirs.grad_norms, rel=1e-4)
 
 
+def test_latent_attention_is_clipped(runs: dict[str, Run]) -> None:
+    clipped, free = runs["local-clipped-mla"].losses, runs["local-mla"].losses
+    assert clipped[0] == free[0] and abs(clipped[-1] - free[-1]) > 1e-4
+
+
 def test_bf16_is_the_local_layers(runs: dict[str, Run]) -> None:
     ours, theirs = runs["bf16"].losses, runs["local-bf16"].losses
     assert ours[:2] == pytest.approx(theirs[:2], rel=1e-4)
@@ -131,3 +140,25 @@ def test_delayed_scaling_resumes_as_if_uninterrupted(runs: dict[str, Run]) -> No
     """Scales and histories are in Transformer Engine's own pickled state."""
     assert runs["delayed-saved"].losses == runs["delayed"].losses[:STOP]
     assert runs["delayed-resumed"].losses == runs["delayed"].losses[STOP:]
+
+
+@pytest.mark.slow
+def test_instances_of_several_context_parallel_ranks(tmp_path: Path) -> None:
+    """Two instances of two ranks that share each sequence, and two of ranks with sequences of their own."""
+    layouts = [
+        Layout.of(
+            f"cp{cp}-{owners[1].rpartition('=')[2]}", 4, distopt=True, more=(f"--context-parallel-size={cp}", *owners)
+        )
+        for cp in (2, 4)
+        for owners in (c.ACROSS, c.WITHIN)
+    ]
+    emulated, local = Pool(tmp_path / "emulated", 4, PACKAGES, transformer_engine=True), Pool(tmp_path / "local", 1)
+    try:
+        found = emulated.run([_case(layout.name, [*c.DENSE, *TE], layout) for layout in layouts])
+        (one,) = local.run([_case("one", c.DENSE, c.ONE)]).values()
+    finally:
+        emulated.close()
+        local.close()
+    for run in found.values():
+        assert run.losses == pytest.approx(one.losses, rel=4e-6)
+        assert run.grad_norms == pytest.approx(one.grad_norms, rel=1e-4)

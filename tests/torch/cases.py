@@ -1,7 +1,9 @@
 """A small model, its training, and what ranks of the tests do with them."""
 
 import io
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megatron_opt.optimizers import registry
 from megatron_opt.torch import Optimizer
+from tests import apart
 
 VOCABULARY, WIDTH = 48, 16
 HIDDEN = {
@@ -173,16 +176,64 @@ def split_batches(case: str, steps: int) -> dict[str, Any]:
     optimizer = make_optimizer(model, case)
     computed: list[str] = []
     for each in optimizer._engine.group_optimizers:
-        inner = each.update
-
-        def update(grads: Any, *rest: Any, inner: Any = inner) -> Any:
-            computed.extend(info.name for info in rest[-1])
-            return inner(grads, *rest)
-
         if registry.known("muon") is type(each):
-            each.update = update
+            each.update = _noting(each.update, computed)
     losses = train(model, optimizer, 0, steps, slice(rank * 8 // size, (rank + 1) * 8 // size))
     return {"losses": losses, "computed": computed, "weights": weights_of(model)}
+
+
+def trainer(folder: Path, rule: str, steps: int = 8, **more: Any) -> Any:
+    """Hugging Face's Trainer of a small Llama, four rows a step over all ranks."""
+    transformers = apart.transformers()
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32,
+    )  # fmt: skip
+    rows = torch.randint(0, 64, (16, 12), generator=torch.Generator().manual_seed(1)).tolist()
+    arguments = transformers.TrainingArguments(
+        str(folder), max_steps=steps, per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", "1")),
+        logging_steps=1, report_to=[], use_cpu=True, max_grad_norm=0.0, seed=1,
+        **{"save_strategy": "steps" if "save_steps" in more else "no", **more},
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model = transformers.LlamaForCausalLM(config)
+    precise = {"fp32_matmul_prec": "high"} if rule == "muon" else {}
+    optimizer = Optimizer(model, rule, lr=1e-2, weight_decay=0.1, clip_grad=1.0, **precise)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 4))
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    return transformers.Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, schedule))
+
+
+def logged(trained: Any) -> list[float]:
+    """Losses of a Trainer's steps."""
+    return [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
+
+
+def trainers_under_ddp(folder: str) -> dict[str, Any]:
+    """Muon; AdamW, saved at step 4, and resumed from there."""
+    found: dict[str, Any] = {}
+    for name, rule, more in (
+        ("muon", "muon", {}), ("adamw", "adamw", {"save_steps": 4}), ("resumed", "adamw", {"save_steps": 4}),
+    ):  # fmt: skip
+        made = trainer(Path(folder) / f"{name}-ddp", rule, ddp_backend="gloo", **more)
+        computed: list[str] = []
+        for each in made.optimizer._engine.group_optimizers:
+            if rule == "muon" and registry.known("muon") is type(each):
+                each.update = _noting(each.update, computed)
+        made.train(resume_from_checkpoint=f"{folder}/adamw-ddp/checkpoint-4" if name == "resumed" else None)
+        assert isinstance(made.model_wrapped, DistributedDataParallel)
+        found[name] = {"losses": logged(made), "computed": computed, "weights": weights_of(made.model)}
+    return found
+
+
+def _noting(update: Callable[..., Any], computed: list[str]) -> Callable[..., Any]:
+    """A rule's update that notes which matrices it is given."""
+
+    def noted(grads: Any, *rest: Any) -> Any:
+        computed.extend(info.name for info in rest[-1])
+        return update(grads, *rest)
+
+    return noted
 
 
 Work = tuple[str, str, int, dict[str, Any]]  # rule, layout, steps, more of the optimizer's arguments

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_opt.torch import Optimizer
 from tests import apart
 from tests.torch import cases, ranks
 
@@ -30,32 +29,31 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pyte
 
 
 def test_hugging_faces_trainer_trains_and_resumes(tmp_path: Path) -> None:
-    transformers = apart.transformers()
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32,
-    )  # fmt: skip
-    rows = torch.randint(0, 64, (16, 12), generator=torch.Generator().manual_seed(1)).tolist()
-    data = [{"input_ids": row, "labels": row} for row in rows]
-
-    def trainer(folder: str, steps: int) -> tuple[object, object]:
-        torch.manual_seed(3)
-        model = transformers.LlamaForCausalLM(config)
-        optimizer = Optimizer(model, "muon", lr=1e-2, weight_decay=0.1, clip_grad=1.0)
-        assert {i.kind for g in optimizer._engine.groups for i in g.infos} == {"hidden", "embedding", "output", "norm"}
-        arguments = transformers.TrainingArguments(
-            str(tmp_path / folder), max_steps=steps, per_device_train_batch_size=4, save_steps=4, logging_steps=1,
-            report_to=[], use_cpu=True, max_grad_norm=0.0, seed=1, bf16=True,
-        )  # fmt: skip
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 4))
-        made = transformers.Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, schedule))
-        return made, model
-
-    whole, model = trainer("whole", 8)
-    whole.train()  # type: ignore[attr-defined]
-    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]  # type: ignore[attr-defined]
+    whole = cases.trainer(tmp_path / "whole", "muon", bf16=True, save_steps=4)
+    whole.train()
+    losses = cases.logged(whole)
     assert len(losses) == 8 and losses[-1] < losses[0]
-    resumed, again = trainer("resumed", 8)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))  # type: ignore[attr-defined]
-    for (name, a), b in zip(model.named_parameters(), again.parameters()):  # type: ignore[attr-defined]
+    kinds = {i.kind for g in whole.optimizer.optimizer._engine.groups for i in g.infos}
+    assert kinds == {"hidden", "embedding", "output", "norm"}
+    resumed = cases.trainer(tmp_path / "resumed", "muon", bf16=True, save_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters()):
         assert torch.equal(a, b), name
+
+
+def test_hugging_faces_trainer_under_ddp_is_one_process(tmp_path: Path) -> None:
+    """Muon, whose matrices two ranks share out, and AdamW, which saves and resumes there."""
+    apart.transformers()
+    found = ranks.run(cases.trainers_under_ddp, 2, str(tmp_path))
+    for rule in ("muon", "adamw"):
+        one = cases.trainer(tmp_path / rule, rule)
+        one.train()
+        wanted = cases.weights_of(one.model)
+        for rank in found:
+            assert rank[rule]["losses"] == pytest.approx(cases.logged(one), rel=1e-5)
+            for name, weight in wanted.items():
+                torch.testing.assert_close(rank[rule]["weights"][name], weight, rtol=1e-5, atol=1e-6, msg=name)
+    for rank in found:
+        assert all(torch.equal(w, rank["adamw"]["weights"][name]) for name, w in rank["resumed"]["weights"].items())
+    computed = [set(rank["muon"]["computed"]) for rank in found]
+    assert not computed[0] & computed[1] and all(computed)

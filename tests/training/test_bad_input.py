@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -87,9 +88,32 @@ def test_tokens_beyond_the_vocabulary(prefix):
     assert_refused(flags, "vocabulary")
 
 
-def test_every_rank_ends_with_an_error(tmp_path):
+def test_every_rank_ends_with_one_code_and_one_says_why(tmp_path):
     code, stderr = pretrain(
         [*MODEL, "--train-data-path", str(tmp_path / "none"), "--tensor-model-parallel-size", "2"], ranks=2
     )
-    assert code != 0
-    assert any(f"megatron_opt.pretrain [rank {rank}]:" in stderr for rank in (0, 1))
+    said = [line for line in stderr.splitlines() if "megatron_opt.pretrain [rank" in line]
+    assert code != 0 and len(said) == 1, stderr[-2000:]
+    assert "exitcode  : 2" in stderr and "exitcode  : 1 " not in stderr
+
+
+def test_a_rank_does_not_wait_for_one_that_has_refused(tmp_path):
+    """As srun starts them, without an agent: rank 0 would wait at the meeting for --distributed-timeout-minutes."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "megatron_opt.pretrain", *MODEL, "--mock-data"]
+    ranks = [
+        subprocess.Popen(
+            [*command, *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+            env={**os.environ, **meeting, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, more in enumerate(([], ["--lr", "fast"]))
+    ]  # fmt: skip
+    try:
+        said = [rank.communicate(timeout=90)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert "megatron_opt.pretrain [rank 1]: --lr" in said[1] and "megatron_opt.pretrain" not in said[0]

@@ -140,7 +140,8 @@ def test_what_a_user_may_not_mean_is_said(monkeypatch):
     monkeypatch.setattr(console, "note", said.append)
     args = Namespace(
         rank=0, lr_decay_iters=40, train_iters=60, lr_decay_samples=None, train_samples=None, min_lr=0.0,
-        lr_decay_style="cosine", attention_dropout=0.1, hidden_dropout=0.0,
+        lr_decay_style="cosine", attention_dropout=0.1, hidden_dropout=0.0, optimizer="adamw", optimizer_groups=None,
+        scalar_lr_ratio=None, given_flags=set(),
     )  # fmt: skip
     foresight.tell(args)
     assert "--lr-decay-iters 40" in said[0] and "learning rate is 0" in said[0]
@@ -148,6 +149,26 @@ def test_what_a_user_may_not_mean_is_said(monkeypatch):
     said.clear()
     foresight.tell(Namespace(**vars(args) | {"lr_decay_iters": None, "attention_dropout": 0.0}))
     foresight.tell(Namespace(**vars(args) | {"rank": 1}))
+    assert not said
+
+
+def test_flags_of_matrices_without_a_matrix_rule_are_said_to_have_no_effect(monkeypatch):
+    """Studies give all their runs the same flags, so that they are no error."""
+    said = []
+    monkeypatch.setattr(console, "note", said.append)
+    args = Namespace(
+        rank=0, lr_decay_iters=None, train_iters=60, lr_decay_samples=None, train_samples=None, attention_dropout=0.0,
+        hidden_dropout=0.0, optimizer="lion", optimizer_groups=None, scalar_lr_ratio=None,
+        given_flags={"matrix-mode", "split-heads", "exchange-dtype", "lr"},
+    )  # fmt: skip
+    foresight.tell(args)
+    assert said == [
+        "--matrix-mode, --exchange-dtype, --split-heads have no effect: --optimizer lion is element-wise, and no matrix is "
+        "computed as a whole or sent."
+    ]
+    said.clear()
+    for optimizer in ("muon", "adam_mini", "adam"):
+        foresight.tell(Namespace(**vars(args) | {"optimizer": optimizer}))
     assert not said
 
 

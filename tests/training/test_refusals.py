@@ -45,5 +45,5 @@ def test_a_balance_that_no_plan_can_keep_is_refused(value: float) -> None:
 def test_a_balance_without_effect_is_refused() -> None:
     given = {"matrix_balance": 1.5, "given_flags": {"matrix-balance"}}
     check_optimizer_arguments(flags(**given))
-    with pytest.raises(UserError, match="with owner leave it out"):
+    with pytest.raises(UserError, match="--matrix-balance has no effect without --matrix-mode auto"):
         check_optimizer_arguments(flags(**given, matrix_mode="owner"))
