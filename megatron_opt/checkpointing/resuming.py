@@ -55,6 +55,8 @@ def _load(
         foreign = _examine(folder, ours, optimizer, options)
     if foreign:
         options.no_load_optim = True
+    if ours and options.fp8_param_gather:
+        options.load_main_params_from_ckpt = True  # else Megatron keeps the values from our `reload_model_params`
     try:
         loaded = original(model, optimizer, scheduler, *args, **kwargs)
     except (UserError, KeyboardInterrupt, SystemExit):

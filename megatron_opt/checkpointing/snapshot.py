@@ -18,6 +18,7 @@ from megatron_opt import patches
 from megatron_opt.checkpointing import agreement
 from megatron_opt.checkpointing.background import Writer
 from megatron_opt.distributed.state import tensors_in_place
+from megatron_opt.layout.quantized import is_quantized
 
 _CONSTANT_PREFIX = "optimizer."  # state that only the optimizer's step changes
 
@@ -228,6 +229,12 @@ class Snapshots:
                 for number, e in enumerate(entries)
                 if _is_tensor(e)
             }
+            quantized = {
+                (key, tuple(e.global_offset)): (key, number)
+                for key, entries in flat.items()
+                for number, e in enumerate(entries)
+                if _is_tensor(e) and is_quantized(e.data)
+            }
             self.seen.clear()
             planned: list[Any] = []
             strategy._get_save_and_finalize_callbacks = lambda *callbacks: planned.extend(callbacks)
@@ -236,7 +243,7 @@ class Snapshots:
             finally:
                 del strategy._get_save_and_finalize_callbacks
             writer, (_, metadata, _), _ = planned
-            self.plan, tensors = self._planned(writer.write_buckets or [], sources, structure, metadata)
+            self.plan, tensors = self._planned(writer.write_buckets or [], sources, quantized, structure, metadata)
             self.seen.clear()
             return Request(
                 Path(folder), self.plan, self._objects(self.plan, flat), tensors, self.plan.constant_until_step, config
@@ -245,9 +252,17 @@ class Snapshots:
         return async_save
 
     def _planned(
-        self, buckets: list[Any], sources: dict[Any, tuple[str, int]], structure: Any, metadata: Any
+        self,
+        buckets: list[Any],
+        sources: dict[Any, tuple[str, int]],
+        quantized: dict[Any, tuple[str, int]],
+        structure: Any,
+        metadata: Any,
     ) -> tuple[Plan, list[Any]]:
-        """Megatron's plan of a save, with each tensor's origin, and the tensors to be written this time."""
+        """Megatron's plan of a save, with each tensor's origin, and the tensors to be written this time.
+
+        `sources` by memory, type and size; `quantized`, whose numbers are written to memory of their own, by key and place.
+        """
         import torch
 
         plan = Plan([], [], structure, metadata, {})
@@ -257,10 +272,12 @@ class Snapshots:
             plan.constants.update({item.index.fqn: data.getvalue() for item, data in objects})
             tensors += [tensor for _, tensor in values]
             originals += [self.seen.get(item.index) for item, _ in values]
-        names = [item.index.fqn for _, _, items in plan.items for item in items]
+        indices = [item.index for _, _, items in plan.items for item in items]
         origins = [
             None if tensor is None or not tensor.data_ptr()
-            else sources.get((tensor.data_ptr(), tensor.dtype, tensor.numel())) for tensor in originals
+            else sources.get((tensor.data_ptr(), tensor.dtype, tensor.numel()))
+            or quantized.get((index.fqn, tuple(index.offset or ())))
+            for tensor, index in zip(originals, indices, strict=True)
         ]  # fmt: skip
         plan.sources = None if None in origins else [
             _Source(*origin, tuple(tensor.shape))
@@ -274,7 +291,7 @@ class Snapshots:
             if plain and all(tensor.untyped_storage().data_ptr() in kept for tensor in originals if tensor is not None):
                 plan.in_place, plan.addresses, tensors = originals, self._addresses(self.optimizer), originals
         plan.constant_until_step = [
-            self._is_constant_until_step(name, tensor) for name, tensor in zip(names, tensors, strict=True)
+            self._is_constant_until_step(index.fqn, tensor) for index, tensor in zip(indices, tensors, strict=True)
         ]
         return plan, tensors
 
@@ -303,7 +320,8 @@ class Snapshots:
     def _filled(self, plan: Plan, flat: dict[str, list[Any]]) -> tuple[list[Any], list[bool]]:
         tensors, constant_until_step = [], []
         for source in plan.sources or []:
-            tensors.append(flat[source.key][source.number].data.detach().view(source.shape))
+            value = flat[source.key][source.number].data.detach()
+            tensors.append((value.dequantize() if is_quantized(value) else value).view(source.shape))
             constant_until_step.append(self._is_constant_until_step(source.key, tensors[-1]))
         return tensors, constant_until_step
 

@@ -1,13 +1,14 @@
 """Published training runs beside their predictions: how far rates from data sheets are to be trusted."""
 
 import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from importlib import resources
+from typing import Any
 
 import yaml
 
-from megatron_opt.cost_model.cluster import load
+from megatron_opt.cost_model.cluster import Cluster, load
 from megatron_opt.cost_model.flags import parse
 from megatron_opt.cost_model.step import predict
 
@@ -43,7 +44,7 @@ def published_runs(clusters: Iterable[str] = ()) -> list[Run]:
         if wanted and row["cluster"] not in wanted:
             continue
         words = f"{content['models'][row['model']]} {row['flags']} {ZERO}".split()
-        step = predict(parse(words)[0], load(row["cluster"]), row["gpus"], exact=False)
+        step = predict(parse(words)[0], _machine(row, content["memory"]), row["gpus"], exact=False)
         flops = step.model.step_flops_per_token
         tokens = row.get("tokens") or row["tflops"] * 1e12 / flops
         runs.append(
@@ -62,6 +63,14 @@ def published_runs(clusters: Iterable[str] = ()) -> list[Run]:
             )
         )
     return runs
+
+
+def _machine(row: Mapping[str, Any], memory: Mapping[str, float]) -> Cluster:
+    """The run's cluster, with the memory bandwidth that its source gives where that is another."""
+    cluster = load(row["cluster"])
+    share = memory.get(row["source"], 1.0)
+    passes, reads = (tuple((size, share * rate) for size, rate in curve) for curve in (cluster.passes, cluster.reads))
+    return replace(cluster, passes=passes, reads=reads)
 
 
 def spread(runs: Iterable[Run]) -> tuple[float, float, float, int]:

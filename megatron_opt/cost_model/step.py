@@ -243,6 +243,8 @@ def layer_seconds(model: Model, layout: Layout, cluster: Cluster, expert: bool) 
     through = 3.0 * ffn * (model.topk if expert else 1) / layout.tp
     passed = 10.0 * model.hidden / inner + 2.0 * heads / layout.tp + through
     seconds += 3.0 * width * tokens * passed / cluster.bandwidth
+    if expert:
+        seconds += 2.0 * width * tokens * permuted(model, layout) / cluster.bandwidth
     seconds += cast_seconds(model, layout, cluster, expert)
     if layout.recompute == "full":
         seconds += forward + attend
@@ -260,18 +262,38 @@ def layer_seconds(model: Model, layout: Layout, cluster: Cluster, expert: bool) 
     return seconds
 
 
+def permuted(model: Model, layout: Layout) -> float:
+    """Elements of a token that a dispatcher reads and writes to lay tokens in the order of their experts and back, one pass.
+
+    `alltoall`: copies before the exchange, and sorted after it by the rank's experts; else copies after it, of what came
+    (megatron/core/transformer/moe/token_dispatcher.py).
+    """
+    k = model.topk
+    if layout.dispatcher == "alltoall":
+        sorted_again = 4.0 * k * layout.etp if model.experts > layout.ep else 0.0
+        return (2.0 * (1 + k) + sorted_again) * model.hidden / layout.tp
+    came = layout.ep * (1 - (1 - 1 / layout.ep) ** k)  # ranks that a token meets, experts drawn evenly
+    return 2.0 * (came + k) * model.hidden / layout.tp
+
+
 def cast_seconds(model: Model, layout: Layout, cluster: Cluster, expert: bool) -> float:
-    """Quantizing the inputs and gradients of a layer's products for one micro-batch, and its share of the weights', once a step."""
+    """Quantizing the inputs and gradients of a layer's products for one micro-batch, and its share of the weights', once a step.
+
+    Under sequence parallelism a tensorwise scale of an input (two a layer) and of a gradient (two) is agreed over the TP ranks.
+    """
     if layout.fp8 is None:
         return 0.0
     shape, tp = layer_shape(model, expert), layout.tp
     tokens = layout.local_tokens(model)
+    agreed = 4.0 if layout.fp8.recipe == "tensorwise" and layout.sequence_parallel and tp > 1 else 0.0
+    waits = agreed * cluster.ring(4.0, tp, kind="all_reduce")  # maxima of what is cut: TE's pytorch/module/_common.py
     elements = tokens * shape.weights.sides(tp, layout.sequence_shards)
     weights = shape.weights.local_elements(tp)
     if expert:
         elements += tokens * model.topk * shape.expert_weights.sides(layout.etp, 1) / tp * layout.etp
         weights += shape.expert_weights.local_elements(layout.etp) * model.experts / layout.ep
-    return (elements + weights / layout.microbatches) * layout.fp8.cast_bytes(cluster.transposes) / cluster.bandwidth
+    moved = (elements + weights / layout.microbatches) * layout.fp8.cast_bytes(cluster.transposes)
+    return moved / cluster.bandwidth + waits
 
 
 def head_seconds(model: Model, layout: Layout, cluster: Cluster) -> float:

@@ -11,7 +11,7 @@ from megatron_opt.distributed.shard_group import ShardGroup
 from megatron_opt.distributed.sharded_optimizer import ShardedOptimizer
 from megatron_opt.distributed.state import common_state, load_state, sharded_state
 from megatron_opt.engine_options import EngineOptions
-from megatron_opt.errors import UserError
+from megatron_opt.layout.quantized import loaded_values
 from megatron_opt.optimizers.groups import Group
 
 
@@ -23,6 +23,9 @@ class MegatronShardedOptimizer(ShardedOptimizer, MegatronOptimizer):
     """
 
     is_stub_optimizer = False
+    chained_optimizers: tuple[
+        Any, ...
+    ] = ()  # Megatron's loop asks them for MXFP8 weights; ours lay theirs in `zero_grad`
 
     def __init__(
         self,
@@ -80,6 +83,13 @@ class MegatronShardedOptimizer(ShardedOptimizer, MegatronOptimizer):
             param_shard.view.param.grad = None
         for post in self.post_steps:
             post.begin()
+        for weights in self._late_weights():
+            weights.publish_late()
+
+    def prepare_model_params_for_param_sync(self) -> None:
+        """Before Megatron gathers weights outside a forward pass, whose gathers it would have waited for."""
+        for weights in self._late_weights():
+            weights.publish()
 
     def prepare_grads(self) -> bool:
         return False
@@ -91,29 +101,30 @@ class MegatronShardedOptimizer(ShardedOptimizer, MegatronOptimizer):
         """Update all parameters and publish them; returns (True, gradient norm, zeros or None)."""
         zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
         grad_norm = self.update()
-        for weights in self._fp8_weights():
-            weights.publish()
-        if self.distributed and not self.overlap_param_gather:
-            for chunk in self.model_chunks:
-                chunk.start_param_sync()
+        self._send_weights(now=not self.overlap_param_gather)
         return True, grad_norm, zeros
 
     def reload_model_params(self, state_dict: Any = None) -> None:
-        """Take the model's parameters as the new main copies (after a load without optimizer state)."""
-        if self._fp8_weights():
-            raise UserError(
-                "main copies of weights in FP8 come from a checkpoint's optimizer state, which this one lacks; load it without "
-                "--fp8-param-gather."
-            )
+        """Take the model's parameters as the new main copies (after a load without optimizer state).
+
+        Of those in FP8 the checkpoint's own values, which Megatron's load passes on as `state_dict`.
+        """
+        loaded = loaded_values(self.model_chunks, state_dict) if self._fp8_weights() else {}
         for param_shard in self.param_shards():
             param = param_shard.view.param
             if param.dtype != torch.float32:
-                param_shard.main.copy_(param.detach().view(-1)[param_shard.start : param_shard.stop])
+                values = loaded[id(param)] if param_shard.quantized else param.detach().view(-1)
+                param_shard.main.copy_(values[param_shard.start : param_shard.stop])
         if self.step_number == 0:
             self.forget_states()
+        self.publish_fp8()
 
     def _fp8_weights(self) -> list[Any]:
         return [shard_group.fp8_weights for shard_group in self.shard_groups if shard_group.fp8_weights is not None]
+
+    def _late_weights(self) -> list[Any]:
+        """Weights in FP8 that share memory with gradients, and are gathered by the next forward pass."""
+        return [weights for weights in self._fp8_weights() if self.overlap_param_gather and weights.through_gradients]
 
     def publish_fp8(self) -> None:
         """Weights in FP8 from the main copies, on every rank whole; outside a step, where nothing else is to be published."""
@@ -124,9 +135,15 @@ class MegatronShardedOptimizer(ShardedOptimizer, MegatronOptimizer):
         """All weights from the main copies, on every rank whole; outside a step."""
         for param_shard in self.param_shards():
             param_shard.publish()
+        self._send_weights(now=True)
+
+    def _send_weights(self, now: bool) -> None:
+        """Weights in FP8 from the main copies, and all to all ranks: now, or by gathers of the next forward pass."""
+        late = [] if now else self._late_weights()
         for weights in self._fp8_weights():
-            weights.publish()
-        if self.distributed:
+            if weights not in late:
+                weights.publish()
+        if self.distributed and now:
             for chunk in self.model_chunks:
                 chunk.start_param_sync(force_sync=True)
 

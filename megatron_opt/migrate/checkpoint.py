@@ -49,12 +49,15 @@ def convert(argv: Sequence[str]) -> None:
     entry.set_single_process_env()
     failing.listen()
     from megatron_opt import platform
+    from megatron_opt.platform import transformer_engine
 
-    platform.activate()
+    platform.activate(transformer_engine.wanted(argv))
     from megatron_opt.training import arguments, job
 
     args = arguments.parse([*argv, "--no-load-optim", "--no-load-rng", "--matrix-mode", "owner"])
     _check(args)
+    # main copies are all that a run with weights in FP8 takes; here these are bf16, as nothing is computed with them
+    args.fp8_param_gather = args.reuse_grad_buf_for_mxfp8_param_ag = False
     source = _source(args)
     import megatron.training.training as training
 
@@ -96,10 +99,6 @@ def _check(args: Any) -> None:
         raise UserError(
             "--optimizer-cpu-offload: a warm start is written without it; leave it out, and give it to the run."
         )
-    if args.fp8_param_gather:
-        raise UserError(
-            "--fp8-param-gather: a warm start is written from bf16 weights; leave it out, and give it to the run."
-        )
     if args.ckpt_format != "torch_dist":
         raise UserError(f"--ckpt-format {args.ckpt_format} cannot be read by another layout; save as torch_dist.")
 
@@ -117,6 +116,11 @@ class Source:
         """Whether its optimizer state was written by this project."""
         state = self.common.get("optimizer")
         return isinstance(state, dict) and "contents" in state
+
+    @property
+    def in_fp8(self) -> bool:
+        """Whether its weights are the numbers of FP8, which main copies are not."""
+        return bool(getattr(self.common.get("args"), "fp8_param_gather", False))
 
     @property
     def tokens(self) -> float:
@@ -165,7 +169,7 @@ def _warm(args: Any, source: Source, model: list[Any], optimizer: Any) -> None:
     optimizer.step_number = max(step, 1)
     for param_shard in optimizer.param_shards():
         param_shard.publish()
-        if not torch.equal(before[id(param_shard)], param_shard.view.param.detach()):
+        if not source.in_fp8 and not torch.equal(before[id(param_shard)], param_shard.view.param.detach()):
             raise UserError(
                 f"{param_shard.view.name}: weights and main copies disagree in {source.folder}; "
                 "resume the source once and save again."

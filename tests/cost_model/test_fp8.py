@@ -11,7 +11,7 @@ from megatron_opt.cost_model.flags import parse
 from megatron_opt.cost_model.layout import Layout
 from megatron_opt.cost_model.memory import least
 from megatron_opt.cost_model.model import Model
-from megatron_opt.cost_model.step import Step, predict
+from megatron_opt.cost_model.step import Step, cast_seconds, permuted, predict
 from megatron_opt.errors import UserError
 from megatron_opt.layout.fp8 import Fp8
 
@@ -93,6 +93,32 @@ def test_casts_cost_what_a_recipe_reads_and_writes() -> None:
     assert before < now < bf16 < 2 * now
     assert Fp8("tensorwise").cast_bytes(True) == 6 and Fp8("tensorwise").cast_bytes(False) == 5
     assert Fp8("delayed").cast_bytes(True) == 4
+
+
+def test_tensorwise_scales_of_cut_inputs_are_agreed_over_their_ranks() -> None:
+    """Two of inputs and two of gradients a layer, under sequence parallelism alone: latencies of small all-reduces."""
+    cut = "--tensor-model-parallel-size 8"
+    machine = load("h100")
+    whole, shared = (step(fp8("tensorwise", cut, more)) for more in ("", "--sequence-parallel"))
+    waits = cast_seconds(shared.model, shared.layout, machine, False)
+    moved = cast_seconds(shared.model, replace(shared.layout, fp8=Fp8("delayed")), machine, False) * 6 / 4
+    assert waits - moved == pytest.approx(4 * machine.ring(4.0, 8, kind="all_reduce"))
+    assert (
+        cast_seconds(whole.model, whole.layout, machine, False) > moved
+    )  # more of it lies on each rank, nothing is agreed
+
+
+def test_tokens_are_laid_in_the_order_of_experts_and_back() -> None:
+    """By hand, elements of a token: 2 experts of 4 on 2 ranks, hidden 64."""
+    words = (
+        "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --num-experts 4 --moe-router-topk 2"
+    )
+    words += " --expert-model-parallel-size 2 --vocab-size 128"
+    flags = [parse(f"{words} --moe-token-dispatcher-type {kind}".split())[0] for kind in ("alltoall", "flex")]
+    model = Model.of(flags[0])
+    sent, met = (permuted(model, Layout.of(one, 2, model)) for one in flags)
+    assert sent == 64 * ((1 + 2) + (2 + 2) + (2 + 2) + (2 + 1))  # copied, sorted, sorted back, summed
+    assert met == 64 * ((1.5 + 2) + (2 + 1.5))  # a token meets 1.5 ranks
 
 
 @pytest.mark.parametrize("words, machine, said", [

@@ -1,9 +1,11 @@
 """How two runs are compared."""
 
+import torch
 from torch import Tensor
 
 from megatron_opt.kernels.projection import rotate
 from megatron_opt.optimizers.blocks import Grid
+from tests.distributed import recording
 from tests.distributed.pool import Run
 
 State = dict[str, dict[str, Tensor]]  # kind, matrix
@@ -120,3 +122,15 @@ def _assert_same_bases(
             assert free.double().mean() <= 0.25, f"{what} {name}: the bases differ in {int(free.sum())} columns"
             far = (shown[0] - shown[1]).masked_fill(free.unsqueeze(-1) | free.unsqueeze(-2), 0.0).norm() / gg.norm()
         assert far <= tolerance, f"{what} {name}: the factor differs by {far:.1e} in the two bases"
+
+
+def assert_moved(saved: Run, loaded: Run) -> None:
+    """Weights and state as they were after a load are, bit for bit, those that the stopped run ended with."""
+    pairs = [("weights", saved.weights, [block for rank in loaded.ranks for block in rank["loaded_weights"]])]
+    assert saved.state
+    for key, wanted in saved.state.items():
+        pairs.append((key, wanted, [block for rank in loaded.ranks for block in rank["loaded_state"].get(key, [])]))
+    for what, wanted, blocks in pairs:
+        found = recording.whole(blocks)
+        assert sorted(found) == sorted(wanted), what
+        assert all(torch.equal(found[matrix], value) for matrix, value in wanted.items()), what

@@ -176,14 +176,27 @@ def _bytes(tensor: Any) -> int:
 
 
 def weights(case: Case, record: recording.Record, argv: list[str], folder: Any) -> Any:
-    """As `checkpoint` and `held_bytes`; record after every step how many FP8 parameters there are, and how many of their numbers
-    are not the reference's of the gathered main copies, rounded to bf16.
+    """As `checkpoint` and `held_bytes`; record after every step, and after a load, how many FP8 parameters there are, and how many
+    of their numbers are not the reference's of the gathered main copies, rounded to bf16.
     """
+    from megatron.training import training
+
     from tests.distributed import hooks
 
     held_bytes(case, record, argv, folder)
-    record.extra["fp8_weights"] = []
-    record.after_step.append(lambda record: record.extra["fp8_weights"].append(_weight_faults(record.optimizer)))
+    faults = record.extra["fp8_weights"] = []
+
+    def look(record: recording.Record) -> None:
+        faults.append(_weight_faults(record.optimizer))
+
+    train = training.train
+
+    def training_with(*args: Any, **kwargs: Any) -> Any:
+        look(record)
+        return train(*args, **kwargs)
+
+    training.train = training_with
+    record.after_step.append(look)
     return hooks.checkpoint(case, record, argv, folder) if case.options else None
 
 
@@ -220,7 +233,9 @@ def _faults(param: Any, main: np.ndarray, amax: float) -> int:
     """Numbers of a parameter that are not the reference's, of rows and of columns; `amax` of the whole matrix."""
     kind = type(param).__name__ if type(param).__name__ != "Parameter" else type(param.data).__name__
     if kind == "Float8Tensor":
-        wanted = rounded((main * (np.float32(448.0) / np.float32(amax))).astype(np.float64), "e4m3")
+        delayed = type(param._get_quantizer()).__name__ == "Float8Quantizer"  # a scale of earlier steps
+        scale = np.float32(param._get_quantizer().scale if delayed else np.float32(448.0) / np.float32(amax))
+        wanted = rounded((main * scale).astype(np.float64), "e4m3")
         rows, columns = _numbers(param._data, "e4m3"), _numbers(param._transpose, "e4m3").T
         return int((rows != wanted).sum() + (columns != wanted).sum())
     faults = 0

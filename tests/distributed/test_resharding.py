@@ -3,12 +3,11 @@
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_opt.optimizers import registry
 from tests.distributed import cases as c
-from tests.distributed import recording
 from tests.distributed.cases import Case, Layout, case
+from tests.distributed.compare import assert_moved
 from tests.distributed.pool import Pool, Run
 
 NAMES = sorted(registry.optimizers())
@@ -77,14 +76,7 @@ def test_state_moves_by_value_slow(slow_runs: dict[str, Run], name: str, a: Layo
 def _assert_moved(runs: dict[str, Run], name: str, a: Layout, b: Layout) -> None:
     saved, loaded = runs[f"save-{name}-{a.name}"], runs[f"load-{name}-{b.name}"]
     assert len(loaded.losses) == 1 and {rank["loaded_step"] for rank in loaded.ranks} == {STEPS}
-    pairs = [("weights", saved.weights, [block for rank in loaded.ranks for block in rank["loaded_weights"]])]
-    assert saved.state
-    for key, wanted in saved.state.items():
-        pairs.append((key, wanted, [block for rank in loaded.ranks for block in rank["loaded_state"].get(key, [])]))
-    for what, wanted, blocks in pairs:
-        found = recording.whole(blocks)
-        assert sorted(found) == sorted(wanted), what
-        assert all(torch.equal(found[matrix], value) for matrix, value in wanted.items()), what
+    assert_moved(saved, loaded)
 
 
 def test_a_hybrid_models_state_moves_by_value(pool: Pool) -> None:

@@ -63,7 +63,6 @@ def test_mxfp8_takes_multiples_of_32():
         ({"fp8_recipe": "custom"}, "--fp8-recipe custom"),
         ({"fp8_output_proj": True}, "--fp8-output-proj is for --fp8-recipe mxfp8"),
         ({"fp8_output_proj": True, "fp8_recipe": "mxfp8"}, "--fp8-output-proj is not emulated"),
-        ({"sequence_parallel": True, "fp8_recipe": "mxfp8"}, "--sequence-parallel with --fp8-recipe mxfp8"),
         ({"first_last_layers_bf16": True, "fp8_recipe": "delayed"}, "--first-last-layers-bf16 .* --fp8-recipe delayed"),
         ({"first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 5}, "--num-layers-at-end-in-bf16 5 is above the 4"),
     ],
@@ -81,23 +80,17 @@ GATHER, REUSE = {"fp8_param_gather": True}, {"reuse_grad_buf_for_mxfp8_param_ag"
     [
         ({"bf16": False}, "fp32 training"),
         ({"use_distributed_optimizer": False}, "--use-distributed-optimizer"),
-        ({"fp8_recipe": "delayed"}, "--fp8-recipe delayed"),
+        ({"moe_single_grouped_weight": True}, "--moe-single-grouped-weight"),
         ({"fp8_recipe": "mxfp8"}, "needs --reuse-grad-buf-for-mxfp8-param-ag"),
         (REUSE, "--fp8-recipe tensorwise takes no --reuse-grad-buf-for-mxfp8-param-ag"),
-        (
-            {"fp8_recipe": "mxfp8", "overlap_param_gather": True} | REUSE,
-            "--overlap-param-gather with --fp8-recipe mxfp8",
-        ),
-        ({"async_save": True}, "--async-save"),
-        ({"no_load_optim": True}, "--no-load-optim"),
-        ({"megatron_init": True}, "--megatron-init"),
     ],
 )
 def test_what_weights_in_fp8_do_not_go_with_is_refused(changed, said):
     with pytest.raises(UserError, match=f"--fp8-param-gather.*{said}"):
         fp8.check_recipe(_args(**(GATHER | changed)))
     fp8.check_recipe(_args(**GATHER))
-    fp8.check_recipe(_args(**(GATHER | REUSE | {"fp8_recipe": "mxfp8"})))
+    fp8.check_recipe(_args(**(GATHER | REUSE | {"fp8_recipe": "mxfp8", "overlap_param_gather": True})))
+    fp8.check_recipe(_args(**(GATHER | {"fp8_recipe": "delayed", "async_save": True, "finetune": True})))
 
 
 def test_the_mxfp8_buffer_without_weights_in_fp8_is_refused():

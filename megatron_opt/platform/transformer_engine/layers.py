@@ -2,7 +2,9 @@
 
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,8 +26,14 @@ def install() -> None:
 
     Base.__init__ = rewritten(Base.__init__, "not torch.cuda.is_available()", "False")
     Base.prepare_forward = rewritten(Base.prepare_forward, "not inp.is_cuda", "False")
-    from transformer_engine.pytorch import quantization
+    from transformer_engine.pytorch import distributed, quantization
 
+    distributed._one_after_another = _one_after_another
+    for gather in ("_start_all_gather_fp8_blockwise", "_all_gather_mxfp8"):
+        coalesced = rewritten(
+            getattr(distributed, gather), "torch.distributed._coalescing_manager", "_one_after_another"
+        )
+        setattr(distributed, gather, coalesced)
     quantization._FP8_BLOCK_SCALING_SUPPORT = quantization._MXFP8_SUPPORT = (
         True,
         "",
@@ -55,6 +63,12 @@ def _plain(resolve: Callable[..., Any]) -> Callable[..., Any]:
 def _gathered_bytes(output: Tensor, shard: Tensor, **options: Any) -> Any:
     """An all-gather of bytes: gloo turns what is gathered at once, FP8 and bf16, into one type."""
     return torch.distributed.all_gather_into_tensor(output.view(torch.uint8), shard.view(torch.uint8), **options)
+
+
+@contextmanager
+def _one_after_another(**options: Any) -> Iterator[Any]:
+    """In place of gathers at once of numbers and scales, which gloo turns into one type; they are done when they return."""
+    yield SimpleNamespace(wait=lambda: None)
 
 
 def rewritten(function: Callable[..., Any], old: str, new: str) -> Callable[..., Any]:

@@ -30,11 +30,6 @@ def check_recipe(args: Any) -> None:
         raise UserError(f"--fp8-output-proj is for --fp8-recipe mxfp8, not {args.fp8_recipe}; leave it out.")
     if platform.on_cpu() and args.fp8_output_proj:
         raise UserError("--fp8-output-proj is not emulated on CPU; leave it out there.")
-    if platform.on_cpu() and args.sequence_parallel and args.fp8_recipe in ("blockwise", "mxfp8"):
-        raise UserError(
-            f"--sequence-parallel with --fp8-recipe {args.fp8_recipe} gathers numbers and scales at once, which gloo cannot; "
-            "leave it out on CPU, or give tensorwise."
-        )
     _check_bf16_layers(args)
     _check_weights(args)
     if not platform.on_cpu():
@@ -77,7 +72,6 @@ def _check_weights(args: Any) -> None:
                 "--reuse-grad-buf-for-mxfp8-param-ag has no effect without --fp8-param-gather; give both or neither."
             )
         return
-    from megatron_opt.distributed.fp8_weights import conflict
     from megatron_opt.training.optimizer_flags import MEGATRON_OWN
 
     if args.optimizer in MEGATRON_OWN:
@@ -95,15 +89,10 @@ def _check_weights(args: Any) -> None:
         "fp32 training (without --bf16)": not args.bf16,
         "whole parameters on every rank (without --use-distributed-optimizer)": not args.use_distributed_optimizer,
         "--moe-single-grouped-weight": bool(getattr(args, "moe_single_grouped_weight", False)),
-        "--megatron-init": args.megatron_init,
-        "--async-save": args.async_save,
-        "--no-load-optim": args.no_load_optim,
-        "--finetune": args.finetune,
     }
-    wrong = conflict(args.fp8_recipe, bool(args.overlap_param_gather))
-    for what in [name for name, given in refused.items() if given] + ([wrong] if wrong else []):
+    for what in [name for name, given in refused.items() if given]:
         raise UserError(f"--fp8-param-gather does not go with {what}; remove one of them.")
-    args.stream_ckpt_dequant = False  # main copies are loaded, and what is read of FP8 weights is written over
+    args.stream_ckpt_dequant = False  # FP8 weights come from main copies, those from whole tensors of the checkpoint
 
 
 def check_hardware(recipe: str, capability: tuple[int, int], cuda: str | None = None) -> None:
