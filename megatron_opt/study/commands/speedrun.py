@@ -11,7 +11,7 @@ import yaml
 
 from megatron_opt import run_files, yaml_files
 from megatron_opt.errors import UserError
-from megatron_opt.study.display import make_console, print_table
+from megatron_opt.report.terminal import make_console, print_table
 from megatron_opt.study.fits.steps_to_target import Attained, steps_to_target
 
 HEADER = ["optimizer", "steps", "mean loss", "runs", "(target − mean)·√runs", "mean at target", "source"]
