@@ -39,7 +39,6 @@ class OptimizerTime:
     offload_way: float = 0.0  # seconds of one way; both are taken at once
     host_bytes: float = 0.0  # at rest in host memory, of the fullest rank
     state_bytes: float = 0.0  # on the device, of the fullest rank
-    state_total: float = 0.0
     imbalance: float = 1.0
     asynchronous: bool = False  # the host runs ahead of its device, so the slower of the two counts
 
@@ -123,7 +122,7 @@ def shard_group_time(shard_group: ShardGroupPlan, layout: Layout, cluster: Clust
     over = cluster.overheads
     cut_over = shard_group.data if layout.distributed else 1
     shards = sum(
-        over.by_optimizer.get(entry.optimizer.name, 0.0) * entry.pieces / cut_over for entry in shard_group.elements
+        over.by_optimizer.get(entry.optimizer.name, 0.0) * entry.shards / cut_over for entry in shard_group.elements
     )
     time.host = (
         work.pop("host", 0.0) + shards + over.fragment * shard_group.param_shards + over.bucket * shard_group.buckets
@@ -140,7 +139,6 @@ def shard_group_time(shard_group: ShardGroupPlan, layout: Layout, cluster: Clust
     time.flops = sum(cost.mean_flops() for cost in shard_group.costs.values()) * shard_group.plan.instances
     time.state_bytes = max(shard_group.plan.state_bytes) + state
     _offload(time, shard_group, layout, cluster, state)
-    time.state_total = sum(shard_group.plan.state_bytes) * shard_group.plan.instances + state * ranks
     time.imbalance = shard_group.plan.imbalance()
     return time
 
@@ -170,7 +168,8 @@ def _offload(time: OptimizerTime, shard_group: ShardGroupPlan, layout: Layout, c
 def _element_wise(shard_group: ShardGroupPlan, layout: Layout, cluster: Cluster) -> tuple[float, float]:
     """Seconds and state bytes, on each rank, of element-wise rules and of the engine's passes."""
     cut_over = shard_group.data if layout.distributed else 1
-    moved = shard_group.local_elements / cut_over * (layout.parameter_bytes if layout.dtype != "fp32" else 0.0)
+    local = shard_group.local_elements / cut_over
+    moved = local * (layout.parameter_bytes if layout.dtype != "fp32" else 0.0)
     state = 0.0
     for entry in shard_group.elements:
         count = (entry.cut / shard_group.tp + entry.copied) / cut_over
@@ -178,13 +177,13 @@ def _element_wise(shard_group: ShardGroupPlan, layout: Layout, cluster: Cluster)
         moved += count * cost.elementwise_bytes
         state += count * cost.state_bytes
     if layout.engine.ema_decay:
-        moved += shard_group.local_elements / cut_over * AVERAGE_BYTES
-        state += shard_group.local_elements / cut_over * 4.0
+        moved += local * AVERAGE_BYTES
+        state += local * 4.0
     matrices = shard_group.matrix_numel / shard_group.tp / cut_over
     moved += matrices * (APPLY_BYTES + (TRAVEL_BYTES if shard_group.ranks > 1 else 0.0))
     projected = sum(info.numel for name, info in shard_group.infos.items() if shard_group.optimizers[name].projects)
     moved += projected / shard_group.tp / cut_over * PROJECT_BYTES
-    return cluster.pass_seconds(moved) + cluster.read_seconds(shard_group.local_elements / cut_over * NORM_BYTES), state
+    return cluster.pass_seconds(moved) + cluster.read_seconds(local * NORM_BYTES), state
 
 
 def _exchange(time: OptimizerTime, shard_group: ShardGroupPlan, layout: Layout, cluster: Cluster, owned: float) -> None:

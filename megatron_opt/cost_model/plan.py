@@ -24,7 +24,7 @@ class Elements:
     optimizer: Any
     cut: int = 0
     copied: int = 0
-    pieces: int = 0
+    shards: int = 0
     largest: float = 0.0  # elements of one of them on a tensor-parallel rank
 
 
@@ -184,7 +184,7 @@ def _shard_group(
                 infos[info.name], matrix_optimizers[info.name] = info, optimizer
                 continue
             entry = elements.setdefault(group.name, Elements(optimizer))
-            entry.pieces += 1
+            entry.shards += 1
             entry.largest = max(entry.largest, info.numel / (tp if parameter.cut is not None else 1))
             if parameter.cut is not None:
                 entry.cut += info.numel

@@ -214,7 +214,6 @@ def _merge(parts: list[OptimizerTime], cluster: Cluster) -> OptimizerTime:
             "host_bytes",
             "flops",
             "state_bytes",
-            "state_total",
         ):
             setattr(total, key, getattr(total, key) + getattr(part, key))
         total.refresh_every = max(total.refresh_every, part.refresh_every)

@@ -49,11 +49,13 @@ class Averages:
     def __call__(self, name: str, weights: Tensor, rank: int = 0, ranks: int = 1, side: int | None = None) -> Tensor:
         """In the shape and type of the weights, of which a rank has its shard; these themselves where they were not trained."""
         shape = tuple(weights.shape)
-        _, pieces, _, columns = split_param(name, shape, self.geometry, tp_rank=rank, tp_size=ranks, partition_dim=side)
-        if pieces[0].matrix not in self._matrices:
+        _, mappings, _, columns = split_param(
+            name, shape, self.geometry, tp_rank=rank, tp_size=ranks, partition_dim=side
+        )
+        if mappings[0].matrix not in self._matrices:
             return weights
         rows = [
-            self._matrices[p.matrix][p.row : p.row + p.rows, p.col : p.col + columns]
-            for p in sorted(pieces, key=lambda p: p.local_row)
+            self._matrices[one.matrix][one.row : one.row + one.rows, one.col : one.col + columns]
+            for one in sorted(mappings, key=lambda one: one.local_row)
         ]
         return torch.cat(rows).view(shape).to(weights.dtype)

@@ -13,22 +13,13 @@ from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.fits.hyper_laws import fit_hyper_law
 from megatron_opt.study.fits.observations import Observations
 from megatron_opt.study.fits.speedups import Speedup, speedups
-from megatron_opt.study.fits.statement import predict
+from megatron_opt.study.fits.statement import Estimate, predict
 from megatron_opt.study.paper_data import paper_dataset
 from megatron_opt.study.prediction import Evidence as Losses
 from megatron_opt.study.prediction import load
 
 TOKENS_PER_PARAMETER = 20.0
 RESAMPLES = 200
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 90% interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -140,9 +131,7 @@ def _law_speedup(evidence: Evidence, known: Losses, source: str, target: str, n:
     speed = predict(law, target, n, d).speedup
     note = "all forms of the hierarchical law, weighed and widened by backtests: what `study fit` prints"
     draws = np.minimum(law.speedups(target, n, d), 1e3)
-    evidence.methods.append(
-        Method("hierarchical scaling law", Estimate(speed.value, speed.low, speed.high), draws, True, note)
-    )
+    evidence.methods.append(Method("hierarchical scaling law", speed, draws, True, note))
 
 
 def _measured(evidence: Evidence, n: float, d: float, counted: bool) -> Method | None:

@@ -9,13 +9,8 @@ from megatron_opt.cost_model.cluster import Cluster
 from megatron_opt.cost_model.search import SearchResult, search
 from megatron_opt.cost_model.step import Step, predict
 from megatron_opt.errors import UserError
-from megatron_opt.migrate.evidence import (
-    TOKENS_PER_PARAMETER,
-    Estimate,
-    Evidence,
-    gather,
-    hyperparameter_flags,
-)
+from megatron_opt.migrate.evidence import TOKENS_PER_PARAMETER, Evidence, gather, hyperparameter_flags
+from megatron_opt.study.fits.statement import Estimate
 
 
 @dataclass
@@ -49,8 +44,7 @@ class Plan:
     @property
     def speedup(self) -> Estimate:
         """Wall-clock: token speedup over the ratio of step times."""
-        token = self.token_speedup
-        return Estimate(*(value / self.ratio for value in (token.value, token.low, token.high)))
+        return self.token_speedup.over(self.ratio)
 
     @property
     def chance(self) -> float:

@@ -1,6 +1,7 @@
 """The report of a plan: what to do, what it costs and gains, what may go wrong, how to check."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from megatron_opt.cost_model import report as units
@@ -8,15 +9,9 @@ from megatron_opt.cost_model.step import Step
 from megatron_opt.migrate import advice, charts
 from megatron_opt.migrate.decision import decide
 from megatron_opt.migrate.document import Document
-from megatron_opt.migrate.evidence import Estimate, Method
+from megatron_opt.migrate.evidence import Method
 from megatron_opt.migrate.plan import Plan, command
 from megatron_opt.report.blocks import Block, Code, Items, Section, Table
-
-
-def _range(item: Estimate, unit: str = "×") -> str:
-    high = f"{item.high:.2f}" if math.isfinite(item.high) else "∞"
-    value = f"{item.value:.2f}" if math.isfinite(item.value) else "∞"
-    return f"{value}{unit} ({item.low:.2f} to {high})"
 
 
 def document(plan: Plan) -> Document:
@@ -37,7 +32,7 @@ def document(plan: Plan) -> Document:
             + (f", {plan.done:.0%} done" if plan.done else ""),
         ),
         ("cluster", f"{plan.gpus} × {plan.cluster.name}, {plan.before.layout.name()}"),
-        ("wall-clock speedup", _range(plan.speedup)),
+        ("wall-clock speedup", plan.speedup.text(2, "×")),
         ("chance of saving time", f"{plan.chance:.0%}"),
         ("GPU-hours " + ("saved" if hours >= 0 else "lost") + ", expected", f"{abs(hours):,.0f} of {plan.hours:,.0f}"),
         ("confidence", decided.confidence),
@@ -60,12 +55,10 @@ def _gain(plan: Plan) -> Section:
     shown = [m for m in plan.evidence.methods if m.counted and math.isfinite(m.estimate.high)]
     left_out = [m for m in plan.evidence.methods if m not in shown]
     for method in shown:
-        e = method.estimate
-        wall = Estimate(e.value / plan.ratio, e.low / plan.ratio, e.high / plan.ratio)
-        rows.append((method.name, _range(e), _range(wall), method.note))
-    rows.append(
-        ("taken together", _range(plan.token_speedup), _range(plan.speedup), "geometric mean; the widest interval")
-    )
+        wall = method.estimate.over(plan.ratio)
+        rows.append((method.name, method.estimate.text(2, "×"), wall.text(2, "×"), method.note))
+    together = plan.token_speedup.text(2, "×"), plan.speedup.text(2, "×")
+    rows.append(("taken together", *together, "geometric mean; the widest interval"))
     lines = [(m.name, m.estimate.value, m.estimate.low, m.estimate.high) for m in shown]
     s = plan.speedup
     lines.append(("wall-clock, together", s.value, s.low, s.high))
@@ -172,68 +165,32 @@ def _parts(step: Step) -> dict[str, float]:
 def _cost(plan: Plan) -> Section:
     before, after = plan.before, plan.after
 
-    def change(a: float, b: float) -> str:
-        return f"{b / a - 1:+.1%}" if a else "-"
+    def changed(name: str, show: Callable[[float], str], of: Callable[[Step], float]) -> tuple[str, ...]:
+        a, b = of(before), of(after)
+        return name, show(a), show(b), f"{b / a - 1:+.1%}" if a else "-"
+
+    def both(name: str, show: Callable[[float], str], of: Callable[[Step], float]) -> tuple[str, ...]:
+        return name, show(of(before)), show(of(after)), ""
 
     rows = [
-        (
-            "step, mean",
-            units.seconds(before.seconds),
-            units.seconds(after.seconds),
-            change(before.seconds, after.seconds),
+        changed("step, mean", units.seconds, lambda step: step.seconds),
+        changed("step with refreshes", units.seconds, lambda step: step.refresh_step),
+        changed("optimizer", units.seconds, lambda step: step.optimizer.mean),
+        changed("tokens per second", "{:,.0f}".format, lambda step: step.tokens_per_second),
+        both(
+            "optimizer FLOPs / training FLOPs", "{:.2%}".format, lambda step: step.optimizer_flops / step.training_flops
         ),
-        (
-            "step with refreshes",
-            units.seconds(before.refresh_step),
-            units.seconds(after.refresh_step),
-            change(before.refresh_step, after.refresh_step),
-        ),
-        (
-            "optimizer",
-            units.seconds(before.optimizer.mean),
-            units.seconds(after.optimizer.mean),
-            change(before.optimizer.mean, after.optimizer.mean),
-        ),
-        (
-            "tokens per second",
-            f"{before.tokens_per_second:,.0f}",
-            f"{after.tokens_per_second:,.0f}",
-            change(before.tokens_per_second, after.tokens_per_second),
-        ),
-        (
-            "optimizer FLOPs / training FLOPs",
-            f"{before.optimizer_flops / before.training_flops:.2%}",
-            f"{after.optimizer_flops / after.training_flops:.2%}",
-            "",
-        ),
-        (
-            "bytes sent for the optimizer, a GPU",
-            units.size(sum(before.optimizer.sent.values())),
-            units.size(sum(after.optimizer.sent.values())),
-            "",
-        ),
-        (
-            "optimizer state, fullest GPU",
-            units.size(before.memory.optimizer_state),
-            units.size(after.memory.optimizer_state),
-            change(before.memory.optimizer_state, after.memory.optimizer_state),
-        ),
-        (
-            "memory, fullest GPU",
-            units.size(before.memory.total),
-            units.size(after.memory.total),
-            change(before.memory.total, after.memory.total),
-        ),
+        both("bytes sent for the optimizer, a GPU", units.size, lambda step: sum(step.optimizer.sent.values())),
+        changed("optimizer state, fullest GPU", units.size, lambda step: step.memory.optimizer_state),
+        changed("memory, fullest GPU", units.size, lambda step: step.memory.total),
     ]
     scale = 1.0 if before.seconds >= 1 else 1e3
     unit = "s" if scale == 1 else "ms"
-    steps = {
-        name: {k: v * scale for k, v in _parts(step).items()}
-        for name, step in ((plan.source, before), (plan.target, after))
-    }
+    named = {plan.source: before, plan.target: after}
+    steps = {name: {k: v * scale for k, v in _parts(step).items()} for name, step in named.items()}
     memory = {
         name: {k.replace("_", " "): v / 1e9 for k, v in vars(step.memory).items() if v > 1e-3 * step.memory.total}
-        for name, step in ((plan.source, before), (plan.target, after))
+        for name, step in named.items()
     }
     blocks: list[Block] = [
         Table(("per step", plan.source, plan.target, "change"), rows),

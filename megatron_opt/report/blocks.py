@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 PALETTE = (
     "#0072b2",
@@ -50,6 +51,13 @@ class Series:
     """points are crosses at the top of the plot: runs that diverged"""
     bars: bool = False
     """rectangles from `low` to `high`: parts of stacked bars"""
+
+    @classmethod
+    def of(cls, label: str, color: str, rows: Iterable[Sequence[Any]], *more: str, **style: bool) -> Series:
+        """From rows: x, y, and what `more` names, such as "low", "high", "runs"."""
+        columns = [list(column) for column in zip(*rows)] or [[] for _ in range(2 + len(more))]
+        x, y, *others = columns
+        return cls(label, x, y, color, **style, **dict(zip(more, others)))  # type: ignore[arg-type]
 
 
 @dataclass
@@ -138,6 +146,16 @@ class Section:
     tables: list[Table] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
+
+    def plot(self, name: str, title: str, x_label: str, y_label: str, series: list[Series], **axes: Any) -> None:
+        """Add a figure, where there is something to draw."""
+        if series:
+            self.plots.append(Plot(name, title, x_label, y_label, series, **axes))
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
+        """Add a table, where it has rows."""
+        if rows:
+            self.tables.append(Table(header, rows, caption))
 
 
 def colors(names: Sequence[str]) -> dict[str, str]:

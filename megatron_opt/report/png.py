@@ -69,7 +69,6 @@ def _axes(axes, plot: Plot) -> bool:
     for y, label in plot.horizontal:
         axes.axhline(y, color="#888888", linestyle=":", linewidth=1)
         axes.annotate(label, (0.01, y), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
-    axes.set_axisbelow(True)
     axes.grid(True, color="#e5e5e5", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     xs = sorted({x for series in plot.series if series.points for x in series.x})
@@ -81,7 +80,10 @@ def _axes(axes, plot: Plot) -> bool:
         axes.set_xticks(range(len(plot.x_names)), [fill(name, 80 // len(plot.x_names)) for name in plot.x_names])
         axes.set_xlim(-0.5, len(plot.x_names) - 0.5)
     labels = [series.label for series in plot.series if series.label]
-    beside = len(labels) > BESIDE or any(series.bars for series in plot.series)
+    bars = any(series.bars for series in plot.series)
+    beside = len(labels) > BESIDE or bars
+    if bars:
+        axes.set_axisbelow(True)
     if beside:
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     elif labels:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -131,6 +131,13 @@ class Dataset:
             best = {key: best_of_cell(records) for key, records in groups.items()}
             self._best = self.records, {key: one for key, one in best.items() if one is not None}
         return self._best[1]
+
+    def best_curves(self, regime: Regime) -> Iterator[tuple[str, Record, Curve]]:
+        """(optimizer, run, curve) of each best configuration in one regime whose curve is known."""
+        for name in self.optimizers:
+            cell = self.best().get((name, regime))
+            if cell is not None and (curve := self.curve(cell.record.id)) is not None:
+                yield name, cell.record, curve
 
     def without(self, regimes: Iterable[str]) -> Dataset:
         """The same without some regimes, MODEL@RATIO; raises UserError for one that has no runs."""

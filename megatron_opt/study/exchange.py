@@ -23,11 +23,10 @@ from megatron_opt.report.csv_files import write_csv
 from megatron_opt.study import curves
 from megatron_opt.study.imports.mapping import Mapping
 from megatron_opt.study.imports.values import final_loss
-from megatron_opt.study.store import STATES, Record, Store
+from megatron_opt.study.store import REAL, STATES, WHOLE, Record, Store
+from megatron_opt.study.store import TEXT as STORED_TEXT
 
-TEXT = ("id", "optimizer", "model", "hyper", "config", "arguments", "status", "results", "reason", "phases")
-WHOLE = ("seed", "parameters", "tokens", "attempts", "interruptions")
-REAL = ("ratio", "created", "started", "finished", "loss")
+TEXT = (*STORED_TEXT, "phases")
 COLUMNS = (*TEXT, *WHOLE, *REAL)
 REQUIRED = ("optimizer", "model", "ratio", "parameters", "tokens", "loss")
 """what a file that another program wrote must have; `hyper` is a JSON object, an empty loss means diverged"""

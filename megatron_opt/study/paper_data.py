@@ -99,14 +99,7 @@ def hyperball_dataset() -> Dataset:
                 parameters=int(HYPERBALL_SIZE),
                 tokens=int(tokens),
                 status="completed",
-                attempts=1,
-                interruptions=0,
-                job=None,
-                started=None,
-                finished=None,
                 loss=float(row["best_loss"]),
-                results={},
-                reason=None,
             )
         )
     return Dataset("Hyperball at 130M", "muon", records, attribution=HYPERBALL_ATTRIBUTION, effort_known=False)
@@ -136,12 +129,5 @@ def _record(row: dict[str, str], suffix: str, hyper: dict[str, Any], loss: float
         parameters=int(row["nonembed_params"]),
         tokens=int(row["tokens"]),
         status="diverged" if loss is None else "completed",
-        attempts=1,
-        interruptions=0,
-        job=None,
-        started=None,
-        finished=None,
         loss=loss,
-        results={},
-        reason=None,
     )

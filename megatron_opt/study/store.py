@@ -11,7 +11,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,27 +45,11 @@ CREATE TABLE curves (run TEXT PRIMARY KEY REFERENCES runs (id), parquet BLOB NOT
 CREATE TABLE events (time REAL NOT NULL, run TEXT NOT NULL, what TEXT NOT NULL);
 """
 
-_COLUMNS = (
-    "id",
-    "optimizer",
-    "model",
-    "ratio",
-    "seed",
-    "hyper",
-    "config",
-    "arguments",
-    "parameters",
-    "tokens",
-    "status",
-    "attempts",
-    "interruptions",
-    "created",
-    "started",
-    "finished",
-    "loss",
-    "results",
-    "reason",
-)
+TEXT = ("id", "optimizer", "model", "hyper", "config", "arguments", "status", "results", "reason")
+WHOLE = ("seed", "parameters", "tokens", "attempts", "interruptions")
+REAL = ("ratio", "created", "started", "finished", "loss")
+_COLUMNS = (*TEXT, *WHOLE, *REAL)
+"""of a run that is imported, by type"""
 
 
 @dataclass(frozen=True)
@@ -82,15 +66,15 @@ class Record:
     parameters: int
     tokens: int
     status: str
-    attempts: int
-    interruptions: int
-    job: str | None
-    started: float | None
-    finished: float | None
-    loss: float | None
+    attempts: int = 1
+    interruptions: int = 0
+    job: str | None = None
+    started: float | None = None
+    finished: float | None = None
+    loss: float | None = None
     """final validation loss; None for a run that diverged or has not finished"""
-    results: dict[str, Any]
-    reason: str | None
+    results: dict[str, Any] = field(default_factory=dict)
+    reason: str | None = None
     created: float | None = None
 
     @property

@@ -23,10 +23,14 @@ class Estimate:
     low: float
     high: float
 
-    def text(self, digits: int) -> str:
+    def text(self, digits: int, unit: str = "") -> str:
         """Value and interval; ∞ where the baseline never gets there."""
         value, low, high = ("∞" if np.isinf(v) else f"{v:.{digits}f}" for v in (self.value, self.low, self.high))
-        return f"{value} ({low} to {high})"
+        return f"{value}{unit} ({low} to {high})"
+
+    def over(self, divisor: float) -> Estimate:
+        """Value and interval over a number that is exact."""
+        return Estimate(self.value / divisor, self.low / divisor, self.high / divisor)
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def _in_time(
         ratio,
         None if ratio is None else _quotient(tokens, ratio),
         there,
-        None if there is None else Estimate(tokens.value / there, tokens.low / there, tokens.high / there),
+        None if there is None else tokens.over(there),
     )
 
 

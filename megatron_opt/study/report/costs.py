@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_opt.report.blocks import Plot, Section, Series, colors
+from megatron_opt.report.blocks import Section, Series, colors
 from megatron_opt.study.dataset import Dataset
 
 
@@ -16,65 +16,30 @@ def costs(dataset: Dataset) -> Section:
             "the same machine."
         ],
     )
-    best, color = dataset.best(), colors(dataset.optimizers)
+    color = colors(dataset.optimizers)
     for regime in dataset.regimes[-1:]:
         series = []
-        for name in dataset.optimizers:
-            cell = best.get((name, regime))
-            curve = dataset.curve(cell.record.id) if cell else None
-            seconds = cell.record.results.get("train_time_s") if cell else None
-            if cell is None or curve is None or not seconds:
-                continue
+        for name, record, curve in dataset.best_curves(regime):
+            seconds = record.results.get("train_time_s")
             last = max((p["iteration"] for p in curve.valid), default=0)
-            points = [p for p in curve.valid if p.get("loss") is not None]
-            if last and points:
-                series.append(
-                    Series(
-                        name,
-                        [seconds * p["iteration"] / last for p in points],
-                        [p["loss"] for p in points],
-                        color[name],
-                        runs=[cell.record.id] * len(points),
-                    )
-                )
-        if series:
-            section.plots.append(
-                Plot(
-                    f"loss-over-time-{regime}",
-                    f"Validation loss against training time, {regime}",
-                    "seconds",
-                    "validation loss",
-                    series,
-                )
-            )
+            points = [
+                (seconds * p["iteration"] / last, p["loss"], record.id)
+                for p in (curve.valid if seconds and last else ())
+                if p.get("loss") is not None
+            ]
+            if points:
+                series.append(Series.of(name, color[name], points, "runs"))
+        title = f"Validation loss against training time, {regime}"
+        section.plot(f"loss-over-time-{regime}", title, "seconds", "validation loss", series)
     series = []
     for name in dataset.optimizers:
-        sizes = sorted(
+        points = sorted(
             (float(cell.record.parameters), cell.record.results["peak_memory_bytes"] / 1e6, cell.record.id)
-            for (optimizer, _), cell in best.items()
+            for (optimizer, _), cell in dataset.best().items()
             if optimizer == name and cell.record.results.get("peak_memory_bytes")
         )
-        if sizes:
-            series.append(
-                Series(
-                    name,
-                    [p[0] for p in sizes],
-                    [p[1] for p in sizes],
-                    color[name],
-                    line=False,
-                    runs=[p[2] for p in sizes],
-                )
-            )
-    if series:
-        section.plots.append(
-            Plot(
-                "peak-memory",
-                "Peak memory against size",
-                "non-embedding parameters",
-                "MB",
-                series,
-                x_log=True,
-                y_log=True,
-            )
-        )
+        if points:
+            series.append(Series.of(name, color[name], points, "runs", line=False))
+    x = "non-embedding parameters"
+    section.plot("peak-memory", "Peak memory against size", x, "MB", series, x_log=True, y_log=True)
     return section

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_opt.report.blocks import Plot, Section, Series, colors
+from megatron_opt.report.blocks import Section, Series, colors
 from megatron_opt.study.dataset import Dataset
 
 MOST_PLOTS, MOST_POINTS = 12, 200
@@ -20,42 +20,20 @@ def loss_curves(dataset: Dataset) -> Section:
             "curve compares optimizers."
         ],
     )
-    color, best = colors(dataset.optimizers), dataset.best()
+    color = colors(dataset.optimizers)
     regimes = dataset.regimes[-MOST_PLOTS:]
     for regime in regimes:
         series = []
-        for name in dataset.optimizers:
-            cell = best.get((name, regime))
-            curve = dataset.curve(cell.record.id) if cell else None
-            if cell is None or curve is None:
-                continue
+        for name, record, curve in dataset.best_curves(regime):
             for points, kind in ((curve.valid, "valid"), (curve.train, "train")):
                 points = [p for p in points if p.get("loss") is not None and p.get("tokens") is not None]
                 if kind == "train":
                     points = _smooth(points)
                 if points:
-                    series.append(
-                        Series(
-                            f"{name} {kind}",
-                            [p["tokens"] for p in points],
-                            [p["loss"] for p in points],
-                            color[name],
-                            dash=kind == "train",
-                            points=kind == "valid",
-                            runs=[cell.record.id] * len(points),
-                        )
-                    )
-        if series:
-            section.plots.append(
-                Plot(
-                    f"loss-curves-{regime}",
-                    f"Loss curves, {regime}",
-                    "tokens",
-                    "loss",
-                    series,
-                    y_range=_range(series),
-                )
-            )
+                    rows, style = [(p["tokens"], p["loss"], record.id) for p in points], kind == "train"
+                    series.append(Series.of(f"{name} {kind}", color[name], rows, "runs", dash=style, points=not style))
+        limits = _range(series) if series else None
+        section.plot(f"loss-curves-{regime}", f"Loss curves, {regime}", "tokens", "loss", series, y_range=limits)
     if len(regimes) < len(dataset.regimes):
         section.text.append(f"The largest {len(regimes)} of {len(dataset.regimes)} regimes are drawn.")
     return section

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron_opt.report.blocks import Plot, Section, Series, Table, colors
+from megatron_opt.report.blocks import Section, Series, colors
 from megatron_opt.study.dataset import Dataset
 
 KEYS = {
@@ -31,34 +31,21 @@ def dynamics(dataset: Dataset) -> Section:
     rows = []
     for key, (title, unit) in KEYS.items():
         series = []
-        for name in dataset.optimizers:
-            cell = best.get((name, regime))
-            curve = dataset.curve(cell.record.id) if cell else None
-            points = [(p["iteration"], v) for p in curve.train if (v := by_matrix(p, key))] if curve else []
-            if cell is None or not points:
+        for name, run, curve in dataset.best_curves(regime):
+            points = [(p["iteration"], v) for p in curve.train if (v := by_matrix(p, key))]
+            if not points:
                 continue
-            means = [math.fsum(values.values()) / len(values) for _, values in points]
-            x = [float(iteration) for iteration, _ in points]
-            run = cell.record
-            series.append(Series(name, x, means, color[name], points=False, runs=[run.id] * len(points)))
+            means = [(float(iteration), math.fsum(v.values()) / len(v), run.id) for iteration, v in points]
+            series.append(Series.of(name, color[name], means, "runs", points=False))
             rows += [
                 [name, kind, title.lower(), f"{value:.3g}", _expected(key, run.hyper)]
                 for kind, value in sorted(points[len(points) // 2][1].items())
             ]
-        if series:
-            section.plots.append(
-                Plot(
-                    f"{key.replace('_', '-')}-{regime}",
-                    f"{title}, {regime}",
-                    "iteration",
-                    unit,
-                    series,
-                    y_log=True,
-                )
-            )
+        name = f"{key.replace('_', '-')}-{regime}"
+        section.plot(name, f"{title}, {regime}", "iteration", unit, series, y_log=True)
     if rows:
         section.text.append("The angular update is the step that training really takes on scale-invariant weights.")
-        section.tables.append(Table(["optimizer", "matrices", "what", "halfway", "equilibrium at full lr"], rows))
+        section.table(["optimizer", "matrices", "what", "halfway", "equilibrium at full lr"], rows)
     return section
 
 

@@ -11,6 +11,8 @@ from megatron_opt.study.fits.gain_law import GainCheck
 from megatron_opt.study.fits.intervals import interval
 from megatron_opt.study.report.scaling import law_table
 
+BELOW = "loss below the baseline"
+
 
 def verdict(analysis: Analysis) -> Section:
     """What was measured and what is predicted, in plain words, which the page opens with."""
@@ -75,14 +77,8 @@ def prediction_error(analysis: Analysis) -> Section:
         if backtest is not None:
             section.plots.append(_held_out(analysis, kind))
     if rows:
-        header = [
-            "law",
-            "error of held-out losses",
-            "in 90% interval",
-            "error of gains",
-            "in 90% interval",
-            "leave-one-out",
-        ]
+        inside = "in 90% interval"
+        header = ["law", "error of held-out losses", inside, "error of gains", inside, "leave-one-out"]
         caption = (
             "Root-mean-square errors on a size predicted from the smaller ones; intervals include the noise of a run."
         )
@@ -153,20 +149,11 @@ def _held_out_gains(analysis: Analysis, test: Backtest) -> Plot:
     for k in np.unique(test.data.index[shown]):
         rows = np.flatnonzero(shown & (test.data.index == k))
         name = test.data.optimizers[k]
-        series.append(
-            Series(
-                name,
-                test.observed_gain[rows].tolist(),
-                predicted[rows].tolist(),
-                color[name],
-                line=False,
-                low=low[rows].tolist(),
-                high=high[rows].tolist(),
-                runs=[test.data.runs[i] for i in rows] if test.data.runs else None,
-            )
-        )
-    ends = [float(test.observed_gain[shown].min()), float(test.observed_gain[shown].max())]
-    series.append(Series("prediction = outcome", ends, ends, "#888888", points=False, dash=True))
+        points = zip(*(column[rows].tolist() for column in (test.observed_gain, predicted, low, high)))
+        one = Series.of(name, color[name], points, "low", "high", line=False)
+        one.runs = [test.data.runs[i] for i in rows] if test.data.runs else None
+        series.append(one)
+    series.append(_diagonal(test.observed_gain[shown]))
     title = f"Held-out gains: {test.data.n.max():,.0f} parameters, predicted from the smaller sizes"
     return Plot("held-out-gains", title, "observed gain", "predicted gain, 90% interval", series)
 
@@ -176,27 +163,20 @@ def _held_out(analysis: Analysis, kind: str) -> Plot:
     color, series = colors(analysis.dataset.optimizers), []
     for k in np.unique(backtest.data.index):
         mask, name = backtest.data.index == k, backtest.data.optimizers[k]
-        series.append(
-            Series(
-                name,
-                backtest.data.loss[mask].tolist(),
-                backtest.predicted[mask].tolist(),
-                color[name],
-                line=False,
-                low=backtest.low[mask].tolist(),
-                high=backtest.high[mask].tolist(),
-                runs=[run for run, keep in zip(backtest.data.runs, mask) if keep],
-            )
+        points = zip(
+            *(column[mask].tolist() for column in (backtest.data.loss, backtest.predicted, backtest.low, backtest.high))
         )
-    ends = [float(backtest.data.loss.min()), float(backtest.data.loss.max())]
-    series.append(Series("prediction = outcome", ends, ends, "#888888", points=False, dash=True))
-    return Plot(
-        f"held-out-{kind}",
-        f"Largest size, predicted without it ({kind}, diagnostic)",
-        "observed loss",
-        "predicted loss",
-        series,
-    )
+        one = Series.of(name, color[name], points, "low", "high", line=False)
+        one.runs = [run for run, keep in zip(backtest.data.runs, mask) if keep]
+        series.append(one)
+    series.append(_diagonal(backtest.data.loss))
+    title = f"Largest size, predicted without it ({kind}, diagnostic)"
+    return Plot(f"held-out-{kind}", title, "observed loss", "predicted loss", series)
+
+
+def _diagonal(observed: np.ndarray) -> Series:
+    ends = [float(observed.min()), float(observed.max())]
+    return Series("prediction = outcome", ends, ends, "#888888", points=False, dash=True)
 
 
 def extrapolation(analysis: Analysis) -> Section:
@@ -223,65 +203,40 @@ def extrapolation(analysis: Analysis) -> Section:
         ]
         for p in statement.predictions
     ]
-    section.tables.append(
-        Table(["ratio", "optimizer", "loss", "gain over baseline", "P(gain > 0)", "token speedup"], rows)
-    )
+    section.table(["ratio", "optimizer", "loss", "gain over baseline", "P(gain > 0)", "token speedup"], rows)
     series = []
     for name in analysis.data.optimizers[1:]:
         mine = [p for p in statement.predictions if p.optimizer == name]
-        series.append(
-            Series(
-                name,
-                [p.d / p.n / per for p in mine],
-                [p.gain.value for p in mine],
-                color[name],
-                low=[p.gain.low for p in mine],
-                high=[p.gain.high for p in mine],
-            )
-        )
+        points = [(p.d / p.n / per, p.gain.value, p.gain.low, p.gain.high) for p in mine]
+        series.append(Series.of(name, color[name], points, "low", "high"))
     title = f"Predicted gain at {statement.n:.3g} parameters"
-    section.plots.append(
-        Plot(
-            "gain",
-            title,
-            "Chinchilla ratio",
-            "loss below the baseline",
-            series,
-            x_log=True,
-            horizontal=[(0.0, "no gain")],
-        )
-    )
+    section.plot("gain", title, "Chinchilla ratio", BELOW, series, x_log=True, horizontal=[(0.0, "no gain")])
     section.plots.append(_gain_over_size(analysis, ensemble))
-    section.tables.append(
-        Table(
-            ["optimizer", "ratio", "decay p of N^−p", "size of zero gain", "90% interval", "probability below 1e13"],
+    section.table(
+        ["optimizer", "ratio", "decay p of N^−p", "size of zero gain", "90% interval", "probability below 1e13"],
+        [
             [
-                [
-                    c.optimizer,
-                    f"{c.ratio:g}x",
-                    "–" if np.isnan(c.decay.value) else c.decay.text(2),
-                    _size(c.n),
-                    f"{_size(c.low)} to {_size(c.high)}",
-                    f"{c.ever:.0%}",
-                ]
-                for c in statement.crossings
-            ],
-            "How an optimizer's gain changes between the measured sizes, and where it reaches zero.",
-        )
+                c.optimizer,
+                f"{c.ratio:g}x",
+                "–" if np.isnan(c.decay.value) else c.decay.text(2),
+                _size(c.n),
+                f"{_size(c.low)} to {_size(c.high)}",
+                f"{c.ever:.0%}",
+            ]
+            for c in statement.crossings
+        ],
+        "How an optimizer's gain changes between the measured sizes, and where it reaches zero.",
     )
     rows = [
         [name, run.optimizer, f"{run.n:.3g}", f"{run.ratio:g}x", f"{run.flops:.2g}", f"{run.shrinkage:.1%}"]
         for name, runs in analysis.next_runs.items()
         for run in runs[:3]
     ]
-    if rows:
-        section.tables.append(
-            Table(
-                ["gain of", "train", "parameters", "ratio", "FLOPs", "interval shrinks by"],
-                rows,
-                "The single further run that would narrow the predicted gain most (first ratio of the target).",
-            )
-        )
+    section.table(
+        ["gain of", "train", "parameters", "ratio", "FLOPs", "interval shrinks by"],
+        rows,
+        "The single further run that would narrow the predicted gain most (first ratio of the target).",
+    )
     return section
 
 
@@ -293,13 +248,8 @@ def _gain_over_size(analysis: Analysis, ensemble: Ensemble) -> Plot:
     series = []
     for name in ensemble.optimizers[1:]:
         gains = ensemble.gains(name, grid, tokens)
-        low, high = interval(gains)
-        middle = np.median(gains, 0)
-        series.append(
-            Series(
-                name, grid.tolist(), middle.tolist(), color[name], points=False, low=low.tolist(), high=high.tolist()
-            )
-        )
+        points = zip(*(column.tolist() for column in (grid, np.median(gains, 0), *interval(gains))))
+        series.append(Series.of(name, color[name], points, "low", "high", points=False))
         for fit in analysis.fits.values():
             value = fit.predict(ensemble.optimizers[0], grid, tokens) - fit.predict(name, grid, tokens)
             series.append(Series("", grid.tolist(), value.tolist(), color[name], points=False, dash=True))
@@ -307,7 +257,7 @@ def _gain_over_size(analysis: Analysis, ensemble: Ensemble) -> Plot:
         "gain-over-size",
         f"Gain against size at {ratios[0]:g}x",
         "non-embedding parameters",
-        "loss below the baseline",
+        BELOW,
         series,
         x_log=True,
         horizontal=[(0.0, "no gain")],

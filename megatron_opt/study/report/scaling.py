@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
-from megatron_opt.report.blocks import Plot, Section, Series, Table, colors
+from megatron_opt.report.blocks import Section, Series, Table, colors
 from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.fits.intervals import interval
 from megatron_opt.study.fits.scaling import Fit
 from megatron_opt.study.fits.significance import LEVEL
 from megatron_opt.study.fits.speedups import Speedup
+
+LOSS, SIZE = "final validation loss", "non-embedding parameters"
 
 
 def final_losses(analysis: Analysis) -> Section:
@@ -34,16 +37,8 @@ def final_losses(analysis: Analysis) -> Section:
             series.append(_points(name, mine.d, mine.loss, color[name], list(mine.runs)))
             if fit is not None:
                 series.append(_curve(grid, np.median(fit.losses(name, size, grid), 0), color[name]))
-        section.plots.append(
-            Plot(
-                f"loss-against-tokens-{size:.3g}",
-                f"Final loss against tokens, {size:,.0f} parameters",
-                "tokens",
-                "final validation loss",
-                series,
-                x_log=True,
-            )
-        )
+        name, title = f"loss-against-tokens-{size:.3g}", f"Final loss against tokens, {size:,.0f} parameters"
+        section.plot(name, title, "tokens", LOSS, series, x_log=True)
     ratios = np.round(data.d / data.n / analysis.dataset.tokens_per_parameter, 1)
     for ratio in np.unique(ratios):
         cells = data.where(ratios == ratio)
@@ -57,15 +52,8 @@ def final_losses(analysis: Analysis) -> Section:
             if fit is not None:
                 tokens = grid * ratio * analysis.dataset.tokens_per_parameter
                 series.append(_curve(grid, np.median(fit.losses(name, grid, tokens), 0), color[name]))
-        section.plots.append(
-            Plot(
-                f"loss-against-size-{ratio:g}x",
-                f"Final loss against size, {ratio:g}x",
-                "non-embedding parameters",
-                "final validation loss",
-                series,
-                x_log=True,
-            )
+        section.plot(
+            f"loss-against-size-{ratio:g}x", f"Final loss against size, {ratio:g}x", SIZE, LOSS, series, x_log=True
         )
     return section
 
@@ -91,33 +79,19 @@ def gains(analysis: Analysis) -> Section:
             points = sorted((c for c in mine if c.optimizer == name), key=lambda c: sizes[c.regime])
             if not points:
                 continue
-            bars = any(c.low is not None for c in points)
-            series.append(
-                Series(
-                    name,
-                    [sizes[c.regime] for c in points],
-                    [c.gain for c in points],
-                    color[name],
-                    line=False,
-                    low=[c.gain if c.low is None else c.low for c in points] if bars else None,
-                    high=[c.gain if c.high is None else c.high for c in points] if bars else None,
-                    runs=[" ".join(c.runs) for c in points],
-                )
+            one = Series.of(
+                name, color[name], [(sizes[c.regime], c.gain, " ".join(c.runs)) for c in points], "runs", line=False
             )
+            if any(c.low is not None for c in points):
+                one.low = [c.gain if c.low is None else c.low for c in points]
+                one.high = [c.gain if c.high is None else c.high for c in points]
+            series.append(one)
             if fit is not None and len(positions) > 1 and name in fit.optimizers:
                 grid = np.geomspace(positions[0] / 1.3, positions[-1] * 1.3, 40)
                 series.append(_curve(grid, np.median(fit.gains(name, grid, ratio * per * grid), 0), color[name]))
-        section.plots.append(
-            Plot(
-                f"gain-against-size-{ratio:g}x",
-                f"Loss below {baseline}'s against size, {ratio:g}x",
-                "non-embedding parameters",
-                f"loss below {baseline}'s",
-                series,
-                x_log=True,
-                horizontal=[(0.0, "no gain")],
-            )
-        )
+        title, below = f"Loss below {baseline}'s against size, {ratio:g}x", f"loss below {baseline}'s"
+        lines = [(0.0, "no gain")]
+        section.plot(f"gain-against-size-{ratio:g}x", title, SIZE, below, series, x_log=True, horizontal=lines)
     return section if section.plots else Section(section.title)
 
 
@@ -149,65 +123,25 @@ def speedup_section(analysis: Analysis) -> Section:
     data, others = analysis.data, analysis.data.optimizers[1:]
     behind = {(data.optimizers[k], n, d): run for k, n, d, run in zip(data.index, data.n, data.d, data.runs)}
 
-    def series(name: str, chosen: list, x: list[float]) -> Series:
-        return Series(
-            name,
-            x,
-            [s.value for s in chosen],
-            color[name],
-            low=[s.low for s in chosen],
-            high=[s.high for s in chosen],
-            beyond=[s.beyond for s in chosen],
-            runs=[behind.get((s.optimizer, s.n, s.d), "") for s in chosen],
-        )
+    finite = [_drawable(s) for s in analysis.speedups if np.isfinite([s.value, s.low]).all()]
+
+    def draw(label: str, against: str, x_label: str, chosen: list[Speedup], x: Callable[[Speedup], float]) -> None:
+        lines = []
+        for name in others:
+            mine = sorted((s for s in chosen if s.optimizer == name), key=x)
+            rows = [(x(s), s.value, s.low, s.high, s.beyond, behind.get((s.optimizer, s.n, s.d), "")) for s in mine]
+            if rows:
+                lines.append(Series.of(name, color[name], rows, "low", "high", "beyond", "runs"))
+        if lines and len(lines[0].x) > 1:
+            title, level = f"Speedup against {against}, {label}", [(1.0, "no gain")]
+            section.plot(f"speedup-{label}", title, x_label, "token speedup", lines, x_log=True, horizontal=level)
 
     for size in analysis.data.sizes:
-        lines = []
-        for name in others:
-            chosen = sorted((s for s in analysis.speedups if s.optimizer == name and s.n == size), key=lambda s: s.d)
-            chosen = [_drawable(s) for s in chosen if np.isfinite([s.value, s.low]).all()]
-            if chosen:
-                lines.append(series(name, chosen, [s.d / s.n / per for s in chosen]))
-        if lines and len(lines[0].x) > 1:
-            label = names.get(int(size), f"{size:.3g}")
-            section.plots.append(
-                Plot(
-                    f"speedup-{label}",
-                    f"Speedup against ratio, {label}",
-                    "Chinchilla ratio",
-                    "token speedup",
-                    lines,
-                    x_log=True,
-                    horizontal=[(1.0, "no gain")],
-                )
-            )
+        mine = [s for s in finite if s.n == size]
+        draw(names.get(int(size), f"{size:.3g}"), "ratio", "Chinchilla ratio", mine, lambda s: s.d / s.n / per)
     for ratio in sorted({round(s.d / s.n / per, 1) for s in analysis.speedups}):
-        lines = []
-        for name in others:
-            chosen = sorted(
-                (
-                    _drawable(s)
-                    for s in analysis.speedups
-                    if s.optimizer == name
-                    and round(s.d / s.n / per, 1) == ratio
-                    and np.isfinite([s.value, s.low]).all()
-                ),
-                key=lambda s: s.n,
-            )
-            if chosen:
-                lines.append(series(name, chosen, [s.n for s in chosen]))
-        if lines and len(lines[0].x) > 1:
-            section.plots.append(
-                Plot(
-                    f"speedup-{ratio:g}x",
-                    f"Speedup against size, {ratio:g}x",
-                    "non-embedding parameters",
-                    "token speedup",
-                    lines,
-                    x_log=True,
-                    horizontal=[(1.0, "no gain")],
-                )
-            )
+        mine = [s for s in finite if round(s.d / s.n / per, 1) == ratio]
+        draw(f"{ratio:g}x", "size", SIZE, mine, lambda s: s.n)
     rows = [
         [
             s.optimizer,
@@ -220,7 +154,7 @@ def speedup_section(analysis: Analysis) -> Section:
         ]
         for s in analysis.speedups
     ]
-    section.tables.append(Table(["optimizer", "model", "ratio", "speedup", "90% interval", "by", "runs"], rows))
+    section.table(["optimizer", "model", "ratio", "speedup", "90% interval", "by", "runs"], rows)
     return section
 
 
@@ -274,9 +208,8 @@ def significance(analysis: Analysis) -> Section:
         ]
         for c in analysis.comparisons
     ]
-    if rows:
-        header = ["regime", "optimizer", "gain over baseline", f"{LEVEL:.0%} interval", "p", "p (Holm)", "verdict"]
-        section.tables.append(Table([*header, "seeds needed", "seeds", "runs"], rows))
+    header = ["regime", "optimizer", "gain over baseline", f"{LEVEL:.0%} interval", "p", "p (Holm)", "verdict"]
+    section.table([*header, "seeds needed", "seeds", "runs"], rows)
     return section
 
 

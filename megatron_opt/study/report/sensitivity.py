@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_opt.report.blocks import Plot, Section, Series, colors
+from megatron_opt.report.blocks import Section, Series, colors
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.spec import Regime
 from megatron_opt.study.store import Record
@@ -47,42 +47,15 @@ def lr_sensitivity(dataset: Dataset) -> Section:
             if (name, regime) not in best:
                 continue
             runs = _slice(by_cell[name, regime], best[name, regime].record)
-            good = [r for r in runs if r.loss is not None]
             if len(runs) < 2:
                 continue
-            series.append(
-                Series(
-                    name,
-                    [r.hyper["lr"] for r in good],
-                    [r.loss or 0.0 for r in good],
-                    color[name],
-                    runs=[r.id for r in good],
-                )
-            )
-            bad = [r for r in runs if r.loss is None]
+            good = [(r.hyper["lr"], r.loss, r.id) for r in runs if r.loss is not None]
+            series.append(Series.of(name, color[name], good, "runs"))
+            bad = [(r.hyper["lr"], 0.0, r.id) for r in runs if r.loss is None]
             if bad:
-                series.append(
-                    Series(
-                        f"{name} diverged",
-                        [r.hyper["lr"] for r in bad],
-                        [0.0] * len(bad),
-                        color[name],
-                        line=False,
-                        crosses=True,
-                        runs=[r.id for r in bad],
-                    )
-                )
-        if series:
-            section.plots.append(
-                Plot(
-                    f"lr-sensitivity-{regime}",
-                    f"Learning-rate sensitivity, {regime}",
-                    "learning rate",
-                    "final validation loss",
-                    series,
-                    x_log=True,
-                )
-            )
+                series.append(Series.of(f"{name} diverged", color[name], bad, "runs", line=False, crosses=True))
+        title, y = f"Learning-rate sensitivity, {regime}", "final validation loss"
+        section.plot(f"lr-sensitivity-{regime}", title, "learning rate", y, series, x_log=True)
     if len(section.plots) > MOST_PLOTS:
         section.text.append(f"The largest {MOST_PLOTS} of {len(section.plots)} regimes are drawn.")
         section.plots = section.plots[-MOST_PLOTS:]

@@ -8,7 +8,7 @@ from megatron_opt.report.blocks import PALETTE, Plot, Section, Series, Table, co
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.fits.significance import LEVEL
 from megatron_opt.study.fits.transfer import Carried, Transfer, transfer_of
-from megatron_opt.study.report.scaling import p_text
+from megatron_opt.study.report.scaling import LOSS, p_text
 
 TITLES = {"standard": "without µP", "mup": "µP"}
 
@@ -33,7 +33,8 @@ def transfer_over_width(dataset: Dataset) -> Section:
         for one in transfer.rows
         if one.edge
     ]
-    section.plots += [_over_width(dataset, transfer), *_curves(transfer)]
+    section.plots.append(_over_width(dataset, transfer))
+    _curves(section, transfer)
     return section
 
 
@@ -127,27 +128,15 @@ def _over_width(dataset: Dataset, transfer: Transfer) -> Plot:
     return Plot("transfer-optimum", title, "width", "best learning rate", series, x_log=True, y_log=True)
 
 
-def _curves(transfer: Transfer) -> list[Plot]:
+def _curves(section: Section, transfer: Transfer) -> None:
     """Loss over the rate at every width, one figure for each optimizer and parametrization; dotted: the carried rate."""
-    plots = []
     for name, kind in _keys(transfer):
         mine = [one for one in transfer.rows if (one.optimizer, one.parametrization) == (name, kind) and one.best_lr]
         series = [
-            Series(str(one.regime), [x for x, _ in points], [y for _, y in points], PALETTE[i % len(PALETTE)])
+            Series.of(str(one.regime), PALETTE[i % len(PALETTE)], points)
             for i, one in enumerate(mine)
             if (points := [point for point in one.curve if math.isfinite(point[1])])
         ]
-        if not series:
-            continue
-        plots.append(
-            Plot(
-                f"transfer-{name}-{kind}",
-                f"{name}, {TITLES[kind]}: loss over the rate",
-                "learning rate",
-                "final validation loss",
-                series,
-                x_log=True,
-                vertical=[(mine[0].carried_lr, "carried")],
-            )
-        )
-    return plots
+        if series:
+            title, carried = f"{name}, {TITLES[kind]}: loss over the rate", [(mine[0].carried_lr, "carried")]
+            section.plot(f"transfer-{name}-{kind}", title, "learning rate", LOSS, series, x_log=True, vertical=carried)

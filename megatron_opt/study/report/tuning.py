@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_opt.report.blocks import Plot, Section, Series, Table, colors
+from megatron_opt.report.blocks import Section, Series, colors
 from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.dataset import Dataset
 
@@ -38,23 +38,11 @@ def hyper_laws(analysis: Analysis) -> Section:
             bands = np.array([law.interval(*cell) for cell in zip(sizes, tokens)])
             c = color[law.optimizer]
             series.append(Series(law.optimizer, points.tolist(), law.value.tolist(), c, line=False))
-            series.append(
-                Series(
-                    "",
-                    x.tolist(),
-                    law.predict(sizes, tokens).tolist(),
-                    c,
-                    points=False,
-                    low=bands[:, 0].tolist(),
-                    high=bands[:, 1].tolist(),
-                )
-            )
-        against = ("tokens", "tokens") if one_size else ("size", "non-embedding parameters")
-        section.plots.append(
-            Plot(
-                f"hyper-law-{key}", f"Tuned {key} against {against[0]}", against[1], key, series, x_log=True, y_log=True
-            )
-        )
+            curve = zip(x, law.predict(sizes, tokens).tolist(), *bands.T.tolist())
+            series.append(Series.of("", c, curve, "low", "high", points=False))
+        against, x_label = ("tokens", "tokens") if one_size else ("size", "non-embedding parameters")
+        title = f"Tuned {key} against {against}"
+        section.plot(f"hyper-law-{key}", title, x_label, key, series, x_log=True, y_log=True)
     n, ratios = analysis.target
     rows = []
     for law in analysis.hyper_laws:
@@ -72,21 +60,8 @@ def hyper_laws(analysis: Analysis) -> Section:
                 f"{law.tested[0]} of {law.tested[1]}",
             ]
         )
-    section.tables.append(
-        Table(
-            [
-                "optimizer",
-                "hyperparameter",
-                "A (size)",
-                "B (tokens)",
-                f"at {n:.2g}, {ratios[0]:g}x",
-                "90% interval",
-                "price of its ends",
-                "backtest: inside before scaling",
-            ],
-            rows,
-        )
-    )
+    header = ["optimizer", "hyperparameter", "A (size)", "B (tokens)", f"at {n:.2g}, {ratios[0]:g}x", "90% interval"]
+    section.table([*header, "price of its ends", "backtest: inside before scaling"], rows)
     return section
 
 
@@ -101,31 +76,12 @@ def transfer(dataset: Dataset) -> Section:
         series = []
         for name in dataset.optimizers:
             points = sorted(
-                (cell.record.config["flags"][flag], cell.record.hyper["lr"], cell.record.id)
+                (float(cell.record.config["flags"][flag]), cell.record.hyper["lr"], cell.record.id)
                 for (optimizer, _), cell in best.items()
                 if optimizer == name and flag in cell.record.config.get("flags", {}) and "lr" in cell.record.hyper
             )
             if len({x for x, *_ in points}) > 1:
-                series.append(
-                    Series(
-                        name,
-                        [float(p[0]) for p in points],
-                        [p[1] for p in points],
-                        color[name],
-                        line=False,
-                        runs=[p[2] for p in points],
-                    )
-                )
-        if series:
-            section.plots.append(
-                Plot(
-                    f"transfer-{label}",
-                    f"Best learning rate against {label}",
-                    label,
-                    "best learning rate",
-                    series,
-                    x_log=True,
-                    y_log=True,
-                )
-            )
+                series.append(Series.of(name, color[name], points, "runs", line=False))
+        title, y = f"Best learning rate against {label}", "best learning rate"
+        section.plot(f"transfer-{label}", title, label, y, series, x_log=True, y_log=True)
     return section

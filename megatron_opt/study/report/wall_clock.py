@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_opt.report.blocks import Plot, Section, Series, Table, colors
+from megatron_opt.report.blocks import Section, Series, Table, colors
 from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.fits.significance import LEVEL
@@ -95,29 +95,18 @@ def _draw(section: Section, dataset: Dataset, wall: WallClock) -> None:
             x = [one.n for one in points]
             series.append(Series(f"{name}, tokens", x, [one.tokens.value for one in points], color[name], dash=True))
             series.append(Series(f"{name}, time", x, [one.here.value for one in points if one.here], color[name]))
-        section.plots.append(
-            Plot(
-                f"time-speedup-{ratio:g}x",
-                f"Speedups in tokens (dashed) and in time here, {ratio:g}x",
-                "non-embedding parameters",
-                "speedup",
-                series,
-                x_log=True,
-                horizontal=[(1.0, "no gain")],
-            )
-        )
+        name, title = f"time-speedup-{ratio:g}x", f"Speedups in tokens (dashed) and in time here, {ratio:g}x"
+        level = [(1.0, "no gain")]
+        section.plot(name, title, "non-embedding parameters", "speedup", series, x_log=True, horizontal=level)
 
 
 def _target(section: Section, dataset: Dataset, wall: WallClock) -> None:
     assert wall.cluster is not None
     rows = [_row(one, dataset.tokens_per_parameter) for one in wall.target]
     header = ["optimizer", "parameters", "ratio", "speedup in tokens", "seconds a step", "speedup in time"]
+    where = f"At the target on {wall.cluster.name}"
     section.tables.append(
-        Table(
-            header,
-            rows,
-            f"At the target on {wall.cluster.name}: the hierarchical law's tokens over the cost model's step, 90%.",
-        )
+        Table(header, rows, f"{where}: the hierarchical law's tokens over the cost model's step, 90%.")
     )
 
 
