@@ -1,8 +1,8 @@
 """What tensors lose in FP8, by kind of layer: their largest numbers, underflows and overflows in the steps that are logged.
 
-Underflows are elements other than zero that become zero, overflows those beyond the format's largest number under their scale, which are
-clipped; both as shares of all elements, of the copy by rows. Tensors and both words are named as in Transformer Engine's LogFp8TensorStats.
-Counted where its Python asks its C++ module to quantize, so that every recipe and layout counts alike, emulated or on a GPU.
+Underflows are elements other than zero that become zero; overflows those beyond the format's largest number under their scale, which
+are clipped; both as shares of all elements, in the copy by rows. Tensors and both words are named as in Transformer Engine's own
+LogFp8TensorStats. Counted where its Python asks its C++ module to quantize, so that recipes and layouts count alike, emulated or not.
 """
 
 import argparse
