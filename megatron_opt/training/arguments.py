@@ -80,7 +80,7 @@ def expand(argv: Sequence[str]) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """This project's flags, and Megatron's `--optimizer` with our names among its choices."""
     from megatron_opt.checkpointing import compared, saving
-    from megatron_opt.training import faults, record, stragglers
+    from megatron_opt.training import faults, fp8_ranges, record, stragglers
     from megatron_opt.training.flags import helping
     from megatron_opt.training.optimizer_flags import add_optimizer_arguments
 
@@ -124,6 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     saving.add_arguments(parser)
     faults.add_arguments(parser)
     stragglers.add_arguments(parser)
+    fp8_ranges.add_arguments(parser)
     record.add_arguments(parser)
     add_optimizer_arguments(parser)
     helping.install(

@@ -21,7 +21,7 @@ from megatron_opt.checkpointing import run_state
 from megatron_opt.errors import UserError, full
 from megatron_opt.files import write_atomic
 from megatron_opt.kernels.host import current_device
-from megatron_opt.training import console, events, record, sinks, stragglers
+from megatron_opt.training import console, events, fp8_ranges, record, sinks, stragglers
 from megatron_opt.training.clock import Clock
 from megatron_opt.training.progress import Progress
 
@@ -38,6 +38,7 @@ class Monitor:
         self.clock = Clock()
         self.own_time = stragglers.OwnTime()
         self.stragglers = stragglers.Watch(args.straggler_factor, args.straggler_window)
+        self.ranges = fp8_ranges.Ranges() if args.log_fp8_ranges else None
         self.folder = Path(args.output_dir) if args.output_dir else None
         self.optimizer: Any = None
         self.matrices: Sequence[Any] = ()
@@ -103,7 +104,7 @@ class Monitor:
             return losses
 
         def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-            return self.clock.timed("forward_backward", schedule(*args, **kwargs))
+            return self.clock.timed("forward_backward", self._counted(schedule(*args, **kwargs)))
 
         def begun(*args: Any, **kwargs: Any) -> Any:
             self.begin(self.args.iteration)
@@ -143,15 +144,36 @@ class Monitor:
                 {"validation": getattr(self.args, "validation_identity", None)}, allow_val_change=True
             )
 
+    def _counted(self, passes: Any) -> Any:
+        """Forward and backward passes, counted in a step that will be logged where --log-fp8-ranges asks for it."""
+        ranges = self.ranges
+        if ranges is None:
+            return passes
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            ranges.counting = self._logs_next and not kwargs.get("forward_only", False)
+            try:
+                return passes(*args, **kwargs)
+            finally:
+                ranges.counting = False
+
+        return counted
+
+    @property
+    def _logs_next(self) -> bool:
+        following = self.iteration + 1
+        return following % self.args.log_interval == 0 or following == self.args.train_iters
+
     def watch(self, optimizer: Any, chunks: Sequence[Any]) -> None:
         """Time the optimizer and the communication around it; ask it for norms when they will be logged."""
         self.optimizer = optimizer
+        if self.ranges is not None:
+            self.ranges.install(chunks)
         step = self.clock.timed("optimizer", optimizer.step)
 
         def stepped() -> Any:
             if hasattr(optimizer, "want_stats"):
-                following = self.iteration + 1
-                optimizer.want_stats = following % self.args.log_interval == 0 or following == self.args.train_iters
+                optimizer.want_stats = self._logs_next
             return step()
 
         optimizer.step = stepped
@@ -199,6 +221,8 @@ class Monitor:
         if stats:
             entry["groups"] = stats
         reports = [report for post in getattr(self.optimizer, "post_steps", ()) if (report := post.report())]
+        if self.ranges is not None and (of_fp8 := self.ranges.report()):
+            reports.append(of_fp8)
         entry |= {report.key: report.entry for report in reports}
         self._append(entry)
         if self.is_logging_rank:

@@ -148,6 +148,7 @@ CASES = {
     "--loss-spike-factor 3": "--loss-spike-factor has no effect without --on-loss-spike",
     "--on-loss-spike skip --rollback-steps 5": "--rollback-steps has no effect without --on-loss-spike rollback",
     "--on-loss-spike rollback": "give --save",
+    "--log-fp8-ranges": "--log-fp8-ranges has no effect without --fp8-format",
     "--log-samples": "--log-samples has no effect without --output-dir",
     "--wandb-exp-name e": "--wandb-exp-name has no effect without --wandb-project",
     "--lr-decay-style constant --min-lr 1e-4": "--min-lr has no effect without",

@@ -62,7 +62,13 @@ def test_a_processs_first_line_is_of_its_own_steps(monkeypatch, interval, iterat
     )  # fmt: skip
     monkeypatch.setattr(sinks, "install", lambda *_: None)
     monkeypatch.setattr(monitoring.Monitor, "on_step", lambda *_: None)
-    flags = {"log_interval": interval, "output_dir": None, "straggler_factor": 0, "straggler_window": 1}
+    flags = {
+        "log_interval": interval,
+        "output_dir": None,
+        "straggler_factor": 0,
+        "straggler_window": 1,
+        "log_fp8_ranges": False,
+    }
     monitoring.Monitor(SimpleNamespace(**flags)).install(loop)
     loop.training_log({}, {}, 1e-3, iteration, 1.0, True, 0, 1.0, is_first_iteration=True)
     assert asked == [first]

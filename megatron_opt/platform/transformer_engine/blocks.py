@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_opt.platform.transformer_engine.extension import operation
-from megatron_opt.platform.transformer_engine.scales import FORMATS, e8m0, encode, reciprocal, scale_from_amax
+from megatron_opt.platform.transformer_engine.scales import (
+    FORMATS,
+    e8m0,
+    encode,
+    numbers,
+    powers,
+    reciprocal,
+    scale_from_amax,
+)
 
 MX = 32
 BLOCK = 128
@@ -34,7 +42,7 @@ def untiled(tiles: Tensor, m: int, k: int) -> Tensor:
 
 def amaxes(tiles: Tensor) -> Tensor:
     """max |x| of every tile in fp32, (m/rows, k/cols); as on a GPU, which passes over NaN."""
-    amax = tiles.abs().amax((1, 3)).float()
+    amax = tiles.abs().amax((1, 3)).float() if tiles.shape[1] > 1 else tiles[:, 0].float().abs().amax(-1)
     return tiles.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax((1, 3)).float() if amax.isnan().any() else amax
 
 
@@ -112,9 +120,11 @@ def write_mx(x: Tensor, quantizer: Any, out: Any) -> None:
 def _scaled(data: Tensor, inverse: Tensor, rows: int, cols: int, dtype: Any) -> Tensor:
     """Bytes (m, k) times one factor a tile, in fp64."""
     m, k = data.shape
-    values = tiled(data.view(FORMATS[int(dtype)][0]).double(), rows, cols)
-    factors = inverse[: values.shape[0], : values.shape[2]].double()
-    return untiled(values * factors[:, None, :, None], m, k)
+    values = numbers(data, dtype)
+    factors = inverse[: -(-m // rows), : -(-k // cols)].double()
+    if m % rows or k % cols:
+        return values.mul_(factors.repeat_interleave(rows, 0)[:m].repeat_interleave(cols, 1)[:, :k])
+    return untiled(tiled(values, rows, cols).mul_(factors[:, None, :, None]), m, k)
 
 
 def decode_blockwise(tensor: Any, columnwise: bool) -> Tensor:
@@ -133,9 +143,7 @@ def decode_mx(tensor: Any, columnwise: bool) -> Tensor:
     """The matrix (m, k) that an MXFP8 tensor's rows or columns hold, fp64."""
     data = tensor._columnwise_data if columnwise else tensor._rowwise_data
     exponents = tensor._columnwise_scale_inv if columnwise else tensor._rowwise_scale_inv
-    factors = torch.ldexp(torch.ones((), dtype=torch.float64), exponents.int() - 127)
-    factors = torch.where(exponents == 255, torch.nan, factors)
-    return _scaled(_flat(data), factors, *((MX, 1) if columnwise else (1, MX)), tensor._fp8_dtype)
+    return _scaled(_flat(data), powers(exponents), *((MX, 1) if columnwise else (1, MX)), tensor._fp8_dtype)
 
 
 def _whole(shard: Tensor, h: int, w: int, start: int) -> Tensor:

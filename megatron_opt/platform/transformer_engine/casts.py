@@ -10,17 +10,24 @@ from torch import Tensor
 
 from megatron_opt.platform.transformer_engine import blocks
 from megatron_opt.platform.transformer_engine.extension import MODULE, operation, torch_dtype
-from megatron_opt.platform.transformer_engine.scales import FORMATS, LARGEST, encode, quotient, scale_from_amax
+from megatron_opt.platform.transformer_engine.scales import FORMATS, LARGEST, encode, numbers, quotient, scale_from_amax
 
 
 def decode(tensor: Any) -> tuple[Tensor, Tensor]:
-    """(values before the scale, as stored in rows, fp32; 1/scale) of a tensor with one scale."""
-    kind = FORMATS[int(tensor._fp8_dtype)][0]
+    """(values before the scale, as stored in rows, fp64; 1/scale) of a tensor with one scale."""
     if tensor._data is not None:
         raw = tensor._data.reshape(-1, tensor._data.shape[-1])
     else:
         raw = tensor._transpose.reshape(tensor._transpose.shape[0], -1).t().contiguous()
-    return raw.view(kind).float(), tensor._scale_inv
+    return numbers(raw, tensor._fp8_dtype), tensor._scale_inv
+
+
+def _largest(x: Tensor) -> Tensor:
+    """max |x| in fp32, NaN where one is; 0 of nothing."""
+    if not x.numel():
+        return torch.zeros(())
+    low, high = x.detach().aminmax()
+    return torch.maximum(-low, high).float()
 
 
 def _is_current(quantizer: Any) -> bool:
@@ -29,7 +36,7 @@ def _is_current(quantizer: Any) -> bool:
 
 def _write_one_scale(x: Tensor, quantizer: Any, out: Any) -> None:
     """Quantize x by one scale into a tensor's rows, and its columns where they are there or wanted."""
-    amax = x.detach().float().abs().max() if x.numel() else torch.zeros(())
+    amax = _largest(x)
     if _is_current(quantizer):
         if quantizer.with_amax_reduction:
             torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group=quantizer.amax_reduction_group)
@@ -85,7 +92,7 @@ def dequantize(tensor: Any, dtype: Any) -> Tensor:
         matrix = blocks.decode_mx(tensor, columnwise=tensor._rowwise_data is None)
         return matrix.to(torch_dtype(dtype, torch.float32)).reshape(tensor.size())
     values, inverse = decode(tensor)
-    return (values * inverse).to(torch_dtype(dtype, torch.float32)).reshape(tensor.size())
+    return (values.float() * inverse).to(torch_dtype(dtype, torch.float32)).reshape(tensor.size())
 
 
 @operation
@@ -163,7 +170,7 @@ def swap_first_dims(x: Tensor, out: Tensor | None = None) -> Tensor:
 @operation
 def compute_amax(x: Tensor, amax: Tensor) -> None:
     """amax ← max |x|."""
-    amax.copy_((x.float().abs().max() if x.numel() else torch.zeros(())).view(1))
+    amax.copy_(_largest(x).view(1))
 
 
 @operation

@@ -1,5 +1,6 @@
 """Matrix products as the layers ask for them: of torch's own precision, or of FP8 operands with exact sums."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,18 +10,16 @@ from megatron_opt.platform.transformer_engine import blocks
 from megatron_opt.platform.transformer_engine.casts import decode, quantize
 from megatron_opt.platform.transformer_engine.extension import operation, torch_dtype
 
-_ONE = torch.ones((), dtype=torch.float64)
-
 
 def _operand(x: Any, columnwise: bool = False) -> tuple[Tensor, Tensor | None]:
-    """(matrix in fp64, its factor or 1) of FP8, (matrix, None) of torch's types; `columnwise`: by the scales of its columns."""
+    """(matrix, one factor or None for 1), FP8 in fp64; `columnwise`: by the scales of its columns."""
     if hasattr(x, "_is_2D_scaled"):
-        return blocks.decode_blockwise(x, columnwise), _ONE
+        return blocks.decode_blockwise(x, columnwise), None
     if hasattr(x, "_with_gemm_swizzled_scales"):
-        return blocks.decode_mx(x, columnwise), _ONE
+        return blocks.decode_mx(x, columnwise), None
     if hasattr(x, "_scale_inv"):
         values, inverse = decode(x)
-        return values.double(), inverse.double()
+        return values, inverse.double()
     return x.reshape(-1, x.shape[-1]), None
 
 
@@ -30,10 +29,11 @@ def product(a: Any, transpose_a: bool, b: Any, transpose_b: bool) -> Tensor:
     right, right_factor = _operand(a, columnwise=not transpose_a)
     left = left.t() if transpose_b else left
     right = right.t() if transpose_a else right
-    if left_factor is None and right_factor is None:
+    if torch.float64 not in (left.dtype, right.dtype):
         return left @ right
-    scale = (_ONE if left_factor is None else left_factor) * (_ONE if right_factor is None else right_factor)
-    return ((left.double() @ right.double()) * scale).float()
+    found = left.double() @ right.double()
+    factors = [factor for factor in (left_factor, right_factor) if factor is not None]
+    return (found.mul_(math.prod(factors)) if factors else found).float()
 
 
 @operation

@@ -42,4 +42,28 @@ def reciprocal(exponents: Tensor) -> Tensor:
 def encode(x: Tensor, scale: Tensor, dtype: int) -> Tensor:
     """Bytes of x·scale, rounded to nearest even, saturated."""
     kind, largest = FORMATS[int(dtype)]
-    return (x.float() * scale).clamp(-largest, largest).to(kind).view(torch.uint8)
+    return (x.float() * scale).clamp_(-largest, largest).to(kind).view(torch.uint8)
+
+
+def _table(kind: torch.dtype) -> Tensor:
+    return torch.arange(256).to(torch.uint8).view(kind).double()
+
+
+_NUMBERS = {number: _table(kind) for number, (kind, _) in FORMATS.items()}
+_EXPONENTS = torch.cat(
+    [torch.ldexp(torch.ones(255, dtype=torch.float64), torch.arange(255) - 127), torch.tensor([torch.nan])]
+)
+
+
+def numbers(data: Tensor, dtype: int) -> Tensor:
+    """What bytes stand for, fp64; by a table, several times as fast as torch's own conversion."""
+    return _looked_up(_NUMBERS[int(dtype)], data)
+
+
+def powers(exponents: Tensor) -> Tensor:
+    """2^(byte − 127) in fp64; NaN for 255."""
+    return _looked_up(_EXPONENTS, exponents)
+
+
+def _looked_up(table: Tensor, data: Tensor) -> Tensor:
+    return table.index_select(0, data.reshape(-1).int()).view(data.shape)

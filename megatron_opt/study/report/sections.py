@@ -13,6 +13,7 @@ from megatron_opt.study.report.curves import loss_curves
 from megatron_opt.study.report.dynamics import dynamics
 from megatron_opt.study.report.extrapolation import extrapolation, prediction_error, verdict
 from megatron_opt.study.report.pitfalls import pitfalls
+from megatron_opt.study.report.precision import precision
 from megatron_opt.study.report.repetition import repeated_data
 from megatron_opt.study.report.scaling import final_losses, gains, significance, speedup_section
 from megatron_opt.study.report.search import search
@@ -41,6 +42,7 @@ def build_sections(dataset: Dataset, analysis: Analysis | str) -> list[Section]:
         _results(dataset),
         tokens_and_time(dataset, analysis),
         accuracy(dataset),
+        *precision(dataset),
         _pitfalls(dataset),
         *fitted,
         search(dataset),

@@ -15,7 +15,7 @@ NEEDS: tuple[tuple[str, str, Condition], ...] = (
     ("q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim v-head-dim rope-type", "--multi-latent-attention",
      lambda a: a.multi_latent_attention),
     ("mtp-loss-scaling-factor mtp-detach-heads mtp-use-repeated-layer", "--mtp-num-layers", lambda a: bool(a.mtp_num_layers)),
-    ("fp8-* first-last-layers-bf16", "--fp8-format", lambda a: bool(a.fp8)),
+    ("fp8-* first-last-layers-bf16 log-fp8-ranges", "--fp8-format", lambda a: bool(a.fp8)),
     ("fp8-margin fp8-interval fp8-amax-history-len fp8-amax-compute-algo no-fp8-wgrad", "--fp8-recipe delayed",
      lambda a: a.fp8_recipe == "delayed"),
     ("num-layers-at-start-in-bf16 num-layers-at-end-in-bf16", "--first-last-layers-bf16", lambda a: a.first_last_layers_bf16),
