@@ -7,13 +7,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_opt.errors import UserError
 from megatron_opt.study import cli
-from megatron_opt.study.executors import Job, slurm
+from megatron_opt.study.executors import Job, base, slurm
 from megatron_opt.study.executors.slurm import SlurmExecutor
 from megatron_opt.study.spec import ExecutorSettings
 from megatron_opt.study.store import Store
@@ -177,6 +178,46 @@ def test_the_script_starts_torchrun_on_every_node_and_quotes_what_it_is_given(tm
     assert '--nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint "$head:$port"' in script
     assert "'$HOME'" in script and f"'{tmp_path}/a b'" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def _steps(tmp_path, job, nodes=1):
+    settings = ExecutorSettings(kind="slurm", nodes=nodes, ranks=8)
+    return SlurmExecutor(settings, tmp_path)._script(job)
+
+
+def test_the_evaluation_follows_the_training_on_the_same_ranks(tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: f"/usr/bin/{name}")
+    job = Job("r1", tmp_path / "r1", ["--lr", "0.1"], ("a b", "--tasks", "mine"))
+    script = _steps(tmp_path, job, nodes=2)
+    train, evaluate = (line for line in script.splitlines() if " -m megatron_opt." in line)
+    assert train.startswith("step ") and " -m megatron_opt.pretrain --lr 0.1 " in train
+    assert evaluate.startswith('[ "$code" != 0 ] || step ') and evaluate.count('--rdzv-endpoint "$head:$port"') == 1
+    assert (
+        evaluate.endswith(" -m megatron_opt.cli eval 'a b' --tasks mine")
+        and "--nnodes 2 --nproc-per-node 8" in evaluate
+    )
+    again = _steps(tmp_path, replace(job, trained=True))
+    assert "megatron_opt.pretrain" not in again and "\nstep " in again
+
+
+@pytest.mark.parametrize(("train", "evaluate", "told", "code", "evaluated"), [
+    ("true", "0", False, 0, True), ("exit 7", "0", False, 7, False), ("true", "5", False, 5, True),
+    ("touch started; trap 'exit 0' TERM; sleep 30 & wait", "0", True, 143, False),
+])  # fmt: skip
+def test_the_script_itself_by_a_shell(tmp_path, monkeypatch, train, evaluate, told, code, evaluated):
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(slurm, "TORCHRUN", ("{python}",))
+    monkeypatch.setattr(base, "EVALUATE", ("-c", f"open('evaluated', 'w'); raise SystemExit({evaluate})"))
+    settings = ExecutorSettings(kind="slurm", command=("/bin/sh", "-c", train))
+    script = SlurmExecutor(settings, tmp_path)._script(Job("r1", tmp_path, [], ("x",)))
+    tools = 'srun() { shift 2; exec "$@"; }\nscontrol() { echo n1; }\nSLURM_JOB_ID=1\n'
+    child = subprocess.Popen(["bash", "-c", tools + script], cwd=tmp_path)
+    while told and not (tmp_path / "started").exists():
+        time.sleep(0.02)
+    if told:
+        child.terminate()
+    assert child.wait(20) == code and (tmp_path / "exit_code").read_text().strip() == str(code)
+    assert (tmp_path / "evaluated").exists() == evaluated
 
 
 def test_without_slurm_the_message_says_so(monkeypatch, make_study, tmp_path):
