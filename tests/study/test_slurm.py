@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_opt.errors import UserError
-from megatron_opt.study import cli
+from megatron_opt.study import cli, downstream, scheduler
 from megatron_opt.study.executors import Job, base, slurm
 from megatron_opt.study.executors.slurm import SlurmExecutor
 from megatron_opt.study.spec import ExecutorSettings
@@ -21,6 +21,7 @@ from megatron_opt.study.store import Store
 from megatron_opt.study.study_file import read_study
 from tests.study.conftest import STUDY
 from tests.study.slurm_cluster import Cluster, missing
+from tests.study.test_downstream import FAKE
 
 ON_SLURM = STUDY.replace("executor:\n  jobs: 2", "executor:\n  kind: slurm\n  slurm: {partition: debug}")
 
@@ -114,6 +115,19 @@ def test_jobs_outlive_the_scheduler_and_are_adopted(on_slurm, make_study, tmp_pa
     assert study.wait(60) == 130
     assert cli.main(["run", str(path), "--output", str(output)], "study") == 0
     assert all(r.attempts == 1 for r in records(output))
+
+
+@pytest.mark.slow
+def test_runs_are_evaluated_in_their_jobs(on_slurm, make_study, tmp_path, monkeypatch):
+    (tmp_path / "evaluate.py").write_text(FAKE)
+    monkeypatch.setattr(base, "EVALUATE", (str(tmp_path / "evaluate.py"),))  # by torchrun, as the real one
+    monkeypatch.setattr(scheduler, "missing", lambda name: None)
+    text = ON_SLURM.replace("[0.004, 0.008, 0.064]", "[0.004]").replace("[0.008, 0.016, 0.032]", "[0.008]")
+    path = make_study(text + "eval: {tasks: [mine]}\n")
+    assert cli.main(["run", str(path), "--output", str(tmp_path / "out")], "study") == 0
+    found = records(tmp_path / "out")
+    assert len(found) == 2 and all(r.attempts == 1 and r.job.startswith("slurm ") for r in found)
+    assert all(downstream.last(r.results)["mine"] for r in found)
 
 
 @pytest.mark.slow
