@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_opt.checkpointing import other_layers
 from megatron_opt.errors import UserError
 from megatron_opt.export import model as models
 from megatron_opt.export.kv_cache import Reader
@@ -81,6 +82,7 @@ class RankModel:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                wanted = other_layers.adapted(wanted, source.folder)
                 found = dist_checkpointing.load(wanted, str(source.folder), validate_access_integrity=False)
         except Exception as error:
             raise UserError(
