@@ -46,7 +46,7 @@ RUN = tuple(
     """
     mtp_loss_scaling_factor mtp_detach_heads hidden_dropout attention_dropout qk_clip qk_clip_alpha
     qk_clip_threshold ema_decay calculate_per_token_loss dsa_indexer_loss_coeff dsa_indexer_use_sparse_loss
-    moe_router_bias_update_rate moe_router_quantile_balancing_ema moe_z_loss_coeff moe_input_jitter_eps
+    moe_router_bias_update_rate moe_router_quantile_balancing_ema moe_z_loss_coeff z_loss_coeff moe_input_jitter_eps
     dataloader_type seed train_epochs freeze_all_layers data_path phase_transition_iterations split train_data_path
     data_args_path per_split_data_args_path mock_data seq_length sample_rate mask_prob short_seq_prob
     reset_position_ids reset_attention_mask dataloader_inter_document_masking eod_mask_loss

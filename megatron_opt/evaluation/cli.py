@@ -20,7 +20,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog,
-        description="Evaluate a checkpoint on tasks of lm-evaluation-harness, on CPU; under torchrun on several ranks, "
+        description="Evaluate a checkpoint on tasks of lm-evaluation-harness; under torchrun on several ranks, "
         f"data-parallel beyond the layout. `{prog} make-tasks --help`: tasks out of held-out text.",
     )
     parser.add_argument("checkpoint", type=Path, help="the --save folder of a run (its newest), or one iter_N in it")
@@ -58,12 +58,17 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--loss-samples", type=number(1, whole=True), default=256, metavar="N", help="sequences of --loss-on (256)"
     )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where the model computes, in fp32 (a rank's own GPU where there is one)",
+    )
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="in place of the one that the run names")
     parser.add_argument("--tensor-model-parallel-size", type=number(1, whole=True), default=1, metavar="N", help="(1)")
     parser.add_argument(
         "--pipeline-model-parallel-size", type=number(1, whole=True), default=1, metavar="N", help="(1)"
     )
-    averages.add_argument(parser)
+    averages.add_argument(parser, both=True)
     parser.add_argument("--trust-checkpoint", action="store_true", help="read a foreign checkpoint's pickles unchecked")
     return parser
 
@@ -78,7 +83,8 @@ def main(argv: list[str], prog: str) -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     args = _parser(prog).parse_args(argv)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on CPU, whatever the machine has
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # whatever the machine has
     entry.check_launcher()
     failing.listen()
     evaluate(args)
@@ -92,18 +98,22 @@ def evaluate(args: argparse.Namespace) -> Any:
         raise UserError("--tasks is empty; name tasks, e.g. --tasks arc_easy,hellaswag.")
     from megatron_opt import platform
 
+    if args.device == "cuda" and platform.on_cpu():
+        raise UserError("--device cuda: torch sees no GPU on this machine; leave it out, or give cpu.")
     platform.activate()
     from megatron_opt.evaluation import averaging, model, ranks, results, tasks
     from megatron_opt.evaluation.scoring import Scorer
-    from megatron_opt.export import tokenizer_files
+    from megatron_opt.export import averages, tokenizer_files
     from megatron_opt.export.reading import Checkpoint
 
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    if args.average and args.weights != "raw":
+    if args.average and args.weights not in ("raw", averages.BOTH):
         raise UserError(
             f"--average is of raw weights, --weights {args.weights} is another average; give one of the two."
         )
-    source = Checkpoint(args.checkpoint, args.trust_checkpoint, args.weights)
+    kinds = averages.CHOICES if args.weights == averages.BOTH else (args.weights,)
+    sources = [Checkpoint(args.checkpoint, args.trust_checkpoint, kind) for kind in kinds]
+    source = sources[0]
     model.check_layout(source.args, tp, pp)
     before = averaging.last_folders(source.folder, args.average)[1:] if args.average else []
     earlier = [Checkpoint(folder, args.trust_checkpoint) for folder in before]
@@ -113,13 +123,15 @@ def evaluate(args: argparse.Namespace) -> Any:
     folder = _run(source.args)
     _check_tokenizer(folder, words)
     output = args.output or (folder and folder / run_files.RESULTS)
-    first_name = f"{source.folder.name}{'' if source.averages is None else run_files.AVERAGED}"
-    variants: dict[str, list[Any]] = {first_name: []} | (
-        {averaging.name_of(source.folder.name, args.average): earlier} if earlier else {}
-    )
-    every = []
+    variants: dict[str, tuple[Any, list[Any], str]] = {
+        f"{one.folder.name}{'' if one.averages is None else run_files.AVERAGED}": (one, [], f"-{kind}")
+        for one, kind in zip(sources, kinds)
+    }
+    if earlier:
+        variants[averaging.name_of(source.folder.name, args.average)] = source, earlier, "-mean"
+    every: list[Any] = []
     with ranks.world(tp, pp):
-        for name, others in variants.items():
+        for name, (one, others, suffix) in variants.items():
             loaded: Any = None
             asked: list[Any] = []
             with ranks.together() as first:
@@ -133,23 +145,23 @@ def evaluate(args: argparse.Namespace) -> Any:
                         length = getattr(source.args, "seq_length", None) or source.args.max_position_embeddings
                         asked = averaging.sequences(args.loss_on, length, args.loss_samples, words.vocab_size)
                     loaded = tasks.load(names, args.tasks_path, args.num_fewshot)
-            scorer = Scorer(model.RankModel(source, tp, pp, others), words, args.batch_size)
+            scorer = Scorer(model.RankModel(one, tp, pp, others), words, args.batch_size)
             if not first:
                 scorer.serve()
                 continue
             with scorer.serving():
                 answered = run(scorer, loaded, args.limit)
                 told = results.tidy(answered, args.limit) | (averaging.loss(scorer, asked) if asked else {})
-            every.append(answered)
-            if others:
-                print(f"\n{name} checkpoints' weights")
+            if every:
+                print(f"\n{name}: averaged weights")
             print(results.table(told))
             if output:
                 results.write(output, name, told)
                 print(f"written to {output}")
             if args.items:
-                where = args.items if not others else args.items.with_name(f"{args.items.stem}-mean{args.items.suffix}")
-                results.write_items(where, answered)
+                beside = args.items.with_name(f"{args.items.stem}{suffix}{args.items.suffix}")
+                results.write_items(beside if every else args.items, answered)
+            every.append(answered)
     return every[0] if every else None
 
 

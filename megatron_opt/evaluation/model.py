@@ -1,4 +1,4 @@
-"""A checkpoint's model on this rank of a TP×PP layout, and its logits; on CPU, in fp32.
+"""A checkpoint's model on this rank of a TP×PP layout, and its logits; in fp32, on this rank's GPU or on CPU.
 
 Megatron's own sharded state dict says which part of each stored tensor this rank reads.
 """
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from megatron_opt import quiet
+from megatron_opt.checkpointing import other_layers
 from megatron_opt.errors import UserError
 from megatron_opt.export import model as models
+from megatron_opt.export.kv_cache import Reader
+from megatron_opt.kernels.host import current_device
 
 
 def check_layout(saved: Any, tp: int, pp: int) -> None:
@@ -65,6 +68,8 @@ class RankModel:
         self._model.load_state_dict(total)
         if source.averages is not None:
             self._take(source, tp)
+        self._device = current_device()
+        self._model._apply(lambda tensor: tensor.to(self._device))  # `to` is the CPU's where there is no GPU
         self._model.eval()
 
     def _read(self, source: Any) -> dict[str, Any]:
@@ -76,6 +81,7 @@ class RankModel:
         wanted = {"model": self._model.sharded_state_dict(metadata=metadata)}
         try:
             with quiet.quieted():
+                wanted = other_layers.adapted(wanted, source.folder)
                 loaded = dist_checkpointing.load(wanted, str(source.folder), validate_access_integrity=False)
         except Exception as error:
             raise UserError(
@@ -98,21 +104,28 @@ class RankModel:
             side = cut_side(name, parameter, not getattr(parameter, "allreduce", True), tp)
             parameter.copy_(source.averages(name, parameter, rank, tp, side).to(source.dtype))  # as `generate` has it
 
+    def reader(self, rows: int, length: int) -> Reader:
+        """For texts of at most `length` ids that are read on."""
+        return Reader(self.logits, self.flags, rows, length)
+
     @torch.no_grad()
-    def logits(self, ids: Tensor) -> Tensor | None:
+    def logits(self, ids: Tensor, start: int = 0, context: Any = None) -> Tensor | None:
         """(batch, sequence, padded vocabulary), fp32, of ids (batch, sequence) on the last stage; None on the others.
 
-        Each stage gets from the one before and goes on with the next batch while the one behind computes.
+        Each stage gets from the one before and goes on with the next batch while the one behind computes. `start`: the position
+        of the first; `context`: Megatron's inference context, which holds what stands before.
         """
         import torch.distributed as dist
         from megatron.core import mpu
 
         if not self.first:
-            hidden = torch.empty(ids.shape[1], ids.shape[0], self.flags.hidden_size)
+            hidden = torch.empty(ids.shape[1], ids.shape[0], self.flags.hidden_size, device=self._device)
             dist.recv(hidden, mpu.get_pipeline_model_parallel_prev_rank())
             self._model.set_input_tensor(hidden)
-        positions = torch.arange(ids.shape[1])[None].expand_as(ids)
-        logits = self._model(ids, positions, None, runtime_gather_output=True)
+        positions = torch.arange(start, start + ids.shape[1])[None].expand_as(ids).to(self._device)
+        logits = self._model(
+            ids.to(self._device), positions, None, inference_context=context, runtime_gather_output=True
+        )
         if self.last:
             return logits.float()
         dist.send(logits.contiguous(), mpu.get_pipeline_model_parallel_next_rank())

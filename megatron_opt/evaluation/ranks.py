@@ -1,9 +1,14 @@
-"""The processes of an evaluation: rank 0 asks, every rank computes its share, rank 0 gets the answers."""
+"""The processes of an evaluation: rank 0 asks, every rank computes its share, rank 0 gets the answers.
+
+Requests and answers travel between hosts by gloo, what the model computes between devices: gloo or NCCL.
+"""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_opt import platform
 from megatron_opt.errors import UserError
 from megatron_opt.training import entry
 
@@ -25,14 +30,28 @@ def world(tp: int, pp: int) -> Iterator[None]:
             f"{ranks} ranks are no multiple of --tensor-model-parallel-size {tp} times --pipeline-model-parallel-size "
             f"{pp}; start as many by torchrun --nproc-per-node {tp * pp}."
         )
+    if not platform.on_cpu():
+        _take_device()
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks == 1 else {}
-    dist.init_process_group("gloo", **alone)
+    dist.init_process_group("gloo" if platform.on_cpu() else "cpu:gloo,cuda:nccl", **alone)
     try:
         ps.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
         yield
     finally:
         ps.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _take_device() -> None:
+    """One GPU a rank."""
+    import torch
+
+    mine, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if mine >= there:
+        raise UserError(
+            f"rank {mine} of this machine finds {there} GPUs; start one process a GPU, or give --device cpu."
+        )
+    torch.cuda.set_device(mine)
 
 
 def from_first(value: Any = None) -> Any:

@@ -124,23 +124,29 @@ class Scorer:
         for batch in self._batches([prompt.inputs for prompt in prompts]):
             texts = [list(prompts[number].inputs) for number in batch]
             new: list[list[int]] = [[] for _ in batch]
-            going = list(range(len(batch)))
+            going = set(range(len(batch)))
+            read = self._model.reader(len(batch), max(len(prompts[n].inputs) + prompts[n].most for n in batch))
+            start, end = 0, min(map(len, texts))
             while going:
-                logits = self._model.logits(_padded([texts[row] for row in going]))
-                chosen = torch.zeros(len(going), dtype=torch.int64)
+                # all read as far as the shortest; a longer prompt goes on with its own ids where the others take the likeliest
+                logits = read(torch.tensor([text[start:end] for text in texts]))
+                chosen = torch.zeros(len(batch), dtype=torch.int64)
                 if logits is not None:
-                    ends = torch.tensor([len(texts[row]) - 1 for row in going])
-                    chosen = logits[torch.arange(len(going)), ends, : self.words.vocab_size].argmax(-1)
+                    chosen = logits[:, -1, : self.words.vocab_size].argmax(-1).to("cpu")
                 dist.broadcast(
                     chosen,
                     mpu.get_pipeline_model_parallel_last_rank(),
                     group=mpu.get_pipeline_model_parallel_group(),
                 )
-                for row, token in zip(list(going), chosen.tolist(), strict=True):
+                for row, token in enumerate(chosen.tolist()):
+                    if len(texts[row]) > end:
+                        continue
                     texts[row].append(token)
-                    new[row].append(token)
-                    if self._ends(prompts[batch[row]], new[row]):
-                        going.remove(row)
+                    if row in going:
+                        new[row].append(token)
+                        if self._ends(prompts[batch[row]], new[row]):
+                            going.remove(row)
+                start, end = end, end + 1
             if self._answers:
                 continuations.update(zip(batch, new, strict=True))
             self.progress(len(batch))
@@ -163,6 +169,6 @@ def _padded(sequences: Sequence[Sequence[int]]) -> Tensor:
 
 def _answer(said: Tensor, targets: array) -> Answer:
     """Of log-probabilities (positions, vocabulary), whose last positions say the targets."""
-    wanted = torch.tensor(targets, dtype=torch.int64)
+    wanted = torch.tensor(targets, dtype=torch.int64).to(said.device)
     mine = said[-len(wanted) :]
     return Answer(float(mine.gather(1, wanted[:, None]).sum()), bool(torch.equal(mine.argmax(-1), wanted)))

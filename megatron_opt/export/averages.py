@@ -12,16 +12,17 @@ from megatron_opt.layout.kinds import Geometry
 from megatron_opt.layout.matrices import split_param
 
 _PREFIX = f"optimizer.state.{KEY}."
-CHOICES = ("raw", KEY)
+CHOICES, BOTH = ("raw", KEY), "both"
 
 
-def add_argument(parser: Any) -> None:
-    """`--weights` of the commands that read a checkpoint's model."""
+def add_argument(parser: Any, both: bool = False) -> None:
+    """`--weights` of the commands that read a checkpoint's model; `both`: they may be told to read one after the other."""
     parser.add_argument(
         "--weights",
-        choices=CHOICES,
+        choices=(*CHOICES, BOTH) if both else CHOICES,
         default="raw",
-        help="the weights, or their moving average (a run with --ema-decay)",
+        help="the weights, or their moving average (a run with --ema-decay)"
+        + ("; both: beside each other" if both else ""),
     )
 
 

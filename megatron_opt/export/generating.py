@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def generate(args: argparse.Namespace) -> str:
 
     platform.activate()
     from megatron_opt.export import model, tokenizer_files
+    from megatron_opt.export.kv_cache import Reader
     from megatron_opt.export.reading import Checkpoint
 
     source = Checkpoint(args.checkpoint, args.trust_checkpoint, args.weights)
@@ -66,9 +68,9 @@ def generate(args: argparse.Namespace) -> str:
         )
     size = int(words.vocab_size if words else source.args.padded_vocab_size)
     with model.one_process():
-        built = model.build(flags, source)
+        read = Reader(partial(model.logits, model.build(flags, source)), flags, 1, len(ids) + args.max_new_tokens)
         new = sample(
-            lambda now: model.logits(built, now), ids, args.max_new_tokens, args.temperature, args.top_p, args.seed,
+            read, ids, args.max_new_tokens, args.temperature, args.top_p, args.seed,
             size, words.eod if words else None,
         )  # fmt: skip
         for one in new:
@@ -87,7 +89,7 @@ def _ids(prompt: str, vocabulary: int) -> list[int]:
 
 
 def sample(
-    logits: Callable[[Any], Any],
+    read: Callable[[Any], Any],
     ids: list[int],
     most: int,
     temperature: float,
@@ -96,15 +98,17 @@ def sample(
     vocabulary: int,
     end: int | None,
 ) -> Iterator[int]:
-    """Tokens one by one until `end`: softmax(z/T) over the smallest set of likeliest tokens whose mass reaches p
-    (arXiv 1904.09751); T = 0 takes the likeliest. Padding of the vocabulary is never drawn.
+    """Tokens one by one until `end`, by the logits of what `read` is given next.
+
+    softmax(z/T) over the smallest set of likeliest tokens whose mass reaches p (arXiv 1904.09751); T = 0 takes the likeliest.
+    Padding of the vocabulary is never drawn.
     """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     now = torch.tensor([ids])
     for _ in range(most):
-        last = logits(now)[0, -1, :vocabulary].double()
+        last = read(now)[0, -1, :vocabulary].double()
         if temperature == 0:
             token = int(last.argmax())
         else:
@@ -115,4 +119,4 @@ def sample(
         if token == end:
             return
         yield token
-        now = torch.cat([now, torch.tensor([[token]])], 1)
+        now = torch.tensor([[token]])

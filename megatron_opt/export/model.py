@@ -5,6 +5,7 @@ import io
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 from unittest import mock
 
 import torch
@@ -16,7 +17,10 @@ from megatron_opt.layout.names import global_names
 # what a job needs to be told and a model alone does not read
 _JOB = (
     "--micro-batch-size 1 --global-batch-size 1 --train-iters 1 --lr 1e-3 --optimizer adamw --mock-data "
-    "--eval-iters 0 --hidden-dropout 0 --attention-dropout 0 --tokenizer-type NullTokenizer"
+    "--eval-iters 0 --hidden-dropout 0 --attention-dropout 0 --tokenizer-type NullTokenizer "
+    # the same layers of torch's on every machine
+    "--transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-persist-layer-norm "
+    "--no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion"
 ).split()
 
 
@@ -101,7 +105,7 @@ def build(args: Namespace, weights: Callable[[str], Tensor]) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    """(batch, sequence, padded vocabulary), fp32, of token ids (batch, sequence)."""
-    positions = torch.arange(ids.shape[1])[None].expand_as(ids)
-    return model(ids, positions, None).float()
+def logits(model: torch.nn.Module, ids: Tensor, start: int = 0, context: Any = None) -> Tensor:
+    """(batch, sequence, padded vocabulary), fp32, of token ids (batch, sequence) at positions from `start` on."""
+    positions = torch.arange(start, start + ids.shape[1])[None].expand_as(ids)
+    return model(ids, positions, None, inference_context=context).float()

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_opt import run_files
 from megatron_opt.checkpointing import folders
 from megatron_opt.study.spec import Evaluation
 
+_LAYOUT = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size")
+EMA, LOSS = "moving average", "validation_loss"
+"""what averaged weights are called, and the loss among tasks"""
 _ACCURACIES = ("acc", "exact_match")
 """metrics of which more is better, by their beginning"""
 
 
-def arguments(evaluation: Evaluation | None, folder: Path, valid: str | None = None) -> tuple[str, ...]:
+def arguments(
+    evaluation: Evaluation | None, folder: Path, training: Sequence[str] = (), valid: str | None = None
+) -> tuple[str, ...]:
     """Arguments of `megatron-opt eval` for the last checkpoint of the run in `folder`; none without an evaluation.
 
-    `valid`: validation data, over which averaged weights and raw ones get a loss.
+    `training`: the run's own, whose layout cuts the model here too. `valid`: validation data, over which averaged weights and
+    raw ones get a loss.
     """
     if evaluation is None:
         return ()
@@ -28,8 +36,13 @@ def arguments(evaluation: Evaluation | None, folder: Path, valid: str | None = N
     for flag in ("tasks_path", "num_fewshot", "limit"):
         if (value := getattr(evaluation, flag)) is not None:
             words += [f"--{flag.replace('_', '-')}", str(value)]
-    if evaluation.average:
-        words += ["--average", str(evaluation.average)] + (["--loss-on", valid] if valid else [])
+    for flag in _LAYOUT:
+        if flag in training:
+            words += [flag, training[training.index(flag) + 1]]
+    words += ["--average", str(evaluation.average)] if evaluation.average else []
+    words += ["--weights", "both"] if evaluation.ema else []
+    if valid and (evaluation.average or evaluation.ema):
+        words += ["--loss-on", valid]
     return tuple(words)
 
 
@@ -74,13 +87,22 @@ def last(results: dict[str, Any]) -> dict[str, Any]:
     return written if isinstance(written, dict) else {}
 
 
-def mean(results: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """What averaged weights are called, and their tasks; None where none were evaluated."""
+def averaged(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What averaged weights of the last checkpoint are called → their tasks; empty where none were evaluated."""
     last_name = folders.name_of(int(results.get("iterations") or 0))
+    found = {}
     for name, tasks in (results.get("evaluation") or {}).items():
-        if name.startswith(f"{last_name} mean of"):
-            return name.removeprefix(f"{last_name} "), tasks
-    return None
+        if name == last_name + run_files.AVERAGED:
+            found[EMA] = tasks
+        elif name.startswith(f"{last_name} mean of"):
+            found[name.removeprefix(f"{last_name} ")] = tasks
+    return found
+
+
+def is_complete(evaluation: Evaluation, results: dict[str, Any]) -> bool:
+    """Nothing that a study asks of a run is missing from its results."""
+    wanted = bool(evaluation.average) + evaluation.ema
+    return bool(last(results)) and len(averaged(results)) >= wanted
 
 
 @dataclass(frozen=True)
@@ -97,14 +119,12 @@ class Score:
         return self.metric.startswith(_ACCURACIES)
 
 
-def scores(several: list[dict[str, Any]], averaged: bool = False) -> dict[str, Score]:
-    """Task → score, from the results of a configuration's runs, or of its averaged weights; only tasks that all of them have."""
-    evaluated = [last(results) for results in several]
-    if averaged:
-        means = [mean(results) for results in several]
-        evaluated = [scores_of[1] for scores_of in means if scores_of is not None]
-        if len(evaluated) < len(several):
-            return {}
+def scores(several: list[dict[str, Any]], weights: str | None = None) -> dict[str, Score]:
+    """Task → score, from the results of a configuration's runs; only tasks that all of them have.
+
+    `weights`: a name of averaged ones, in place of the raw.
+    """
+    evaluated = [averaged(results).get(weights, {}) if weights else last(results) for results in several]
     scores_of = {}
     for task in evaluated[0] if evaluated else ():
         if not all(task in one for one in evaluated):

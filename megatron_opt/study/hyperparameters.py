@@ -17,6 +17,7 @@ FLAGS = {
     "beta2": "adam-beta2",
     "eps": "adam-eps",
     "init_method_std": "init-method-std",
+    "z_loss": "z-loss-coeff",
     "router_z_loss": "moe-z-loss-coeff",
 }
 """hyperparameter → Megatron flag, for every optimizer that OPTIMIZER_FLAGS does not name"""

@@ -21,7 +21,7 @@ from megatron_opt.study.executors import Executor, Job, Outcome, make_executor
 from megatron_opt.study.executors.base import last_words, read_results, saved_since, was_interrupted
 from megatron_opt.study.phases import Planner
 from megatron_opt.study.runs import Run
-from megatron_opt.study.spec import Regime, Study
+from megatron_opt.study.spec import Evaluation, Regime, Study
 from megatron_opt.study.store import FINISHED, Store
 
 STORE_NAME = "study.sqlite"
@@ -104,8 +104,16 @@ class Scheduler:
 
     def _job(self, run: str, arguments: list[str]) -> Job:
         folder = (self.output / "runs" / run).resolve()
-        evaluation = downstream.arguments(self.study.evaluation, folder, next(iter(self.study.data.valid), None))
+        valid = next(iter(self.study.data.valid), None)
+        evaluation = downstream.arguments(self._evaluation(run), folder, arguments, valid)
         return Job(run, folder, arguments, evaluation, trained=bool(evaluation) and _trained(read_results(folder)))
+
+    def _evaluation(self, run: str) -> Evaluation | None:
+        """What a run is evaluated on; None where it is not."""
+        wanted = self.study.evaluation
+        if wanted is None or not wanted.models or self.store.run(run).regime.model in wanted.models:
+            return wanted
+        return None
 
     def _fill(self) -> None:
         while self.queue and len(self.running) < self.executor.slots:
@@ -163,11 +171,9 @@ class Scheduler:
         results = read_results(folder)
         if results is None or not _trained(results):
             return False
-        if self.study.evaluation and not results.get("diverged"):
-            averaged = not self.study.evaluation.average or downstream.mean(results)
-            if not downstream.last(results) or not averaged:
+        if (evaluation := self._evaluation(run)) is not None:
+            if not results.get("diverged") and not downstream.is_complete(evaluation, results):
                 return False
-        if self.study.evaluation:
             results = downstream.file_items(results, folder)
         self.store.finish(run, results, curves.to_parquet(curves.read_metrics(folder / "metrics.jsonl")))
         return True

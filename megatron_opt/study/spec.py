@@ -113,7 +113,7 @@ class ExecutorSettings:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Tasks on which every run's last checkpoint is evaluated, as `megatron-opt eval` takes them."""
+    """Tasks on which runs' last checkpoints are evaluated, as `megatron-opt eval` takes them."""
 
     tasks: tuple[str, ...]
     tasks_path: str | None = None
@@ -122,6 +122,10 @@ class Evaluation:
     batch_size: int = 16
     average: int | None = None
     """the mean of so many last checkpoints' weights is evaluated too"""
+    ema: bool = False
+    """the moving average of weights is evaluated too"""
+    models: tuple[str, ...] = ()
+    """none: all of the study"""
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from megatron_opt.errors import UserError
+from megatron_opt.errors import UserError, nearest_or_all
 from megatron_opt.study import models as model_shapes
 from megatron_opt.study.hyperparameters import PAPER_GRIDS, PAPER_STARTS
 from megatron_opt.study.models import SHAPE_KEYS, Model
@@ -74,7 +75,7 @@ def read_study(path: str | os.PathLike) -> Study:
         cluster=cluster,
         eval_points=top.number("eval_points", 10, above=0, whole=True),
         checkpoints=checkpoints,
-        evaluation=_evaluation(top, checkpoints),
+        evaluation=_evaluation(top, checkpoints, "ema_decay" in flags, models),
     )
     top.take("defaults")
     top.finish()
@@ -82,10 +83,6 @@ def read_study(path: str | os.PathLike) -> Study:
     if study.evaluation and not study.checkpoints:
         raise top.error(
             "`eval:` reads a run's last checkpoint and `checkpoints: 0` writes none; give at least 1", "eval"
-        )
-    if study.evaluation and study.executor.kind != "local":
-        raise top.error(
-            "`eval:` is for `kind: local`; elsewhere give `megatron-opt eval` each run's checkpoint", "eval"
         )
     return study
 
@@ -269,7 +266,7 @@ def _executor(top: Reader) -> ExecutorSettings:
     return settings
 
 
-def _evaluation(top: Reader, checkpoints: int) -> Evaluation | None:
+def _evaluation(top: Reader, checkpoints: int, decays: bool, models: Collection[str]) -> Evaluation | None:
     reader = top.nested("eval")
     if reader is None:
         return None
@@ -281,8 +278,15 @@ def _evaluation(top: Reader, checkpoints: int) -> Evaluation | None:
         limit=reader.number("limit", None, above=0, whole=True),
         batch_size=reader.number("batch_size", 16, above=0, whole=True),
         average=reader.number("average", None, least=2, whole=True),
+        ema=reader.flag("ema", False),
+        models=tuple(map(str, reader.items("models") or ())),
     )
     reader.finish()
+    for name in evaluation.models:
+        if name not in models:
+            raise reader.error(f"no model `{name}`; {nearest_or_all(name, models)}", "models")
+    if evaluation.ema and not decays:
+        raise reader.error("`ema:` wants runs that keep a moving average; add `ema_decay` to `flags:`", "ema")
     if evaluation.average and not (checkpoints or 0) >= evaluation.average:
         raise reader.error(
             f"`average: {evaluation.average}` wants as many checkpoints and a run writes `checkpoints: {checkpoints}`",

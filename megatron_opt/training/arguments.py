@@ -115,6 +115,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "(default: repeat where the data end)",
     )
     group.add_argument(
+        "--z-loss-coeff",
+        type=float,
+        default=0.0,
+        metavar="C",
+        help="add C·log²Z of the output layer's softmax to each token's loss (0; 1e-4 is usual)",
+    )
+    group.add_argument(
         "--plan-world-size",
         type=int,
         metavar="RANKS",

@@ -7,8 +7,9 @@ plus Gumbel noise that is a hash of (seed, step, sequence, position, token), so 
 Hutchinson: `hutchinson.py`.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -89,14 +90,24 @@ def estimate(
     from megatron.core.utils import unwrap_model
 
     heads = [chunk for chunk in unwrap_model(list(model)) if getattr(chunk, "post_process", False)]
-    for head in heads:
-        head.compute_language_model_loss = _sampled_loss(head, args.seed, optimizer.step_number)
-    try:
-        reports = _pass(args, forward_step, data_iterator, model, optimizer, forward_backward)
-    finally:
+    with contextlib.ExitStack() as until:
         for head in heads:
-            del head.compute_language_model_loss
+            until.enter_context(_loss(head, _sampled_loss(head, args.seed, optimizer.step_number)))
+        reports = _pass(args, forward_step, data_iterator, model, optimizer, forward_backward)
     optimizer.update_curvature(counted_tokens(reports), squared=True)
+
+
+@contextlib.contextmanager
+def _loss(head: Any, other: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Another loss in the place of the head's, and of what --z-loss-coeff has put there."""
+    before = vars(head).get("compute_language_model_loss")
+    head.compute_language_model_loss = other
+    try:
+        yield
+    finally:
+        del head.compute_language_model_loss
+        if before is not None:
+            head.compute_language_model_loss = before
 
 
 def estimate_hutchinson(
@@ -111,13 +122,10 @@ def estimate_hutchinson(
         for name, param in chunk.named_parameters()
         if param.requires_grad
     }
-    chunk.compute_language_model_loss = hutchinson.token_losses
     step = functools.partial(hutchinson.forward_step, forward_step, signs)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):  # torch's fused attention has no second derivative
-            _pass(args, step, data_iterator, model, optimizer, forward_backward)
-    finally:
-        del chunk.compute_language_model_loss
+    # torch's fused attention has no second derivative
+    with _loss(chunk, hutchinson.token_losses), sdpa_kernel(SDPBackend.MATH):
+        _pass(args, step, data_iterator, model, optimizer, forward_backward)
     for param, z in signs.items():
         param.main_grad.mul_(z)
     optimizer.update_curvature(1.0, squared=False)
@@ -159,7 +167,7 @@ def counted_tokens(reports: Any) -> float:
 def _sampled_loss(head: Any, seed: int, step: int) -> Callable[[Tensor, Tensor], Tensor]:
     from megatron.core import parallel_state as ps
 
-    original = head.compute_language_model_loss
+    original = functools.partial(type(head).compute_language_model_loss, head)
     group = ps.get_tensor_model_parallel_group() if ps.get_tensor_model_parallel_world_size() > 1 else None
 
     def loss(labels: Tensor, logits: Tensor) -> Tensor:

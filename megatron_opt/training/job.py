@@ -34,7 +34,7 @@ def _train(args: Any, look_at_model: Callable[[list[Any]], Any] | None) -> None:
     from megatron_opt import patches, platform
     from megatron_opt.checkpointing import resuming
     from megatron_opt.distributed.meta_model import model_config
-    from megatron_opt.training import batches, curvature
+    from megatron_opt.training import batches, curvature, z_loss
     from megatron_opt.training.flags import checks
     from megatron_opt.training.monitoring import Diverged, Monitor
 
@@ -67,6 +67,8 @@ def _train(args: Any, look_at_model: Callable[[list[Any]], Any] | None) -> None:
     config = model_config(args)
     if not args.megatron_init:
         config.pre_wrap_hooks = [*config.pre_wrap_hooks, functools.partial(_initialize, args)]
+    if args.z_loss_coeff:
+        config.pre_wrap_hooks = [*config.pre_wrap_hooks, functools.partial(z_loss.install, args.z_loss_coeff)]
     if look_at_model is not None:
         config.pre_wrap_hooks = [*config.pre_wrap_hooks, lambda chunks: look_at_model(chunks) or chunks]
     container = pretrain_cfg_container_from_args(args, config)

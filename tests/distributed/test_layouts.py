@@ -64,6 +64,7 @@ MODELS = [
     ("tied", c.TIED, ALL, [c.TP2, c.PP2, c.VPP2, c.DP2_DIST, c.TP2_PP2]),
     ("gpt2", c.GPT2, BOTH, [c.TP2, c.TP2_PP2, c.DP2_DIST]),
     ("mtp", c.MTP, ("muon",), [c.TP2, c.DP2_DIST]),
+    ("zloss", [*c.DENSE, "--z-loss-coeff", "0.01"], ("adamw",), [c.TP2]),
     ("gated", c.OUTPUT_GATE, ("muon",), [c.TP2, c.DP2_DIST]),
     ("moe", c.MOE, ALL, MOE_LAYOUTS),
     ("hybrid", c.HYBRID, ("muon",), [c.SP2, c.PP2, c.EP2]),

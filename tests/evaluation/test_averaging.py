@@ -1,6 +1,7 @@
 """Averaged weights are the mean of what the checkpoints hold, and the loss over text is the cross entropy of the logits."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,16 +86,27 @@ def test_the_last_checkpoints_of_a_run(tmp_path: Path) -> None:
 def test_a_study_asks_for_averages_and_reads_them_beside_the_raw(tmp_path: Path) -> None:
     from megatron_opt.study.spec import Evaluation
 
-    words = downstream.arguments(Evaluation(("t",), average=3), tmp_path, "data/valid")
+    words = downstream.arguments(Evaluation(("t",), average=3), tmp_path, valid="data/valid")
     assert " ".join(words).endswith("--average 3 --loss-on data/valid")
+    words = " ".join(downstream.arguments(Evaluation(("t",), ema=True), tmp_path, valid="data/valid"))
+    assert words.endswith("--weights both --loss-on data/valid")
     task = lambda value: {"t": {"metrics": {"acc": {"value": value, "stderr": 0.1}}}}  # noqa: E731
     results = {
         "iterations": 40,
-        "evaluation": {"iter_0000040": task(0.5), averaging.name_of("iter_0000040", 3): task(0.7)},
+        "evaluation": {
+            "iter_0000040": task(0.5),
+            averaging.name_of("iter_0000040", 3): task(0.7),
+            "iter_0000040_ema": task(0.6),
+            "iter_0000030_ema": task(0.1),
+        },
     }
     results = json.loads(json.dumps(results))
-    assert downstream.last(results) == task(0.5) and downstream.mean(results) == ("mean of 3", task(0.7))
-    assert (
-        downstream.scores([results], averaged=True)["t"].value == 0.7 and downstream.scores([results])["t"].value == 0.5
-    )
-    assert downstream.mean({"iterations": 40, "evaluation": {"iter_0000040": task(0.5)}}) is None
+    assert downstream.last(results) == task(0.5)
+    assert downstream.averaged(results) == {"mean of 3": task(0.7), "moving average": task(0.6)}
+    found = [downstream.scores([results], weights)["t"].value for weights in (None, "mean of 3", "moving average")]
+    assert found == [0.5, 0.7, 0.6]
+    asked = Evaluation(("t",), average=3, ema=True)
+    assert downstream.is_complete(asked, results)
+    del results["evaluation"]["iter_0000040_ema"]
+    assert not downstream.is_complete(asked, results) and downstream.is_complete(replace(asked, ema=False), results)
+    assert downstream.averaged({"iterations": 40, "evaluation": {"iter_0000040": task(0.5)}}) == {}

@@ -1,7 +1,13 @@
 """`eval:` of a study: asked for at a run's end, filed with it, shown beside the loss and where the orders disagree."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +16,9 @@ from megatron_opt.errors import UserError
 from megatron_opt.study import cli, downstream, scheduler
 from megatron_opt.study.dataset import from_store
 from megatron_opt.study.executors import base
+from megatron_opt.study.executors.local import _command
 from megatron_opt.study.report.accuracy import _disagreements, accuracy
+from megatron_opt.study.spec import Evaluation, ExecutorSettings
 from megatron_opt.study.store import Store
 from megatron_opt.study.study_file import read_study
 from tests.study.conftest import STUDY
@@ -28,6 +36,7 @@ acc = {"value": 0.4 if muon else 0.5, "stderr": 0.03 if muon else 0.04}
 results["evaluation"] = {"iter_%07d" % results["iterations"]: {"mine": {"metrics": {"acc": acc}}}}
 json.dump(results, open(path, "w"))
 """
+JOB = base.Job("r", Path("run"), [], ("x",))
 EVAL = STUDY + "eval: {tasks: [mine, yours], tasks_path: tasks, limit: 7}\n"
 
 
@@ -35,7 +44,7 @@ EVAL = STUDY + "eval: {tasks: [mine, yours], tasks_path: tasks, limit: 7}\n"
 def study(make_study, tmp_path, monkeypatch):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "evaluate.py").write_text(FAKE)
-    monkeypatch.setattr(base, "EVALUATE", (sys.executable, str(tmp_path / "evaluate.py")))
+    monkeypatch.setattr(base, "EVALUATE", (str(tmp_path / "evaluate.py"),))
     monkeypatch.setattr(scheduler, "missing", lambda name: None)
     return make_study(EVAL)
 
@@ -80,9 +89,47 @@ def test_an_evaluation_that_failed_is_done_again_without_training(study, tmp_pat
     trained = (run / "ledger").read_text()
     assert (run / "asked").read_text().count("\n") >= 2
     job = base.Job("r", run, failed[0].arguments, ("x",), trained=True)
-    assert base.command_of(read_study(study).executor, job) == [*base.EVALUATE, "x"]
+    assert _command(read_study(study).executor, job) == [sys.executable, *base.EVALUATE, "x"]
     assert json.loads((run / "results.json").read_text())["status"] == "completed"
     assert len(set(trained.split())) == len(trained.split())  # no step was trained twice
+
+
+def test_models_that_are_not_named_are_not_evaluated(study, make_study, tmp_path):
+    two = EVAL.replace(
+        "  tiny: {", "  small: {num_layers: 2, hidden_size: 16, ffn_hidden_size: 64, num_attention_heads: 2}\n  tiny: {"
+    )
+    two = two.replace("limit: 7}", "models: [small]}").replace(", 0.008, 0.064]", "]").replace(", 0.016, 0.032]", "]")
+    assert _run(make_study(two), tmp_path / "out") == 0
+    with Store(tmp_path / "out/study.sqlite") as store:
+        found = {(one.regime.model, bool(downstream.last(one.results))) for one in store.runs()}
+    assert found == {("small", True), ("tiny", False)}
+    with pytest.raises(UserError, match="no model `tony`; did you mean `tiny`"):
+        read_study(make_study(two.replace("[small]", "[tony]")))
+
+
+def test_a_stop_while_training_leaves_the_evaluation_for_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "EVALUATE", ("-c", "open('evaluated', 'w')"))
+    trained = "touch started; trap 'exit 0' TERM; sleep 30 & wait"  # it saves and says nothing of a failure
+    settings = ExecutorSettings(command=("/bin/sh", "-c", trained))
+    for signalled in (False, True):
+        words = _command(replace(settings, command=settings.command if signalled else ("true",)), JOB)
+        child = subprocess.Popen(words, cwd=tmp_path, start_new_session=True)
+        while signalled and not (tmp_path / "started").exists():
+            time.sleep(0.02)
+        if signalled:
+            os.killpg(child.pid, signal.SIGTERM)
+        assert child.wait(20) == (143 if signalled else 0)
+        assert (tmp_path / "evaluated").exists() != signalled
+        (tmp_path / "evaluated").unlink(missing_ok=True)
+
+
+def test_the_layout_of_the_training_cuts_the_model_of_the_evaluation():
+    words = ["--lr", "1", "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "4"]
+    asked = " ".join(downstream.arguments(Evaluation(("t",)), Path("run"), words))
+    assert asked.endswith(" --tensor-model-parallel-size 2 --pipeline-model-parallel-size 4")
+    two = base.evaluation_of(ExecutorSettings(ranks=2), JOB)
+    assert two == [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                   "-m", "megatron_opt.cli", "eval", "x"]  # fmt: skip
 
 
 def test_orders_that_agree_say_nothing_and_perplexities_are_not_compared():
@@ -122,3 +169,6 @@ def test_averaging_wants_checkpoints(make_study):
     with pytest.raises(UserError, match=r"study.yaml:18: `average: 3` wants as many checkpoints.*`checkpoints: 2`"):
         read_study(make_study(STUDY + average + "checkpoints: 2\n"))
     assert read_study(make_study(STUDY + average)).evaluation.average == 3
+    with pytest.raises(UserError, match=r"`ema:` wants runs that keep a moving average; add `ema_decay` to `flags:`"):
+        read_study(make_study(STUDY + "eval: {tasks: [mine], ema: true}\n"))
+    assert read_study(make_study(STUDY + "eval: {tasks: [mine], ema: true}\nflags: {ema_decay: 0.9}\n")).evaluation.ema

@@ -7,19 +7,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_opt.errors import UserError
-from megatron_opt.study import cli
-from megatron_opt.study.executors import Job, slurm
+from megatron_opt.study import cli, downstream, scheduler
+from megatron_opt.study.executors import Job, base, slurm
 from megatron_opt.study.executors.slurm import SlurmExecutor
 from megatron_opt.study.spec import ExecutorSettings
 from megatron_opt.study.store import Store
 from megatron_opt.study.study_file import read_study
 from tests.study.conftest import STUDY
 from tests.study.slurm_cluster import Cluster, missing
+from tests.study.test_downstream import FAKE
 
 ON_SLURM = STUDY.replace("executor:\n  jobs: 2", "executor:\n  kind: slurm\n  slurm: {partition: debug}")
 
@@ -116,6 +118,19 @@ def test_jobs_outlive_the_scheduler_and_are_adopted(on_slurm, make_study, tmp_pa
 
 
 @pytest.mark.slow
+def test_runs_are_evaluated_in_their_jobs(on_slurm, make_study, tmp_path, monkeypatch):
+    (tmp_path / "evaluate.py").write_text(FAKE)
+    monkeypatch.setattr(base, "EVALUATE", (str(tmp_path / "evaluate.py"),))  # by torchrun, as the real one
+    monkeypatch.setattr(scheduler, "missing", lambda name: None)
+    text = ON_SLURM.replace("[0.004, 0.008, 0.064]", "[0.004]").replace("[0.008, 0.016, 0.032]", "[0.008]")
+    path = make_study(text + "eval: {tasks: [mine]}\n")
+    assert cli.main(["run", str(path), "--output", str(tmp_path / "out")], "study") == 0
+    found = records(tmp_path / "out")
+    assert len(found) == 2 and all(r.attempts == 1 and r.job.startswith("slurm ") for r in found)
+    assert all(downstream.last(r.results)["mine"] for r in found)
+
+
+@pytest.mark.slow
 def test_a_job_that_is_told_to_stop_counts_as_interrupted_whatever_its_launcher_says(on_slurm, tmp_path):
     launcher = "trap 'exit 1' TERM; touch started; sleep 60 & wait"
     executor = SlurmExecutor(ExecutorSettings(kind="slurm", command=("bash", "-c", launcher)), tmp_path)
@@ -177,6 +192,46 @@ def test_the_script_starts_torchrun_on_every_node_and_quotes_what_it_is_given(tm
     assert '--nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint "$head:$port"' in script
     assert "'$HOME'" in script and f"'{tmp_path}/a b'" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def _steps(tmp_path, job, nodes=1):
+    settings = ExecutorSettings(kind="slurm", nodes=nodes, ranks=8)
+    return SlurmExecutor(settings, tmp_path)._script(job)
+
+
+def test_the_evaluation_follows_the_training_on_the_same_ranks(tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: f"/usr/bin/{name}")
+    job = Job("r1", tmp_path / "r1", ["--lr", "0.1"], ("a b", "--tasks", "mine"))
+    script = _steps(tmp_path, job, nodes=2)
+    train, evaluate = (line for line in script.splitlines() if " -m megatron_opt." in line)
+    assert train.startswith("step ") and " -m megatron_opt.pretrain --lr 0.1 " in train
+    assert evaluate.startswith('[ "$code" != 0 ] || step ') and evaluate.count('--rdzv-endpoint "$head:$port"') == 1
+    assert (
+        evaluate.endswith(" -m megatron_opt.cli eval 'a b' --tasks mine")
+        and "--nnodes 2 --nproc-per-node 8" in evaluate
+    )
+    again = _steps(tmp_path, replace(job, trained=True))
+    assert "megatron_opt.pretrain" not in again and "\nstep " in again
+
+
+@pytest.mark.parametrize(("train", "evaluate", "told", "code", "evaluated"), [
+    ("true", "0", False, 0, True), ("exit 7", "0", False, 7, False), ("true", "5", False, 5, True),
+    ("touch started; trap 'exit 0' TERM; sleep 30 & wait", "0", True, 143, False),
+])  # fmt: skip
+def test_the_script_itself_by_a_shell(tmp_path, monkeypatch, train, evaluate, told, code, evaluated):
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(slurm, "TORCHRUN", ("{python}",))
+    monkeypatch.setattr(base, "EVALUATE", ("-c", f"open('evaluated', 'w'); raise SystemExit({evaluate})"))
+    settings = ExecutorSettings(kind="slurm", command=("/bin/sh", "-c", train))
+    script = SlurmExecutor(settings, tmp_path)._script(Job("r1", tmp_path, [], ("x",)))
+    tools = 'srun() { shift 2; exec "$@"; }\nscontrol() { echo n1; }\nSLURM_JOB_ID=1\n'
+    child = subprocess.Popen(["bash", "-c", tools + script], cwd=tmp_path)
+    while told and not (tmp_path / "started").exists():
+        time.sleep(0.02)
+    if told:
+        child.terminate()
+    assert child.wait(20) == code and (tmp_path / "exit_code").read_text().strip() == str(code)
+    assert (tmp_path / "evaluated").exists() == evaluated
 
 
 def test_without_slurm_the_message_says_so(monkeypatch, make_study, tmp_path):

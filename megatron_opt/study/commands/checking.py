@@ -20,7 +20,16 @@ OF_MEGATRON = ("adam", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "wsd", "inverse-square-root")
 LEAST_ITERATIONS = 10
 """a schedule of fewer steps is none"""
-_SHARED = ("lr", "weight_decay", "clip_grad", "batch_size", "init_method_std", "router_z_loss", batch_ramp.KEY)
+_SHARED = (
+    "lr",
+    "weight_decay",
+    "clip_grad",
+    "batch_size",
+    "init_method_std",
+    "z_loss",
+    "router_z_loss",
+    batch_ramp.KEY,
+)
 _OF_ADAM = ("beta1", "beta2", "eps")
 _SCHEDULE_RANGES = {
     "warmup": Range(0, 2**31),
@@ -117,7 +126,7 @@ def _check_models(space: OptimizerSpace, study: Study, lines: _Lines) -> None:
         raise lines.error(
             space.name,
             "router_z_loss",
-            f"`router_z_loss` is of the routers of experts, the only z-loss that Megatron has, and {dense[0]} has none",
+            f"`router_z_loss` is of the routers of experts, and {dense[0]} has none; `z_loss` is that of the output logits",
         )
     mine = [phase for phase in study.phases if not phase.optimizers or space.name in phase.optimizers]
     repeated = [regime for phase in mine for regime in phase.regimes if regime.epochs > 1]

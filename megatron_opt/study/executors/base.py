@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +13,11 @@ from megatron_opt.study.spec import ExecutorSettings
 RUN_VARIABLE = "MEGATRON_OPT_STUDY_RUN"
 """environment variable that marks every process of a run with the run's folder"""
 
-TORCHRUN = (
-    "{python}",
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc-per-node",
-    "{ranks}",
-    "-m",
-    "megatron_opt.pretrain",
-    "{flags}",
-)
-SINGLE = ("{python}", "-m", "megatron_opt.pretrain", "{flags}")
-
-EVALUATE = (sys.executable, "-m", "megatron_opt.cli", "eval")
+TORCHRUN = ("{python}", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "{ranks}")
+SINGLE = ("{python}",)
+TRAIN = ("-m", "megatron_opt.pretrain", "{flags}")
+EVALUATE = ("-m", "megatron_opt.cli", "eval")
+"""what a launcher starts on every rank"""
 
 
 @dataclass(frozen=True)
@@ -77,14 +67,29 @@ class Executor(Protocol):
         ...
 
 
-def command_of(settings: ExecutorSettings, job: Job, template: tuple[str, ...] | None = None) -> list[str]:
-    """The command line of a job from its template.
+def command_of(settings: ExecutorSettings, job: Job, launcher: tuple[str, ...] | None = None) -> list[str]:
+    """The command line of a job's training, from its template.
 
     Words may hold {python} {ranks} {nodes} {output} {run}; the word {flags} becomes all flags.
     """
-    template = settings.command or template or (SINGLE if settings.ranks == 1 else TORCHRUN)
     checkpoints = str(job.folder / "checkpoints")
     flags = [*job.arguments, "--output-dir", str(job.folder), "--save", checkpoints, "--load", checkpoints]
+    template = settings.command or (*_launcher(settings, launcher), *TRAIN)
+    return _filled(template, settings, job, flags)
+
+
+def evaluation_of(settings: ExecutorSettings, job: Job, launcher: tuple[str, ...] | None = None) -> list[str]:
+    """The command line of a job's evaluation, on as many ranks as its training; empty where there is none."""
+    if not job.evaluation:
+        return []
+    return [*_filled((*_launcher(settings, launcher), *EVALUATE), settings, job, []), *job.evaluation]
+
+
+def _launcher(settings: ExecutorSettings, launcher: tuple[str, ...] | None) -> tuple[str, ...]:
+    return launcher or (SINGLE if settings.ranks == 1 else TORCHRUN)
+
+
+def _filled(template: tuple[str, ...], settings: ExecutorSettings, job: Job, flags: list[str]) -> list[str]:
     names = {
         "python": sys.executable,
         "ranks": settings.ranks,
@@ -95,12 +100,7 @@ def command_of(settings: ExecutorSettings, job: Job, template: tuple[str, ...] |
     words: list[str] = []
     for word in template:
         words += flags if word == "{flags}" else [word.format(**names)]
-    if not job.evaluation:
-        return words
-    evaluate = [*EVALUATE, *job.evaluation]
-    # the shell outlives a signal to its group, which the trainer answers by saving
-    chained = ["/bin/sh", "-c", f"trap : TERM; {shlex.join(words)} && {shlex.join(evaluate)}"]
-    return evaluate if job.trained else chained
+    return words
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_opt.errors import UserError
-from megatron_opt.study.executors.base import RUN_VARIABLE, Job, Outcome, command_of
+from megatron_opt.study.executors.base import RUN_VARIABLE, Job, Outcome, command_of, evaluation_of
 from megatron_opt.study.spec import ExecutorSettings
 
 
@@ -58,7 +59,7 @@ class LocalExecutor:
             gpus = self._free_gpus()
             with open(job.folder / "log.txt", "ab") as log:
                 process = subprocess.Popen(
-                    command_of(self._settings, job),
+                    _command(self._settings, job),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -135,6 +136,18 @@ class LocalExecutor:
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         return environment | self._settings.environment
+
+
+def _command(settings: ExecutorSettings, job: Job) -> list[str]:
+    """The training, then the evaluation; the latter alone where only it is left."""
+    train, evaluate = command_of(settings, job), evaluation_of(settings, job)
+    if not evaluate or job.trained:
+        return evaluate or train
+    # the shell outlives a signal to its group, which the trainer answers by saving
+    steps = (
+        f"trap stopped=1 TERM; {shlex.join(train)} || exit; [ -z $stopped ] || exit 143; exec {shlex.join(evaluate)}"
+    )
+    return ["/bin/sh", "-c", steps]
 
 
 def visible_gpus() -> list[str]:

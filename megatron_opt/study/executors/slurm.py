@@ -1,4 +1,4 @@
-"""Runs as Slurm jobs: one batch script each, which starts torchrun on every node through srun.
+"""Runs as Slurm jobs: one batch script each, which starts torchrun on every node through srun, to train and then to evaluate.
 
 Jobs live on without the scheduler. A job is known by its name (the run) and its working directory (the run's
 folder), so a new scheduler finds it in the queue even if the last one died before noting its number.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_opt.errors import UserError
 from megatron_opt.files import write_output
-from megatron_opt.study.executors.base import RUN_VARIABLE, Job, Outcome, command_of
+from megatron_opt.study.executors.base import RUN_VARIABLE, Job, Outcome, command_of, evaluation_of
 from megatron_opt.study.spec import ExecutorSettings
 
 RENDEZVOUS = "RENDEZVOUS"
@@ -32,9 +32,6 @@ TORCHRUN = (
     "c10d",
     "--rdzv-endpoint",
     RENDEZVOUS,
-    "-m",
-    "megatron_opt.pretrain",
-    "{flags}",
 )
 POLL_SECONDS, PATIENCE_SECONDS = 5.0, 600.0
 SAVE_SECONDS = 120
@@ -47,16 +44,20 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 stopped=
 trap 'stopped=1; kill -TERM "$step"' TERM
-srun --kill-on-bad-exit=1 --ntasks-per-node=1 {command} &
-step=$!
-wait "$step"
-code=$?
-while kill -0 "$step" 2>/dev/null; do
+# A step in the background, so that a signal is heard while it works; a launcher that was told to stop reports the code of a failure.
+step() {{
+    [ -z "$stopped" ] || {{ code=143; return; }}
+    srun --kill-on-bad-exit=1 --ntasks-per-node=1 "$@" &
+    step=$!
     wait "$step"
     code=$?
-done
-# A launcher that was told to stop reports the same code as one that failed.
-[ -z "$stopped" ] || code=143
+    while kill -0 "$step" 2>/dev/null; do
+        wait "$step"
+        code=$?
+    done
+    [ -z "$stopped" ] || code=143
+}}
+{steps}
 echo "$code" > exit_code.tmp && mv exit_code.tmp exit_code
 exit "$code"
 """
@@ -137,9 +138,10 @@ class SlurmExecutor:
         lines = [f"#SBATCH --{key}" + ("" if value is True else f'="{value}"') for key, value in options.items()]
         variables = settings.environment | {RUN_VARIABLE: str(job.folder)}
         lines += [f"export {key}={shlex.quote(value)}" for key, value in variables.items()]
-        words = [shlex.quote(word) for word in command_of(settings, job, TORCHRUN)]
-        command = " ".join('"$head:$port"' if word == RENDEZVOUS else word for word in words)
-        return _SCRIPT.format(options="\n".join(lines), command=command)
+        commands = [] if job.trained else [command_of(settings, job, TORCHRUN)]
+        commands += [words for words in [evaluation_of(settings, job, TORCHRUN)] if words]
+        steps = '\n[ "$code" != 0 ] || '.join(f"step {_quoted(words)}" for words in commands)
+        return _SCRIPT.format(options="\n".join(lines), steps=steps)
 
     def _queue(self) -> set[tuple[str, str]] | None:
         """(name, working directory) of this user's jobs that wait or run; None when squeue fails."""
@@ -152,6 +154,10 @@ class SlurmExecutor:
             return None
         rows = (line.split("|", 1) for line in done.stdout.splitlines() if "|" in line)
         return {(name, folder) for name, folder in rows}
+
+
+def _quoted(words: list[str]) -> str:
+    return " ".join('"$head:$port"' if word == RENDEZVOUS else shlex.quote(word) for word in words)
 
 
 def _exit_code(folder: Path) -> int | None:

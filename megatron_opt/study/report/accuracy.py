@@ -36,9 +36,9 @@ def accuracy(dataset: Dataset) -> Section:
             tasks |= dict.fromkeys(mine)
             rows.append((str(regime), name, f"{loss:.4f}", mine))
             several = [results[run] for run in dataset.best()[name, regime].ids]
-            if averaged := scores(several, averaged=True):
-                known = downstream.mean(several[0])
-                rows.append((str(regime), f"{name}, {known[0] if known else ''}", "–", averaged))
+            for weights in downstream.averaged(several[0]):
+                if averaged := scores(several, weights):
+                    rows.append((str(regime), f"{name}, {weights}", "–", averaged))
         orders += _disagreements(str(regime), scored)
     if not rows:
         return Section("Accuracy on tasks")

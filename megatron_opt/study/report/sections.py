@@ -8,6 +8,7 @@ from megatron_opt.report.blocks import Section, Table
 from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.report.accuracy import accuracy
+from megatron_opt.study.report.averaged_weights import averaged_weights
 from megatron_opt.study.report.costs import costs
 from megatron_opt.study.report.curves import loss_curves
 from megatron_opt.study.report.dynamics import dynamics
@@ -42,6 +43,7 @@ def build_sections(dataset: Dataset, analysis: Analysis | str) -> list[Section]:
         _results(dataset),
         tokens_and_time(dataset, analysis),
         accuracy(dataset),
+        averaged_weights(dataset),
         *precision(dataset),
         _pitfalls(dataset),
         *fitted,

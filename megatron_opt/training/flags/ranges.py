@@ -102,8 +102,8 @@ _WORDS: tuple[tuple[Range, str], ...] = (
         moe-expert-capacity-factor moe-expert-rank-capacity-factor moe-paged-stash-buffer-size-factor-cuda
         exchange-bucket-mb"""),
     (Range(0, 1e6), """
-        mtp-loss-scaling-factor moe-aux-loss-coeff moe-z-loss-coeff mscale-all-dim moe-paged-stash-buffer-size-factor-cpu
-        mup-attn-scale-power"""),
+        mtp-loss-scaling-factor moe-aux-loss-coeff moe-z-loss-coeff z-loss-coeff mscale-all-dim
+        moe-paged-stash-buffer-size-factor-cpu mup-attn-scale-power"""),
     (Range(1, 1e6, or_zero=True), "hang-timeout"),
     (Range(1, 1e6, open=True, or_zero=True), "straggler-factor"),
     (Range(2, 1e12), "rotary-base"),
