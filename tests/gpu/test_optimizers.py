@@ -46,6 +46,7 @@ class Run:
         """As a checkpoint does it: values alone travel."""
         self.weights, self.targets = ([x.to(device) for x in xs] for xs in (self.weights, self.targets))
         self.states = [{key: value.to(device) for key, value in state.items()} for state in self.states]
+        self.optimizer.numbers = {k: float(v) for k, v in getattr(self.optimizer, "numbers", {}).items()}
 
     def step(self, number: int) -> None:
         device = self.weights[0].device
