@@ -27,6 +27,7 @@ from megatron_opt.optimizers.base import (
     norm_of,
 )
 from megatron_opt.optimizers.dion import Dion
+from megatron_opt.optimizers.kl_shampoo import KlShampoo
 from megatron_opt.optimizers.kl_soap import KlSoap
 from megatron_opt.optimizers.kron import Kron
 from megatron_opt.optimizers.muon import Muon
@@ -146,6 +147,7 @@ _WRAPPED: tuple[type, ...] = (
     AdEMAMix,
     Adopt,
     KlSoap,
+    KlShampoo,
     SoapMuon,
     Dion,
 )
