@@ -27,6 +27,7 @@ from megatron_opt.optimizers.base import (
     norm_of,
 )
 from megatron_opt.optimizers.dion import Dion
+from megatron_opt.optimizers.dion2 import Dion2, Dion3
 from megatron_opt.optimizers.kl_shampoo import KlShampoo
 from megatron_opt.optimizers.kl_soap import KlSoap
 from megatron_opt.optimizers.kron import Kron
@@ -150,6 +151,8 @@ _WRAPPED: tuple[type, ...] = (
     KlShampoo,
     SoapMuon,
     Dion,
+    Dion2,
+    Dion3,
 )
 
 

@@ -59,6 +59,9 @@ _OWN: dict[str, Space] = {
     "shampoo": _space(
         {"lr": PAPER_GRIDS["soap"]["lr"], "beta1": [0.8, 0.9, 0.95], **_FACTORS}, {"lr": 0.008, "beta1": 0.95, **_FACTORS_START}
     ),
+    "kl_shampoo": _space(
+        {"lr": PAPER_GRIDS["soap"]["lr"], "beta1": [0.8, 0.9, 0.95], **_FACTORS}, {"lr": 0.008, "beta1": 0.95, **_FACTORS_START}
+    ),
     "kl_soap": _space(
         {"lr": PAPER_GRIDS["soap"]["lr"], "beta1": [0.8, 0.9, 0.95], "beta2": PAPER_GRIDS["soap"]["beta2"], **_FACTORS},
         {"lr": 0.008, "beta1": 0.95, "beta2": 0.98, **_FACTORS_START},
@@ -75,6 +78,13 @@ _OWN: dict[str, Space] = {
         },
         {"lr": 0.016, "momentum": 0.95, "rank_fraction": 0.25, **_SCALARS_START},
     ),
+    **{
+        name: _space(
+            {"lr": PAPER_GRIDS["muon"]["lr"], "momentum": [0.9, 0.95, 0.98], "fraction": [0.25, 0.5, 1.0], **_SCALARS},
+            {"lr": 0.016, "momentum": 0.95, "fraction": 0.25, **_SCALARS_START},
+        )
+        for name in ("dion2", "dion3")
+    },
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ DENSE = [*c.DENSE, "--num-layers", "2"]
 OPTIONS = {
     **{
         name: [f"--{name.replace('_', '-')}-fp32-matmul-prec", "high"]
-        for name in ("muon", "muon_h", "scion", "scion_h")
+        for name in ("muon", "muon_h", "scion", "scion_h", "dion2", "dion2_h", "dion3", "dion3_h")
     },
     **{
         name: f"--{name.replace('_', '-')}-precondition-frequency 3 "

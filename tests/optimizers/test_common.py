@@ -78,6 +78,13 @@ CASES = {
     "soap_muon_h": ("soap_muon_h", dict(precondition_frequency=2)),
     "dion": ("dion", {}),
     "dion-full": ("dion", dict(rank_fraction=1.0)),
+    "dion2": ("dion2", dict(fraction=0.5, fp32_matmul_prec="high")),
+    "dion2-full": ("dion2", dict(fraction=1.0)),
+    "dion2-bf16": ("dion2", dict(fraction=0.5, moment_dtype="bf16", fp32_matmul_prec="high")),
+    "dion3": ("dion3", dict(fraction=0.5, fp32_matmul_prec="high")),
+    "dion3-int8": ("dion3", dict(fraction=0.5, moment_dtype="int8", fp32_matmul_prec="high")),
+    "dion2_h": ("dion2_h", dict(fp32_matmul_prec="high")),
+    "dion3_h": ("dion3_h", dict(fp32_matmul_prec="high")),
     "dion_h": ("dion_h", {}),
 }
 SHAPES = {
