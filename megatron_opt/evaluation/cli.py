@@ -98,21 +98,22 @@ def evaluate(args: argparse.Namespace) -> Any:
     from megatron_opt.export.reading import Checkpoint
 
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    if args.average and args.weights != "raw":
-        raise UserError(
-            f"--average is of raw weights, --weights {args.weights} is another average; give one of the two."
-        )
     source = Checkpoint(args.checkpoint, args.trust_checkpoint, args.weights)
+    if args.average and source.averages is not None:
+        which = f"--weights {args.weights} is" if args.weights else "schedule-free evaluates"
+        raise UserError(
+            f"--average is of raw weights, and {which} another average; leave it out, or give --weights raw."
+        )
     model.check_layout(source.args, tp, pp)
     before = averaging.last_folders(source.folder, args.average)[1:] if args.average else []
-    earlier = [Checkpoint(folder, args.trust_checkpoint) for folder in before]
+    earlier = [Checkpoint(folder, args.trust_checkpoint, "raw") for folder in before]
     words = tokenizer_files.of_run(source.args, args.tokenizer)
     if words is None:
         raise UserError("the run has no tokenizer, and tasks are texts; give one by --tokenizer FILE.")
     folder = _run(source.args)
     _check_tokenizer(folder, words)
     output = args.output or (folder and folder / run_files.RESULTS)
-    first_name = f"{source.folder.name}{'' if source.averages is None else run_files.AVERAGED}"
+    first_name = f"{source.folder.name}{'' if source.averages is None or source.averages.leads else run_files.AVERAGED}"
     variants: dict[str, list[Any]] = {first_name: []} | (
         {averaging.name_of(source.folder.name, args.average): earlier} if earlier else {}
     )

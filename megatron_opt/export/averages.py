@@ -1,4 +1,4 @@
-"""The moving average of weights in a checkpoint (--ema-decay), as whole parameters: put together from logical matrices."""
+"""Averages of weights in a checkpoint as whole parameters, put together from logical matrices: --ema-decay's, schedule-free's."""
 
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ from megatron_opt.distributed.weight_average import KEY
 from megatron_opt.errors import UserError
 from megatron_opt.layout.kinds import Geometry
 from megatron_opt.layout.matrices import split_param
+from megatron_opt.optimizers.schedule_free import ScheduleFree
 
-_PREFIX = f"optimizer.state.{KEY}."
+_STATE = "optimizer.state."
+_LEAD, _MAIN = ScheduleFree.lead_key, "fp32_param"
 CHOICES = ("raw", KEY)
 
 
@@ -20,40 +22,68 @@ def add_argument(parser: Any) -> None:
     parser.add_argument(
         "--weights",
         choices=CHOICES,
-        default="raw",
-        help="the weights, or their moving average (a run with --ema-decay)",
+        help="raw: the weights that gradients are taken at; ema: their moving average (a run with --ema-decay); "
+        "by default what the run evaluates: schedule-free's average, else the weights",
     )
 
 
 class Averages:
     """Parameters by canonical name."""
 
-    def __init__(self, folder: Path, geometry: Geometry) -> None:
-        """Raises UserError where the checkpoint has no average."""
+    def __init__(self, folder: Path, geometry: Geometry, key: str = KEY) -> None:
+        """`key`: of the average, or of what the weights lead it by. Raises UserError where the checkpoint has no average."""
         from torch.distributed.checkpoint import FileSystemReader, load
-        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-        reader = FileSystemReader(folder)
-        stored = reader.read_metadata().state_dict_metadata
+        stored = _tensors(folder)
+        wanted = (key, _MAIN) if key == _LEAD else (key,)
         found: dict[str, Any] = {
-            key: torch.empty(item.size, dtype=item.properties.dtype)
-            for key, item in stored.items()
-            if isinstance(item, TensorStorageMetadata) and key.startswith(_PREFIX)
+            name: torch.empty(item.size, dtype=item.properties.dtype)
+            for name, item in stored.items()
+            if name.startswith(tuple(f"{_STATE}{each}." for each in wanted))
         }
         if not found:
             raise UserError(f"--weights {KEY}: the checkpoint {folder} is of a run without --ema-decay; leave it out.")
-        load(found, storage_reader=reader, no_dist=True)
-        self.geometry = geometry
-        self._matrices = {key.removeprefix(_PREFIX): value for key, value in found.items()}
+        load(found, storage_reader=FileSystemReader(folder), no_dist=True)
+        self.geometry, self.leads = geometry, key == _LEAD
+        self._matrices, self._mains = (
+            {
+                name.removeprefix(f"{_STATE}{each}."): x
+                for name, x in found.items()
+                if name.startswith(f"{_STATE}{each}.")
+            }
+            for each in (key, _MAIN)
+        )
 
     def __call__(self, name: str, weights: Tensor, rank: int = 0, ranks: int = 1, side: int | None = None) -> Tensor:
         """In the shape and type of the weights, of which a rank has its shard; these themselves where they were not trained."""
         shape = tuple(weights.shape)
         _, pieces, _, columns = split_param(name, shape, self.geometry, tp_rank=rank, tp_size=ranks, partition_dim=side)
+        pieces = sorted(pieces, key=lambda p: p.local_row)
+
+        def whole(matrices: dict[str, Tensor]) -> Tensor:
+            rows = [matrices[p.matrix][p.row : p.row + p.rows, p.col : p.col + columns] for p in pieces]
+            return torch.cat(rows).view(shape)
+
         if pieces[0].matrix not in self._matrices:
             return weights
-        rows = [
-            self._matrices[p.matrix][p.row : p.row + p.rows, p.col : p.col + columns]
-            for p in sorted(pieces, key=lambda p: p.local_row)
-        ]
-        return torch.cat(rows).view(shape).to(weights.dtype)
+        found = whole(self._matrices)
+        if self.leads:
+            found = (whole(self._mains) if pieces[0].matrix in self._mains else weights) - found
+        return found.to(weights.dtype)
+
+
+def _tensors(folder: Path) -> dict[str, Any]:
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {name: item for name, item in stored.items() if isinstance(item, TensorStorageMetadata)}
+
+
+def find(folder: Path, geometry: Any, weights: str | None) -> Averages | None:
+    """What `--weights` names; None for the weights themselves. `geometry` is called where it is needed."""
+    if weights == KEY:
+        return Averages(folder, geometry())
+    if weights is None and any(name.startswith(f"{_STATE}{_LEAD}.") for name in _tensors(folder)):
+        return Averages(folder, geometry(), str(_LEAD))
+    return None
