@@ -27,7 +27,7 @@ class ProdigyConfig:
     eps: float = epsilon(1e-8, "times d, added to the square root of the second moment")
     d0: float = option(1e-6, "the first d", low=1e-12, high=1.0)
     d_coef: float = option(1.0, "factor on the estimate of d", above=0, high=1e6)
-    growth_rate: float = option(0.0, "d grows by this factor a step at most; 0: by any", low=0, high=1e12)
+    growth_rate: float = option(1e30, "d grows by this factor a step at most", low=1, high=1e30)
     bias_correction: bool = option(False, "steps times √(1−β2ᵗ)/(1−β1ᵗ)")
     safeguard_warmup: bool = option(False, "leave the learning rate out of the sum below the estimate")
 
@@ -105,7 +105,7 @@ class Prodigy(DisplacementOptimizer):
         estimate = torch.where(norm > 0, o.d_coef * numerator / norm.clamp_min(1e-300), zero.to(norm))
         after = torch.where(d == o.d0, torch.maximum(d, estimate), d)
         largest = torch.maximum(largest, estimate)
-        after = torch.minimum(largest, after * o.growth_rate) if o.growth_rate else largest
+        after = torch.minimum(largest, after * o.growth_rate)
         self.numbers = {
             "step": step, "d": after, "largest": largest, "numerator": numerator, "past_d": d, "rate": rate,
         }  # fmt: skip
