@@ -102,16 +102,25 @@ class ElementwiseStep:
                 yield index, optimizer, [run for run in self.slices.get(index, []) if run.matrix not in skip]
 
     def add_global_sum_terms(
-        self, sums: dict[str, Tensor], grads: list[Tensor], factors: list[float], skip: set[str], number: int
+        self,
+        sums: dict[str, Tensor],
+        grads: list[Tensor],
+        factors: list[float],
+        skip: set[str],
+        number: int,
+        param_groups: list[dict[str, Any]],
     ) -> None:
-        """Add this rank's share of what rules sum over all that they train, by the rule's name."""
+        """Add this rank's share of what rules sum over all that they train, (k,) by the rule's name."""
+        mains = [param_shard.main for param_shard in self.shard_group.param_shards]
         for index, optimizer, runs in self._optimizers_and_runs(skip):
             if type(optimizer).global_sum_terms is ElementwiseOptimizer.global_sum_terms:
                 continue
             terms, order = list[Tensor](), list[FlatRun]()
             for several in self._streamed(index, runs, back=False):
                 states = [run.state for run in several]
-                term = optimizer.global_sum_terms([run.of(grads) for run in several], states, number, factors[index])
+                pieces = ([run.of(mains) for run in several], [run.of(grads) for run in several])
+                rate = learning_rate(param_groups[index])
+                term = optimizer.global_sum_terms(*pieces, states, number, rate, factors[index])
                 terms, order = terms + ([] if term is None else [term]), order + several
             if not terms:
                 continue
@@ -122,9 +131,13 @@ class ElementwiseStep:
             counted = [float(self.shard_group.counted[self.shard_group.order[run.matrix]]) for run in runs]
             device = values.device if runs else self.shard_group.device
             shares = on_device([run.share for run in runs], device, torch.float64)
-            shared = on_device(values, device, torch.float64) * shares * on_device(counted, device, torch.float64)
-            addends = torch.cat([sums.get(optimizer.name, shared.new_zeros(())).view(1), shared])  # one after another
-            sums[optimizer.name] = sum_by_index(addends, torch.zeros_like(addends, dtype=torch.long), 1)[0]
+            factor = shares * on_device(counted, device, torch.float64)
+            shared = on_device(values, device, torch.float64) * factor.unsqueeze(1)
+            width = shared.shape[1]
+            before = sums.get(optimizer.name, shared.new_zeros(width)).view(1, width)
+            addends = torch.cat([before, shared])  # one after another
+            columns = torch.arange(width, device=device).expand_as(addends)
+            sums[optimizer.name] = sum_by_index(addends.reshape(-1), columns.reshape(-1), width)
 
     def step(
         self,
@@ -157,6 +170,14 @@ class ElementwiseStep:
                     copies=[run.of(model_copies) for run in runs] if index in self.writes_model else (),
                     element_offsets=[run.element_offset for run in runs],
                 )
+
+    def begin_weights(self) -> None:
+        """States that begin as the weights take them as they are now."""
+        for index, runs in self.slices.items():
+            for run in runs if self.group_optimizers[index].weight_keys else ():
+                main = run.rect.run(self.shard_group.param_shards[run.param_shard].main)
+                for key in self.group_optimizers[index].weight_keys:
+                    run.state[key].copy_(main)
 
     def _element_offset(self, rect: Rect) -> int:
         """Number of a run's first element: its matrix's begin at a hash of the name, so that replicas round alike."""

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opt.distributed.elementwise import ElementwiseStep
+from megatron_opt.distributed.elementwise import ElementwiseStep, learning_rate
+from megatron_opt.distributed.evaluation_weights import EvaluationWeights
 from megatron_opt.distributed.health import Health
 from megatron_opt.distributed.host_state import HostStates
 from megatron_opt.distributed.jobs import Job
@@ -20,7 +21,7 @@ from megatron_opt.distributed.weights import WeightStep
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.kernels.host import on_device, sum_by_index
 from megatron_opt.optimizers import registry
-from megatron_opt.optimizers.base import MatrixOptimizer
+from megatron_opt.optimizers.base import ElementwiseOptimizer, MatrixOptimizer
 from megatron_opt.optimizers.groups import Group
 
 
@@ -79,6 +80,7 @@ class ShardedOptimizer:
             self.element_steps.append(
                 ElementwiseStep(shard_group, self.groups, self.group_optimizers, group_of, self.host)
             )
+        self.evaluation = EvaluationWeights(self.element_steps)
         self.writes_model = set[int]().union(
             *(w.writes_model for w in self.weight_steps), *(e.writes_model for e in self.element_steps)
         )
@@ -163,10 +165,14 @@ class ShardedOptimizer:
         """Element-wise rules of all shard groups; what a rule sums over all that it trains is summed first."""
         sums: dict[str, Tensor] = {}
         for element, flats, skip in zip(self.element_steps, grads, bad, strict=True):
-            element.add_global_sum_terms(sums, flats, factors, skip, self.step_number)
+            element.add_global_sum_terms(sums, flats, factors, skip, self.step_number, self.param_groups)
         if sums:
-            total = self._sum_over_world(torch.stack([sums[name] for name in sorted(sums)]))
-            sums = dict(zip(sorted(sums), total.unbind(), strict=True))
+            names = sorted(sums)
+            total = self._sum_over_world(torch.cat([sums[name] for name in names]))
+            sums = dict(zip(names, total.split([len(sums[name]) for name in names]), strict=True))
+        for optimizer, group in zip(self.group_optimizers, self.param_groups, strict=True):
+            if isinstance(optimizer, ElementwiseOptimizer):
+                optimizer.advance(self.step_number, learning_rate(group), sums.get(optimizer.name))
         for element, flats, skip in zip(self.element_steps, grads, bad, strict=True):
             element.step(flats, factors, skip, self.step_number, self.param_groups, sums)
 
@@ -185,13 +191,15 @@ class ShardedOptimizer:
             )
 
     def forget_states(self) -> None:
-        """Let the matrix rules' state be made anew, of weights that have come since."""
+        """Let state that is made of the weights be made anew, of weights that have come since."""
         for step in self.matrix_steps:
             step.states.clear()
         self.has_states = False
 
     def ensure_states(self) -> None:
-        """Make the matrix rules' state from the current weights where there is none yet."""
+        """Make of the current weights what state is made of them and not there yet."""
+        for element in self.element_steps:
+            element.begin_weights()
         for shard_group, step in zip(self.shard_groups, self.matrix_steps, strict=True):
             wanted = shard_group.sum_over_ranks(
                 torch.tensor([float(len(step.states) < len(step.mine))], dtype=torch.float64)

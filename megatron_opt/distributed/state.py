@@ -45,6 +45,7 @@ class Keeper(Protocol):
     device: torch.device
     host: HostStates
     average: WeightAverage | None
+    group_optimizers: list[Any]
 
     def ensure_states(self) -> None: ...
 
@@ -233,7 +234,13 @@ def common_state(optimizer: Keeper) -> dict[str, Any]:
         "optimizers": optimizers,
         "contents": contents(optimizer),
         "averaged": optimizer.average is not None,
+        "numbers": numbers_of(optimizer.group_optimizers),
     }
+
+
+def numbers_of(group_optimizers: Sequence[Any]) -> list[dict[str, float]]:
+    """Numbers of each group's rule, as floats."""
+    return [{key: float(value) for key, value in getattr(each, "numbers", {}).items()} for each in group_optimizers]
 
 
 def sharded_state(optimizer: Keeper) -> dict[str, Any]:
@@ -283,6 +290,8 @@ def load_state(optimizer: Keeper, state: dict[str, Any]) -> None:
     for param_shard in optimizer.param_shards():
         param_shard.publish()
     _restore_groups(optimizer.param_groups, state["param_groups"])
+    for each, numbers in zip(optimizer.group_optimizers, state.get("numbers", ())):
+        each.numbers = dict(numbers)
     if optimizer.average is not None:
         optimizer.average.loaded()
 

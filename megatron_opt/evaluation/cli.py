@@ -107,16 +107,17 @@ def evaluate(args: argparse.Namespace) -> Any:
     from megatron_opt.export.reading import Checkpoint
 
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    if args.average and args.weights not in ("raw", averages.BOTH):
-        raise UserError(
-            f"--average is of raw weights, --weights {args.weights} is another average; give one of the two."
-        )
     kinds = averages.CHOICES if args.weights == averages.BOTH else (args.weights,)
     sources = [Checkpoint(args.checkpoint, args.trust_checkpoint, kind) for kind in kinds]
     source = sources[0]
+    if args.average and source.averages is not None:
+        which = f"--weights {args.weights} is" if args.weights else "schedule-free evaluates"
+        raise UserError(
+            f"--average is of raw weights, and {which} another average; leave it out, or give --weights raw."
+        )
     model.check_layout(source.args, tp, pp)
     before = averaging.last_folders(source.folder, args.average)[1:] if args.average else []
-    earlier = [Checkpoint(folder, args.trust_checkpoint) for folder in before]
+    earlier = [Checkpoint(folder, args.trust_checkpoint, "raw") for folder in before]
     words = tokenizer_files.of_run(source.args, args.tokenizer)
     if words is None:
         raise UserError("the run has no tokenizer, and tasks are texts; give one by --tokenizer FILE.")
@@ -124,7 +125,11 @@ def evaluate(args: argparse.Namespace) -> Any:
     _check_tokenizer(folder, words)
     output = args.output or (folder and folder / run_files.RESULTS)
     variants: dict[str, tuple[Any, list[Any], str]] = {
-        f"{one.folder.name}{'' if one.averages is None else run_files.AVERAGED}": (one, [], f"-{kind}")
+        f"{one.folder.name}{'' if one.averages is None or one.averages.leads else run_files.AVERAGED}": (
+            one,
+            [],
+            f"-{kind}",
+        )
         for one, kind in zip(sources, kinds)
     }
     if earlier:

@@ -1,4 +1,4 @@
-"""The moving average of weights in a checkpoint (--ema-decay), as whole parameters: put together from logical matrices."""
+"""Averages of weights in a checkpoint as whole parameters, put together from logical matrices: --ema-decay's, schedule-free's."""
 
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ from megatron_opt.distributed.weight_average import KEY
 from megatron_opt.errors import UserError
 from megatron_opt.layout.kinds import Geometry
 from megatron_opt.layout.matrices import split_param
+from megatron_opt.optimizers.schedule_free import ScheduleFree
 
-_PREFIX = f"optimizer.state.{KEY}."
+_STATE = "optimizer.state."
+_LEAD, _MAIN = ScheduleFree.lead_key, "fp32_param"
 CHOICES, BOTH = ("raw", KEY), "both"
 
 
@@ -20,32 +22,38 @@ def add_argument(parser: Any, both: bool = False) -> None:
     parser.add_argument(
         "--weights",
         choices=(*CHOICES, BOTH) if both else CHOICES,
-        default="raw",
-        help="the weights, or their moving average (a run with --ema-decay)"
-        + ("; both: beside each other" if both else ""),
+        help="raw: the weights that gradients are taken at; ema: their moving average (a run with --ema-decay)"
+        + ("; both: beside each other" if both else "")
+        + "; by default what the run evaluates: schedule-free's average, else the weights",
     )
 
 
 class Averages:
     """Parameters by canonical name."""
 
-    def __init__(self, folder: Path, geometry: Geometry) -> None:
-        """Raises UserError where the checkpoint has no average."""
+    def __init__(self, folder: Path, geometry: Geometry, key: str = KEY) -> None:
+        """`key`: of the average, or of what the weights lead it by. Raises UserError where the checkpoint has no average."""
         from torch.distributed.checkpoint import FileSystemReader, load
-        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-        reader = FileSystemReader(folder)
-        stored = reader.read_metadata().state_dict_metadata
+        stored = _tensors(folder)
+        wanted = (key, _MAIN) if key == _LEAD else (key,)
         averages: dict[str, Any] = {
-            key: torch.empty(item.size, dtype=item.properties.dtype)
-            for key, item in stored.items()
-            if isinstance(item, TensorStorageMetadata) and key.startswith(_PREFIX)
+            name: torch.empty(item.size, dtype=item.properties.dtype)
+            for name, item in stored.items()
+            if name.startswith(tuple(f"{_STATE}{each}." for each in wanted))
         }
         if not averages:
             raise UserError(f"--weights {KEY}: the checkpoint {folder} is of a run without --ema-decay; leave it out.")
-        load(averages, storage_reader=reader, no_dist=True)
-        self.geometry = geometry
-        self._matrices = {key.removeprefix(_PREFIX): value for key, value in averages.items()}
+        load(averages, storage_reader=FileSystemReader(folder), no_dist=True)
+        self.geometry, self.leads = geometry, key == _LEAD
+        self._matrices, self._mains = (
+            {
+                name.removeprefix(f"{_STATE}{each}."): x
+                for name, x in averages.items()
+                if name.startswith(f"{_STATE}{each}.")
+            }
+            for each in (key, _MAIN)
+        )
 
     def __call__(self, name: str, weights: Tensor, rank: int = 0, ranks: int = 1, side: int | None = None) -> Tensor:
         """In the shape and type of the weights, of which a rank has its shard; these themselves where they were not trained."""
@@ -53,10 +61,32 @@ class Averages:
         _, mappings, _, columns = split_param(
             name, shape, self.geometry, tp_rank=rank, tp_size=ranks, partition_dim=side
         )
+        mappings = sorted(mappings, key=lambda one: one.local_row)
+
+        def whole(matrices: dict[str, Tensor]) -> Tensor:
+            rows = [matrices[one.matrix][one.row : one.row + one.rows, one.col : one.col + columns] for one in mappings]
+            return torch.cat(rows).view(shape)
+
         if mappings[0].matrix not in self._matrices:
             return weights
-        rows = [
-            self._matrices[one.matrix][one.row : one.row + one.rows, one.col : one.col + columns]
-            for one in sorted(mappings, key=lambda one: one.local_row)
-        ]
-        return torch.cat(rows).view(shape).to(weights.dtype)
+        average = whole(self._matrices)
+        if self.leads:
+            average = (whole(self._mains) if mappings[0].matrix in self._mains else weights) - average
+        return average.to(weights.dtype)
+
+
+def _tensors(folder: Path) -> dict[str, Any]:
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {name: item for name, item in stored.items() if isinstance(item, TensorStorageMetadata)}
+
+
+def find(folder: Path, geometry: Any, weights: str | None) -> Averages | None:
+    """What `--weights` names; None for the weights themselves. `geometry` is called where it is needed."""
+    if weights == KEY:
+        return Averages(folder, geometry())
+    if weights is None and any(name.startswith(f"{_STATE}{_LEAD}.") for name in _tensors(folder)):
+        return Averages(folder, geometry(), str(_LEAD))
+    return None

@@ -46,7 +46,7 @@ def export(
     keep_padding: bool = False,
     shard_gb: float = 5.0,
     trust: bool = False,
-    weights: str = "raw",
+    weights: str | None = None,
 ) -> list[str]:
     """Write the model into `output`; returns what to say. Raises UserError before anything is written."""
     from megatron_opt.export import families, names, safetensors_files, tokenizer_files
@@ -80,8 +80,12 @@ def export(
     ]
     if size < padded:
         said.append(f"{padded - size} ids that pad the vocabulary are left out; --keep-padding keeps them.")
-    if weights != "raw":
-        said.append("the weights are their moving average (--weights ema).")
+    if source.averages is not None:
+        said.append(
+            "the weights are schedule-free's average, which the run evaluates (--weights raw: those of its gradients)."
+            if source.averages.leads
+            else "the weights are their moving average (--weights ema)."
+        )
     return said
 
 

@@ -15,15 +15,16 @@ from torch import Tensor
 from megatron_opt import quiet
 from megatron_opt.checkpointing import folders, resuming, trusted
 from megatron_opt.errors import UserError
-from megatron_opt.export.averages import Averages
+from megatron_opt.export import averages
 from megatron_opt.layout.names import canonical_name
 
 
 class Checkpoint:
     """Flags (`args`) and parameters of the checkpoint `folder`."""
 
-    def __init__(self, source: Path, trust: bool = False, weights: str = "raw"):
-        """`source`: a run's --save folder (its newest) or one iter_N in it; `weights`: raw, or ema for their average.
+    def __init__(self, source: Path, trust: bool = False, weights: str | None = None):
+        """`source`: a run's --save folder (its newest) or one iter_N in it; `weights`: raw, ema for their average, or
+        None for what the run evaluates.
 
         Raises UserError for a damaged or hostile one.
         """
@@ -44,12 +45,13 @@ class Checkpoint:
             raise UserError(f"the checkpoint {self.folder} records no flags, so that its model is not known.")
         self.args: Any = args
         self.iteration = int(common.get("iteration") or 0)
-        self.averages: Averages | None = None
-        if weights != "raw":
-            from megatron_opt.export.families import spec_of
-
-            self.averages = Averages(self.folder, spec_of(args).geometry)
+        self.averages = averages.find(self.folder, self._geometry, weights)
         self.content_metadata: dict[str, Any] | None = common.get("content_metadata")
+
+    def _geometry(self) -> Any:
+        from megatron_opt.export.families import spec_of
+
+        return spec_of(self.args).geometry
 
     @functools.cached_property
     def _tensors(self) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from megatron_opt.migrate import kronecker
 from megatron_opt.optimizers.adam_mini import AdamMini
 from megatron_opt.optimizers.base import MatrixInfo, MatrixOptimizer, State
 from megatron_opt.optimizers.hyperball import Hyperball
+from megatron_opt.optimizers.kl_shampoo import KlShampoo
 from megatron_opt.optimizers.kron import Kron
 from megatron_opt.optimizers.muon import SpectralOptimizer
 from megatron_opt.optimizers.narrow import NarrowOptimizer, widened
@@ -28,7 +29,10 @@ def check(name: str, optimizer: Any, source: bool = False) -> None:
     """Raise UserError where a rule's state cannot be filled, or, for a `source`, not be read."""
     inner = _inner(optimizer)
     kinds = (SpectralOptimizer, Soap, Shampoo, AdamMini, Kron)
-    known = isinstance(inner, kinds) if isinstance(optimizer, MatrixOptimizer) else False
+    whole = isinstance(inner, kinds) and not isinstance(
+        inner, KlShampoo
+    )  # it keeps no squares, and bases of other factors
+    known = whole if isinstance(optimizer, MatrixOptimizer) else False
     if not known and getattr(inner, "name", name) not in _ELEMENTWISE:
         raise UserError(
             f"a warm start to or from {name} is not possible: its state does not follow from Adam's moments; "

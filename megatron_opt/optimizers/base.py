@@ -185,8 +185,8 @@ class Reducer:
     """Sums that a flat shard cannot see by itself; the default is for whole tensors on one process.
 
     `per_matrix` takes one value a piece and returns, for each piece, the sum over all pieces of its logical matrix on
-    all ranks; `global_sum` is the sum of the rule's `global_sum_terms` over all that it trains, None where this call has all of it;
-    `numel` is the size of the whole logical matrix of each piece.
+    all ranks; `global_sum` (k,) is the sum of the rule's `global_sum_terms` over all that it trains, None where this call has all
+    of it; `numel` is the size of the whole logical matrix of each piece.
     """
 
     numel: Sequence[int]
@@ -218,19 +218,33 @@ class ElementwiseOptimizer:
     clipped_kinds: ClassVar[tuple[str, ...]] = ()
     state_keys: ClassVar[tuple[str, ...]]  # each has the shape of the parameter, fp32 unless the config says otherwise;
     # an 8-bit state has besides it `KEY_absmax`, one fp32 number for each 2048 elements
+    weight_keys: ClassVar[tuple[str, ...]] = ()  # states that begin as the weights
+    lead_key: ClassVar[str | None] = None  # the state that weights to evaluate and export are without: x = p − state
+    own_schedule: ClassVar[bool] = False  # whether the rule takes the place of a decaying learning rate
+    one_rate: ClassVar[bool] = False  # whether all its groups must have one learning rate
 
     def __init__(self, config: Any) -> None:
         self.config = config
+        self.numbers: dict[str, Any] = {}  # of the whole rule, the same on every rank; in checkpoints as floats
 
     def init_state(self, param: Tensor) -> State:
         """Zeros for every state key."""
         return {key: torch.zeros_like(param, dtype=torch.float32) for key in self.state_keys}
 
     def global_sum_terms(
-        self, grads: Sequence[Tensor], states: Sequence[State], step: int, grad_scale: float = 1.0
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        step: int,
+        lr: float,
+        grad_scale: float = 1.0,
     ) -> Tensor | None:
-        """What a step needs the sum of over all that the rule trains, one value a piece; None where nothing."""
+        """What a step needs sums of over all that the rule trains, (pieces, k); None where nothing. States stay."""
         return None
+
+    def advance(self, step: int, lr: float, sums: Tensor | None) -> None:
+        """`numbers` of this step, once before its updates; `sums` (k,) are those of `global_sum_terms` over all ranks."""
 
     def update(
         self,

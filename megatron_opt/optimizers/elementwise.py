@@ -232,11 +232,17 @@ class Mars(AdamW):
         return multi_tensor.sums(Sum.MARS_NORM, grads, c, states=[state["prev_grad"] for state in states])[:, 0]
 
     def global_sum_terms(
-        self, grads: Sequence[Tensor], states: Sequence[State], step: int, grad_scale: float = 1.0
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        step: int,
+        lr: float,
+        grad_scale: float = 1.0,
     ) -> Tensor | None:
         if self.config.max_grad_norm == 0 or self.config.clip_scope != "global":
             return None
-        return self._squares(grads, states, self.coefficients(step)._replace(grad_scale=grad_scale))
+        return self._squares(grads, states, self.coefficients(step)._replace(grad_scale=grad_scale)).unsqueeze(1)
 
     def scales(
         self, grads: Sequence[Tensor], states: Sequence[State], c: Coefficients, reducer: Reducer
@@ -245,7 +251,7 @@ class Mars(AdamW):
         if limit == 0:
             return None
         if self.config.clip_scope == "global":
-            total = self._squares(grads, states, c).sum() if reducer.global_sum is None else reducer.global_sum
+            total = self._squares(grads, states, c).sum() if reducer.global_sum is None else reducer.global_sum[0]
             norms = (total.sqrt() + 1e-6).expand(len(grads))
         else:
             norms = reducer.per_matrix(self._squares(grads, states, c)).sqrt()

@@ -236,7 +236,20 @@ def assign(
                 infos=tuple(members),
             )
         )
+    _check_rates(groups)
     return groups
+
+
+def _check_rates(groups: Sequence[Group]) -> None:
+    for name in sorted(
+        {group.optimizer for group in groups if getattr(registry.known(group.optimizer), "one_rate", False)}
+    ):
+        scales = sorted({group.lr_scale for group in groups if group.optimizer == name})
+        if len(scales) > 1:
+            raise UserError(
+                f"{name} estimates one learning rate for all that it trains, and its groups have lr_scale "
+                f"{' and '.join(f'{scale:g}' for scale in scales)}; give them the same (--optimizer-groups)."
+            )
 
 
 def _check_members(

@@ -27,6 +27,8 @@ from megatron_opt.optimizers.base import (
     norm_of,
 )
 from megatron_opt.optimizers.dion import Dion
+from megatron_opt.optimizers.dion2 import Dion2, Dion3
+from megatron_opt.optimizers.kl_shampoo import KlShampoo
 from megatron_opt.optimizers.kl_soap import KlSoap
 from megatron_opt.optimizers.kron import Kron
 from megatron_opt.optimizers.muon import Muon
@@ -146,8 +148,11 @@ _WRAPPED: tuple[type, ...] = (
     AdEMAMix,
     Adopt,
     KlSoap,
+    KlShampoo,
     SoapMuon,
     Dion,
+    Dion2,
+    Dion3,
 )
 
 

@@ -112,9 +112,9 @@ class Soap(FactoredOptimizer):
 
             runs.append(self.begin_bases(factors, bases, seeded[region], first, advance, [info.name] * len(stack)))
         yield from joined(runs)
-        for region, (_, m, v) in enumerate(zip(*stacks)):
+        for region, (_, *parts) in enumerate(zip(*stacks)):
             if seeded[region]:
-                rotate_moments(m, v, self.factors_of(state, sides, region)[1])
+                rotate_moments(*parts, self.factors_of(state, sides, region)[1])
         for parts, moment in zip(stacks[1:], moments):
             grid.join(parts, moment)
         state["ready"].fill_(float(moved))
@@ -242,11 +242,20 @@ class Soap(FactoredOptimizer):
         stack = blocks.stacked()
         factors, bases = ({side: x for side, (x,) in tensors.items()} for tensors in (stack.factors, stack.derived))
         new, orders = yield from self.new_bases(factors, bases, stack.shape, stack.step, stack.names)
-        (moment,), (second,) = stack.states
-        follow(moment, second, bases, new, orders)
+        self.follow([moment for (moment,) in stack.states], bases, new, orders)
         for side, basis in bases.items():
             basis.copy_(new[side])
         blocks.put_back(stack, factors=False)
+
+    def follow(
+        self,
+        moments: Sequence[Tensor],
+        bases: dict[int, Tensor],
+        new: dict[int, Tensor],
+        orders: Mapping[int, Tensor],
+    ) -> None:
+        """Moments (B, b, c) from old bases to new ones, in place."""
+        follow(*moments, bases, new, orders)
 
     def new_bases(
         self,

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_opt.errors import UserError, nearest_or_all
 from megatron_opt.study import models as model_shapes
+from megatron_opt.study.grids import default_space
 from megatron_opt.study.hyperparameters import PAPER_GRIDS, PAPER_STARTS
 from megatron_opt.study.models import SHAPE_KEYS, Model
 from megatron_opt.study.phase_list import read_phases
@@ -144,7 +145,7 @@ def _optimizers(top: Reader) -> dict[str, OptimizerSpace]:
     for name in reader.mapping:
         entry = reader.nested(name, f"optimizer `{name}`")
         if entry is None:
-            raise reader.error(f"optimizer `{name}` is empty; give it a `grid:` (or `grid: paper`)", name)
+            raise reader.error(f"optimizer `{name}` is empty; give it a `grid:` (or `grid: default`)", name)
         optimizer = entry.text("optimizer", name)
         start = entry.pairs("start")
         grid, start_of_grid = _grid(entry, name, optimizer)
@@ -168,6 +169,11 @@ def _grid(entry: Reader, name: str, optimizer: str) -> tuple[dict[str, tuple], d
         if optimizer not in PAPER_GRIDS:
             raise entry.error(f"the paper has no grid for {optimizer!r}; it has {', '.join(PAPER_GRIDS)}", "grid")
         return {key: tuple(values) for key, values in PAPER_GRIDS[optimizer].items()}, PAPER_STARTS[optimizer]
+    if raw == "default":
+        space = default_space(optimizer)
+        if space is None:
+            raise entry.error(f"there is no default grid for {optimizer!r}; write one", "grid")
+        return {key: tuple(values) for key, values in space[0].items()}, space[1]
     if raw is None:
         return {}, {}
     reader = Reader(raw, entry.path, f"the grid of `{name}`", entry.line_of("grid"))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megatron_opt.distributed.ownership import plan_table
 from megatron_opt.distributed.shard_group import agree
 from megatron_opt.distributed.sharded_optimizer import ShardedOptimizer
+from megatron_opt.distributed.state import numbers_of
 from megatron_opt.engine_options import EngineOptions
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
@@ -205,6 +206,23 @@ class Optimizer(torch.optim.Optimizer):
     def state(self, value: Any) -> None:
         """torch.optim.Optimizer begins with an empty one."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; numbers of a whole rule (Prodigy's d) are in its groups."""
+        for group, numbers in zip(self.param_groups, numbers_of(self._engine.group_optimizers), strict=True):
+            if numbers:
+                group["numbers"] = numbers
+        return super().state_dict()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Meanwhile the parameters are those to evaluate and save for others: schedule-free's average. Collective."""
+        with self._engine.evaluation.in_place(self._publish):
+            yield
+
+    def _publish(self) -> None:
+        for param_shard in self._engine.param_shards():
+            param_shard.publish()
+
     def full_state_dict(self) -> dict[str, Any]:
         """As `state_dict`, with every tensor whole on the CPU, on every rank; collective. `load_state_dict` takes it anywhere."""
         content = self.state_dict()
@@ -242,6 +260,8 @@ class Optimizer(torch.optim.Optimizer):
                 load_entries(self._engine, self._source.param_of, given)
         for theirs, ours in zip(saved, self.param_groups):
             ours.update({key: value for key, value in theirs.items() if key not in ("params", "param_names")})
+        for ours, optimizer in zip(self.param_groups, self._engine.group_optimizers, strict=True):
+            optimizer.numbers = dict(ours.get("numbers", optimizer.numbers))
         self._engine.step_number = self._curvature_of = max(int(group["step"]) for group in self.param_groups)
 
     def __getstate__(self) -> NoReturn:

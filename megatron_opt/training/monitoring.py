@@ -4,6 +4,7 @@ It adds to Megatron's loop: rates that are true under a batch schedule and on CP
 weights and updates by parameter group. All quantities are of the whole run, over restarts.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -94,7 +95,8 @@ class Monitor:
         def evaluated(*args: Any, **kwargs: Any) -> Any:
             if self._evaluated and self._evaluated[:2] == (self._split, self._at):
                 return self._evaluated[2]  # the same weights on the same samples, as at the end of a run
-            losses = timed(*args, **kwargs)
+            with self._evaluation_weights():
+                losses = timed(*args, **kwargs)
             self._evaluated = (self._split, self._at, losses) if losses and not losses[2] else None
             self._take_losses(self._split, losses)
             average = getattr(self.optimizer, "average", None)
@@ -116,6 +118,11 @@ class Monitor:
         training.evaluate_and_print_results = evaluate_and_print_results
         training.print_rank_last = lambda text: printer(self._true_throughput(training, text))
         training.get_forward_backward_func = get_forward_backward_func
+
+    def _evaluation_weights(self) -> Any:
+        """For a while, the weights that the run's rules would have evaluated."""
+        weights = getattr(self.optimizer, "evaluation", None)
+        return contextlib.nullcontext() if weights is None else weights.in_place(self.optimizer.publish)
 
     def _restore(self, values: dict[str, Any]) -> None:
         self._restored = values

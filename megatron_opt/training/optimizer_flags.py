@@ -138,6 +138,7 @@ def check_optimizer_arguments(args: Any) -> None:
             built.width_exponent()
     if kind := curvature_kind(group_configs):
         check_curvature(args, kind)
+    _check_own_schedule(args, group_configs)
     used = {group_config.optimizer for group_config in group_configs}
     for name in given_options(args, args.given_flags):
         if name not in used:
@@ -152,6 +153,24 @@ def check_optimizer_arguments(args: Any) -> None:
             raise UserError(f"--{flag} has no meaning with --optimizer {args.optimizer}: {why}")
     for flag, why in unsupported({key.replace("_", "-"): value for key, value in vars(args).items()}):
         raise UserError(f"--{flag} does not work with --optimizer {args.optimizer}: {why}")
+
+
+def _check_own_schedule(args: Any, group_configs: Sequence[ParamGroupConfig]) -> None:
+    """A rule that averages in place of a schedule has its own weights to evaluate."""
+    names = (each.optimizer for each in group_configs if getattr(registry.known(each.optimizer), "own_schedule", False))
+    if (name := next(names, None)) is None:
+        return
+    if args.lr_decay_style != "constant":
+        raise UserError(
+            f"{name} averages its iterates in place of a decaying learning rate, and --lr-decay-style {args.lr_decay_style} "
+            "would lower it besides; give --lr-decay-style constant."
+        )
+    if args.ema_decay:
+        raise UserError(f"--ema-decay would average weights that {name} averages already; leave it out.")
+    if args.qk_clip:
+        raise UserError(
+            f"--qk-clip scales the weights that gradients are taken at, and {name} evaluates an average of others; leave it out."
+        )
 
 
 @contextlib.contextmanager

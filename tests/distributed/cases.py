@@ -50,7 +50,9 @@ ADAM_H = "--optimizer adam_h".split()
 ADAMW = "--optimizer adamw".split()
 
 # Rules that came after the study's: in the tables over all rules one quick case each, all else slow
-LATER = ("ademamix", "adopt", "dion", "kl_soap", "soap_muon")
+LATER = (
+    "ademamix", "adopt", "dion", "dion2", "dion3", "kl_shampoo", "kl_soap", "prodigy", "schedule_free", "soap_muon"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

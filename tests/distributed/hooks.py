@@ -1,7 +1,9 @@
 """What a case may do inside its ranks before training: each takes (case, record, argv, folder)."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -416,3 +418,32 @@ def average(case: Case, record: recording.Record, argv: list[str], folder: Path)
         record.at_end.append(lambda record: record.extra.update(average=kept(), by_hand=by_hand))
     argv = checkpoint(case, record, argv, folder)
     return [*argv, "--log-interval", "1", "--output-dir", str(folder / f"average-{case.name}")]
+
+
+def evaluated(case: Case, record: recording.Record, argv: list[str], folder: Path) -> list[str]:
+    """As `average`; record what the last evaluation saw, whether the model had it, and numbers of the rules at the end."""
+
+    def watch(record: recording.Record) -> None:
+        in_place = record.optimizer.evaluation.in_place
+
+        @contextlib.contextmanager
+        def watched(publish: Any) -> Iterator[None]:
+            with in_place(publish):
+                record.extra["evaluated"] = recording.weights(record.optimizer)
+                record.extra["published"] = all(
+                    copy is None or bool((copy == p.main.to(copy.dtype)).all())
+                    for p in record.optimizer.param_shards()
+                    for copy in [p.model_copy()]
+                )
+                yield
+
+        record.optimizer.evaluation.in_place = watched
+
+    def numbers(record: recording.Record) -> None:
+        from megatron_opt.distributed.state import numbers_of
+
+        record.extra["numbers"] = numbers_of(record.optimizer.group_optimizers)
+
+    record.once_made.append(watch)
+    record.at_end.append(numbers)
+    return average(case, record, argv, folder)

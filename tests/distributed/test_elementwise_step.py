@@ -45,10 +45,27 @@ def _train(shard_groups: list[tuple[str, ...]], optimizer: Any, grouped: bool) -
         flats = [[grads[name].view(-1) for name in names] for names in shard_groups]
         sums: dict[str, torch.Tensor] = {}
         for step, mine in zip(steps, flats, strict=True):
-            step.add_global_sum_terms(sums, mine, [1.0, 1.0], set(), number)
+            step.add_global_sum_terms(sums, mine, [1.0, 1.0], set(), number, param_groups)
+        optimizer.advance(number, 0.1, sums.get(optimizer.name))
         for step, mine in zip(steps, flats, strict=True):
             step.step(mine, [1.0, 1.0], set(), number, param_groups, sums)
     return weights
+
+
+def test_prodigys_distance_is_of_all_whatever_the_shard_groups_and_groups() -> None:
+    def rule() -> Any:
+        return registry.build("prodigy", {"d0": 1e-2})
+
+    one = rule()
+    reference = _train(PLACES["one"], one, grouped=False)
+    assert float(one.numbers["numerator"]) != 0.0
+    for shard_groups in PLACES.values():
+        again = rule()
+        found = _train(shard_groups, again, grouped=True)
+        for key in ("d", "numerator"):
+            assert float(again.numbers[key]) == pytest.approx(float(one.numbers[key]), rel=1e-6)
+        for name, value in reference.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("scope", ["global", "matrix"])

@@ -166,7 +166,8 @@ class Ranks:
         """What the saving and loading of state sees of an optimizer."""
         step = self.steps[rank]
         return SimpleNamespace(
-            ensure_states=lambda: None, shard_groups=[step.shard_group], matrix_steps=[step], groups=[], param_groups=[], stored=[],
+            ensure_states=lambda: None, shard_groups=[step.shard_group], matrix_steps=[step], groups=[], param_groups=[],
+            group_optimizers=[], stored=[],
             element_steps=[SimpleNamespace(slices={})], step_number=5, device=torch.device("cpu"), param_shards=lambda: [],
             host=step.host, average=None,
         )  # fmt: skip

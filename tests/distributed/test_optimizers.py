@@ -17,8 +17,21 @@ DENSE = [*c.DENSE, "--num-layers", "2"]
 OPTIONS = {
     **{
         name: [f"--{name.replace('_', '-')}-fp32-matmul-prec", "high"]
-        for name in ("muon", "muon_h", "scion", "scion_h", "soap_muon", "soap_muon_h")
+        for name in (
+            "muon",
+            "muon_h",
+            "scion",
+            "scion_h",
+            "soap_muon",
+            "soap_muon_h",
+            "dion2",
+            "dion2_h",
+            "dion3",
+            "dion3_h",
+        )
     },
+    "schedule_free": "--lr-decay-style constant".split(),
+    "prodigy": "--lr 1 --min-lr 0.1 --prodigy-d0 1e-3".split(),
     "mars": ["--mars-eps", "1e-3"],
     # a momentum that all but cancels has the sign of its rounding: one such element moves the loss by 1e-5 at 3e-3
     "signum": "--lr 1e-4 --min-lr 1e-5".split(),

@@ -21,6 +21,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kl_soap": {"factor_precision": "fp64", "eps": 1e-6}, "kl_soap_h": {"factor_precision": "fp64", "eps": 1e-6},
     "soap_muon": {"factor_precision": "fp64", "eps": 1e-6, "fp32_matmul_prec": "high"},
     "soap_muon_h": {"factor_precision": "fp64", "eps": 1e-6, "fp32_matmul_prec": "high"},
+    "dion2": {"fp32_matmul_prec": "high"}, "dion2_h": {"fp32_matmul_prec": "high"},
+    "dion3": {"fp32_matmul_prec": "high"}, "dion3_h": {"fp32_matmul_prec": "high"},
     "scion": {"fp32_matmul_prec": "high"}, "scion_h": {"fp32_matmul_prec": "high"},
 }  # fmt: skip
 DRAWN = ("kron", "kron_h")  # its probe is drawn by the device's own generator
@@ -46,6 +48,7 @@ class Run:
         """As a checkpoint does it: values alone travel."""
         self.weights, self.targets = ([x.to(device) for x in xs] for xs in (self.weights, self.targets))
         self.states = [{key: value.to(device) for key, value in state.items()} for state in self.states]
+        self.optimizer.numbers = {k: float(v) for k, v in getattr(self.optimizer, "numbers", {}).items()}
 
     def step(self, number: int) -> None:
         device = self.weights[0].device

@@ -5,7 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_opt.errors import UserError
+from megatron_opt.optimizers import registry
 from megatron_opt.study import cli
+from megatron_opt.study.grids import default_space
 from megatron_opt.study.hyperparameters import PAPER_GRIDS, PAPER_STARTS, flag_of, schedule_flags
 from megatron_opt.study.runs import argument_list, make_run
 from megatron_opt.study.spec import Regime
@@ -293,3 +295,25 @@ def test_a_plan_accepts_the_paper_and_ends_with_totals(make_study, capsys):
     assert cli.main(["plan", str(make_study(text))], "study") == 0
     shown = capsys.readouterr().out
     assert "total" in shown
+
+
+def test_every_rule_has_a_default_grid_that_a_plan_accepts(make_study, capsys):
+    names = sorted(registry.optimizers())
+    entries = "".join(f"  {name}: {{grid: default}}\n" for name in names)
+    text = (
+        STUDY[: STUDY.index("defaults:")] + "optimizers:\n" + entries + "phases: [descent]\ntokens_per_parameter: 2e4\n"
+    )
+    path = make_study(text)
+    spaces = read_study(path).optimizers
+    for name in names:
+        grid, start = default_space(name)
+        assert spaces[name].start == start and spaces[name].grid == {key: tuple(v) for key, v in grid.items()}
+        assert {"lr", "batch_size"} <= set(grid) <= set(start), name
+        assert name in PAPER_GRIDS or all(start[key] in values for key, values in grid.items()), name
+    assert cli.main(["plan", str(path)], "study") == 0
+    assert "total" in capsys.readouterr().out
+
+
+def test_a_rule_of_another_package_has_no_default_grid(make_study):
+    with pytest.raises(UserError, match="no default grid for 'mine'; write one"):
+        read_study(make_study(STUDY.replace("muon:\n    grid: {lr: [0.008, 0.016, 0.032]}", "mine: {grid: default}")))

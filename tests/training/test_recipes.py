@@ -6,6 +6,7 @@ from megatron_opt import recipes
 from megatron_opt.cost_model import flags as cost_flags
 from megatron_opt.errors import UserError
 from megatron_opt.optimizers import registry
+from megatron_opt.optimizers.base import MatrixInfo
 from megatron_opt.study.hyperparameters import PAPER_STARTS
 from megatron_opt.training import arguments
 
@@ -43,6 +44,24 @@ def test_moonlights_step_has_adamws_size():
     assert recipes.read("kimi-k2").flags == flags and "QK-clip" in recipes.read("kimi-k2").without
     text = recipes.shown("moonlight", recipes.read("moonlight"))
     assert "--muon-extra-scale-factor 0.2" in text and "2502.16982" in text
+
+
+def test_deepseeks_is_its_reports():
+    """Algorithm 1 and section 4.2.2 of arXiv 2606.19348."""
+    flags = recipes.read("deepseek-v4").flags
+    muon = registry.build(
+        "muon", {k: v for k, v in cost_flags.options(cost_flags.parse(["--recipe", "deepseek-v4"])[0])["muon"].items()}
+    )
+    assert muon.table == ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
+    assert muon.factor(MatrixInfo("w", (64, 16))) == pytest.approx(0.18 * 8)
+    assert muon.weights() == (0.95, 1.0, 0.95, 1.0)  # M = μM + G; μM + G
+    assert (flags["adamw-beta1"], flags["adamw-beta2"], flags["adamw-eps"], flags["weight-decay"]) == (
+        0.9,
+        0.95,
+        1e-20,
+        0.1,
+    )
+    assert flags["scalar-lr-ratio"] == 1.0 and "clip-grad" not in flags
 
 
 def test_a_recipe_wins_over_a_preset_and_repeats_are_welcome():

@@ -26,7 +26,7 @@ data:                             # prefixes of indexed datasets; relative paths
   train: [data/train]
   valid: [data/valid]
 defaults: {{batch_size: 16, clip_grad: 1.0}}
-optimizers:                       # `grid: paper` takes the published search grid instead
+optimizers:                       # `grid: default` takes the published search grid, or the rule's own, instead
 """
 
 _TAIL = """\
