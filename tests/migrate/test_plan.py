@@ -182,7 +182,7 @@ def test_page_is_whole_and_needs_no_network(plan: Plan) -> None:
     assert parser.open == [] and all(link.startswith("#s") for link in parser.links)
     assert "@import" not in page and "fetch(" not in page and "nan" not in page.lower().split()
     plots = json.loads(re.search(r'<script id="plots"[^>]*>(.*?)</script>', page, re.S)[1])  # type: ignore[index]
-    assert page.count("<figure data-plot") == len(plots) == 4
+    assert page.count('<figure data-plot="') == len(plots) == 4
     assert all(None not in series["y"] + series["low"] for plot in plots.values() for series in plot["series"])
 
 
