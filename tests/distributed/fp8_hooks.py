@@ -144,6 +144,51 @@ def quantizers(case: Case, record: recording.Record, argv: list[str], folder: An
     record.at_end.append(compare)
 
 
+def ranges(case: Case, record: recording.Record, argv: list[str], folder: Any) -> None:
+    """Record what every report of `--log-fp8-ranges` says, and where its counts of small tensors are not direct ones."""
+    from megatron_opt.training import fp8_ranges
+
+    report = fp8_ranges.Ranges.report
+    record.extra["ranges"] = []
+
+    def reporting(self: Any) -> Any:
+        found = report(self)
+        record.extra["ranges"].append(found and found.entry)
+        return found
+
+    fp8_ranges.Ranges.report = reporting  # type: ignore[method-assign]
+    record.at_end.append(lambda record: record.extra.update(range_faults=_range_faults()))
+
+
+def _range_faults() -> list[str]:
+    """Recipes and formats whose (underflows, overflows) are not those of the formats' definition."""
+    import transformer_engine.pytorch as te
+
+    from megatron_opt.training.fp8_ranges import losses
+
+    generator = torch.Generator().manual_seed(7)
+    x = (torch.randn(64, 96, generator=generator) * torch.exp(6 * torch.randn(64, 96, generator=generator))).bfloat16()
+    x[0, :5], wrong = 0, []
+    values = x.double().numpy()
+    for kind, number in (("e4m3", 7), ("e5m2", 8)):
+        scaled, largest = values * 16, LIMITS[kind][2]
+        wanted = {"one scale": (_to_zero(values, rounded(scaled, kind)), int((np.abs(scaled) > largest).sum()))}
+        found = {"one scale": te.Float8Quantizer(torch.full((1,), 16.0), torch.zeros(1), number)(x)}
+        mx = np.zeros_like(values)
+        for _, _, r, c in _tiles(values, 1, 32):
+            mx[r, c] = mx_reference(values[r, c], kind)[0]
+        wanted["mxfp8"], found["mxfp8"] = (_to_zero(values, mx), 0), te.MXFP8Quantizer(number)(x)
+        for name, counts in wanted.items():
+            ours = tuple(int(one) for one in losses(x, found[name]) or ())
+            if ours != counts or not counts[0] or (name == "one scale" and kind == "e4m3" and not counts[1]):
+                wrong.append(f"{name} {kind}: {ours}, not {counts}")
+    return wrong
+
+
+def _to_zero(values: np.ndarray, numbers: np.ndarray) -> int:
+    return int(((values != 0) & (numbers == 0)).sum())
+
+
 _TENSORS = (
     *("_data", "_transpose", "_scale_inv"),
     *(f"_{usage}_{what}" for usage in ("rowwise", "columnwise") for what in ("data", "scale_inv")),

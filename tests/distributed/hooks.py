@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.distributed import recording
 from tests.distributed.cases import Case
-from tests.distributed.fp8_hooks import held_bytes, quantizers, weights  # noqa: F401
+from tests.distributed.fp8_hooks import held_bytes, quantizers, ranges, weights  # noqa: F401
 
 
 def checkpoint(case: Case, record: recording.Record, argv: list[str], folder: Path) -> list[str]:

@@ -59,6 +59,9 @@ def runs(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]
     wanted += [_case("kept-1-1", [*mx, *KEPT.format(1, 1).split()])]
     wanted += [_case("odd", [*mx, "--hidden-size", "80"])]
     wanted += [_case(layout.name, [*mx, "--seq-length", "32"], layout) for layout in (c.TP2, c.SP2)]
+    counted = [*mx, "--log-fp8-ranges", "--log-interval", "1"]
+    wanted += [_case(f"ranges-{layout.name}", counted, layout, hook="ranges") for layout in (c.ONE, c.DP2_DIST, c.TP2)]
+    wanted += [_case("ranges-moe", [*fp8(MOE, "mxfp8"), "--log-fp8-ranges", "--log-interval", "2"], hook="ranges")]
     return pool.run(wanted) | pool.run([_resumed("mxfp8", folder)])
 
 
@@ -95,6 +98,27 @@ def test_sequence_parallelism_gathers_numbers_and_scales(runs: dict[str, Run]) -
 
 def test_sizes_that_do_not_fit_are_refused_at_start(runs: dict[str, Run]) -> None:
     assert "--hidden-size 80 is 80 in FP8 products, which --fp8-recipe mxfp8" in str(runs["odd"].user_errors[0])
+
+
+def test_ranges_in_the_log(runs: dict[str, Run]) -> None:
+    """Counts are those of the formats' definition; in the first step DP changes none, TP only sums that are rounded apart."""
+    one, dp, tp = (runs[f"ranges-{name}"] for name in ("one", "dp2-distopt", "tp2"))
+    assert one.losses == runs["mxfp8"].losses and one.ranks[0]["range_faults"] == []
+    assert [len(run.ranks[0]["ranges"]) for run in (one, dp, tp)] == [STEPS] * 3
+    first, spread = one.ranks[0]["ranges"][0], 0.0
+    assert set(first) == {"qkv", "proj", "fc1", "fc2"}
+    assert all(set(of) == {"activation", "weight", "gradient"} for of in first.values())
+    assert dp.ranks[0]["ranges"][0] == dp.ranks[1]["ranges"][0] == first
+    for kind, of in first.items():
+        assert tp.ranks[1]["ranges"][0][kind]["weight"] == of["weight"]
+        for tensor, found in of.items():
+            other = tp.ranks[0]["ranges"][0][kind][tensor]
+            assert other["underflows"] == pytest.approx(found["underflows"], abs=1e-3)
+            assert other["amax"] == pytest.approx(found["amax"], rel=2e-2) and other["overflows"] == 0
+            spread += found["underflows"]
+    assert spread > 0
+    moe = runs["ranges-moe"].ranks[0]["ranges"]  # steps 2 and the last
+    assert len(moe) == 2 and {"experts_fc1", "experts_fc2"} < set(moe[0]) and "fc1" not in moe[0]
 
 
 @pytest.mark.slow

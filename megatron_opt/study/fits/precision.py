@@ -123,15 +123,17 @@ def changes(dataset: Dataset) -> dict[Key, Comparison]:
 
 def _change(base: Comparison, cells: list[Best], noise: SeedNoise) -> Comparison | None:
     """(baseline in FP8 − without) + (optimizer without − in FP8) of these four cells, with its interval."""
-    shared = sorted(set.intersection(*(set(cell.seeds) for cell in cells))) if len(cells) == 4 else []
-    if not shared:
+    if len(cells) < 4:
         return None
-    losses = [[cell.by_seed[seed] for cell in cells] for seed in shared]
-    one = replace(
-        base, gain=sum(a - b + c - d for a, b, c, d in losses) / len(shared), seeds=tuple(shared), paired=True
-    )
+    shared = sorted(set.intersection(*(set(cell.seeds) for cell in cells)))
+    seen = [[cell.by_seed[seed] for cell in cells] for seed in shared] or [[cell.loss for cell in cells]]
+    gain = sum(a - b + c - d for a, b, c, d in seen) / len(seen)
+    one = replace(base, gain=gain, seeds=tuple(shared), paired=bool(shared))
     if any(cell.chosen for cell in cells) or len(shared) < 2 or not noise.freedom:
-        return replace(one, why="one seed" if noise.freedom else "no repeated seeds from which to measure the noise")
+        return replace(
+            one,
+            why="fewer than two shared seeds" if noise.freedom else "no repeated seeds from which to measure the noise",
+        )
     error, law = noise.sigma * math.sqrt(4 / len(shared)), stats.t(noise.freedom)
     reach = float(law.isf((1 - LEVEL) / 2)) * error
     p = 2 * float(law.sf(abs(one.gain) / error))

@@ -1,0 +1,83 @@
+"""What FP8 does to optimizers, on simulated stores: costs, gains that survive or not, rates that move, what is lost."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_opt.study.commands.findings import page
+from megatron_opt.study.curves import Curve
+from megatron_opt.study.dataset import Dataset
+from megatron_opt.study.fits.findings import FAILS, HOLDS, MISSING, OPEN
+from megatron_opt.study.fits.precision import FREE, STAYS, SURVIVES, pairs, precision_findings
+from megatron_opt.study.report.precision import fp8_ranges
+from megatron_opt.study.spec import Regime
+from tests.study.test_wall_clock import record
+
+LOSS = {"adamw": 3.0, "muon": 2.9}
+RATE = {"adamw": 0.008, "muon": 0.032}
+
+
+def world(cost, moved=1.0, seeds=3, noise=0.0005):
+    """bf16 and MXFP8; `cost` of FP8 by optimizer, and the factor by which it moves best rates."""
+    rng, records = np.random.default_rng(0), []
+    common = rng.normal(0, 0.03, seeds)
+    for model, recipe in (("plain", None), ("mx", "mxfp8")):
+        flags = {"hidden-size": 64, "num-layers": 2, "bf16": True} | (
+            {"fp8-format": "e4m3", "fp8-recipe": recipe} if recipe else {}
+        )
+        for name, best in RATE.items():
+            at = best * (moved if recipe else 1.0)
+            floor = LOSS[name] + (cost.get(name, 0.0) if recipe else 0.0)
+            rates = [best / 4, best / 2, best, best * 2, best * 4]
+            tuned = min(rates, key=lambda lr, at=at: abs(np.log(lr / at)))
+            for seed in range(seeds):
+                for lr in rates if not seed else [tuned]:
+                    loss = floor + 0.1 * np.log2(lr / at) ** 2 + common[seed] + rng.normal(0, noise)
+                    one = record(name, seed + 1, float(loss), 10.0, Regime(model, 1))
+                    records.append(replace(one, id=f"{one.id}{model}{lr}", hyper={"lr": lr}, config={"flags": flags}))
+    return Dataset("precision", "adamw", records)
+
+
+def verdicts(dataset):
+    found = precision_findings(dataset)
+    return {(question, one.family): one.verdict for question, rows in found.items() for one in rows}
+
+
+def test_free_precision_keeps_gains_and_rates():
+    assert [(one.recipe, str(one.plain)) for one in pairs(world({}))] == [("mxfp8", "plain@1x")]
+    found = verdicts(world({}))
+    assert found == {
+        (FREE, "adamw"): HOLDS,
+        (FREE, "muon"): HOLDS,
+        (SURVIVES, "muon"): HOLDS,
+        (STAYS, "adamw"): HOLDS,
+        (STAYS, "muon"): HOLDS,
+    }
+
+
+def test_a_gain_that_is_lost_and_rates_that_move():
+    lost = verdicts(world({"muon": 0.1}))
+    assert lost[FREE, "muon"] == FAILS and lost[FREE, "adamw"] == HOLDS and lost[SURVIVES, "muon"] == FAILS
+    both = verdicts(world({"muon": 0.05, "adamw": 0.05}))
+    assert both[FREE, "adamw"] == FAILS and both[SURVIVES, "muon"] == HOLDS
+    assert verdicts(world({}, moved=2.0))[STAYS, "muon"] == FAILS
+
+
+@pytest.mark.parametrize("seeds, noise", [(1, 0.0005), (3, 0.2)])
+def test_nothing_is_said_without_seeds_or_in_noise(seeds, noise):
+    found = verdicts(world({}, seeds=seeds, noise=noise))
+    assert found[FREE, "muon"] == OPEN and found[SURVIVES, "muon"] == OPEN
+
+
+def test_the_page_and_what_was_not_run():
+    data = world({"muon": 0.1})
+    lost = {"qkv": {"weight": {"amax": 1.0, "underflows": 0.25, "overflows": 0.0}}}
+    data.curve = lambda run: Curve([{"iteration": n, "grad_norm": 1.0, "fp8_ranges": lost} for n in (10, 20)])
+    text = page(data)
+    assert "# precision: what FP8 does to optimizers" in text and "## Steadiness" in text
+    assert "| qkv | weight |" in text and "25.000% (adamw 25.000%)" in text
+    assert {"fp8-underflows-mx@1x", "fp8-overflows-mx@1x"} < {plot.name for plot in fp8_ranges(data).plots}
+    part = replace(data, records=[r for r in data.records if (r.optimizer, r.regime.model) != ("muon", "mx")])
+    assert verdicts(part)[SURVIVES, "muon"] == MISSING and "the runs that would tell are not there" in page(part)
+    assert "budget" not in page(replace(data, records=[r for r in data.records if r.regime.model == "plain"]))[:40]
