@@ -291,7 +291,8 @@ def load_state(optimizer: Keeper, state: dict[str, Any]) -> None:
         param_shard.publish()
     _restore_groups(optimizer.param_groups, state["param_groups"])
     for each, numbers in zip(optimizer.group_optimizers, state.get("numbers", ())):
-        each.numbers = dict(numbers)
+        if numbers:
+            each.numbers = dict(numbers)
     if optimizer.average is not None:
         optimizer.average.loaded()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_opt.errors import UserError
+from megatron_opt.kernels.host import on_device
 from megatron_opt.optimizers.base import Cost, Reducer, State, Step
 from megatron_opt.optimizers.direction_optimizer import DisplacementOptimizer
 from megatron_opt.optimizers.options import check, decay, epsilon, option
@@ -33,6 +34,12 @@ class ProdigyConfig:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+def _on(like: Tensor, number: Tensor | float) -> Tensor:
+    """A number () in fp64 beside another, with no wait for the device."""
+    value = number if isinstance(number, Tensor) else torch.tensor(number, dtype=torch.float64)
+    return on_device(value, like.device, torch.float64)
 
 
 @register
@@ -95,14 +102,11 @@ class Prodigy(DisplacementOptimizer):
     def advance(self, step: int, lr: float, sums: Tensor | None) -> None:
         """The estimate after this gradient; the step goes by the one before it."""
         o, now = self.config, self.numbers
-        zero = torch.zeros((), dtype=torch.float64)
-        inner, norm = (zero, zero) if sums is None else sums
-        d, largest, numerator = (
-            torch.as_tensor(now[key], dtype=torch.float64, device=inner.device) for key in ("d", "largest", "numerator")
-        )
+        inner, norm = torch.zeros(2, dtype=torch.float64) if sums is None else sums
+        d, largest, numerator = (_on(inner, now[key]) for key in ("d", "largest", "numerator"))
         rate = d * self._rate(step, lr)
         numerator = self.beta3 * numerator + d / o.d0 * rate * inner
-        estimate = torch.where(norm > 0, o.d_coef * numerator / norm.clamp_min(1e-300), zero.to(norm))
+        estimate = torch.where(norm > 0, o.d_coef * numerator / norm.clamp_min(1e-300), torch.zeros_like(norm))
         after = torch.where(d == o.d0, torch.maximum(d, estimate), d)
         largest = torch.maximum(largest, estimate)
         after = torch.minimum(largest, after * o.growth_rate)

@@ -114,7 +114,8 @@ class Soap(FactoredOptimizer):
         yield from joined(runs)
         for region, (_, *parts) in enumerate(zip(*stacks)):
             if seeded[region]:
-                rotate_moments(*parts, self.factors_of(state, sides, region)[1])
+                m, v = parts
+                rotate_moments(m, v, self.factors_of(state, sides, region)[1])
         for parts, moment in zip(stacks[1:], moments):
             grid.join(parts, moment)
         state["ready"].fill_(float(moved))
@@ -255,7 +256,8 @@ class Soap(FactoredOptimizer):
         orders: Mapping[int, Tensor],
     ) -> None:
         """Moments (B, b, c) from old bases to new ones, in place."""
-        follow(*moments, bases, new, orders)
+        m, v = moments
+        follow(m, v, bases, new, orders)
 
     def new_bases(
         self,

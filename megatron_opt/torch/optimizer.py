@@ -261,7 +261,8 @@ class Optimizer(torch.optim.Optimizer):
         for theirs, ours in zip(saved, self.param_groups):
             ours.update({key: value for key, value in theirs.items() if key not in ("params", "param_names")})
         for ours, optimizer in zip(self.param_groups, self._engine.group_optimizers, strict=True):
-            optimizer.numbers = dict(ours.get("numbers", optimizer.numbers))
+            if "numbers" in ours:
+                optimizer.numbers = dict(ours["numbers"])
         self._engine.step_number = self._curvature_of = max(int(group["step"]) for group in self.param_groups)
 
     def __getstate__(self) -> NoReturn:

@@ -48,6 +48,7 @@ SOAP_H = (
 ).split()
 ADAM_H = "--optimizer adam_h".split()
 ADAMW = "--optimizer adamw".split()
+CONSTANT = "--lr-decay-style constant --min-lr 0".split()  # what schedule_free asks for
 
 # Rules that came after the study's: in the tables over all rules one quick case each, all else slow
 LATER = (

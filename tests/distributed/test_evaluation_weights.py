@@ -15,7 +15,7 @@ from tests.distributed.compare import assert_same_matrices
 from tests.distributed.pool import Pool, Run
 
 STEPS, STOP = 6, 4
-FREE = [*c.DENSE, *"--num-layers 2 --optimizer schedule_free --lr-decay-style constant".split()]
+FREE = [*c.DENSE, *"--num-layers 2 --optimizer schedule_free".split(), *c.CONSTANT]
 PRODIGY = [*c.DENSE, *"--num-layers 2 --optimizer prodigy --lr 1 --min-lr 0.1 --prodigy-d0 1e-3".split()]
 OVERLAP = Layout.of("dp2-overlap", 2, distopt=True, more=("--overlap-param-gather", "--overlap-grad-reduce"))
 

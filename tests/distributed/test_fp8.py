@@ -153,7 +153,12 @@ TP2 = Layout.of("tp2", 2, tp=2, distopt=True)
 PP2 = Layout.of("pp2", 2, pp=2, distopt=True)
 TWICE = Layout.of("dp2-twice", 2, distopt=True, more=c.ACROSS)
 OVERLAP = Layout.of("dp2-overlap", 2, distopt=True, more=("--overlap-grad-reduce", "--overlap-param-gather"))
-OPTIMIZERS = {"adamw": c.ADAMW, "muon": c.MUON, "soap": c.SOAP}
+OPTIMIZERS = {
+    "adamw": c.ADAMW,
+    "muon": c.MUON,
+    "soap": c.SOAP,
+    "schedule_free": ["--optimizer", "schedule_free", *c.CONSTANT],
+}
 RECIPES = ("tensorwise", "blockwise", "mxfp8")
 RULES = sorted(registry.optimizers())
 

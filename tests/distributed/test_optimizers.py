@@ -30,7 +30,7 @@ OPTIONS = {
             "dion3_h",
         )
     },
-    "schedule_free": "--lr-decay-style constant".split(),
+    "schedule_free": c.CONSTANT,
     "prodigy": "--lr 1 --min-lr 0.1 --prodigy-d0 1e-3".split(),
     "mars": ["--mars-eps", "1e-3"],
     # a momentum that all but cancels has the sign of its rounding: one such element moves the loss by 1e-5 at 3e-3

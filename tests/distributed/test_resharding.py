@@ -29,7 +29,7 @@ STEPS = 2
 # a curvature estimate, a refresh of factors before the checkpoint
 OPTIONS = {
     "sophia": ["--sophia-curvature-every", "1"],
-    "schedule_free": ["--lr-decay-style", "constant"],
+    "schedule_free": c.CONSTANT,
     "soap": ["--soap-precondition-frequency", "1"],
     "kl_soap": ["--kl-soap-precondition-frequency", "1"],
     "soap_muon": ["--soap-muon-precondition-frequency", "1"],

@@ -15,6 +15,7 @@ WIDTH, LENGTH, BATCH, STEPS = 32, 64, 8, 100
 LEARNING_RATES = {
     "adamw": 8e-3, "nadamw": 8e-3, "mars": 8e-3, "cautious": 8e-3, "adam_mini": 8e-3, "lion": 2e-3, "signum": 2e-3,
     "sophia": 4e-3, "muon": 1.6e-2, "scion": 1.6e-2, "soap": 8e-3, "kron": 4e-3, "shampoo": 8e-3,
+    "prodigy": 1.0,
 }  # fmt: skip
 OPTIONS = {"soap": {"soap": dict(shampoo_beta=0.99)}, "kron": {"kron": dict(preconditioner_lr=0.2)}}
 

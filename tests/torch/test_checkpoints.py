@@ -58,6 +58,10 @@ def test_one_process_state_is_loaded_by_two_ranks(folders: Path, of_two: list[An
         ("adamw", {"state_dtype": "int8"}),
         ("soap_h", {}),
         ("dion", {}),
+        ("dion3", {}),
+        ("kl_shampoo", {}),
+        ("schedule_free", {}),
+        ("prodigy", {"d0": 1e-2}),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -207,6 +207,28 @@ def test_bf16_weights_have_main_copies_and_follow_the_model() -> None:
     assert float((model.output.weight - other.output.weight).abs().max()) < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_schedule_free_is_evaluated_at_its_average(dtype: torch.dtype) -> None:
+    """x = y − lead, in the type of the model; y comes back bit for bit. Others are evaluated as they are."""
+    for name in ("schedule_free", "adamw"):
+        model = cases.make_model().to(dtype)
+        optimizer = Optimizer(model, name, lr=1e-2)
+        cases.train(model, optimizer, 0, 4)
+        before = [p.detach().clone() for p in model.parameters()]
+        mains = {f.view.name: f.main.clone().view(-1) for f in optimizer._engine.param_shards()}
+        with optimizer.evaluating():
+            during = [p.detach().clone() for p in model.parameters()]
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+        if name == "adamw":
+            assert all(torch.equal(a, b) for a, b in zip(before, during))
+            continue
+        names = [key for key, _ in model.named_parameters()]
+        place = names.index("layers.0.norm.weight")
+        lead = optimizer.state[dict(model.named_parameters())["layers.0.norm.weight"]]["lead"]
+        wanted = (mains["layers.0.norm.weight"] - lead.view(-1)).to(dtype)
+        assert torch.equal(during[place].view(-1), wanted) and lead.any()
+
+
 def test_weights_that_are_not_contiguous_are_trained() -> None:
     weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
     turned, plain = nn.Parameter(weight.clone().t().contiguous().t()), nn.Parameter(weight.clone())

@@ -28,6 +28,7 @@ SHAPES = {
 }
 SPLIT = {r"qkv\.": {"q": 12, "k": 12, "v": 12}}
 LR, DECAY, CLIP = 1e-2, 0.1, 0.5
+OPTIONS: dict[str, dict[str, Any]] = {"prodigy": {"d0": 1.0}}  # four steps find no rate
 
 
 def _weights() -> dict[str, torch.Tensor]:
@@ -63,7 +64,9 @@ def _megatron(name: str, steps: int, dtype: torch.dtype) -> dict[str, torch.Tens
     shard_group = ShardGroup("", None, 0, 1, param_shards, holdings, infos, Exchange(None, 0, 1), own_device=CPU)
     config: Any = SimpleNamespace(lr=LR, weight_decay=DECAY, clip_grad=CLIP, log_num_zeros_in_grad=False)
     chunk = SimpleNamespace(ddp_config=SimpleNamespace(use_distributed_optimizer=False, overlap_param_gather=False))
-    groups = assign([infos[n] for n in sorted(infos)], default_group_configs(name), "decoupled")
+    groups = assign(
+        [infos[n] for n in sorted(infos)], default_group_configs(name, {name: OPTIONS.get(name, {})}), "decoupled"
+    )
     optimizer = MegatronShardedOptimizer(config, [chunk], [shard_group], groups, EngineOptions())
     for group, made in zip(optimizer.param_groups, groups):
         group["weight_decay"] = made.decay(DECAY)  # as Megatron's scheduler does
@@ -78,7 +81,9 @@ def _megatron(name: str, steps: int, dtype: torch.dtype) -> dict[str, torch.Tens
 @pytest.mark.parametrize("name", sorted(registry.optimizers()))
 def test_a_plain_model_gets_the_updates_of_a_megatron_job(name: str, dtype: torch.dtype) -> None:
     params = {key: torch.nn.Parameter(weight.to(dtype)) for key, weight in _weights().items()}
-    optimizer = Optimizer(params.items(), name, lr=LR, weight_decay=DECAY, clip_grad=CLIP, split=SPLIT)
+    optimizer = Optimizer(
+        params.items(), name, lr=LR, weight_decay=DECAY, clip_grad=CLIP, split=SPLIT, **OPTIONS.get(name, {})
+    )
     for step in range(4):
         for key, grad in _gradients(step).items():
             params[key].grad = grad.to(dtype)

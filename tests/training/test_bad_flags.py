@@ -152,6 +152,10 @@ CASES = {
     "--log-samples": "--log-samples has no effect without --output-dir",
     "--wandb-exp-name e": "--wandb-exp-name has no effect without --wandb-project",
     "--lr-decay-style constant --min-lr 1e-4": "--min-lr has no effect without",
+    "--optimizer schedule_free --lr-decay-style cosine": "give --lr-decay-style constant",
+    "--optimizer schedule_free --lr-decay-style constant --ema-decay 0.9": "--ema-decay would average",
+    "--optimizer schedule_free --lr-decay-style constant --qk-clip": "--qk-clip scales the weights",
+    "--optimizer prodigy --use-mup --mup-base-hidden-size 16": "train without --use-mup",
     "--optimizer adam --muon-momentum 0.9": "--muon-momentum has no effect on --optimizer adam",
     "--optimizer adam --split-heads": "--split-heads has no effect on --optimizer adam",
     "--optimizer adam --optimizer-groups g.yaml": "--optimizer-groups has no effect on --optimizer adam",
@@ -253,7 +257,8 @@ def test_eval_interval_is_wanted_where_something_is_evaluated():
 
 @pytest.mark.parametrize("flags", ["--bf16", "--num-experts 4 --moe-aux-loss-coeff 0.01", "--lr 0", "--clip-grad 0",
                                    "--min-lr 0", "--weight-decay 20", "--optimizer muon --muon-momentum 0",
-                                   "--lr-decay-style WSD --lr-wsd-decay-iters 4", "--optimizer adam"])  # fmt: skip
+                                   "--lr-decay-style WSD --lr-wsd-decay-iters 4", "--optimizer adam",
+                                   "--optimizer schedule_free --lr-decay-style constant"])  # fmt: skip
 def test_accepted(flags):
     parsed([*MODEL, *flags.split()])
 
