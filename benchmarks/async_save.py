@@ -188,8 +188,8 @@ def measure(mode: str, model: str, saves: int, every: int, home: Path) -> dict[s
         finally:
             ended.set()
             watcher.join()
-    saved = sorted((folder / "checkpoints").glob("iter_*"))
-    size = sum(file.stat().st_size for file in saved[-1].glob("**/*") if file.is_file()) if saved else 0
+    saved = (folder / "checkpoints").glob("iter_*")  # torch's last one may be cut short by the end of the run
+    size = max((sum(file.stat().st_size for file in one.glob("**/*") if file.is_file()) for one in saved), default=0)
     if not target.is_file():
         lines = [line for line in (folder / "stderr").read_text().splitlines() if "Error" in line]
         return lines[-1][:90] if lines else f"exit code {code}"

@@ -43,18 +43,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rules", nargs="+", default=["adamw", "adam_mini", "muon", "muon_fp32", "soap", "kron"])
     parser.add_argument("--cases", nargs="+", default=["layer", "small"])
+    parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=COLUMNS)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     words = ["--rules", *args.rules, "--cases", *args.cases, "--rounds", str(args.rounds)]
-    best: dict[str, dict[tuple[str, str], float]] = {name: {} for name in COLUMNS}
+    best: dict[str, dict[tuple[str, str], float]] = {name: {} for name in args.columns}
     for _ in range(args.turns):
-        for name, environment in COLUMNS.items():
-            for key, value in run(environment, words).items():
+        for name in args.columns:
+            for key, value in run(COLUMNS[name], words).items():
                 best[name][key] = min(value, best[name].get(key, value))
-    print(f"| rule | case | {' | '.join(COLUMNS)} |\n|---|---|{'---|' * len(COLUMNS)}")
-    for key in best["AVX2 torch"]:
-        print(f"| {' | '.join(key)} | {' | '.join(f'{best[name][key]:.1f}' for name in COLUMNS)} |")
+    print(f"| rule | case | {' | '.join(best)} |\n|---|---|{'---|' * len(best)}")
+    for key in best[args.columns[0]]:
+        print(f"| {' | '.join(key)} | {' | '.join(f'{times[key]:.1f}' for times in best.values())} |")
     return 0
 
 
