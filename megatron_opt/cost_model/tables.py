@@ -185,7 +185,7 @@ def write_tables(cluster: Cluster, optimizers: Sequence[str], folder: Path) -> s
         write_png(_plot(rows, optimizers, cluster.title, label, sweep=sweep), folder / f"{sweep}.png")
     models = dict.fromkeys(row["model"] for row in rows if row["sweep"] == "gpus")
     plots = [_plot(rows, optimizers, model, "GPUs", sweep="gpus", model=model) for model in models]
-    write_grid(plots, 4, cluster.title, folder / "gpus.png")
+    write_grid(plots, 4, cluster.title, folder / "gpus.png", share="all")
     return summary
 
 

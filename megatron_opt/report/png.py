@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
+from typing import Literal
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -28,12 +29,17 @@ def write_png(plot: Plot, path: Path) -> None:
     _write(figure, path)
 
 
-def write_grid(plots: Sequence[Plot], columns: int, title: str, path: Path) -> None:
-    """Draw several figures in rows of `columns`, under one title."""
+def write_grid(
+    plots: Sequence[Plot], columns: int, title: str, path: Path, share: Literal["row", "all"] = "row"
+) -> None:
+    """Draw several figures in rows of `columns`, under one title; each row, or "all", share their y-axis."""
     rows = math.ceil(len(plots) / columns)
     figure = Figure(figsize=(4.5 * columns, 3.8 * rows), dpi=110, layout="constrained")
-    for place, plot in enumerate(plots, 1):
-        _axes(figure.add_subplot(rows, columns, place), plot)
+    grid = figure.subplots(rows, columns, sharey=share, squeeze=False).flat
+    for axes, plot in zip(grid, plots):
+        _axes(axes, plot)
+    for axes in grid[len(plots) :]:
+        axes.axis("off")
     figure.suptitle(title)
     _write(figure, path)
 

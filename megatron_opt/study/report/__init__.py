@@ -7,8 +7,7 @@ from html import escape
 from pathlib import Path
 
 from megatron_opt import __version__
-from megatron_opt.errors import UserError
-from megatron_opt.files import write_output
+from megatron_opt.files import make_folder, write_output
 from megatron_opt.report.csv_files import write_plot_csv
 from megatron_opt.report.page import render
 from megatron_opt.report.png import write_png
@@ -26,11 +25,7 @@ def write_report(dataset: Dataset, folder: Path, analysis: Analysis | str) -> Pa
     `analysis`: the fits, or the reason why there are none. Raises UserError when the folder cannot be
     written.
     """
-    figures = folder / "figures"
-    try:
-        figures.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write the report to {folder}: {error.strerror}; choose another folder") from None
+    figures = make_folder(folder / "figures")
     sections = build_sections(dataset, analysis)
     for section in sections:
         for plot in section.plots:
