@@ -23,9 +23,7 @@ class MegatronShardedOptimizer(ShardedOptimizer, MegatronOptimizer):
     """
 
     is_stub_optimizer = False
-    chained_optimizers: tuple[
-        Any, ...
-    ] = ()  # Megatron's loop asks them for MXFP8 weights; ours lay theirs in `zero_grad`
+    chained_optimizers: tuple[Any, ...] = ()  # asked by Megatron's loop for MXFP8 weights, which `zero_grad` lays here
 
     def __init__(
         self,

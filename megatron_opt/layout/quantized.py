@@ -47,5 +47,6 @@ def loaded_values(chunks: Sequence[Any], state_dict: Mapping[str, Any]) -> dict[
         values = state_dict["model" if len(chunks) == 1 else f"model{index}"]
         for name, param in chunk.named_parameters():
             if is_quantized(param):
+                assert not is_quantized(values[name]), "a main copy would start from FP8"
                 found[id(param)] = values[name].detach().reshape(-1)
     return found

@@ -32,11 +32,25 @@ def blockwise_reference(x: np.ndarray, kind: str, largest_input: float) -> tuple
     return rounded(x.astype(np.float64) * scale, kind), 1 / scale
 
 
-def mx_reference(x: np.ndarray, kind: str) -> tuple[np.ndarray, float]:
-    """(numbers, scale) of one run of 32: OCP's MX format, the scale amax/largest rounded up to a power of two."""
-    quotient = float(np.float32(np.abs(x).max()) * np.float32(1.0 / LIMITS[kind][2]))
-    exponent = max(-127, math.ceil(math.log2(quotient))) if quotient > 0 else -127
-    return rounded(x.astype(np.float64) * 2.0**-exponent, kind), 2.0**exponent
+def mx_reference(runs: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """(numbers, scales) of runs of 32 (…, 32): OCP's MX format, the scale amax/largest rounded up to a power of two."""
+    quotient = (np.abs(runs).max(-1).astype(np.float32) * np.float32(1.0 / LIMITS[kind][2])).astype(np.float64)
+    mantissa, exponent = np.frexp(quotient)  # mantissa × 2^exponent, from 1/2 to 1
+    up = np.where(quotient > 0, np.maximum(exponent - (mantissa == 0.5), -127), -127)
+    return rounded(runs.astype(np.float64) * np.ldexp(1.0, -up)[..., None], kind), np.ldexp(1.0, up)
+
+
+def _runs_that_differ(tensor: Any, x: np.ndarray, kind: str) -> int:
+    """Numbers and scales of an MXFP8 tensor that are not the reference's, of rows and of columns."""
+    faults = 0
+    for usage, values in (("rowwise", x), ("columnwise", x.T)):
+        numbers, inverse = _numbers(getattr(tensor, f"_{usage}_data"), kind), getattr(tensor, f"_{usage}_scale_inv")
+        found, scales = (numbers, inverse) if usage == "rowwise" else (numbers.T, inverse.t())
+        wanted, scale = mx_reference(values.reshape(len(values), -1, 32), kind)
+        faults += int((found.reshape(wanted.shape) != wanted).sum())
+        here = scales[: scale.shape[0], : scale.shape[1]].double().numpy()  # padded
+        faults += int((2.0 ** (here - 127) != scale).sum())
+    return faults
 
 
 def spread(rows: int, cols: int) -> Tensor:
@@ -79,15 +93,7 @@ def _blockwise_faults(x: Tensor, kind: str, square: bool, te: Any) -> int:
 
 
 def _mx_faults(x: Tensor, kind: str, te: Any) -> int:
-    number, faults = {"e4m3": 7, "e5m2": 8}[kind], 0
-    found = te.MXFP8Quantizer(number)(x)
-    for usage, shape in (("rowwise", (1, 32)), ("columnwise", (32, 1))):
-        numbers = _numbers(getattr(found, f"_{usage}_data"), kind)
-        inverse = getattr(found, f"_{usage}_scale_inv").double()
-        for i, j, r, c in _tiles(x.float().numpy(), *shape):
-            wanted, scale = mx_reference(x.float().numpy()[r, c], kind)
-            faults += int((numbers[r, c] != wanted).sum()) + (2.0 ** (float(inverse[i, j]) - 127) != scale)
-    return faults
+    return _runs_that_differ(te.MXFP8Quantizer({"e4m3": 7, "e5m2": 8}[kind])(x), x.float().numpy(), kind)
 
 
 def _tensorwise_faults(x: Tensor, kind: str, te: Any) -> int:
@@ -115,12 +121,8 @@ def _product_error() -> float:
     found = general_gemm(qw, qx, out_dtype=torch.float32)[0].double()
 
     def exact(matrix: Tensor) -> Tensor:
-        values = matrix.float().numpy()
-        out = np.zeros(values.shape)
-        for _, _, r, c in _tiles(values, 1, 32):
-            numbers, scale = mx_reference(values[r, c], "e4m3")
-            out[r, c] = numbers * scale
-        return torch.from_numpy(out)
+        numbers, scales = mx_reference(matrix.float().numpy().reshape(len(matrix), -1, 32), "e4m3")
+        return torch.from_numpy((numbers * scales[..., None]).reshape(matrix.shape))
 
     wanted = exact(x) @ exact(w).t()
     return float(((found - wanted).abs() / wanted.abs()).max())
@@ -294,9 +296,4 @@ def _faults(param: Any, main: np.ndarray, amax: float) -> int:
             )
         return faults
     assert kind == "MXFP8Tensor", kind
-    for usage, shape in (("rowwise", (1, 32)), ("columnwise", (32, 1))):
-        numbers, inverse = _numbers(getattr(param, f"_{usage}_data"), "e4m3"), getattr(param, f"_{usage}_scale_inv")
-        for i, j, r, c in _tiles(main, *shape):
-            wanted, scale = mx_reference(main[r, c], "e4m3")
-            faults += int((numbers[r, c] != wanted).sum()) + (2.0 ** (float(inverse[i, j]) - 127) != scale)
-    return faults
+    return _runs_that_differ(param, main, "e4m3")
