@@ -78,7 +78,7 @@ def test_every_item_equals_the_hf_backend_of_the_export(items: int, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_averaged_weights_answer_as_a_checkpoint_of_their_mean(tmp_path: Path) -> None:
+def test_averaged_weights_answer_as_a_checkpoint_of_their_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
     import numpy as np
@@ -121,3 +121,22 @@ def test_averaged_weights_answer_as_a_checkpoint_of_their_mean(tmp_path: Path) -
     ]
     for one, two in zip(*lines, strict=True):
         assert one["metrics"] == two["metrics"] and one["doc_hash"] == two["doc_hash"]
+    # the moving average beside both: here the mean's weights, which a run would have kept
+    monkeypatch.setattr(
+        "megatron_opt.export.reading.Averages", lambda folder, geometry: lambda name, weights, *shard: mean[name]
+    )
+    where = [
+        "--output",
+        tmp_path / "both.json",
+        "--items",
+        tmp_path / "both.jsonl",
+        "--weights",
+        "both",
+        "--average",
+        "2",
+    ]
+    assert cli.main(list(map(str, ["eval", tmp_path / "run" / "checkpoints", *common, *where]))) == 0
+    both = json.loads((tmp_path / "both.json").read_text())["evaluation"]
+    assert both.pop("iter_0000001_ema") == expected and both == found
+    assert (tmp_path / "both-ema.jsonl").read_text() == (tmp_path / "mean" / "items.jsonl").read_text()
+    assert (tmp_path / "both.jsonl").read_text() == (tmp_path / "run" / "items.jsonl").read_text()
