@@ -205,6 +205,7 @@ class Saver:
             return
         if self.pending_save is not None:
             self.snapshots.prepare(args[0], args[1], repeat=not new)
+            args[1].settle_copies = self.pending_save.writer.settle
         self.saving, self.iteration, self.error = flags.save, iteration, None
         self.started[iteration] = began
         constant, flags.ckpt_assume_constant_structure = flags.ckpt_assume_constant_structure, flags.async_save

@@ -25,14 +25,16 @@ class EvaluationWeights:
         )
 
     @contextmanager
-    def in_place(self, publish: Callable[[], None]) -> Iterator[None]:
+    def in_place(self, publish: Callable[[], None], settle: Callable[[], None] = lambda: None) -> Iterator[None]:
         """The model computes with x; afterwards with the weights, bit for bit as they were.
 
-        `publish` brings main copies to the model's parameters on all ranks. Takes 4 bytes an element of this rank's meanwhile.
+        `settle` waits for who still copies the weights; `publish` brings main copies to the model's parameters on all ranks.
+        Takes 4 bytes an element of this rank's meanwhile.
         """
         if not self.differ:
             yield
             return
+        settle()
         mains = [run.rect.run(param_shard.main) for run, param_shard, _ in self._runs]
         kept = [main.clone() for main in mains]
         self._put([main - run.state[key].to(main) for main, (run, _, key) in zip(mains, self._runs)], mains, publish)

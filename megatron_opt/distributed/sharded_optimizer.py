@@ -1,7 +1,7 @@
 """The engine: one optimizer for all parameters, layouts and rules, whatever the source of its shards."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ class ShardedOptimizer:
         self.has_states = False  # on every rank
         self.device = self.shard_groups[0].device
         self.host = HostStates(self.device, options.offloaded, options.bucket_bytes)
+        self.settle_copies: Callable[[], None] = lambda: None  # waits until a background save has copied the weights
         self.post_steps: list[PostStep] = []
         self.average: WeightAverage | None = None  # one of them
         self.stored: list[Any] = []  # state on its way from a checkpoint, between the two calls of Megatron's loading

@@ -59,11 +59,12 @@ class WeightAverage:
         self.begun = self.stored = True
 
     @contextmanager
-    def in_place(self, publish: Callable[[], None]) -> Iterator[None]:
+    def in_place(self, publish: Callable[[], None], settle: Callable[[], None] = lambda: None) -> Iterator[None]:
         """The model computes with the average; afterwards with the weights, bit for bit as they were.
 
-        `publish` brings main copies to the model's parameters on all ranks.
+        `settle` waits for who still copies both; `publish` brings main copies to the model's parameters on all ranks.
         """
+        settle()
         self._swap()
         publish()
         try:

@@ -101,7 +101,7 @@ class Monitor:
             self._take_losses(self._split, losses)
             average = getattr(self.optimizer, "average", None)
             if average is not None and average.begun and self._evaluated:
-                with average.in_place(self.optimizer.publish):
+                with average.in_place(self.optimizer.publish, self.optimizer.settle_copies):
                     self._take_losses(f"{self._split}{run_files.AVERAGED}", timed(*args, **kwargs))
             return losses
 
@@ -122,7 +122,11 @@ class Monitor:
     def _evaluation_weights(self) -> Any:
         """For a while, the weights that the run's rules would have evaluated."""
         weights = getattr(self.optimizer, "evaluation", None)
-        return contextlib.nullcontext() if weights is None else weights.in_place(self.optimizer.publish)
+        return (
+            contextlib.nullcontext()
+            if weights is None
+            else weights.in_place(self.optimizer.publish, self.optimizer.settle_copies)
+        )
 
     def _restore(self, values: dict[str, Any]) -> None:
         self._restored = values

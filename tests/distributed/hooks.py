@@ -427,8 +427,8 @@ def evaluated(case: Case, record: recording.Record, argv: list[str], folder: Pat
         in_place = record.optimizer.evaluation.in_place
 
         @contextlib.contextmanager
-        def watched(publish: Any) -> Iterator[None]:
-            with in_place(publish):
+        def watched(*functions: Any) -> Iterator[None]:
+            with in_place(*functions):
                 record.extra["evaluated"] = recording.weights(record.optimizer)
                 record.extra["published"] = all(
                     copy is None or bool((copy == p.main.to(copy.dtype)).all())

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from megatron_opt.distributed.elementwise import ElementwiseStep
+from megatron_opt.distributed.evaluation_weights import EvaluationWeights
 from megatron_opt.distributed.param_shards import Rect
 from megatron_opt.distributed.shard_group import ShardGroup
+from megatron_opt.distributed.weight_average import WeightAverage
 from megatron_opt.layout.region import Region
 from megatron_opt.optimizers import registry
 from megatron_opt.optimizers.base import MatrixInfo
@@ -66,6 +68,32 @@ def test_prodigys_distance_is_of_all_whatever_the_shard_groups_and_groups() -> N
             assert float(again.numbers[key]) == pytest.approx(float(one.numbers[key]), rel=1e-6)
         for name, value in reference.items():
             torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_evaluation_weights_wait_for_a_background_save_and_leave_no_trace() -> None:
+    weight, calls = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)), list[Any]()
+    before, optimizer = weight.clone(), registry.build("schedule_free", {})
+    param_shard: Any = SimpleNamespace(
+        view=SimpleNamespace(counts=True, param=weight), main=weight.view(-1), model_copy=lambda: None,
+        rects=[Rect("w", Region(0, 3, 0, 4))], state={},
+    )  # fmt: skip
+    info, cpu = MatrixInfo("w", (3, 4)), torch.device("cpu")
+    held = [[(0, param_shard.rects[0])]]
+    shard_group = ShardGroup("", None, 0, 1, [param_shard], held, {"w": info}, None, own_device=cpu)  # type: ignore[arg-type]
+    step = ElementwiseStep(shard_group, [SimpleNamespace(decay_mode="decoupled")], [optimizer], {"w": 0})  # type: ignore[list-item]
+    lead = step.slices[0][0].state["lead"].copy_(torch.randn(12, generator=torch.Generator().manual_seed(2)))
+    average = WeightAverage([shard_group], 0.5)
+    average.begun = True
+    average._averages[0].copy_(before.view(-1) - 1)
+    evaluated = ((EvaluationWeights([step]), before - lead.view(3, 4)), (average, before - 1))
+    for swap, wanted in evaluated:
+        calls.clear()
+        settle = lambda: calls.append(("settle", weight.clone()))  # noqa: E731
+        with swap.in_place(lambda: calls.append(("publish", weight.clone())), settle):
+            torch.testing.assert_close(weight, wanted)
+        assert torch.equal(weight, before)
+        assert [name for name, _ in calls] == ["settle", "publish", "publish"]
+        assert torch.equal(calls[0][1], before) and torch.equal(calls[2][1], before)
 
 
 @pytest.mark.parametrize("scope", ["global", "matrix"])

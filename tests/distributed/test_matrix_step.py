@@ -41,6 +41,7 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "adam_h": ("adam_h", {}),
     "shampoo-blocks": ("shampoo", {"grafting": "none", "block_size": 8, "precondition_frequency": 2, "damping": 1e-2}),
+    "kl_shampoo": ("kl_shampoo", dict(block_size=8, precondition_frequency=3)),
 }
 SHAPES: dict[str, tuple[int, ...]] = {"a": (12, 30), "b": (24, 24), "c": (40, 6), "d": (8, 70), "e": (16, 20)}
 VECTORS = {"f": (30,)}  # where the rule takes them
