@@ -292,8 +292,9 @@ def _matrix(rule: str) -> list[tuple[Case, Case]]:
     if rule.endswith("_h"):
         chosen = (("tensorwise", c.DP2_DIST), ("blockwise", TP2), ("mxfp8", PP2), ("delayed", c.DP2_DIST))
         return [pair(recipe, rule, layout) for recipe, layout in chosen]
-    layouts = {"tensorwise": (c.DP2_DIST, PP2, c.PP2_DP2_DIST), "blockwise": (c.DP2_DIST, TP2, PP2, c.TP2_DP2_DIST),
-               "mxfp8": (c.DP2_DIST, TP2, PP2, c.TP2_DP2_DIST), "delayed": (c.DP2_DIST,)}  # fmt: skip
+    layouts = {"tensorwise": (c.DP2_DIST, PP2, c.PP2_DP2_DIST, c.DP2X2),
+               "blockwise": (c.DP2_DIST, TP2, PP2, c.TP2_DP2_DIST, c.DP2X2_WITHIN),
+               "mxfp8": (c.DP2_DIST, TP2, PP2, c.TP2_DP2_DIST, c.DP2X2), "delayed": (c.DP2_DIST,)}  # fmt: skip
     pairs = [pair(recipe, rule, layout) for recipe in layouts for layout in layouts[recipe]]
     return pairs + [pair(recipe, rule, c.EP2_DIST, MOE, "moe-") for recipe in RECIPES]
 
