@@ -12,6 +12,7 @@ WARNINGS = (  # how they begin, as regular expressions
     r"Could not determine rank from torch\.distributed, RANK, or SLURM_PROCID\. Defaulting to rank 0\.",
     r"'pin_memory' argument is set as true but no accelerator is found",  # Megatron's loaders ask for it everywhere
     r"The argument order of (load|save) has been changed\.",  # Megatron's own calls
+    r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated\.",  # Megatron's own calls
     r"Please use DTensor instead and we are deprecating ShardedTensor\.",  # Megatron's own tensors
     r"torch\.distributed is (disabled, )?unavailable or uninitialized, assuming the intent is to (save|load) in a single",
 )
