@@ -127,11 +127,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="RANKS",
         help="print the optimizer plan of these flags on so many ranks, which need not be there, and exit",
     )
+    fp8_ranges.add_arguments(group)
     add_engine_arguments(group)
     saving.add_arguments(parser)
     faults.add_arguments(parser)
     stragglers.add_arguments(parser)
-    fp8_ranges.add_arguments(parser)
     record.add_arguments(parser)
     add_optimizer_arguments(parser)
     helping.install(

@@ -23,13 +23,12 @@ _TOP = {7: 0x7E, 8: 0x7B}  # code of the largest number by DType: 448 of E4M3, 5
 _ABOVE = 1 + 2.0**-12  # a scale's own rounding clips nothing
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(group: argparse._ArgumentGroup) -> None:
     """The flag that asks for them."""
-    parser.add_argument_group("megatron_opt fp8").add_argument(
+    group.add_argument(
         "--log-fp8-ranges",
         action="store_true",
-        help="log amax, underflows and overflows of FP8 activations, weights and gradients by kind of layer, counted in the steps "
-        "that are logged",
+        help="log amax, underflows and overflows in FP8 by kind of layer",
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from scipy import stats
 
@@ -62,7 +63,7 @@ def precision_of(record: Record) -> str:
 
 def pairs(dataset: Dataset) -> list[Pair]:
     """Every regime in FP8 beside the one that differs from it in nothing else; none where the study has no FP8."""
-    of: dict[Regime, tuple[str, tuple[object, ...]]] = {}
+    of: dict[Regime, tuple[str, tuple[Any, ...]]] = {}
     for record in dataset.records:
         of.setdefault(record.regime, (precision_of(record), _shape(record)))
     plain = {shape: regime for regime, (name, shape) in of.items() if name in ("bf16", "fp32")}
@@ -73,7 +74,7 @@ def pairs(dataset: Dataset) -> list[Pair]:
     ]
 
 
-def _shape(record: Record) -> tuple[object, ...]:
+def _shape(record: Record) -> tuple[Any, ...]:
     """The model and its tokens without what makes a precision; optimizers, seeds and hyperparameters left out."""
     flags = record.config.get("flags", {})
     return (*(str(flags.get(name)) for name in SHAPE), record.regime.ratio, record.regime.epochs)
