@@ -46,6 +46,14 @@ class ShardedState(torch.Tensor):
     def __deepcopy__(self, memo: Any) -> "ShardedState":
         return ShardedState(self.shape, [(at, copy.deepcopy(tensor, memo)) for at, tensor in self.parts])
 
+    def to(self, *args: Any, **kwargs: Any) -> "ShardedState":
+        """Itself where it is so already: training loops move a state to the device that it is on (accelerate)."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        here = device is None or device == self.device or device.type == self.device.type == "cpu"
+        if not here or dtype not in (None, self.dtype):
+            raise TypeError(_WHERE)
+        return self
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"ShardedState({tuple(self.shape)}, {[(at, tuple(t.shape)) for at, t in self.parts]})"
 

@@ -20,7 +20,8 @@ _SERVER.set_forkserver_preload(["tests.torch.cases"])
 
 def _serve(function: Callable[..., Any], rank: int, size: int, folder: str, args: tuple[Any, ...], queue: Any) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    os.environ.update(GLOO_SOCKET_IFNAME="lo")
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )

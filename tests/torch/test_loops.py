@@ -45,14 +45,14 @@ def test_hugging_faces_trainer_under_ddp_is_one_process(tmp_path: Path) -> None:
     """Muon, whose matrices two ranks share out, and AdamW, which saves and resumes there."""
     apart.transformers()
     found = ranks.run(cases.trainers_under_ddp, 2, str(tmp_path))
-    for rule in ("muon", "adamw"):
+    for rule, rounding in (("muon", 1e-6), ("adamw", 2e-5)):  # which divides small gradients by their size
         one = cases.trainer(tmp_path / rule, rule)
         one.train()
         wanted = cases.weights_of(one.model)
         for rank in found:
             assert rank[rule]["losses"] == pytest.approx(cases.logged(one), rel=1e-5)
             for name, weight in wanted.items():
-                torch.testing.assert_close(rank[rule]["weights"][name], weight, rtol=1e-5, atol=1e-6, msg=name)
+                torch.testing.assert_close(rank[rule]["weights"][name], weight, rtol=1e-5, atol=rounding, msg=name)
     for rank in found:
         assert all(torch.equal(w, rank["adamw"]["weights"][name]) for name, w in rank["resumed"]["weights"].items())
     computed = [set(rank["muon"]["computed"]) for rank in found]
