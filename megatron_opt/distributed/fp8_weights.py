@@ -52,12 +52,12 @@ class Fp8Weights:
 
     def publish(self) -> None:
         """Shards of the main copies into the memory that Megatron gathers; collective over the group."""
-        from megatron.core.fp8_utils import quantize_param_shard
-
         if self.through_gradients:
             for index in range(len(self.params)):
                 self._lay(index)
             return
+        from megatron.core.fp8_utils import quantize_param_shard
+
         for param in self.params:
             forget_amax(param)
         quantize_param_shard(self.params, self.mains, self.starts, self.group)
