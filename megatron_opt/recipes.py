@@ -120,5 +120,5 @@ def of_command_line(argv: Sequence[str]) -> tuple[str, Recipe] | None:
 
 def shown(name: str, recipe: Recipe) -> str:
     """What a recipe sets, for the log."""
-    flags = " ".join(f"--{key} {value}" for key, value in recipe.flags.items())
+    flags = " ".join(f"--{key}" if value is True else f"--{key} {value}" for key, value in recipe.flags.items())
     return f"recipe {name} ({recipe.source}) sets {flags}; it leaves out {recipe.without}."
