@@ -119,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         metavar="C",
-        help="add C·log²Z of the output layer's softmax to each token's loss (0; 1e-4 is usual)",
+        help="add C·log²Z of the logits to each token's loss (0; 1e-4 is usual)",
     )
     group.add_argument(
         "--plan-world-size",

@@ -50,7 +50,7 @@ def test_another_schedule_is_said_in_words(tmp_path: Path, monkeypatch: pytest.M
     def load(*_: object, **__: object) -> None:
         raise theirs.value
 
-    monkeypatch.setattr("megatron.training.get_args", lambda: SimpleNamespace(load=None))
+    monkeypatch.setattr("megatron.training.get_args", lambda: SimpleNamespace(load=None, fp8_param_gather=False))
     with pytest.raises(
         UserError, match=r"another schedule: its total number of iterations \(in samples\) is 32000, this run's 48000"
     ):

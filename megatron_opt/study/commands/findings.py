@@ -1,9 +1,10 @@
-"""`study findings`: which findings of a published comparison hold in a study, or what FP8 does in one, as a page in Markdown."""
+"""`study findings`: what a study shows, which findings of a published comparison hold in it, or what FP8 does, as Markdown."""
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,13 @@ from megatron_opt.study.analysis import analyse_if_possible
 from megatron_opt.study.dataset import Dataset, from_store
 from megatron_opt.study.fits.findings import MISSING, Finding, findings
 from megatron_opt.study.fits.precision import pairs, precision_findings
+from megatron_opt.study.registration import META, read
 from megatron_opt.study.report.accuracy import accuracy
+from megatron_opt.study.report.extrapolation import extrapolation, prediction_error, verdict
 from megatron_opt.study.report.precision import precision
+from megatron_opt.study.report.registered import registered
 from megatron_opt.study.report.repetition import repeated_data
+from megatron_opt.study.report.scaling import final_losses, gains, significance
 from megatron_opt.study.report.transfer import transfer_over_width
 from megatron_opt.study.report.wall_clock import tokens_and_time
 from megatron_opt.study.scheduler import STORE_NAME
@@ -32,7 +37,9 @@ def main(argv: list[str], prog: str) -> int:
     parser.add_argument("--to", type=Path, help="file of the page (Markdown)")
     options = parser.parse_args(argv)
     with Store(options.output / STORE_NAME) as store:
-        text = page(from_store(store))
+        predictions = [(Path(entry["file"]), read(Path(entry["file"]), store)) for entry in store.meta(META, [])]
+        dataset = from_store(store)
+        text = page(dataset, [registered(path.name, content, dataset) for path, content in predictions])
     console = make_console()
     if options.to is None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -42,9 +49,11 @@ def main(argv: list[str], prog: str) -> int:
     return 0
 
 
-def page(dataset: Dataset) -> str:
+def page(dataset: Dataset, predictions: Sequence[Section] = ()) -> str:
     """Verdicts first, then the tables behind them; what FP8 does, where the study has models in it beside the same in bf16."""
-    title, groups, sections = (_of_precision if pairs(dataset) else _of_budget)(dataset)
+    published = {"lion", "sophia"} <= set(dataset.optimizers)
+    title, groups, sections = (_of_precision if pairs(dataset) else _of_budget if published else _of_gains)(dataset)
+    sections += predictions
     left = sum(record.status not in ("completed", "diverged") for record in dataset.records)
     lines = [
         *title,
@@ -63,7 +72,7 @@ def page(dataset: Dataset) -> str:
     shown = [
         replace(one, plots=[], tables=[_without_runs(table) for table in one.tables])
         for one in (results, *sections)
-        if one.tables
+        if one.tables or one.text
     ]
     return "\n".join([*lines, *markdown.sections(shown)]) + "\n"
 
@@ -89,6 +98,20 @@ def _of_budget(dataset: Dataset) -> Page:
     if not isinstance(analysis, str):
         sections.append(repeated_data(analysis))
     return title, {"": findings(dataset)}, sections
+
+
+def _of_gains(dataset: Dataset) -> Page:
+    title = [
+        f"# {dataset.name}: what this study shows",
+        "",
+        "Made by `megatron-opt study findings` from the study's store; the study's report has the figures and every run.",
+    ]
+    analysis = analyse_if_possible(dataset)
+    if isinstance(analysis, str):
+        return [*title, "", analysis], {}, [tokens_and_time(dataset, analysis)]
+    sections = [verdict(analysis), significance(analysis), gains(analysis), final_losses(analysis)]
+    sections += [prediction_error(analysis), extrapolation(analysis), tokens_and_time(dataset, analysis)]
+    return title, {}, sections
 
 
 def _of_precision(dataset: Dataset) -> Page:

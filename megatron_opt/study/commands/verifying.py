@@ -18,9 +18,9 @@ from megatron_opt.study.fits.observations import Observations, observations
 from megatron_opt.study.fits.scaling import KINDS, fit_law
 from megatron_opt.study.fits.validation import Prediction, predict, predict_by
 from megatron_opt.study.prediction import law_of
-from megatron_opt.study.registration import META, data_digest, read
+from megatron_opt.study.registration import META, read
+from megatron_opt.study.report.registered import registered
 from megatron_opt.study.scheduler import STORE_NAME
-from megatron_opt.study.scoring import score
 from megatron_opt.study.spec import Regime
 from megatron_opt.study.store import Store
 
@@ -66,56 +66,22 @@ def main(argv: list[str], prog: str) -> int:
     with Store(options.output / STORE_NAME) as store:
         dataset = from_store(store).without(options.without)
         files = options.prediction or [Path(entry["file"]) for entry in store.meta(META, [])]
-        registered = [] if options.regimes else [(path, read(path, store)) for path in files]
-    for path, content in registered:
+        predictions = [] if options.regimes else [(path, read(path, store)) for path in files]
+    for path, content in predictions:
         _print_score(console, path, content, dataset)
-    if not registered:
+    if not predictions:
         _hold_out(console, dataset, options.regimes)
     return 0
 
 
 def _print_score(console: Console, path: Path, content: dict[str, Any], dataset: Dataset) -> None:
-    known = [record for record in dataset.finished if record.id in set(content["data"]["runs"])]
-    if data_digest(known) != content["data"]["sha256"]:
-        console.print(
-            "warning: the runs behind this prediction are not what they were when it was written.", markup=False
-        )
-    scored = score(content, dataset)
-    rows = [
-        [
-            row.what,
-            row.optimizer,
-            row.regime,
-            f"{row.value:.4f}",
-            f"{row.low:.4f} to {row.high:.4f}",
-            f"{row.outcome:.4f}",
-            f"{row.value - row.outcome:+.4f}",
-            "yes" if row.inside else "no",
-            f"{row.crps:.4f}",
-            ", ".join(row.runs),
-        ]
-        for row in scored.rows
-    ]
-    header = ["", "optimizer", "regime", "predicted", "90% interval", "outcome", "error", "inside", "CRPS", "runs"]
-    print_table(console, header, rows, f"{path.name}: registered {content['written']}, before the runs")
-    for what, plural in (("loss", "losses"), ("gain", "gains")):
-        inside, count = scored.coverage(what)
-        if count:
-            console.print(
-                f"{inside} of {count} {plural} inside their 90% interval, mean CRPS {scored.mean_crps(what):.4f} nats."
-            )
-    words = content["hypotheses"]
-    if scored.log_scores:
-        order = sorted(scored.log_scores, key=lambda key: -scored.log_scores[key])
-        print_table(
-            console,
-            ["hypothesis on the gain", "log score", "mean CRPS"],
-            [[words[key], f"{scored.log_scores[key]:.2f}", f"{scored.crps[key]:.4f}"] for key in order],
-            "Which hypothesis won",
-        )
-        console.print(scored.verdict(words), markup=False, highlight=False)
-    if scored.missing:
-        console.print(f"No outcome of {', '.join(scored.missing)}.", markup=False, highlight=False)
+    section = registered(path.name, content, dataset)
+    for warning in section.warnings:
+        console.print(f"warning: {warning}", markup=False)
+    for table in section.tables:
+        print_table(console, table.header, table.rows, table.caption or section.title)
+    for sentence in section.text:
+        console.print(sentence, markup=False, highlight=False)
 
 
 def _hold_out(console: Console, dataset: Dataset, chosen: list[str] | None) -> None:

@@ -27,6 +27,8 @@ NOISES = ("run", "cell", "size")
 NOISE_WIDTH = 0.7
 """prior standard deviation of the log of a common noise; its median is COMMON times the noise of a run"""
 COMMON = 0.4
+STEEPEST = 1e6
+"""nats that a parameter of order one may move a loss by: beyond, a law is no longer close to linear, and its squares overflow"""
 WILD = 4.0
 """standard errors by which a loss must miss the law of all others to be weighed down"""
 
@@ -194,8 +196,9 @@ def _objective(problem: Problem, x: np.ndarray, phi: np.ndarray, extra: np.ndarr
     # A tiny ridge: spreads may be driven to zero, which makes the prior singular.
     inside = np.linalg.solve(prior + 1e-12 * np.eye(len(x)), offset)
     with np.errstate(over="ignore", invalid="ignore"):
-        misfit = problem.data.loss - problem.values(x)[0]
-        if not np.isfinite(misfit).all():
+        loss, jacobian = problem.values(x)
+        misfit = problem.data.loss - loss
+        if not (np.isfinite(misfit).all() and np.abs(jacobian).max() < STEEPEST):
             return np.inf
         return float(misfit @ np.linalg.solve(noise + np.diag(extra), misfit) + offset @ inside)
 
