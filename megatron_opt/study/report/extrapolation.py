@@ -58,10 +58,9 @@ def prediction_error(analysis: Analysis) -> Section:
     rows = []
     if analysis.ensemble is not None:
         section.text += list(analysis.statement.calibration) if analysis.statement else []
-        rows += [
-            _score(test, f"hierarchical, {test.sizes} size{'s'[: test.sizes > 1]} → next")
-            for test in analysis.ensemble.backtests
-        ]
+        for test in analysis.ensemble.backtests:
+            sizes = f"{test.sizes} size{'s'[: test.sizes > 1]}"
+            rows.append(_score(test, f"hierarchical, {sizes} → next"))
         if analysis.simple is not None:
             rows.append(_simple_score(analysis.ensemble.backtests[-1], analysis.simple))
     for kind, fit in analysis.fits.items():
