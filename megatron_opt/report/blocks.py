@@ -73,6 +73,8 @@ class Plot:
     y_log: bool = False
     y_range: tuple[float, float] | None = None
     note: str = ""
+    image: str = ""
+    """where a page in Markdown finds the figure"""
     vertical: list[tuple[float, str]] = field(default_factory=list)
     """vertical lines: position and label"""
     horizontal: list[tuple[float, str]] = field(default_factory=list)

@@ -8,7 +8,7 @@ from megatron_opt.report.blocks import Block, Code, Items, Plot, Section, Table
 
 
 def sections(made: Iterable[Section]) -> list[str]:
-    """Lines; each section begins with an empty one. Of a figure its note stands there, which says the same in words."""
+    """Lines; each section begins with an empty one. A figure without an image has its note there, which says the same in words."""
     lines = []
     for section in made:
         blocks: list[Block] = [*section.text, *section.plots, *section.tables, *section.blocks]
@@ -41,4 +41,4 @@ def _block(block: Block) -> list[str]:
     if isinstance(block, Code):
         return ["```sh", block.text, "```"]
     assert isinstance(block, Plot)
-    return [f"*{block.note or block.title}*"]
+    return [f"![{block.title}]({block.image})"] if block.image else [f"*{block.note or block.title}*"]

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_opt.files import write_output
+from megatron_opt.files import make_folder, write_output
 from megatron_opt.report import markdown
-from megatron_opt.report.blocks import Section, Table
+from megatron_opt.report.blocks import Plot, Section, Table
+from megatron_opt.report.png import write_png
 from megatron_opt.report.terminal import make_console
 from megatron_opt.study.analysis import analyse_if_possible
 from megatron_opt.study.dataset import Dataset, from_store
@@ -29,6 +30,9 @@ from megatron_opt.study.scheduler import STORE_NAME
 from megatron_opt.study.store import Store
 from megatron_opt.study.summary import HEADER, summary
 
+SHOWN = "gain-against-size"
+"""figures that a page shows"""
+
 
 def main(argv: list[str], prog: str) -> int:
     """Print the verdicts; write the page."""
@@ -39,7 +43,8 @@ def main(argv: list[str], prog: str) -> int:
     with Store(options.output / STORE_NAME) as store:
         predictions = [(Path(entry["file"]), read(Path(entry["file"]), store)) for entry in store.meta(META, [])]
         dataset = from_store(store)
-        text = page(dataset, [registered(path.name, content, dataset) for path, content in predictions])
+        scored = [registered(path.name, content, dataset) for path, content in predictions]
+        text = page(dataset, scored, options.to)
     console = make_console()
     if options.to is None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -49,8 +54,11 @@ def main(argv: list[str], prog: str) -> int:
     return 0
 
 
-def page(dataset: Dataset, predictions: Sequence[Section] = ()) -> str:
-    """Verdicts first, then the tables behind them; what FP8 does, where the study has models in it beside the same in bf16."""
+def page(dataset: Dataset, predictions: Sequence[Section] = (), to: Path | None = None) -> str:
+    """Verdicts first, then the tables behind them; what FP8 does, where the study has models in it beside the same in bf16.
+
+    Figures of gains lie in a folder beside the page's file `to`, named like it.
+    """
     published = {"lion", "sophia"} <= set(dataset.optimizers)
     title, groups, sections = (_of_precision if pairs(dataset) else _of_budget if published else _of_gains)(dataset)
     sections += predictions
@@ -70,11 +78,20 @@ def page(dataset: Dataset, predictions: Sequence[Section] = ()) -> str:
         lines += ["", "“Not run”: the runs that would tell are not there."]
     results = Section("Results", tables=[Table(HEADER, [row.cells() for row in summary(dataset)])])
     shown = [
-        replace(one, plots=[], tables=[_without_runs(table) for table in one.tables])
+        replace(one, plots=_drawn(one.plots, to), tables=[_without_runs(table) for table in one.tables])
         for one in (results, *sections)
         if one.tables or one.text
     ]
     return "\n".join([*lines, *markdown.sections(shown)]) + "\n"
+
+
+def _drawn(plots: Sequence[Plot], to: Path | None) -> list[Plot]:
+    chosen = [plot for plot in plots if to is not None and plot.name.startswith(SHOWN)]
+    for plot in chosen:
+        assert to is not None
+        plot.image = f"{to.stem}/{plot.name}.png"
+        write_png(plot, make_folder(to.parent / to.stem) / f"{plot.name}.png")
+    return chosen
 
 
 def _without_runs(table: Table) -> Table:
