@@ -60,6 +60,7 @@ class ElementwiseStep:
                     run = FlatRun(index, rect, self.shard_group.weight[rect.key], self._element_offset(rect))
                     run.state = self.host.rest(self.group_optimizers[group].init_state(rect.run(param_shard.main)))
                     self.slices.setdefault(group, []).append(run)
+        self.begun = False  # whether states that begin as the weights have begun
         self.batches = {
             group: self._stretches(group)
             for group, optimizer in enumerate(self.group_optimizers)
@@ -172,7 +173,10 @@ class ElementwiseStep:
                 )
 
     def begin_weights(self) -> None:
-        """States that begin as the weights take them as they are now."""
+        """States that begin as the weights take them as they are now, once."""
+        if self.begun:
+            return
+        self.begun = True
         for index, runs in self.slices.items():
             for run in runs if self.group_optimizers[index].weight_keys else ():
                 main = run.rect.run(self.shard_group.param_shards[run.param_shard].main)

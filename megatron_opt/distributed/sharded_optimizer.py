@@ -195,6 +195,8 @@ class ShardedOptimizer:
         """Let state that is made of the weights be made anew, of weights that have come since."""
         for step in self.matrix_steps:
             step.states.clear()
+        for element in self.element_steps:
+            element.begun = False
         self.has_states = False
 
     def ensure_states(self) -> None:
