@@ -15,7 +15,7 @@ FREE = {
     kind: names.split()
     for kind, names in yaml.safe_load((Path(__file__).parent / "free_flags.yaml").read_text()).items()
 }
-OURS = {"decay_mode", "ema_decay", "split_heads", "scalar_lr_ratio", "train_epochs"}
+OURS = {"decay_mode", "ema_decay", "split_heads", "scalar_lr_ratio", "train_epochs", "z_loss_coeff"}
 
 
 @pytest.fixture(scope="module")
