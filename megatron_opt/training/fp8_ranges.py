@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opt.distributed.post_steps import Report
+from megatron_opt.kernels.host import current_device
 
 KINDS = ("qkv", "proj", "fc1", "fc2", "experts_fc1", "experts_fc2", "other")
 TENSORS = ("activation", "weight", "gradient")
@@ -72,7 +73,7 @@ class Ranges:
         self._forget()
 
     def _forget(self) -> None:
-        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        device = current_device()
         shape = (len(KINDS), len(TENSORS))
         self._counts = torch.zeros(*shape, 3, dtype=torch.float64, device=device)  # elements, underflows, overflows
         self._amax = torch.zeros(shape, dtype=torch.float64, device=device)
