@@ -70,7 +70,6 @@ class Ranges:
         self.counting = False
         self._chunks: Sequence[Any] = ()
         self._known: dict[int, tuple[Any, tuple[int, int] | None]] = {}  # held, so that no other gets its id
-        self._forget()
 
     def _forget(self) -> None:
         device = current_device()
@@ -79,11 +78,12 @@ class Ranges:
         self._amax = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def install(self, chunks: Sequence[Any]) -> None:
-        """Count in these model chunks' layers."""
+        """Count in these model chunks' layers, whose rank has its device by now."""
         import transformer_engine_torch as tex
         from transformer_engine.pytorch import cpp_extensions  # has taken the same names
 
         self._chunks = chunks
+        self._forget()
         for name, make in (
             ("quantize", self._plain),
             ("bgrad_quantize", self._with_bias),
