@@ -31,11 +31,13 @@ def add_argument(parser: Any, both: bool = False) -> None:
 class Averages:
     """Parameters by canonical name."""
 
-    def __init__(self, folder: Path, geometry: Geometry, key: str = KEY) -> None:
-        """`key`: of the average, or of what the weights lead it by. Raises UserError where the checkpoint has no average."""
+    def __init__(self, folder: Path, geometry: Geometry, stored: dict[str, Any], key: str = KEY) -> None:
+        """`stored`: the checkpoint's tensors; `key`: of the average, or of what the weights lead it by.
+
+        Raises UserError where the checkpoint has no average.
+        """
         from torch.distributed.checkpoint import FileSystemReader, load
 
-        stored = _tensors(folder)
         wanted = (key, _MAIN) if key == _LEAD else (key,)
         averages: dict[str, Any] = {
             name: torch.empty(item.size, dtype=item.properties.dtype)
@@ -85,8 +87,11 @@ def _tensors(folder: Path) -> dict[str, Any]:
 
 def find(folder: Path, geometry: Any, weights: str | None) -> Averages | None:
     """What `--weights` names; None for the weights themselves. `geometry` is called where it is needed."""
+    if weights not in (KEY, None):
+        return None
+    stored = _tensors(folder)
     if weights == KEY:
-        return Averages(folder, geometry())
-    if weights is None and any(name.startswith(f"{_STATE}{_LEAD}.") for name in _tensors(folder)):
-        return Averages(folder, geometry(), str(_LEAD))
+        return Averages(folder, geometry(), stored)
+    if any(name.startswith(f"{_STATE}{_LEAD}.") for name in stored):
+        return Averages(folder, geometry(), stored, str(_LEAD))
     return None

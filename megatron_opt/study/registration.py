@@ -182,6 +182,12 @@ def register(store: Store, path: Path, content: dict[str, Any]) -> None:
     store.set_meta(META, [*store.meta(META, []), entry])
 
 
+def predictions(store: Store, files: Sequence[Path] | None = None) -> list[tuple[Path, dict[str, Any]]]:
+    """Each file of predictions and what it says: these files, else all that the store has registered."""
+    chosen = files or [Path(entry["file"]) for entry in store.meta(META, [])]
+    return [(path, read(path, store)) for path in chosen]
+
+
 def read(path: Path, store: Store | None = None) -> dict[str, Any]:
     """A file of predictions; raises UserError when it is not one, was changed, or is not the one that the store knows."""
     try:

@@ -17,7 +17,7 @@ from megatron_opt.study.analysis import analyse_if_possible
 from megatron_opt.study.dataset import Dataset, from_store
 from megatron_opt.study.fits.findings import MISSING, Finding, findings
 from megatron_opt.study.fits.precision import pairs, precision_findings
-from megatron_opt.study.registration import META, read
+from megatron_opt.study.registration import predictions
 from megatron_opt.study.report.accuracy import accuracy
 from megatron_opt.study.report.extrapolation import extrapolation, prediction_error, verdict
 from megatron_opt.study.report.precision import precision
@@ -41,9 +41,8 @@ def main(argv: list[str], prog: str) -> int:
     parser.add_argument("--to", type=Path, help="file of the page (Markdown)")
     options = parser.parse_args(argv)
     with Store(options.output / STORE_NAME) as store:
-        predictions = [(Path(entry["file"]), read(Path(entry["file"]), store)) for entry in store.meta(META, [])]
         dataset = from_store(store)
-        scored = [registered(path.name, content, dataset) for path, content in predictions]
+        scored = [registered(path.name, content, dataset) for path, content in predictions(store)]
         text = page(dataset, scored, options.to)
     console = make_console()
     if options.to is None:
@@ -54,14 +53,14 @@ def main(argv: list[str], prog: str) -> int:
     return 0
 
 
-def page(dataset: Dataset, predictions: Sequence[Section] = (), to: Path | None = None) -> str:
+def page(dataset: Dataset, scored: Sequence[Section] = (), to: Path | None = None) -> str:
     """Verdicts first, then the tables behind them; what FP8 does, where the study has models in it beside the same in bf16.
 
     Figures of gains lie in a folder beside the page's file `to`, named like it.
     """
     published = {"lion", "sophia"} <= set(dataset.optimizers)
     title, groups, sections = (_of_precision if pairs(dataset) else _of_budget if published else _of_gains)(dataset)
-    sections += predictions
+    sections += scored
     left = sum(record.status not in ("completed", "diverged") for record in dataset.records)
     lines = [
         *title,
@@ -86,9 +85,10 @@ def page(dataset: Dataset, predictions: Sequence[Section] = (), to: Path | None 
 
 
 def _drawn(plots: Sequence[Plot], to: Path | None) -> list[Plot]:
-    chosen = [plot for plot in plots if to is not None and plot.name.startswith(SHOWN)]
+    if to is None:
+        return []
+    chosen = [plot for plot in plots if plot.name.startswith(SHOWN)]
     for plot in chosen:
-        assert to is not None
         plot.image = f"{to.stem}/{plot.name}.png"
         write_png(plot, make_folder(to.parent / to.stem) / f"{plot.name}.png")
     return chosen

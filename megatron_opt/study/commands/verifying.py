@@ -18,7 +18,7 @@ from megatron_opt.study.fits.observations import Observations, observations
 from megatron_opt.study.fits.scaling import KINDS, fit_law
 from megatron_opt.study.fits.validation import Prediction, predict, predict_by
 from megatron_opt.study.prediction import law_of
-from megatron_opt.study.registration import META, read
+from megatron_opt.study.registration import predictions
 from megatron_opt.study.report.registered import registered
 from megatron_opt.study.scheduler import STORE_NAME
 from megatron_opt.study.spec import Regime
@@ -65,11 +65,10 @@ def main(argv: list[str], prog: str) -> int:
     console = make_console()
     with Store(options.output / STORE_NAME) as store:
         dataset = from_store(store).without(options.without)
-        files = options.prediction or [Path(entry["file"]) for entry in store.meta(META, [])]
-        predictions = [] if options.regimes else [(path, read(path, store)) for path in files]
-    for path, content in predictions:
+        made = [] if options.regimes else predictions(store, options.prediction)
+    for path, content in made:
         _print_score(console, path, content, dataset)
-    if not predictions:
+    if not made:
         _hold_out(console, dataset, options.regimes)
     return 0
 
