@@ -15,6 +15,7 @@ from tests.distributed.compare import assert_same_matrices
 from tests.distributed.pool import Pool, Run
 
 STEPS, STOP = 6, 4
+OWN = "weights-"  # how the runs' names begin: other files of the session's pool have a `whole` too
 FREE = [*c.DENSE, *"--num-layers 2 --optimizer schedule_free".split(), *c.CONSTANT]
 PRODIGY = [*c.DENSE, *"--num-layers 2 --optimizer prodigy --lr 1 --min-lr 0.1 --prodigy-d0 1e-3".split()]
 OVERLAP = Layout.of("dp2-overlap", 2, distopt=True, more=("--overlap-param-gather", "--overlap-grad-reduce"))
@@ -25,7 +26,7 @@ def runs(pool: Pool) -> dict[str, Run]:
     evaluated = ["--eval-interval", "2", "--eval-iters", "1", "--valid-data-path", pool.data]
 
     def made(name: str, model: list[str], layout: Layout, *flags: str, **options: object) -> Case:
-        return case([*model, *flags], [], layout, name, steps=STEPS, hook="evaluated", options=options)
+        return case([*model, *flags], [], layout, f"{OWN}{name}", steps=STEPS, hook="evaluated", options=options)
 
     found = pool.run(
         [
@@ -43,11 +44,11 @@ def runs(pool: Pool) -> dict[str, Run]:
         made("resumed", FREE, c.TP2, "--bf16", load="free"),
         made("distance-resumed", PRODIGY, c.TP2, load="distance"),
     ]
-    return found | pool.run(then)
+    return {name.removeprefix(OWN): run for name, run in (found | pool.run(then)).items()}
 
 
 def losses(pool: Pool, name: str) -> dict[int, float]:
-    (path,) = Path(pool.home).glob(f"*/average-{name}/metrics.jsonl")
+    (path,) = Path(pool.home).glob(f"*/average-{OWN}{name}/metrics.jsonl")
     rows = map(json.loads, path.read_text().splitlines())
     return {row["iteration"]: row["loss"] for row in rows if row["kind"] == "eval"}
 
