@@ -44,9 +44,11 @@ def test_threads_are_the_cores_over_the_ranks(monkeypatch, tmp_path):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(local.shutil, "which", lambda name: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    executor = LocalExecutor(ExecutorSettings(ranks=2, jobs=2, environment={"MARK": "x"}))
-    environment = executor._environment(Job("a", tmp_path, []), ())
-    assert environment["OMP_NUM_THREADS"] == "4" and environment["MARK"] == "x"
+    for given, threads in (("", "4"), ("1", "1"), ("64", "4")):  # fewer where asked for: another study may run beside
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        executor = LocalExecutor(ExecutorSettings(ranks=2, jobs=2, environment={"MARK": "x"}))
+        environment = executor._environment(Job("a", tmp_path, []), ())
+        assert environment["OMP_NUM_THREADS"] == threads and environment["MARK"] == "x"
     assert LocalExecutor(ExecutorSettings(ranks=4)).slots == 4
 
 

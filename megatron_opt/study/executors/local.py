@@ -47,7 +47,7 @@ class LocalExecutor:
             raise UserError(
                 f"`jobs: {self.slots}` of {settings.ranks} ranks do not fit {len(self._gpus)} GPUs; lower it"
             )
-        self._threads = max(1, cores // (self.slots * settings.ranks))
+        self._threads = _threads(cores // (self.slots * settings.ranks))
         self._live: dict[str, _Live] = {}
 
     def submit(self, job: Job) -> str:
@@ -136,6 +136,12 @@ class LocalExecutor:
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         return environment | self._settings.environment
+
+
+def _threads(share: int) -> int:
+    """Threads of a rank: its share of the cores, or OMP_NUM_THREADS where that is less, as beside another study."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(share, int(given)) if given.isdigit() else share)
 
 
 def _command(settings: ExecutorSettings, job: Job) -> list[str]:
