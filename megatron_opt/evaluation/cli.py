@@ -141,7 +141,7 @@ def evaluate(args: argparse.Namespace) -> Any:
             asked: list[Any] = []
             with ranks.together() as first:
                 if first:
-                    _harness()
+                    import_harness()
                     for path in filter(None, (output, args.items)):
                         make_folder(path.parent)  # what cannot be written is said before the work
                     if output:
@@ -170,7 +170,7 @@ def evaluate(args: argparse.Namespace) -> Any:
     return every[0] if every else None
 
 
-def _harness() -> None:
+def import_harness() -> None:
     """Import lm-evaluation-harness, or say what brings it."""
     from megatron_opt.extras import require
 

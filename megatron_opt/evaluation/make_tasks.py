@@ -15,12 +15,14 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_opt.data.read import documents, find_files
+from megatron_opt.data.tokenizer import load_tokenizer
 from megatron_opt.errors import UserError, number
 from megatron_opt.files import sha256, write_output
 
@@ -48,16 +50,32 @@ def main(argv: list[str], prog: str) -> int:
         metavar="N",
         help="at most so many before a cloze (40)",
     )
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="of the models, with --max-tokens")
+    parser.add_argument(
+        "--max-tokens",
+        type=number(1, whole=True),
+        metavar="N",
+        help="only items that fit so many positions, a model's sequence length",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the items (0)")
     parser.add_argument("--json-key", default="text", help="of the text in JSONL and Parquet (text)")
     args = parser.parse_args(argv)
-    for line in make(args.input, args.output, args.items, args.context_words, args.seed, args.json_key):
+    if bool(args.tokenizer) != bool(args.max_tokens):
+        raise UserError("--max-tokens counts the tokens of --tokenizer FILE; give both or neither.")
+    fits = _fitting(args.tokenizer, args.max_tokens) if args.max_tokens else None
+    for line in make(args.input, args.output, args.items, args.context_words, args.seed, args.json_key, fits):
         print(line)
     return 0
 
 
 def make(
-    inputs: list[str], output: Path, items: int = 500, context: int = 40, seed: int = 0, key: str = "text"
+    inputs: list[str],
+    output: Path,
+    items: int = 500,
+    context: int = 40,
+    seed: int = 0,
+    key: str = "text",
+    fits: Callable[[Item], bool] | None = None,
 ) -> list[str]:
     """Write the tasks into `output`; returns what to say. Raises UserError before anything is written."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -72,7 +90,7 @@ def make(
     }
     made: dict[str, list[Item]] = {}
     for name, maker in makers.items():
-        made[name] = [item for item, _ in zip(maker(random.Random(f"{seed}:{name}")), range(items))]
+        made[name] = list(islice(filter(fits or (lambda _: True), maker(random.Random(f"{seed}:{name}"))), items))
         if len(made[name]) < items:
             raise UserError(
                 f"--input has enough text for {len(made[name])} items of {name}, not {items}; give more text or --items."
@@ -96,6 +114,17 @@ def make(
         f"{output}: {', '.join(made)} of {items} items each, the group heldout",
         f"Evaluate by them: megatron-opt eval CHECKPOINT --tasks heldout --tasks-path {output}",
     ]
+
+
+def _fitting(tokenizer: Path, most: int) -> Callable[[Item], bool]:
+    """Whether a model of `most` positions can score every choice of an item with all of its context."""
+    words = load_tokenizer(tokenizer)
+
+    def fits(item: Item) -> bool:
+        before = f"{item['context']} " if "context" in item else ""
+        return all(len(words.encode(before + choice)) <= most for choice in item["choices"])
+
+    return fits
 
 
 def _paragraphs(path: Path, key: str) -> Iterator[str]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from megatron_opt import run_files
 from megatron_opt.checkpointing import folders
-from megatron_opt.study.spec import Evaluation
+from megatron_opt.errors import UserError
+from megatron_opt.study.spec import Evaluation, Study
 
 _LAYOUT = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size")
 EMA, LOSS = "moving average", "validation_loss"
@@ -44,6 +45,22 @@ def arguments(
     if valid and (evaluation.average or evaluation.ema):
         words += ["--loss-on", valid]
     return tuple(words)
+
+
+def rehearse(study: Study) -> None:
+    """Raise UserError for tasks under `tasks_path` that the study's models could not answer; a hub may be out of reach here."""
+    if (asked := study.evaluation) is None or not asked.tasks_path:
+        return
+    from megatron_opt.data.tokenizer import load_tokenizer
+    from megatron_opt.evaluation.rehearsal import rehearse
+
+    try:
+        rehearse(
+            asked.tasks, Path(asked.tasks_path), asked.num_fewshot, asked.limit, load_tokenizer(study.data.tokenizer),
+            study.sequence_length,
+        )  # fmt: skip
+    except UserError as error:
+        raise UserError(f"`eval:` of the study: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -225,6 +225,7 @@ def open_study(study: Study, output: Path) -> Iterator[Scheduler]:
             raise UserError(f"another process is running the study in {output}; wait for it or stop it") from None
         with Store(output / STORE_NAME, create=True) as store:
             _check_identity(study, store)
+            downstream.rehearse(study)  # opens the tokenizer, which is there by now
             yield Scheduler(study, output, store)
     finally:
         os.close(lock)

@@ -11,6 +11,13 @@ from megatron_opt import cli
 from megatron_opt.errors import UserError
 from megatron_opt.evaluation import make_tasks
 
+WORDS_ARE_TOKENS = {
+    "version": "1.0", "added_tokens": [{"id": 1, "content": "</s>", "special": True, "single_word": False, "lstrip": False,
+                                        "rstrip": False, "normalized": False}],
+    "pre_tokenizer": {"type": "WhitespaceSplit"},
+    "model": {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "a"},
+}  # fmt: skip
+
 
 def _rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -69,6 +76,21 @@ def test_a_seed_decides_all(text: Path, made: Path, tmp_path: Path) -> None:
     for path in made.iterdir():
         assert (tmp_path / "same" / path.name).read_bytes() == path.read_bytes()
     assert (tmp_path / "other/heldout_cloze.jsonl").read_bytes() != (made / "heldout_cloze.jsonl").read_bytes()
+
+
+def test_items_fit_a_model(text: Path, made: Path, tmp_path: Path, capsys) -> None:
+    # the text has single spaces, so that a token a word is the count of words
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text(json.dumps(WORDS_ARE_TOKENS))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    words = ["eval", "make-tasks", "--input", str(text), "--output", str(tmp_path / "short"), "--items", "40"]
+    assert cli.main([*words, "--tokenizer", str(tokenizer), "--max-tokens", "12"]) == 0
+    for name in ("heldout_cloze", "heldout_word", "heldout_order"):
+        rows = _rows(tmp_path / "short" / f"{name}.jsonl")
+        lengths = [len(f"{row.get('context', '')} {choice}".split()) for row in rows for choice in row["choices"]]
+        assert len(rows) == 40 and max(lengths) == 12
+    assert max(len(row["choices"][0].split()) for row in _rows(made / "heldout_word.jsonl")) > 12
+    assert cli.main([*words, "--max-tokens", "12"]) == 2 and "give both or neither" in capsys.readouterr().err
 
 
 def test_too_little_text_and_a_full_folder_are_refused(text: Path, made: Path, tmp_path: Path) -> None:

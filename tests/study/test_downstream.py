@@ -46,6 +46,7 @@ def study(make_study, tmp_path, monkeypatch):
     (tmp_path / "evaluate.py").write_text(FAKE)
     monkeypatch.setattr(base, "EVALUATE", (str(tmp_path / "evaluate.py"),))
     monkeypatch.setattr(scheduler, "missing", lambda name: None)
+    monkeypatch.setattr(downstream, "rehearse", lambda study: None)
     return make_study(EVAL)
 
 
