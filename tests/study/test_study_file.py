@@ -317,3 +317,15 @@ def test_every_rule_has_a_default_grid_that_a_plan_accepts(make_study, capsys):
 def test_a_rule_of_another_package_has_no_default_grid(make_study):
     with pytest.raises(UserError, match="no default grid for 'mine'; write one"):
         read_study(make_study(STUDY.replace("muon:\n    grid: {lr: [0.008, 0.016, 0.032]}", "mine: {grid: default}")))
+
+
+def test_a_plan_names_models_that_start_too_near_zero_for_their_width(make_study, capsys):
+    def said(text):
+        assert cli.main(["plan", str(make_study(text))], "study") == 0
+        return "note: tiny: weights start with a std of" in capsys.readouterr().out
+
+    own = STUDY.replace("  command: [PYTHON", "  environment: {}  # [PYTHON")  # the package's own trainer
+    assert said(own) and said(own + "flags: {init_method_std: 0.04}\n")
+    assert not said(own + "flags: {init_method_std: 0.05}\n")  # 0.28 of 1/sqrt(32)
+    assert said(own.replace("  adamw:\n", "  adamw:\n    start: {init_method_std: 0.2}\n"))
+    assert not said(own.replace("defaults: {", "defaults: {init_method_std: 0.2, "))

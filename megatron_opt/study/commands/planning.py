@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_opt.report.terminal import make_console, print_table
-from megatron_opt.study.commands.checking import check_study
+from megatron_opt.study.commands.checking import check_study, note_small_weights
 from megatron_opt.study.commands.pricing import Prices, add_price_options, words
 from megatron_opt.study.executors.local import LocalExecutor
 from megatron_opt.study.expected import expected_runs
@@ -46,6 +46,8 @@ def main(argv: list[str], prog: str) -> int:
         rows,
         f"{study.name}: {len(study.models)} models, {len(study.regimes())} regimes, baseline {study.baseline}",
     )
+    if note := note_small_weights(study):
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
     if options.cluster is not None:
         _price(console, study, Prices(options.cluster, options.price))
         return 0
