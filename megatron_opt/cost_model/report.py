@@ -98,6 +98,7 @@ def as_dict(step: Step) -> dict[str, Any]:
                 "exchange": o.exchange,
                 "exchange_hidden": o.exchange_hidden,
                 "offload": o.offload,
+                "curvature": step.curvature,
             },
         },
         "flops": {
@@ -148,6 +149,9 @@ def text(step: Step, ignored: list[str] | None = None) -> str:
     if o.refresh:
         how = "staggered" if o.staggered else f"a refresh step takes {seconds(step.refresh_step)}"
         lines.append(row("optimizer: refreshes, mean", o.refresh / o.refresh_every, how))
+    if step.curvature:
+        every = f"once in {step.curvature_every} steps; a step with it takes {seconds(step.refresh_step)}"
+        lines.append(row("optimizer: curvature, mean", step.curvature, every))
     lines.append(row("step, mean", total, f"{step.tokens_per_second:,.0f} tokens/s"))
     lines += [
         "",

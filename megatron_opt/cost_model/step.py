@@ -16,6 +16,8 @@ from megatron_opt.cost_model.traffic import Traffic, traffic
 from megatron_opt.errors import UserError
 
 MOST_DEVICES = 1_000_000
+CURVATURE_PASSES = {"gnb": 1.0, "hutchinson": 2.0}
+"""forward and backward passes over a step's batches that one estimate of Sophia's curvature takes"""
 
 
 @dataclass
@@ -32,11 +34,19 @@ class Step:
     optimizer: OptimizerTime
     memory: Memory
     plans: list[list[ShardGroupPlan]] = field(repr=False, default_factory=list)
+    curvature_passes: float = 0.0
+    """forward and backward passes that an estimate of curvature adds, once in `curvature_every` steps"""
+    curvature_every: int = 1
 
     @property
     def seconds(self) -> float:
         """Mean seconds of a step."""
-        return self.base + self.optimizer.mean
+        return self.base + self.curvature + self.optimizer.mean
+
+    @property
+    def curvature(self) -> float:
+        """Estimates of curvature, averaged over steps."""
+        return self.base * self.curvature_passes / self.curvature_every
 
     @property
     def base(self) -> float:
@@ -45,13 +55,13 @@ class Step:
 
     @property
     def ordinary(self) -> float:
-        """A step without refreshes."""
+        """A step without refreshes and estimates of curvature."""
         return self.base + self.optimizer.ordinary
 
     @property
     def refresh_step(self) -> float:
-        """A step with refreshes."""
-        return self.base + self.optimizer.worst
+        """A step with refreshes, and with an estimate of curvature."""
+        return self.base * (1 + self.curvature_passes) + self.optimizer.worst
 
     @property
     def tokens(self) -> int:
@@ -75,7 +85,7 @@ class Step:
             )
             for stage in self.plans
         ]
-        return sum(stages)
+        return sum(stages) + self.training_flops * self.curvature_passes / self.curvature_every
 
     @property
     def flops_per_gpu(self) -> float:
@@ -85,7 +95,7 @@ class Step:
     @property
     def optimizer_share(self) -> float:
         """Optimizer's share of a mean step's time."""
-        return self.optimizer.mean / self.seconds
+        return (self.optimizer.mean + self.curvature) / self.seconds
 
     @property
     def tokens_per_second(self) -> float:
@@ -181,7 +191,17 @@ def predict_layout(
         work.slowest,
         memory(model, layout, cluster, work.shard_groups, work.states),
         work.shard_groups,
+        *_curvature(work.shard_groups),
     )
+
+
+def _curvature(shard_groups: list[list[ShardGroupPlan]]) -> tuple[float, int]:
+    """Passes that an estimate takes, and steps from one to the next; a run makes one for all its groups (training/curvature.py)."""
+    rules = [entry.optimizer.config for stage in shard_groups for group in stage for entry in group.elements]
+    wanted = [one for one in rules if hasattr(one, "curvature_every")]
+    if not wanted:
+        return 0.0, 1
+    return CURVATURE_PASSES[wanted[0].curvature], min(one.curvature_every for one in wanted)
 
 
 def pipeline_seconds(model: Model, layout: Layout, cluster: Cluster) -> tuple[float, float]:

@@ -71,6 +71,7 @@ def bound(step: Step) -> str:
     parts["exchange"] = o.exchange - o.exchange_hidden
     parts["host"] = o.host
     parts["refreshes"] = o.refresh / o.refresh_every
+    parts["curvature"] = step.curvature
     kind = max(parts, key=lambda key: parts[key])
     idle = unconditioned(step)
     if idle > 0.5:
@@ -103,7 +104,7 @@ def _row(sweep: str, x: float, case: str, optimizer: str, step: Step | None) -> 
         "gpus": step.layout.world,
         "tokens": step.tokens,
         "step_s": step.seconds,
-        "optimizer_s": step.optimizer.mean,
+        "optimizer_s": step.optimizer.mean + step.curvature,
         "refresh_step_s": step.refresh_step,
         "share": step.optimizer_share,
         "flop_share": step.optimizer_flops / step.training_flops,

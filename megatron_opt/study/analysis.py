@@ -23,7 +23,7 @@ from megatron_opt.study.fits.significance import Comparison, SeedNoise, compare_
 from megatron_opt.study.fits.speedups import Speedup, speedups
 from megatron_opt.study.fits.statement import Statement, state
 from megatron_opt.study.fits.validation import Prediction, hold_out_largest, leave_one_out
-from megatron_opt.study.fits.wall_clock import ClusterTimes, WallClock, wall_clock
+from megatron_opt.study.fits.wall_clock import ClusterTimes, WallClock, times_reached, wall_clock
 from megatron_opt.study.prediction import law_of
 from megatron_opt.study.spec import MUP
 
@@ -97,12 +97,22 @@ def analyse(
     return analysis
 
 
-def analyse_if_possible(dataset: Dataset, **arguments: Any) -> Analysis | str:
+@dataclass(frozen=True)
+class Unfitted:
+    """Why there are no fits, and what needs none."""
+
+    reason: str
+    wall: WallClock
+
+
+def analyse_if_possible(
+    dataset: Dataset, *, cluster: ClusterTimes | None = None, **arguments: Any
+) -> Analysis | Unfitted:
     """The same, or the reason why there is nothing to compare yet."""
     try:
-        return analyse(dataset, **arguments)
+        return analyse(dataset, cluster=cluster, **arguments)
     except UserError as error:
-        return f"No fits: {error}."
+        return Unfitted(f"No fits: {error}.", times_reached(dataset, cluster))
 
 
 def _compare(analysis: Analysis) -> None:

@@ -87,6 +87,8 @@ class Dataset:
     curve: Callable[[str], Curve | None] = field(default=lambda run: None)
     attribution: str = ""
     phases: dict[str, list[str]] = field(default_factory=dict)
+    planned: dict[Regime, int] = field(default_factory=dict)
+    """regimes that the study file asks for, whether a run of theirs is there or not, and the parameters of their models"""
     trace: list[dict[str, Any]] = field(default_factory=list)
     """decisions of the search, as the scheduler recorded them"""
     tokens_per_parameter: float = 20.0
@@ -115,8 +117,14 @@ class Dataset:
     @property
     def regimes(self) -> list[Regime]:
         """By model size, then ratio."""
-        size = {record.regime: record.parameters for record in self.records}
-        return sorted(size, key=lambda regime: (size[regime], regime.model, regime.ratio, regime.epochs))
+        there = {record.regime for record in self.records}
+        return [regime for regime in self.sizes if regime in there]
+
+    @property
+    def sizes(self) -> dict[Regime, int]:
+        """Parameters of every regime that has runs or waits for them; by model size, then ratio."""
+        size = self.planned | {record.regime: record.parameters for record in self.records}
+        return {one: size[one] for one in sorted(size, key=lambda r: (size[r], r.model, r.ratio, r.epochs))}
 
     @property
     def models(self) -> list[str]:
@@ -173,6 +181,7 @@ def from_store(store: Store) -> Dataset:
         records,
         store.curve,
         phases=store.phases(),
+        planned={Regime.parse(text): n for text, n in store.meta("regimes", {}).items()},
         trace=store.meta("trace", []),
         target=tuple(store.meta("target", Dataset.target)),
         tokens_per_parameter=store.meta("tokens_per_parameter", 20.0),

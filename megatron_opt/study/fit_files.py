@@ -102,6 +102,7 @@ def _wall_clock(analysis: Analysis) -> dict[str, Any]:
     wall = analysis.wall
     return {
         "to_baseline": [asdict(one) | {"regime": str(one.regime)} for one in wall.reached],
+        "to_own_end": [asdict(one) | {"regime": str(one.regime)} for one in wall.behind],
         "speedups": [asdict(one) for one in wall.speedups],
         "cluster": wall.cluster.name if wall.cluster else None,
         "target": [asdict(one) for one in wall.target],

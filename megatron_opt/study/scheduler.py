@@ -269,5 +269,7 @@ def _check_identity(study: Study, store: Store) -> None:
     store.set_meta("target", study.target)
     store.set_meta("cluster", study.cluster)
     store.set_meta("models", {name: model.non_embedding_parameters for name, model in study.models.items()})
+    asked = {one for phase in study.phases for one in (*phase.regimes, phase.proxy) if one is not None}
+    store.set_meta("regimes", {str(one): study.models[one.model].non_embedding_parameters for one in asked})
     store.set_meta("to_register", [str(r) for phase in study.phases if phase.registered for r in phase.regimes])
     store.set_meta("study_file", study.path.read_text(encoding="utf-8"))

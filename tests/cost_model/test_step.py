@@ -43,6 +43,17 @@ def test_staggered_refreshes_even_the_steps_and_keep_the_mean() -> None:
     assert even.refresh_step == pytest.approx(even.seconds)
 
 
+@pytest.mark.parametrize(("kind", "passes"), [("gnb", 1), ("hutchinson", 2)])
+def test_an_estimate_of_curvature_is_passes_over_the_batches_once_in_its_period(kind: str, passes: int) -> None:
+    adamw = step(f"{SEVEN} --optimizer adamw")
+    s = step(f"{SEVEN} --optimizer sophia --sophia-curvature {kind} --sophia-curvature-every 5")
+    assert adamw.curvature == 0 and s.base == adamw.base
+    assert s.seconds - s.ordinary == pytest.approx(passes * s.base / 5)
+    assert s.refresh_step - s.ordinary == pytest.approx(passes * s.base)
+    assert s.optimizer_flops == pytest.approx(passes * s.training_flops / 5)
+    assert "once in 5 steps" in text(s) and as_dict(s)["seconds"]["optimizer"]["curvature"] == s.curvature
+
+
 def test_bubble_is_stages_less_one_over_microbatches() -> None:
     """Where stages are equal; the last one's output layer makes it the slowest, and the others pass by faster."""
     words = f"{SEVEN} --optimizer adamw --pipeline-model-parallel-size 4"

@@ -1,9 +1,13 @@
-"""A small study on the fake trainer, made in a temporary folder."""
+"""A small study on the fake trainer, and data of a real one, made in a temporary folder."""
 
+import json
+import random
 import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_opt.data import cli as data
 
 FAKE = Path(__file__).with_name("fake_trainer.py")
 
@@ -42,3 +46,20 @@ def make_study(tmp_path, monkeypatch):
         return path
 
     return make
+
+
+@pytest.fixture
+def real_data(tmp_path):
+    """A folder with tokenizer.model, and train and valid as text and indexed: sentences of 60 made-up words."""
+    draw = random.Random(1)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 5))) for _ in range(60)]
+    for name, count in (("train", 700), ("valid", 60)):
+        said = [[" ".join(draw.choices(words, k=12)).capitalize() + "." for _ in range(5)] for _ in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": "\n\n".join(one)}) + "\n" for one in said))
+    tokenizer = str(tmp_path / "tokenizer.model")
+    where = ["--input", str(tmp_path / "train.jsonl"), "--vocab-size", "300", "--output", tokenizer]
+    data.main(["tokenizer", *where], "data")
+    for name in ("train", "valid"):
+        where = ["--input", str(tmp_path / f"{name}.jsonl"), "--output-prefix", str(tmp_path / name)]
+        data.main(["index", *where, "--tokenizer", tokenizer], "data")
+    return tmp_path

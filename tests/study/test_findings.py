@@ -79,6 +79,31 @@ def test_the_page_says_what_was_not_run():
     assert "the runs that would tell are not there" in page(part)
 
 
+def test_what_was_planned_and_has_no_run_yet_is_said_to_be_missing():
+    whole = world()
+    first = [r for r in whole.records if r.regime.model == "gpt-s"]
+    part = replace(whole, records=first, planned=whole.sizes, _best=None)
+    found = verdicts(part)
+    assert set(found) == set(verdicts(whole)) and set(found.values()) == {MISSING}
+    assert "No run of llama-s@1x, gpt-l@1x, gpt-l@2x-2ep, llama-l@1x, llama-l@2x-2ep is finished." in page(part)
+    late = [r for r in whole.records if (r.optimizer, r.regime) != ("lion", Regime("gpt-l", 1))]
+    found = verdicts(replace(whole, records=late, _best=None))
+    assert {found[claim, "gpt"] for claim in ("Sophia has the lowest loss", "Epochs help")} == {MISSING}
+
+
+def test_averaged_weights_stand_beside_the_raw_ones_where_a_study_has_them():
+    whole = world()
+    assert "Averaged weights" not in page(whole)
+    averaged = [
+        replace(r, results=r.results | {"final_valid_loss": r.loss, "final_valid_ema_loss": r.loss - 0.25})
+        for r in whole.records
+    ]
+    for data in (whole, replace(whole, records=[r for r in whole.records if r.optimizer != "lion"], _best=None)):
+        mine = [one for one in averaged if one.id in {r.id for r in data.records}]
+        text = page(replace(data, records=mine, _best=None))
+        assert "## Averaged weights" in text and "| moving average |" in text and "| +0.2500 |" in text
+
+
 @pytest.mark.parametrize("left", ["lion", "sophia"])
 def test_a_study_without_one_of_the_three_says_so(left):
     data = world()

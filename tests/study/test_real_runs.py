@@ -1,11 +1,7 @@
 """A study of real training: rates carried by µP, data read twice, a batch that grows; the report from what runs left (slow)."""
 
-import json
-import random
-
 import pytest
 
-from megatron_opt.data import cli as data
 from megatron_opt.study import cli
 from megatron_opt.study.dataset import from_store
 from megatron_opt.study.fits.transfer import transfer_of
@@ -35,29 +31,12 @@ checkpoints: 1
 """
 
 
-@pytest.fixture
-def folder(tmp_path):
-    draw = random.Random(1)
-    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 5))) for _ in range(60)]
-    for name, count in (("train", 700), ("valid", 60)):
-        lines = (json.dumps({"text": " ".join(draw.choices(words, k=60))}) + "\n" for _ in range(count))
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    tokenizer = str(tmp_path / "tokenizer.model")
-    data.main(
-        ["tokenizer", "--input", str(tmp_path / "train.jsonl"), "--vocab-size", "300", "--output", tokenizer], "data"
-    )
-    for name in ("train", "valid"):
-        where = ["--input", str(tmp_path / f"{name}.jsonl"), "--output-prefix", str(tmp_path / name)]
-        data.main(["index", *where, "--tokenizer", tokenizer], "data")
-    return tmp_path
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_study_of_transfer_epochs_and_a_growing_batch(folder):
-    (folder / "s.yaml").write_text(STUDY)
-    output = folder / "out"
-    assert cli.main(["run", str(folder / "s.yaml"), "--output", str(output)], "study") == 0
+def test_a_study_of_transfer_epochs_and_a_growing_batch(real_data):
+    (real_data / "s.yaml").write_text(STUDY)
+    output = real_data / "out"
+    assert cli.main(["run", str(real_data / "s.yaml"), "--output", str(output)], "study") == 0
     with Store(output / "study.sqlite") as store:
         dataset = from_store(store)
         curves = {record.id: store.curve(record.id) for record in dataset.records}

@@ -40,6 +40,8 @@ def test_a_grid_runs_every_point_once_and_reports_the_best(make_study, tmp_path,
     assert found["adamw", 0.064].status == "diverged" and found["adamw", 0.064].loss is None
     completed = [r for r in found.values() if r.status == "completed"]
     assert len(completed) == 5
+    with Store(output / "study.sqlite") as store:
+        assert from_store(store).planned == {r.regime: r.parameters for r in found.values()}
     best = {
         name: min((r for r in completed if r.optimizer == name), key=lambda r: r.loss) for name in ("adamw", "muon")
     }

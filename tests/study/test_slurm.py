@@ -19,6 +19,7 @@ from megatron_opt.study.executors.slurm import SlurmExecutor
 from megatron_opt.study.spec import ExecutorSettings
 from megatron_opt.study.store import Store
 from megatron_opt.study.study_file import read_study
+from tests import apart
 from tests.study.conftest import STUDY
 from tests.study.slurm_cluster import Cluster, missing
 from tests.study.test_downstream import FAKE
@@ -128,6 +129,41 @@ def test_runs_are_evaluated_in_their_jobs(on_slurm, make_study, tmp_path, monkey
     found = records(tmp_path / "out")
     assert len(found) == 2 and all(r.attempts == 1 and r.job.startswith("slurm ") for r in found)
     assert all(downstream.last(r.results)["mine"] for r in found)
+
+
+REAL = """\
+name: real
+sequence_length: 64
+tokens_per_parameter: 1
+models:
+  p: {num_layers: 1, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 2}
+data: {tokenizer: tokenizer.model, train: train, valid: valid}
+defaults: {batch_size: 8}
+optimizers:
+  adamw: {grid: {lr: [0.01]}}
+eval: {tasks: [heldout], tasks_path: tasks, num_fewshot: 0, limit: 10}
+executor: {kind: slurm, ranks: 1, retries: 0, slurm: {partition: debug}}
+flags: {eval_iters: 1}
+checkpoints: 1
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_real_training_and_evaluation_through_slurm(on_slurm, real_data, monkeypatch):
+    from megatron_opt.evaluation import make_tasks
+
+    apart.lm_eval()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), apart.FOLDER]))
+    make_tasks.make([str(real_data / "valid.jsonl")], real_data / "tasks", 20)
+    (real_data / "s.yaml").write_text(REAL)
+    assert cli.main(["run", str(real_data / "s.yaml"), "--output", str(real_data / "out")], "study") == 0
+    (run,) = records(real_data / "out")
+    assert run.status == "completed" and run.attempts == 1 and run.job.startswith("slurm ")
+    scores, items = downstream.last(run.results), downstream.items(run.results)
+    assert set(items) == {"heldout_cloze", "heldout_word", "heldout_order"}
+    for task, one in items.items():
+        assert len(one.right) == 10 and scores[task]["metrics"]["acc"]["value"] == sum(one.right) / 10
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from megatron_opt.study.fits.wall_clock import (
     reached,
     share_of_time,
     step_ratios,
+    times_reached,
     wall_clock,
 )
 from megatron_opt.study.report.wall_clock import tokens_and_time
@@ -72,10 +73,35 @@ def test_what_is_not_reached_or_not_repeated_is_said_and_no_interval_is_made_up(
     assert half.in_time is None and "in 1 of 2 seeds" in half.why
     (alone,) = reached(study((0.1,)))
     assert math.isnan(alone.in_time.low) and alone.in_time.value == pytest.approx(math.exp(0.2) / 1.5)
-    rows = tokens_and_time(study((0.1,)), "no fits").tables[0].rows
+    rows = tokens_and_time(study((0.1,)), times_reached(study((0.1,)))).tables[0].rows
     assert "to" not in rows[0][6].split() and rows[0][7] == f"{math.exp(0.2) / 1.5:.3f}"
     bare = Dataset("d", "adamw", [record("adamw", 1, 3.0, None), record("muon", 1, 2.9, None)])
-    assert reached(bare) == [] and not tokens_and_time(bare, "no fits").tables
+    assert reached(bare) == [] and not tokens_and_time(bare, times_reached(bare)).tables
+
+
+def test_of_one_that_ends_above_the_baselines_time_to_its_own_final_loss_is_told():
+    gains = (-0.20, -0.22, -0.18)
+    (one,) = times_reached(study(gains)).behind
+    logs = np.array(gains) / 0.5
+    assert one.in_tokens.value == pytest.approx(math.exp(logs.mean()), rel=1e-9) and one.target == pytest.approx(3.2)
+    assert one.in_time.value == pytest.approx(math.exp(logs.mean()) / 1.5, rel=1e-9)
+    assert one.baseline_seconds == pytest.approx(np.mean(100 * np.exp(logs)), rel=1e-9) and one.seconds == 150
+    assert times_reached(study((0.1, -0.1))).behind == times_reached(study((0.1, 0.1))).behind == []
+
+
+@pytest.mark.parametrize("gain", [0.2, -0.2])
+def test_the_time_to_a_target_loss_is_predicted_for_a_cluster_where_no_law_can_be_fitted(gain):
+    data = study((gain, gain, gain))
+    there = ClusterTimes(
+        "c", {("muon", REGIME): 1.1}, {"muon": 1.05}, a_token={("adamw", REGIME): 1e-5, ("muon", REGIME): 1.1e-5}
+    )
+    section = tokens_and_time(data, times_reached(data, there))
+    (row,) = section.tables[-1].rows
+    cells = dict(zip(section.tables[-1].header, row))
+    tokens = TOKENS * math.exp(-abs(gain) / 0.5)
+    assert float(cells["GPU-seconds to it, c"]) == pytest.approx(tokens * (1.1e-5 if gain > 0 else 1e-5), rel=5e-3)
+    assert cells["speedup in time, c"].startswith(f"{math.exp(gain / 0.5) / 1.1:.3f} (")
+    assert any("on c a step takes, over adamw's: muon 1.050" in text for text in section.text)
 
 
 def test_a_curve_that_touches_its_target_twice_counts_from_the_first():
@@ -138,6 +164,7 @@ def test_ratios_on_a_cluster_are_the_cost_models_in_each_runs_own_layout(make_st
     prices = Prices("h100")
     found = prices.beside(Dataset("d", "adamw", [*records, own]), 7e9)
     base, muon = (prices.step(study, run) for run in runs)
+    assert found.a_token["muon", regime] == pytest.approx(1 / muon.tokens_per_second)
     assert found.measured == {("muon", regime): pytest.approx(base.tokens_per_second / muon.tokens_per_second)}
     assert 1.0 < found.target["muon"] < 1.2 and found.target.keys() == {"muon"}
     assert len(found.notes) == 1 and "No time of mine" in found.notes[0] and "missing" in found.notes[0]

@@ -13,12 +13,15 @@ from megatron_opt.report import markdown
 from megatron_opt.report.blocks import Plot, Section, Table
 from megatron_opt.report.png import write_png
 from megatron_opt.report.terminal import make_console
-from megatron_opt.study.analysis import analyse_if_possible
+from megatron_opt.study.analysis import Unfitted, analyse_if_possible
+from megatron_opt.study.commands.pricing import cluster_times
 from megatron_opt.study.dataset import Dataset, from_store
 from megatron_opt.study.fits.findings import MISSING, Finding, findings
 from megatron_opt.study.fits.precision import pairs, precision_findings
+from megatron_opt.study.fits.wall_clock import ClusterTimes
 from megatron_opt.study.registration import predictions
 from megatron_opt.study.report.accuracy import accuracy
+from megatron_opt.study.report.averaged_weights import averaged_weights
 from megatron_opt.study.report.extrapolation import extrapolation, prediction_error, verdict
 from megatron_opt.study.report.precision import precision
 from megatron_opt.study.report.registered import registered
@@ -43,7 +46,8 @@ def main(argv: list[str], prog: str) -> int:
     with Store(options.output / STORE_NAME) as store:
         dataset = from_store(store)
         scored = [registered(path.name, content, dataset) for path, content in predictions(store)]
-        text = page(dataset, scored, options.to)
+        cluster = cluster_times(dataset.cluster, dataset, dataset.target[0])
+        text = page(dataset, scored, options.to, cluster)
     console = make_console()
     if options.to is None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -53,20 +57,26 @@ def main(argv: list[str], prog: str) -> int:
     return 0
 
 
-def page(dataset: Dataset, scored: Sequence[Section] = (), to: Path | None = None) -> str:
+def page(
+    dataset: Dataset, scored: Sequence[Section] = (), to: Path | None = None, cluster: ClusterTimes | None = None
+) -> str:
     """Verdicts first, then the tables behind them; what FP8 does, where the study has models in it beside the same in bf16.
 
-    Figures of gains lie in a folder beside the page's file `to`, named like it.
+    Figures of gains lie in a folder beside the page's file `to`, named like it. `cluster`: what steps take elsewhere.
     """
     published = {"lion", "sophia"} <= set(dataset.optimizers)
-    title, groups, sections = (_of_precision if pairs(dataset) else _of_budget if published else _of_gains)(dataset)
-    sections += scored
+    kind = _of_precision if pairs(dataset) else _of_budget if published else _of_gains
+    title, groups, sections = kind(dataset, cluster)
+    sections += [averaged_weights(dataset), *scored]
     left = sum(record.status not in ("completed", "diverged") for record in dataset.records)
+    reached = {record.regime for record in dataset.finished}
+    untouched = [str(regime) for regime in dataset.sizes if regime not in reached]
     lines = [
         *title,
         "",
         f"{len(dataset.finished)} runs are finished"
         + (f", {left} are not: what they would tell is missing below." if left else "."),
+        *([f"No run of {', '.join(untouched)} is finished."] if untouched else []),
     ]
     for question, judged in groups.items():
         counts = ", ".join(f"{said} {n}" for said, n in Counter(one.verdict for one in judged).items())
@@ -103,35 +113,36 @@ Page = tuple[list[str], dict[str, list[Finding]], list[Section]]
 """title and introduction; findings by question ("": of one list); what stands behind them"""
 
 
-def _of_budget(dataset: Dataset) -> Page:
+def _of_budget(dataset: Dataset, cluster: ClusterTimes | None) -> Page:
     title = [
         f"# {dataset.name}: which published findings hold here",
         "",
         "Made by `megatron-opt study findings` from the study's store. Findings of the comparison of AdamW, Lion and Sophia on a "
         "fixed budget (arXiv 2507.08472); each is judged in each family of models, and only where the interval leaves one answer.",
     ]
-    analysis = analyse_if_possible(dataset)
-    sections = [tokens_and_time(dataset, analysis), accuracy(dataset), transfer_over_width(dataset)]
-    if not isinstance(analysis, str):
+    analysis = analyse_if_possible(dataset, cluster=cluster)
+    sections = [tokens_and_time(dataset, analysis.wall), accuracy(dataset), transfer_over_width(dataset)]
+    if not isinstance(analysis, Unfitted):
         sections.append(repeated_data(analysis))
     return title, {"": findings(dataset)}, sections
 
 
-def _of_gains(dataset: Dataset) -> Page:
+def _of_gains(dataset: Dataset, cluster: ClusterTimes | None) -> Page:
     title = [
         f"# {dataset.name}: what this study shows",
         "",
         "Made by `megatron-opt study findings` from the study's store; the study's report has the figures and every run.",
     ]
-    analysis = analyse_if_possible(dataset)
-    if isinstance(analysis, str):
-        return [*title, "", analysis], {}, [tokens_and_time(dataset, analysis)]
+    analysis = analyse_if_possible(dataset, cluster=cluster)
+    time, tasks = tokens_and_time(dataset, analysis.wall), accuracy(dataset)
+    if isinstance(analysis, Unfitted):
+        return [*title, "", analysis.reason], {}, [time, tasks]
     sections = [verdict(analysis), significance(analysis), gains(analysis), final_losses(analysis)]
-    sections += [prediction_error(analysis), extrapolation(analysis), tokens_and_time(dataset, analysis)]
+    sections += [prediction_error(analysis), extrapolation(analysis), time, tasks]
     return title, {}, sections
 
 
-def _of_precision(dataset: Dataset) -> Page:
+def _of_precision(dataset: Dataset, _cluster: ClusterTimes | None) -> Page:
     title = [
         f"# {dataset.name}: what FP8 does to optimizers",
         "",

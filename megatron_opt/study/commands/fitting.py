@@ -75,7 +75,7 @@ def print_analysis(console: Console, analysis: Analysis) -> None:
     for section in (
         significance(analysis),
         speedup_section(analysis),
-        tokens_and_time(analysis.dataset, analysis),
+        tokens_and_time(analysis.dataset, analysis.wall),
         repeated_data(analysis),
         prediction_error(analysis),
         extrapolation(analysis),

@@ -73,23 +73,30 @@ class Prices:
         """Ratios of step times at a data set's best runs, and at n parameters."""
         best = dataset.best()
         base = {regime: cell.record for (name, regime), cell in best.items() if name == dataset.baseline}
-        measured: dict[tuple[str, Regime], float] = {}
+        a_token: dict[tuple[str, Regime], float] = {}
         target: dict[str, float] = {}
         notes: dict[str, None] = {}
         for (name, regime), cell in best.items():
-            if name == dataset.baseline or regime not in base:
+            if regime not in base:
                 continue
             try:
-                measured[name, regime] = self.seconds_a_token(cell.record) / self.seconds_a_token(base[regime])
+                a_token[name, regime] = self.seconds_a_token(cell.record)
             except UserError as error:
                 notes[f"No time of {name} on {self.cluster.name}: {error}"] = None
+            if name == dataset.baseline:
+                continue
             own, other = (
                 record.config.get("flags", {}).get("optimizer", record.optimizer)
                 for record in (cell.record, base[regime])
             )
             if name not in target and own in registry.optimizers() and other in registry.optimizers():
                 target[name] = self._token(own, n) / self._token(other, n)
-        return ClusterTimes(self.cluster.name, measured, target, tuple(notes))
+        measured = {
+            (name, regime): seconds / a_token[dataset.baseline, regime]
+            for (name, regime), seconds in a_token.items()
+            if name != dataset.baseline and (dataset.baseline, regime) in a_token
+        }
+        return ClusterTimes(self.cluster.name, measured, target, tuple(notes), a_token)
 
     def hours(self, study: Study, run: Run) -> float:
         """GPU-hours of a run."""

@@ -40,7 +40,7 @@ class Finding:
 def findings(dataset: Dataset) -> list[Finding]:
     """The five claims, family by family."""
     families: dict[str, list[Regime]] = {}
-    for regime in dataset.regimes:
+    for regime in dataset.sizes:
         families.setdefault(regime.model.split("-")[0], []).append(regime)
     judged_all = []
     for family, regimes in families.items():
@@ -56,21 +56,23 @@ def _fastest(dataset: Dataset, family: str, target: Regime) -> Finding:
     claim = "Lion is the fastest"
     ratios = step_ratios(replace(dataset, baseline="lion", _best=None))
     mine = {name: one for (name, regime), one in ratios.items() if regime == target}
+    all_there = len(mine) == len(dataset.optimizers) - 1
     shown = {name: f"{one.value:.3f}" if math.isnan(one.low) else one.text(3) for name, one in mine.items()}
     said = tuple(f"a step of {name} takes {text} times Lion's" for name, text in shown.items())
     if not mine:
         return Finding(claim, family, (), MISSING)
     if any(math.isnan(one.low) for one in mine.values()):
         return Finding(claim, family, said, OPEN)
-    if all(one.low > 1 for one in mine.values()):
+    if all_there and all(one.low > 1 for one in mine.values()):
         return Finding(claim, family, said, HOLDS)
-    return Finding(claim, family, said, FAILS if any(one.high < 1 for one in mine.values()) else OPEN)
+    fails = any(one.high < 1 for one in mine.values())
+    return Finding(claim, family, said, FAILS if fails else OPEN if all_there else MISSING)
 
 
 def _lowest(dataset: Dataset, family: str, target: Regime) -> Finding:
     cells = {key: cell for key, cell in dataset.best().items() if key[1].epochs == 1}
     tested = _against(dataset, cells, "sophia", target)
-    return _judged("Sophia has the lowest loss", family, tested, "Sophia's loss lies {} below {}'s")
+    return _judged(dataset, "Sophia has the lowest loss", family, tested, "Sophia's loss lies {} below {}'s")
 
 
 def _downstream(dataset: Dataset, family: str, target: Regime) -> Finding:
@@ -83,7 +85,7 @@ def _downstream(dataset: Dataset, family: str, target: Regime) -> Finding:
             wrong = tuple(1 - float(np.mean([np.mean(one.right) for one in row.values()])) for row in rows)
             cells[key] = Seeded(wrong, cell.seeds, cell.ids, cell.chosen)
     tested = _against(dataset, cells, "adamw", target)
-    return _judged("AdamW is the best downstream", family, tested, "AdamW's accuracy lies {} above {}'s")
+    return _judged(dataset, "AdamW is the best downstream", family, tested, "AdamW's accuracy lies {} above {}'s")
 
 
 def _epochs(dataset: Dataset, family: str, regimes: list[Regime]) -> list[Finding]:
@@ -103,10 +105,10 @@ def _epochs(dataset: Dataset, family: str, regimes: list[Regime]) -> list[Findin
         names = [name for name in dataset.optimizers if (name, regime) in table]
         tested = compare_pairs(table, [(name, f"{name} once", regime) for name in names])
         said = f"{regime.epochs} epochs lower the loss by {{}} ({{}}, {regime})"
-        verdicts.append(_judged("Epochs help", family, tested, said, self_named=True))
+        verdicts.append(_judged(dataset, "Epochs help", family, tested, said, self_named=True))
         most = _against(dataset, gains, "adamw", regime)
         said = f"{regime.epochs} epochs lower AdamW's loss by {{}} more than {{}}'s ({regime})"
-        verdicts.append(_judged("Epochs help AdamW most", family, most, said))
+        verdicts.append(_judged(dataset, "Epochs help AdamW most", family, most, said))
     return verdicts or [Finding("Epochs help", family, (), MISSING)]
 
 
@@ -125,8 +127,13 @@ def _against(dataset: Dataset, cells: Cells, name: str, regime: Regime) -> list[
     return compare_pairs(cells, [(name, other, regime) for other in others], dataset.looks, dataset.margin)
 
 
-def _judged(claim: str, family: str, tested: Iterable[Comparison], said: str, self_named: bool = False) -> Finding:
-    """Holds where all are better, does not where one is worse, after Holm's correction over the claim."""
+def _judged(
+    dataset: Dataset, claim: str, family: str, tested: Iterable[Comparison], said: str, self_named: bool = False
+) -> Finding:
+    """Holds where all are better, does not where one is worse, after Holm's correction over the claim.
+
+    `self_named`: each optimizer against itself, not one against all others.
+    """
     rows, words = list(tested), []
     for one in rows:
         other = one.optimizer if self_named else one.baseline
@@ -135,7 +142,8 @@ def _judged(claim: str, family: str, tested: Iterable[Comparison], said: str, se
     if not rows:
         return Finding(claim, family, (), MISSING)
     verdicts = {one.verdict for one in rows}
-    verdict = HOLDS if verdicts == {"better"} else FAILS if "worse" in verdicts else OPEN
+    lacking = len(rows) < len(dataset.optimizers) - (not self_named)
+    verdict = FAILS if "worse" in verdicts else MISSING if lacking else HOLDS if verdicts == {"better"} else OPEN
     return Finding(claim, family, tuple(words), verdict)
 
 
@@ -144,7 +152,7 @@ def _rates(dataset: Dataset, families: dict[str, list[Regime]]) -> list[Finding]
     claim, z = "LLaMA's rate is twice GPT's", float(stats.norm.isf((1 - intervals.LEVEL) / 2))
     if not {"gpt", "llama"} <= families.keys():
         return []
-    sizes = {record.regime: float(record.parameters) for record in dataset.records}
+    sizes = {regime: float(n) for regime, n in dataset.sizes.items()}
     sigma, verdicts = noise_floor(dataset).sigma, []
     for name in dataset.optimizers:
         known = {one.n: one for one in optima(dataset, name, "lr", sigma)}

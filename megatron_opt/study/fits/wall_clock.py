@@ -7,8 +7,8 @@ Speedups are compared by shared seeds, in logs: their spread over seeds, pooled 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 from scipy import stats
@@ -33,11 +33,13 @@ class ClusterTimes:
     target: Mapping[str, float]
     """at the size that is extrapolated to"""
     notes: tuple[str, ...] = ()
+    a_token: Mapping[tuple[str, Regime], float] = field(default_factory=dict)
+    """GPU-seconds of a token at the study's own runs, the baseline's too"""
 
 
 @dataclass(frozen=True)
 class Reached:
-    """An optimizer on its way to the baseline's final loss in one regime; means over shared seeds."""
+    """An optimizer and the baseline until both are at the final loss of one of them in one regime; means over shared seeds."""
 
     optimizer: str
     regime: Regime
@@ -45,6 +47,7 @@ class Reached:
     seeds: tuple[int, ...]
     tokens: float | None = None
     """None: never reached"""
+    baseline_tokens: float | None = None
     seconds: float | None = None
     baseline_seconds: float | None = None
     in_tokens: Estimate | None = None
@@ -76,6 +79,9 @@ class WallClock:
     """Everything that is said of seconds."""
 
     reached: list[Reached] = field(default_factory=list)
+    """until the baseline's final loss"""
+    behind: list[Reached] = field(default_factory=list)
+    """until the final loss of an optimizer that never reaches the baseline's"""
     speedups: list[TimeSpeedup] = field(default_factory=list)
     target: list[TimeSpeedup] = field(default_factory=list)
     cluster: ClusterTimes | None = None
@@ -88,7 +94,7 @@ def wall_clock(
     ratios = step_ratios(dataset)
     once = [record for record in dataset.records if record.regime.epochs == 1]
     regimes = {(r.optimizer, float(r.parameters), float(r.tokens)): r.regime for r in once}
-    times = WallClock(reached(dataset), cluster=cluster)
+    times = times_reached(dataset, cluster)
     for one in speedups:
         key = one.optimizer, regimes[one.optimizer, one.n, one.d]
         tokens, ratio = Estimate(one.value, one.low, one.high), ratios.get(key)
@@ -102,6 +108,12 @@ def wall_clock(
             there = cluster.target[said.optimizer]
             times.target.append(_in_time(said.optimizer, said.n, said.d, said.speedup, None, there))
     return times
+
+
+def times_reached(dataset: Dataset, cluster: ClusterTimes | None = None) -> WallClock:
+    """What needs no fit: times to final losses, as measured."""
+    rows = reached(dataset)
+    return WallClock(rows, behind(dataset, rows), cluster=cluster)
 
 
 def _in_time(
@@ -176,10 +188,38 @@ def _estimates[K](logs: Mapping[K, list[float]], level: float) -> dict[K, Estima
 
 def reached(dataset: Dataset) -> list[Reached]:
     """Every optimizer against the baseline's final loss, in every regime with curves and times."""
+    drafts: list[tuple[Reached, list[_Met]]] = []
+    for row, pairs in _paired(dataset):
+        known = [way for mine, base in pairs if (way := _way(dataset, mine, base)) is not None]
+        if not known:
+            continue
+        row = _towards(row, known)
+        got = [way for way in known if way.tokens is not None and way.seconds is not None]
+        if len(got) < len(known):
+            above = float(np.mean([way.ends - way.target for way in known]))
+            some = f"in {len(known) - len(got)} of {len(known)} seeds " if got else ""
+            drafts.append((replace(row, why=f"not reached {some}(ends {above:+.4f} from it)"), []))
+            continue
+        met = [_Met(way.tokens or 1, way.whole_tokens, way.seconds or 1, way.whole_seconds) for way in got]
+        drafts.append((row, met))
+    return _filled(drafts)
+
+
+def behind(dataset: Dataset, rows: list[Reached]) -> list[Reached]:
+    """The baseline against the final loss of optimizers that never reach its own; `rows`: of `reached`."""
+    late = {(row.optimizer, row.regime) for row in rows if row.why}
+    drafts: list[tuple[Reached, list[_Met]]] = []
+    for row, pairs in _paired(dataset):
+        known = [way for mine, base in pairs if (way := _way(dataset, base, mine)) is not None]
+        if (row.optimizer, row.regime) in late and all(way.tokens and way.seconds for way in known):
+            met = [_Met(way.whole_tokens, way.tokens or 1, way.whole_seconds, way.seconds or 1) for way in known]
+            drafts.append((_towards(row, known), met))
+    return _filled(drafts)
+
+
+def _paired(dataset: Dataset) -> Iterator[tuple[Reached, list[tuple[Record, Record]]]]:
+    """Every optimizer but the baseline in every regime of both, and (its run, the baseline's) by seed."""
     by_id, best = {record.id: record for record in dataset.records}, dataset.best()
-    rows: list[Reached] = []
-    in_tokens: dict[int, list[float]] = {}
-    in_time: dict[int, list[float]] = {}
     for regime in dataset.regimes:
         base = best.get((dataset.baseline, regime))
         for name in dataset.optimizers[1:]:
@@ -187,57 +227,63 @@ def reached(dataset: Dataset) -> list[Reached]:
             if base is None or cell is None:
                 continue
             pairs = _pairs(cell, base)
-            ways = [_way(dataset, by_id[mine], by_id[other]) for mine, other, _ in pairs]
-            known = [way for way in ways if way is not None]
-            if not known:
-                continue
-            seeds = tuple(seed for *_, seed in pairs)
-            runs = tuple(run for mine, other, _ in pairs for run in (mine, other))
-            target = float(np.mean([way.target for way in known]))
-            row = Reached(name, regime, target, seeds, runs=runs, evaluations=min(way.evaluations for way in known))
-            got = [way for way in known if way.tokens is not None and way.seconds is not None]
-            if len(got) < len(known):
-                above = float(np.mean([way.ends - way.target for way in known]))
-                some = f"in {len(known) - len(got)} of {len(known)} seeds " if got else ""
-                rows.append(replace(row, why=f"not reached {some}(ends {above:+.4f} from it)"))
-                continue
-            in_tokens[len(rows)] = [math.log(way.baseline_tokens / (way.tokens or 1)) for way in got]
-            in_time[len(rows)] = [math.log(way.baseline_seconds / (way.seconds or 1)) for way in got]
-            rows.append(
-                replace(
-                    row,
-                    tokens=float(np.mean([way.tokens for way in got])),
-                    seconds=float(np.mean([way.seconds for way in got])),
-                    baseline_seconds=float(np.mean([way.baseline_seconds for way in got])),
-                )
-            )
-    tokens, times = _estimates(in_tokens, LEVEL), _estimates(in_time, LEVEL)
-    return [replace(row, in_tokens=tokens.get(i), in_time=times.get(i)) for i, row in enumerate(rows)]
+            seeds, runs = tuple(seed for *_, seed in pairs), tuple(run for a, b, _ in pairs for run in (a, b))
+            row = Reached(name, regime, math.nan, seeds, runs=runs)
+            yield row, [(by_id[mine], by_id[other]) for mine, other, _ in pairs]
+
+
+def _towards(row: Reached, ways: list[_Way]) -> Reached:
+    target = float(np.mean([way.target for way in ways]))
+    return replace(row, target=target, evaluations=min(way.evaluations for way in ways))
+
+
+@dataclass(frozen=True)
+class _Met:
+    """What two runs have spent when both are at one loss."""
+
+    tokens: float
+    baseline_tokens: float
+    seconds: float
+    baseline_seconds: float
+
+
+def _filled(drafts: list[tuple[Reached, list[_Met]]]) -> list[Reached]:
+    """Means over seeds and speedups, whose spread over seeds is pooled over all rows."""
+    got = {i: met for i, (_, met) in enumerate(drafts) if met}
+    tokens = _estimates({i: [math.log(m.baseline_tokens / m.tokens) for m in met] for i, met in got.items()}, LEVEL)
+    times = _estimates({i: [math.log(m.baseline_seconds / m.seconds) for m in met] for i, met in got.items()}, LEVEL)
+    rows = [row for row, _ in drafts]
+    for i, met in got.items():
+        means = {one.name: float(np.mean([getattr(m, one.name) for m in met])) for one in fields(_Met)}
+        rows[i] = replace(rows[i], in_tokens=tokens[i], in_time=times[i], **means)
+    return rows
 
 
 @dataclass(frozen=True)
 class _Way:
+    """One run's way to the final loss of another, which spent `whole_tokens` and `whole_seconds` on it."""
+
     target: float
     ends: float
-    baseline_tokens: float
-    baseline_seconds: float
+    whole_tokens: float
+    whole_seconds: float
     tokens: float | None
     seconds: float | None
     evaluations: int
 
 
-def _way(dataset: Dataset, mine: Record, base: Record) -> _Way | None:
-    """One run's way to the final loss of another; None where curve or times are not known."""
+def _way(dataset: Dataset, mine: Record, other: Record) -> _Way | None:
+    """None where curve or times are not known."""
     curve = dataset.curve(mine.id)
-    mine_s, base_s = mine.results.get("train_time_s"), base.results.get("train_time_s")
-    if curve is None or not mine_s or not base_s or base.loss is None or mine.loss is None:
+    mine_s, other_s = mine.results.get("train_time_s"), other.results.get("train_time_s")
+    if curve is None or not mine_s or not other_s or other.loss is None or mine.loss is None:
         return None
     points = [(p["tokens"], p["loss"]) for p in curve.valid if p.get("tokens") and p.get("loss") is not None]
     if len(points) < 2:
         return None
-    tokens = crossing(points, base.loss)
+    tokens = crossing(points, other.loss)
     seconds = None if tokens is None else float(mine_s) * share_of_time(curve, tokens, mine.tokens)
-    return _Way(base.loss, mine.loss, base.tokens, float(base_s), tokens, seconds, len(points))
+    return _Way(other.loss, mine.loss, other.tokens, float(other_s), tokens, seconds, len(points))
 
 
 def crossing(points: list[tuple[float, float]], target: float) -> float | None:

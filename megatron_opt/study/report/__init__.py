@@ -11,7 +11,7 @@ from megatron_opt.files import make_folder, write_output
 from megatron_opt.report.csv_files import write_plot_csv
 from megatron_opt.report.page import render
 from megatron_opt.report.png import write_png
-from megatron_opt.study.analysis import Analysis
+from megatron_opt.study.analysis import Analysis, Unfitted
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.report.csv_files import write_runs_csv, write_summary_csv
 from megatron_opt.study.report.sections import build_sections
@@ -19,7 +19,7 @@ from megatron_opt.study.report.sections import build_sections
 __all__ = ["write_report"]
 
 
-def write_report(dataset: Dataset, folder: Path, analysis: Analysis | str) -> Path:
+def write_report(dataset: Dataset, folder: Path, analysis: Analysis | Unfitted) -> Path:
     """Write index.html, figures/*.png, figures/*.csv, summary.csv and runs.csv; returns the page's path.
 
     `analysis`: the fits, or the reason why there are none. Raises UserError when the folder cannot be

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_opt.report.blocks import Section, Table
-from megatron_opt.study.analysis import Analysis
+from megatron_opt.study.analysis import Analysis, Unfitted
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.report.accuracy import accuracy
 from megatron_opt.study.report.averaged_weights import averaged_weights
@@ -28,12 +28,12 @@ TEXT_ALONE = ("What can be said", "Notes")
 """sections that need neither figure nor table"""
 
 
-def build_sections(dataset: Dataset, analysis: Analysis | str) -> list[Section]:
+def build_sections(dataset: Dataset, analysis: Analysis | Unfitted) -> list[Section]:
     """Every section that the data can fill; with a reason instead of fits, those that need no fit."""
     fitted, laws, lead = [], [], []
-    notes = [analysis] if isinstance(analysis, str) else analysis.notes
-    if isinstance(analysis, str):
-        lead = [Section("What can be said", [analysis])]
+    notes = [analysis.reason] if isinstance(analysis, Unfitted) else analysis.notes
+    if isinstance(analysis, Unfitted):
+        lead = [Section("What can be said", [analysis.reason])]
     else:
         fitted = [significance(analysis), gains(analysis), speedup_section(analysis), final_losses(analysis)]
         fitted += [repeated_data(analysis), prediction_error(analysis), extrapolation(analysis)]
@@ -41,7 +41,7 @@ def build_sections(dataset: Dataset, analysis: Analysis | str) -> list[Section]:
     sections = [
         *lead,
         _results(dataset),
-        tokens_and_time(dataset, analysis),
+        tokens_and_time(dataset, analysis.wall),
         accuracy(dataset),
         averaged_weights(dataset),
         *precision(dataset),

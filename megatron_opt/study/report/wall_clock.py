@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 
 from megatron_opt.report.blocks import Section, Series, Table, colors
-from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.fits.significance import LEVEL
 from megatron_opt.study.fits.statement import Estimate
-from megatron_opt.study.fits.wall_clock import TimeSpeedup, WallClock, reached
+from megatron_opt.study.fits.wall_clock import Reached, TimeSpeedup, WallClock
 
 
-def tokens_and_time(dataset: Dataset, analysis: Analysis | str) -> Section:
-    """Time to the baseline's final loss, and token speedups over ratios of step times; empty where no time is known."""
-    wall = WallClock(reached(dataset)) if isinstance(analysis, str) else analysis.wall
+def tokens_and_time(dataset: Dataset, wall: WallClock) -> Section:
+    """Times to final losses, and token speedups over ratios of step times; empty where no time is known."""
     section = Section("Tokens and time")
     if wall.reached:
         _reached(section, dataset, wall)
@@ -22,44 +20,70 @@ def tokens_and_time(dataset: Dataset, analysis: Analysis | str) -> Section:
         _speedups(section, dataset, wall)
     if wall.target and wall.cluster:
         _target(section, dataset, wall)
+    elif wall.cluster and wall.cluster.target and section.tables:
+        said = ", ".join(f"{name} {ratio:.3f}" for name, ratio in wall.cluster.target.items())
+        section.text.append(
+            f"At {dataset.target[0]:.3g} parameters on {wall.cluster.name} a step takes, over {dataset.baseline}'s: {said} (the cost "
+            "model, in the layout of the nearest usual Llama on 64 GPUs). No law says what tokens are worth there."
+        )
     if wall.cluster:
         section.text += wall.cluster.notes
     return section
 
 
 def _reached(section: Section, dataset: Dataset, wall: WallClock) -> None:
-    base = dataset.baseline
+    base, there = dataset.baseline, wall.cluster.name if wall.cluster else None
     section.text.append(
         f"Until a run's validation loss is at {base}'s final loss of the same seed: tokens, and seconds of training steps on the "
         "machine that ran it (no start, no evaluation; runs that shared a machine slowed each other). The loss is "
         "interpolated between evaluations. A schedule that ended there would have got there sooner, so that these speedups are "
         f"on the low side. Intervals are {LEVEL:.0%}, of a spread over seeds that is pooled over the table."
+        + (f" On {there}: the same tokens at the cost model's time of a token, taken as exact." if there else "")
     )
     rows = [
         [
             str(one.regime),
             one.optimizer,
             f"{one.target:.4f}",
-            *(
-                [one.why, "–", "–", "–", "–"]
-                if one.tokens is None or one.seconds is None or one.baseline_seconds is None
-                else [
-                    f"{one.tokens:.3g}",
-                    f"{one.seconds:.3g}",
-                    f"{one.baseline_seconds:.3g}",
-                    estimate(one.in_tokens),
-                    estimate(one.in_time),
-                ]
-            ),
-            str(len(one.seeds)),
-            str(one.evaluations),
-            ", ".join(one.runs),
+            *([one.why, "–", "–"] if one.tokens is None else _numbers(one.tokens, one.seconds, one.baseline_seconds)),
+            *_ends(one, wall, one.tokens),
         ]
         for one in wall.reached
     ]
     header = ["regime", "optimizer", "target loss", "tokens to it", "seconds to it", f"{base}'s seconds"]
-    header += ["speedup in tokens", "speedup in time", "seeds", "evaluations", "runs"]
-    section.tables.append(Table(header, rows, f"Time to the final loss of {base}."))
+    tail = ["speedup in tokens", "speedup in time"]
+    tail += [f"GPU-seconds to it, {there}", f"speedup in time, {there}"] if there else []
+    tail += ["seeds", "evaluations", "runs"]
+    section.tables.append(Table([*header, *tail], rows, f"Time to the final loss of {base}."))
+    if wall.behind:
+        rows = [
+            [
+                str(one.regime),
+                one.optimizer,
+                f"{one.target:.4f}",
+                *_numbers(one.baseline_tokens, one.baseline_seconds, one.seconds),
+                *_ends(one, wall, one.baseline_tokens, base),
+            ]
+            for one in wall.behind
+        ]
+        header = ["regime", "optimizer", "its final loss", "tokens to it", "seconds to it", "its seconds", *tail]
+        caption = f"Of those that never reach it: time of {base} to their own final loss. These speedups are on the high side."
+        section.tables.append(Table(header, rows, caption))
+
+
+def _numbers(*values: float | None) -> list[str]:
+    return ["–" if value is None else f"{value:.3g}" for value in values]
+
+
+def _ends(one: Reached, wall: WallClock, tokens: float | None, who: str | None = None) -> list[str]:
+    """Speedups and what they rest on; `tokens`: of `who` until both are at the loss, which a cluster would take its time for."""
+    cells = [estimate(one.in_tokens), estimate(one.in_time)]
+    if wall.cluster:
+        a_token = wall.cluster.a_token.get((who or one.optimizer, one.regime))
+        ratio = wall.cluster.measured.get((one.optimizer, one.regime))
+        cells += _numbers(None if tokens is None or a_token is None else tokens * a_token)
+        cells.append(estimate(one.in_tokens.over(ratio) if one.in_tokens and ratio else None))
+    return [*cells, str(len(one.seeds)), str(one.evaluations), ", ".join(one.runs)]
 
 
 def _speedups(section: Section, dataset: Dataset, wall: WallClock) -> None:
