@@ -48,7 +48,7 @@ training/job.py
   megatron.training.training.clip_qk: the optimizer's step has clipped, and knows the largest logit of all ranks
 training/stragglers.py
   torch.distributed.Work.wait: on CPU: time spent waiting for asynchronous collectives
-  torch.distributed.*: on CPU: time spent waiting in ten collectives
+  torch.distributed.*: on CPU: time spent waiting in twelve collectives
   megatron.training.training.train_step: on CPU: a rank's own time
 training/monitoring.py
   megatron.training.training.training_log: metrics of a step
