@@ -71,14 +71,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=RECIPES)
     options = parser.parse_args()
     wanted = {name: more for name, more in CONFIGURATIONS.items() if name not in RECIPES or name in options.only}
-    found: dict[str, list[float]] = {name: [] for name in wanted}
+    results: dict[str, list[float]] = {name: [] for name in wanted}
     for _ in range(options.repeats):
         for name, more in wanted.items():
-            found[name] += seconds(options.size, more, options.steps)
-    base = statistics.median(found["bf16"])
+            results[name] += seconds(options.size, more, options.steps)
+    base = statistics.median(results["bf16"])
     print(f"{options.size}, one thread, AdamW, {options.steps} × {options.repeats} steps")
     print("| layers | processor ms a step | fastest to slowest | over the bf16 step |\n|---|---:|---:|---:|")
-    for name, times in found.items():
+    for name, times in results.items():
         middle = statistics.median(times)
         print(
             f"| {name} | {middle * 1e3:.0f} | {min(times) * 1e3:.0f} to {max(times) * 1e3:.0f} | {middle / base:.2f} |"

@@ -26,7 +26,7 @@ RULES = ["adamw", "mars", "cautious", "lion", "muon", "scion", "soap", "shampoo"
 
 def measure(model: ModelSpec, layout: Layout, optimizer: str, rank: int, native: bool) -> dict[str, dict]:
     """Counts of an ordinary step and, where there is one, of a step with a refresh."""
-    found = {}
+    results = {}
     with rehearsal(model, layout, default_group_configs(optimizer), rank, native=native) as made:
         made.step()  # states are made, first bases found
         made.optimizer.step_number = 2  # SOAP's slices ask once more in the second
@@ -34,7 +34,7 @@ def measure(model: ModelSpec, layout: Layout, optimizer: str, rank: int, native:
             if kind == "refresh":
                 made.optimizer.step_number = 9
             count, seconds = made.step()
-            found[kind] = {
+            results[kind] = {
                 "launches": count.total,
                 "copies": count.launches["aten::copy_"] + count.launches["aten::_foreach_copy_"],
                 "collectives": count.launches["collective"],
@@ -43,7 +43,7 @@ def measure(model: ModelSpec, layout: Layout, optimizer: str, rank: int, native:
                 "host_ms": round(1e3 * seconds, 1),
                 "most": count.launches.most_common(6),
             }
-    return found
+    return results
 
 
 def main() -> int:

@@ -185,9 +185,9 @@ def contenders(optimizer: str, shapes: list[tuple[int, int]], peers: bool = True
             p.grad = g.clone()
         return params
 
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     if optimizer in {*registry.optimizers(), *VARIANTS}:
-        found["ours"] = Ours(optimizer, [p.detach() for p in parameters()], [g.clone() for g in grads])
+        results["ours"] = Ours(optimizer, [p.detach() for p in parameters()], [g.clone() for g in grads])
     for name, build in PEERS.get(optimizer, {}).items() if peers else ():
         params = parameters()
         try:
@@ -196,8 +196,8 @@ def contenders(optimizer: str, shapes: list[tuple[int, int]], peers: bool = True
         except (ImportError, RuntimeError) as error:  # not installed, or out of memory on these shapes
             print(f"{optimizer}: {name} left out: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
-        found[name] = peer
-    return found
+        results[name] = peer
+    return results
 
 
 def clock(threads: int) -> float:
@@ -220,12 +220,12 @@ def timed(function: Callable[[], Any], threads: int) -> float:
 
 
 def measure(
-    found: dict[str, Any], rounds: int, threads: int, period: int = 1, gradients: Gradients | None = None
+    results: dict[str, Any], rounds: int, threads: int, period: int = 1, gradients: Gradients | None = None
 ) -> dict[str, list[float]]:
     """Milliseconds a step: each contender in turn makes `period` steps a round; the first round is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in found}
+    times: dict[str, list[float]] = {name: [] for name in results}
     for turn in range(rounds + 1):
-        for name, optimizer in found.items():
+        for name, optimizer in results.items():
             total = 0.0
             for _ in range(period):
                 if gradients is not None:
@@ -304,17 +304,17 @@ def main() -> int:
         training = training_ms(CASES[case], args.tokens, args.threads)
         for optimizer in optimizers:
             gc.collect()
-            found = contenders(optimizer, CASES[case], peers=not args.share)
+            results = contenders(optimizer, CASES[case], peers=not args.share)
             fresh = optimizer in FRESH
             gradients = Gradients(CASES[case], 4 if fresh else 3 if DEVICE.type == "cuda" else 0)
             rounds = max(1, args.rounds // 4) if optimizer in FRESH else args.rounds
-            measured = measure(found, rounds, args.threads, PERIOD.get(optimizer, 1), gradients)
+            measured = measure(results, rounds, args.threads, PERIOD.get(optimizer, 1), gradients)
             times = {name: statistics.median(values) for name, values in measured.items()}
             peers = {name: value for name, value in times.items() if name != "ours"}
             ours, best = times.get("ours"), min(peers.values(), default=None)
             bound = None
             if ours is not None:
-                moved, flops = found["ours"].cost()
+                moved, flops = results["ours"].cost()
                 rate = rates["bf16" if optimizer in ("muon", "scion") else "fp32"]
                 bound = 1e3 * (moved / bandwidth + sum(flops.values()) / rate)
             listed = ", ".join(f"{name} {value:.2f}" for name, value in sorted(peers.items(), key=lambda i: i[1]))

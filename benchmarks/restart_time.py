@@ -58,16 +58,16 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3, help="restarts of which the median is taken (default 3)")
     parser.add_argument("--model", nargs=argparse.REMAINDER, default=["--hidden-size", "320", "--num-layers", "8"])
     args = parser.parse_args()
-    found: dict[int, list[dict[str, float]]] = {}
+    results: dict[int, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         for ranks in args.ranks:
             folders = [Path(name) / f"{ranks}-{number}" for number in range(args.runs)]
-            found[ranks] = [once(folder, ranks, args.model) for folder in folders]
-    print(f"| phase | {' | '.join(f'{n} rank{"s" * (n > 1)}, s' for n in found)} |\n|---|{'---|' * len(found)}")
+            results[ranks] = [once(folder, ranks, args.model) for folder in folders]
+    print(f"| phase | {' | '.join(f'{n} rank{"s" * (n > 1)}, s' for n in results)} |\n|---|{'---|' * len(results)}")
     for phase, what in (*PHASES, ("all", "death to the first new step")):
-        medians = (statistics.median(one[phase] for one in runs) for runs in found.values())
+        medians = (statistics.median(one[phase] for one in runs) for runs in results.values())
         print(f"| {what} | {' | '.join(f'{value:.1f}' for value in medians)} |")
-    print(json.dumps({n: [{k: round(v, 2) for k, v in one.items()} for one in runs] for n, runs in found.items()}))
+    print(json.dumps({n: [{k: round(v, 2) for k, v in one.items()} for one in runs] for n, runs in results.items()}))
     return 0
 
 

@@ -178,14 +178,14 @@ def measure(kind: str, tp: int, layers: int, args: argparse.Namespace, counter: 
         wall.append(time.perf_counter() - clock)
         processor.append(time.process_time() - cpu)
         sent.append(counter.bytes - before)
-    found = {
+    results = {
         "wall": statistics.median(wall[1:]),
         "processor": statistics.median(processor[1:]),
         "sent": sent[-1],
         "state": state_bytes(optimizer),
     }
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, found)
+    dist.all_gather_object(gathered, results)
     merged = {key: max(g[key] for g in gathered) for key in ("wall", "sent", "state")}
     return {**merged, "processor": statistics.mean(g["processor"] for g in gathered), "losses": losses}
 
@@ -208,26 +208,26 @@ def worker(args: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     ps.initialize_model_parallel(tp)
     model_parallel_cuda_manual_seed(1)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for layers in args.layers:
-        kinds = found[str(layers)] = {}
+        kinds = results[str(layers)] = {}
         for kind in args.kinds:
             try:
                 kinds[kind] = measure(kind, tp, layers, args, counter)
             except Exception as error:  # what a peer refuses is a line of the table
                 kinds[kind] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:60]}"}
     if dist.get_rank() == 0:
-        Path(args.result).write_text(json.dumps(found))
+        Path(args.result).write_text(json.dumps(results))
     dist.barrier()
 
 
 HEADER = f"{'layers':>6} {'layout':<9}{'implementation':<29}{'wall ms':>9}{'cpu ms':>9}{'sent MiB':>10}{'state MiB':>11}  loss off"
 
 
-def lines(layout: str, found: dict[str, dict[str, Any]], one: dict[str, dict[str, Any]]) -> list[str]:
+def lines(layout: str, results: dict[str, dict[str, Any]], one: dict[str, dict[str, Any]]) -> list[str]:
     """One line for each number of layers and implementation; losses against those of one process."""
     made = []
-    for layers, kinds in found.items():
+    for layers, kinds in results.items():
         for kind, values in kinds.items():
             start = f"{layers:>6} {layout:<9}{kind:<29}"
             if "error" in values:
@@ -278,9 +278,9 @@ def main() -> None:
                  "--worker", layout, "--result", str(result), "--kinds", *args.kinds],
                 check=True, env=environment, timeout=1800,
             )  # fmt: skip
-            found = json.loads(result.read_text())
-        one = one or found
-        print("\n".join(lines(layout, found, one)), flush=True)
+            results = json.loads(result.read_text())
+        one = one or results
+        print("\n".join(lines(layout, results, one)), flush=True)
 
 
 if __name__ == "__main__":

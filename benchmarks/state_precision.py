@@ -91,7 +91,7 @@ def refreshed(rounding: Callable[[Tensor], Tensor]) -> tuple[float, float, float
     """
     exact = kept = torch.zeros(1, SIDE, SIDE)
     base = basis = torch.eye(SIDE).unsqueeze(0)
-    found = []
+    results = []
     for t, grad in enumerate(gradients(), 1):
         outer = (grad @ grad.mT).unsqueeze(0)
         exact, kept = exact * 0.95 + 0.05 * outer, rounding(kept * 0.95 + 0.05 * outer)
@@ -102,8 +102,8 @@ def refreshed(rounding: Callable[[Tensor], Tensor]) -> tuple[float, float, float
             for q in (basis, base):
                 turned = q.mT @ exact @ q
                 off.append(float((turned - torch.diag_embed(turned.diagonal(dim1=1, dim2=2))).norm() / turned.norm()))
-            found.append((float((kept - exact).norm() / exact.norm()), *off))
-    return tuple(sum(column) / len(found) for column in zip(*found))  # type: ignore[return-value]
+            results.append((float((kept - exact).norm() / exact.norm()), *off))
+    return tuple(sum(column) / len(results) for column in zip(*results))  # type: ignore[return-value]
 
 
 def print_errors() -> None:

@@ -55,12 +55,12 @@ def sequential(rng: np.random.Generator, gain: float, most: int, regimes: int = 
             for r in range(regimes)
             for k in range(optimizers)
         }
-        found = compare_all(cells, "o0", names, places, looks=most - 1)
-        for one in found:
+        results = compare_all(cells, "o0", names, places, looks=most - 1)
+        for one in results:
             if not one.settled and count < most:
                 r = places.index(one.regime)
                 held[r, names.index(one.optimizer)] = held[r, 0] = count + 1
-    return any(one.verdict == "better" for one in found)
+    return any(one.verdict == "better" for one in results)
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 from megatron_opt import quiet
-from megatron_opt.errors import Parser, UserError, did_you_mean, naming, unusable
-from megatron_opt.extras import missing_package
+from megatron_opt.errors import Parser, UserError, did_you_mean, naming
+from megatron_opt.extras import sentence_of
 from megatron_opt.training import entry, failing
 
 COMMANDS = {
@@ -70,20 +70,12 @@ def _run(argv: list[str]) -> int:
     try:
         module = importlib.import_module(COMMANDS[argv[0]][0])
         return int(module.main(argv[1:], prog=f"megatron-opt {argv[0]}") or 0)
-    except UserError as error:
-        sentence = error
-    except ModuleNotFoundError as error:
-        missing = missing_package(error)
-        if missing is None:
-            raise
-        sentence = missing
     except BrokenPipeError:
         raise
-    except OSError as error:
-        sentence_of = unusable(error)
-        if sentence_of is None:
+    except (UserError, ModuleNotFoundError, OSError) as error:
+        sentence = sentence_of(error)
+        if sentence is None:
             raise
-        sentence = sentence_of
     return entry.print_user_error(f"megatron-opt {argv[0]}", UserError(naming(str(sentence), argv[1:])))
 
 

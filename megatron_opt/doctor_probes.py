@@ -214,14 +214,14 @@ def _all_reduce(x: Tensor, group: Any) -> Tensor:
 
 def _reduce_scatter(x: Tensor, group: Any) -> Tensor:
     out = torch.empty(x.numel() // group.size(), dtype=x.dtype, device=x.device)
-    dist.reduce_scatter_tensor(out, x, group=group)
+    dist.reduce_scatter_single(out, x, group=group)
     return out
 
 
 def _all_gather(x: Tensor, group: Any) -> Tensor:
     n = group.size()
     out = torch.empty_like(x)
-    dist.all_gather_into_tensor(out, x.view(n, -1)[group.rank()].contiguous(), group=group)
+    dist.all_gather_single(out, x.view(n, -1)[group.rank()].contiguous(), group=group)
     return out
 
 

@@ -1,10 +1,11 @@
 """Packages that a plain installation may lack, and the sentence for each: one table for every command."""
 
 import importlib
+from collections.abc import Callable
 from importlib.util import find_spec
 from types import ModuleType
 
-from megatron_opt.errors import UserError
+from megatron_opt.errors import UserError, unusable
 
 # module → what brings it
 _BRINGS = {
@@ -45,6 +46,15 @@ def missing_package(error: ModuleNotFoundError) -> UserError | None:
         return None
     remedy = _BRINGS.get(top, "pip install megatron-opt, in the environment that runs this, brings it")
     return UserError(f"the package {top} is not installed; {remedy}.")
+
+
+def sentence_of(error: Exception, of_files: Callable[[OSError], UserError | None] = unusable) -> UserError | None:
+    """What a command says of an error that its user can mend; None for a defect."""
+    if isinstance(error, ModuleNotFoundError):
+        return missing_package(error)
+    if isinstance(error, OSError):
+        return of_files(error)
+    return error if isinstance(error, UserError) else None
 
 
 def _installed(top: str) -> bool:

@@ -9,6 +9,9 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from megatron_opt.report import markdown
+from megatron_opt.report.blocks import Table
+
 
 class Patch(NamedTuple):
     """One replacement: of what, in which file of this package, what for. Wrappers of one target apply in table order."""
@@ -48,7 +51,7 @@ training/job.py
   megatron.training.training.clip_qk: the optimizer's step has clipped, and knows the largest logit of all ranks
 training/stragglers.py
   torch.distributed.Work.wait: on CPU: time spent waiting for asynchronous collectives
-  torch.distributed.*: on CPU: time spent waiting in ten collectives
+  torch.distributed.*: on CPU: time spent waiting in twelve collectives
   megatron.training.training.train_step: on CPU: a rank's own time
 training/monitoring.py
   megatron.training.training.training_log: metrics of a step
@@ -173,8 +176,8 @@ def _owner(target: str) -> tuple[Any, str]:
 
 def table() -> str:
     """Markdown, in the order of the table."""
-    rows = (f"| `{patch.target}` | `{patch.file}` | {patch.why} |" for patch in PATCHES)
-    return "\n".join(["| replaced | by | why |", "|---|---|---|", *rows])
+    rows = [[f"`{patch.target}`", f"`{patch.file}`", patch.why] for patch in PATCHES]
+    return "\n".join(markdown.table(Table(["replaced", "by", "why"], rows)))
 
 
 if __name__ == "__main__":

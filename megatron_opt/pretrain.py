@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megatron_opt import quiet
 from megatron_opt.errors import UserError, full, naming
-from megatron_opt.extras import missing_package
+from megatron_opt.extras import sentence_of
 from megatron_opt.training import entry, failing, signals
 
 _PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Connection refused.*gloo|gloo.*Connection", re.S)
@@ -35,22 +35,15 @@ def run(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 trained (also when the loss diverged), 2 bad input, 1 any other failure."""
-    code = 0
+    code, argv = 0, sys.argv[1:] if argv is None else argv
     try:
-        run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        said = naming(str(error), sys.argv[1:] if argv is None else argv)
-        return entry.print_user_error("megatron_opt.pretrain", UserError(said))
-    except ModuleNotFoundError as error:
-        missing = missing_package(error)
-        if missing is None:
-            raise
-        return entry.print_user_error("megatron_opt.pretrain", missing)
-    except OSError as error:
-        sentence = full(error)
+        run(argv)
+    except (UserError, ModuleNotFoundError, OSError) as error:
+        sentence = sentence_of(error, full)  # a file that cannot be read may be the file system's trouble, which passes
         if sentence is None:
             raise
-        return entry.print_user_error("megatron_opt.pretrain", sentence)
+        said = naming(str(sentence), argv)
+        return entry.print_user_error("megatron_opt.pretrain", UserError(said))
     except RuntimeError as error:
         if not _PEER_GONE.search(str(error)):
             raise

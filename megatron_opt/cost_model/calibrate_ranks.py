@@ -154,8 +154,8 @@ def _exchange(rank: int, ranks: int, barrier: Any, results: Any, port: int) -> N
     runs: dict[str, tuple[float, Callable[[], Any]]] = {  # bytes that each rank sends, and the collective
         "all_to_all": (sent, partial(dist.all_to_all_single, out, large)),
         "all_reduce": (2 * sent, partial(dist.all_reduce, out)),
-        "reduce_scatter": (sent, partial(dist.reduce_scatter_tensor, part, large)),
-        "all_gather": (sent, partial(dist.all_gather_into_tensor, out, part)),
+        "reduce_scatter": (sent, partial(dist.reduce_scatter_single, part, large)),
+        "all_gather": (sent, partial(dist.all_gather_single, out, part)),
     }
     rates = {kind: rate_of(count, seconds(run, 10), latency) for kind, (count, run) in runs.items()}
     if rank == 0:

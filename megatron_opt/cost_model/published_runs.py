@@ -11,6 +11,8 @@ import yaml
 from megatron_opt.cost_model.cluster import Cluster, load
 from megatron_opt.cost_model.flags import parse
 from megatron_opt.cost_model.step import predict
+from megatron_opt.report import markdown
+from megatron_opt.report.blocks import Table
 
 ZERO = "--sequence-parallel --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --optimizer adamw"
 
@@ -81,14 +83,10 @@ def spread(runs: Iterable[Run]) -> tuple[float, float, float, int]:
 
 def table(runs: Iterable[Run]) -> str:
     """The runs as Markdown."""
-    lines = [
-        "| run | measured s | predicted s | measured / predicted | TFLOP/s a GPU | source |",
-        "|---|---:|---:|---:|---:|---|",
-    ]
-    lines += [
-        f"| {r.name} | {r.seconds:.2f} | {r.predicted:.2f} | {r.ratio:.2f} | {r.tflops:.0f} | {r.source}"
-        + (f" ({r.assumed})" if r.assumed else "")
-        + " |"
-        for r in runs
-    ]
-    return "\n".join(lines)
+    header = ["run", "measured s", "predicted s", "measured / predicted", "TFLOP/s a GPU", "source"]
+    rows = []
+    for run in runs:
+        seconds = [f"{value:.2f}" for value in (run.seconds, run.predicted, run.ratio)]
+        source = f"{run.source} ({run.assumed})" if run.assumed else run.source
+        rows.append([run.name, *seconds, f"{run.tflops:.0f}", source])
+    return "\n".join(markdown.table(Table(header, rows)))

@@ -5,6 +5,7 @@ arXiv 2505.16932 (polar_express, its 1.01 safety factor included), arXiv 2506.10
 """
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import islice
 
 import torch
@@ -48,6 +49,9 @@ SETS: dict[str, Coefficients] = {
 }
 _REPEAT_LAST = ("polar_express", "cans", "deepseekv4")
 
+_ROUNDING = 2.0**-8  # of bf16
+_SAFETY = 1.01  # as in polar_express
+
 ITERATION_DTYPES = {"medium": torch.bfloat16, "high": None, "highest": None}  # None: the matrix's own
 
 # Long side over short from which the Gram form is faster (one CPU core, k = 512: bf16 1.3× at 4, fp32 1.5× at 8).
@@ -71,6 +75,31 @@ def coefficients(kind: str, steps: int, custom: Sequence[Sequence[float]] = ()) 
     if kind in _REPEAT_LAST:
         return tuple(islice(table + (table[-1],) * steps, steps))
     return tuple(table[i % len(table)] for i in range(steps))
+
+
+@cache
+def bounded(table: Coefficients, rounding: float = 0.0) -> bool:
+    """Whether singular values in [0, 1] stay below 100 where each step's are up to 1 + `rounding` times too large."""
+    high = 1.0
+    for a, b, c in table:
+        square = torch.linspace(0, high * (1 + rounding), 1001, dtype=torch.float64).square()
+        high = float((square.sqrt() * (a + square * (b + c * square))).abs().max())
+        if not high <= 100:
+            return False
+    return True
+
+
+@cache
+def safe(table: Coefficients, dtype: torch.dtype) -> Coefficients:
+    """The table to iterate with in `dtype`: each step but the last of p(σ/1.01) where bf16 would leave the polynomials' range.
+
+    Those of cans end steeply at the largest value of the step before; rounded beyond it (of rank 1 σ is 1 from the start),
+    singular values grow without bound. Of the sets here only cans changes.
+    """
+    if dtype != torch.bfloat16 or bounded(table, _ROUNDING):
+        return table
+    s = _SAFETY
+    return (*((a / s, b / s**3, c / s**5) for a, b, c in table[:-1]), table[-1])
 
 
 def scale_to_unit(norm: Tensor, eps: float, form: str) -> Tensor:
@@ -159,7 +188,8 @@ def _native(
             calls.setdefault((bf16, native_segment(k, K, work, table)), []).append(index)
     for (bf16, gram), indices in calls.items():
         given = [matrices[index].contiguous() for index in indices]
-        computed = products.orthogonalize(given, table, eps, add_eps=norm_form == "add", bf16=bf16, gram=gram)
+        steps = safe(table, torch.bfloat16 if bf16 else torch.float32)
+        computed = products.orthogonalize(given, steps, eps, add_eps=norm_form == "add", bf16=bf16, gram=gram)
         for index, result in zip(indices, computed):
             results[index] = result
     return results
@@ -192,7 +222,7 @@ def orthogonalize(
             wide = [matrices[i] if matrices[i].shape[0] == k else matrices[i].mT for i in batch]
             x = torch.stack(wide) if len(batch) > 1 else wide[0]
             norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-            y = form((x * scale_to_unit(norm, eps, norm_form)).to(work), table).to(dtype)
+            y = form((x * scale_to_unit(norm, eps, norm_form)).to(work), safe(table, work)).to(dtype)
             for i, row in zip(batch, y.unbind() if len(batch) > 1 else [y]):
                 results[i] = row if matrices[i].shape[0] == k else row.mT.contiguous()
     return [result for result in results if result is not None]

@@ -274,11 +274,11 @@ def _from_ours(args: Any, source: Source, model: list[Any], optimizer: Any) -> l
 def _read(old: Any, index: int, m: list[Tensor], v: list[Tensor], tokens: float) -> None:
     """Moments of one shard group, back at the parameter shards that hold the shards."""
     shard_group, matrices = old.shard_groups[index], old.matrix_steps[index]
-    for group, pieces in old.element_steps[index].slices.items():
-        for piece in pieces:
-            mean, square = warm_start.moments_of_elements(old.group_optimizers[group], _decoded(piece.state), tokens)
-            piece.of(m).copy_(mean)
-            piece.of(v).copy_(square)
+    for group, runs in old.element_steps[index].slices.items():
+        for run in runs:
+            mean, square = warm_start.moments_of_elements(old.group_optimizers[group], _decoded(run.state), tokens)
+            run.of(m).copy_(mean)
+            run.of(v).copy_(square)
     means: dict[Any, Tensor] = {}
     squares: dict[Any, Tensor] = {}
     for key, state in matrices.states.items():
@@ -312,12 +312,12 @@ def _fill(optimizer: Any, index: int, moments: Moments, tokens: float) -> None:
     for param_shard, weight in zip(shard_group.param_shards, moments.weights, strict=True):
         if param_shard.view.param.dtype != torch.float32:
             param_shard.main.copy_(weight)
-    for group, pieces in optimizer.element_steps[index].slices.items():
-        for piece in pieces:
-            values = _decoded(piece.state)
-            mean, square = piece.of(moments.m), piece.of(moments.v)
+    for group, runs in optimizer.element_steps[index].slices.items():
+        for run in runs:
+            values = _decoded(run.state)
+            mean, square = run.of(moments.m), run.of(moments.v)
             warm_start.fill_elements(optimizer.group_optimizers[group], values, mean, square, tokens)
-            _encode(piece.state, values)
+            _encode(run.state, values)
     m, v = (matrices.gather(flats) for flats in (moments.m, moments.v))
     for key, state in matrices.states.items():
         info = matrices.infos[key[0]]

@@ -19,10 +19,6 @@ from megatron_opt.optimizers.narrow import NarrowOptimizer, moment_option
 from megatron_opt.optimizers.options import check, choice, decay, epsilon, option
 from megatron_opt.optimizers.registry import register
 
-_SETS = tuple(
-    kind for kind in ns.SETS if kind != "cans"
-)  # of one slice the singular value is 1, where cans leaves [0, 1] in bf16
-
 
 @dataclass(frozen=True)
 class Dion2Config:
@@ -34,7 +30,7 @@ class Dion2Config:
     scale_mode: str = choice("unit_rms_norm", SCALE_MODES, "factor by the matrix's shape (out, in)")
     extra_scale_factor: float = option(1.0, "further factor on the update", above=0, high=1e6)
     num_ns_steps: int = option(5, "Newton–Schulz steps", low=1, high=100)
-    coefficient_type: str = choice("polar_express", _SETS, "Newton–Schulz coefficients")
+    coefficient_type: str = choice("polar_express", tuple(ns.SETS), "Newton–Schulz coefficients")
     fp32_matmul_prec: str = choice("medium", tuple(ns.ITERATION_DTYPES), "iterate in bf16 (medium) or fp32")
     moment_dtype: str = moment_option()
 

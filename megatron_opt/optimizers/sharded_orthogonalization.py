@@ -32,6 +32,7 @@ def collectives(k: int, K: int, rows: tuple[int, ...], dtype: torch.dtype, table
 def iterate(x: Tensor, K: int, rows: tuple[int, ...], index: int, table: Coefficients) -> ShardStep:
     """Shard `index` (k, K_j) of the result for normalized X, in the dtype of X."""
     start, stop = rows[index], rows[index + 1]
+    table = ns.safe(table, x.dtype)
     if not ns.uses_gram_form(len(x), K, x.dtype, table):
         for a, b, c in table:
             block = yield fold(products.matmul(x, x.mT, symmetric=True))

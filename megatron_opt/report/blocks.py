@@ -108,7 +108,7 @@ class Table:
 
     def words(self) -> list[bool]:
         """By column, whether it holds words, which stand to the left; numbers stand to the right."""
-        return [any(row[i][:1].isalpha() for row in self.rows) for i in range(len(self.header))]
+        return [any(row[i].lstrip("`")[:1].isalpha() for row in self.rows) for i in range(len(self.header))]
 
     def without(self, unwanted: Callable[[int], bool]) -> Table:
         """The table less the columns whose place is unwanted."""

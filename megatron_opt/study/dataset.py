@@ -102,6 +102,8 @@ class Dataset:
     """how often a seeds phase may have looked at its results before it stopped"""
     margin: float = 3e-3
     """Δ1: differences below it do not matter"""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """the same of the study as a whole, as its store has them and exports carry them"""
     _best: tuple[list[Record], dict[tuple[str, Regime], Best]] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -188,6 +190,7 @@ def from_store(store: Store) -> Dataset:
         cluster=store.meta("cluster"),
         looks=store.meta("looks", 1),
         margin=store.meta("margin", Dataset.margin),
+        settings=store.settings(),
     )
     dataset.check_tokenizers()
     return dataset

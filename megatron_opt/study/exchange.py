@@ -1,6 +1,7 @@
 """Runs as CSV or Parquet files: out of a store, into a store, and in from elsewhere.
 
-An exported file holds everything of a run but its curve; curves go into a Parquet file of their own.
+An exported file holds everything of a run but its curve, and what reports read of the study as a whole; curves go into a
+Parquet file of their own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from megatron_opt.study.imports.values import final_loss
 from megatron_opt.study.store import REAL, STATES, WHOLE, Record, Store
 from megatron_opt.study.store import TEXT as STORED_TEXT
 
-TEXT = (*STORED_TEXT, "phases")
+TEXT = (*STORED_TEXT, "phases", "study")
 COLUMNS = (*TEXT, *WHOLE, *REAL)
 REQUIRED = ("optimizer", "model", "ratio", "parameters", "tokens", "loss")
 """what a file that another program wrote must have; `hyper` is a JSON object, an empty loss means diverged"""
@@ -41,10 +42,22 @@ def phases_by_run(phases: dict[str, list[str]]) -> dict[str, list[str]]:
     return found
 
 
+def complete(
+    rows: list[dict[str, Any]], phases: dict[str, list[str]], settings: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Rows with each run's phases and, in the row of the lowest id, what is known of the study (`Store.settings`)."""
+    of_run, first = phases_by_run(phases), min((row["id"] for row in rows), default=None)
+    return [
+        row
+        | {"phases": json.dumps(of_run.get(row["id"], []))}
+        | {"study": json.dumps(settings) if settings and row["id"] == first else None}
+        for row in rows
+    ]
+
+
 def export_runs(store: Store, path: Path) -> int:
     """Write all runs to a .csv or .parquet file; returns how many."""
-    phases = phases_by_run(store.phases())
-    rows = [row | {"phases": json.dumps(phases.get(row["id"], []))} for row in store.rows()]
+    rows = complete(store.rows(), store.phases(), store.settings())
     if path.suffix == ".parquet":
         schema = pa.schema(
             [(name, pa.string()) for name in TEXT]
@@ -61,10 +74,10 @@ def export_runs(store: Store, path: Path) -> int:
     return len(rows)
 
 
-def row_of(record: Record, phases: list[str]) -> dict[str, Any]:
-    """A run in the columns of an export."""
+def row_of(record: Record) -> dict[str, Any]:
+    """A run in the columns of an export that are its own."""
     row: dict[str, Any] = {name: getattr(record, name, None) for name in COLUMNS}
-    row |= {"model": record.regime.model, "ratio": record.regime.ratio, "phases": json.dumps(phases)}
+    row |= {"model": record.regime.model, "ratio": record.regime.ratio}
     row |= {name: json.dumps(getattr(record, name)) for name in ("hyper", "config", "arguments")}
     return row | {"results": json.dumps(record.results) if record.results else None}
 
@@ -156,7 +169,7 @@ def _row(raw: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
         for name in REAL:
             row[name] = float(row[name]) if row[name] not in (None, "") else None
         hyper = json.loads(row["hyper"] or "{}")
-        phases = json.loads(row["phases"] or "[]")
+        phases, settings = json.loads(row["phases"] or "[]"), json.loads(row["study"] or "{}")
     except (ValueError, OverflowError) as error:
         raise UserError(f"{path}, row {number}: {error}; correct the value") from None
     where = f"{path}, row {number}, column 'loss'"
@@ -164,8 +177,9 @@ def _row(raw: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
         raise UserError(f"{path}, row {number}: optimizer, model, ratio and parameters must be given")
     if not math.isfinite(row["ratio"]) or row["ratio"] <= 0 or row["tokens"] <= 0:
         raise UserError(f"{path}, row {number}: ratio and tokens must be greater than 0")
-    if not isinstance(hyper, dict):
-        raise UserError(f'{path}, row {number}: `hyper` must be a JSON object, such as {{"lr": 0.01}}')
+    for column, value in (("hyper", hyper), ("study", settings)):
+        if not isinstance(value, dict):
+            raise UserError(f'{path}, row {number}: `{column}` must be a JSON object, such as {{"lr": 0.01}}')
     row["loss"], row["status"] = _outcome(row["loss"], row["status"], where)
     row |= {
         "hyper": json.dumps(hyper),
@@ -174,6 +188,7 @@ def _row(raw: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
         "results": row["results"] or None,
         "reason": row["reason"] or None,
         "phases": phases,
+        "study": settings,
         "created": row["created"] or time.time(),
     }
     if not row["id"]:

@@ -50,6 +50,11 @@ WHOLE = ("seed", "parameters", "tokens", "attempts", "interruptions")
 REAL = ("ratio", "created", "started", "finished", "loss")
 _COLUMNS = (*TEXT, *WHOLE, *REAL)
 """of a run that is imported, by type"""
+SETTINGS = (
+    *("name", "baseline", "tokens_per_parameter", "target", "looks", "margin", "cluster"),
+    *("models", "to_register", "trace"),
+)
+"""what is known of a study as a whole and goes with its runs; registered predictions are files of their own"""
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,21 @@ class Store:
         with self.transaction() as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
 
+    def settings(self) -> dict[str, Any]:
+        """What fits and reports read beside the runs, as far as it is known."""
+        return {key: value for key in SETTINGS if (value := self.meta(key)) is not None}
+
+    def _adopt(self, db: sqlite3.Connection, settings: dict[str, Any]) -> None:
+        """Keep what an imported file says of its study and this store does not know yet; raises UserError for another 1x."""
+        here, there = (known.get("tokens_per_parameter", 20.0) for known in (self.settings(), settings))
+        if settings and here != there and db.execute("SELECT count(*) FROM runs").fetchone()[0]:
+            raise UserError(
+                f"1x is {there:g} tokens a parameter in the file and {here:g} in {self.path}; import it into another folder"
+            )
+        for key in SETTINGS:
+            if key in settings:
+                db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, json.dumps(settings[key])))
+
     def registered(self) -> set[str]:
         """Regimes whose predictions were registered."""
         return {name for entry in self.meta("registered", []) for name in entry["regimes"]}
@@ -244,6 +264,7 @@ class Store:
         """Add runs with their results; raises UserError, and adds nothing, when one contradicts the store."""
         added = 0
         with self.transaction() as db:
+            self._adopt(db, next((row["study"] for row in rows if row.get("study")), {}))
             for row in rows:
                 known = db.execute("SELECT status, loss FROM runs WHERE id = ?", (row["id"],)).fetchone()
                 if known is None:

@@ -16,8 +16,8 @@ from megatron_opt.training import events
 
 _LEAST = 1e-3  # seconds a step below which a difference is noise
 _COLLECTIVES = (
-    "all_reduce all_gather all_gather_into_tensor reduce_scatter_tensor all_to_all all_to_all_single broadcast barrier "
-    "send recv"
+    "all_reduce all_gather all_gather_single reduce_scatter_single all_to_all all_to_all_single broadcast barrier send recv "
+    "all_gather_into_tensor reduce_scatter_tensor"  # Megatron's
 ).split()
 
 

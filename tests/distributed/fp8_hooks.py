@@ -118,14 +118,14 @@ def _product_error() -> float:
     generator = torch.Generator().manual_seed(3)
     w, x = (torch.randn(n, 96, generator=generator).bfloat16() for n in (64, 32))
     qw, qx = te.MXFP8Quantizer(7)(w), te.MXFP8Quantizer(7)(x)
-    found = general_gemm(qw, qx, out_dtype=torch.float32)[0].double()
+    actual = general_gemm(qw, qx, out_dtype=torch.float32)[0].double()
 
     def exact(matrix: Tensor) -> Tensor:
         numbers, scales = mx_reference(matrix.float().numpy().reshape(len(matrix), -1, 32), "e4m3")
         return torch.from_numpy((numbers * scales[..., None]).reshape(matrix.shape))
 
     wanted = exact(x) @ exact(w).t()
-    return float(((found - wanted).abs() / wanted.abs()).max())
+    return float(((actual - wanted).abs() / wanted.abs()).max())
 
 
 def quantizers(case: Case, record: recording.Record, argv: list[str], folder: Any) -> None:

@@ -23,10 +23,8 @@ TENSORS = {
     "broadcast": ("tensor",),
     "reduce": ("tensor",),
     "all_to_all_single": ("output", "input"),
-    "all_gather_into_tensor": ("output_tensor", "input_tensor"),
-    "_all_gather_base": ("output_tensor", "input_tensor"),
-    "reduce_scatter_tensor": ("output", "input"),
-    "_reduce_scatter_base": ("output", "input"),
+    "all_gather_single": ("output_tensor", "input_tensor"),  # `all_gather_into_tensor` calls it,
+    "reduce_scatter_single": ("output", "input"),  # `reduce_scatter_tensor` this
     "all_gather": ("tensor_list", "tensor"),
     "reduce_scatter": ("output", "input_list"),
     "all_to_all": ("output_tensor_list", "input_tensor_list"),

@@ -95,8 +95,8 @@ def test_the_average_is_read_as_a_model(runs: dict[str, Run], pool: Pool) -> Non
     assert free.averages is not None and free.averages.leads and raw.averages is None
     for parameter in names.parameters(families.spec_of(free.args)):
         parts = [saved[name] for name in saved if name == parameter.name or name.startswith(f"{parameter.name}.")]
-        found = free(parameter.name)
-        assert found.shape == parameter.shape and found.dtype == torch.bfloat16
-        assert "norm" in parameter.name or not torch.equal(found, raw(parameter.name))
+        actual = free(parameter.name)
+        assert actual.shape == parameter.shape and actual.dtype == torch.bfloat16
+        assert "norm" in parameter.name or not torch.equal(actual, raw(parameter.name))
         wanted = float(sum(part.float().bfloat16().double().sum() for part in parts))
-        assert found.double().sum() == pytest.approx(wanted, rel=1e-6, abs=1e-3)
+        assert actual.double().sum() == pytest.approx(wanted, rel=1e-6, abs=1e-3)

@@ -98,8 +98,8 @@ def test_delayed_scaling_resumes_bit_for_bit(runs: dict[str, Run]) -> None:
 
 def test_a_checkpoint_of_fp8_weights_goes_on_in_bf16(runs: dict[str, Run]) -> None:
     """From the main copies: within what FP8 products differ by."""
-    found, wanted = runs["on-to-bf16"].losses, runs["on"].losses[STOP:]
-    assert found == pytest.approx(wanted, rel=5e-3) and found != wanted
+    actual, wanted = runs["on-to-bf16"].losses, runs["on"].losses[STOP:]
+    assert actual == pytest.approx(wanted, rel=5e-3) and actual != wanted
 
 
 def test_main_copies_and_state_move_by_value(runs: dict[str, Run]) -> None:

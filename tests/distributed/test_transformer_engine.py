@@ -132,8 +132,8 @@ def test_a_checkpoint_goes_on_in_the_other_layers(runs: dict[str, Run], name: st
 
 def test_a_bf16_checkpoint_of_local_layers_goes_on_in_fp8(runs: dict[str, Run]) -> None:
     """Its scales begin as those of a new run do."""
-    found, whole = runs["local-to-delayed"].losses, runs["local-bf16"].losses
-    assert found == pytest.approx(whole[STOP:], rel=5e-3) and found != whole[STOP:]
+    actual, whole = runs["local-to-delayed"].losses, runs["local-bf16"].losses
+    assert actual == pytest.approx(whole[STOP:], rel=5e-3) and actual != whole[STOP:]
 
 
 def test_delayed_scaling_resumes_as_if_uninterrupted(runs: dict[str, Run]) -> None:

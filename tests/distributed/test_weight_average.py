@@ -119,10 +119,10 @@ def test_the_average_is_read_as_a_model(runs: dict[str, Run], pool: Pool) -> Non
         Checkpoint(folder.with_name("raw"), weights="ema")
     for parameter in names.parameters(families.spec_of(raw.args)):
         parts = [saved[name] for name in saved if name == parameter.name or name.startswith(f"{parameter.name}.")]
-        found = averaged(parameter.name)
-        assert found.shape == parameter.shape and found.dtype == torch.bfloat16
-        assert "norm" in parameter.name or not torch.equal(found, raw(parameter.name))  # norms near 1 may round alike
-        assert found.double().sum() == pytest.approx(
+        actual = averaged(parameter.name)
+        assert actual.shape == parameter.shape and actual.dtype == torch.bfloat16
+        assert "norm" in parameter.name or not torch.equal(actual, raw(parameter.name))  # norms near 1 may round alike
+        assert actual.double().sum() == pytest.approx(
             float(sum(part.bfloat16().double().sum() for part in parts)), rel=1e-9
         )
     first = "decoder.layers.0.self_attention.linear_qkv.weight"

@@ -71,8 +71,8 @@ def test_first_basis_of_a_factor_is_that_of_its_gradient():
     torch.manual_seed(0)
     g = torch.randn(1, 6, 20)
     (expected,) = eb.first_bases(g, (0,))
-    found = eb.first_basis_of_factor(g.double() @ g.double().mT, 6)
-    assert float((found - expected).abs().max()) < 1e-6
+    actual = eb.first_basis_of_factor(g.double() @ g.double().mT, 6)
+    assert float((actual - expected).abs().max()) < 1e-6
 
 
 def test_signs_do_not_follow_the_decomposition(monkeypatch):

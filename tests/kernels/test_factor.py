@@ -55,10 +55,10 @@ def test_triangular_operands_give_the_full_product(size, other, shape, flags):
        scale=st.sampled_from([1.0, 1e-30, 1e-41, 1e30]))  # fmt: skip
 def test_solves_are_float64s(size, other, flags, scale):
     l, x = triangle(size, "lower", transposed=flags[0]), rectangle(2, size, other, 1, flags[1], scale)
-    found = products.solve_lower(l, x).double()
+    actual = products.solve_lower(l, x).double()
     exact = torch.linalg.solve_triangular(l.double(), x.double(), upper=False)
     bound = torch.linalg.inv(l.double()).abs() @ (l.double().abs() @ exact.abs())
-    assert ((found - exact).abs() <= 1e-6 * bound + 1e-44 * size).all()
+    assert ((actual - exact).abs() <= 1e-6 * bound + 1e-44 * size).all()
 
 
 @native

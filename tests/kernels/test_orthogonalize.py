@@ -118,6 +118,38 @@ def test_bf16_gram_form_is_as_exact_as_bf16_standard_form():
         assert not ns.uses_gram_form(64, 512, torch.bfloat16, ns.coefficients(kind, steps))
 
 
+def of_all_kinds(m, n):
+    """Matrices at the edges of what the polynomials are made for: σ₁/‖·‖ from 1 (rank 1) to 1/√k, conditions up to 1e6."""
+    k = min(m, n)
+    values = torch.stack([torch.logspace(0, -6, k), torch.cat([torch.ones(1), torch.full((k - 1,), 1e-2)])])
+    low = [torch.randn(m, rank) @ torch.randn(rank, n) for rank in (1, 1, 2, max(1, k // 4))]
+    return [*low, torch.ones(m, n), torch.randn(m, n), *(with_spectrum(k, max(m, n), s)[0].float() for s in values)]
+
+
+@pytest.mark.parametrize("steps", [5, 8])
+@pytest.mark.parametrize("kind", list(ns.SETS))
+def test_no_matrix_grows_without_bound(kind, steps, monkeypatch):
+    """In bf16 as in fp32, natively and in torch, the largest singular value stays near the polynomials' own (1.25)."""
+    torch.manual_seed(5)
+    table = ns.coefficients(kind, steps)
+    xs = [x for m, n in ((8, 8), (8, 33), (64, 16), (64, 64), (100, 512)) for _ in range(2) for x in of_all_kinds(m, n)]
+    for kernels in ("native", "reference"):
+        monkeypatch.setenv("MEGATRON_OPT_KERNELS", kernels)
+        for precision in ("medium", "high"):
+            for y in ns.orthogonalize(xs, table, 1e-7, precision):
+                assert torch.linalg.matrix_norm(y, 2) < 1.3
+
+
+def test_only_sets_that_bf16_drives_out_of_their_range_get_its_safety_factor():
+    changed = {
+        kind for kind in ns.SETS if ns.safe(ns.coefficients(kind, 5), torch.bfloat16) != ns.coefficients(kind, 5)
+    }
+    assert changed == {"cans"}
+    cans = ns.coefficients("cans", 5)
+    assert ns.safe(cans, torch.float32) == cans and ns.bounded(cans) and not ns.bounded(cans, 2**-8)
+    assert ns.bounded(ns.safe(cans, torch.bfloat16), 2**-7)
+
+
 @pytest.mark.parametrize("precision", ["medium", "high"])
 def test_batching_changes_nothing(precision):
     torch.manual_seed(4)

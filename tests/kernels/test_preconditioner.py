@@ -88,8 +88,8 @@ def test_newton_and_eigh_roots_agree(order):
     a = x @ x.mT
     values, vectors = torch.linalg.eigh(a)
     exact = vectors * values.unsqueeze(-2) ** (-1.0 / order) @ vectors.mT
-    found = pc.inverse_root_newton(a, order, 1e-12)
-    assert float((found - exact).norm() / exact.norm()) < 1e-6
+    actual = pc.inverse_root_newton(a, order, 1e-12)
+    assert float((actual - exact).norm() / exact.norm()) < 1e-6
     assert float((pc.inverse_root_eigh(a, order, 1e-14) - exact).norm() / exact.norm()) < 1e-6
     single = pc.inverse_root_newton(a.float(), order, 1e-6)
     assert float((single.double() - exact).norm() / exact.norm()) < 1e-2

@@ -124,8 +124,8 @@ def test_a_warm_soap_in_slices_is_the_whole() -> None:
     for step, gradient in enumerate((g.double() for g in gradients), 1001):
         (expected,) = optimizer.update([gradient.clone()], [whole], step, [INFO])
         given = [part.clone() for part in gradient.split(sizes, dim)]
-        found = torch.cat(step_together(partition, given, slices, shared, step, edges), dim)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+        actual = torch.cat(step_together(partition, given, slices, shared, step, edges), dim)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
     assert float(expected.norm()) > 0
 
 

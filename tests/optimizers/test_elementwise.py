@@ -339,8 +339,8 @@ def test_a_quadratic_converges(name, options):
         optimizer.update(params, [params[0] - target + noise], states, t, rate, 0.0)
         if name == "sophia" and optimizer.curvature_due(t):
             optimizer.update_curvature(states, [torch.full((50, 60), 1.0)])
-    found = params[0] - states[0][optimizer.lead_key] if optimizer.lead_key else params[0]
-    assert (found - target).norm() / target.norm() < 0.05
+    actual = params[0] - states[0][optimizer.lead_key] if optimizer.lead_key else params[0]
+    assert (actual - target).norm() / target.norm() < 0.05
 
 
 def test_copies_are_the_parameters_in_bf16():

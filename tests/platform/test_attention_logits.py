@@ -28,10 +28,10 @@ def test_blocks_give_the_whole(sizes, causal, hides, rows, seed):
         scores = scores.masked_fill(hidden, -torch.inf)
     before, attention_logits._ELEMENTS = attention_logits._ELEMENTS, rows * batch * heads * length
     try:
-        found = attention_logits.maxima(query, key, 0.3, hidden, causal)
+        actual = attention_logits.maxima(query, key, 0.3, hidden, causal)
     finally:
         attention_logits._ELEMENTS = before
-    torch.testing.assert_close(found, scores.amax((0, 2, 3)).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual, scores.amax((0, 2, 3)).float(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_nan_is_not_lost():

@@ -21,9 +21,9 @@ def test_a_scale_is_one_division(largest: float) -> None:
 
 @pytest.mark.parametrize("largest", [448.0, 57344.0])
 def test_a_scale_of_a_power_of_two_is_rounded_down(largest: float) -> None:
-    found = scale_from_amax(AMAX, largest, powers_of_two=True).tolist()
+    actual = scale_from_amax(AMAX, largest, powers_of_two=True).tolist()
     wanted = [2.0 ** math.floor(math.log2(float(q))) for q in np.float32(largest) / AMAX.numpy()]
-    assert found == wanted
+    assert actual == wanted
 
 
 def test_maxima_without_a_scale() -> None:
@@ -44,5 +44,5 @@ def test_e8m0_is_rounded_up() -> None:
 
 def test_a_cast_rounds_to_even_and_saturates() -> None:
     x = torch.tensor([1.0625, 1.1875, 500.0, -torch.inf, 2.0**-10, 3 * 2.0**-10])
-    found = encode(x, torch.ones(()), 7).view(torch.float8_e4m3fn).float().tolist()
-    assert found == [1.0, 1.25, 448.0, -448.0, 0.0, 2.0**-8]
+    actual = encode(x, torch.ones(()), 7).view(torch.float8_e4m3fn).float().tolist()
+    assert actual == [1.0, 1.25, 448.0, -448.0, 0.0, 2.0**-8]

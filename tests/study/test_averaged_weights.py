@@ -44,8 +44,8 @@ def test_the_gain_is_paired_over_seeds():
 
 def test_a_moving_average_has_the_loss_that_training_gave_it():
     (table,) = averaged_weights(dataset(ema=["muon"])).tables
-    found = [row[1:6] for row in table.rows if row[2] == "moving average"]
-    assert found == [["muon", "moving average", "2.9667", "2.7167", "+0.2500"]]
+    actual = [row[1:6] for row in table.rows if row[2] == "moving average"]
+    assert actual == [["muon", "moving average", "2.9667", "2.7167", "+0.2500"]]
 
 
 def test_without_averages_nothing_is_said():

@@ -102,8 +102,8 @@ def test_models_that_are_not_named_are_not_evaluated(study, make_study, tmp_path
     two = two.replace("limit: 7}", "models: [small]}").replace(", 0.008, 0.064]", "]").replace(", 0.016, 0.032]", "]")
     assert _run(make_study(two), tmp_path / "out") == 0
     with Store(tmp_path / "out/study.sqlite") as store:
-        found = {(one.regime.model, bool(downstream.last(one.results))) for one in store.runs()}
-    assert found == {("small", True), ("tiny", False)}
+        actual = {(one.regime.model, bool(downstream.last(one.results))) for one in store.runs()}
+    assert actual == {("small", True), ("tiny", False)}
     with pytest.raises(UserError, match="no model `tony`; did you mean `tiny`"):
         read_study(make_study(two.replace("[small]", "[tony]")))
 

@@ -7,7 +7,12 @@ import pytest
 
 from megatron_opt.errors import UserError
 from megatron_opt.study import cli
-from megatron_opt.study.dataset import Dataset
+from megatron_opt.study.dataset import Dataset, from_store
+from megatron_opt.study.exchange import export_runs
+from megatron_opt.study.fits.noise import noise_floor
+from megatron_opt.study.fits.observations import observations
+from megatron_opt.study.fits.statement import state
+from megatron_opt.study.prediction import law_of
 from megatron_opt.study.scoring import crps, score
 from megatron_opt.study.spec import Regime
 from megatron_opt.study.store import Record, Store
@@ -70,6 +75,44 @@ def known(tmp_path):
     output = tmp_path / "out"
     assert cli.main(["import", str(output), str(tmp_path / "small.csv")], "study") == 0
     return output
+
+
+def said(store: Store):
+    """The law at the target, as `findings` states it."""
+    dataset = from_store(store)
+    law = law_of(observations(dataset), noise_floor(dataset))
+    return dataset, state(law, *dataset.target, dataset.tokens_per_parameter)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_an_export_gives_the_same_law_where_it_is_imported(known, tmp_path, suffix):
+    file, copy = tmp_path / f"runs.{suffix}", tmp_path / "copy"
+    settings = {
+        "name": "small",
+        "tokens_per_parameter": 6.0,
+        "target": [6e7, [1, 4]],
+        "looks": 3,
+        "margin": 0.01,
+        "models": {"xl": 30_000_000},
+        "to_register": ["xl@1x"],
+        "trace": [{"kind": "transfer", "lr": 0.004}],
+    }
+    with Store(known / "study.sqlite") as store:
+        for key, value in settings.items():
+            store.set_meta(key, value)
+        export_runs(store, file)
+        dataset, statement = said(store)
+    assert cli.main(["import", str(copy), str(file)], "study") == 0
+    with Store(copy / "study.sqlite") as store:
+        assert {key: store.meta(key) for key in settings} == settings
+        again, same = said(store)
+        assert same == statement and dataset.finished == again.finished
+        assert cli.main(["import", str(copy), str(file)], "study") == 0
+    other = tmp_path / "other"
+    (tmp_path / "xl.csv").write_text(rows(("xl",)))
+    assert cli.main(["import", str(other), str(tmp_path / "xl.csv")], "study") == 0
+    with pytest.raises(UserError, match="1x is 6 tokens a parameter in the file and 20 in"):
+        cli.main(["import", str(other), str(file)], "study")
 
 
 def test_a_prediction_is_written_once_before_the_runs_and_scored_after(known, tmp_path, capsys):

@@ -36,13 +36,13 @@ def test_value_and_gradient_against_float64(dtype) -> None:
     ((entropy + 0.3 * exact.logsumexp(-1).T.square()) * weights).sum().backward()
     with model.one_process():
         (one,) = z_loss.install(0.3, [head()])
-        found = one.compute_language_model_loss(labels, logits * 1)  # no leaf: Megatron's cross entropy writes into it
-        (found * weights.float()).sum().backward()
+        actual = one.compute_language_model_loss(labels, logits * 1)  # no leaf: Megatron's cross entropy writes into it
+        (actual * weights.float()).sum().backward()
         one.training = False
         with torch.no_grad():
             evaluated = one.compute_language_model_loss(labels, logits * 1)
-    torch.testing.assert_close(found.double(), entropy.detach(), rtol=1e-5, atol=1e-5)
-    assert torch.equal(found, evaluated)
+    torch.testing.assert_close(actual.double(), entropy.detach(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(actual, evaluated)
     near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(logits.grad.double(), exact.grad, **near)
     assert (exact.grad.sum(-1).abs() > 0.1).any()  # that of a cross entropy alone sums to zero

@@ -62,7 +62,7 @@ def _plain(resolve: Callable[..., Any]) -> Callable[..., Any]:
 
 def _gathered_bytes(output: Tensor, shard: Tensor, **options: Any) -> Any:
     """An all-gather of bytes: gloo turns what is gathered at once, FP8 and bf16, into one type."""
-    return torch.distributed.all_gather_into_tensor(output.view(torch.uint8), shard.view(torch.uint8), **options)
+    return torch.distributed.all_gather_single(output.view(torch.uint8), shard.view(torch.uint8), **options)
 
 
 @contextmanager

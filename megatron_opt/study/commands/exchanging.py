@@ -46,7 +46,7 @@ def import_(argv: list[str], prog: str) -> int:
     parser.add_argument("--mapping", type=Path, help="YAML that says what the columns of another program mean")
     parser.add_argument("--format", choices=FORMATS, help="what the file is (default: the mapping's, or by its name)")
     parser.add_argument("--curves", type=Path, help="curves, .parquet")
-    parser.add_argument("--baseline", help="baseline of a new store (default: adamw)")
+    parser.add_argument("--baseline", help="baseline of a new store (default: the file's, else adamw)")
     options = parser.parse_args(argv)
     mapping = None if options.mapping is None else read_mapping(options.mapping)
     kind = options.format or (mapping.format if mapping else None) or _kind(options.file)
@@ -68,7 +68,7 @@ def import_(argv: list[str], prog: str) -> int:
         with Store(options.output / STORE_NAME, create=True) as store:
             added = store.import_runs(rows, curves)
             if new:
-                store.set_meta("baseline", options.baseline or "adamw")
+                store.set_meta("baseline", options.baseline or store.meta("baseline", "adamw"))
     except BaseException:
         if new:
             _remove(options.output, made)

@@ -10,7 +10,7 @@ from megatron_opt.report.blocks import Section, Table
 from megatron_opt.study import downstream
 from megatron_opt.study.dataset import Dataset, Seeded
 from megatron_opt.study.fits.significance import LEVEL, Cells, Comparison, compare_pairs, holm
-from megatron_opt.study.report.scaling import p_text
+from megatron_opt.study.report.scaling import interval_text, p_text
 from megatron_opt.study.spec import Regime
 
 _RAW = ""
@@ -55,7 +55,7 @@ def averaged_weights(dataset: Dataset) -> Section:
     shown = [
         [
             str(one.regime), name, weights, f"{cells[_RAW, one.regime].loss:.4f}", f"{cells[weights, one.regime].loss:.4f}",
-            f"{one.gain:+.4f}", "–" if one.low is None else f"{one.low:+.4f} to {one.high:+.4f}", p_text(one.adjusted),
+            f"{one.gain:+.4f}", interval_text(one), p_text(one.adjusted),
             one.verdict, ", ".join(one.runs),
         ]
         for (name, weights), one, cells in sorted(rows, key=lambda row: dataset.regimes.index(row[1].regime))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_opt.report.csv_files import write_csv
 from megatron_opt.study.dataset import Dataset
-from megatron_opt.study.exchange import COLUMNS, phases_by_run, row_of
+from megatron_opt.study.exchange import COLUMNS, complete, row_of
 from megatron_opt.study.summary import HEADER, summary
 
 
@@ -17,6 +17,5 @@ def write_summary_csv(dataset: Dataset, path: Path) -> None:
 
 def write_runs_csv(dataset: Dataset, path: Path) -> None:
     """Every run of the study, finished or not, in the columns of `study export`, which `study import` reads."""
-    phases = phases_by_run(dataset.phases)
-    rows = [row_of(record, phases.get(record.id, [])) for record in dataset.records]
+    rows = complete([row_of(record) for record in dataset.records], dataset.phases, dataset.settings)
     write_csv(path, COLUMNS, [[row[name] for name in COLUMNS] for row in rows])

@@ -11,7 +11,7 @@ from megatron_opt.report.blocks import Section, Series, Table, colors
 from megatron_opt.study.analysis import Analysis
 from megatron_opt.study.fits.intervals import interval
 from megatron_opt.study.fits.scaling import Fit
-from megatron_opt.study.fits.significance import LEVEL
+from megatron_opt.study.fits.significance import LEVEL, Comparison
 from megatron_opt.study.fits.speedups import Speedup
 
 LOSS, SIZE = "final validation loss", "non-embedding parameters"
@@ -198,10 +198,10 @@ def significance(analysis: Analysis) -> Section:
             str(c.regime),
             c.optimizer,
             f"{c.gain:+.4f}",
-            "–" if c.low is None else f"{c.low:+.4f} to {c.high:+.4f}",
+            interval_text(c),
             p_text(c.p),
             p_text(c.adjusted),
-            c.verdict + (f": {c.why}" if c.why else ""),
+            verdict_text(c),
             str(c.seeds_needed or "–"),
             f"{len(c.seeds)} shared" if c.paired else "not shared",
             ", ".join(c.runs),
@@ -211,6 +211,16 @@ def significance(analysis: Analysis) -> Section:
     header = ["regime", "optimizer", "gain over baseline", f"{LEVEL:.0%} interval", "p", "p (Holm)", "verdict"]
     section.table([*header, "seeds needed", "seeds", "runs"], rows)
     return section
+
+
+def interval_text(test: Comparison | None) -> str:
+    """Of a gain; a dash where there is none."""
+    return "–" if test is None or test.low is None else f"{test.low:+.4f} to {test.high:+.4f}"
+
+
+def verdict_text(test: Comparison) -> str:
+    """The verdict, with the reason where nothing can be said."""
+    return test.verdict + (f": {test.why}" if test.why else "")
 
 
 def p_text(p: float | None) -> str:

@@ -8,7 +8,7 @@ from megatron_opt.report.blocks import PALETTE, Plot, Section, Series, Table, co
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.fits.significance import LEVEL
 from megatron_opt.study.fits.transfer import Carried, Transfer, transfer_of
-from megatron_opt.study.report.scaling import LOSS, p_text
+from megatron_opt.study.report.scaling import LOSS, interval_text, p_text, verdict_text
 
 TITLES = {"standard": "without µP", "mup": "µP"}
 
@@ -70,7 +70,7 @@ def _lost(transfer: Transfer) -> Table:
                 _loss(one.carried_loss),
                 "–" if one.best_lr is None else _loss(one.best_loss),
                 "not known" if lost is None else "diverged" if math.isinf(lost) else f"{lost:+.4f}",
-                "–" if test is None or test.low is None else f"{test.low:+.4f} to {test.high:+.4f}",
+                interval_text(test),
                 p_text(test.adjusted) if test else "–",
                 _verdict(one),
                 ", ".join(test.runs) if test else "–",
@@ -106,9 +106,9 @@ def _worth(transfer: Transfer) -> Table:
             str(one.regime),
             one.optimizer,
             f"{one.gain:+.4f}",
-            "–" if one.low is None else f"{one.low:+.4f} to {one.high:+.4f}",
+            interval_text(one),
             p_text(one.adjusted),
-            one.verdict + (f": {one.why}" if one.why else ""),
+            verdict_text(one),
         ]
         for one in transfer.worth
     ]
