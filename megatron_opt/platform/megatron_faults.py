@@ -36,7 +36,8 @@ def _drawn_on_the_cpu(original: Any) -> Any:
             return original(weight, *rest, **named)
         values = torch.empty(weight.shape, dtype=weight.dtype)
         found = original(values, *rest, **named)
-        set_initial_values(weight, values)
+        with torch.no_grad():
+            set_initial_values(weight, values)
         return found
 
     return initialize
