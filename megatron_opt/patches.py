@@ -126,6 +126,7 @@ platform/single_rank.py
 platform/hybrid_stack.py
   megatron.core.models.hybrid.hybrid_block.TENorm: on CPU: the last norm of a hybrid stack
 platform/megatron_faults.py
+  megatron.core.extensions.transformer_engine._initialize_affine_weight_cpu: weights in FP8 remember what was drawn
   megatron.core.transformer.moe.router.TopKRouter.attach_and_log_load_balancing_loss: the global loss not divided by DP
 platform/cuda_answers.py
   torch.compile: on CPU: off

@@ -41,6 +41,7 @@ class Layout:
     split: tuple[int, ...] = ()  # layers of each virtual stage in the model's order; empty: even
     modules: tuple[str, ...] = ()  # what selective recomputation recomputes beside the scores of unfused attention
     dispatcher: str = "alltoall"  # of tokens to experts; `flex` sends a token to each node once
+    fills_experts: bool = False  # and lays each expert's tokens in as many rows as FP8 products want
     node_limit: int = 0  # groups of experts that a token may go to, of `groups`; 0: any
     expert_groups: int = 0
     overlap_ep: bool = False
@@ -93,6 +94,7 @@ class Layout:
             split=split_of(flags, model.layers, pp, virtual),
             modules=_modules(flags) if granularity == "selective" else (),
             dispatcher=str(flags.get("moe-token-dispatcher-type") or "alltoall"),
+            fills_experts=str(flags.get("moe-flex-dispatcher-backend")) in ("hybridep", "ncclep"),
             node_limit=number("moe-router-group-topk", 0),
             expert_groups=number("moe-router-num-groups", 0),
             overlap_ep=bool(flags.get("overlap-moe-expert-parallel-comm")),

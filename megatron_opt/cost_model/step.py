@@ -252,7 +252,7 @@ def layer_seconds(model: Model, layout: Layout, cluster: Cluster, expert: bool) 
     met = tokens * model.topk * layout.ep / model.experts if expert else tokens  # tokens of one product
     attention = model.heads * model.head_dim / layout.tp
     side = min(met, model.hidden, max(attention, ffn / (layout.etp if expert else layout.tp)))
-    rate = cluster.rate(LAYER, dtype, side)
+    rate = cluster.rate(LAYER, dtype, side) / (layout.fp8.product_time(cluster.transposes) if layout.fp8 else 1.0)
     forward = tokens * shape.flops / layout.tp / rate
     attend = tokens * model.attention_flops() / layout.tp / cluster.rate("attention", dtype, model.sequence)
     seconds = 3.0 * (forward + attend) + cluster.overheads.layer
@@ -285,14 +285,16 @@ def permuted(model: Model, layout: Layout) -> float:
     """Elements of a token that a dispatcher reads and writes to lay tokens in the order of their experts and back, one pass.
 
     `alltoall`: copies before the exchange, and sorted after it by the rank's experts; else copies after it, of what came
-    (megatron/core/transformer/moe/token_dispatcher.py).
+    (megatron/core/transformer/moe/token_dispatcher.py). FP8 copies each expert's tokens to a multiple of 16 or 32 rows, and what
+    comes of them back (moe/experts.py), but for dispatchers that lay them so.
     """
     k = model.topk
+    filled = 4.0 * k * layout.etp if layout.fp8 and not layout.fills_experts else 0.0
     if layout.dispatcher == "alltoall":
         sorted_again = 4.0 * k * layout.etp if model.experts > layout.ep else 0.0
-        return (2.0 * (1 + k) + sorted_again) * model.hidden / layout.tp
+        return (2.0 * (1 + k) + sorted_again + filled) * model.hidden / layout.tp
     came = layout.ep * (1 - (1 - 1 / layout.ep) ** k)  # ranks that a token meets, experts drawn evenly
-    return 2.0 * (came + k) * model.hidden / layout.tp
+    return (2.0 * (came + k) + filled) * model.hidden / layout.tp
 
 
 def cast_seconds(model: Model, layout: Layout, cluster: Cluster, expert: bool) -> float:

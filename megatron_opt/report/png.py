@@ -17,7 +17,7 @@ from megatron_opt.report.blocks import Plot, Series
 
 matplotlib.use("Agg")
 MARKERS = "osD^"
-BESIDE = 8  # a longer legend stands beside the axes, as does that of bars
+BESIDE = 8  # a longer legend stands beside the axes, as do those of bars and categories
 
 
 def write_png(plot: Plot, path: Path) -> None:
@@ -87,7 +87,7 @@ def _axes(axes, plot: Plot) -> bool:
         axes.set_xlim(-0.5, len(plot.x_names) - 0.5)
     labels = [series.label for series in plot.series if series.label]
     bars = any(series.bars for series in plot.series)
-    beside = len(labels) > BESIDE or bars
+    beside = len(labels) > BESIDE or bars or bool(plot.x_names)
     if bars:
         axes.set_axisbelow(True)
     if beside:

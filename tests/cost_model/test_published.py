@@ -48,23 +48,23 @@ def test_step_times_of_published_runs_are_met_in_the_middle_and_their_spread_is_
 
 
 def test_fp8_runs_that_no_rate_was_fitted_to(runs: list[Run]) -> None:
-    """NVIDIA's dense ones lie between 0.85 and 1.22 times the prediction, half above 1.03; with experts up to 3.2.
+    """NVIDIA's dense ones lie between 0.85 and 1.22 times the prediction, half above 1.02; with experts up to 3.
 
     torchtitan's, at 500 W and with casts of another library, take 1.25 to 1.55 times as long, as their bf16 runs do.
     """
     held = [run for run in runs if run.held_out and run.recipe]
     nvidia = [run for run in held if not run.moe and "NVIDIA" in run.source]
     low, middle, high, count = spread(nvidia)
-    assert count >= 18 and low > 0.85 and 0.97 <= middle <= 1.08 and high < 1.22
+    assert count >= 18 and low > 0.85 and 0.97 <= middle <= 1.06 and high < 1.22
     assert {run.cluster for run in nvidia} == {"h100", "b200", "gb200", "gb300"}
     low, middle, high, count = spread(run for run in held if run.moe)
-    assert count >= 6 and low > 0.95 and middle < 1.25 and high < 3.2
+    assert count >= 6 and low > 0.9 and middle < 1.25 and high < 3.0
     low, _, high, count = spread(run for run in held if "torchtitan" in run.source)
     assert count == 3 and low > 1.25 and high < 1.55
 
 
-def test_what_fp8_gains_over_bf16_is_predicted_too_high(runs: list[Run]) -> None:
-    """The same run in both, published side by side: 1.28, 1.29 and 1.13 times the speed."""
+def test_what_fp8_gains_over_bf16(runs: list[Run]) -> None:
+    """The same run in both, published side by side: 1.28 and 1.29 times the speed are met, 1.13 with experts is predicted 1.25."""
     pairs = [
         (slow, fast)
         for slow in runs
@@ -78,4 +78,4 @@ def test_what_fp8_gains_over_bf16_is_predicted_too_high(runs: list[Run]) -> None
         print(
             f"{fast.name}: {slow.seconds / fast.seconds:.2f} measured, {slow.predicted / fast.predicted:.2f} predicted"
         )
-        assert 1.0 < over < (1.25 if fast.moe else 1.15)
+        assert 1.0 < over < 1.15 if fast.moe else 0.98 < over < 1.02

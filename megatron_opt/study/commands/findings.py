@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_opt.files import make_folder, write_output
 from megatron_opt.report import markdown
 from megatron_opt.report.blocks import Plot, Section, Table
-from megatron_opt.report.png import write_png
+from megatron_opt.report.png import write_grid, write_png
 from megatron_opt.report.terminal import make_console
 from megatron_opt.study.analysis import Unfitted, analyse_if_possible
 from megatron_opt.study.commands.pricing import cluster_times
 from megatron_opt.study.dataset import Dataset, from_store
 from megatron_opt.study.fits.findings import MISSING, Finding, findings
-from megatron_opt.study.fits.precision import pairs, precision_findings
+from megatron_opt.study.fits.precision import in_short, pairs, precision_findings
 from megatron_opt.study.fits.wall_clock import ClusterTimes
 from megatron_opt.study.registration import predictions
 from megatron_opt.study.report.accuracy import accuracy
 from megatron_opt.study.report.averaged_weights import averaged_weights
 from megatron_opt.study.report.extrapolation import extrapolation, prediction_error, verdict
-from megatron_opt.study.report.precision import precision
+from megatron_opt.study.report.precision import precision, precision_names
+from megatron_opt.study.report.precision_ranges import grids
 from megatron_opt.study.report.registered import registered
 from megatron_opt.study.report.repetition import repeated_data
 from megatron_opt.study.report.scaling import final_losses, gains, significance
@@ -33,8 +34,8 @@ from megatron_opt.study.scheduler import STORE_NAME
 from megatron_opt.study.store import Store
 from megatron_opt.study.summary import HEADER, summary
 
-SHOWN = "gain-against-size"
-"""figures that a page shows"""
+SHOWN = ("gain-against-size", "precision-")
+"""how the names of figures begin that a page shows"""
 
 
 def main(argv: list[str], prog: str) -> int:
@@ -81,15 +82,16 @@ def page(
     for question, judged in groups.items():
         counts = ", ".join(f"{said} {n}" for said, n in Counter(one.verdict for one in judged).items())
         lines += ["", f"## {question}", "", f"{counts[:1].upper()}{counts[1:]}."] if question else []
+        judged = [one for one in judged if one.verdict != MISSING or not question]  # counted above
         rows = [[o.claim, o.regime or o.family, "; ".join(o.evidence) or "–", f"**{o.verdict}**"] for o in judged]
-        lines += ["", *markdown.table(Table(["finding", "where", "evidence", "verdict"], rows))]
+        lines += ["", *markdown.table(Table(["finding", "where", "evidence", "verdict"], rows))] if rows else []
     if any(one.verdict == MISSING for judged in groups.values() for one in judged):
         lines += ["", "“Not run”: the runs that would tell are not there."]
     results = Section("Results", tables=[Table(HEADER, [row.cells() for row in summary(dataset)])])
     shown = [
         replace(one, plots=_drawn(one.plots, to), tables=[_without_runs(table) for table in one.tables])
-        for one in (results, *sections)
-        if one.tables or one.text
+        for one in (results, *sections, *_over_training(dataset, to))
+        if one.tables or one.text or one.plots
     ]
     return "\n".join([*lines, *markdown.sections(shown)]) + "\n"
 
@@ -98,10 +100,22 @@ def _drawn(plots: Sequence[Plot], to: Path | None) -> list[Plot]:
     if to is None:
         return []
     chosen = [plot for plot in plots if plot.name.startswith(SHOWN)]
-    for plot in chosen:
+    for plot in (one for one in chosen if not one.image):
         plot.image = f"{to.stem}/{plot.name}.png"
         write_png(plot, make_folder(to.parent / to.stem) / f"{plot.name}.png")
     return chosen
+
+
+def _over_training(dataset: Dataset, to: Path | None) -> list[Section]:
+    """Figures of what FP8 loses by tensor and kind of layer, drawn beside the page."""
+    made = grids(dataset, precision_names(dataset)) if to is not None and pairs(dataset) else []
+    if to is None or not made:
+        return []
+    section = Section("What FP8 loses over training")
+    for grid in made:
+        write_grid(grid.panels, grid.columns, grid.title, make_folder(to.parent / to.stem) / f"{grid.name}.png", "row")
+        section.plots.append(Plot(grid.name, grid.title, "", "", [], image=f"{to.stem}/{grid.name}.png"))
+    return [section]
 
 
 def _without_runs(table: Table) -> Table:
@@ -143,6 +157,7 @@ def _of_gains(dataset: Dataset, cluster: ClusterTimes | None) -> Page:
 
 
 def _of_precision(dataset: Dataset, _cluster: ClusterTimes | None) -> Page:
+    found, names = precision_findings(dataset), precision_names(dataset)
     title = [
         f"# {dataset.name}: what FP8 does to optimizers",
         "",
@@ -150,5 +165,30 @@ def _of_precision(dataset: Dataset, _cluster: ClusterTimes | None) -> Page:
         "with itself without FP8; FP8 is emulated where the runs had no GPU ([what differs](transformer_engine.md)). “Holds” and "
         "“does not hold” are said only where the interval leaves one answer: 95% for losses, p after Holm's correction over each "
         "table; 90% for rates, which stay where the interval holds 1 and nothing beyond a factor of two.",
+        "",
+        _size(dataset),
+        "",
+        *(f"- {sentence}" for sentence in in_short(found, {str(regime): name for regime, name in names.items()})),
     ]
-    return title, precision_findings(dataset), precision(dataset)
+    return title, found, precision(dataset)
+
+
+def _size(dataset: Dataset) -> str:
+    """What was run, on how many seeds a comparison rests, and which seed is in none."""
+    best = dataset.best().values()
+    sizes, tokens = ({getattr(one, key) for one in dataset.records} for key in ("parameters", "tokens"))
+    counts = [0 if cell.chosen else len(cell.seeds) for cell in best]
+    chose = sorted({str(cell.record.seed) for cell in best if cell.chosen or cell.record.seed not in cell.seeds})
+    said = f"{_range(sizes)} non-embedding parameters, {_range(tokens)} tokens a run; nothing is said of other sizes. "
+    if not counts:
+        return said.strip()
+    return said + (
+        f"A loss is the mean over {_range(counts)} seeds; rates were chosen on seed {' and '.join(chose)}, which is in no comparison."
+        if chose
+        else f"A loss is the mean over {_range(counts)} seeds."
+    )
+
+
+def _range(values: Collection[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

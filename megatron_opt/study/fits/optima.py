@@ -47,12 +47,15 @@ def _number(record: Record, key: str) -> bool:
 
 
 def _tried(dataset: Dataset, cell: Best, key: str) -> dict[float, float]:
-    """Value → loss (inf where it diverged) of the runs that differ from the winner in this value alone."""
+    """Value → loss (inf where it diverged) of the runs that differ from the winner in this value alone, its seed's: what a seed
+    does to all its losses would bend the curve where other seeds have some of its values.
+    """
     winner = cell.record
     others = {name: value for name, value in winner.hyper.items() if name != key}
-    losses = {float(winner.hyper[key]): cell.loss}
+    losses = {float(winner.hyper[key]): math.inf if winner.loss is None else winner.loss}
     for record in dataset.finished:
-        if (record.optimizer, record.regime) != (winner.optimizer, winner.regime) or not _number(record, key):
+        cell_of = (record.optimizer, record.regime, record.seed)
+        if cell_of != (winner.optimizer, winner.regime, winner.seed) or not _number(record, key):
             continue
         if {name: value for name, value in record.hyper.items() if name != key} == others:
             value, loss = float(record.hyper[key]), math.inf if record.loss is None else record.loss

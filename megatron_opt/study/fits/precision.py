@@ -142,8 +142,9 @@ def _change(base: Comparison, cells: list[Best], noise: SeedNoise) -> Comparison
 
 
 def best_rates(dataset: Dataset) -> dict[Key, Optimum]:
-    """The vertex of the losses over the rate, of each optimizer in each precision."""
-    sigma, found = noise_floor(dataset).sigma, {}
+    """The vertex of the losses over the rate, of each optimizer in each precision; its losses share a seed, and with it its luck."""
+    own, found = own_noise(_cells(dataset)), {}
+    sigma = own.sigma if own.freedom else noise_floor(dataset).sigma
     for regime in dict.fromkeys(one for pair in pairs(dataset) for one in (pair.plain, pair.regime)):
         alone = replace(dataset, records=[one for one in dataset.records if one.regime == regime], _best=None)
         for name in alone.optimizers:
@@ -168,6 +169,8 @@ def shifts(dataset: Dataset) -> dict[Key, Shift]:
 
 
 FREE, SURVIVES, STAYS = "Does FP8 cost loss?", "Does a gain survive FP8?", "Does the best rate stay?"
+CLAIMS = {FREE: "FP8 costs no loss", SURVIVES: "The gain survives", STAYS: "The best rate stays"}
+NO_GAIN = "no gain is shown that could survive"
 
 
 def precision_findings(dataset: Dataset) -> dict[str, list[Finding]]:
@@ -183,6 +186,22 @@ def precision_findings(dataset: Dataset) -> dict[str, list[Finding]]:
                 found[SURVIVES].append(_survives(name, pair, dataset.baseline, known))
             found[STAYS].append(_stays(name, pair, moved.get(key)))
     return found
+
+
+def in_short(found: dict[str, list[Finding]], recipes: dict[str, str]) -> list[str]:
+    """A sentence for each question: of each optimizer in which recipes its claim holds and in which not; `recipes` by regime."""
+    said = []
+    for question, judged in found.items():
+        parts = []
+        for name in dict.fromkeys(one.family for one in judged):
+            mine, of = [one for one in judged if one.family == name], dict[str, list[str]]()
+            for one in mine:
+                verdict = f"{one.verdict}, as {NO_GAIN}" if NO_GAIN in one.evidence else one.verdict
+                of.setdefault(verdict, []).append(recipes.get(one.regime, one.regime))
+            where = {v: "every recipe" if len(of) == 1 and len(mine) > 1 else ", ".join(r) for v, r in of.items()}
+            parts.append(f"{name} ({'; '.join(f'{verdict}: {which}' for verdict, which in where.items())})")
+        said.append(f"**{CLAIMS[question]}**: {', '.join(parts)}.")
+    return said
 
 
 def interval_of(one: Comparison | None, sign: float = 1.0) -> str:
@@ -215,7 +234,7 @@ def _survives(name: str, pair: Pair, baseline: str, known: list[Comparison | Non
         f"difference {interval_of(change)}",
     )
     if plain.verdict != "better":
-        return Finding(claim, name, (*said, "no gain is shown that could survive"), OPEN, str(pair.regime))
+        return Finding(claim, name, (*said, NO_GAIN), OPEN, str(pair.regime))
     if ours.verdict == "worse" or change.verdict == "worse":
         verdict = FAILS
     else:

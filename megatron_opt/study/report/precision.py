@@ -1,13 +1,12 @@
-"""Precision: losses and best rates with and without FP8, what FP8 tensors lose over training, and how steady runs were."""
+"""Precision: losses, gains and best rates with and without FP8 and their figures, and how steady runs were."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
-from megatron_opt.report.blocks import PALETTE, Plot, Section, Series, Table
+from megatron_opt.report.blocks import Plot, Section, Series, Table, colors
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.fits.precision import (
     best_rates,
@@ -19,23 +18,25 @@ from megatron_opt.study.fits.precision import (
     precision_of,
     shifts,
 )
+from megatron_opt.study.fits.significance import LEVEL, Comparison
+from megatron_opt.study.report.precision_ranges import fp8_ranges
 from megatron_opt.study.spec import Regime
 
-RANGES = "fp8_ranges"
-"""of a logged step: kind of layer → tensor → amax, underflows, overflows (training/fp8_ranges.py)"""
-LOST = ("underflows", "overflows")
-Lost = dict[tuple[str, str], dict[str, float]]
-"""(kind of layer, tensor) → what was logged of it"""
+Interval = tuple[float, float, float]
+"""a value with its lower and upper end, which are the value itself where there is no interval"""
+SPREAD = 0.5
+"""of a category's width, over which its optimizers stand beside one another"""
 
 
 def precision(dataset: Dataset) -> list[Section]:
     """Empty where no model has a counterpart without FP8."""
     if not pairs(dataset):
         return []
-    return [_losses(dataset), _rates(dataset), fp8_ranges(dataset), _steadiness(dataset)]
+    names = precision_names(dataset)
+    return [_losses(dataset, names), _rates(dataset, names), fp8_ranges(dataset, names), _steadiness(dataset, names)]
 
 
-def _names(dataset: Dataset) -> dict[Regime, str]:
+def precision_names(dataset: Dataset) -> dict[Regime, str]:
     """Each regime as its precision, the ones without FP8 first; the regime itself where a precision has several."""
     listed = list(dict.fromkeys([pair.plain for pair in pairs(dataset)] + [pair.regime for pair in pairs(dataset)]))
     of = {record.regime: precision_of(record) for record in dataset.records}
@@ -43,38 +44,92 @@ def _names(dataset: Dataset) -> dict[Regime, str]:
     return {regime: str(regime) if of[regime] in several else of[regime] for regime in listed}
 
 
-def _losses(dataset: Dataset) -> Section:
-    names, best = _names(dataset), dataset.best()
-    gained, lost, changed = gains(dataset), costs(dataset), changes(dataset)
+def _losses(dataset: Dataset, names: dict[Regime, str]) -> Section:
+    best, gained, lost, changed = dataset.best(), gains(dataset), costs(dataset), changes(dataset)
     rows = []
     for name in dataset.optimizers:
         for regime, shown in names.items():
             cell, key = best.get((name, regime)), (name, regime)
             if cell is not None:
-                cost = interval_of(lost.get(key), -1.0)
-                loss = f"{cell.loss:.4f}" + (" (the seed that chose it)" if cell.chosen else "")
-                rows.append([name, shown, f"{cell.record.hyper.get('lr', math.nan):g}", loss, cost])
-                rows[-1] += [interval_of(gained.get(key)), interval_of(changed.get(key))]
+                seeds = "0" if cell.chosen else str(len(cell.seeds))
+                rows.append([name, shown, f"{cell.record.hyper.get('lr', math.nan):g}", f"{cell.loss:.4f}", seeds])
+                rows[-1] += [
+                    interval_of(lost.get(key), -1.0),
+                    interval_of(gained.get(key)),
+                    interval_of(changed.get(key)),
+                ]
+    against = f"gain over {dataset.baseline}"
     header = [
         "optimizer",
         "precision",
         "best lr",
         "valid loss",
+        "seeds",
         "FP8 costs",
-        f"gain over {dataset.baseline}",
-        "gain less that without",
+        against,
+        "gain less that without FP8",
     ]
     text = (
-        "Each optimizer at the rate that was tuned in each precision; means over the seeds that did not choose it, differences paired "
-        "by seed, with p after Holm's correction in the verdicts."
+        "Each optimizer at the rate that was tuned in each precision. Loss: mean over the seeds that did not choose the rate, so many "
+        "as the column says; 0: of the seed that chose it, too low by luck and in no comparison. Differences are paired by seed; "
+        f"intervals are {LEVEL:.0%}, of a noise pooled over the table; verdicts take p after Holm's correction."
     )
-    return Section("Losses by precision", [text], tables=[Table(header, rows)])
+    section = Section("Losses by precision", [text], tables=[Table(header, rows)])
+    others = [name for name in dataset.optimizers if name != dataset.baseline]
+    quantized = {pair.regime: names[pair.regime] for pair in pairs(dataset)}
+    kept, cost = _comparisons(gained), _comparisons(lost, -1.0)
+    section.plots += _by_precision(
+        "precision-gains", f"Gain over {dataset.baseline}", "nats a token", others, names, kept
+    )
+    section.plots += _by_precision(
+        "precision-costs", "What FP8 costs", "nats a token", dataset.optimizers, quantized, cost
+    )
+    return section
 
 
-def _rates(dataset: Dataset) -> Section:
+def _comparisons(
+    found: dict[tuple[str, Regime], Comparison], sign: float = 1.0
+) -> Callable[[str, Regime], Interval | None]:
+    def of(name: str, regime: Regime) -> Interval | None:
+        if (one := found.get((name, regime))) is None:
+            return None
+        ends = (
+            sorted((sign * one.low, sign * one.high))
+            if one.low is not None and one.high is not None
+            else [sign * one.gain] * 2
+        )
+        return sign * one.gain, ends[0], ends[1]
+
+    return of
+
+
+def _by_precision(
+    name: str,
+    title: str,
+    label: str,
+    optimizers: list[str],
+    names: dict[Regime, str],
+    of: Callable[[str, Regime], Interval | None],
+    line: float = 0.0,
+) -> list[Plot]:
+    """A figure of categories, in each the optimizers side by side with their intervals; none where there is nothing to draw."""
+    shades, series = colors(optimizers), []
+    for i, optimizer in enumerate(optimizers):
+        aside = SPREAD * (i / max(1, len(optimizers) - 1) - 0.5)
+        rows = [(at + aside, *found) for at, regime in enumerate(names) if (found := of(optimizer, regime)) is not None]
+        if rows:
+            series.append(Series.of(optimizer, shades[optimizer], rows, "low", "high", line=False))
+    if not series:
+        return []
+    plot = Plot(name, title, "", label, series, horizontal=[(line, "")])
+    plot.x_names = list(names.values())
+    return [plot]
+
+
+def _rates(dataset: Dataset, names: dict[Regime, str]) -> Section:
     rates, moved, rows = best_rates(dataset), shifts(dataset), []
     for name in dataset.optimizers:
-        for regime, shown in _names(dataset).items():
+        for regime, shown in names.items():
             if (found := rates.get((name, regime))) is None:
                 continue
             shift = moved.get((name, regime))
@@ -82,79 +137,35 @@ def _rates(dataset: Dataset) -> Section:
             edge = "yes" if found.edge else ""
             rows.append([name, shown, f"{found.tuned:g}", f"{math.exp(found.log_value):.3g}", said, edge])
     header = ["optimizer", "precision", "best on the grid", "vertex", "over that without FP8", "on the edge"]
-    text = "The vertex of a parabola through the best rate and its neighbours, in log lr."
-    return Section("Best rates by precision", [text], tables=[Table(header, rows)])
-
-
-def logged(row: Mapping[str, Any]) -> Lost:
-    """What a logged step says of FP8 tensors."""
-    found = row.get(RANGES) or {}
-    return {(kind, tensor): values for kind, of in found.items() for tensor, values in of.items()}
-
-
-def fp8_ranges(dataset: Dataset) -> Section:
-    """Shares of underflows and overflows by kind of layer over steps, and at the end, of each optimizer's best run."""
-    section = Section("What FP8 loses")
-    best, ends = dataset.best(), dict[str, dict[str, Lost]]()
-    names = _names(dataset)
-    for regime in dataset.regimes:
-        curves: dict[str, dict[int, Lost]] = {}
-        for name in dataset.optimizers:
-            cell = best.get((name, regime))
-            curve = dataset.curve(cell.record.id) if cell else None
-            steps = {int(row["iteration"]): of for row in (curve.train if curve else ()) if (of := logged(row))}
-            if steps:
-                curves[name] = steps
-        if curves:
-            ends[names.get(regime, str(regime))] = {name: steps[max(steps)] for name, steps in curves.items()}
-            section.plots += [_over_steps(regime, lost, curves) for lost in LOST]
-    if not ends:
-        return section
-    section.text.append(
-        "Underflows are elements that become zero, overflows those that are clipped, as shares of all elements in the logged step "
-        "(`--log-fp8-ranges`). Figures: means over the optimizers' best runs. Table: their last logged step, in brackets the "
-        "optimizer that loses most."
+    text = (
+        "The vertex of a parabola through the best rate and its neighbours, in log lr, all of the seed that chose; its error is from "
+        "the noise of a loss beside what its seed shares with others. On the edge, the best rate is the last that was tried."
     )
-    places = list(dict.fromkeys(place for of in ends.values() for lost in of.values() for place in lost))
-    for lost in LOST:
-        rows = [[kind, tensor, *(_worst(of, (kind, tensor), lost) for of in ends.values())] for kind, tensor in places]
-        section.tables.append(Table(["layer", "tensor", *ends], rows, f"Share of {lost}"))
+    section = Section("Best rates by precision", [text], tables=[Table(header, rows)])
+
+    def of(name: str, regime: Regime) -> Interval | None:
+        one = moved.get((name, regime))
+        return None if one is None or one.edge else (one.value, one.low, one.high)
+
+    quantized = {pair.regime: names[pair.regime] for pair in pairs(dataset)}
+    title, label = "Best rate in FP8 over that without (90%)", "factor"
+    section.plots += _by_precision("precision-rates", title, label, dataset.optimizers, quantized, of, line=1.0)
     return section
 
 
-def _over_steps(regime: Regime, lost: str, curves: dict[str, dict[int, Lost]]) -> Plot:
-    steps = sorted(set.intersection(*(set(one) for one in curves.values())))
-    places = list(dict.fromkeys(place for of in curves.values() for step in steps for place in of[step]))
-    series = []
-    for i, place in enumerate(places):
-        y = [statistics.fmean(of[step].get(place, {}).get(lost, 0.0) for of in curves.values()) for step in steps]
-        series.append(
-            Series(" ".join(place), [float(step) for step in steps], y, PALETTE[i % len(PALETTE)], points=False)
-        )
-    return Plot(f"fp8-{lost}-{regime}", f"Share of {lost}, {regime}", "iteration", "share of elements", series)
-
-
-def _worst(of: dict[str, Lost], place: tuple[str, str], lost: str) -> str:
-    shares = {name: found[place][lost] for name, found in of.items() if place in found}
-    if not shares:
-        return "–"
-    name = max(shares, key=shares.__getitem__)
-    mean = statistics.fmean(shares.values())
-    return f"{mean:.3%}" + (f" ({name} {shares[name]:.3%})" if shares[name] else "")
-
-
-def _steadiness(dataset: Dataset) -> Section:
+def _steadiness(dataset: Dataset, names: dict[Regime, str]) -> Section:
     """Diverged runs, and the largest gradient norm of each best run in its second half over the median there."""
     best, rows = dataset.best(), []
     for name in dataset.optimizers:
-        for regime, shown in _names(dataset).items():
+        for regime, shown in names.items():
             mine = [one for one in dataset.finished if (one.optimizer, one.regime) == (name, regime)]
             cell = best.get((name, regime))
             curve = dataset.curve(cell.record.id) if cell else None
             norms = [row["grad_norm"] for row in (curve.train if curve else ()) if row.get("grad_norm")]
             norms = norms[len(norms) // 2 :]
             jump = f"{max(norms) / statistics.median(norms):.2f}" if norms else "–"
-            rows.append([name, shown, str(len(mine)), str(sum(one.status == "diverged" for one in mine)), jump])
+            if mine:
+                rows.append([name, shown, str(len(mine)), str(sum(one.status == "diverged" for one in mine)), jump])
     header = [
         "optimizer",
         "precision",
@@ -162,5 +173,8 @@ def _steadiness(dataset: Dataset) -> Section:
         "diverged",
         "largest gradient norm over the median, second half",
     ]
-    text = "MX formats were unstable elsewhere (arXiv 2506.20752): runs that diverge, or norms that jump, in FP8 alone."
+    text = (
+        "MX formats were unstable elsewhere (arXiv 2506.20752), where gains of norms were quantized and clipped: to look for are runs "
+        "that diverge, or norms that jump, in FP8 alone. Transformer Engine quantizes what a norm gives, and rounds MX scales up."
+    )
     return Section("Steadiness", [text], tables=[Table(header, rows)])
