@@ -25,6 +25,8 @@ def main(folder: Path) -> int:
     pages = list(folder.glob("report/*.html"))
     if not pages or "http" in pages[0].read_text().split("<body")[0].lower().replace("http-equiv", ""):
         wrong.append("there is no self-contained report page")
+    if pages and pages[0].read_text().count("The old man") < 2:
+        wrong.append("the page has no sample of each optimizer")
     if len(list(folder.glob("report/**/*.png"))) < 2:
         wrong.append("plots are missing")
     print("\n".join(wrong) or f"demo: {len(results)} runs and the report are as they should be")

@@ -89,6 +89,8 @@ class Dataset:
     phases: dict[str, list[str]] = field(default_factory=dict)
     planned: dict[Regime, int] = field(default_factory=dict)
     """regimes that the study file asks for, whether a run of theirs is there or not, and the parameters of their models"""
+    samples: dict[str, str] = field(default_factory=dict)
+    """run → what it said after the study's prompt"""
     trace: list[dict[str, Any]] = field(default_factory=list)
     """decisions of the search, as the scheduler recorded them"""
     tokens_per_parameter: float = 20.0
@@ -184,6 +186,7 @@ def from_store(store: Store) -> Dataset:
         store.curve,
         phases=store.phases(),
         planned={Regime.parse(text): n for text, n in store.meta("regimes", {}).items()},
+        samples=store.meta("samples", {}),
         trace=store.meta("trace", []),
         target=tuple(store.meta("target", Dataset.target)),
         tokens_per_parameter=store.meta("tokens_per_parameter", 20.0),

@@ -162,6 +162,8 @@ class Study:
     eval_points: int
     checkpoints: int
     evaluation: Evaluation | None = None
+    sample: str | None = None
+    """what the best runs go on from in the report"""
 
     def regimes(self) -> tuple[Regime, ...]:
         return tuple(

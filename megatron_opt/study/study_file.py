@@ -77,6 +77,7 @@ def read_study(path: str | os.PathLike) -> Study:
         eval_points=top.number("eval_points", 10, above=0, whole=True),
         checkpoints=checkpoints,
         evaluation=_evaluation(top, checkpoints, "ema_decay" in flags, models),
+        sample=top.text("sample"),
     )
     top.take("defaults")
     top.finish()

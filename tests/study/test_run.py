@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from megatron_opt.errors import UserError
-from megatron_opt.study import cli
+from megatron_opt.study import cli, samples
 from megatron_opt.study.dataset import from_store
 from megatron_opt.study.fits.significance import compare_all
 from megatron_opt.study.scheduler import open_study
@@ -30,6 +30,24 @@ def refusal(study, output):
 def records(output):
     with Store(output / "study.sqlite") as store:
         return store.runs()
+
+
+def test_the_report_has_a_sample_of_each_optimizers_best_run(make_study, tmp_path, monkeypatch, capsys):
+    (tmp_path / "say.py").write_text(
+        "import sys\nprint(sys.argv[sys.argv.index('--prompt') + 1], 'and <then>') if '--seed' in sys.argv else sys.exit(2)"
+    )
+    monkeypatch.setattr(samples, "GENERATE", (str(tmp_path / "say.py"),))
+    text = STUDY.replace(", 0.008, 0.064]", "]").replace(", 0.016, 0.032]", "]") + 'sample: "Once upon"\n'
+    output = tmp_path / "out"
+    assert run(make_study(text), output) == 0
+    page = (output / "report" / "index.html").read_text()
+    assert page.count("Once upon and &lt;then&gt;") == 2
+    monkeypatch.setattr(samples, "GENERATE", ("-c", "raise SystemExit('no such thing')"))
+    assert run(make_study(text), output) == 0 and "no such thing" not in capsys.readouterr().out  # both are kept
+    with Store(output / "study.sqlite") as store:
+        store.set_meta(samples.SAMPLES, {})
+    assert run(make_study(text), output) == 0
+    assert capsys.readouterr().out.count("no such thing") == 2
 
 
 def test_a_grid_runs_every_point_once_and_reports_the_best(make_study, tmp_path, capsys):

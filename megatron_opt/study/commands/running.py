@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_opt.report.terminal import make_console
+from megatron_opt.study import samples
 from megatron_opt.study.dataset import from_store
 from megatron_opt.study.display import observe, print_summary
 from megatron_opt.study.scheduler import Stopped, open_study
@@ -45,6 +46,10 @@ def main(argv: list[str], prog: str) -> int:
         from megatron_opt.study.report import write_report
 
         dataset = from_store(store)
+        unsaid: list[str] = []
+        if study.sample and complete:
+            unsaid = samples.take(store, dataset, study.sample, options.output / "runs")
+            dataset = from_store(store)
         cluster = None
         if dataset.cluster is not None:
             from megatron_opt.study.commands.pricing import cluster_times
@@ -61,6 +66,8 @@ def main(argv: list[str], prog: str) -> int:
             )
         failed = [record for record in dataset.records if record.status == "failed"]
         waiting = [record for record in dataset.records if record.status == "planned"]
+    for line in unsaid:
+        console.print(line, markup=False, soft_wrap=True)
     for record in failed[:5]:
         console.print(f"failed: run {record.id}, {record.optimizer} {record.regime}: {record.reason}", markup=False)
     if len(failed) > 5:

@@ -139,5 +139,10 @@ def last_words(folder: Path, limit: int = 300) -> str:
         lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return "no log"
-    lines = [line.strip() for line in lines if line.strip()]
-    return lines[-1][-limit:] if lines else "an empty log"
+    return last_line("\n".join(lines), limit) or "an empty log"
+
+
+def last_line(text: str, limit: int = 300) -> str:
+    """The end of the last line that says something."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][-limit:] if lines else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import stats
@@ -254,8 +254,15 @@ def _filled(drafts: list[tuple[Reached, list[_Met]]]) -> list[Reached]:
     times = _estimates({i: [math.log(m.baseline_seconds / m.seconds) for m in met] for i, met in got.items()}, LEVEL)
     rows = [row for row, _ in drafts]
     for i, met in got.items():
-        means = {one.name: float(np.mean([getattr(m, one.name) for m in met])) for one in fields(_Met)}
-        rows[i] = replace(rows[i], in_tokens=tokens[i], in_time=times[i], **means)
+        rows[i] = replace(
+            rows[i],
+            tokens=float(np.mean([m.tokens for m in met])),
+            baseline_tokens=float(np.mean([m.baseline_tokens for m in met])),
+            seconds=float(np.mean([m.seconds for m in met])),
+            baseline_seconds=float(np.mean([m.baseline_seconds for m in met])),
+            in_tokens=tokens[i],
+            in_time=times[i],
+        )
     return rows
 
 

@@ -52,7 +52,14 @@ def build_sections(dataset: Dataset, analysis: Analysis | Unfitted) -> list[Sect
         lr_sensitivity(dataset),
         *laws,
     ]
-    sections += [transfer(dataset), loss_curves(dataset), costs(dataset), dynamics(dataset), _effort(dataset)]
+    sections += [
+        _samples(dataset),
+        transfer(dataset),
+        loss_curves(dataset),
+        costs(dataset),
+        dynamics(dataset),
+        _effort(dataset),
+    ]
     sections.append(Section("Notes", text=notes))
     return [s for s in sections if s.plots or s.tables or s.warnings or (s.text and s.title in TEXT_ALONE)]
 
@@ -67,6 +74,15 @@ def _results(dataset: Dataset) -> Section:
     )
     if not rows:
         section.warnings.append("No run has finished yet.")
+    return section
+
+
+def _samples(dataset: Dataset) -> Section:
+    section, by_id = Section("Samples"), {record.id: record for record in dataset.records}
+    rows = [[by_id[run].optimizer, str(by_id[run].regime), text, run] for run, text in dataset.samples.items()]
+    if rows:
+        section.text = ["How the best runs go on from the study's prompt: a look, not a measure."]
+        section.tables.append(Table(["optimizer", "regime", "text", "run id"], rows))
     return section
 
 
