@@ -29,7 +29,7 @@ def write_plot_csv(plot: Plot, path: Path) -> None:
             rows.append(
                 [
                     series.label,
-                    plot.x_names[int(x)] if plot.x_names else x,
+                    plot.x_names[round(x)] if plot.x_names else x,
                     "" if series.crosses else series.y[i],
                     series.low[i] if series.low else "",
                     series.high[i] if series.high else "",

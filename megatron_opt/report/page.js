@@ -194,7 +194,7 @@
       cursor.setAttribute("cx", near.x); cursor.setAttribute("cy", near.y);
       const { series, i } = near;
       const range = series.low && !series.bars ? ` (${show(series.low[i])} … ${show(series.high[i])})` : "";
-      const where = plot.x_names.length ? plot.x_names[series.x[i]] : `${plot.x_label} ${show(series.x[i])}`;
+      const where = plot.x_names.length ? plot.x_names[Math.round(series.x[i])] : `${plot.x_label} ${show(series.x[i])}`;
       const value = series.bars ? series.high[i] - series.low[i] : series.y[i];
       tip.textContent = [series.label, where].filter(Boolean).join(": ") + ", " +
         (series.crosses ? "diverged" : `${plot.y_label} ${show(value)}${range}`) + (series.beyond && series.beyond[i] ? ", extrapolated" : "") + (series.runs ? `, run ${series.runs[i]}` : "");

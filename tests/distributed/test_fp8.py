@@ -171,12 +171,19 @@ def gathered(recipe: str) -> list[str]:
     return ["--fp8-param-gather", *(["--reuse-grad-buf-for-mxfp8-param-ag"] if recipe == "mxfp8" else [])]
 
 
-def pair(recipe: str, optimizer: str, layout: Layout, model: Sequence[str] = GQA, name: str = "") -> tuple[Case, Case]:
-    """The run without the flag and with it."""
-    flags, optimizer_name = fp8(model, recipe), OPTIMIZERS.get(optimizer, ["--optimizer", optimizer])
-    name = f"{name}{recipe}-{optimizer}-{layout.name}"
-    on = case([*flags, *gathered(recipe)], optimizer_name, layout, f"{name}-on", steps=STEPS, hook="weights")
-    return case(flags, optimizer_name, layout, f"{name}-off", steps=STEPS, hook="held_bytes"), on
+def pair(
+    recipe: str,
+    rule: str,
+    layout: Layout,
+    model: Sequence[str] = GQA,
+    name: str = "",
+    optimizer: Sequence[str] = (),
+) -> tuple[Case, Case]:
+    """The run without the flag and with it; `optimizer`: flags in place of the rule's."""
+    flags, optimizer = fp8(model, recipe), optimizer or OPTIMIZERS.get(rule, ["--optimizer", rule])
+    name = f"{name}{recipe}-{rule}-{layout.name}"
+    on = case([*flags, *gathered(recipe)], optimizer, layout, f"{name}-on", steps=STEPS, hook="weights")
+    return case(flags, optimizer, layout, f"{name}-off", steps=STEPS, hook="held_bytes"), on
 
 
 def check_pair(runs: dict[str, Run], off: Case, on: Case) -> None:
@@ -230,7 +237,9 @@ QUICK = [
     pair("delayed", "muon", TP2),
     pair("mxfp8", "muon", TP2, [*GQA, "--qk-clip", "--qk-clip-threshold", "0.5"]),  # scaled before they are published
     pair("mxfp8", "muon", TWICE),
-    pair("tensorwise", "adamw", ONE, [*GQA, "--num-layers", "1", "--megatron-init"], "drawn-"),  # by Megatron's generators
+    pair(
+        "tensorwise", "adamw", ONE, [*GQA, "--num-layers", "1", "--megatron-init"], "drawn-"
+    ),  # by Megatron's generators
 ]
 
 
@@ -286,19 +295,39 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     made.close()
 
 
-def _run_twice(pool: Pool, pairs: list[tuple[Case, Case]]) -> dict[str, Run]:
-    """All pairs, two steps: the second pass computes with what was published, and what was last published is looked at."""
-    return pool.run([replace(one, steps=2) for both in pairs for one in both])
+ROLES = ("q", "k", "v", "attention_output", "gate", "up", "down")
+AT_ONCE = [RULES[at : at + len(ROLES)] for at in range(0, len(RULES), len(ROLES))]  # a role of both layers each
+
+
+def _mixed(
+    folder: Path, rules: Sequence[str], recipe: str, layout: Layout, model: Sequence[str] = GQA
+) -> tuple[Case, Case]:
+    """A pair in which each role's matrices have a rule of their own, another in every recipe; two steps."""
+    turn = (*RECIPES, "delayed").index(recipe)
+    lines = [f'  - {{match: "role={ROLES[(i + turn) % len(ROLES)]}", optimizer: {rule}, weight_decay: false, clip: false}}'
+             for i, rule in enumerate(rules)]  # fmt: skip
+    file = folder / f"{recipe}.yaml"
+    file.write_text("\n".join(["groups:", *lines, '  - {match: ".*", optimizer: adamw, clip: true}', ""]))
+    optimizer = ["--optimizer", "adamw", "--optimizer-groups", str(file), *c.CONSTANT]
+    name = "mixed-moe" if model is MOE else "mixed"
+    off, on = pair(recipe, name, layout, model, optimizer=optimizer)
+    return replace(off, steps=2), replace(on, steps=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", RULES)
-def test_weights_in_fp8_change_nothing_for_every_rule_recipe_and_layout(pool: Pool, rule: str) -> None:
-    """Under TP a tensorwise scale is the whole matrix's with the flag, a shard's without: that pair agrees by its bytes alone."""
-    scaled = pair("tensorwise", rule, TP2)
-    pairs = [pair(recipe, rule, layout) for recipe in RECIPES for layout in (c.DP2_DIST, TP2, PP2)]
-    pairs += [pair(recipe, rule, c.EP2_DIST, MOE, "moe-") for recipe in RECIPES] + [pair("delayed", rule, c.DP2_DIST)]
-    found = _run_twice(pool, pairs)
+@pytest.mark.parametrize("rules", AT_ONCE, ids=lambda rules: "-".join((rules[0], rules[-1])))
+def test_weights_in_fp8_change_nothing_for_every_rule_recipe_and_layout(
+    pool: Pool, tmp_path: Path, rules: Sequence[str]
+) -> None:
+    """The second pass computes with what was published, and what was last published is looked at.
+
+    Under TP a tensorwise scale is the whole matrix's with the flag, a shard's without: that pair agrees by its bytes alone.
+    """
+    scaled = _mixed(tmp_path, rules, "tensorwise", TP2)
+    pairs = [_mixed(tmp_path, rules, recipe, layout) for recipe in RECIPES for layout in (c.DP2_DIST, TP2, PP2)]
+    pairs += [_mixed(tmp_path, rules, recipe, c.EP2_DIST, MOE) for recipe in RECIPES]
+    pairs += [_mixed(tmp_path, rules, "delayed", c.DP2_DIST)]
+    found = pool.run([one for both in pairs for one in both])
     for both in pairs:
         if both != scaled:
             check_same(found, *both)
@@ -308,13 +337,15 @@ def test_weights_in_fp8_change_nothing_for_every_rule_recipe_and_layout(pool: Po
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", RULES)
-def test_weights_in_fp8_change_nothing_for_every_rule_on_four_ranks(four: Pool, rule: str) -> None:
-    """TP2 × DP2 (tensorwise PP2 × DP2), and shards of an instance; of spheres, whose step is their rule's, one pair alone."""
+@pytest.mark.parametrize("rules", AT_ONCE, ids=lambda rules: "-".join((rules[0], rules[-1])))
+def test_weights_in_fp8_change_nothing_for_every_rule_on_four_ranks(
+    four: Pool, tmp_path: Path, rules: Sequence[str]
+) -> None:
+    """TP2 × DP2 (tensorwise: PP2 × DP2), and two instances of the distributed optimizer."""
     chosen = [("mxfp8", c.TP2_DP2_DIST), ("blockwise", c.TP2_DP2_DIST), ("tensorwise", c.PP2_DP2_DIST)]
     chosen += [("tensorwise", c.DP2X2), ("blockwise", c.DP2X2_WITHIN), ("mxfp8", c.DP2X2)]
-    pairs = [pair(recipe, rule, layout) for recipe, layout in (chosen[:1] if rule.endswith("_h") else chosen)]
-    found = _run_twice(four, pairs)
+    pairs = [_mixed(tmp_path, rules, recipe, layout) for recipe, layout in chosen]
+    found = four.run([one for both in pairs for one in both])
     for both in pairs:
         check_same(found, *both)
 

@@ -182,10 +182,9 @@ def _size(dataset: Dataset) -> str:
     said = f"{_range(sizes)} non-embedding parameters, {_range(tokens)} tokens a run; nothing is said of other sizes. "
     if not counts:
         return said.strip()
-    return said + (
-        f"A loss is the mean over {_range(counts)} seeds; rates were chosen on seed {' and '.join(chose)}, which is in no comparison."
-        if chose
-        else f"A loss is the mean over {_range(counts)} seeds."
+    over = f"A loss is the mean over {_range(counts)} seeds" if max(counts) else "No seed was repeated"
+    return f"{said}{over}" + (
+        f"; rates were chosen on seed {' and '.join(chose)}, which is in no comparison." if chose else "."
     )
 
 

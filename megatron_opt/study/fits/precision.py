@@ -7,6 +7,7 @@ at the rate that was tuned in its own precision. Where an interval holds both an
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +52,8 @@ class Shift:
     high: float
     edge: bool
     """one of the two optima is the last rate that was tried"""
+    doubt: str = ""
+    """why nothing is said of it"""
 
 
 def precision_of(record: Record) -> str:
@@ -143,8 +146,7 @@ def _change(base: Comparison, cells: list[Best], noise: SeedNoise) -> Comparison
 
 def best_rates(dataset: Dataset) -> dict[Key, Optimum]:
     """The vertex of the losses over the rate, of each optimizer in each precision; its losses share a seed, and with it its luck."""
-    own, found = own_noise(_cells(dataset)), {}
-    sigma = own.sigma if own.freedom else noise_floor(dataset).sigma
+    sigma, found = _noise(dataset).sigma, {}
     for regime in dict.fromkeys(one for pair in pairs(dataset) for one in (pair.plain, pair.regime)):
         alone = replace(dataset, records=[one for one in dataset.records if one.regime == regime], _best=None)
         for name in alone.optimizers:
@@ -153,10 +155,25 @@ def best_rates(dataset: Dataset) -> dict[Key, Optimum]:
     return found
 
 
+def _noise(dataset: Dataset) -> SeedNoise:
+    """Of one loss beside what its seed shares with others; of all of it where nothing more is known; no freedom: assumed."""
+    own, every = own_noise(_cells(dataset)), noise_floor(dataset)
+    return own if own.freedom else SeedNoise(every.sigma, every.freedom)
+
+
+def _doubt(rates: Iterable[Optimum], noise: SeedNoise) -> str:
+    if any(one.edge for one in rates):
+        return "an optimum is the last rate that was tried"
+    if not noise.freedom:
+        return "the noise is assumed"
+    rises = [one.curvature / 2 * math.log(MOST_SHIFT) ** 2 for one in rates if one.curvature is not None]
+    return "twice the rate costs less than the noise shows" if min(rises, default=math.inf) < 2 * noise.sigma else ""
+
+
 def shifts(dataset: Dataset) -> dict[Key, Shift]:
     """The best rate in each recipe over that without FP8."""
     rates, z = best_rates(dataset), float(stats.norm.isf((1 - intervals.LEVEL) / 2))
-    found = {}
+    sigma, found = _noise(dataset), {}
     for pair in pairs(dataset):
         for name in dataset.optimizers:
             ours, plain = rates.get((name, pair.regime)), rates.get((name, pair.plain))
@@ -164,7 +181,9 @@ def shifts(dataset: Dataset) -> dict[Key, Shift]:
                 continue
             middle, reach = ours.log_value - plain.log_value, z * math.hypot(ours.error, plain.error)
             values = [math.exp(x) for x in (middle, middle - reach, middle + reach)]
-            found[name, pair.regime] = Shift(values[0], values[1], values[2], ours.edge or plain.edge)
+            found[name, pair.regime] = Shift(
+                values[0], values[1], values[2], ours.edge or plain.edge, _doubt((ours, plain), sigma)
+            )
     return found
 
 
@@ -246,8 +265,10 @@ def _stays(name: str, pair: Pair, one: Shift | None) -> Finding:
     claim = f"{name}'s best rate stays in {pair.recipe}"
     if one is None:
         return Finding(claim, name, (), MISSING, str(pair.regime))
-    edge = ("an optimum is the last rate that was tried",) if one.edge else ()
-    said = (f"{one.value:.2f} times ({one.low:.2f} to {one.high:.2f}, {intervals.LEVEL:.0%})", *edge)
+    said = (
+        f"{one.value:.2f} times ({one.low:.2f} to {one.high:.2f}, {intervals.LEVEL:.0%})",
+        *([one.doubt] if one.doubt else []),
+    )
     within = 1 / MOST_SHIFT < one.low and one.high < MOST_SHIFT
     verdict = FAILS if not one.low <= 1 <= one.high else HOLDS if within else OPEN
-    return Finding(claim, name, said, OPEN if one.edge else verdict, str(pair.regime))
+    return Finding(claim, name, said, OPEN if one.doubt else verdict, str(pair.regime))

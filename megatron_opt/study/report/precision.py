@@ -121,7 +121,7 @@ def _by_precision(
             series.append(Series.of(optimizer, shades[optimizer], rows, "low", "high", line=False))
     if not series:
         return []
-    plot = Plot(name, title, "", label, series, horizontal=[(line, "")])
+    plot = Plot(name, title, "precision", label, series, horizontal=[(line, "")])
     plot.x_names = list(names.values())
     return [plot]
 
