@@ -7,7 +7,7 @@ import pytest
 from megatron_opt.errors import UserError
 from megatron_opt.study import cli
 from megatron_opt.study.dataset import from_store
-from megatron_opt.study.fits.transfer import transfer_of, vertex
+from megatron_opt.study.fits.transfer import Carried, Transfer, transfer_of, vertex
 from megatron_opt.study.phases import Planner
 from megatron_opt.study.report.transfer import transfer_over_width
 from megatron_opt.study.spec import Regime
@@ -71,8 +71,9 @@ def test_a_study_finds_the_drift_and_what_it_costs(make_study, tmp_path, monkeyp
     with Store(output / "study.sqlite") as store:
         dataset = from_store(store)
     found = transfer_of(dataset)
-    assert found.drift("adamw", "standard")[0] == pytest.approx(-1, abs=0.05)
-    assert found.drift("adamw", "mup")[0] == pytest.approx(0, abs=0.05)
+    (proxy,) = {one.proxy for one in found.rows}
+    assert found.drift("adamw", "standard", proxy)[0] == pytest.approx(-1, abs=0.05)
+    assert found.drift("adamw", "mup", proxy)[0] == pytest.approx(0, abs=0.05)
     by_key = {(r.optimizer, r.parametrization, r.regime.model): r for r in found.rows}
     far = by_key["adamw", "standard", "wider"]
     assert far.loss_lost == pytest.approx(0.03 * 4, abs=0.01) and far.lost.verdict == "better"
@@ -136,3 +137,16 @@ def test_mistakes_in_the_file(make_study, old, new, said):
     assert old in PHASES
     with pytest.raises(UserError, match=rf"study.yaml:\d+: .*({said})"):
         read_study(make_study(TRANSFER.replace(PHASES, PHASES.replace(old, new))))
+
+
+def test_widths_that_two_proxies_reach_are_two_lines():
+    def row(model, proxy, optimum):
+        return Carried(
+            "adamw", "mup", Regime(model, 1), Regime(proxy, 4), 64, 1.0, 1.0, optimum, False, (), 3.0, 3.0, None
+        )
+
+    found = Transfer([row("gpt-64", "gpt-32", 0.5), row("llama-64", "llama-32", 4.0)])
+    found.proxies = {("adamw", Regime("gpt-32", 4)): (32, 1.0), ("adamw", Regime("llama-32", 4)): (32, 2.0)}
+    slopes = {proxy.model: found.drift(name, kind, proxy)[0] for name, kind, proxy in found.lines}
+    assert slopes == {"gpt-32": pytest.approx(-1), "llama-32": pytest.approx(1)}
+    assert found.optima("adamw", "mup", Regime("llama-32", 4)) == [(32, 2.0), (64, 4.0)]

@@ -34,7 +34,7 @@ from megatron_opt.study.scheduler import STORE_NAME
 from megatron_opt.study.store import Store
 from megatron_opt.study.summary import HEADER, summary
 
-SHOWN = ("gain-against-size", "precision-")
+SHOWN = ("gain-against-size", "precision-", "accuracy-", "transfer-")
 """how the names of figures begin that a page shows"""
 
 

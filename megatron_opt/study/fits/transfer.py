@@ -66,11 +66,25 @@ class Transfer:
     worth: list[Comparison] = field(default_factory=list)
     """carried under µP against carried without, `optimizer` at a width: gain > 0 where µP is better"""
 
-    def drift(self, optimizer: str, parametrization: str) -> tuple[float, float] | None:
+    @property
+    def lines(self) -> list[tuple[str, str, Regime]]:
+        """Optimizer, parametrization, and the proxy, from which one family of widths is reached."""
+        return list(dict.fromkeys((one.optimizer, one.parametrization, one.proxy) for one in self.rows))
+
+    def carried(self, optimizer: str, parametrization: str, proxy: Regime) -> list[Carried]:
+        """What was carried from one proxy."""
+        wanted = optimizer, parametrization, proxy
+        return [one for one in self.rows if (one.optimizer, one.parametrization, one.proxy) == wanted]
+
+    def optima(self, optimizer: str, parametrization: str, proxy: Regime) -> list[tuple[int, float]]:
+        """(width, best rate) of the proxy and of what it was carried to, by width."""
+        start = [self.proxies[optimizer, proxy]] if (optimizer, proxy) in self.proxies else []
+        mine = self.carried(optimizer, parametrization, proxy)
+        return sorted([*start, *((one.width, one.optimum) for one in mine if one.optimum is not None)])
+
+    def drift(self, optimizer: str, parametrization: str, proxy: Regime) -> tuple[float, float] | None:
         """Slope of log(optimal rate) over log(width) and its standard error (NaN with two widths); None without two widths."""
-        points = [(w, lr) for (name, _), (w, lr) in self.proxies.items() if name == optimizer]
-        mine = [one for one in self.rows if (one.optimizer, one.parametrization) == (optimizer, parametrization)]
-        points += [(one.width, one.optimum) for one in mine if one.optimum is not None]
+        points = self.optima(optimizer, parametrization, proxy)
         x, y = (np.log(np.array(side, float)) for side in zip(*points)) if points else (np.zeros(0), np.zeros(0))
         if len(np.unique(x)) < 2:
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from itertools import combinations
 
-from megatron_opt.report.blocks import Section, Table
+from megatron_opt.report.blocks import Plot, Section, Series, Table, colors
 from megatron_opt.study import downstream
 from megatron_opt.study.dataset import Dataset
 from megatron_opt.study.downstream import Score, scores
@@ -25,6 +25,7 @@ def accuracy(dataset: Dataset) -> Section:
     )
     results = {record.id: record.results for record in dataset.records}
     rows, orders = [], []
+    points: list[tuple[str, float, dict[str, Score]]] = []
     tasks: dict[str, None] = {}
     for regime in dataset.regimes:
         scored: dict[str, tuple[float, dict[str, Score]]] = {}
@@ -34,6 +35,7 @@ def accuracy(dataset: Dataset) -> Section:
                 scored[name] = cell.loss, mine
         for name, (loss, mine) in sorted(scored.items(), key=lambda item: item[1][0]):
             tasks |= dict.fromkeys(mine)
+            points.append((name, loss, mine))
             rows.append((str(regime), name, f"{loss:.4f}", mine))
             several = [results[run] for run in dataset.best()[name, regime].ids]
             for weights in downstream.averaged(several[0]):
@@ -42,6 +44,7 @@ def accuracy(dataset: Dataset) -> Section:
         orders += _disagreements(str(regime), scored)
     if not rows:
         return Section("Accuracy on tasks")
+    section.plots += [_against_loss(dataset, task, points) for task in tasks]
     shown = [[*row[:3], *(_cell(row[3].get(task)) for task in tasks)] for row in rows]
     section.tables.append(Table(["regime", "optimizer", "valid loss", *tasks], shown))
     tests, apart = baseline_tests(dataset), disagreements(dataset)
@@ -51,6 +54,20 @@ def accuracy(dataset: Dataset) -> Section:
         section.text += orders
     _paired(section, dataset, tests, apart, bool(orders))
     return section
+
+
+def _against_loss(dataset: Dataset, task: str, points: list[tuple[str, float, dict[str, Score]]]) -> Plot:
+    """Every optimizer in every regime: were accuracy a function of the loss alone, all would lie on one line."""
+    color, series = colors(dataset.optimizers), []
+    for name in dataset.optimizers:
+        found = [(loss, mine[task]) for who, loss, mine in points if who == name and task in mine]
+        if found:
+            rows = [
+                (loss, one.value, one.value - (one.error or 0), one.value + (one.error or 0)) for loss, one in found
+            ]
+            series.append(Series.of(name, color[name], rows, "low", "high", line=False))
+    kind = next(mine[task].metric for *_, mine in points if task in mine)
+    return Plot(f"accuracy-{task}", f"{task} against the loss, ± one standard error", "validation loss", kind, series)
 
 
 def _paired(section: Section, dataset: Dataset, tests: list[ItemTest], apart: list[ItemTest], unequal: bool) -> None:

@@ -38,21 +38,19 @@ def transfer_over_width(dataset: Dataset) -> Section:
     return section
 
 
-def _keys(transfer: Transfer) -> list[tuple[str, str]]:
-    return list(dict.fromkeys((one.optimizer, one.parametrization) for one in transfer.rows))
-
-
 def _optima(transfer: Transfer) -> Table:
     regimes = list(dict.fromkeys(one.regime for one in transfer.rows if one.optimum is not None))
     rows = []
-    for name, kind in _keys(transfer):
-        mine = {one.regime: one for one in transfer.rows if (one.optimizer, one.parametrization) == (name, kind)}
-        proxy = next((value for (other, _), value in transfer.proxies.items() if other == name), None)
-        drift = transfer.drift(name, kind)
+    for name, kind, proxy in transfer.lines:
+        mine = {one.regime: one for one in transfer.carried(name, kind, proxy)}
+        if not any(regime in mine for regime in regimes):
+            continue
+        tuned = transfer.proxies.get((name, proxy))
+        drift = transfer.drift(name, kind, proxy)
         said = "–" if drift is None else f"{drift[0]:+.2f}" + ("" if math.isnan(drift[1]) else f" ± {drift[1]:.2f}")
         cells = [_rate(mine[r].optimum if r in mine else None) for r in regimes]
-        rows.append([name, TITLES[kind], "–" if proxy is None else f"{proxy[1]:.3g}", *cells, said])
-    header = ["optimizer", "", "tuned at the proxy", *map(str, regimes), "slope over width"]
+        rows.append([str(proxy), name, TITLES[kind], "–" if tuned is None else f"{tuned[1]:.3g}", *cells, said])
+    header = ["proxy", "optimizer", "", "tuned at the proxy", *map(str, regimes), "slope over width"]
     return Table(header, rows, "The best learning rate at each width, and d log(rate) / d log(width): 0 transfers.")
 
 
@@ -118,19 +116,19 @@ def _worth(transfer: Transfer) -> Table:
 
 def _over_width(dataset: Dataset, transfer: Transfer) -> Plot:
     color, series = colors(dataset.optimizers), []
-    for name, kind in _keys(transfer):
-        mine = [one for one in transfer.rows if (one.optimizer, one.parametrization) == (name, kind)]
-        points = [value for (other, _), value in transfer.proxies.items() if other == name]
-        points = sorted([*points, *((one.width, one.optimum) for one in mine if one.optimum)])
+    several = len({proxy for *_, proxy in transfer.lines}) > 1
+    for name, kind, proxy in transfer.lines:
+        points = transfer.optima(name, kind, proxy)
+        label = f"{name}, {TITLES[kind]}" + (f", {proxy.model}" if several else "")
         x, y = [float(w) for w, _ in points], [lr for _, lr in points]
-        series.append(Series(f"{name}, {TITLES[kind]}", x, y, color[name], dash=kind == "standard"))
+        series.append(Series(label, x, y, color[name], dash=kind == "standard"))
     title = "Best learning rate against width (dashed: without µP)"
     return Plot("transfer-optimum", title, "width", "best learning rate", series, x_log=True, y_log=True)
 
 
 def _curves(section: Section, transfer: Transfer) -> None:
     """Loss over the rate at every width, one figure for each optimizer and parametrization; dotted: the carried rate."""
-    for name, kind in _keys(transfer):
+    for name, kind in dict.fromkeys((name, kind) for name, kind, _ in transfer.lines):
         mine = [one for one in transfer.rows if (one.optimizer, one.parametrization) == (name, kind) and one.best_lr]
         series = [
             Series.of(str(one.regime), PALETTE[i % len(PALETTE)], points)
@@ -138,5 +136,6 @@ def _curves(section: Section, transfer: Transfer) -> None:
             if (points := [point for point in one.curve if math.isfinite(point[1])])
         ]
         if series:
-            title, carried = f"{name}, {TITLES[kind]}: loss over the rate", [(mine[0].carried_lr, "carried")]
+            title, rates = f"{name}, {TITLES[kind]}: loss over the rate", dict.fromkeys(one.carried_lr for one in mine)
+            carried = [(rate, "carried") for rate in rates]
             section.plot(f"transfer-{name}-{kind}", title, "learning rate", LOSS, series, x_log=True, vertical=carried)
