@@ -248,6 +248,7 @@ def test_the_evaluation_follows_the_training_on_the_same_ranks(tmp_path, monkeyp
     )
     again = _steps(tmp_path, replace(job, trained=True))
     assert "megatron_opt.pretrain" not in again and "\nstep " in again
+    assert "--standalone --nproc-per-node 8" in again and '"$head:$port"' not in again
 
 
 @pytest.mark.parametrize(("train", "evaluate", "told", "code", "evaluated"), [
@@ -256,7 +257,7 @@ def test_the_evaluation_follows_the_training_on_the_same_ranks(tmp_path, monkeyp
 ])  # fmt: skip
 def test_the_script_itself_by_a_shell(tmp_path, monkeypatch, train, evaluate, told, code, evaluated):
     monkeypatch.setattr(slurm.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(slurm, "TORCHRUN", ("{python}",))
+    monkeypatch.setattr(slurm, "ONE_NODE", ("{python}",))
     monkeypatch.setattr(base, "EVALUATE", ("-c", f"open('evaluated', 'w'); raise SystemExit({evaluate})"))
     settings = ExecutorSettings(kind="slurm", command=("/bin/sh", "-c", train))
     script = SlurmExecutor(settings, tmp_path)._script(Job("r1", tmp_path, [], ("x",)))

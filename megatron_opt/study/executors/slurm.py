@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_opt.errors import UserError
 from megatron_opt.files import write_output
 from megatron_opt.study.executors.base import RUN_VARIABLE, Job, Outcome, command_of, evaluation_of
+from megatron_opt.study.executors.base import TORCHRUN as ONE_NODE
 from megatron_opt.study.spec import ExecutorSettings
 
 RENDEZVOUS = "RENDEZVOUS"
@@ -138,8 +139,11 @@ class SlurmExecutor:
         lines = [f"#SBATCH --{key}" + ("" if value is True else f'="{value}"') for key, value in options.items()]
         variables = settings.environment | {RUN_VARIABLE: str(job.folder)}
         lines += [f"export {key}={shlex.quote(value)}" for key, value in variables.items()]
-        commands = [] if job.trained else [command_of(settings, job, TORCHRUN)]
-        commands += [words for words in [evaluation_of(settings, job, TORCHRUN)] if words]
+        launcher = (
+            ONE_NODE if settings.nodes == 1 else TORCHRUN
+        )  # one node needs no name that resolves and no agreed port
+        commands = [] if job.trained else [command_of(settings, job, launcher)]
+        commands += [words for words in [evaluation_of(settings, job, launcher)] if words]
         steps = '\n[ "$code" != 0 ] || '.join(f"step {_quoted(words)}" for words in commands)
         return _SCRIPT.format(options="\n".join(lines), steps=steps)
 

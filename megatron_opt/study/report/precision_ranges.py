@@ -14,6 +14,8 @@ from megatron_opt.study.spec import Regime
 RANGES = "fp8_ranges"
 """of a logged step: kind of layer → tensor → amax, underflows, overflows (training/fp8_ranges.py)"""
 LOST = ("underflows", "overflows")
+SEEN = 5e-6
+"""a share that three digits of a per cent show"""
 Place = tuple[str, str]
 """kind of layer, tensor"""
 Lost = dict[Place, dict[str, float]]
@@ -105,7 +107,7 @@ def _worst(of: dict[str, Lost], place: Place, lost: str) -> str:
         return "–"
     name = max(shares, key=shares.__getitem__)
     mean = statistics.fmean(shares.values())
-    return f"{mean:.3%}" + (f" ({name} {shares[name]:.3%})" if shares[name] else "")
+    return f"{mean:.3%}" + (f" ({name} {shares[name]:.3%})" if shares[name] >= SEEN else "")
 
 
 def _largest(ends: dict[str, dict[str, Lost]], name: str, place: Place) -> str:
