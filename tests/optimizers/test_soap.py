@@ -63,12 +63,23 @@ def close(ours, theirs, tolerance):
 @pytest.mark.parametrize("floor", [0.0, 0.3])
 @pytest.mark.parametrize("variant", ["study", "authors"])
 def test_lists_of_native_kernels_are_stepped_as_stacks_are(variant, floor, monkeypatch):
-    """The way of a processor with AVX-512, its kernels' references in their place: whole matrices, one in two blocks."""
+    """The way of a processor with AVX-512, its kernels' references in their place: whole matrices, one in two blocks.
+
+    Shifted powers, without which rounding in a null space turns a basis, on some processors by more than is allowed here.
+    """
     shapes = [(12, 20), (12, 20), (24, 20)]
     grads = [[g.float() for g in gradients(shape, 9, seed)] for seed, shape in enumerate(shapes)]
     infos = [MatrixInfo(f"w{i}", shape) for i, shape in enumerate(shapes)]
     optimizer = registry.build(
-        "soap", {**BASE, "variant": variant, "floor": floor, "precondition_frequency": 3, "block_size": 20}
+        "soap",
+        {
+            **BASE,
+            "variant": variant,
+            "floor": floor,
+            "precondition_frequency": 3,
+            "block_size": 20,
+            "power_shift": 1e-3,
+        },
     )
 
     def steps():
