@@ -177,11 +177,10 @@ class Dataset:
 
 def from_store(store: Store) -> Dataset:
     """All runs of a store; raises UserError for mixed tokenizers."""
-    records = store.runs()
-    baseline = store.meta("baseline") or next((r.optimizer for r in records), "adamw")
+    records, settings = store.runs(), store.settings()
     dataset = Dataset(
         store.meta("name", store.path.parent.name),
-        baseline,
+        settings.get("baseline", "adamw"),
         records,
         store.curve,
         phases=store.phases(),
@@ -193,7 +192,7 @@ def from_store(store: Store) -> Dataset:
         cluster=store.meta("cluster"),
         looks=store.meta("looks", 1),
         margin=store.meta("margin", Dataset.margin),
-        settings=store.settings(),
+        settings=settings,
     )
     dataset.check_tokenizers()
     return dataset

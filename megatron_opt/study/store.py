@@ -166,13 +166,17 @@ class Store:
             db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
 
     def settings(self) -> dict[str, Any]:
-        """What fits and reports read beside the runs, as far as it is known."""
-        return {key: value for key in SETTINGS if (value := self.meta(key)) is not None}
+        """What fits and reports read beside the runs, as far as it is known; the baseline, else the first run's optimizer."""
+        first = self._connection.execute(
+            "SELECT optimizer FROM runs ORDER BY created, optimizer, model, ratio, id LIMIT 1"
+        ).fetchone()
+        known = {"baseline": first["optimizer"]} if first else {}
+        return known | {key: value for key in SETTINGS if (value := self.meta(key)) is not None}
 
     def _adopt(self, db: sqlite3.Connection, settings: dict[str, Any]) -> None:
         """Keep what an imported file says of its study and this store does not know yet; raises UserError for another 1x."""
-        here, there = (known.get("tokens_per_parameter", 20.0) for known in (self.settings(), settings))
-        if settings and here != there and db.execute("SELECT count(*) FROM runs").fetchone()[0]:
+        here, there = self.meta("tokens_per_parameter", 20.0), settings.get("tokens_per_parameter")
+        if there not in (None, here) and db.execute("SELECT count(*) FROM runs").fetchone()[0]:
             raise UserError(
                 f"1x is {there:g} tokens a parameter in the file and {here:g} in {self.path}; import it into another folder"
             )
