@@ -121,7 +121,7 @@ def evaluate(args: argparse.Namespace) -> Any:
     words = tokenizer_files.of_run(source.args, args.tokenizer)
     if words is None:
         raise UserError("the run has no tokenizer, and tasks are texts; give one by --tokenizer FILE.")
-    folder = _run(source.args)
+    folder = tokenizer_files.run_folder(source.args)
     _check_tokenizer(folder, words)
     output = args.output or (folder and folder / run_files.RESULTS)
     variants: dict[str, tuple[Any, list[Any], str]] = {
@@ -144,6 +144,8 @@ def evaluate(args: argparse.Namespace) -> Any:
                     import_harness()
                     for path in filter(None, (output, args.items)):
                         make_folder(path.parent)  # what cannot be written is said before the work
+                        if path.is_dir():
+                            raise UserError(f"{path} is a folder; name a file for what is written.")
                     if output:
                         results.read(output)
                     if args.loss_on:
@@ -200,12 +202,6 @@ def _progress(scorer: Any) -> Iterator[None]:
     with tqdm(desc="requests of this rank", unit="") as bar:
         scorer.progress = bar.update
         yield
-
-
-def _run(saved: Any) -> Path | None:
-    """The folder of the run whose checkpoint it is, where it is on this machine."""
-    folder = getattr(saved, "output_dir", None)
-    return Path(folder) if folder and (Path(folder) / run_files.CONFIG).is_file() else None
 
 
 def _check_tokenizer(folder: Path | None, words: Any) -> None:

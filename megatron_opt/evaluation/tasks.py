@@ -3,9 +3,11 @@
 The harness reads fifteen thousand files to know its names, a minute's work; here it reads the folders that hold them.
 """
 
+import contextlib
+import logging
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,7 +32,7 @@ def load(names: Sequence[str], folder: Path | None = None, shots: int | None = N
         _check(folder)
     random.seed(0)
     own = Path(lm_eval.__file__).parent / "tasks"
-    with mock.patch.object(datasets, "load_dataset", local_data.loader(folder, datasets.load_dataset)):
+    with mock.patch.object(datasets, "load_dataset", local_data.loader(folder, datasets.load_dataset)), _quiet():
         loaded = _load(list(names), own, folder)
     for task in loaded["tasks"].values():
         configured = task.get_config("num_fewshot")
@@ -41,6 +43,18 @@ def load(names: Sequence[str], folder: Path | None = None, shots: int | None = N
         task.set_fewshot_seed(seed=SEED)
         task.build_all_requests = _guarded(task, task.build_all_requests)
     return loaded
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What the harness says of task files that it cannot load, it raises too."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _check(folder: Path) -> None:
@@ -78,7 +92,10 @@ def _load(names: list[str], own: Path, folder: Path | None) -> Any:
         try:
             return _manager([own], folder).load(names)
         except KeyError:
-            raise UserError(f"--tasks {','.join(names)}: {error.args[0] if error.args else error}") from None
+            lacking = repr(error.args[0]) if error.args and error.args[0] else "a metric"
+            raise UserError(
+                f"--tasks {','.join(names)} cannot be loaded: a task names {lacking}, which is not there."
+            ) from None
     except Exception as error:  # task files and their Python run code of any kind
         raise UserError(
             f"--tasks {','.join(names)} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -111,7 +128,8 @@ def _guarded(task: Any, build: Callable[..., None]) -> Callable[..., None]:
         try:
             build(*args, **kwargs)
             if task.OUTPUT_TYPE == "multiple_choice":
-                _check_answers(name, task)
+                asked = {key: kwargs[key] for key in ("limit", "samples", "rank", "world_size") if key in kwargs}
+                _check_answers(name, task, dict(task.doc_iterator(**asked)))
         except UserError:
             raise
         except Exception as error:  # of templates and of tasks' own Python
@@ -123,8 +141,8 @@ def _guarded(task: Any, build: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
-def _check_answers(name: str, task: Any) -> None:
-    for number, doc in {one.doc_id: one.doc for one in task.instances}.items():
+def _check_answers(name: str, task: Any, docs: dict[int, Any]) -> None:
+    for number, doc in docs.items():  # one without choices has no request
         choices = task.doc_to_choice(doc)
         right = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
         for one in right if isinstance(right, list) else [right]:

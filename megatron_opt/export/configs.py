@@ -66,11 +66,11 @@ class Config:
         except ValueError as error:
             raise UserError(f"{self.path} is not JSON: {error}") from None
         kind = self.values.get("model_type") if isinstance(self.values, dict) else None
-        if kind not in FAMILIES:
+        if not isinstance(kind, str) or kind not in FAMILIES:
             raise UserError(
                 f"{self.path}: the architecture {kind!r} is none of {', '.join(FAMILIES)}; it cannot be imported."
             )
-        self.family: Family = FAMILIES[str(kind)]
+        self.family: Family = FAMILIES[kind]
         for key, value in self.values.items():
             if key in _NEUTRAL and value in _NEUTRAL[key]:
                 continue
@@ -93,6 +93,20 @@ class Config:
             raise UserError(f"{self.path}: {key} is {value!r}; it must be a positive whole number.")
         return value
 
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise UserError(f"{self.path}: {key} is {value!r}; it must be true or false.")
+        return value
+
+    def table(self, key: str) -> dict[str, Any]:
+        """An object; empty where it is not there."""
+        value = self.get(key, {})
+        if not isinstance(value, dict):
+            raise UserError(f"{self.path}: {key} is {value!r}; it must be an object.")
+        return value
+
     @property
     def vocabulary(self) -> int:
         """Ids of the model."""
@@ -101,7 +115,7 @@ class Config:
     @property
     def tied(self) -> bool:
         """Whether the output layer is the embedding; Hugging Face's defaults differ by family."""
-        return bool(self.get("tie_word_embeddings", self.family is GPT2))
+        return self.flag("tie_word_embeddings", self.family is GPT2)
 
     def flags(self) -> dict[str, Any]:
         """Megatron's flags of the model, names with hyphens; the vocabulary is left to the caller."""
@@ -111,7 +125,7 @@ class Config:
     def _gpt2(self) -> dict[str, Any]:
         known = {"gelu_new": True, "gelu_pytorch_tanh": True, "gelu": False}  # whether it is Megatron's fused one
         activation = self.get("activation_function", "gelu_new")
-        if activation not in known:
+        if not isinstance(activation, str) or activation not in known:
             raise UserError(f"{self.path}: activation_function {activation!r} is none of {', '.join(known)}.")
         hidden = self.number("n_embd")
         return {
@@ -127,8 +141,8 @@ class Config:
         }
 
     def _llama(self) -> dict[str, Any]:
-        bias = bool(self.get("attention_bias", False))
-        if bias != bool(self.get("mlp_bias", False)):
+        bias = self.flag("attention_bias", False)
+        if bias != self.flag("mlp_bias", False):
             raise UserError(f"{self.path}: attention_bias and mlp_bias differ; Megatron has biases in both or in none.")
         hidden, heads = self.number("hidden_size"), self.number("num_attention_heads")
         groups = self.number("num_key_value_heads", 8 if self.family is MIXTRAL else heads)
@@ -154,11 +168,11 @@ class Config:
         return flags
 
     def _rope(self) -> dict[str, Any]:
-        new = self.get("rope_parameters", {})
-        scaling = {**self.get("rope_scaling", {}), **{key: value for key, value in new.items() if key != "rope_theta"}}
+        new = self.table("rope_parameters")
+        scaling = {**self.table("rope_scaling"), **{key: value for key, value in new.items() if key != "rope_theta"}}
         base = new.get("rope_theta", self.get("rope_theta", 1e6 if self.family is MIXTRAL else 1e4))
-        if float(base) != int(base):
-            raise UserError(f"{self.path}: rope_theta {base} is no whole number, which --rotary-base takes.")
+        if isinstance(base, bool) or not isinstance(base, int | float) or not float(base).is_integer():
+            raise UserError(f"{self.path}: rope_theta {base!r} is no whole number, which --rotary-base takes.")
         flags = {"position-embedding-type": "rope", "rotary-base": int(base)}
         kind = scaling.pop("rope_type", scaling.pop("type", "default"))
         scaling.pop("type", None)

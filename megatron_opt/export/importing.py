@@ -60,9 +60,11 @@ def import_model(source: Path, output: Path, multiple: int = 1) -> list[str]:
         said.append(
             f"{padded - config.vocabulary} ids pad the vocabulary; each has the mean row, a share of the softmax."
         )
-    words = (
-        f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {source}" if tokenizer else "the tokenizer's flags"
-    )
+    kinds = {"huggingface": "HuggingFaceTokenizer", "sentencepiece": "SentencePieceTokenizer"}
+    words = "the tokenizer's flags"
+    if tokenizer is not None and tokenizer.kind in kinds:
+        path = source if tokenizer.kind == "huggingface" else tokenizer.path
+        words = f"--tokenizer-type {kinds[tokenizer.kind]} --tokenizer-model {path}"
     said.append(
         f"Start from it: megatron-opt train --load {output} --use-checkpoint-args --finetune --seq-length N {words} …"
     )

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_opt import run_files
 from megatron_opt.errors import UserError
 
 _BESIDE = (
@@ -27,7 +28,25 @@ def of_run(args: Any, given: Path | None) -> Any:
         special_tokens=getattr(args, "tiktoken_num_special_tokens", None) or 1000,
     )
     fits(tokenizer, args.padded_vocab_size)
+    _trained_with(args, tokenizer)
     return tokenizer
+
+
+def run_folder(args: Any) -> Path | None:
+    """The folder of the run whose checkpoint has these flags, where it is on this machine."""
+    folder = getattr(args, "output_dir", None)
+    return Path(folder) if folder and (Path(folder) / run_files.CONFIG).is_file() else None
+
+
+def _trained_with(args: Any, tokenizer: Any) -> None:
+    """Raise UserError where the run tells of a tokenizer with another number of ids; a converted one has as many."""
+    folder = run_folder(args)
+    known = (run_files.record(folder).get("tokenizer") or {}) if folder else {}
+    if known.get("vocab_size") and known["vocab_size"] != tokenizer.vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the one that the run was trained with "
+            f"{known['vocab_size']} ({known.get('model')}); it is the tokenizer of another vocabulary."
+        )
 
 
 def fits(tokenizer: Any, vocabulary: int) -> None:
@@ -53,11 +72,15 @@ def copy(tokenizer: Any, output: Path) -> list[str]:
 
 
 def beside(folder: Path, vocabulary: int) -> Any:
-    """The tokenizer.json of a Hugging Face folder, None without one; raises UserError where it is of another vocabulary."""
-    if not (folder / "tokenizer.json").is_file():
+    """The tokenizer.json of a Hugging Face folder, else its tokenizer.model, None without; UserError for another vocabulary."""
+    there = [name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+    if not there:
         return None
-    from megatron_opt.data.tokenizer import load_tokenizer
+    from megatron_opt.data.tokenizer import is_ranks, load_tokenizer
 
-    tokenizer = load_tokenizer(folder)
+    path = folder if there[0] == "tokenizer.json" else folder / there[0]
+    if path.is_file() and is_ranks(path):  # tiktoken's, which no flag of Megatron takes
+        return None
+    tokenizer = load_tokenizer(path)
     fits(tokenizer, vocabulary)
     return tokenizer

@@ -89,6 +89,12 @@ def test_a_right_answer_that_is_no_choice_is_refused_where_the_harness_would_cou
         _build("mmlu_anatomy", data)
 
 
+def test_an_item_without_choices_is_refused(data: Path) -> None:
+    _change(data / "Rowan/hellaswag/data/validation.jsonl", 2, endings=[])
+    with pytest.raises(UserError, match=r"the task hellaswag, item 2: the right answer . is none of its 0 choices"):
+        _build("hellaswag", data)
+
+
 def _build(name: str, data: Path) -> None:
     (task,) = tasks.load([name], data)["tasks"].values()
     task.build_all_requests(rank=0, world_size=1)
@@ -105,6 +111,14 @@ def test_task_files_and_absent_data_are_refused(root: Path, data: Path, capsys, 
 
     with pytest.raises(UserError, match=r"allenai/ai2_arc cannot be fetched \(ConnectionError: no way.*--tasks-path"):
         local_data.loader(data, offline)("allenai/ai2_arc", "ARC-Easy")
+    own = (data / "texts.yaml").read_text().replace("own_texts", "mine")
+    for old, new, told in (
+        ("test_split: test", "test_split: nowhere", "a task names 'nowhere', which is not there"),
+        ("metric: bits_per_byte", "metric: nosuch", "a task names a metric, which is not there"),
+    ):
+        (data / "mine.yaml").write_text(own.replace(old, new))
+        assert told in _refused(capsys, root, data, tasks="mine")
+    (data / "mine.yaml").unlink()
     (data / "broken.yaml").write_text("task: mine\n  dataset_path: [json\n")
     assert f"the task file {data / 'broken.yaml'} cannot be read" in _refused(capsys, root, data, tasks="own_texts")
 
@@ -147,3 +161,4 @@ def test_results_go_beside_what_is_there_or_nowhere(root: Path, data: Path, caps
     path.write_text("[")
     assert "is not JSON" in _refused(capsys, root, data, "--output", path)
     assert path.read_text() == "["
+    assert f"{tmp_path} is a folder" in _refused(capsys, root, data, "--items", tmp_path)

@@ -121,10 +121,17 @@ def test_averaged_weights_answer_as_a_checkpoint_of_their_mean(tmp_path: Path, m
     ]
     for one, two in zip(*lines, strict=True):
         assert one["metrics"] == two["metrics"] and one["doc_hash"] == two["doc_hash"]
+
     # the moving average beside both: here the mean's weights, which a run would have kept
-    monkeypatch.setattr(
-        "megatron_opt.export.reading.Averages", lambda folder, geometry: lambda name, weights, *shard: mean[name]
-    )
+    class Kept:
+        leads = False
+
+        def __init__(self, *given: Any) -> None: ...
+
+        def __call__(self, name: str, weights: Any, *shard: Any) -> Any:
+            return mean[name]
+
+    monkeypatch.setattr("megatron_opt.export.averages.Averages", Kept)
     where = [
         "--output",
         tmp_path / "both.json",

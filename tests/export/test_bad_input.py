@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch
 pytest.importorskip("safetensors")
 
 from megatron_opt import cli
+from megatron_opt.errors import UserError
+from megatron_opt.export import tokenizer_files
 from megatron_opt.export.generating import sample
 from tests.export import models
 
@@ -63,6 +66,11 @@ def test_damaged_weights(hf: Path, capsys, tmp_path: Path) -> None:
     ({"hidden_act": "relu"}, "hidden_act 'relu'"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "the rope scaling 'yarn'"),
     ({"hidden_size": "large"}, "it must be a positive whole number"),
+    ({"model_type": ["llama"]}, "the architecture ['llama'] is none of"),
+    ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; it must be an object"),
+    ({"rope_parameters": [1]}, "rope_parameters is [1]; it must be an object"),
+    ({"rope_theta": "large"}, "rope_theta 'large' is no whole number"),
+    ({"attention_bias": "no"}, "attention_bias is 'no'; it must be true or false"),
 ])  # fmt: skip
 def test_another_models_config(hf: Path, capsys, tmp_path: Path, values: dict, said: str) -> None:
     _change(hf, **values)
@@ -79,6 +87,26 @@ def test_a_tokenizer_of_another_vocabulary(hf: Path, folders: Path, capsys, tmp_
     beside = ("--tokenizer", hf / "tokenizer.json")
     assert told in _refused(capsys, "export", folders / "ours", "--output", tmp_path / "x", *beside)
     assert told in _refused(capsys, "generate", folders / "ours", "--prompt", "w1", *beside)
+    (hf / "tokenizer.json").rename(hf / "tokenizer.model")  # its family is told from its content
+    assert told in _refused(capsys, "import", hf, "--output", tmp_path / "new")
+    (hf / "tokenizer.model").write_bytes(b"\xff neither")
+    assert str(hf / "tokenizer.model") in _refused(capsys, "import", hf, "--output", tmp_path / "new")
+
+
+def test_a_tokenizer_with_fewer_ids_than_the_runs_own_is_of_another_vocabulary(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {f"w{number}": number for number in range(40)} | {"</s>": 40}
+    path = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0")).save(str(path))
+    for ids in (41, 60):
+        record = {"config": {}, "tokenizer": {"model": "own.model", "vocab_size": ids, "sha256": "0" * 64}}
+        (tmp_path / "config.json").write_text(json.dumps(record))
+        saved = SimpleNamespace(padded_vocab_size=64, output_dir=str(tmp_path))
+        if ids == 41:  # as many: one that was converted
+            assert tokenizer_files.of_run(saved, path).vocab_size == 41
+            continue
+        with pytest.raises(UserError, match=r"has 41 ids, the one that the run was trained with 60 \(own.model\)"):
+            tokenizer_files.of_run(saved, path)
 
 
 def test_checkpoints_that_are_not(folders: Path, capsys, tmp_path: Path) -> None:
