@@ -89,13 +89,14 @@ def _load(names: list[str], own: Path, folder: Path | None) -> Any:
     except UserError:
         raise
     except KeyError as error:  # a group with members elsewhere
-        try:
-            return _manager([own], folder).load(names)
-        except KeyError:
-            lacking = repr(error.args[0]) if error.args and error.args[0] else "a metric"
-            raise UserError(
-                f"--tasks {','.join(names)} cannot be loaded: a task names {lacking}, which is not there."
-            ) from None
+        lacking = error.args[0] if error.args else None  # none: a metric
+        with contextlib.suppress(KeyError):
+            if lacking is not None:
+                return _manager([own], folder).load(names)
+        raise UserError(
+            f"--tasks {','.join(names)} cannot be loaded: a task names {'a metric' if lacking is None else repr(lacking)}, "
+            "which is not there."
+        ) from None
     except Exception as error:  # task files and their Python run code of any kind
         raise UserError(
             f"--tasks {','.join(names)} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:200]}"

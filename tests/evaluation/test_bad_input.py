@@ -112,12 +112,8 @@ def test_task_files_and_absent_data_are_refused(root: Path, data: Path, capsys, 
     with pytest.raises(UserError, match=r"allenai/ai2_arc cannot be fetched \(ConnectionError: no way.*--tasks-path"):
         local_data.loader(data, offline)("allenai/ai2_arc", "ARC-Easy")
     own = (data / "texts.yaml").read_text().replace("own_texts", "mine")
-    for old, new, told in (
-        ("test_split: test", "test_split: nowhere", "a task names 'nowhere', which is not there"),
-        ("metric: bits_per_byte", "metric: nosuch", "a task names a metric, which is not there"),
-    ):
-        (data / "mine.yaml").write_text(own.replace(old, new))
-        assert told in _refused(capsys, root, data, tasks="mine")
+    (data / "mine.yaml").write_text(own.replace("metric: bits_per_byte", "metric: nosuch"))
+    assert "a task names a metric, which is not there" in _refused(capsys, root, data, tasks="mine")
     (data / "mine.yaml").unlink()
     (data / "broken.yaml").write_text("task: mine\n  dataset_path: [json\n")
     assert f"the task file {data / 'broken.yaml'} cannot be read" in _refused(capsys, root, data, tasks="own_texts")
