@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from megatron_opt import platform
 from megatron_opt.evaluation import ranks
 from megatron_opt.evaluation.scoring import Prompt, Scorer
 from megatron_opt.export import kv_cache, model
@@ -34,6 +35,7 @@ OTHER = {
 
 def built(words):
     """A model of random weights of these flags; in `one_process` or a world of one."""
+    platform.activate()
     from megatron.core import tensor_parallel
 
     from megatron_opt.distributed.meta_model import build_chunks
