@@ -204,7 +204,8 @@ class ElementwiseStep:
             device = values.device if runs else shard_group.device
             shares = on_device([run.share for run in runs], device, torch.float64)
             numbers = on_device([shard_group.order[run.matrix] for run in runs], device, torch.long)
-            total = sum_by_index(on_device(values, device, torch.float64) * shares, numbers, len(shard_group.order))
-            return shard_group.sum_over_ranks(total)[numbers].to(values) if runs else values
+            mine = sum_by_index(on_device(values, device, torch.float64) * shares, numbers, len(shard_group.order))
+            total = shard_group.sum_over_ranks(mine)  # on every rank, also where nothing of the group lies
+            return total[numbers].to(values) if runs else values
 
         return Reducer([shard_group.infos[run.matrix].numel for run in runs], per_matrix, total)

@@ -70,6 +70,43 @@ def test_prodigys_distance_is_of_all_whatever_the_shard_groups_and_groups() -> N
             torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
 
 
+def test_every_rank_sums_over_matrices_also_of_a_group_of_which_it_holds_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two groups, as a grouping file makes them: ranks that sum once each would otherwise wait for one that does not."""
+    calls: list[torch.Tensor] = []
+
+    def sum_over_ranks(self: ShardGroup, values: torch.Tensor) -> torch.Tensor:
+        calls.append(values)
+        return values
+
+    monkeypatch.setattr(ShardGroup, "sum_over_ranks", sum_over_ranks)
+    counts = []
+    for held in (("hidden", "norm"), ("norm",)):  # of two ranks, `hidden` in a group of its own
+        weights = {name: torch.ones(SHAPES[name]) for name in held}
+        param_shards: Any = [
+            SimpleNamespace(
+                view=SimpleNamespace(counts=True, param=weight),
+                main=weight.view(-1),
+                model_copy=lambda: None,
+                rects=[Rect(name, Region(0, SHAPES[name][0], 0, SHAPES[name][1]))],
+            )
+            for name, weight in weights.items()
+        ]
+        infos = {name: MatrixInfo(name, SHAPES[name]) for name in ("hidden", "norm")}
+        holdings = [[(i, param_shard.rects[0]) for i, param_shard in enumerate(param_shards)]]
+        cpu = torch.device("cpu")
+        shard_group = ShardGroup("", None, 0, 1, param_shards, holdings, infos, None, own_device=cpu)  # type: ignore[arg-type]
+        groups: Any = [SimpleNamespace(decay_mode="decoupled")] * 2
+        rules = [registry.build("cautious", {}), registry.build("mars", {"clip_scope": "matrix"})]
+        step = ElementwiseStep(shard_group, groups, rules, {"hidden": 0, "norm": 1})
+        calls.clear()
+        grads = [torch.ones_like(param_shard.main) for param_shard in param_shards]
+        step.step(grads, [1.0, 1.0], set(), 1, [{"lr": 0.1, "lr_scale": 1.0, "weight_decay": 0.0}] * 2, {})
+        counts.append(len(calls))
+    assert counts[0] == counts[1] >= 1
+
+
 def test_evaluation_weights_wait_for_a_background_save_and_leave_no_trace() -> None:
     weight, calls = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)), list[Any]()
     before, optimizer = weight.clone(), registry.build("schedule_free", {})
