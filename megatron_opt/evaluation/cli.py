@@ -205,7 +205,9 @@ def _progress(scorer: Any) -> Iterator[None]:
 
 
 def _check_tokenizer(folder: Path | None, words: Any) -> None:
-    known = (run_files.record(folder).get("tokenizer") or {}) if folder else {}
+    from megatron_opt.export import tokenizer_files
+
+    known = tokenizer_files.recorded(folder)
     if known.get("sha256") and known["sha256"] != words.sha256():
         raise UserError(
             f"the tokenizer {words.path} is not the one that the run was trained with ({known['model']}, by the digest in "

@@ -38,10 +38,14 @@ def run_folder(args: Any) -> Path | None:
     return Path(folder) if folder and (Path(folder) / run_files.CONFIG).is_file() else None
 
 
+def recorded(folder: Path | None) -> dict[str, Any]:
+    """What a run's folder tells of its tokenizer: model, vocab_size, sha256; empty where it tells nothing."""
+    return (run_files.record(folder).get("tokenizer") or {}) if folder else {}
+
+
 def _trained_with(args: Any, tokenizer: Any) -> None:
     """Raise UserError where the run tells of a tokenizer with another number of ids; a converted one has as many."""
-    folder = run_folder(args)
-    known = (run_files.record(folder).get("tokenizer") or {}) if folder else {}
+    known = recorded(run_folder(args))
     if known.get("vocab_size") and known["vocab_size"] != tokenizer.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the one that the run was trained with "

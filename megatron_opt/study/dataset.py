@@ -179,19 +179,19 @@ def from_store(store: Store) -> Dataset:
     """All runs of a store; raises UserError for mixed tokenizers."""
     records, settings = store.runs(), store.settings()
     dataset = Dataset(
-        store.meta("name", store.path.parent.name),
+        settings.get("name", store.path.parent.name),
         settings.get("baseline", "adamw"),
         records,
         store.curve,
         phases=store.phases(),
         planned={Regime.parse(text): n for text, n in store.meta("regimes", {}).items()},
         samples=store.meta("samples", {}),
-        trace=store.meta("trace", []),
-        target=tuple(store.meta("target", Dataset.target)),
-        tokens_per_parameter=store.meta("tokens_per_parameter", 20.0),
-        cluster=store.meta("cluster"),
-        looks=store.meta("looks", 1),
-        margin=store.meta("margin", Dataset.margin),
+        trace=settings.get("trace", []),
+        target=tuple(settings.get("target", Dataset.target)),
+        tokens_per_parameter=settings.get("tokens_per_parameter", 20.0),
+        cluster=settings.get("cluster"),
+        looks=settings.get("looks", 1),
+        margin=settings.get("margin", Dataset.margin),
         settings=settings,
     )
     dataset.check_tokenizers()

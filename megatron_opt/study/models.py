@@ -32,12 +32,16 @@ class Model:
     shared_flags: dict[str, Any] = field(default_factory=dict)
     """Megatron flags of all models of the study"""
 
+    @property
+    def every_flag(self) -> dict[str, Any]:
+        """Megatron flags of preset, shape, study and model, the later winning; underscores for hyphens."""
+        preset = preset_flags(self.preset) if self.preset else {}
+        return preset | self.shape | {"swiglu": self.gated} | self.shared_flags | self.flags
+
     @functools.cached_property
     def spec(self) -> ModelSpec:
         """The model as its preset, shape and flags describe it; raises UserError for structures that are not known."""
-        flags: dict[str, Any] = dict(preset_flags(self.preset)) if self.preset else {}
-        flags |= self.shape | {"swiglu": self.gated} | self.shared_flags | self.flags
-        return ModelSpec.of(structural({key.replace("_", "-"): value for key, value in flags.items()}))
+        return ModelSpec.of(structural({key.replace("_", "-"): value for key, value in self.every_flag.items()}))
 
     @property
     def non_embedding_parameters(self) -> int:

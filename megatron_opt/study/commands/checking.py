@@ -11,7 +11,6 @@ from megatron_opt.errors import UserError, nearest_or_all
 from megatron_opt.optimizers import registry
 from megatron_opt.study import batch_ramp
 from megatron_opt.study.hyperparameters import FLAGS, SCHEDULE, flag_of
-from megatron_opt.study.models import preset_flags
 from megatron_opt.study.spec import OptimizerSpace, Regime, Study
 from megatron_opt.study.yaml_lines import load
 from megatron_opt.training.flags.ranges import RANGES, Range
@@ -67,8 +66,7 @@ def note_small_weights(study: Study) -> str | None:
         return None
     narrow = []
     for name, model in study.models.items():
-        flags = {**(preset_flags(model.preset) if model.preset else {}), **model.shared_flags, **model.flags}
-        std = float(flags.get("init_method_std", MEGATRONS_STD))
+        std = float(model.every_flag.get("init_method_std", MEGATRONS_STD))
         if std * math.sqrt(model.shape["hidden_size"]) < LEAST_STD:
             narrow.append((name, std))
     if not narrow:

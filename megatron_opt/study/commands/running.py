@@ -21,15 +21,13 @@ def main(argv: list[str], prog: str) -> int:
     parser.add_argument("--max-hours", type=float, help="start no further run after this time; run again to go on")
     parser.add_argument("--retry-failed", action="store_true", help="try failed runs again")
     options = parser.parse_args(argv)
-    study, note = read_study(options.study), None
+    study, console = read_study(options.study), make_console()
     if study.executor.command is None:  # the optimizers' own options take seconds to load
         from megatron_opt.study.commands.checking import check_study, note_small_weights
 
         check_study(study)
-        note = note_small_weights(study)
-    console = make_console()
-    if note:
-        console.print(f"note: {note}", soft_wrap=True, markup=False)
+        if note := note_small_weights(study):
+            console.print(f"note: {note}", soft_wrap=True, markup=False)
     with open_study(study, options.output) as scheduler:
         store = scheduler.store
         if options.retry_failed:

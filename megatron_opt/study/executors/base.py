@@ -136,10 +136,10 @@ def saved_since(folder: Path, since: float) -> bool:
 def last_words(folder: Path, limit: int = 300) -> str:
     """The end of a run's log: the line that most likely says why it failed."""
     try:
-        lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+        text = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "no log"
-    return last_line("\n".join(lines), limit) or "an empty log"
+    return last_line(text, limit) or "an empty log"
 
 
 def last_line(text: str, limit: int = 300) -> str:

@@ -139,9 +139,8 @@ class SlurmExecutor:
         lines = [f"#SBATCH --{key}" + ("" if value is True else f'="{value}"') for key, value in options.items()]
         variables = settings.environment | {RUN_VARIABLE: str(job.folder)}
         lines += [f"export {key}={shlex.quote(value)}" for key, value in variables.items()]
-        launcher = (
-            ONE_NODE if settings.nodes == 1 else TORCHRUN
-        )  # one node needs no name that resolves and no agreed port
+        # one node needs no name that resolves and no agreed port
+        launcher = ONE_NODE if settings.nodes == 1 else TORCHRUN
         commands = [] if job.trained else [command_of(settings, job, launcher)]
         commands += [words for words in [evaluation_of(settings, job, launcher)] if words]
         steps = '\n[ "$code" != 0 ] || '.join(f"step {_quoted(words)}" for words in commands)

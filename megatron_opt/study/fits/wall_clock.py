@@ -210,8 +210,10 @@ def behind(dataset: Dataset, rows: list[Reached]) -> list[Reached]:
     late = {(row.optimizer, row.regime) for row in rows if row.why}
     drafts: list[tuple[Reached, list[_Met]]] = []
     for row, pairs in _paired(dataset):
+        if (row.optimizer, row.regime) not in late:
+            continue
         known = [way for mine, base in pairs if (way := _way(dataset, base, mine)) is not None]
-        if (row.optimizer, row.regime) in late and all(way.tokens and way.seconds for way in known):
+        if all(way.tokens and way.seconds for way in known):
             met = [_Met(way.whole_tokens, way.tokens or 1, way.whole_seconds, way.seconds or 1) for way in known]
             drafts.append((_towards(row, known), met))
     return _filled(drafts)

@@ -92,8 +92,8 @@ def _said(name: str, of: dict[str, Lost], places: list[Place]) -> str:
     for lost in LOST:
         shares = {place: statistics.fmean(shares) for place in places if (shares := _shares(of, place, lost).values())}
         worst = max(shares, key=shares.__getitem__)
-        where = f" ({worst[1]} of {worst[0]})" if shares[worst] else ""
-        parts.append(f"{lost} up to {shares[worst]:.3%}{where}" if shares[worst] else f"no {lost}")
+        most = f"{lost} up to {shares[worst]:.3%} ({worst[1]} of {worst[0]})"
+        parts.append(most if shares[worst] else f"no {lost}")
     return f"**{name}**: {', '.join(parts)}."
 
 
@@ -137,9 +137,8 @@ def grids(dataset: Dataset, names: dict[Regime, str]) -> list[Grid]:
     places = _places(lost for of in curves.values() for steps in of.values() for lost in steps.values())
     if not places:
         return []
-    drawn = []
+    drawn, by_precision = [], {name: list(of.values()) for name, of in curves.items()}
     for lost in LOST:
-        by_precision = {name: [steps for steps in of.values()] for name, of in curves.items()}
         grid = _grid(f"precision-{lost}", f"Share of elements: {lost}", by_precision, places, lost, statistics.fmean)
         if any(value for panel in grid.panels for series in panel.series for value in series.y):
             drawn.append(grid)
